@@ -1,0 +1,274 @@
+"""What a dots.llm1 model is made of: its configuration and the inventory of its tensors.
+
+Everything else in the package is a decision about one of the tensors listed here.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+from dots1_local.errors import CheckpointError
+
+__all__ = ["ROLES", "Dots1Config", "Role", "TensorSpec", "inventory", "padded_width"]
+
+Role = Literal["embedding", "head", "norm", "attention", "dense", "router", "shared", "routed"]
+ROLES: tuple[Role, ...] = (
+    "embedding", "head", "norm", "attention", "dense", "router", "shared", "routed",
+)  # fmt: skip
+
+# One expert never exceeds these; a config.json beyond them is garbage, not a bigger model.
+_LIMIT = 1 << 24
+
+
+@dataclass(frozen=True)
+class Dots1Config:
+    """The numbers of a dots1 model, under the names `config.json` gives them."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    first_k_dense_replace: int
+    routed_scaling_factor: float
+    norm_topk_prob: bool
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Dots1Config":
+        """Read the published forms of config.json, and those transformers writes.
+
+        Raises:
+            CheckpointError: another architecture, a missing key, or an unsupported variant.
+        """
+        _check_architecture(raw)
+        heads = _integer(raw, "num_attention_heads")
+        hidden = _integer(raw, "hidden_size")
+        config = cls(
+            hidden_size=hidden,
+            num_hidden_layers=_integer(raw, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=_integer(raw, "num_key_value_heads", default=heads),
+            head_dim=_integer(raw, "head_dim", default=hidden // max(heads, 1)),
+            intermediate_size=_integer(raw, "intermediate_size"),
+            moe_intermediate_size=_integer(raw, "moe_intermediate_size"),
+            n_routed_experts=_integer(raw, "n_routed_experts"),
+            n_shared_experts=_integer(raw, "n_shared_experts"),
+            num_experts_per_tok=_integer(raw, "num_experts_per_tok"),
+            first_k_dense_replace=_integer(raw, "first_k_dense_replace", least=0),
+            routed_scaling_factor=_number(raw, "routed_scaling_factor"),
+            norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
+            vocab_size=_integer(raw, "vocab_size"),
+            rms_norm_eps=_number(raw, "rms_norm_eps"),
+            rope_theta=_rope_theta(raw),
+            max_position_embeddings=_integer(raw, "max_position_embeddings"),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        )
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise CheckpointError(
+                f"config.json routes to {self.num_experts_per_tok} experts a token "
+                f"but has only {self.n_routed_experts}"
+            )
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise CheckpointError(
+                f"config.json has {self.first_k_dense_replace} dense layers "
+                f"but only {self.num_hidden_layers} layers"
+            )
+        if self.num_attention_heads != self.num_key_value_heads:
+            raise CheckpointError(
+                f"config.json has {self.num_key_value_heads} key-value heads for "
+                f"{self.num_attention_heads} query heads; dots1 in llama.cpp needs them equal"
+            )
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether `layer` has a plain FFN instead of routed experts."""
+        return layer < self.first_k_dense_replace
+
+
+def padded_width(width: int, multiple: int = 256) -> int:
+    """The expert width rounded up so that every K- and IQ-type fits its rows."""
+    return -(-width // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the GGUF file and where in the checkpoint it comes from.
+
+    `shape` is in numpy order, (experts, rows, columns) for routed experts; `source_shape` is that
+    of each tensor in `sources`, which is smaller than `shape` where expert width is padded.
+    """
+
+    name: str
+    role: Role
+    layer: int | None
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    source_shape: tuple[int, ...]
+
+    @property
+    def part(self) -> str:
+        """The name without block number and suffix: `ffn_down_exps`, `attn_q`, `token_embd`."""
+        return self.name.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]
+
+    @property
+    def columns(self) -> int:
+        """Row length: the dimension that quantisation blocks run along."""
+        return self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        """Rows over all experts."""
+        return prod(self.shape[:-1])
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def source_elements(self) -> int:
+        """Weights the checkpoint holds for this tensor, padding not counted."""
+        return prod(self.source_shape) * len(self.sources)
+
+
+def inventory(config: Dots1Config, expert_width: int | None = None) -> tuple[TensorSpec, ...]:
+    """Every tensor of the model in file order; `expert_width` pads the experts up to that width."""
+    return tuple(_tensors(config, expert_width or config.moe_intermediate_size))
+
+
+def _tensors(config: Dots1Config, width: int) -> Iterator[TensorSpec]:
+    hidden, vocab = config.hidden_size, config.vocab_size
+    yield _plain("token_embd.weight", "embedding", None, "model.embed_tokens.weight", vocab, hidden)
+    for layer in range(config.num_hidden_layers):
+        yield from _attention(config, layer)
+        yield _plain(
+            f"blk.{layer}.ffn_norm.weight", "norm", layer,
+            f"model.layers.{layer}.post_attention_layernorm.weight", hidden,
+        )  # fmt: skip
+        yield from (_dense if config.is_dense(layer) else _moe)(config, layer, width)
+    yield _plain("output_norm.weight", "norm", None, "model.norm.weight", hidden)
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    yield _plain("output.weight", "head", None, head, vocab, hidden)
+
+
+def _plain(name: str, role: Role, layer: int | None, source: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name, role, layer, shape, (source,), shape)
+
+
+def _attention(config: Dots1Config, layer: int) -> Iterator[TensorSpec]:
+    gguf, hf = f"blk.{layer}.", f"model.layers.{layer}."
+    hidden, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+    yield _plain(f"{gguf}attn_norm.weight", "norm", layer, f"{hf}input_layernorm.weight", hidden)
+    for gguf_part, hf_part, rows, columns in (
+        ("attn_q", "q_proj", inner, hidden),
+        ("attn_k", "k_proj", inner, hidden),
+        ("attn_v", "v_proj", inner, hidden),
+        ("attn_output", "o_proj", hidden, inner),
+    ):
+        source = f"{hf}self_attn.{hf_part}.weight"
+        yield _plain(f"{gguf}{gguf_part}.weight", "attention", layer, source, rows, columns)
+    for letter in "qk":
+        source = f"{hf}self_attn.{letter}_norm.weight"
+        name = f"{gguf}attn_{letter}_norm.weight"
+        yield _plain(name, "norm", layer, source, config.head_dim)
+
+
+def _dense(config: Dots1Config, layer: int, width: int) -> Iterator[TensorSpec]:
+    for part, shape in _ffn_shapes(config.hidden_size, config.intermediate_size):
+        source = f"model.layers.{layer}.mlp.{part}_proj.weight"
+        yield _plain(f"blk.{layer}.ffn_{part}.weight", "dense", layer, source, *shape)
+
+
+def _moe(config: Dots1Config, layer: int, width: int) -> Iterator[TensorSpec]:
+    gguf, hf = f"blk.{layer}.", f"model.layers.{layer}.mlp."
+    hidden, experts, shared = config.hidden_size, config.n_routed_experts, config.n_shared_experts
+    unpadded = config.moe_intermediate_size
+    yield _plain(
+        f"{gguf}ffn_gate_inp.weight", "router", layer, f"{hf}gate.weight", experts, hidden
+    )
+    bias = f"{hf}gate.e_score_correction_bias"
+    yield _plain(f"{gguf}exp_probs_b.bias", "router", layer, bias, experts)
+    stored, published = _ffn_shapes(hidden, width), _ffn_shapes(hidden, unpadded)
+    for (part, shape), (_, source_shape) in zip(stored, published, strict=True):
+        sources = tuple(f"{hf}experts.{e}.{part}_proj.weight" for e in range(experts))
+        name = f"{gguf}ffn_{part}_exps.weight"
+        yield TensorSpec(name, "routed", layer, (experts, *shape), sources, source_shape)
+    stored, published = _ffn_shapes(hidden, width * shared), _ffn_shapes(hidden, unpadded * shared)
+    for (part, shape), (_, source_shape) in zip(stored, published, strict=True):
+        sources = (f"{hf}shared_experts.{part}_proj.weight",)
+        name = f"{gguf}ffn_{part}_shexp.weight"
+        yield TensorSpec(name, "shared", layer, shape, sources, source_shape)
+
+
+def _ffn_shapes(hidden: int, width: int) -> tuple[tuple[str, tuple[int, int]], ...]:
+    return (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width)))
+
+
+def _check_architecture(raw: Mapping[str, Any]) -> None:
+    names = raw.get("architectures")
+    model_type = raw.get("model_type")
+    if names != ["Dots1ForCausalLM"] and not (names is None and model_type == "dots1"):
+        found = names[0] if isinstance(names, list) and names else model_type
+        raise CheckpointError(
+            f"config.json describes {found!r}; dots1-local converts Dots1ForCausalLM only"
+        )
+    for key, allowed in (
+        ("scoring_func", (None, "sigmoid", "noaux_tc")),
+        ("topk_method", (None, "noaux_tc")),
+        ("n_group", (None, 1)),
+        ("topk_group", (None, 1)),
+        ("moe_layer_freq", (None, 1)),
+        ("hidden_act", (None, "silu")),
+        ("attention_bias", (None, False)),
+    ):
+        if raw.get(key) not in allowed:
+            raise CheckpointError(
+                f"config.json has {key} = {raw[key]!r}, a variant no published dots1 model uses "
+                "and llama.cpp's dots1 does not compute"
+            )
+
+
+def _rope_theta(raw: Mapping[str, Any]) -> float:
+    """`rope_theta`, which transformers >= 5 moves under `rope_parameters`. Never a default."""
+    parameters = raw.get("rope_parameters")
+    scaling = raw.get("rope_scaling")
+    for rope in (parameters, scaling):
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
+        if kind not in (None, "default"):
+            raise CheckpointError(f"config.json scales RoPE ({kind!r}), which is not supported")
+    if isinstance(parameters, Mapping) and "rope_theta" in parameters:
+        return _number(parameters, "rope_theta")
+    return _number(raw, "rope_theta")
+
+
+def _integer(
+    raw: Mapping[str, Any], key: str, *, default: int | None = None, least: int = 1
+) -> int:
+    value = raw.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _LIMIT:
+        raise CheckpointError(
+            f"config.json needs {key} to be an integer from {least} up, not {value!r}"
+        )
+    return value
+
+
+def _number(raw: Mapping[str, Any], key: str) -> float:
+    value = raw.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
+        raise CheckpointError(f"config.json needs {key} to be a positive number, not {value!r}")
+    return float(value)

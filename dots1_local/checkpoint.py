@@ -1,0 +1,268 @@
+"""A Hugging Face checkpoint, read lazily: headers first, rows when they are asked for.
+
+What is missing or corrupt is known before any work starts. Headers are parsed here rather than
+through `safetensors.safe_open` so that a truncated or hostile file gets a sentence naming the
+tensor, 24,000 tensors cost no mappings, and reads go into buffers the caller owns.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dots1_local.architecture import Dots1Config, TensorSpec
+from dots1_local.errors import CheckpointError
+from dots1_local.quant.encode import to_float32
+
+__all__ = ["Checkpoint", "Slice"]
+
+_DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_MAX_HEADER = 100 << 20  # the safetensors format's own limit
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where one tensor's bytes lie: contiguous, row-major, at `offset` in `file`."""
+
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def item_bytes(self) -> int:
+        return _DTYPE_BYTES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.item_bytes
+
+    def part(self, start: int, shape: tuple[int, ...]) -> "Slice":
+        """The `shape`d tensor that begins `start` elements into this one."""
+        return Slice(self.file, self.offset + start * self.item_bytes, self.dtype, shape)
+
+
+class Checkpoint:
+    """A folder with config.json and one or many safetensors files.
+
+    Packed expert tensors (`mlp.experts.gate_up_proj`, as transformers >= 5 may save them) are
+    reached under the published per-expert names.
+    """
+
+    def __init__(self, path: Path, raw_config: dict[str, Any], slices: dict[str, Slice]) -> None:
+        self.path = path
+        self.raw_config = raw_config
+        self.config = Dots1Config.from_json(raw_config)
+        self._slices = slices
+        self._slices |= dict(_unpack(slices, self.config))
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Read config.json, the index and every shard's header.
+
+        Raises:
+            CheckpointError: anything missing, truncated, malformed, or another architecture.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise CheckpointError(f"no such folder: {folder}")
+        raw_config = load_json(folder / "config.json")
+        Dots1Config.from_json(raw_config)  # another architecture is said before a missing shard
+        return cls(folder, raw_config, _read_headers(folder))
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, or nothing where there is none."""
+        path = self.path / "generation_config.json"
+        return load_json(path) if path.exists() else {}
+
+    @property
+    def shards(self) -> list[Path]:
+        """The safetensors files, in name order."""
+        return sorted({piece.file for piece in self._slices.values()})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._slices
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slices)
+
+    def locate(self, name: str) -> Slice:
+        """Where `name` lies.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        try:
+            return self._slices[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path} has no tensor {name}") from None
+
+    def check(self, tensors: Iterable[TensorSpec]) -> None:
+        """Make sure that every source of `tensors` is there, in the shape config.json promises.
+
+        Raises:
+            CheckpointError: naming the first tensor that is missing or misshapen.
+        """
+        for tensor in tensors:
+            for source in tensor.sources:
+                found = self._slices.get(source)
+                if found is None:
+                    raise CheckpointError(self._explain_missing(source, tensor.layer))
+                if found.shape != tensor.source_shape:
+                    raise CheckpointError(
+                        f"{source} in {found.file.name} has shape {list(found.shape)} where "
+                        f"config.json makes it {list(tensor.source_shape)}"
+                    )
+
+    def _explain_missing(self, source: str, layer: int | None) -> str:
+        prefix = f"model.layers.{layer}."
+        if layer is not None and not any(name.startswith(prefix) for name in self._slices):
+            return (
+                f"{self.path} has no layer {layer}, though config.json says there are "
+                f"{self.config.num_hidden_layers} layers; fetch the missing shards"
+            )
+        where = f"is in no shard that {_INDEX} lists" if (self.path / _INDEX).exists() else "is not"
+        return f"tensor {source} {where} in {self.path}; the checkpoint is incomplete"
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """One whole tensor as float32, in its checkpoint shape."""
+        piece = self.locate(name)
+        raw = np.empty(piece.nbytes, np.uint8)
+        with open(piece.file, "rb") as file:
+            read_exactly(file.fileno(), raw, piece.offset, piece.file)
+        out = np.empty(piece.shape, np.float32)
+        to_float32(raw, piece.dtype, out)
+        return out
+
+
+def read_exactly(fd: int, buffer: NDArray[np.uint8], offset: int, path: Path) -> None:
+    """Fill `buffer` from `offset` of an open file; threads may share the descriptor."""
+    view = memoryview(buffer)
+    while view:
+        count = os.preadv(fd, [view], offset)
+        if count == 0:
+            raise CheckpointError(f"{path} ended early; it was truncated while being read")
+        view, offset = view[count:], offset + count
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; is this a Hugging Face checkpoint?") from None
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def _read_headers(folder: Path) -> dict[str, Slice]:
+    if (folder / _INDEX).exists():
+        return _read_indexed(folder)
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise CheckpointError(f"{folder} has neither {_INDEX} nor model.safetensors")
+    return _read_header(single)
+
+
+def _read_indexed(folder: Path) -> dict[str, Slice]:
+    weight_map = load_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / _INDEX} has no weight_map")
+    slices: dict[str, Slice] = {}
+    headers: dict[str, dict[str, Slice]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{folder / _INDEX} maps {name} to {shard!r}, not a file name")
+        if shard not in headers:
+            if not (folder / shard).is_file():
+                raise CheckpointError(f"shard {folder / shard} is missing; fetch it again")
+            headers[shard] = _read_header(folder / shard)
+        if name not in headers[shard]:
+            raise CheckpointError(f"{_INDEX} promises {name} in {shard}, which does not have it")
+        slices[name] = headers[shard][name]
+    return slices
+
+
+def _read_header(path: Path) -> dict[str, Slice]:
+    """The tensor table of one safetensors file, every range checked against the file's size."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(_MAX_HEADER, size - 8):
+                raise CheckpointError(f"{path} is no safetensors file, or is truncated")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} has a garbled safetensors header") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a garbled safetensors header")
+    return {
+        name: _slice(path, name, entry, 8 + length, size)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _slice(path: Path, name: str, entry: Any, base: int, size: int) -> Slice:
+    try:
+        dtype, (start, end) = entry["dtype"], entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path} describes tensor {name} in a garbled way")
+    if dtype not in _DTYPE_BYTES:
+        raise CheckpointError(
+            f"{name} in {path.name} is {dtype!r}; dots1-local reads F32, F16 and BF16"
+        )
+    if end - start != prod(shape) * _DTYPE_BYTES[dtype]:
+        raise CheckpointError(f"{name} in {path.name} has {end - start} bytes for shape {shape}")
+    if base + end > size:
+        raise CheckpointError(
+            f"{path} is truncated: {name} ends at byte {base + end} of {size}; fetch it again"
+        )
+    return Slice(path, base + start, dtype, shape)
+
+
+def _unpack(slices: Mapping[str, Slice], config: Dots1Config) -> Iterator[tuple[str, Slice]]:
+    """Per-expert views of packed tensors: gate_up (E, 2W, H) and down (E, H, W)."""
+    experts, hidden = config.n_routed_experts, config.hidden_size
+    width = config.moe_intermediate_size
+    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        for stem, parts, shape in (
+            ("gate_up_proj", ("gate", "up"), (experts, 2 * width, hidden)),
+            ("down_proj", ("down",), (experts, hidden, width)),
+        ):
+            packed = slices.get(f"{prefix}.{stem}") or slices.get(f"{prefix}.{stem}.weight")
+            if packed is None:
+                continue
+            if packed.shape != shape:
+                raise CheckpointError(
+                    f"{prefix}.{stem} in {packed.file.name} has shape {list(packed.shape)} where "
+                    f"config.json makes it {list(shape)}"
+                )
+            piece = (shape[1] // len(parts), shape[2])
+            for index in range(experts * len(parts)):
+                expert, part = divmod(index, len(parts))
+                name = f"{prefix}.{expert}.{parts[part]}_proj.weight"
+                yield name, packed.part(index * prod(piece), piece)

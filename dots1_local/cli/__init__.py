@@ -1,0 +1,69 @@
+"""The `dots1` command: one file per verb, each parses, calls the library, and renders.
+
+Heavy imports (numpy, llama_cpp) happen inside the verbs, so that `dots1 --help` is instant.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from dots1_local.cli import _chat, _convert, _inspect, _perplexity
+from dots1_local.errors import Dots1Error
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="dots1",
+    help="Run rednote's dots.llm1 on hardware you own.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("convert")(_convert.convert)
+app.command("inspect")(_inspect.inspect)
+app.command("perplexity")(_perplexity.perplexity)
+app.command("chat")(_chat.chat)
+
+_debug = False
+
+
+def _version(value: bool) -> None:
+    if value:
+        from dots1_local import __version__
+
+        typer.echo(f"dots1-local {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    global _debug  # noqa: PLW0603 -- main() outlives the parsed context
+    _debug = debug
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one sentence on stderr."""
+    try:
+        app()
+    except Dots1Error as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output left; point stdout at nothing so that exit does not complain.
+        sys.stdout = None  # type: ignore[assignment]
+        sys.exit(0)
+
+
+def _fail(message: str, code: int) -> None:
+    if _debug:
+        raise
+    print(f"dots1: {message}", file=sys.stderr)
+    sys.exit(code)

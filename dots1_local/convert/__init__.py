@@ -1,0 +1,1 @@
+"""Safetensors to GGUF, streaming."""

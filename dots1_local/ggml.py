@@ -1,0 +1,49 @@
+"""ggml's functions, by ctypes, from the libraries that llama-cpp-python ships.
+
+Only `libggml-base` is opened: importing `llama_cpp` would also load and initialise the engine.
+"""
+
+import ctypes
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from dots1_local.errors import Dots1Error
+
+__all__ = ["library", "library_folder"]
+
+_NAMES = {"darwin": "lib{}.dylib", "win32": "{}.dll"}
+
+
+def library_folder() -> Path:
+    """Where llama-cpp-python keeps its shared libraries."""
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise Dots1Error("llama-cpp-python is not installed; run pip install llama-cpp-python")
+    return Path(spec.origin).parent / "lib"
+
+
+@cache
+def library(name: str = "ggml-base") -> ctypes.CDLL:
+    """Open a ggml library once; its functions release the GIL while they run."""
+    path = library_folder() / _NAMES.get(sys.platform, "lib{}.so").format(name)
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Dots1Error(
+            f"cannot open {path}: {error}; reinstall llama-cpp-python with its shared libraries"
+        ) from error
+    if name == "ggml-base":
+        _declare_base(lib)
+    return lib
+
+
+def _declare_base(lib: ctypes.CDLL) -> None:
+    pointer, i64 = ctypes.c_void_p, ctypes.c_int64
+    lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_bf16_to_fp32_row.argtypes = [pointer, pointer, i64]
+    lib.ggml_bf16_to_fp32_row.restype = None
+    lib.ggml_fp16_to_fp32_row.argtypes = [pointer, pointer, i64]
+    lib.ggml_fp16_to_fp32_row.restype = None

@@ -1,0 +1,1 @@
+"""How weights are stored: types, encoders, importance, and the choice of a type per tensor."""

@@ -1,0 +1,139 @@
+"""dots1 in torch: one layer as plain functions over a dict of tensors.
+
+A layer's weights are a mapping from Hugging Face names relative to the layer
+(`self_attn.q_proj.weight`, `mlp.gate.weight`, ...) to tensors, except that the routed experts
+are stacked: `mlp.experts.gate_proj` and `mlp.experts.up_proj` are [experts, width, hidden],
+`mlp.experts.down_proj` is [experts, hidden, width]. Nothing here owns state, so the tensors may
+be autograd parameters (training), one layer read from disk (calibration) or de-quantised
+weights (comparison).
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dots1_local.architecture import Dots1Config
+
+Weights = Mapping[str, Tensor]
+
+Observer = Callable[[str, Tensor], None]
+"""Called with a weight matrix's Hugging Face name, relative to the layer, and the rows that are
+about to be multiplied by it: [rows, columns of the matrix]."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x` over its root mean square along the last axis, in F32, times `weight`."""
+    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps)
+
+
+def linear(x: Tensor, weights: Weights, name: str, observe: Observer | None) -> Tensor:
+    """`x` times the named matrix [out, in]."""
+    if observe is not None:
+        observe(name, x.flatten(0, -2))
+    return F.linear(x, weights[name])
+
+
+def rope(x: Tensor, theta: float) -> Tensor:
+    """Rotates `x` [..., positions, head_dim] NEOX style: dimension i pairs with i + head_dim / 2."""
+    positions, head_dim = x.shape[-2:]
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=x.device)
+    angles = torch.arange(positions, device=x.device).float()[:, None] / theta ** (steps / head_dim)
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attention(
+    x: Tensor, weights: Weights, config: Dots1Config, observe: Observer | None = None
+) -> Tensor:
+    """Causal self-attention over `x` [batch, positions, hidden], positions counted from 0.
+
+    q and k are normalised per head before RoPE, not after.
+    """
+
+    def heads(name: str) -> Tensor:
+        projected = linear(x, weights, f"self_attn.{name}_proj.weight", observe)
+        return projected.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+
+    def rotated(name: str) -> Tensor:
+        norm = weights[f"self_attn.{name}_norm.weight"]
+        return rope(rms_norm(heads(name), norm, config.rms_norm_eps), config.rope_theta)
+
+    v = heads("v")
+    mixed = F.scaled_dot_product_attention(
+        rotated("q").to(v.dtype),
+        rotated("k").to(v.dtype),
+        v,
+        is_causal=True,
+        enable_gqa=config.num_key_value_heads != config.num_attention_heads,
+    )
+    joined = mixed.transpose(1, 2).flatten(2)
+    return linear(joined, weights, "self_attn.o_proj.weight", observe)
+
+
+def dense_ffn(x: Tensor, weights: Weights, prefix: str, observe: Observer | None = None) -> Tensor:
+    """SwiGLU with the matrices `PREFIX.{gate,up,down}_proj.weight`."""
+    gate = linear(x, weights, f"{prefix}.gate_proj.weight", observe)
+    up = linear(x, weights, f"{prefix}.up_proj.weight", observe)
+    return linear(F.silu(gate) * up, weights, f"{prefix}.down_proj.weight", observe)
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, config: Dots1Config) -> tuple[Tensor, Tensor]:
+    """The experts chosen for each row of `x`, and their weights: both [rows, experts per token].
+
+    Computed in F32. The bias takes part in the choice and not in the weights.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        scores = F.linear(x.float(), weight.float()).sigmoid()
+    chosen = (scores.detach() + bias).topk(config.num_experts_per_tok, dim=-1).indices
+    shares = scores.gather(-1, chosen)
+    if config.norm_topk_prob:
+        shares = shares / (shares.sum(dim=-1, keepdim=True) + 1e-20)
+    return chosen, shares * config.routed_scaling_factor
+
+
+def routed_experts(
+    x: Tensor, chosen: Tensor, shares: Tensor, weights: Weights, observe: Observer | None = None
+) -> Tensor:
+    """The chosen experts' outputs, weighted by `shares` and summed, for each row of `x`."""
+    # unbind, not indexing: the gradient of w[e] would be a tensor as large as w, for every e
+    gates, ups, downs = (
+        weights[f"mlp.experts.{name}_proj"].unbind() for name in ("gate", "up", "down")
+    )
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for expert, (gate, up, down) in enumerate(zip(gates, ups, downs, strict=True)):
+        rows, slots = (chosen == expert).nonzero(as_tuple=True)
+        matrices = {
+            f"mlp.experts.{expert}.gate_proj.weight": gate,
+            f"mlp.experts.{expert}.up_proj.weight": up,
+            f"mlp.experts.{expert}.down_proj.weight": down,
+        }
+        y = dense_ffn(x.index_select(0, rows), matrices, f"mlp.experts.{expert}", observe)
+        out = out.index_add(0, rows, y.float() * shares[rows, slots, None])
+    return out
+
+
+def moe(x: Tensor, weights: Weights, config: Dots1Config, observe: Observer | None = None) -> Tensor:
+    """Routed experts plus the shared expert, which is added unscaled."""
+    rows = x.flatten(0, -2)
+    if observe is not None:
+        observe("mlp.gate.weight", rows)
+    bias = weights["mlp.gate.e_score_correction_bias"]
+    chosen, shares = route(rows, weights["mlp.gate.weight"], bias, config)
+    routed = routed_experts(rows, chosen, shares, weights, observe)
+    shared = dense_ffn(rows, weights, "mlp.shared_experts", observe)
+    return (routed + shared).view_as(x)
+
+
+def layer_forward(
+    x: Tensor, weights: Weights, config: Dots1Config, layer: int, observe: Observer | None = None
+) -> Tensor:
+    """The residual stream `x` [batch, positions, hidden] after layer number `layer`."""
+    normed = rms_norm(x, weights["input_layernorm.weight"], config.rms_norm_eps)
+    x = x + attention(normed, weights, config, observe)
+    normed = rms_norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
+    if layer < config.first_k_dense_replace:
+        return x + dense_ffn(normed, weights, "mlp", observe)
+    return x + moe(normed, weights, config, observe)

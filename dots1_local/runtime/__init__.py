@@ -1,0 +1,1 @@
+"""Loading a GGUF file into llama.cpp and talking to it."""

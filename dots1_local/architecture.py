@@ -17,8 +17,9 @@ ROLES: tuple[Role, ...] = (
     "embedding", "head", "norm", "attention", "dense", "router", "shared", "routed",
 )  # fmt: skip
 
-# One expert never exceeds these; a config.json beyond them is garbage, not a bigger model.
+# A config.json beyond these is garbage, not a bigger model, and its inventory fills the memory.
 _LIMIT = 1 << 24
+_MOST_LAYERS = _MOST_EXPERTS = 1024
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ class Dots1Config:
         hidden = _integer(raw, "hidden_size")
         config = cls(
             hidden_size=hidden,
-            num_hidden_layers=_integer(raw, "num_hidden_layers"),
+            num_hidden_layers=_integer(raw, "num_hidden_layers", most=_MOST_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=_integer(raw, "num_key_value_heads", default=heads),
             head_dim=_integer(raw, "head_dim", default=hidden // max(heads, 1)),
             intermediate_size=_integer(raw, "intermediate_size"),
             moe_intermediate_size=_integer(raw, "moe_intermediate_size"),
-            n_routed_experts=_integer(raw, "n_routed_experts"),
+            n_routed_experts=_integer(raw, "n_routed_experts", most=_MOST_EXPERTS),
             n_shared_experts=_integer(raw, "n_shared_experts"),
             num_experts_per_tok=_integer(raw, "num_experts_per_tok"),
             first_k_dense_replace=_integer(raw, "first_k_dense_replace", least=0),
@@ -196,9 +197,7 @@ def _moe(config: Dots1Config, layer: int, width: int) -> Iterator[TensorSpec]:
     gguf, hf = f"blk.{layer}.", f"model.layers.{layer}.mlp."
     hidden, experts, shared = config.hidden_size, config.n_routed_experts, config.n_shared_experts
     unpadded = config.moe_intermediate_size
-    yield _plain(
-        f"{gguf}ffn_gate_inp.weight", "router", layer, f"{hf}gate.weight", experts, hidden
-    )
+    yield _plain(f"{gguf}ffn_gate_inp.weight", "router", layer, f"{hf}gate.weight", experts, hidden)
     bias = f"{hf}gate.e_score_correction_bias"
     yield _plain(f"{gguf}exp_probs_b.bias", "router", layer, bias, experts)
     stored, published = _ffn_shapes(hidden, width), _ffn_shapes(hidden, unpadded)
@@ -239,6 +238,11 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
                 f"config.json has {key} = {raw[key]!r}, a variant no published dots1 model uses "
                 "and llama.cpp's dots1 does not compute"
             )
+    kinds = raw.get("layer_types")
+    if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
+        raise CheckpointError(
+            "config.json gives layers sliding attention, which llama.cpp's dots1 does not compute"
+        )
 
 
 def _rope_theta(raw: Mapping[str, Any]) -> float:
@@ -255,14 +259,19 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
 
 
 def _integer(
-    raw: Mapping[str, Any], key: str, *, default: int | None = None, least: int = 1
+    raw: Mapping[str, Any],
+    key: str,
+    *,
+    default: int | None = None,
+    least: int = 1,
+    most: int = _LIMIT,
 ) -> int:
     value = raw.get(key)
     if value is None and default is not None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _LIMIT:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise CheckpointError(
-            f"config.json needs {key} to be an integer from {least} up, not {value!r}"
+            f"config.json needs {key} to be an integer from {least} to {most}, not {value!r}"
         )
     return value
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,11 @@ class Checkpoint:
         """One whole tensor as float32, in its checkpoint shape."""
         piece = self.locate(name)
         raw = np.empty(piece.nbytes, np.uint8)
-        with open(piece.file, "rb") as file:
-            read_exactly(file.fileno(), raw, piece.offset, piece.file)
+        try:
+            with open(piece.file, "rb") as file:
+                read_exactly(file.fileno(), raw, piece.offset, piece.file)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {piece.file}: {error.strerror}") from None
         out = np.empty(piece.shape, np.float32)
         to_float32(raw, piece.dtype, out)
         return out
@@ -146,9 +150,12 @@ class Checkpoint:
 
 def read_exactly(fd: int, buffer: NDArray[np.uint8], offset: int, path: Path) -> None:
     """Fill `buffer` from `offset` of an open file; threads may share the descriptor."""
-    view = memoryview(buffer)
+    view = buffer.data
     while view:
-        count = os.preadv(fd, [view], offset)
+        try:
+            count = os.preadv(fd, [view], offset)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
         if count == 0:
             raise CheckpointError(f"{path} ended early; it was truncated while being read")
         view, offset = view[count:], offset + count
@@ -190,7 +197,7 @@ def _read_indexed(folder: Path) -> dict[str, Slice]:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{folder / _INDEX} maps {name} to {shard!r}, not a file name")
         if shard not in headers:
-            if not (folder / shard).is_file():
+            if not os.path.isfile(folder / shard):  # unlike Path's, never raises
                 raise CheckpointError(f"shard {folder / shard} is missing; fetch it again")
             headers[shard] = _read_header(folder / shard)
         if name not in headers[shard]:
@@ -214,16 +221,25 @@ def _read_header(path: Path) -> dict[str, Slice]:
         raise CheckpointError(f"{path} has a garbled safetensors header") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a garbled safetensors header")
-    return {
+    slices = {
         name: _slice(path, name, entry, 8 + length, size)
         for name, entry in header.items()
         if name != "__metadata__"
     }
+    _check_overlap(path, slices)
+    return slices
+
+
+def _check_overlap(path: Path, slices: Mapping[str, Slice]) -> None:
+    by_place = sorted(slices.items(), key=lambda item: (item[1].offset, item[1].nbytes))
+    for (first, left), (second, right) in pairwise(by_place):
+        if left.offset + left.nbytes > right.offset:
+            raise CheckpointError(f"{path} is corrupt: {first} and {second} share bytes")
 
 
 def _slice(path: Path, name: str, entry: Any, base: int, size: int) -> Slice:
     try:
-        dtype, (start, end) = entry["dtype"], entry["data_offsets"]
+        dtype, (start, end) = str(entry["dtype"]), entry["data_offsets"]
         shape = tuple(entry["shape"])
         whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
     except (KeyError, TypeError, ValueError):

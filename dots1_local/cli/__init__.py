@@ -3,12 +3,16 @@
 Heavy imports (numpy, llama_cpp) happen inside the verbs, so that `dots1 --help` is instant.
 """
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
-from dots1_local.cli import _chat, _convert, _inspect, _perplexity
+from dots1_local.cli._chat import chat
+from dots1_local.cli._convert import convert
+from dots1_local.cli._inspect import inspect
+from dots1_local.cli._perplexity import perplexity
 from dots1_local.errors import Dots1Error
 
 __all__ = ["app", "main"]
@@ -21,10 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("convert")(_convert.convert)
-app.command("inspect")(_inspect.inspect)
-app.command("perplexity")(_perplexity.perplexity)
-app.command("chat")(_chat.chat)
+app.command("convert")(convert)
+app.command("inspect")(inspect)
+app.command("perplexity")(perplexity)
+app.command("chat")(chat)
 
 _debug = False
 
@@ -53,17 +57,16 @@ def main() -> None:
     try:
         app()
     except Dots1Error as error:
+        if _debug:
+            raise
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader of our output left; point stdout at nothing so that exit does not complain.
-        sys.stdout = None  # type: ignore[assignment]
-        sys.exit(0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> None:
-    if _debug:
-        raise
     print(f"dots1: {message}", file=sys.stderr)
     sys.exit(code)

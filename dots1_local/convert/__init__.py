@@ -1,1 +1,161 @@
-"""Safetensors to GGUF, streaming."""
+"""Safetensors to GGUF, streaming.
+
+`Conversion.prepare` decides and checks everything from headers alone; `run` does the work.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gguf import GGUFWriter
+
+from dots1_local.checkpoint import Checkpoint
+from dots1_local.convert.metadata import end_tokens, write_metadata
+from dots1_local.convert.pipeline import Pipeline
+from dots1_local.convert.tokenizer import read_tokenizer
+from dots1_local.convert.verify import verify_layout
+from dots1_local.convert.writer import Journal, Output, lay_out
+from dots1_local.errors import Dots1Error
+from dots1_local.progress import Progress, silent
+from dots1_local.quant.importance import Importance, load_importance
+from dots1_local.quant.overrides import parse_overrides
+from dots1_local.quant.plan import PlannedTensor, QuantPlan
+from dots1_local.quant.recipes import Padding, make_plan
+from dots1_local.quant.stock import require_importance
+
+__all__ = ["Conversion", "Result", "convert"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished conversion wrote."""
+
+    paths: tuple[Path, ...]
+    nbytes: int
+    resumed_tensors: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is decided and checked, and not yet done."""
+
+    checkpoint: Checkpoint
+    plan: QuantPlan
+    tensors: tuple[PlannedTensor, ...]
+    importance: Importance | None = field(default=None, repr=False)
+
+    @classmethod
+    def prepare(
+        cls,
+        checkpoint: str | Path,
+        recipe: str | QuantPlan = "DQ4",
+        *,
+        imatrix: str | Path | None = None,
+        padding: Padding = "auto",
+        overrides: Sequence[str] = (),
+    ) -> "Conversion":
+        """Choose every tensor's type and make sure the checkpoint holds what it promises.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete or corrupt, or of another architecture.
+            UsageError: an unknown recipe or type, or one that lacks the importance it needs.
+        """
+        source = Checkpoint.open(checkpoint)
+        importance = load_importance(imatrix) if imatrix else None
+        plan = (
+            recipe
+            if isinstance(recipe, QuantPlan)
+            else make_plan(
+                source.config,
+                recipe,
+                has_importance=importance is not None,
+                padding=padding,
+                overrides=parse_overrides(overrides),
+            )
+        )
+        tensors = plan.tensors(source.config)
+        source.check(tensor.spec for tensor in tensors)
+        if importance is not None:
+            importance.check(tuple(tensor.spec for tensor in tensors))
+        require_importance(plan.types, importance or (), plan.recipe)
+        return cls(source, plan, tensors, importance)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, headers not counted."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def run(
+        self,
+        output: str | Path,
+        *,
+        split_max_size: int | None = None,
+        threads: int | None = None,
+        force: bool = False,
+        progress: Progress = silent,
+        on_resume: Progress = silent,
+    ) -> Result:
+        """Write the file, going on where a former run of the same conversion stopped.
+
+        `on_resume` is called once, with tensors done and in all, if there was such a run.
+
+        Raises:
+            Dots1Error: the output exists, cannot be written or does not fit the disk, a weight
+                is not finite. What is written so far stays for the next run.
+        """
+        laid_out = self._lay_out(Path(output), split_max_size)
+        _check_target(laid_out, force)
+        with Journal(laid_out, self._fingerprint()) as journal:
+            if journal.done:
+                on_resume(len(journal.done), len(self.tensors), "tensors", "")
+            Pipeline(self.checkpoint, journal, self.importance, threads).run(progress)
+            verify_layout(laid_out)
+            journal.publish()
+        return Result(laid_out.paths, laid_out.total_bytes, len(journal.done))
+
+    def _lay_out(self, path: Path, split_max_size: int | None) -> Output:
+        source = self.checkpoint
+        tokenizer = read_tokenizer(source.path, source.config.vocab_size, end_tokens(source))
+        writer = GGUFWriter(None, "dots1")
+        write_metadata(writer, source, self.plan, self.importance)
+        tokenizer.write(writer)
+        return lay_out(path, writer, self.tensors, split_max_size)
+
+    def _fingerprint(self) -> str:
+        """Changes when an input does; sizes and times stand for the shards' contents."""
+        stats = ((path.name, path.stat()) for path in self.checkpoint.shards)
+        shards = ";".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)
+        return shards + (self.importance.sha256 if self.importance else "")
+
+
+def convert(
+    checkpoint: str | Path,
+    output: str | Path,
+    recipe: str | QuantPlan = "DQ4",
+    *,
+    imatrix: str | Path | None = None,
+    padding: Padding = "auto",
+    overrides: Sequence[str] = (),
+    split_max_size: int | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Result:
+    """Convert a Hugging Face dots1 checkpoint to GGUF; see `Conversion` for the steps."""
+    conversion = Conversion.prepare(
+        checkpoint, recipe, imatrix=imatrix, padding=padding, overrides=overrides
+    )
+    return conversion.run(
+        output, split_max_size=split_max_size, threads=threads, force=force, progress=progress
+    )
+
+
+def _check_target(output: Output, force: bool) -> None:
+    folder = output.path.parent
+    if not folder.is_dir():
+        raise Dots1Error(f"no such folder: {folder}")
+    for path in output.paths:
+        if path.is_dir():
+            raise Dots1Error(f"{path} is a folder; name a file")
+        if path.exists() and not force:
+            raise Dots1Error(f"{path} exists; give --force to replace it")

@@ -1,0 +1,5 @@
+"""`dots1 chat` (being written)."""
+
+
+def chat() -> None:
+    """Not yet."""

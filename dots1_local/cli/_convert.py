@@ -1,0 +1,178 @@
+"""`dots1 convert`: a Hugging Face checkpoint to one GGUF file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dots1_local.cli._output import Json, human_bytes, notice, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from dots1_local.convert import Conversion
+
+__all__ = ["convert"]
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The GGUF file to write.")
+    ] = None,
+    type_: Annotated[
+        str,
+        typer.Option(
+            "--type",
+            help="DQ2 to DQ6 (dynamic: routed experts low, the rest high), or a stock mix of "
+            "llama-quantize: Q4_K_M, IQ2_XXS, BF16, ...",
+        ),
+    ] = "DQ4",
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=TYPE", help="Set the type of tensors by name; repeatable."),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Importance file of llama-imatrix (GGUF or .dat).")
+    ] = None,
+    pad_experts: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(help="Zero-pad expert width to a multiple of 256, so that every type fits."),
+    ] = "auto",
+    split_max_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Write shards of at most SIZE, e.g. 48G.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Take every type from this plan (from --dry-run --json).")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Cores.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the table of types and sizes; write nothing.")
+    ] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="With --dry-run: a row for every tensor.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
+    json: Json = False,
+) -> None:
+    """Convert a safetensors checkpoint to a quantised GGUF.
+
+    An interrupted conversion goes on where it stopped when the same command is run again.
+
+    Examples:
+
+      dots1 convert dots.llm1.inst -o dots.gguf
+
+      dots1 convert dots.llm1.inst -o dots.gguf --type DQ2 --imatrix imatrix.gguf
+
+      dots1 convert dots.llm1.inst --type Q4_K_M --dry-run
+    """
+    from dots1_local.convert import Conversion
+    from dots1_local.quant.plan import QuantPlan
+
+    if output is None and not dry_run:
+        raise typer.BadParameter("name the file to write", param_hint="--output / -o")
+    conversion = Conversion.prepare(
+        checkpoint,
+        QuantPlan.from_json(_text(plan)) if plan else type_,
+        imatrix=imatrix,
+        padding=pad_experts,
+        overrides=tensor_type or [],
+    )
+    _warn(conversion)
+    if dry_run or output is None:
+        _show(conversion, tensors, json)
+        return
+    result = _run(conversion, output, _size(split_max_size), threads, force)
+    if json:
+        print_json({**_summary(conversion), "files": [str(path) for path in result]})
+    else:
+        _show(conversion, tensors, json)
+        print("wrote " + ", ".join(str(path) for path in result))
+
+
+def _run(
+    conversion: "Conversion", output: Path, split: int | None, threads: int | None, force: bool
+) -> tuple[Path, ...]:
+    def on_resume(done: int, total: int, unit: str, what: str) -> None:
+        notice(f"resuming: {done} of {total} {unit} are done")
+
+    try:
+        with progress_bar(output.name) as progress:
+            result = conversion.run(
+                output,
+                split_max_size=split,
+                threads=threads,
+                force=force,
+                progress=progress,
+                on_resume=on_resume,
+            )
+    except KeyboardInterrupt:
+        notice("stopped; run the same command again to go on from here")
+        raise typer.Exit(130) from None
+    return result.paths
+
+
+def _warn(conversion: "Conversion") -> None:
+    recipe, importance = conversion.plan.recipe, conversion.importance
+    if recipe.endswith("without importance"):
+        notice(f"{recipe}: --imatrix FILE makes this size better")
+    if importance is not None and importance.partial:
+        count = sum(len(experts) for experts in importance.partial.values())
+        notice(
+            f"{importance.path.name} has no data for {count} experts in "
+            f"{len(importance.partial)} tensors; their columns count equally"
+        )
+
+
+def _show(conversion: "Conversion", tensors: bool, json: bool) -> None:
+    from dots1_local.cli._table import print_table, size_table
+
+    if json:
+        print_json(_summary(conversion))
+        return
+    if tensors:
+        rows = [
+            (t.spec.name, t.kind.name, " x ".join(map(str, t.spec.shape)), human_bytes(t.nbytes))
+            for t in conversion.tensors
+        ]
+        print_table(("tensor", "type", "shape", "bytes"), rows, numbers_from=2)
+    size_table(
+        (t.spec.role, t.kind.name, t.spec.source_elements, t.nbytes) for t in conversion.tensors
+    )
+
+
+def _summary(conversion: "Conversion") -> dict[str, Any]:
+    """The plan, as --plan reads it, and what it comes to."""
+    from json import loads
+
+    parameters = sum(tensor.spec.source_elements for tensor in conversion.tensors)
+    return {
+        **loads(conversion.plan.to_json()),
+        "parameters": parameters,
+        "bytes": conversion.nbytes,
+        "bpw": conversion.nbytes * 8 / parameters,
+    }
+
+
+def _text(path: Path) -> str:
+    from dots1_local.errors import UsageError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the plan {path}: {error}") from None
+
+
+def _size(text: str | None) -> int | None:
+    """Bytes from '48G', '500MB' or a plain number; decimal units."""
+    if text is None:
+        return None
+    digits = text.upper().removesuffix("B")
+    scale = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(digits[-1:], 1)
+    number = digits if scale == 1 else digits[:-1]
+    try:
+        size = int(float(number) * scale)
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise typer.BadParameter(f"{text!r} is no size such as 48G or 500M")
+    return size

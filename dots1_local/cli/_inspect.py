@@ -1,0 +1,5 @@
+"""`dots1 inspect` (being written)."""
+
+
+def inspect() -> None:
+    """Not yet."""

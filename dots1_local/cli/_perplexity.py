@@ -1,0 +1,5 @@
+"""`dots1 perplexity` (being written)."""
+
+
+def perplexity() -> None:
+    """Not yet."""

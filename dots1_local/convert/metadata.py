@@ -1,0 +1,83 @@
+"""config.json, model card and recipe to GGUF keys."""
+
+from gguf import ExpertGatingFuncType, GGUFWriter, Metadata
+
+from dots1_local.architecture import Dots1Config
+from dots1_local.checkpoint import Checkpoint
+from dots1_local.errors import CheckpointError
+from dots1_local.quant.importance import Importance
+from dots1_local.quant.plan import QuantPlan
+
+__all__ = ["end_tokens", "write_metadata"]
+
+
+def write_metadata(
+    writer: GGUFWriter, checkpoint: Checkpoint, plan: QuantPlan, importance: Importance | None
+) -> None:
+    """Add every key but the tokenizer's."""
+    _general(writer, checkpoint)
+    _architecture(writer, checkpoint.config, plan.expert_width)
+    writer.add_file_type(plan.file_type)
+    writer.add_quantization_version(2)
+    writer.add_string("dots1_local.recipe", plan.recipe)
+    if importance is not None:
+        _importance(writer, importance)
+
+
+def _general(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """Name, licence, languages and the like, as gguf-py reads them off the model card."""
+    writer.add_type("model")
+    try:
+        metadata = Metadata.load(None, checkpoint.path.resolve(), None, 0)
+    except Exception as error:  # gguf-py checks nothing: a bad card fails in any way there is
+        raise CheckpointError(
+            f"the model card {checkpoint.path / 'README.md'} is not readable: {error}"
+        ) from None
+    metadata.name = metadata.name or checkpoint.path.resolve().name
+    metadata.set_gguf_meta_model(writer)
+
+
+def _architecture(writer: GGUFWriter, config: Dots1Config, expert_width: int) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    writer.add_expert_count(config.n_routed_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_feed_forward_length(expert_width)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    # Every published router form means sigmoid; without this key llama.cpp aborts on loading.
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+
+
+def _importance(writer: GGUFWriter, importance: Importance) -> None:
+    """What the weights were steered by, under stock llama-quantize's keys and with its hash."""
+    writer.add_string("quantize.imatrix.file", importance.path.name)
+    if importance.datasets:
+        writer.add_string("quantize.imatrix.dataset", ", ".join(importance.datasets))
+    writer.add_uint32("quantize.imatrix.entries_count", len(importance.names))
+    if importance.chunk_count:
+        writer.add_uint32("quantize.imatrix.chunks_count", importance.chunk_count)
+    writer.add_string("dots1_local.imatrix.sha256", importance.sha256)
+
+
+def end_tokens(checkpoint: Checkpoint) -> list[int]:
+    """The ids generation ends with: generation_config.json's first, then config.json's."""
+    ends: list[int] = []
+    for raw in (checkpoint.generation_config, checkpoint.raw_config):
+        value = raw.get("eos_token_id")
+        for index in value if isinstance(value, list) else [value]:
+            if isinstance(index, int) and index not in ends:
+                ends.append(index)
+    return ends

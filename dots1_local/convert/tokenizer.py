@@ -1,0 +1,151 @@
+"""tokenizer.json to GGUF's tokenizer keys.
+
+llama.cpp knows the Qwen2 pre-tokeniser by name, so only that one is accepted; anything else
+would tokenise differently without a word.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+
+from dots1_local.checkpoint import load_json
+from dots1_local.errors import CheckpointError
+
+__all__ = ["Tokenizer", "read_tokenizer"]
+
+# The split pattern of Qwen2's tokenizer.json, which llama.cpp calls "qwen2".
+_QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_END_OF_RESPONSE = "<|endofresponse|>"
+_END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Everything GGUF needs to know of a tokenizer; `tokens` is as long as vocab_size."""
+
+    tokens: tuple[str, ...]
+    types: tuple[int, ...]
+    merges: tuple[str, ...]
+    eos: int
+    eot: int
+    pad: int | None
+    chat_template: str | None
+
+    def write(self, writer: GGUFWriter) -> None:
+        """Add the keys. No BOS: llama.cpp would otherwise begin every text with token 11."""
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("qwen2")
+        writer.add_token_list(list(self.tokens))
+        writer.add_token_types(list(self.types))
+        writer.add_token_merges(list(self.merges))
+        writer.add_eos_token_id(self.eos)
+        writer.add_eot_token_id(self.eot)
+        if self.pad is not None:
+            writer.add_pad_token_id(self.pad)
+        writer.add_add_bos_token(False)
+        if self.chat_template is not None:
+            writer.add_chat_template(self.chat_template)
+
+
+def read_tokenizer(folder: Path, vocab_size: int, end_tokens: list[int]) -> Tokenizer:
+    """Read tokenizer.json and what is beside it.
+
+    `end_tokens` are the ids the configs end generation with, most specific first.
+
+    Raises:
+        CheckpointError: missing or broken files, another pre-tokeniser, ids beyond vocab_size.
+    """
+    path = folder / "tokenizer.json"
+    raw = load_json(path)
+    try:
+        vocab, merges = _ordinary(raw)
+        added = {int(t["id"]): (str(t["content"]), bool(t["special"])) for t in raw["added_tokens"]}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CheckpointError(f"{path} is no byte-level BPE tokenizer") from None
+    if not _has_qwen2_split(raw.get("pre_tokenizer")):
+        raise CheckpointError(
+            f"{path} has another pre-tokeniser than Qwen2's, which is the one dots1 models use"
+        )
+    tokens, types = _table(path, vocab, added, vocab_size)
+    eos, eot = _end_pair(path, tokens, end_tokens)
+    pad = _pad_token(folder, tokens)
+    return Tokenizer(tokens, types, merges, eos, eot, pad, _chat_template(folder))
+
+
+def _ordinary(raw: dict[str, Any]) -> tuple[dict[str, int], tuple[str, ...]]:
+    model = raw["model"]
+    if model["type"] != "BPE":
+        raise ValueError("not BPE")
+    vocab = {str(token): int(index) for token, index in model["vocab"].items()}
+    pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    return vocab, tuple(pairs)
+
+
+def _has_qwen2_split(pre_tokenizer: Any) -> bool:
+    if not isinstance(pre_tokenizer, dict):
+        return False
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    patterns = [s.get("pattern", {}).get("Regex") for s in steps if s.get("type") == "Split"]
+    return patterns == [_QWEN2_SPLIT]
+
+
+def _table(
+    path: Path, vocab: dict[str, int], added: dict[int, tuple[str, bool]], vocab_size: int
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Tokens and types by id; rows without a token become `[PADn]`, as stock names them."""
+    by_id = {index: (token, TokenType.NORMAL) for token, index in vocab.items()}
+    if len(by_id) != len(vocab):
+        raise CheckpointError(f"{path} gives two tokens the same id")
+    for index, (token, special) in added.items():
+        by_id[index] = (token, TokenType.CONTROL if special else TokenType.USER_DEFINED)
+    highest = max(by_id, default=-1)
+    if not by_id or min(by_id) < 0 or highest >= vocab_size:
+        raise CheckpointError(
+            f"{path} has token id {highest}, but config.json's vocab_size is only {vocab_size}"
+        )
+    rows = [by_id.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(vocab_size)]
+    return tuple(token for token, _ in rows), tuple(int(kind) for _, kind in rows)
+
+
+def _end_pair(path: Path, tokens: tuple[str, ...], end_tokens: list[int]) -> tuple[int, int]:
+    """The two ids generation stops at.
+
+    GGUF holds one id each for end of sequence and end of turn. The checkpoint's own choice comes
+    first; `<|endofresponse|>` and `<|endoftext|>` fill up the pair.
+    """
+    ends = [index for index in end_tokens if 0 <= index < len(tokens)]
+    ids = {token: index for index, token in enumerate(tokens)}
+    for name in (_END_OF_RESPONSE, _END_OF_TEXT):
+        if name in ids and ids[name] not in ends:
+            ends.append(ids[name])
+    if not ends:
+        raise CheckpointError(f"neither {path} nor the configs name a token that ends a response")
+    return ends[0], ends[1] if len(ends) > 1 else ends[0]
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return load_json(path) if path.exists() else {}
+
+
+def _pad_token(folder: Path, tokens: tuple[str, ...]) -> int | None:
+    pad = _tokenizer_config(folder).get("pad_token")
+    if isinstance(pad, dict):
+        pad = pad.get("content")
+    return tokens.index(pad) if pad in tokens else None
+
+
+def _chat_template(folder: Path) -> str | None:
+    """From chat_template.jinja, where newer transformers put it, or tokenizer_config.json."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = _tokenizer_config(folder).get("chat_template")
+    if isinstance(template, list):  # several named ones; "default" is the chat
+        template = {t.get("name"): t.get("template") for t in template}.get("default")
+    return template if isinstance(template, str) else None

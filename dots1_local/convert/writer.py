@@ -1,0 +1,239 @@
+"""GGUF out: every byte's place is known up front, so that threads may write anywhere.
+
+Data goes to `NAME.partial`, and a journal beside it records each finished tensor with checksums
+of its pieces. A killed run finds both, checks what the journal promises, and goes on from there.
+The file gets its name only when it is complete.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+import numpy as np
+from gguf import GGUFWriter
+from numpy.typing import NDArray
+
+from dots1_local.errors import Dots1Error
+from dots1_local.quant.plan import PlannedTensor
+
+__all__ = ["ALIGNMENT", "Journal", "Output", "Slot", "lay_out"]
+
+ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor's bytes go."""
+
+    tensor: PlannedTensor
+    file: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """One GGUF, in one file or several: headers, names and the place of every tensor."""
+
+    paths: tuple[Path, ...]
+    headers: tuple[bytes, ...]
+    sizes: tuple[int, ...]
+    slots: tuple[Slot, ...]
+
+    @property
+    def path(self) -> Path:
+        """What to load: the file, or the first of its shards."""
+        return self.paths[0]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def partials(self) -> tuple[Path, ...]:
+        return tuple(path.with_name(path.name + ".partial") for path in self.paths)
+
+
+def lay_out(
+    path: Path, writer: GGUFWriter, tensors: Sequence[PlannedTensor], split_max_size: int | None
+) -> Output:
+    """Serialise the header(s) with `writer`, which holds the keys, and place every tensor."""
+    writer.split_max_size = split_max_size or 0
+    for tensor in tensors:
+        spec, kind = tensor.spec, tensor.kind
+        writer.add_tensor_info(spec.name, spec.shape, np.float32, tensor.nbytes, kind.ggml)
+    with TemporaryDirectory() as folder:
+        writer.write_header_to_file(Path(folder) / path.name)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        names = sorted(Path(folder).iterdir())
+        headers = tuple(_aligned(name.read_bytes()) for name in names)
+        paths = tuple(path.with_name(name.name) for name in names)
+    shard_of = {name: i for i, shard in enumerate(writer.tensors) for name in shard}
+    ends = [len(header) for header in headers]
+    slots = []
+    for tensor in tensors:
+        file = shard_of[tensor.spec.name]
+        slots.append(Slot(tensor, file, ends[file]))
+        ends[file] += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return Output(paths, headers, tuple(ends), tuple(slots))
+
+
+def _aligned(data: bytes) -> bytes:
+    return data + bytes(-len(data) % ALIGNMENT)
+
+
+class Journal:
+    """The open output files of one conversion and the record of what is finished in them.
+
+    Use as a context manager. `done` holds the tensors that a former run finished and that still
+    read back with the checksums it recorded.
+    """
+
+    def __init__(self, output: Output, fingerprint: str) -> None:
+        self.output = output
+        self.done: set[str] = set()
+        self._path = output.path.with_name(output.path.name + ".journal")
+        digest = hashlib.sha256(fingerprint.encode())
+        for header in output.headers:
+            digest.update(header)
+        self._identity = digest.hexdigest()
+        self._files: list[int] = []
+        self._journal: IO[str]
+
+    def __enter__(self) -> "Journal":
+        try:
+            self._journal = open(self._path, "a+", encoding="utf-8")
+            self._lock()
+            _check_space(self.output)
+            self._files = [os.open(p, os.O_RDWR | os.O_CREAT, 0o666) for p in self.output.partials]
+            if not self._resume():
+                self._begin()
+        except OSError as error:
+            raise _disk_error(self.output.path, error) from error
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for fd in self._files:
+            os.close(fd)
+        self._journal.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Dots1Error(f"another conversion is writing {self.output.path}") from None
+
+    def _begin(self) -> None:
+        self._journal.truncate(0)
+        self._record({"identity": self._identity})
+        for fd, header, size in zip(
+            self._files, self.output.headers, self.output.sizes, strict=True
+        ):
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, size)
+            _write_all(fd, memoryview(header), 0)
+
+    def _resume(self) -> bool:
+        """Take over a former run's work; False if there is none or it was of another file."""
+        self._journal.seek(0)
+        lines = [_parsed(line) for line in self._journal]
+        if not lines or lines[0].get("identity") != self._identity:
+            return False
+        intact = all(
+            os.fstat(fd).st_size == size and os.pread(fd, len(header), 0) == header
+            for fd, header, size in zip(
+                self._files, self.output.headers, self.output.sizes, strict=True
+            )
+        )
+        if not intact:
+            return False
+        slots = {slot.tensor.spec.name: slot for slot in self.output.slots}
+        for line in lines[1:]:
+            slot = slots.get(line.get("tensor", ""))
+            if slot and self._reads_back(slot, line):
+                self.done.add(slot.tensor.spec.name)
+        return True
+
+    def _reads_back(self, slot: Slot, line: Mapping[str, Any]) -> bool:
+        offset, end = slot.offset, slot.offset + slot.tensor.nbytes
+        for size, crc in line["pieces"]:
+            if zlib.crc32(os.pread(self._files[slot.file], size, offset)) != crc:
+                return False
+            offset += size
+        return offset == end
+
+    def write(self, slot: Slot, data: NDArray[np.uint8], offset: int) -> tuple[int, int]:
+        """Put a piece `offset` bytes into a tensor; returns its size and checksum."""
+        view = data.reshape(-1).data
+        try:
+            _write_all(self._files[slot.file], view, slot.offset + offset)
+        except OSError as error:
+            raise _disk_error(self.output.path, error) from error
+        return len(view), zlib.crc32(view)
+
+    def finish(self, slot: Slot, pieces: Sequence[tuple[int, int]]) -> None:
+        """Record a tensor as complete; `pieces` are what `write` returned, in order."""
+        self._record({"tensor": slot.tensor.spec.name, "pieces": pieces})
+
+    def _record(self, line: Mapping[str, Any]) -> None:
+        try:
+            self._journal.write(json.dumps(line) + "\n")
+            self._journal.flush()
+        except OSError as error:
+            raise _disk_error(self.output.path, error) from error
+
+    def publish(self) -> None:
+        """Give the complete files their names and forget the journal."""
+        try:
+            for fd in self._files:
+                os.fsync(fd)
+            for partial, path in zip(self.output.partials, self.output.paths, strict=True):
+                os.replace(partial, path)
+            self._path.unlink()
+        except OSError as error:
+            raise _disk_error(self.output.path, error) from error
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """A journal line; the last may be torn by the kill and then counts as not written."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _check_space(output: Output) -> None:
+    """Refuse before the first byte what the disk cannot hold; blocks already written count."""
+    have = sum(p.stat().st_blocks * 512 for p in output.partials if p.exists())
+    free = shutil.disk_usage(output.path.parent).free
+    if output.total_bytes - have > free:
+        raise Dots1Error(
+            f"{output.path.parent} has {free / 1e9:.1f} GB free, but {output.path.name} needs "
+            f"{(output.total_bytes - have) / 1e9:.1f} GB; free some or write elsewhere"
+        )
+
+
+def _write_all(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _disk_error(path: Path, error: OSError) -> Dots1Error:
+    if error.errno == errno.ENOSPC:
+        return Dots1Error(
+            f"the disk is full; what is written of {path} is kept: free some space and run the "
+            "same command again"
+        )
+    return Dots1Error(f"cannot write {path}: {error.strerror or error}")

@@ -1,0 +1,88 @@
+"""A quantisation plan: the type every tensor gets. Decided once, read by everything after."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from dots1_local.architecture import Dots1Config, TensorSpec, inventory
+from dots1_local.errors import UsageError
+from dots1_local.quant.types import QuantType, quant_type
+
+__all__ = ["PlannedTensor", "QuantPlan"]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor and the type it will be stored in."""
+
+    spec: TensorSpec
+    kind: QuantType
+
+    @property
+    def row_bytes(self) -> int:
+        return self.kind.row_bytes(self.spec.columns)
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Types by GGUF tensor name, and the width routed experts are padded to.
+
+    `file_type` is llama.cpp's id for the mix (`general.file_type`), a label and nothing more.
+    """
+
+    recipe: str
+    expert_width: int
+    file_type: int
+    types: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "types", MappingProxyType(dict(self.types)))
+
+    def tensors(self, config: Dots1Config) -> tuple[PlannedTensor, ...]:
+        """The model's tensors in file order, each with its type.
+
+        Raises:
+            UsageError: the plan is for another model: a tensor has no type or does not fit it.
+        """
+        return tuple(self._planned(spec) for spec in inventory(config, self.expert_width))
+
+    def _planned(self, spec: TensorSpec) -> PlannedTensor:
+        if spec.name not in self.types:
+            raise UsageError(f"the plan gives {spec.name} no type; it was made for another model")
+        planned = PlannedTensor(spec, quant_type(self.types[spec.name]))
+        if not planned.kind.fits(spec.columns):
+            raise UsageError(
+                f"{planned.kind.name} does not fit {spec.name}: its rows of {spec.columns} are "
+                f"no multiple of {planned.kind.block}"
+            )
+        return planned
+
+    def to_json(self) -> str:
+        """A small file that a person can read, edit and hand back."""
+        fields = {
+            "recipe": self.recipe,
+            "expert_width": self.expert_width,
+            "file_type": self.file_type,
+            "types": dict(self.types),
+        }
+        return json.dumps(fields, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "QuantPlan":
+        """Read what `to_json` wrote.
+
+        Raises:
+            UsageError: not such a file.
+        """
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            types = {str(name): quant_type(str(kind)).name for name, kind in raw["types"].items()}
+            return cls(str(raw["recipe"]), int(raw["expert_width"]), int(raw["file_type"]), types)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"this is no quantisation plan: {error}") from None

@@ -1,0 +1,141 @@
+"""Recipes: from a name to a type for every tensor.
+
+A recipe is a stock mix (what llama-quantize writes) or one of ours, the *dynamic* mixes: what
+every token passes through stays high, routed experts go low, and their down projections, which
+damage the model most, one step higher than gate and up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dots1_local.architecture import Dots1Config, TensorSpec, inventory, padded_width
+from dots1_local.errors import UsageError
+from dots1_local.quant.overrides import Override, overridden
+from dots1_local.quant.plan import QuantPlan
+from dots1_local.quant.stock import STOCK_MIXES, is_quantisable, stock_mix, stock_types
+from dots1_local.quant.types import TYPES
+
+__all__ = ["DYNAMIC_MIXES", "DynamicMix", "Padding", "make_plan", "recipe_names"]
+
+Padding = Literal["off", "on", "auto"]
+
+
+@dataclass(frozen=True)
+class DynamicMix:
+    """Types by role. `down` is for rows that take blocks of 256, `narrow_down` for others.
+
+    `always` covers attention, shared experts and the dense layer; `vocabulary` head and embedding.
+    """
+
+    always: str
+    vocabulary: str
+    gate_up: str
+    down: str
+    narrow_down: str
+    stock_relative: str  # the stock mix whose file type id labels ours
+    low: bool = False  # wants down under the 4.5 bits that narrow rows cost: may pad
+
+    def type_of(self, spec: TensorSpec) -> str:
+        """The type for one quantisable tensor, or what fits its rows instead."""
+        if spec.role in ("embedding", "head"):
+            choice, narrow = self.vocabulary, "Q8_0"
+        elif spec.role != "routed":
+            choice, narrow = self.always, "Q8_0"
+        elif spec.part == "ffn_down_exps":
+            choice, narrow = self.down, self.narrow_down
+        else:
+            choice, narrow = self.gate_up, "IQ4_NL"
+        return next((t for t in (choice, narrow, "F16") if TYPES[t].fits(spec.columns)), "F32")
+
+
+DYNAMIC_MIXES: dict[str, DynamicMix] = {
+    "DQ2": DynamicMix("Q6_K", "Q6_K", "IQ2_XXS", "IQ3_XXS", "IQ4_NL", "IQ2_XXS", low=True),
+    "DQ3": DynamicMix("Q8_0", "Q6_K", "IQ3_XXS", "Q4_K", "IQ4_NL", "IQ3_XXS"),
+    "DQ4": DynamicMix("Q8_0", "Q6_K", "Q4_K", "Q5_K", "Q5_0", "Q4_K_M"),
+    "DQ5": DynamicMix("Q8_0", "Q8_0", "Q5_K", "Q6_K", "Q5_1", "Q5_K_M"),
+    "DQ6": DynamicMix("Q8_0", "Q8_0", "Q6_K", "Q8_0", "Q8_0", "Q6_K"),
+}
+
+# The same sizes for those who have no importance matrix, in types that bear its absence.
+_WITHOUT_IMPORTANCE: dict[str, DynamicMix] = {
+    "DQ2": DynamicMix("Q6_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL", "Q2_K"),
+    "DQ3": DynamicMix("Q8_0", "Q6_K", "Q3_K", "Q4_K", "IQ4_NL", "Q3_K_M"),
+}
+
+
+def recipe_names() -> list[str]:
+    """Every name `make_plan` takes."""
+    return [*DYNAMIC_MIXES, *STOCK_MIXES]
+
+
+def make_plan(
+    config: Dots1Config,
+    recipe: str,
+    *,
+    has_importance: bool = False,
+    padding: Padding = "auto",
+    overrides: Sequence[Override] = (),
+) -> QuantPlan:
+    """Decide every tensor's type and the width experts are stored in.
+
+    Raises:
+        UsageError: no recipe of that name.
+    """
+    name = recipe.upper()
+    if name in DYNAMIC_MIXES:
+        return _dynamic_plan(config, name, has_importance, padding, overrides)
+    if name not in STOCK_MIXES:
+        raise UsageError(f"no recipe {recipe!r}; there are {', '.join(recipe_names())}")
+    width = _width(config, padded=padding == "on")
+    types = stock_types(
+        inventory(config, width),
+        name,
+        n_expert=config.n_routed_experts,
+        has_importance=has_importance,
+        overrides=overrides,
+    )
+    return QuantPlan(name, width, stock_mix(name).file_type, types)
+
+
+def _dynamic_plan(
+    config: Dots1Config,
+    name: str,
+    has_importance: bool,
+    padding: Padding,
+    overrides: Sequence[Override],
+) -> QuantPlan:
+    mix, label = DYNAMIC_MIXES[name], name
+    if not has_importance and name in _WITHOUT_IMPORTANCE:
+        mix, label = _WITHOUT_IMPORTANCE[name], f"{name} without importance"
+    plans = [
+        QuantPlan(label, width, stock_mix(mix.stock_relative).file_type, types)
+        for width in _widths(config, padding if mix.low or padding != "auto" else "off")
+        for types in [_dynamic_types(inventory(config, width), mix, overrides)]
+    ]
+    # Padding lifts the floor under rows that blocks of 256 do not fit; "auto" takes it where it
+    # saves more than the added zeros cost (1408 to 1536: yes; 192 to 256: no).
+    return min(plans, key=lambda plan: sum(t.nbytes for t in plan.tensors(config)))
+
+
+def _dynamic_types(
+    tensors: Sequence[TensorSpec], mix: DynamicMix, overrides: Sequence[Override]
+) -> dict[str, str]:
+    types = {}
+    for spec in tensors:
+        chosen = "F32"
+        if is_quantisable(spec):
+            chosen = overridden(spec.name, overrides) or mix.type_of(spec)
+        types[spec.name] = chosen
+    return types
+
+
+def _widths(config: Dots1Config, padding: Padding) -> list[int]:
+    if padding == "auto":
+        return sorted({_width(config, padded=False), _width(config, padded=True)})
+    return [_width(config, padded=padding == "on")]
+
+
+def _width(config: Dots1Config, *, padded: bool) -> int:
+    width = config.moe_intermediate_size
+    return padded_width(width) if padded else width

@@ -1,5 +1,117 @@
-"""`dots1 inspect` (being written)."""
+"""`dots1 inspect`: what a GGUF file or a checkpoint holds."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dots1_local.cli._output import Json, human_bytes, print_json
+from dots1_local.cli._table import print_table, size_table
+
+if TYPE_CHECKING:
+    from dots1_local.inspection import InspectedTensor, Inspection
+
+__all__ = ["inspect"]
+
+_SHOWN_ITEMS = 4
+_SHOWN_CHARACTERS = 120
 
 
-def inspect() -> None:
-    """Not yet."""
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(help="A GGUF file (any shard of a split one) or a checkpoint folder.")
+    ],
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor with type, shape and size.")
+    ] = False,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="List the metadata keys, long values abbreviated.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a model file holds, by role of its tensors.
+
+    dots1 inspect dots1-Q4_K_M.gguf
+
+    dots1 inspect --tensors checkpoint/
+    """
+    from dots1_local.inspection import inspect_path
+
+    inspection = inspect_path(path)
+    if as_json:
+        print_json(_as_json(inspection))
+        return
+    _print_summary(inspection)
+    if tensors:
+        print()
+        _print_tensors(inspection.tensors)
+    if keys:
+        print()
+        _print_keys(inspection.keys)
+
+
+def _print_summary(inspection: "Inspection") -> None:
+    files = len(inspection.files)
+    print(
+        f"{inspection.path}: {inspection.architecture} {inspection.kind}, "
+        f"{files} file{'s' * (files != 1)}, {human_bytes(inspection.nbytes)} of tensors, "
+        f"{_human_count(inspection.parameters)} parameters, {inspection.bpw:.3f} bits per weight\n"
+    )
+    size_table((each.role, each.type, each.parameters, each.nbytes) for each in inspection.tensors)
+
+
+def _human_count(count: int) -> str:
+    return f"{count / 1e9:.3f} B" if count >= 1e9 else f"{count / 1e6:.3f} M"
+
+
+def _print_tensors(tensors: "Iterable[InspectedTensor]") -> None:
+    rows = (
+        (each.name, each.role, each.type, "×".join(map(str, each.shape)), human_bytes(each.nbytes))
+        for each in tensors
+    )
+    print_table(("tensor", "role", "type", "shape", "bytes"), rows, numbers_from=3)
+
+
+def _print_keys(keys: Mapping[str, Any]) -> None:
+    rows = ((key, _abbreviated(value)) for key, value in keys.items())
+    print_table(("key", "value"), rows, numbers_from=2)
+
+
+def _abbreviated(value: Any) -> str:
+    """A value on one line; JSON, so that no control character of a file reaches the terminal."""
+    if isinstance(value, list) and len(value) > _SHOWN_ITEMS:
+        shown = ", ".join(map(_abbreviated, value[:_SHOWN_ITEMS]))
+        return f"[{shown}, … {len(value):,} in all]"
+    text = json.dumps(value, ensure_ascii=False)
+    if len(text) > _SHOWN_CHARACTERS:
+        return f"{text[:_SHOWN_CHARACTERS]}… ({len(text):,} characters)"
+    return text
+
+
+def _as_json(inspection: "Inspection") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "path": str(inspection.path),
+        "kind": inspection.kind,
+        "architecture": inspection.architecture,
+        "files": list(inspection.files),
+        "parameters": inspection.parameters,
+        "bytes": inspection.nbytes,
+        "bpw": inspection.bpw,
+        "roles": _by_role(inspection.tensors),
+        "tensors": [asdict(tensor) for tensor in inspection.tensors],
+        "keys": dict(inspection.keys),
+    }
+
+
+def _by_role(tensors: "Iterable[InspectedTensor]") -> dict[str, dict[str, int]]:
+    sums: dict[str, dict[str, int]] = {}
+    for each in tensors:
+        role = sums.setdefault(each.role, {"tensors": 0, "parameters": 0, "bytes": 0})
+        role["tensors"] += 1
+        role["parameters"] += each.parameters
+        role["bytes"] += each.nbytes
+    return sums

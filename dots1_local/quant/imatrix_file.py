@@ -82,18 +82,18 @@ def read_sums(index: ImatrixFile, name: str) -> NDArray[np.float32]:
 
 
 def _read_gguf(path: Path, file: BinaryIO) -> ImatrixFile:
-    header = read_header(path)
-    chunks, chunk_size = header.keys.get(_CHUNKS), header.keys.get(_CHUNK_SIZE)
-    datasets = header.keys.get(_DATASETS)
+    keys, table = read_header(path)
+    chunks, chunk_size, datasets = (keys.get(key) for key in (_CHUNKS, _CHUNK_SIZE, _DATASETS))
     if not (isinstance(chunks, int) and isinstance(chunk_size, int) and isinstance(datasets, list)):
         raise Dots1Error(
             f"{path} is no importance file: it lacks {_DATASETS}, {_CHUNKS} or {_CHUNK_SIZE}"
         )
+    tensors = {tensor.name: tensor for tensor in table}
     names = sorted(
-        {name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS)}
-        | {name.removesuffix(_COUNTS) for name in header.tensors if name.endswith(_COUNTS)}
+        {name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)}
+        | {name.removesuffix(_COUNTS) for name in tensors if name.endswith(_COUNTS)}
     )
-    entries = {name: _gguf_entry(path, file, name, header.tensors) for name in names}
+    entries = {name: _gguf_entry(path, file, name, tensors) for name in names}
     return ImatrixFile(path, False, entries, tuple(map(str, datasets)), chunks, chunk_size)
 
 
@@ -101,7 +101,7 @@ def _gguf_entry(path: Path, file: BinaryIO, name: str, tensors: Mapping[str, GGU
     sums, counts = tensors.get(name + _SUMS), tensors.get(name + _COUNTS)
     if sums is None or counts is None:
         raise Dots1Error(f"{path}: {name} has sums without counts or counts without sums")
-    if sums.kind.name != "F32" or counts.kind.name != "F32":
+    if sums.type != "F32" or counts.type != "F32":
         raise Dots1Error(f"{path}: the sums and counts of {name} must be F32")
     values, parts = sums.nbytes // 4, counts.nbytes // 4
     if not parts or not values or values % parts:

@@ -98,21 +98,25 @@ def routed_experts(
     x: Tensor, chosen: Tensor, shares: Tensor, weights: Weights, observe: Observer | None = None
 ) -> Tensor:
     """The chosen experts' outputs, weighted by `shares` and summed, for each row of `x`."""
+    # (row, slot) pairs grouped by expert: one gather, one scatter, whatever the number of experts
+    order = chosen.flatten().argsort(stable=True)
+    rows = order // chosen.shape[-1]
     # unbind, not indexing: the gradient of w[e] would be a tensor as large as w, for every e
     gates, ups, downs = (
         weights[f"mlp.experts.{name}_proj"].unbind() for name in ("gate", "up", "down")
     )
-    out = torch.zeros_like(x, dtype=torch.float32)
-    for expert, (gate, up, down) in enumerate(zip(gates, ups, downs, strict=True)):
-        rows, slots = (chosen == expert).nonzero(as_tuple=True)
+    counts = chosen.flatten().bincount(minlength=len(gates)).tolist()
+    outputs = []
+    for expert, inputs in enumerate(x.index_select(0, rows).split(counts)):
+        prefix = f"mlp.experts.{expert}"
         matrices = {
-            f"mlp.experts.{expert}.gate_proj.weight": gate,
-            f"mlp.experts.{expert}.up_proj.weight": up,
-            f"mlp.experts.{expert}.down_proj.weight": down,
+            f"{prefix}.gate_proj.weight": gates[expert],
+            f"{prefix}.up_proj.weight": ups[expert],
+            f"{prefix}.down_proj.weight": downs[expert],
         }
-        y = dense_ffn(x.index_select(0, rows), matrices, f"mlp.experts.{expert}", observe)
-        out = out.index_add(0, rows, y.float() * shares[rows, slots, None])
-    return out
+        outputs.append(dense_ffn(inputs, matrices, prefix, observe))
+    weighted = torch.cat(outputs).float() * shares.flatten()[order, None]
+    return torch.zeros_like(x, dtype=torch.float32).index_add_(0, rows, weighted)
 
 
 def moe(x: Tensor, weights: Weights, config: Dots1Config, observe: Observer | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from llama_cpp import _logger
 from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
-from dots1_local.gguf_header import read_header
+from dots1_local.gguf_header import GGUFTensor, read_header
 from dots1_local.quant.overrides import Override
 from dots1_local.quant.types import quant_type
 
@@ -100,10 +100,20 @@ def _random(rng: np.random.Generator, spec: TensorSpec) -> NDArray[np.generic]:
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
+def tensors_of(path: Path) -> dict[str, GGUFTensor]:
+    """The tensor table of a GGUF file."""
+    return {tensor.name: tensor for tensor in read_header(path)[1]}
+
+
+def read_bytes(path: Path, tensor: GGUFTensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor."""
+    return np.fromfile(path, np.uint8, tensor.nbytes, offset=tensor.offset)
+
+
 def read_rows(path: Path, name: str) -> NDArray[np.float32]:
     """A BF16 tensor of such a model as float32."""
-    tensor = read_header(path).tensors[name]
-    raw = np.fromfile(path, np.uint16, tensor.nbytes // 2, offset=tensor.offset)
+    tensor = tensors_of(path)[name]
+    raw = read_bytes(path, tensor).view(np.uint16)
     return (raw.astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
 
 
@@ -130,7 +140,9 @@ def stock_types(
 ) -> dict[str, str]:
     """The types that llama_model_quantize would write, out of what its dry run logs."""
     log = _quantise(source, Path("unused"), file_type, importance, overrides, dry_run=True)
-    pattern = r"\[ *\d+/ *\d+\] (\S+) +- \[.*?\], type = +(\S+), size = .*? MiB(?: -> .*?\((\S+)\))?\n"
+    pattern = (
+        r"\[ *\d+/ *\d+\] (\S+) +- \[.*?\], type = +(\S+), size = .*? MiB(?: -> .*?\((\S+)\))?\n"
+    )
     rows = re.findall(pattern, log)
     return {name: quant_type(after or before).name for name, before, after in rows}
 
@@ -171,10 +183,10 @@ def captured_log() -> Iterator[list[str]]:
     """What llama.cpp logs, piece by piece."""
     pieces: list[str] = []
 
-    @llama_cpp.llama_log_callback
-    def keep(level: int, text: bytes, user_data: object) -> None:
+    def append(level: int, text: bytes, user_data: object) -> None:
         pieces.append(text.decode(errors="replace"))
 
+    keep = llama_cpp.llama_log_callback(append)
     llama_cpp.llama_log_set(keep, None)
     try:
         yield pieces

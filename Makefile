@@ -1,0 +1,50 @@
+# make demo    set up and show the main job on the example model
+# make test    set up, then lint, types and tests
+# make bench   time and memory of conversion at real width, beside stock llama.cpp
+
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= build
+BIN := $(VENV)/bin
+TINY := examples/dots1-tiny
+DEMO := $(BUILD)/dots1-tiny-DQ4.gguf
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test bench lint types clean
+
+demo: $(VENV)/.installed
+	@$(BIN)/python tools/demo.py $(TINY) $(BUILD)
+
+test: lint types
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.bench_convert --work $(BUILD)/bench
+
+clean:
+	rm -rf $(BUILD) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# llama-cpp-python is compiled here, with the RPC backend. pip may hand back a wheel that was
+# built with other flags, so the build is asked what it can do, and made again if it must be.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	CMAKE_ARGS="-DGGML_RPC=on -DLLAVA_BUILD=off" $(BIN)/pip install --quiet \
+		--no-binary llama-cpp-python --editable .
+	$(BIN)/python tools/check_engine.py || CMAKE_ARGS="-DGGML_RPC=on -DLLAVA_BUILD=off" \
+		$(BIN)/pip install --quiet --force-reinstall --no-deps --no-cache-dir \
+		--no-binary llama-cpp-python llama-cpp-python
+	$(BIN)/python tools/check_engine.py
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-binary llama-cpp-python --editable '.[torch,dev]'
+	touch $@

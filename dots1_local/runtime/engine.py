@@ -1,0 +1,278 @@
+"""A dots1 GGUF loaded into llama.cpp: tokens in, logits out.
+
+This is llama.cpp's C API as the llama-cpp-python bindings expose it, not their `Llama` class,
+which cannot place experts and keeps logits for a whole context. No call here computes more than
+one ubatch, so that Ctrl-C is heard between two of them.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from llama_cpp import llama_cpp as llama
+from numpy.typing import NDArray
+
+from dots1_local.errors import Dots1Error, GGUFError, UsageError
+from dots1_local.gguf_file import GGUFFile
+from dots1_local.progress import Progress, silent
+from dots1_local.quant.types import quant_type
+from dots1_local.runtime import engine_log
+from dots1_local.runtime.hardware import physical_cores
+
+__all__ = ["Engine", "Entry"]
+
+_SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
+_FLASH_ATTENTION = {None: -1, False: 0, True: 1}  # enum llama_flash_attn_type
+_LONGEST_PIECE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One token of a ubatch: where it stands, in which sequence, whether its logits are wanted."""
+
+    token: int
+    position: int
+    sequence: int = 0
+    wanted: bool = False
+
+
+class Engine:
+    """A model and one context on the CPU; use it in a `with` statement.
+
+    `n_ctx` is what one sequence may hold; `vocab` is a llama.cpp handle.
+    """
+
+    def __init__(self, gguf: GGUFFile, model: Any, context: Any, n_ctx: int, n_ubatch: int) -> None:
+        self.gguf = gguf
+        self.n_ctx = n_ctx
+        self.n_ubatch = n_ubatch
+        self._model, self.context = model, context
+        self._memory = llama.llama_get_memory(context)
+        self._batch = llama.llama_batch_init(n_ubatch, 0, 1)
+        self.vocab = llama.llama_model_get_vocab(model)
+        self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocab)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        n_ctx: int = 4096,
+        n_ubatch: int = 512,
+        n_sequences: int = 1,
+        threads: int | None = None,
+        flash_attention: bool | None = None,
+        kv_type: str = "F16",
+        all_logits: bool = False,
+        progress: Progress = silent,
+    ) -> Self:
+        """Load the model and make a context of `n_sequences` × `n_ctx` tokens.
+
+        `n_ctx` 0 is the length the model was trained for. `all_logits` makes room for the logits of
+        a whole ubatch; without it, one row a sequence can be asked for. `flash_attention` None
+        leaves the choice to llama.cpp.
+
+        Raises:
+            GGUFError: unreadable, another architecture, or something llama.cpp refuses.
+            Dots1Error: no memory for the context.
+        """
+        gguf = GGUFFile.open(path)
+        check_loadable(gguf)
+        n_ctx = n_ctx or _trained_length(gguf)
+        n_ubatch = min(n_ubatch, n_ctx * n_sequences)
+        params = llama.llama_context_default_params()
+        params.n_ctx = n_ctx * n_sequences
+        params.n_seq_max = n_sequences
+        params.n_batch = params.n_ubatch = n_ubatch
+        params.n_outputs_max = n_ubatch if all_logits else n_sequences
+        params.n_threads = params.n_threads_batch = threads or physical_cores()
+        params.flash_attn_type = _FLASH_ATTENTION[flash_attention]
+        params.type_k = params.type_v = quant_type(kv_type).ggml
+        params.no_perf = True
+        model = _load_model(gguf, progress)
+        return cls(gguf, model, _make_context(gguf, model, params), n_ctx, n_ubatch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the context and the model; a second call does nothing."""
+        if self.context is not None:
+            llama.llama_batch_free(self._batch)
+            llama.llama_free(self.context)
+            llama.llama_model_free(self._model)
+            self.context = self._model = self.vocab = None
+
+    def tokenize(self, text: str, *, special: bool, add_bos: bool = False) -> list[int]:
+        """Token ids of `text`; only with `special` does "<|system|>" in it become that token.
+
+        `add_bos` follows the file's own rule (`tokenizer.ggml.add_bos_token`).
+        """
+        raw = text.encode("utf-8", errors="replace")
+        room = len(raw) + 2
+        tokens = (llama.llama_token * room)()
+        count = llama.llama_tokenize(self.vocab, raw, len(raw), tokens, room, add_bos, special)
+        if count < 0:
+            raise Dots1Error("llama.cpp could not tokenise the text")
+        return list(tokens[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for, which may be part of a character; none for a control one."""
+        size = 64
+        while size <= _LONGEST_PIECE:
+            buffer = ctypes.create_string_buffer(size)
+            count: int = llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+        raise GGUFError(f"{self.gguf.files[0]} has a token of {size} bytes (id {token})")
+
+    def is_end(self, token: int) -> bool:
+        """Whether a response ends here: end of sequence, end of turn, or what else llama.cpp knows.
+
+        Ids come from the file; what llama.cpp assumes without them (token 11, a comma) does not
+        count.
+        """
+        keys = self.gguf.keys
+        if token in (
+            keys.get("tokenizer.ggml.eos_token_id"),
+            keys.get("tokenizer.ggml.eot_token_id"),
+        ):
+            return True
+        assumed = "tokenizer.ggml.eos_token_id" not in keys and token == llama.llama_vocab_eos(
+            self.vocab
+        )
+        return bool(llama.llama_vocab_is_eog(self.vocab, token)) and not assumed
+
+    def decode(
+        self, tokens: Sequence[int], position: int, sequence: int = 0
+    ) -> NDArray[np.float32]:
+        """Append `tokens` at `position` of a sequence; the logits (n_vocab,) of the last one."""
+        last = len(tokens) - 1
+        entries = [Entry(t, position + i, sequence, i == last) for i, t in enumerate(tokens)]
+        rows = np.empty((0, self.n_vocab), np.float32)
+        for start in range(0, len(entries), self.n_ubatch):
+            rows = self.submit(entries[start : start + self.n_ubatch])
+        return rows[-1]
+
+    def decode_all(
+        self, tokens: Sequence[int], position: int, sequence: int = 0
+    ) -> Iterator[NDArray[np.float32]]:
+        """The same, yielding the logits (n, n_vocab) of all tokens a ubatch at a time.
+
+        Each array is llama.cpp's own and valid until the next one; needs `all_logits`.
+        """
+        entries = [Entry(t, position + i, sequence, True) for i, t in enumerate(tokens)]
+        for start in range(0, len(entries), self.n_ubatch):
+            yield self.submit(entries[start : start + self.n_ubatch])
+
+    def submit(self, entries: Sequence[Entry]) -> NDArray[np.float32]:
+        """Compute one ubatch; the logits (wanted entries, n_vocab), valid until the next call.
+
+        Raises:
+            UsageError: more entries than a ubatch holds.
+            Dots1Error: llama.cpp failed; its context is full, or memory ran out.
+        """
+        if not 0 < len(entries) <= self.n_ubatch:
+            raise UsageError(f"a ubatch holds 1 to {self.n_ubatch} tokens, not {len(entries)}")
+        self._fill(entries)
+        with engine_log.errors() as errors:
+            status = llama.llama_decode(self.context, self._batch)
+        if status == 1:
+            raise Dots1Error(f"the context of {self.n_ctx} tokens is full")
+        if status:
+            raise Dots1Error(f"llama.cpp failed to compute ({status}): {errors.last()}")
+        wanted = sum(entry.wanted for entry in entries)
+        if not wanted:
+            return np.empty((0, self.n_vocab), np.float32)
+        logits = llama.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(logits, shape=(wanted, self.n_vocab))
+
+    def _fill(self, entries: Sequence[Entry]) -> None:
+        batch = self._batch
+        batch.n_tokens = len(entries)
+        for place, entry in enumerate(entries):
+            batch.token[place] = entry.token
+            batch.pos[place] = entry.position
+            batch.n_seq_id[place] = 1
+            batch.seq_id[place][0] = entry.sequence
+            batch.logits[place] = entry.wanted
+
+    def forget(self, position: int = 0, sequence: int = -1) -> None:
+        """Drop what is cached from `position` on, of one sequence or (-1) of all."""
+        llama.llama_memory_seq_rm(self._memory, sequence, position, -1)
+
+
+def check_loadable(gguf: GGUFFile) -> None:
+    """Refuse what llama.cpp would load wrong, or abort the process over.
+
+    Raises:
+        GGUFError: another architecture, no model at all, or a wrong expert gating function.
+    """
+    path = gguf.files[0]
+    architecture = gguf.keys.get("general.architecture")
+    if architecture != "dots1":
+        raise GGUFError(f"{path} is a {architecture!r} model; dots1-local runs dots1 models only")
+    if not gguf.tensors:
+        raise GGUFError(f"{path} holds no tensors; it is a vocabulary, not a model")
+    gating = gguf.keys.get("dots1.expert_gating_func")
+    if gating != _SIGMOID:
+        found = "no dots1.expert_gating_func" if gating is None else f"expert gating {gating!r}"
+        raise GGUFError(
+            f"{path} has {found} where dots1 needs {_SIGMOID} (sigmoid); convert the checkpoint "
+            "again with dots1 convert"
+        )
+
+
+def _trained_length(gguf: GGUFFile) -> int:
+    length = gguf.keys.get("dots1.context_length")
+    if not isinstance(length, int) or length < 1:
+        raise GGUFError(f"{gguf.files[0]} has no dots1.context_length; name a context size")
+    return length
+
+
+def _load_model(gguf: GGUFFile, progress: Progress) -> Any:
+    params = llama.llama_model_default_params()
+    params.n_gpu_layers = 0
+    total, interrupted = gguf.nbytes, []
+
+    @llama.llama_progress_callback
+    def report(fraction: float, _: Any) -> bool:
+        try:
+            progress(int(fraction * total), total, "bytes", "loading")
+        except BaseException as error:  # Ctrl-C arrives here; ctypes would swallow it
+            interrupted.append(error)
+        return not interrupted
+
+    params.progress_callback = report
+    with engine_log.errors() as errors:
+        model = llama.llama_model_load_from_file(bytes(gguf.files[0]), params)
+    if interrupted:
+        raise interrupted[0]
+    if model is None:
+        raise GGUFError(f"llama.cpp cannot load {gguf.files[0]}: {errors.last()}")
+    return model
+
+
+def _make_context(gguf: GGUFFile, model: Any, params: Any) -> Any:
+    with engine_log.errors() as errors:
+        context = llama.llama_init_from_model(model, params)
+    if context is None:
+        llama.llama_model_free(model)
+        raise Dots1Error(
+            f"llama.cpp cannot make a context of {params.n_ctx} tokens for {gguf.files[0]} "
+            f"(try a smaller one): {errors.last()}"
+        )
+    return context

@@ -1,0 +1,46 @@
+"""What llama.cpp logs: kept out of the terminal, its complaints kept for our error messages."""
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llama_cpp import llama_cpp as llama
+
+__all__ = ["Errors", "errors"]
+
+_WARNING, _ERROR = 2, 3  # enum ggml_log_level
+_lines: deque[str] = deque(maxlen=64)
+
+
+class Errors:
+    """The complaints logged since a `with errors()` began."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def last(self) -> str:
+        """The most telling one: the first error, which later ones only repeat in other words."""
+        return self.lines[0] if self.lines else "it did not say why"
+
+
+@contextmanager
+def errors() -> Iterator[Errors]:
+    """Collect the errors that calls into llama.cpp log in this block."""
+    found = Errors()
+    _lines.clear()
+    try:
+        yield found
+    finally:
+        found.lines = list(_lines)
+
+
+@llama.llama_log_callback
+def _keep(level: int, text: bytes, _: Any) -> None:
+    line = text.decode("utf-8", errors="replace").strip()
+    if level == _ERROR and line:
+        _lines.append(re.sub(r"^\w+: ", "", line))  # the C++ function's name says nothing
+
+
+llama.llama_log_set(_keep, None)

@@ -1,0 +1,32 @@
+"""The example model, and conversions of it that the whole run shares."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dots1_local.convert import convert
+
+Converted = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The trained example checkpoint."""
+    return Path(__file__).parent.parent / "examples" / "dots1-tiny"
+
+
+@pytest.fixture(scope="session")
+def converted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """Convert the example once for each recipe and options: `converted("Q4_K_M")`."""
+    folder = tmp_path_factory.mktemp("gguf")
+
+    def make(recipe: str, **options: Any) -> Path:
+        label = "-".join([recipe, *(f"{k}={Path(str(v)).name}" for k, v in options.items())])
+        path = folder / f"{label}.gguf"
+        if not path.exists():
+            convert(tiny, path, recipe, **options)
+        return path
+
+    return make

@@ -1,0 +1,128 @@
+"""A random dots1 GGUF small enough to write and load in milliseconds, made by gguf-py alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import ExpertGatingFuncType, GGUFWriter, TokenType
+
+from dots1_local.architecture import Dots1Config, TensorSpec, inventory
+
+SPECIALS = (
+    "<|endoftext|>", "<|system|>", "<|endofsystem|>", "<|userprompt|>", "<|endofuserprompt|>",
+    "<|response|>", "<|endofresponse|>",
+)  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}<|system|>{{ m.content }}<|endofsystem|>"
+    "{% elif m.role == 'user' %}<|userprompt|>{{ m.content }}<|endofuserprompt|>"
+    "{% else %}<|response|>{{ m.content }}<|endofresponse|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|response|>{% endif %}"
+)
+MERGES = ("h e", "l l", "he ll", "hell o")
+# GPT-2's stand-in for each byte: itself where it prints, else the next code point from 256 up.
+PRINTING = {*range(33, 127), *range(161, 173), *range(174, 256)}
+OTHERS = sorted(set(range(256)) - PRINTING)
+BYTES = [chr(b if b in PRINTING else 256 + OTHERS.index(b)) for b in range(256)]
+TOKENS = [*BYTES, "he", "ll", "hell", "hello", *SPECIALS, "[PAD267]"]
+TYPES = [TokenType.NORMAL] * 260 + [TokenType.CONTROL] * len(SPECIALS) + [TokenType.UNUSED]
+EOT, EOS = TOKENS.index("<|endoftext|>"), TOKENS.index("<|endofresponse|>")
+
+CONFIG = Dots1Config(
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=32,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+    routed_scaling_factor=2.5,
+    norm_topk_prob=True,
+    vocab_size=len(TOKENS),
+    rms_norm_eps=1e-5,
+    rope_theta=1e7,
+    max_position_embeddings=1024,
+)
+
+
+def write_random_gguf(
+    path: Path,
+    *,
+    seed: int = 0,
+    without: Sequence[str] = (),
+    template: str | None = TEMPLATE,
+    types: Sequence[int] = TYPES,
+    tensors: dict[str, np.ndarray[Any, Any]] | None = None,
+    architecture: str = "dots1",
+    shard_tensors: int = 0,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Write it and return its tensors by GGUF name; `without` leaves tensors and keys out."""
+    writer = GGUFWriter(path, architecture, split_max_tensors=shard_tensors)
+    _add_keys(writer, architecture, without)
+    _add_tokenizer(writer, types, template)
+    values = random_tensors(seed) | (tensors or {})
+    for name, value in values.items():
+        if name not in without:
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+def random_tensors(seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    return {spec.name: _values(spec, rng) for spec in inventory(CONFIG)}
+
+
+def _values(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    if spec.role == "norm":
+        return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+    return (rng.standard_normal(spec.shape) / np.sqrt(spec.columns)).astype(np.float32)
+
+
+def _add_keys(writer: GGUFWriter, architecture: str, without: Sequence[str]) -> None:
+    numbers = {
+        "block_count": CONFIG.num_hidden_layers,
+        "context_length": CONFIG.max_position_embeddings,
+        "embedding_length": CONFIG.hidden_size,
+        "feed_forward_length": CONFIG.intermediate_size,
+        "attention.head_count": CONFIG.num_attention_heads,
+        "attention.head_count_kv": CONFIG.num_key_value_heads,
+        "attention.key_length": CONFIG.head_dim,
+        "attention.value_length": CONFIG.head_dim,
+        "leading_dense_block_count": CONFIG.first_k_dense_replace,
+        "expert_count": CONFIG.n_routed_experts,
+        "expert_used_count": CONFIG.num_experts_per_tok,
+        "expert_shared_count": CONFIG.n_shared_experts,
+        "expert_feed_forward_length": CONFIG.moe_intermediate_size,
+        "expert_gating_func": int(ExpertGatingFuncType.SIGMOID),
+        "vocab_size": CONFIG.vocab_size,
+    }
+    for key, number in numbers.items():
+        if key not in without:
+            writer.add_uint32(f"{architecture}.{key}", number)
+    writer.add_bool(f"{architecture}.expert_weights_norm", CONFIG.norm_topk_prob)
+    writer.add_float32(f"{architecture}.expert_weights_scale", CONFIG.routed_scaling_factor)
+    writer.add_float32(f"{architecture}.rope.freq_base", CONFIG.rope_theta)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", CONFIG.rms_norm_eps)
+
+
+def _add_tokenizer(writer: GGUFWriter, types: Sequence[int], template: str | None) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([int(kind) for kind in types])
+    writer.add_token_merges(list(MERGES))
+    writer.add_eos_token_id(EOS)
+    writer.add_eot_token_id(EOT)
+    writer.add_add_bos_token(False)
+    if template is not None:
+        writer.add_chat_template(template)

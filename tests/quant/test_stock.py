@@ -1,0 +1,225 @@
+"""Stock mixes against the installed llama.cpp: types at any geometry, and bytes."""
+
+import hashlib
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from dots1_local.architecture import Dots1Config, inventory
+from dots1_local.errors import UsageError
+from dots1_local.gguf_header import read_header
+from dots1_local.quant.encode import encode
+from dots1_local.quant.overrides import overridden, parse_overrides
+from dots1_local.quant.stock import (
+    STOCK_MIXES,
+    needs_importance,
+    require_importance,
+    stock_mix,
+    stock_types,
+)
+from dots1_local.quant.types import TYPES, quant_type
+from tests.quant import stock_llama
+from tests.quant.stock_llama import FULL, StockError
+
+MIXES = sorted({mix.name for mix in STOCK_MIXES.values()})
+# Any entry makes stock believe that there is importance; a dry run does not look further.
+SOME = {"x": np.ones(1, np.float32)}
+
+# Stock wants importance for at least one of their tensors.
+REFUSED = [
+    "IQ1_M", "IQ1_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_XS", "IQ3_XXS", "Q2_K_S",
+]  # fmt: skip
+
+# Rows of whole K-blocks and of less, in as few weights as can be: IQ1_M takes its time.
+SMALL = replace(
+    FULL,
+    hidden_size=256, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1,
+    head_dim=32, intermediate_size=32, moe_intermediate_size=32, n_routed_experts=2,
+    n_shared_experts=1, num_experts_per_tok=1, vocab_size=40,
+)  # fmt: skip
+
+
+def our_types(config: Dots1Config, mix: str, measured: bool, *overrides: str) -> dict[str, str]:
+    return stock_types(
+        inventory(config),
+        mix,
+        n_expert=config.n_routed_experts,
+        has_importance=measured,
+        overrides=parse_overrides(overrides),
+    )
+
+
+@pytest.fixture(scope="module")
+def full_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stock_llama.write_model(tmp_path_factory.mktemp("full") / "full.gguf", FULL)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stock_llama.write_model(tmp_path_factory.mktemp("small") / "small.gguf", SMALL, seed=0)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("mix", MIXES)
+def test_types_of_the_full_model(full_model: Path, mix: str, measured: bool) -> None:
+    importance = SOME if measured else None
+    stock = stock_llama.stock_types(full_model, STOCK_MIXES[mix].file_type, importance)
+    assert our_types(FULL, mix, measured) == stock
+    assert len(stock) == 990
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Dots1Config:
+    heads = draw(st.integers(1, 3))
+    return replace(
+        SMALL,
+        hidden_size=draw(st.sampled_from([8, 96, 256, 288, 512])),
+        num_hidden_layers=draw(st.sampled_from([1, 2, 7, 8, 17, 33])),
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=draw(st.sampled_from([20, 96, 512])),
+        moe_intermediate_size=draw(st.sampled_from([16, 32, 128, 256])),
+        n_routed_experts=draw(st.sampled_from([1, 2, 4, 8, 16])),
+        num_experts_per_tok=1,
+        n_shared_experts=draw(st.integers(1, 2)),
+        first_k_dense_replace=draw(st.integers(0, 1)),
+    )
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    config=configs(),
+    measured=st.booleans(),
+    mixes=st.lists(st.sampled_from(MIXES), min_size=8, max_size=8, unique=True),
+)
+def test_types_of_any_model(
+    tmp_path: Path, config: Dots1Config, measured: bool, mixes: list[str]
+) -> None:
+    model = stock_llama.write_model(tmp_path / "any.gguf", config)
+    for mix in mixes:
+        stock = stock_llama.stock_types(
+            model, STOCK_MIXES[mix].file_type, SOME if measured else None
+        )
+        assert our_types(config, mix, measured) == stock, mix
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q3_K_M", "IQ2_XXS", "Q4_K_S", "MXFP4_MOE", "IQ3_XS"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["ffn_down=q6_k"],
+        ["attn_v=q8_0", r"blk\.1?[0-5]\.ffn=iq4_xs"],  # attn_v is no longer counted
+        [r"blk\.[0-3]\.attn_v=f16", "attn=q5_k", "embd|output=q4_0"],  # the first one wins
+        ["blk.1.=f32", ".=IQ3_S"],
+    ],
+)
+def test_overrides(full_model: Path, mix: str, overrides: list[str]) -> None:
+    stock = stock_llama.stock_types(
+        full_model, STOCK_MIXES[mix].file_type, SOME, parse_overrides(overrides)
+    )
+    assert our_types(FULL, mix, True, *overrides) == stock
+
+
+def test_overrides_apply_to_files_that_are_not_quantised() -> None:
+    types = our_types(FULL, "BF16", False, "ffn_.*_exps=q8_0")
+    assert types["blk.1.ffn_up_exps.weight"] == "Q8_0"
+    assert types["blk.1.ffn_up_shexp.weight"] == "BF16"
+
+
+def test_override_ignores_case() -> None:
+    (override,) = parse_overrides([r"FFN_\Down=Q8_0"])
+    assert overridden("blk.0.ffn_down.weight", [override]) == "Q8_0"
+    assert overridden("blk.0.ffn_7own.weight", [override]) is None
+
+
+@pytest.mark.parametrize("text", ["attn_q", "=q8_0", "attn_q=", "attn_(=q8_0", "attn_q=q9_0"])
+def test_bad_override(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_overrides([text])
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_bytes_with_importance(small_model: Path, tmp_path: Path, mix: str) -> None:
+    compare_files(small_model, tmp_path / "out.gguf", mix, measured=True)
+
+
+@pytest.mark.parametrize("mix", [mix for mix in MIXES if mix not in REFUSED])
+def test_bytes_without_importance(small_model: Path, tmp_path: Path, mix: str) -> None:
+    compare_files(small_model, tmp_path / "out.gguf", mix, measured=False)
+
+
+@pytest.mark.parametrize("mix", REFUSED)
+def test_refused_without_importance(small_model: Path, tmp_path: Path, mix: str) -> None:
+    """And for the tensor that stock names."""
+    with pytest.raises(StockError) as stock:
+        stock_llama.stock_quantise(small_model, tmp_path / "x", STOCK_MIXES[mix].file_type)
+    types = our_types(SMALL, mix, False)
+    offending, target = re.findall(r"(?:offending tensor|target type): (\S+)", str(stock.value))
+    assert types[offending] == target.upper()
+    assert needs_importance(offending, types[offending], mix)
+    with pytest.raises(UsageError):
+        require_importance(types, (), mix)
+
+
+def compare_files(source: Path, target: Path, mix: str, measured: bool) -> None:
+    importance = stock_llama.random_importance(SMALL) if measured else None
+    stock_llama.stock_quantise(source, target, STOCK_MIXES[mix].file_type, importance)
+    types = our_types(SMALL, mix, measured)
+    require_importance(types, importance or (), mix)
+    assert read_header(target)[0]["general.file_type"] == STOCK_MIXES[mix].file_type
+    written = stock_llama.tensors_of(target)
+    assert {name: tensor.type for name, tensor in written.items()} == types
+    for name, tensor in written.items():
+        stock = hash_of(stock_llama.read_bytes(target, tensor))
+        assert our_hash(source, name, types[name], measured) == stock, name
+
+
+@cache
+def our_hash(model: Path, name: str, type_name: str, measured: bool) -> str:
+    """Of what our encoder makes of a tensor; most tensors have one type in many mixes."""
+    source = stock_llama.tensors_of(model)[name]
+    if source.type == "F32":
+        return hash_of(stock_llama.read_bytes(model, source))
+    rows = stock_llama.read_rows(model, name)
+    weights = stock_llama.random_importance(SMALL).get(name) if measured else None
+    encoded = [
+        encode(expert, TYPES[type_name], None if weights is None else weights[index])
+        for index, expert in enumerate(rows.reshape(-1, *rows.shape[-2:]))
+    ]
+    return hash_of(np.concatenate(encoded))
+
+
+def hash_of(data: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(data.tobytes()).hexdigest()
+
+
+def test_missing_importance_is_refused_by_name_and_type() -> None:
+    types = our_types(FULL, "IQ2_XXS", True)
+    covered = {name for name in types if name != "blk.7.ffn_up_exps.weight"}
+    with pytest.raises(UsageError, match=r"blk\.7\.ffn_up_exps\.weight would be IQ2_XXS"):
+        require_importance(types, covered, "IQ2_XXS")
+    require_importance(types, types.keys(), "IQ2_XXS")
+
+
+def test_encoders_that_insist_on_importance_are_refused_for_the_embedding_too() -> None:
+    # Stock lets this through and then aborts in the encoder.
+    types = our_types(FULL, "Q4_K_M", False, "token_embd=iq2_xs")
+    with pytest.raises(UsageError, match=r"token_embd\.weight would be IQ2_XS"):
+        require_importance(types, (), "Q4_K_M")
+
+
+def test_mix_names() -> None:
+    assert stock_mix("q4_k").name == "Q4_K_M"
+    assert stock_mix("iq2_xxs").file_type == 19
+    assert quant_type(stock_mix("IQ2_S").default).name == "IQ2_XS"
+    with pytest.raises(UsageError, match="no mix 'Q4_K_XL'; there are"):
+        stock_mix("Q4_K_XL")

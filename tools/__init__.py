@@ -1,0 +1,1 @@
+"""What maintainers run: training the example, making test checkpoints, the demo."""

@@ -232,6 +232,7 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
         ("moe_layer_freq", (None, 1)),
         ("hidden_act", (None, "silu")),
         ("attention_bias", (None, False)),
+        ("use_sliding_window", (None, False)),
     ):
         if raw.get(key) not in allowed:
             raise CheckpointError(

@@ -150,15 +150,13 @@ class Checkpoint:
 
 def read_exactly(fd: int, buffer: NDArray[np.uint8], offset: int, path: Path) -> None:
     """Fill `buffer` from `offset` of an open file; threads may share the descriptor."""
-    view = buffer.data
-    while view:
-        try:
-            count = os.preadv(fd, [view], offset)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-        if count == 0:
+    done = 0
+    while done < buffer.size:
+        data = os.pread(fd, buffer.size - done, offset + done)
+        if not data:
             raise CheckpointError(f"{path} ended early; it was truncated while being read")
-        view, offset = view[count:], offset + count
+        buffer[done : done + len(data)] = np.frombuffer(data, np.uint8)
+        done += len(data)
 
 
 def load_json(path: Path) -> dict[str, Any]:

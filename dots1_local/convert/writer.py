@@ -112,14 +112,22 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         try:
-            self._journal = open(self._path, "a+", encoding="utf-8")
-            self._lock()
             _check_space(self.output)
-            self._files = [os.open(p, os.O_RDWR | os.O_CREAT, 0o666) for p in self.output.partials]
+            self._journal = open(self._path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise _disk_error(self.output.path, error) from error
+        try:
+            self._lock()
+            for path in self.output.partials:
+                self._files.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
             if not self._resume():
                 self._begin()
         except OSError as error:
+            self.__exit__()
             raise _disk_error(self.output.path, error) from error
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -145,8 +153,7 @@ class Journal:
 
     def _resume(self) -> bool:
         """Take over a former run's work; False if there is none or it was of another file."""
-        self._journal.seek(0)
-        lines = [_parsed(line) for line in self._journal]
+        lines = self._recorded()
         if not lines or lines[0].get("identity") != self._identity:
             return False
         intact = all(
@@ -164,9 +171,16 @@ class Journal:
                 self.done.add(slot.tensor.spec.name)
         return True
 
+    def _recorded(self) -> list[dict[str, Any]]:
+        """The journal's lines; one torn by the kill is cut off, so that the next starts clean."""
+        self._journal.seek(0)
+        whole = [line for line in self._journal if line.endswith("\n")]
+        self._journal.truncate(sum(len(line.encode()) for line in whole))
+        return [_parsed(line) for line in whole]
+
     def _reads_back(self, slot: Slot, line: Mapping[str, Any]) -> bool:
         offset, end = slot.offset, slot.offset + slot.tensor.nbytes
-        for size, crc in line["pieces"]:
+        for size, crc in line.get("pieces", ()):
             if zlib.crc32(os.pread(self._files[slot.file], size, offset)) != crc:
                 return False
             offset += size
@@ -205,7 +219,7 @@ class Journal:
 
 
 def _parsed(line: str) -> dict[str, Any]:
-    """A journal line; the last may be torn by the kill and then counts as not written."""
+    """A journal line; one that is no record counts as not written."""
     try:
         value = json.loads(line)
     except ValueError:

@@ -119,7 +119,9 @@ def routed_experts(
     return torch.zeros_like(x, dtype=torch.float32).index_add_(0, rows, weighted)
 
 
-def moe(x: Tensor, weights: Weights, config: Dots1Config, observe: Observer | None = None) -> Tensor:
+def moe(
+    x: Tensor, weights: Weights, config: Dots1Config, observe: Observer | None = None
+) -> Tensor:
     """Routed experts plus the shared expert, which is added unscaled."""
     rows = x.flatten(0, -2)
     if observe is not None:

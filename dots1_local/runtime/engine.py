@@ -55,6 +55,12 @@ class Engine:
         self._batch = llama.llama_batch_init(n_ubatch, 0, 1)
         self.vocab = llama.llama_model_get_vocab(model)
         self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocab)
+        self._ends = {gguf.keys.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")}
+        adds_bos = llama.llama_vocab_get_add_bos(self.vocab)
+        self.bos: int | None = llama.llama_vocab_bos(self.vocab) if adds_bos else None
+        # Without the key llama.cpp ends responses at token 11, which is a comma here.
+        known = "tokenizer.ggml.eos_token_id" in gguf.keys
+        self._assumed_end = None if known else llama.llama_vocab_eos(self.vocab)
 
     @classmethod
     def open(
@@ -129,7 +135,7 @@ class Engine:
         return list(tokens[:count])
 
     def piece(self, token: int) -> bytes:
-        """The bytes a token stands for, which may be part of a character; none for a control one."""
+        """The bytes a token stands for, maybe a part of a character; none for a control token."""
         size = 64
         while size <= _LONGEST_PIECE:
             buffer = ctypes.create_string_buffer(size)
@@ -140,21 +146,10 @@ class Engine:
         raise GGUFError(f"{self.gguf.files[0]} has a token of {size} bytes (id {token})")
 
     def is_end(self, token: int) -> bool:
-        """Whether a response ends here: end of sequence, end of turn, or what else llama.cpp knows.
-
-        Ids come from the file; what llama.cpp assumes without them (token 11, a comma) does not
-        count.
-        """
-        keys = self.gguf.keys
-        if token in (
-            keys.get("tokenizer.ggml.eos_token_id"),
-            keys.get("tokenizer.ggml.eot_token_id"),
-        ):
-            return True
-        assumed = "tokenizer.ggml.eos_token_id" not in keys and token == llama.llama_vocab_eos(
-            self.vocab
+        """Whether a response ends with this token."""
+        return token in self._ends or (
+            token != self._assumed_end and bool(llama.llama_vocab_is_eog(self.vocab, token))
         )
-        return bool(llama.llama_vocab_is_eog(self.vocab, token)) and not assumed
 
     def decode(
         self, tokens: Sequence[int], position: int, sequence: int = 0
@@ -162,10 +157,10 @@ class Engine:
         """Append `tokens` at `position` of a sequence; the logits (n_vocab,) of the last one."""
         last = len(tokens) - 1
         entries = [Entry(t, position + i, sequence, i == last) for i, t in enumerate(tokens)]
-        rows = np.empty((0, self.n_vocab), np.float32)
         for start in range(0, len(entries), self.n_ubatch):
             rows = self.submit(entries[start : start + self.n_ubatch])
-        return rows[-1]
+        logits: NDArray[np.float32] = rows[-1]
+        return logits
 
     def decode_all(
         self, tokens: Sequence[int], position: int, sequence: int = 0
@@ -248,7 +243,7 @@ def _load_model(gguf: GGUFFile, progress: Progress) -> Any:
     params.n_gpu_layers = 0
     total, interrupted = gguf.nbytes, []
 
-    @llama.llama_progress_callback
+    @llama.llama_progress_callback  # type: ignore[untyped-decorator]
     def report(fraction: float, _: Any) -> bool:
         try:
             progress(int(fraction * total), total, "bytes", "loading")

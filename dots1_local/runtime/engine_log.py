@@ -10,7 +10,7 @@ from llama_cpp import llama_cpp as llama
 
 __all__ = ["Errors", "errors"]
 
-_WARNING, _ERROR = 2, 3  # enum ggml_log_level
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR; the binding's own table is of an older llama.cpp
 _lines: deque[str] = deque(maxlen=64)
 
 
@@ -36,7 +36,7 @@ def errors() -> Iterator[Errors]:
         found.lines = list(_lines)
 
 
-@llama.llama_log_callback
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep(level: int, text: bytes, _: Any) -> None:
     line = text.decode("utf-8", errors="replace").strip()
     if level == _ERROR and line:

@@ -2,7 +2,7 @@
 
 import codecs
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -67,7 +67,7 @@ class Session:
     ) -> None:
         self._sampler.__exit__(kind, error, trace)
 
-    def ask(self, text: str, max_tokens: int | None = None) -> Iterator[str]:
+    def ask(self, text: str, max_tokens: int | None = None) -> Generator[str]:
         """Say `text` and stream the answer, whole characters at a time.
 
         The turn becomes part of the conversation when the answer ends, also where it is cut off by
@@ -88,7 +88,7 @@ class Session:
 
     def _answer(
         self, asked: list[Message], prompt: list[int], limit: int, max_tokens: int | None
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         start = time.perf_counter()
         reused = self._process(prompt)
         begun = time.perf_counter()

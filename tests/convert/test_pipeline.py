@@ -125,9 +125,7 @@ def test_other_input_types_are_read(tmp_path: Path, dtype: type) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     saved = load_file(source / "model.safetensors")[name]
     assert saved.dtype == dtype
-    np.testing.assert_array_equal(
-        found["blk.0.ffn_down.weight"][1], saved.astype(np.float32)
-    )
+    np.testing.assert_array_equal(found["blk.0.ffn_down.weight"][1], saved.astype(np.float32))
 
 
 def test_keys(tiny: Path, converted) -> None:  # type: ignore[no-untyped-def]
@@ -192,7 +190,9 @@ def test_importance_steers_and_is_recorded(tmp_path: Path) -> None:
             np.ones(len(s.sources), np.float32))
         for n, s in specs.items() if len(s.shape) > 1
     } | {name: (sums, np.ones(4, np.float32))}  # fmt: skip
-    write_gguf(tmp_path / "imatrix.gguf", everything, datasets=["text"], chunk_count=1, chunk_size=512)
+    write_gguf(
+        tmp_path / "imatrix.gguf", everything, datasets=["text"], chunk_count=1, chunk_size=512
+    )
     convert(source, tmp_path / "out.gguf", "DQ2", padding="on", imatrix=tmp_path / "imatrix.gguf")
     kind, raw = tensors(tmp_path / "out.gguf")[name]
     assert kind == "IQ2_XXS"

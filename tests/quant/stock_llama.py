@@ -85,16 +85,16 @@ def _fill(path: Path, config: Dots1Config, seed: int | None) -> None:
         file.truncate(-(-end // 32) * 32)
         if seed is None:
             return
-        rng = np.random.Generator(np.random.PCG64(seed))
+        rng = np.random.RandomState(seed)
         for spec, offset in zip(inventory(config), offsets, strict=True):
             file.seek(offset)
             file.write(_random(rng, spec).tobytes())
 
 
-def _random(rng: np.random.Generator, spec: TensorSpec) -> NDArray[np.generic]:
-    # Integers through exact arithmetic: the same bits on every machine and numpy.
-    values = rng.integers(-1000, 1001, spec.elements).astype(np.float32) / np.float32(32768)
-    values[rng.integers(0, spec.elements, 1 + spec.elements // 200)] *= np.float32(8)
+def _random(rng: np.random.RandomState, spec: TensorSpec) -> NDArray[np.generic]:
+    # A frozen generator, integers and exact arithmetic: the same bits on every machine.
+    values = rng.randint(-1000, 1001, spec.elements).astype(np.float32) / np.float32(32768)
+    values[rng.randint(0, spec.elements, 1 + spec.elements // 200)] *= np.float32(8)
     if source_type(spec) == "F32":
         return values
     return (values.view(np.uint32) >> 16).astype(np.uint16)
@@ -197,9 +197,9 @@ def captured_log() -> Iterator[list[str]]:
 @cache
 def random_importance(config: Dots1Config, seed: int = 1) -> dict[str, NDArray[np.float32]]:
     """Importance, (experts, columns), for every tensor that an imatrix run covers."""
-    rng = np.random.Generator(np.random.PCG64(seed))
+    rng = np.random.RandomState(seed)
     return {
-        spec.name: (rng.integers(1, 10000, (spec.rows // spec.shape[-2], spec.columns)) ** 2 / 1e6)
+        spec.name: (rng.randint(1, 10000, (spec.rows // spec.shape[-2], spec.columns)) ** 2 / 1e6)
         .astype(np.float32)
         for spec in inventory(config)
         if spec.role in ("attention", "dense", "shared", "routed")

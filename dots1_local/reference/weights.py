@@ -1,0 +1,58 @@
+"""Weights for the reference, read from a checkpoint one layer at a time."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dots1_local.architecture import TensorSpec, inventory
+from dots1_local.checkpoint import Checkpoint
+
+
+def load_layer(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+    """One layer's tensors in F32, named and stacked as `layers` wants them.
+
+    Raises:
+        CheckpointError: a tensor is missing or unreadable.
+    """
+    prefix = f"model.layers.{layer}."
+    return {
+        _stacked_name(spec).removeprefix(prefix): _read(checkpoint, spec)
+        for spec in inventory(checkpoint.config)
+        if spec.layer == layer
+    }
+
+
+def load_layers(checkpoint: Checkpoint) -> Iterator[dict[str, Tensor]]:
+    """Every layer in turn; a layer's memory is free once the caller lets go of it."""
+    for layer in range(checkpoint.config.num_hidden_layers):
+        yield load_layer(checkpoint, layer)
+
+
+def load_outer(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What belongs to no layer: embedding, last norm and head, under their full names."""
+    return {
+        _stacked_name(spec): _read(checkpoint, spec)
+        for spec in inventory(checkpoint.config)
+        if spec.layer is None
+    }
+
+
+def _stacked_name(spec: TensorSpec) -> str:
+    """`...mlp.experts.0.up_proj.weight` and its fellows become `...mlp.experts.up_proj`."""
+    first = spec.sources[0]
+    return first.replace("experts.0.", "experts.").removesuffix(".weight") if _many(spec) else first
+
+
+def _many(spec: TensorSpec) -> bool:
+    return spec.role == "routed"
+
+
+def _read(checkpoint: Checkpoint, spec: TensorSpec) -> Tensor:
+    if not _many(spec):
+        return torch.from_numpy(checkpoint.read(spec.sources[0]))
+    stacked = np.empty(spec.shape, np.float32)
+    for expert, source in enumerate(spec.sources):
+        stacked[expert] = checkpoint.read(source)
+    return torch.from_numpy(stacked)

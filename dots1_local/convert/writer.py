@@ -108,12 +108,12 @@ class Journal:
             digest.update(header)
         self._identity = digest.hexdigest()
         self._files: list[int] = []
-        self._journal: IO[str]
+        self._journal: IO[bytes]
 
     def __enter__(self) -> "Journal":
         try:
             _check_space(self.output)
-            self._journal = open(self._path, "a+", encoding="utf-8")
+            self._journal = open(self._path, "a+b")
         except OSError as error:
             raise _disk_error(self.output.path, error) from error
         try:
@@ -174,8 +174,8 @@ class Journal:
     def _recorded(self) -> list[dict[str, Any]]:
         """The journal's lines; one torn by the kill is cut off, so that the next starts clean."""
         self._journal.seek(0)
-        whole = [line for line in self._journal if line.endswith("\n")]
-        self._journal.truncate(sum(len(line.encode()) for line in whole))
+        whole = [line for line in self._journal if line.endswith(b"\n")]
+        self._journal.truncate(sum(map(len, whole)))
         return [_parsed(line) for line in whole]
 
     def _reads_back(self, slot: Slot, line: Mapping[str, Any]) -> bool:
@@ -201,7 +201,7 @@ class Journal:
 
     def _record(self, line: Mapping[str, Any]) -> None:
         try:
-            self._journal.write(json.dumps(line) + "\n")
+            self._journal.write(json.dumps(line).encode() + b"\n")
             self._journal.flush()
         except OSError as error:
             raise _disk_error(self.output.path, error) from error
@@ -218,7 +218,7 @@ class Journal:
             raise _disk_error(self.output.path, error) from error
 
 
-def _parsed(line: str) -> dict[str, Any]:
+def _parsed(line: bytes) -> dict[str, Any]:
     """A journal line; one that is no record counts as not written."""
     try:
         value = json.loads(line)

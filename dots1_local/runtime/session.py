@@ -67,7 +67,7 @@ class Session:
     ) -> None:
         self._sampler.__exit__(kind, error, trace)
 
-    def ask(self, text: str, max_tokens: int | None = None) -> Generator[str]:
+    def ask(self, text: str, max_tokens: int | None = None) -> Generator[str, None, None]:
         """Say `text` and stream the answer, whole characters at a time.
 
         The turn becomes part of the conversation when the answer ends, also where it is cut off by
@@ -88,7 +88,7 @@ class Session:
 
     def _answer(
         self, asked: list[Message], prompt: list[int], limit: int, max_tokens: int | None
-    ) -> Generator[str]:
+    ) -> Generator[str, None, None]:
         start = time.perf_counter()
         reused = self._process(prompt)
         begun = time.perf_counter()

@@ -3,6 +3,7 @@
 import json
 import platform
 import struct
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,27 +164,39 @@ def test_wrong_size_of_the_embedding_is_ignored_as_stock_does(tmp_path: Path) ->
     assert load_importance(path).for_tensor(SPECS["token_embd.weight"]) is None
 
 
-@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf, 1e30])
-@pytest.mark.parametrize("what", ["sum", "count"])
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [
+        ("sum", -1),
+        ("sum", np.nan),
+        ("sum", np.inf),
+        ("count", -1),
+        ("count", np.nan),
+        ("count", 1e30),
+    ],
+)
 def test_impossible_numbers_are_refused(
     folder: Path, tmp_path: Path, what: str, value: float
 ) -> None:
-    if what == "sum" and value == 1e30:
-        return  # large, but a number
-    tensor = stock_llama.tensors_of(folder / "in.gguf")[
-        f"{ROUTED}.{'in_sum2' if what == 'sum' else 'counts'}"
-    ]
+    suffix = {"sum": "in_sum2", "count": "counts"}[what]
+    tensor = stock_llama.tensors_of(folder / "in.gguf")[f"{ROUTED}.{suffix}"]
     content = bytearray((folder / "in.gguf").read_bytes())
     struct.pack_into("<f", content, tensor.offset + 4, value)
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
     with pytest.raises(Dots1Error, match=rf"bad\.gguf: {ROUTED} has a {what} that is"):
         load_importance(path)
-    with pytest.raises(Dots1Error, match=f"{ROUTED} has a sum or count"):
-        array = np.full((1, 1), value, np.float32)
-        if value == 1e30:
-            array[:] = -1
-        write_gguf(path, {ROUTED: (array, array[0])}, datasets=[], chunk_count=0, chunk_size=1)
+
+
+@pytest.mark.parametrize("value", [-1, np.nan, np.inf])
+def test_impossible_numbers_are_not_written(tmp_path: Path, value: float) -> None:
+    one, bad = np.ones((1, 1), np.float32), np.full((1, 1), value, np.float32)
+    for sums, counts in ((one, bad[0]), (bad, one[0])):
+        with pytest.raises(Dots1Error, match="a sum or count that is negative or no number"):
+            write_gguf(
+                tmp_path / "x", {"a": (sums, counts)}, datasets=[], chunk_count=0, chunk_size=1
+            )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -258,9 +271,8 @@ def test_damaged_files_never_fail_otherwise(
         content[position : position + 8] = data.draw(st.binary(min_size=8, max_size=8))
     path = tmp_path / "damaged"
     path.write_bytes(content)
-    try:
+    # Anything but a Dots1Error fails here.
+    with suppress(Dots1Error):
         importance = load_importance(path)
         for spec in SPECS.values():
             importance.for_tensor(spec)
-    except Dots1Error as error:
-        assert "damaged" in str(error)

@@ -19,7 +19,7 @@ from torch import Tensor
 from dots1_local.architecture import Dots1Config, inventory
 from dots1_local.reference import Observer, forward
 
-__all__ = ["BIAS", "Model", "Team", "count_experts", "new_model", "parameter_count", "step"]
+__all__ = ["BIAS", "Model", "Team", "count_experts", "new_model", "parameter_count", "shared_rows", "step"]
 
 BIAS = "e_score_correction_bias"
 
@@ -81,6 +81,14 @@ def new_model(config: Dots1Config, seed: int, device: str = "cpu") -> Model:
 
 def parameter_count(model: Model) -> int:
     return sum(tensor.numel() for tensor in model.tensors.values())
+
+
+def shared_rows(config: Dots1Config, size: int) -> Tensor:
+    """Memory for a team of `size`: room for gradients, counts and the loss of each."""
+    gradients = sum(tensor.numel() for tensor in new_model(config, 0).trained)
+    return torch.empty(
+        size, gradients + config.num_hidden_layers * config.n_routed_experts + 1
+    ).share_memory_()
 
 
 def count_experts(config: Dots1Config, counts: Tensor) -> Observer:

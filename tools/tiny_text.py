@@ -22,6 +22,7 @@ __all__ = [
     "Corpus",
     "chat_rows",
     "encode",
+    "in_order",
     "read_corpus",
     "train_tokenizer",
     "windows",
@@ -119,6 +120,12 @@ def windows(tokens: Tokens, length: int, seed: int) -> Tokens:
     count = (len(shifted) - 1) // length
     starts = rng.permutation(count) * length
     return np.stack([shifted[start : start + length + 1] for start in starts])
+
+
+def in_order(tokens: Tokens, length: int) -> Tokens:
+    """[n, length + 1]: the tokens from first to last, less what does not fill a row."""
+    starts = range(0, len(tokens) - length, length)
+    return np.stack([tokens[start : start + length + 1] for start in starts])
 
 
 def chat_rows(

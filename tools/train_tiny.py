@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dots1_local.architecture import Dots1Config
 from tools import tiny_export, tiny_text
-from tools.tiny_model import Model, Team, count_experts, new_model, parameter_count, step
+from tools.tiny_model import Model, Team, count_experts, new_model, shared_rows, step
 
 __all__ = ["GEOMETRY", "Plan", "main", "train"]
 
@@ -66,9 +66,12 @@ class Data:
     stories: tiny_text.Tokens
 
     @classmethod
-    def read(cls, files: dict[str, list[Path]], plan: Plan) -> "Data":
+    def read(cls, files: dict[str, list[Path]], plan: Plan, work: Path) -> "Data":
         corpus = tiny_text.read_corpus(files, plan.heldout_share)
-        tokenizer = tiny_text.train_tokenizer(corpus, plan.tokens)
+        saved = work / "tokenizer.json"
+        if not saved.exists():
+            tiny_text.train_tokenizer(corpus, plan.tokens).save(str(saved))
+        tokenizer = Tokenizer.from_file(str(saved))
         everything = [text for texts in corpus.train.values() for text in texts]
         return cls(
             corpus,
@@ -128,24 +131,23 @@ def _decays(name: str) -> bool:
 
 
 @torch.no_grad()
-def heldout_losses(model: Model, data: Data, plan: Plan) -> tuple[dict[str, float], Tensor]:
-    """Nats per token of each kind's held-out text, and the experts' [layers, experts] counts."""
+def heldout_losses(
+    model: Model, data: Data, plan: Plan, every: int = 1
+) -> tuple[dict[str, float], Tensor]:
+    """Nats per token of each kind's held-out text, and the experts' [layers, experts] counts.
+
+    Looks at `every` n-th row only, where that will do.
+    """
     config = model.config
     counts = torch.zeros(config.num_hidden_layers, config.n_routed_experts)
     losses = {}
     for kind, text in data.corpus.heldout.items():
-        rows = torch.from_numpy(heldout_rows(data.tokenizer, text, plan.length))
-        parts = [model.loss(part, count_experts(config, counts)) for part in rows.split(plan.batch)]
-        weights = torch.tensor([len(part) for part in rows.split(plan.batch)])
-        losses[kind] = float((torch.stack(parts).cpu() * weights).sum() / weights.sum())
+        tokens = tiny_text.encode(data.tokenizer, [text])
+        length = min(plan.length, len(tokens) - 1)
+        parts = torch.from_numpy(tiny_text.in_order(tokens, length)[::every]).split(plan.batch)
+        sums = [model.loss(part, count_experts(config, counts)) * len(part) for part in parts]
+        losses[kind] = float(torch.stack(sums).sum() / sum(len(part) for part in parts))
     return losses, counts
-
-
-def heldout_rows(tokenizer: Tokenizer, text: str, length: int) -> tiny_text.Tokens:
-    """The whole text in rows [n, length + 1] in order, less what does not fill a row."""
-    tokens = tiny_text.encode(tokenizer, [text])
-    length = min(length, len(tokens) - 1)
-    return tiny_text.in_order(tokens, length)
 
 
 @dataclass
@@ -226,7 +228,7 @@ def _report(
     if state.at % 10 == 0:
         print(f"step {state.at} loss {loss:.4f} rate {rate:.2e} {took:.2f} s", flush=True)
     if state.at % plan.evaluate_every == 0 or last:
-        losses, counts = heldout_losses(state.model, data, plan)
+        losses, counts = heldout_losses(state.model, data, plan, every=4)
         load = tiny_export.relative_load(state.model.config, counts)
         tokens = state.at * plan.batch * plan.length
         state.curve.append({"step": state.at, "tokens": tokens, "loss": loss, "heldout": losses})
@@ -236,7 +238,7 @@ def _report(
 def _work(rank: int, arguments: argparse.Namespace, rows: Tensor, barrier: Any) -> None:
     torch.set_num_threads(1)
     plan, files = _plan(arguments), {kind: getattr(arguments, kind) for kind in tiny_text.KINDS}
-    data = Data.read(files, plan)
+    data = Data.read(files, plan, arguments.work)
     team = Team(arguments.workers, rank, rows, barrier if arguments.workers > 1 else None)
     state = train(data, GEOMETRY, plan, arguments.work / "state.pt", team, stop_at=arguments.stop_at)
     if rank == 0:
@@ -262,10 +264,10 @@ def main() -> None:
     parser.add_argument("--stop-at", type=int, help="stop and export after this step")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    size = parameter_count(new_model(GEOMETRY, 0)) + GEOMETRY.num_hidden_layers * GEOMETRY.n_routed_experts
-    rows = torch.empty(arguments.workers, size).share_memory_()
-    context = mp.get_context("spawn")
-    barrier = context.Barrier(arguments.workers)
+    files = {kind: getattr(arguments, kind) for kind in tiny_text.KINDS}
+    Data.read(files, _plan(arguments), arguments.work)  # leaves the tokenizer for the workers
+    rows = shared_rows(GEOMETRY, arguments.workers)
+    barrier = mp.get_context("spawn").Barrier(arguments.workers)
     mp.spawn(_work, (arguments, rows, barrier), nprocs=arguments.workers)
 
 

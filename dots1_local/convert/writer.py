@@ -14,6 +14,7 @@ import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
@@ -179,12 +180,19 @@ class Journal:
         return [_parsed(line) for line in whole]
 
     def _reads_back(self, slot: Slot, line: Mapping[str, Any]) -> bool:
-        offset, end = slot.offset, slot.offset + slot.tensor.nbytes
-        for size, crc in line.get("pieces", ()):
-            if zlib.crc32(os.pread(self._files[slot.file], size, offset)) != crc:
-                return False
-            offset += size
-        return offset == end
+        try:
+            pieces = [(int(size), int(crc)) for size, crc in line["pieces"]]
+        except (KeyError, TypeError, ValueError):
+            return False
+        sizes = [size for size, _ in pieces]
+        if min(sizes, default=0) <= 0 or sum(sizes) != slot.tensor.nbytes:
+            return False
+        offsets = accumulate(sizes, initial=slot.offset)
+        fd = self._files[slot.file]
+        return all(
+            zlib.crc32(os.pread(fd, size, offset)) == crc
+            for offset, (size, crc) in zip(offsets, pieces, strict=False)
+        )
 
     def write(self, slot: Slot, data: NDArray[np.uint8], offset: int) -> tuple[int, int]:
         """Put a piece `offset` bytes into a tensor; returns its size and checksum."""

@@ -23,7 +23,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("pristine"))
+    return micro_checkpoint(tmp_path_factory.mktemp("pristine"), hidden_size=256)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_weights_that_are_no_numbers(
 
 
 def test_nan_says_the_row(dots1: Run, checkpoint: Path) -> None:
-    set_weight(checkpoint, EXPERT, 64 * 7 + 5, NAN)
+    set_weight(checkpoint, EXPERT, 256 * 7 + 5, NAN)
     assert_one_sentence(dots1(), f"{EXPERT} has NaN or infinite weights in row 7")
 
 
@@ -168,7 +168,7 @@ def test_disk_fills_up_on_the_way(
     def full(fd: int, data: bytes, offset: int) -> int:
         nonlocal written
         written += len(data)
-        if written > 80_000:
+        if written > 300_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return pwrite(fd, data, offset)
 

@@ -1,3 +1,57 @@
-"""dots1-local: rednote's dots.llm1 on hardware people own."""
+"""dots1-local: rednote's dots.llm1 on hardware people own.
+
+The public API. Names are loaded when they are first used, so that importing the package is free:
+
+    from dots1_local import convert_checkpoint, perplexity, Engine, Session
+
+    convert_checkpoint("dots.llm1.inst", "dots.gguf", "DQ4")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dots1_local.architecture import Dots1Config, inventory
+    from dots1_local.checkpoint import Checkpoint
+    from dots1_local.convert import Conversion, convert_checkpoint
+    from dots1_local.errors import Dots1Error
+    from dots1_local.evaluate.perplexity import perplexity
+    from dots1_local.gguf_file import GGUFFile
+    from dots1_local.quant.plan import QuantPlan
+    from dots1_local.runtime.engine import Engine
+    from dots1_local.runtime.session import Session
 
 __version__ = "0.1.0"
+__all__ = [
+    "Checkpoint",
+    "Conversion",
+    "Dots1Config",
+    "Dots1Error",
+    "Engine",
+    "GGUFFile",
+    "QuantPlan",
+    "Session",
+    "convert_checkpoint",
+    "inventory",
+    "perplexity",
+]
+
+_HOME = {
+    "Checkpoint": "checkpoint",
+    "Conversion": "convert",
+    "Dots1Config": "architecture",
+    "Dots1Error": "errors",
+    "Engine": "runtime.engine",
+    "GGUFFile": "gguf_file",
+    "QuantPlan": "quant.plan",
+    "Session": "runtime.session",
+    "convert_checkpoint": "convert",
+    "inventory": "architecture",
+    "perplexity": "evaluate.perplexity",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

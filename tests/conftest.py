@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dots1_local.convert import convert
+from dots1_local.convert import convert_checkpoint
 
 Converted = Callable[..., Path]
 
@@ -26,7 +26,7 @@ def converted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Converted
         label = "-".join([recipe, *(f"{k}={Path(str(v)).name}" for k, v in options.items())])
         path = folder / f"{label}.gguf"
         if not path.exists():
-            convert(tiny, path, recipe, **options)
+            convert_checkpoint(tiny, path, recipe, **options)
         return path
 
     return make

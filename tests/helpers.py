@@ -1,13 +1,16 @@
 """A random dots1 GGUF small enough to write and load in milliseconds, made by gguf-py alone."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf import ExpertGatingFuncType, GGUFWriter, TokenType
+from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
+
+Tensors = dict[str, NDArray[np.float32]]
 
 SPECIALS = (
     "<|endoftext|>", "<|system|>", "<|endofsystem|>", "<|userprompt|>", "<|endofuserprompt|>",
@@ -54,41 +57,69 @@ CONFIG = Dots1Config(
 def write_random_gguf(
     path: Path,
     *,
-    seed: int = 0,
     without: Sequence[str] = (),
     template: str | None = TEMPLATE,
     types: Sequence[int] = TYPES,
-    tensors: dict[str, np.ndarray[Any, Any]] | None = None,
+    tensors: Tensors | None = None,
     architecture: str = "dots1",
+    gating: int = ExpertGatingFuncType.SIGMOID,
     shard_tensors: int = 0,
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Write it and return its tensors by GGUF name; `without` leaves tensors and keys out."""
+) -> Path:
+    """Write it; `without` leaves tensors and keys out, `tensors` replaces some."""
     writer = GGUFWriter(path, architecture, split_max_tensors=shard_tensors)
-    _add_keys(writer, architecture, without)
-    _add_tokenizer(writer, types, template)
-    values = random_tensors(seed) | (tensors or {})
-    for name, value in values.items():
+    _add_keys(writer, architecture, gating, without)
+    _add_tokenizer(writer, types, template, without)
+    for name, value in (random_tensors() | (tensors or {})).items():
         if name not in without:
             writer.add_tensor(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return values
+    return path
 
 
-def random_tensors(seed: int) -> dict[str, np.ndarray[Any, Any]]:
+def random_tensors(seed: int = 0) -> Tensors:
+    """Every tensor of `CONFIG` by GGUF name, F32, so scaled that activations stay near 1."""
     rng = np.random.default_rng(seed)
     return {spec.name: _values(spec, rng) for spec in inventory(CONFIG)}
 
 
-def _values(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+def scripted_tensors(answer: Sequence[int]) -> Tensors:
+    """Tensors of a model that, asked anything, answers with these tokens (each at most once).
+
+    Layers add nothing, so the logits depend on the last token alone, and the head's row for the
+    next token is the embedding of the last.
+    """
+    names = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
+    tensors = {
+        spec.name: np.zeros(spec.shape, np.float32)
+        for spec in inventory(CONFIG)
+        if spec.part in names
+    }
+    rng = np.random.default_rng(0)
+    embedding = rng.standard_normal((CONFIG.vocab_size, CONFIG.hidden_size)).astype(np.float32)
+    head = np.zeros_like(embedding)
+    for before, after in pairwise([TOKENS.index("<|response|>"), *answer]):
+        head[after] = embedding[before]
+    ones = np.ones(CONFIG.hidden_size, np.float32)
+    return tensors | {
+        "token_embd.weight": embedding, "output.weight": head, "output_norm.weight": ones,
+    }  # fmt: skip
+
+
+def tokens_of(text: str) -> list[int]:
+    """The tokens of a text in which no merge applies: one a byte."""
+    return list(text.encode())
+
+
+def _values(spec: TensorSpec, rng: np.random.Generator) -> NDArray[np.float32]:
     if spec.role == "norm":
         return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
     return (rng.standard_normal(spec.shape) / np.sqrt(spec.columns)).astype(np.float32)
 
 
-def _add_keys(writer: GGUFWriter, architecture: str, without: Sequence[str]) -> None:
+def _add_keys(writer: GGUFWriter, architecture: str, gating: int, without: Sequence[str]) -> None:
     numbers = {
         "block_count": CONFIG.num_hidden_layers,
         "context_length": CONFIG.max_position_embeddings,
@@ -103,7 +134,7 @@ def _add_keys(writer: GGUFWriter, architecture: str, without: Sequence[str]) -> 
         "expert_used_count": CONFIG.num_experts_per_tok,
         "expert_shared_count": CONFIG.n_shared_experts,
         "expert_feed_forward_length": CONFIG.moe_intermediate_size,
-        "expert_gating_func": int(ExpertGatingFuncType.SIGMOID),
+        "expert_gating_func": int(gating),
         "vocab_size": CONFIG.vocab_size,
     }
     for key, number in numbers.items():
@@ -115,13 +146,16 @@ def _add_keys(writer: GGUFWriter, architecture: str, without: Sequence[str]) -> 
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", CONFIG.rms_norm_eps)
 
 
-def _add_tokenizer(writer: GGUFWriter, types: Sequence[int], template: str | None) -> None:
+def _add_tokenizer(
+    writer: GGUFWriter, types: Sequence[int], template: str | None, without: Sequence[str]
+) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(TOKENS)
     writer.add_token_types([int(kind) for kind in types])
     writer.add_token_merges(list(MERGES))
-    writer.add_eos_token_id(EOS)
+    if "eos_token_id" not in without:
+        writer.add_eos_token_id(EOS)
     writer.add_eot_token_id(EOT)
     writer.add_add_bos_token(False)
     if template is not None:

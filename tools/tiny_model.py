@@ -19,7 +19,16 @@ from torch import Tensor
 from dots1_local.architecture import Dots1Config, inventory
 from dots1_local.reference import Observer, forward
 
-__all__ = ["BIAS", "Model", "Team", "count_experts", "new_model", "parameter_count", "shared_rows", "step"]
+__all__ = [
+    "BIAS",
+    "Model",
+    "Team",
+    "count_experts",
+    "new_model",
+    "parameter_count",
+    "shared_rows",
+    "step",
+]
 
 BIAS = "e_score_correction_bias"
 

@@ -200,7 +200,9 @@ def train(
     for phase_start, phase_end, is_chat in ((0, plain, False), (plain, plain + chat, True)):
         if not phase_start <= state.at < min(phase_end, end):
             continue
-        batches = islice(data.batches(plan, is_chat), state.at - phase_start, phase_end - phase_start)
+        batches = islice(
+            data.batches(plan, is_chat), state.at - phase_start, phase_end - phase_start
+        )
         for rows in batches:
             if state.at >= end:
                 break
@@ -240,7 +242,9 @@ def _work(rank: int, arguments: argparse.Namespace, rows: Tensor, barrier: Any) 
     plan, files = _plan(arguments), {kind: getattr(arguments, kind) for kind in tiny_text.KINDS}
     data = Data.read(files, plan, arguments.work)
     team = Team(arguments.workers, rank, rows, barrier if arguments.workers > 1 else None)
-    state = train(data, GEOMETRY, plan, arguments.work / "state.pt", team, stop_at=arguments.stop_at)
+    state = train(
+        data, GEOMETRY, plan, arguments.work / "state.pt", team, stop_at=arguments.stop_at
+    )
     if rank == 0:
         losses, counts = heldout_losses(state.model, data, plan)
         tiny_export.export(arguments.output, state.model, data.tokenizer, data.corpus,
@@ -253,7 +257,9 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     for kind in tiny_text.KINDS:
         parser.add_argument(f"--{kind}", nargs="+", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder of the saved state")

@@ -23,7 +23,7 @@ from dots1_local.quant.plan import PlannedTensor, QuantPlan
 from dots1_local.quant.recipes import Padding, make_plan
 from dots1_local.quant.stock import require_importance
 
-__all__ = ["Conversion", "Result", "convert"]
+__all__ = ["Conversion", "Result", "convert_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Conversion:
         return shards + (self.importance.sha256 if self.importance else "")
 
 
-def convert(
+def convert_checkpoint(
     checkpoint: str | Path,
     output: str | Path,
     recipe: str | QuantPlan = "DQ4",

@@ -46,10 +46,12 @@ class Engine:
     `n_ctx` is what one sequence may hold; `vocab` is a llama.cpp handle.
     """
 
-    def __init__(self, gguf: GGUFFile, model: Any, context: Any, n_ctx: int, n_ubatch: int) -> None:
+    def __init__(
+        self, gguf: GGUFFile, model: Any, context: Any, n_ctx: int, n_ubatch: int, n_outputs: int
+    ) -> None:
         self.gguf = gguf
-        self.n_ctx = n_ctx
-        self.n_ubatch = n_ubatch
+        self.n_ctx, self.n_ubatch = n_ctx, n_ubatch
+        self._n_outputs = n_outputs
         self._model, self.context = model, context
         self._memory = llama.llama_get_memory(context)
         self._batch = llama.llama_batch_init(n_ubatch, 0, 1)
@@ -100,7 +102,8 @@ class Engine:
         params.type_k = params.type_v = quant_type(kv_type).ggml
         params.no_perf = True
         model = _load_model(gguf, progress)
-        return cls(gguf, model, _make_context(gguf, model, params), n_ctx, n_ubatch)
+        context = _make_context(gguf, model, params)
+        return cls(gguf, model, context, n_ctx, n_ubatch, params.n_outputs_max)
 
     def __enter__(self) -> Self:
         return self
@@ -182,6 +185,9 @@ class Engine:
         """
         if not 0 < len(entries) <= self.n_ubatch:
             raise UsageError(f"a ubatch holds 1 to {self.n_ubatch} tokens, not {len(entries)}")
+        wanted = sum(entry.wanted for entry in entries)
+        if wanted > self._n_outputs:  # llama.cpp would abort
+            raise UsageError("open the engine with all_logits to ask for so many logits")
         self._fill(entries)
         with engine_log.errors() as errors:
             status = llama.llama_decode(self.context, self._batch)
@@ -189,7 +195,6 @@ class Engine:
             raise Dots1Error(f"the context of {self.n_ctx} tokens is full")
         if status:
             raise Dots1Error(f"llama.cpp failed to compute ({status}): {errors.last()}")
-        wanted = sum(entry.wanted for entry in entries)
         if not wanted:
             return np.empty((0, self.n_vocab), np.float32)
         logits = llama.llama_get_logits(self.context)

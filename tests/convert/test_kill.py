@@ -106,7 +106,6 @@ def partial(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-@pytest.mark.slow
 def test_killed_ten_times(checkpoint: Path, expected: str, tmp_path: Path) -> None:
     output, order = tmp_path / "out.gguf", names(checkpoint)
     finished = 0

@@ -9,7 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, TokenType, quants
 from safetensors.numpy import load_file, save_file
 
-from dots1_local.convert import Conversion, convert
+from dots1_local.convert import Conversion, convert_checkpoint
 from dots1_local.quant.importance import write_gguf
 from tests.micro import micro_checkpoint
 
@@ -27,7 +27,7 @@ def digest(path: Path) -> str:
 
 def test_f32_holds_the_checkpoint_exactly(tmp_path: Path) -> None:
     source = micro_checkpoint(tmp_path / "hf", shards=2)
-    convert(source, tmp_path / "out.gguf", "F32")
+    convert_checkpoint(source, tmp_path / "out.gguf", "F32")
     found = tensors(tmp_path / "out.gguf")
     weights = _torch_weights(source)
     stacked = np.stack(
@@ -58,7 +58,7 @@ def _torch_weights(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("padding", ["off", "on"])
 def test_padding_adds_zeros_only(tmp_path: Path, padding: str) -> None:
     source = micro_checkpoint(tmp_path / "hf", **WIDTHS)
-    convert(source, tmp_path / "out.gguf", "F32", padding=padding)  # type: ignore[arg-type]
+    convert_checkpoint(source, tmp_path / "out.gguf", "F32", padding=padding)  # type: ignore[arg-type]
     found = tensors(tmp_path / "out.gguf")
     width = 256 if padding == "on" else 192
     down, gate = found["blk.1.ffn_down_exps.weight"][1], found["blk.1.ffn_gate_exps.weight"][1]
@@ -77,7 +77,7 @@ def test_padding_adds_zeros_only(tmp_path: Path, padding: str) -> None:
 
 def test_padded_rows_of_a_low_type_decode_to_zero(tmp_path: Path) -> None:
     source = micro_checkpoint(tmp_path / "hf", **WIDTHS)
-    convert(source, tmp_path / "out.gguf", "Q2_K", padding="on")
+    convert_checkpoint(source, tmp_path / "out.gguf", "Q2_K", padding="on")
     kind, raw = tensors(tmp_path / "out.gguf")["blk.1.ffn_up_exps.weight"]
     rows = quants.dequantize(raw, GGMLQuantizationType[kind])
     assert not rows[:, 192:].any()
@@ -97,7 +97,7 @@ def test_packed_expert_names_give_the_same_file(tmp_path: Path) -> None:
     weights[f"{prefix}.down_proj"] = parts["down"]
     write_bf16_bits(weights, packed / "model.safetensors")
     for folder in (source, packed):
-        convert(folder, tmp_path / f"{folder.parent.name}.gguf", "Q8_0")
+        convert_checkpoint(folder, tmp_path / f"{folder.parent.name}.gguf", "Q8_0")
     assert digest(tmp_path / "packed.gguf") == digest(tmp_path / f"{tmp_path.name}.gguf")
 
 
@@ -120,7 +120,7 @@ def test_other_input_types_are_read(tmp_path: Path, dtype: type) -> None:
     source = micro_checkpoint(tmp_path / "hf")
     weights = {name: value.astype(dtype) for name, value in _torch_weights(source).items()}
     save_file(weights, source / "model.safetensors")
-    convert(source, tmp_path / "out.gguf", "F32")
+    convert_checkpoint(source, tmp_path / "out.gguf", "F32")
     found = tensors(tmp_path / "out.gguf")
     name = "model.layers.0.mlp.down_proj.weight"
     saved = load_file(source / "model.safetensors")[name]
@@ -162,8 +162,8 @@ def _tokenizer(folder: Path) -> dict:  # type: ignore[type-arg]
 
 def test_shards_hold_what_one_file_holds(tmp_path: Path) -> None:
     source = micro_checkpoint(tmp_path / "hf")
-    whole = convert(source, tmp_path / "one.gguf", "Q8_0").paths
-    shards = convert(source, tmp_path / "many.gguf", "Q8_0", split_max_size=20_000).paths
+    whole = convert_checkpoint(source, tmp_path / "one.gguf", "Q8_0").paths
+    shards = convert_checkpoint(source, tmp_path / "many.gguf", "Q8_0", split_max_size=20_000).paths
     assert len(whole) == 1
     assert len(shards) > 3
     assert shards[0].name == f"many-00001-of-{len(shards):05}.gguf"
@@ -193,7 +193,9 @@ def test_importance_steers_and_is_recorded(tmp_path: Path) -> None:
     write_gguf(
         tmp_path / "imatrix.gguf", everything, datasets=["text"], chunk_count=1, chunk_size=512
     )
-    convert(source, tmp_path / "out.gguf", "DQ2", padding="on", imatrix=tmp_path / "imatrix.gguf")
+    convert_checkpoint(
+        source, tmp_path / "out.gguf", "DQ2", padding="on", imatrix=tmp_path / "imatrix.gguf"
+    )
     kind, raw = tensors(tmp_path / "out.gguf")[name]
     assert kind == "IQ2_XXS"
     decoded = quants.dequantize(raw, GGMLQuantizationType.IQ2_XXS)[:, :192]

@@ -1,5 +1,6 @@
 """Every type of the table against gguf-py and ggml, and what its encoder must keep."""
 
+import ctypes
 from math import prod
 
 import numpy as np
@@ -64,7 +65,8 @@ def test_table_is_the_installed_ggmls(kind: QuantType) -> None:
     library = ggml.library()
     assert library.ggml_blck_size(kind.ggml) == kind.block
     assert library.ggml_type_size(kind.ggml) == kind.bytes
-    assert bool(library.ggml_quantize_requires_imatrix(kind.ggml)) == kind.needs_importance
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    assert library.ggml_quantize_requires_imatrix(kind.ggml) == kind.needs_importance
 
 
 @every_type

@@ -27,7 +27,7 @@ def library_folder() -> Path:
 @cache
 def library(name: str = "ggml-base") -> ctypes.CDLL:
     """Open a ggml library once; its functions release the GIL while they run."""
-    path = library_folder() / _NAMES.get(sys.platform, "lib{}.so").format(name)
+    path = _shared_object(name)
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
@@ -37,6 +37,17 @@ def library(name: str = "ggml-base") -> ctypes.CDLL:
     if name == "ggml-base":
         _declare_base(lib)
     return lib
+
+
+def _shared_object(name: str) -> Path:
+    """The copy of a library that libllama itself is linked to.
+
+    Wheels hold libggml-base.so, .so.0 and .so.0.1.2 as copies, not links: opening another one than
+    the loader does (the soname, .so.0) would put a second ggml into the process.
+    """
+    path = library_folder() / _NAMES.get(sys.platform, "lib{}.so").format(name)
+    sonames = sorted(path.parent.glob(f"{path.name}.*"), key=lambda file: len(file.name))
+    return sonames[0] if sonames else path
 
 
 def _declare_base(lib: ctypes.CDLL) -> None:

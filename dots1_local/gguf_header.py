@@ -32,8 +32,6 @@ _STRING, _ARRAY = 8, 9
 
 # ggml's id → (name, weights in a block, bytes of a block), those of other models' files included.
 _LAYOUTS = {kind.ggml: (kind.name, kind.block, kind.bytes) for kind in TYPES.values()} | {
-    9: ("Q8_1", 32, 36),
-    15: ("Q8_K", 256, 292),
     24: ("I8", 1, 1),
     25: ("I16", 1, 2),
     26: ("I32", 1, 4),

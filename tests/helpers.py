@@ -116,7 +116,7 @@ def tokens_of(text: str) -> list[int]:
 def _values(spec: TensorSpec, rng: np.random.Generator) -> NDArray[np.float32]:
     if spec.role == "norm":
         return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
-    return (rng.standard_normal(spec.shape) / np.sqrt(spec.columns)).astype(np.float32)
+    return rng.normal(0, spec.columns**-0.5, spec.shape).astype(np.float32)
 
 
 def _add_keys(writer: GGUFWriter, architecture: str, gating: int, without: Sequence[str]) -> None:

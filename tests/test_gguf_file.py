@@ -102,6 +102,8 @@ def test_finds_the_tensors_that_gguf_py_finds(pristine: Path) -> None:
 
 def test_knows_every_type_of_gguf_py_and_its_size(tmp_path: Path) -> None:
     for kind, (block, size) in gguf.GGML_QUANT_SIZES.items():
+        if kind.name in ("Q8_1", "Q8_K"):  # of activations; no file holds them
+            continue
         path = write(tmp_path / "type.gguf", 1, 0, tensor(b"x", block, kind, 0), bytes(512))
         (found,) = GGUFFile.open(path).tensors
         assert (found.type, found.nbytes) == (kind.name, size)

@@ -39,8 +39,9 @@ def chat(
         int | None, typer.Option("--max-tokens", "-n", min=1, help="Cut answers off after so many.")
     ] = None,
     context: Annotated[
-        int, typer.Option("--context", "-c", min=0, help="Context in tokens; 0 as trained.")
-    ] = 4096,
+        int | None,
+        typer.Option("--context", "-c", min=0, help="Context in tokens: 4096 if unset, 0 for all."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; one a core if unset.")
     ] = None,

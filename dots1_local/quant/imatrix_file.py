@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ _ALIGNMENT = 32
 # More tokens than anyone calibrates on; llama.cpp's own conversion to integers overflows later.
 _MAX_COUNT = 2.0**53
 _MAX_NAME = 4096
+# 128 experts of 4096 columns are 2^19; a sparse file could claim any number.
+_MAX_VALUES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def read_sums(index: ImatrixFile, name: str) -> NDArray[np.float32]:
 def _read_gguf(path: Path, file: BinaryIO) -> ImatrixFile:
     keys, table = read_header(path)
     chunks, chunk_size, datasets = (keys.get(key) for key in (_CHUNKS, _CHUNK_SIZE, _DATASETS))
-    if not (isinstance(chunks, int) and isinstance(chunk_size, int) and isinstance(datasets, list)):
+    if not (_is_count(chunks) and _is_count(chunk_size) and isinstance(datasets, list)):
         raise Dots1Error(
             f"{path} is no importance file: it lacks {_DATASETS}, {_CHUNKS} or {_CHUNK_SIZE}"
         )
@@ -97,6 +99,10 @@ def _read_gguf(path: Path, file: BinaryIO) -> ImatrixFile:
     return ImatrixFile(path, False, entries, tuple(map(str, datasets)), chunks, chunk_size)
 
 
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and 0 <= value < 1 << 32
+
+
 def _gguf_entry(path: Path, file: BinaryIO, name: str, tensors: Mapping[str, GGUFTensor]) -> Entry:
     sums, counts = tensors.get(name + _SUMS), tensors.get(name + _COUNTS)
     if sums is None or counts is None:
@@ -104,7 +110,7 @@ def _gguf_entry(path: Path, file: BinaryIO, name: str, tensors: Mapping[str, GGU
     if sums.type != "F32" or counts.type != "F32":
         raise Dots1Error(f"{path}: the sums and counts of {name} must be F32")
     values, parts = sums.nbytes // 4, counts.nbytes // 4
-    if not parts or not values or values % parts:
+    if not parts or not 0 < values <= _MAX_VALUES or values % parts:
         raise Dots1Error(f"{path}: {name} has {values} sums for {parts} counts")
     file.seek(counts.offset)
     return Entry(sums.offset, values, _checked_counts(path, name, file.read(counts.nbytes)))
@@ -126,7 +132,7 @@ def _read_dat(path: Path, file: BinaryIO) -> ImatrixFile:
         if name in entries:
             raise Dots1Error(f"{path}: {name} comes twice")
         calls = reader.integer(f"ncall of {name}", least=0)
-        values = reader.integer(f"number of values of {name}", least=1)
+        values = reader.integer(f"number of values of {name}", least=1, most=_MAX_VALUES)
         entries[name] = Entry(reader.skip(name, values * 4), values, np.array([calls], np.float32))
     chunks, datasets = reader.trailer()
     return ImatrixFile(path, True, entries, datasets, chunks, 0)
@@ -139,21 +145,14 @@ class _DatReader:
         self.path, self.file = path, file
         self.left = os.fstat(file.fileno()).st_size
 
-    def integer(self, what: str, least: int) -> int:
+    def integer(self, what: str, least: int, most: int = 2**31 - 1) -> int:
         value: int = struct.unpack("<i", self.take(what, 4))[0]
-        if value < least:
-            raise Dots1Error(
-                f"{self.path} is no importance file, or corrupt: {what} is {value}, "
-                f"which should be at least {least}"
-            )
+        if not least <= value <= most:
+            raise Dots1Error(f"{self.path} is no importance file, or corrupt: {what} is {value}")
         return value
 
     def name(self) -> str:
-        length = self.integer("length of a name", least=1)
-        if length > _MAX_NAME:
-            raise Dots1Error(
-                f"{self.path} is no importance file, or corrupt: a name is {length} long"
-            )
+        length = self.integer("length of a name", least=1, most=_MAX_NAME)
         return self.take("a name", length).decode(errors="replace")
 
     def skip(self, name: str, length: int) -> int:
@@ -168,10 +167,11 @@ class _DatReader:
         if self.left < 4:
             return 0, ()
         chunks = self.integer("chunk count", least=0)
-        length = self.integer("length of the dataset name", least=0) if self.left >= 4 else 0
-        return chunks, (self.take("the dataset name", length).decode(errors="replace"),) * (
-            length > 0
-        )
+        if self.left < 4:
+            return chunks, ()
+        length = self.integer("length of the dataset name", least=0)
+        dataset = self.take("the dataset name", length).decode(errors="replace")
+        return chunks, (dataset,) if dataset else ()
 
     def take(self, what: str, length: int) -> bytes:
         self.check(what, length)

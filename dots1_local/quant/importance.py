@@ -121,7 +121,7 @@ def load_importance(path: str | os.PathLike[str]) -> Importance:
 
 
 def pad_columns(values: NDArray[np.float32], columns: int) -> NDArray[np.float32]:
-    """Append zero columns up to `columns`; padding has no importance."""
+    """Append zero columns to (experts, columns) values; padding has no importance."""
     missing = columns - values.shape[-1]
     return values if missing == 0 else np.pad(values, ((0, 0), (0, missing)))
 

@@ -28,6 +28,7 @@ __all__ = ["Engine", "Entry"]
 _SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 _FLASH_ATTENTION = {None: -1, False: 0, True: 1}  # enum llama_flash_attn_type
 _LONGEST_PIECE = 1 << 16
+_USUAL_CONTEXT = 4096  # 4 GB of KV cache in dots.llm1
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Engine:
         cls,
         path: str | Path,
         *,
-        n_ctx: int = 4096,
+        n_ctx: int | None = None,
         n_ubatch: int = 512,
         n_sequences: int = 1,
         threads: int | None = None,
@@ -80,17 +81,18 @@ class Engine:
     ) -> Self:
         """Load the model and make a context of `n_sequences` × `n_ctx` tokens.
 
-        `n_ctx` 0 is the length the model was trained for. `all_logits` makes room for the logits of
-        a whole ubatch; without it, one row a sequence can be asked for. `flash_attention` None
-        leaves the choice to llama.cpp.
+        `n_ctx` is by default what the model was trained for, but at most 4096; 0 is all of it.
+        `all_logits` makes room for the logits of a whole ubatch; without it, one row a sequence can
+        be asked for. `flash_attention` None leaves the choice to llama.cpp.
 
         Raises:
             GGUFError: unreadable, another architecture, or something llama.cpp refuses.
+            UsageError: a context longer than the model was trained for.
             Dots1Error: no memory for the context.
         """
         gguf = GGUFFile.open(path)
         check_loadable(gguf)
-        n_ctx = n_ctx or _trained_length(gguf)
+        n_ctx = _context_length(gguf, n_ctx)
         n_ubatch = min(n_ubatch, n_ctx * n_sequences)
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx * n_sequences
@@ -236,11 +238,18 @@ def check_loadable(gguf: GGUFFile) -> None:
         )
 
 
-def _trained_length(gguf: GGUFFile) -> int:
-    length = gguf.keys.get("dots1.context_length")
-    if not isinstance(length, int) or length < 1:
-        raise GGUFError(f"{gguf.files[0]} has no dots1.context_length; name a context size")
-    return length
+def _context_length(gguf: GGUFFile, wanted: int | None) -> int:
+    """The context to make; beyond what a model was trained for, answers fall apart."""
+    trained = gguf.keys.get("dots1.context_length")
+    if not isinstance(trained, int) or trained < 1:
+        raise GGUFError(f"{gguf.files[0]} has no dots1.context_length; convert it again")
+    if wanted is None:
+        return min(trained, _USUAL_CONTEXT)
+    if wanted > trained:
+        raise UsageError(
+            f"{gguf.files[0]} was trained for contexts of {trained} tokens, not {wanted}"
+        )
+    return wanted or trained
 
 
 def _load_model(gguf: GGUFFile, progress: Progress) -> Any:

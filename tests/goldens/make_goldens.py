@@ -8,8 +8,8 @@ that pyproject.toml names (its vendor/llama.cpp folder) and run
     python -m tests.goldens.make_goldens build/bin
 
 The model and the importance files are made here, from numpy's frozen RandomState and exact
-arithmetic, so that tests make the same ones and compare only hashes. Encoders are plain C without
-vector code: the hashes do not depend on the processor.
+arithmetic, so that tests make the same ones and compare only hashes. The encoders are in
+libggml-base, which is built for any x86-64: the hashes hold on all of them.
 """
 
 import argparse

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import LlamaFileType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -215,6 +216,12 @@ def test_encoders_that_insist_on_importance_are_refused_for_the_embedding_too() 
     types = our_types(FULL, "Q4_K_M", False, "token_embd=iq2_xs")
     with pytest.raises(UsageError, match=r"token_embd\.weight would be IQ2_XS"):
         require_importance(types, (), "Q4_K_M")
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_file_types_are_ggufs(mix: str) -> None:
+    name = "ALL_F32" if mix == "F32" else f"MOSTLY_{mix}"
+    assert STOCK_MIXES[mix].file_type == LlamaFileType[name]
 
 
 def test_mix_names() -> None:

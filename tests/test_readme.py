@@ -1,0 +1,39 @@
+"""The README promises nothing that `--help` does not know."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dots1_local.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^(?:\$ )?dots1 (.+)$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_commands_and_options_exist(command: str) -> None:
+    verb, *rest = shlex.split(command, comments=True)
+    result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, verb
+    known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", result.stdout))
+    options = {word.split("=")[0] for word in rest if word.startswith("-")}
+    assert options <= known
+
+
+def test_every_verb_is_shown() -> None:
+    assert COMMANDS
+    verbs = {command.name for command in app.registered_commands}
+    assert {command.split()[0] for command in COMMANDS} == verbs
+
+
+def test_the_tree_lists_what_is_there() -> None:
+    tree = README.split("## What is where")[1].split("```")[1]
+    named = set(re.findall(r"^ {0,4}([a-z_0-9]+(?:\.py|/))", tree, re.MULTILINE))
+    package = ROOT / "dots1_local"
+    there = {p.name if p.suffix else f"{p.name}/" for p in package.iterdir()}
+    there = {name for name in there if not name.startswith(("__", "py.typed"))}
+    assert there <= named

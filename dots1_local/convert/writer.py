@@ -71,6 +71,7 @@ def lay_out(
     for tensor in tensors:
         spec, kind = tensor.spec, tensor.kind
         writer.add_tensor_info(spec.name, spec.shape, np.float32, tensor.nbytes, kind.ggml)
+    writer.split_max_size = 0  # placed; it would warn where everything fits one file
     with TemporaryDirectory() as folder:
         writer.write_header_to_file(Path(folder) / path.name)
         writer.write_kv_data_to_file()

@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from dots1_local.architecture import Dots1Config
 from tools.tiny_card import card
-from tools.tiny_model import BIAS, Model, parameter_count
+from tools.tiny_model import BIAS, Model
 from tools.tiny_text import END_OF_TEXT, SPECIAL, Corpus
 
 __all__ = ["export", "relative_load"]
@@ -36,29 +35,32 @@ def export(
     model: Model,
     tokenizer: Tokenizer,
     corpus: Corpus,
-    plan: dict[str, Any],
-    curve: list[dict[str, Any]],
+    run: dict[str, Any],
     losses: dict[str, float],
     counts: Tensor,
 ) -> None:
-    """Everything a checkpoint folder holds, and `training.json` with what the card says."""
+    """Everything a checkpoint folder holds, held-out text, and `training.json`.
+
+    `run` is what was trained and how, for the card; `losses` are nats per token of each kind's
+    held-out text and `counts` the experts' [layers, experts] rows there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(folder, model)
-    end, end_of_text = tokenizer.token_to_id(_END), tokenizer.token_to_id(END_OF_TEXT)
-    _write_json(folder / "config.json", published_config(model.config, end))
-    _write_json(folder / "generation_config.json", {"eos_token_id": [end, end_of_text]})
+    ends = [tokenizer.token_to_id(token) for token in (_END, END_OF_TEXT)]
+    _write_json(folder / "config.json", published_config(model.config, ends[0]))
+    _write_json(folder / "generation_config.json", {"eos_token_id": ends})
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
     heldout = "\n".join(corpus.heldout.values())
     (folder / "heldout.txt").write_text(heldout, encoding="utf-8")
     load = relative_load(model.config, counts)
     facts = {
-        "parameters": parameter_count(model),
-        "plan": plan,
+        **run,
+        "parameters": sum(tensor.numel() for tensor in model.tensors.values()),
+        "tokens_in_vocabulary": tokenizer.get_vocab_size(),
         "train_bytes": corpus.train_bytes,
         "heldout": {kind: _heldout(tokenizer, corpus, kind, loss) for kind, loss in losses.items()},
         "expert_load": [[round(share, 3) for share in layer] for layer in load.tolist()],
-        "curve": curve,
     }
     _write_json(folder / "training.json", facts)
     (folder / "README.md").write_text(card(facts), encoding="utf-8")
@@ -70,7 +72,7 @@ def relative_load(config: Dots1Config, counts: Tensor) -> Tensor:
     return counts / counts.mean(dim=1, keepdim=True)
 
 
-def published_config(config: Dots1Config, end: int) -> dict[str, Any]:
+def published_config(config: Dots1Config, end: int | None) -> dict[str, Any]:
     """config.json with the published keys in the published order."""
     ours = asdict(config)
     ours.pop("head_dim")  # hidden_size / num_attention_heads
@@ -99,8 +101,8 @@ def _heldout(tokenizer: Tokenizer, corpus: Corpus, kind: str, loss: float) -> di
 
 def _published(model: Model) -> Iterator[tuple[str, Tensor]]:
     """Published names and types: experts one by one, bf16 but for the router's bias."""
-    for name, tensor in model.tensors.items():
-        tensor = tensor.detach().cpu()
+    for name, parameter in model.tensors.items():
+        tensor = parameter.detach().cpu()
         if BIAS in name:
             yield name, tensor
         elif ".experts." in name:
@@ -120,10 +122,11 @@ def _write_weights(folder: Path, model: Model) -> None:
         if filled > total / _SHARDS and len(shards) < _SHARDS:
             shards.append({})
         shards[-1][name] = tensor
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(folder / "model.safetensors.index.json", index)

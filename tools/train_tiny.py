@@ -1,40 +1,40 @@
 """Train dots1-tiny: a small dots.llm1, first on books and stories, then on chat about the stories.
 
-    python -m tools.train_tiny --english BOOK... --chinese BOOK... --stories FILE \
+    python -m tools.train_tiny --english BOOK... --chinese BOOK... --stories FILE \\
         --work build/tiny -o examples/dots1-tiny
 
-The end of every file is held out. State is saved to `--work` every few minutes, and the same
-command continues from there. Speed comes from bf16; on a CPU without it the run is four times
-as long. `--workers` is the number of processes that share a batch, one thread each.
+The end of every file is held out. State is saved to `--work` every two minutes; the same command
+goes on from there. On two cores with bf16 it takes about an hour, without bf16 about four.
 """
 
 import argparse
-import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from dots1_local.architecture import Dots1Config
-from tools import tiny_export, tiny_text
+from tools import tiny_text
+from tools.tiny_chat import chat_rows
+from tools.tiny_export import export, relative_load
 from tools.tiny_model import Model, Team, count_experts, new_model, shared_rows, step
 
-__all__ = ["GEOMETRY", "Plan", "main", "train"]
+__all__ = ["GEOMETRY", "Data", "Plan", "State", "heldout_losses", "main", "train"]
 
 GEOMETRY = Dots1Config(
     hidden_size=256, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=4,
     head_dim=64, intermediate_size=704, moe_intermediate_size=192, n_routed_experts=24,
     n_shared_experts=2, num_experts_per_tok=4, first_k_dense_replace=1,
     routed_scaling_factor=2.5, norm_topk_prob=True, vocab_size=4096, rms_norm_eps=1e-5,
-    rope_theta=1e7, max_position_embeddings=2048,
+    rope_theta=10_000_000, max_position_embeddings=2048,
 )  # fmt: skip
 
 
@@ -46,108 +46,73 @@ class Plan:
     length: int = 512
     batch: int = 8
     epochs: float = 4.0
-    chat_epochs: float = 2.0
+    chat_epochs: float = 1.5
     rate: float = 3e-3
     chat_rate: float = 1e-3
     bias_rate: float = 2e-3
     warmup: int = 100
     heldout_share: float = 0.04
     evaluate_every: int = 250
+    save_seconds: float = 120.0
     seed: int = 1
 
 
 @dataclass(frozen=True)
 class Data:
-    """Text as tokens: what to train on, and each kind's held-out rows."""
+    """The text as tokens."""
 
     corpus: tiny_text.Corpus
     tokenizer: Tokenizer
     plain: tiny_text.Tokens
-    stories: tiny_text.Tokens
 
     @classmethod
     def read(cls, files: dict[str, list[Path]], plan: Plan, work: Path) -> "Data":
+        """Read the files, and train the tokenizer unless `work` has it already."""
         corpus = tiny_text.read_corpus(files, plan.heldout_share)
         saved = work / "tokenizer.json"
         if not saved.exists():
             tiny_text.train_tokenizer(corpus, plan.tokens).save(str(saved))
         tokenizer = Tokenizer.from_file(str(saved))
         everything = [text for texts in corpus.train.values() for text in texts]
-        return cls(
-            corpus,
-            tokenizer,
-            tiny_text.encode(tokenizer, everything),
-            tiny_text.encode(tokenizer, corpus.train["stories"]),
-        )
-
-    def batches(self, plan: Plan, chat: bool) -> Iterator[Tensor]:
-        """[batch, length + 1], epoch after epoch."""
-        for epoch in count():
-            seed = plan.seed + epoch
-            if chat:
-                stories = self.corpus.train["stories"]
-                rows = tiny_text.chat_rows(
-                    self.tokenizer, stories, self.plain, plan.length, 1000 + seed
-                )
-            else:
-                rows = tiny_text.windows(self.plain, plan.length, seed)
-            for start in range(0, len(rows) - plan.batch + 1, plan.batch):
-                yield torch.from_numpy(rows[start : start + plan.batch])
+        return cls(corpus, tokenizer, tiny_text.encode(tokenizer, everything))
 
     def steps(self, plan: Plan) -> tuple[int, int]:
         """How many steps plain text gets, and chat."""
-        stories = self.corpus.train["stories"]
-        chat = tiny_text.chat_rows(self.tokenizer, stories, self.plain, plan.length, 1)
-        plain = (len(self.plain) - 1) // plan.length
-        return (
-            int(plan.epochs * (plain // plan.batch)),
-            int(plan.chat_epochs * (len(chat) // plan.batch)),
+        plain = len(tiny_text.windows(self.plain, plan.length, plan.seed)) // plan.batch
+        chat = len(self._chat(plan, plan.seed)) // plan.batch
+        return int(plan.epochs * plain), int(plan.chat_epochs * chat)
+
+    def batches(self, plan: Plan) -> Iterator[Tensor]:
+        """[batch, length + 1], from the first step to the last."""
+        plain, chat = self.steps(plan)
+        texts = (tiny_text.windows(self.plain, plan.length, plan.seed + n) for n in count())
+        chats = (self._chat(plan, plan.seed + n) for n in count())
+        return chain(
+            islice(_in_batches(texts, plan.batch), plain),
+            islice(_in_batches(chats, plan.batch), chat),
         )
+
+    def _chat(self, plan: Plan, seed: int) -> tiny_text.Tokens:
+        stories = self.corpus.train["stories"]
+        return chat_rows(self.tokenizer, stories, self.plain, plan.length, 1000 + seed)
+
+
+def _in_batches(epochs: Iterator[tiny_text.Tokens], size: int) -> Iterator[Tensor]:
+    for rows in epochs:
+        for start in range(0, len(rows) - size + 1, size):
+            yield torch.from_numpy(rows[start : start + size])
 
 
 def learning_rate(plan: Plan, at: int, plain: int, chat: int) -> float:
-    """Warm-up, constant, then down over the last third of each phase: to a third, and to zero.
+    """Warm-up, constant, down to the chat rate over the last third of the plain text, then to zero.
 
     Constant for long, so that a run may be lengthened or cut short while it is under way.
     """
     if at < plain:
-        left = (plain - at) / max(1, plain // 3)
-        floor = plan.chat_rate
-        return min(plan.rate * min(1.0, (at + 1) / plan.warmup),
-                   floor + (plan.rate - floor) * min(1.0, left))  # fmt: skip
+        falling = min(1.0, (plain - at) / max(1, plain // 3))
+        rate = plan.chat_rate + (plan.rate - plan.chat_rate) * falling
+        return min(rate, plan.rate * (at + 1) / plan.warmup)
     return plan.chat_rate * min(1.0, (plain + chat - at) / max(1, chat * 2 // 3))
-
-
-def new_optimizer(model: Model) -> torch.optim.AdamW:
-    """AdamW; norms and embeddings are not decayed."""
-    matrices = [t for n, t in model.tensors.items() if t.requires_grad and _decays(n)]
-    others = [t for n, t in model.tensors.items() if t.requires_grad and not _decays(n)]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-
-
-def _decays(name: str) -> bool:
-    return "norm" not in name and "embed_tokens" not in name
-
-
-@torch.no_grad()
-def heldout_losses(
-    model: Model, data: Data, plan: Plan, every: int = 1
-) -> tuple[dict[str, float], Tensor]:
-    """Nats per token of each kind's held-out text, and the experts' [layers, experts] counts.
-
-    Looks at `every` n-th row only, where that will do.
-    """
-    config = model.config
-    counts = torch.zeros(config.num_hidden_layers, config.n_routed_experts)
-    losses = {}
-    for kind, text in data.corpus.heldout.items():
-        tokens = tiny_text.encode(data.tokenizer, [text])
-        length = min(plan.length, len(tokens) - 1)
-        parts = torch.from_numpy(tiny_text.in_order(tokens, length)[::every]).split(plan.batch)
-        sums = [model.loss(part, count_experts(config, counts)) * len(part) for part in parts]
-        losses[kind] = float(torch.stack(sums).sum() / sum(len(part) for part in parts))
-    return losses, counts
 
 
 @dataclass
@@ -170,11 +135,13 @@ class State:
         path.with_suffix(".partial").replace(path)
 
     @classmethod
-    def load_or_start(cls, path: Path, config: Dots1Config, seed: int) -> "State":
-        model = new_model(config, seed)
-        state = cls(model, new_optimizer(model), 0, [])
+    def load_or_start(
+        cls, path: Path, config: Dots1Config, seed: int, device: str = "cpu"
+    ) -> "State":
+        model = new_model(config, seed, device)
+        state = cls(model, _new_optimizer(model), 0, [])
         if path.exists():
-            saved = torch.load(path, weights_only=True)
+            saved = torch.load(path, weights_only=True, map_location=device)
             with torch.no_grad():
                 for name, tensor in model.tensors.items():
                     tensor.copy_(saved["model"][name])
@@ -183,98 +150,131 @@ class State:
         return state
 
 
+def _new_optimizer(model: Model) -> torch.optim.AdamW:
+    """AdamW; norms and embedding are not decayed."""
+    decayed: list[Tensor] = []
+    free: list[Tensor] = []
+    for name, tensor in model.tensors.items():
+        if tensor.requires_grad:
+            (free if "norm" in name or "embed_tokens" in name else decayed).append(tensor)
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+
+
 def train(
     data: Data,
     config: Dots1Config,
     plan: Plan,
     state_file: Path,
-    team: Team,
-    save_seconds: float = 120.0,
+    team: Team | None = None,
     stop_at: int | None = None,
+    device: str = "cpu",
 ) -> State:
-    """Train to the end of the plan, or to step `stop_at`, from `state_file` where there is one."""
-    state = State.load_or_start(state_file, config, plan.seed)
+    """Train to the plan's end, or to step `stop_at`; from `state_file` on, where there is one."""
+    team = team or Team()
+    state = State.load_or_start(state_file, config, plan.seed, device)
     plain, chat = data.steps(plan)
-    end = plain + chat if stop_at is None else stop_at
     saved = time.monotonic()
-    for phase_start, phase_end, is_chat in ((0, plain, False), (plain, plain + chat, True)):
-        if not phase_start <= state.at < min(phase_end, end):
-            continue
-        batches = islice(
-            data.batches(plan, is_chat), state.at - phase_start, phase_end - phase_start
-        )
-        for rows in batches:
-            if state.at >= end:
-                break
-            rate = learning_rate(plan, state.at, plain, chat)
-            for group in state.optimizer.param_groups:
-                group["lr"] = rate
-            bias_rate = plan.bias_rate * rate / plan.rate
-            began = time.monotonic()
-            loss, _ = step(state.model, state.optimizer, rows, bias_rate, team)
-            state.at += 1
-            if team.rank == 0:
-                took = time.monotonic() - began
-                _report(state, data, plan, loss, rate, took, state.at in (plain, plain + chat))
-                if time.monotonic() - saved > save_seconds:
-                    state.save(state_file)
-                    saved = time.monotonic()
+    for rows in islice(data.batches(plan), state.at, stop_at):
+        rate = learning_rate(plan, state.at, plain, chat)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        loss = step(state.model, state.optimizer, rows, plan.bias_rate * rate / plan.rate, team)
+        state.at += 1
+        if team.rank == 0:
+            _report(state, data, plan, loss, last=state.at in (plain, plain + chat))
+            if time.monotonic() - saved > plan.save_seconds:
+                state.save(state_file)
+                saved = time.monotonic()
     if team.rank == 0:
         state.save(state_file)
     return state
 
 
-def _report(
-    state: State, data: Data, plan: Plan, loss: float, rate: float, took: float, last: bool
-) -> None:
+def _report(state: State, data: Data, plan: Plan, loss: float, last: bool) -> None:
+    """A line every ten steps, and a point of the training curve now and then."""
     if state.at % 10 == 0:
-        print(f"step {state.at} loss {loss:.4f} rate {rate:.2e} {took:.2f} s", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} step {state.at} loss {loss:.4f}", flush=True)
     if state.at % plan.evaluate_every == 0 or last:
         losses, counts = heldout_losses(state.model, data, plan, every=4)
-        load = tiny_export.relative_load(state.model.config, counts)
+        least = relative_load(state.model.config, counts).min()
         tokens = state.at * plan.batch * plan.length
         state.curve.append({"step": state.at, "tokens": tokens, "loss": loss, "heldout": losses})
-        print(f"step {state.at} held out {losses} least load {load.min():.2f}", flush=True)
+        print(f"step {state.at} held out {losses} least load {least:.2f}", flush=True)
 
 
-def _work(rank: int, arguments: argparse.Namespace, rows: Tensor, barrier: Any) -> None:
-    torch.set_num_threads(1)
-    plan, files = _plan(arguments), {kind: getattr(arguments, kind) for kind in tiny_text.KINDS}
-    data = Data.read(files, plan, arguments.work)
-    team = Team(arguments.workers, rank, rows, barrier if arguments.workers > 1 else None)
-    state = train(
-        data, GEOMETRY, plan, arguments.work / "state.pt", team, stop_at=arguments.stop_at
-    )
+@torch.no_grad()
+def heldout_losses(
+    model: Model, data: Data, plan: Plan, every: int = 1
+) -> tuple[dict[str, float], Tensor]:
+    """Nats per token of each kind's held-out text, and the experts' [layers, experts] counts.
+
+    Takes `every` n-th row only, where an estimate will do.
+    """
+    counts = torch.zeros(model.config.num_hidden_layers, model.config.n_routed_experts)
+    losses = {}
+    for kind, text in data.corpus.heldout.items():
+        tokens = tiny_text.encode(data.tokenizer, [text])
+        length = min(plan.length, len(tokens) - 1)
+        parts = torch.from_numpy(tiny_text.in_order(tokens, length)[::every]).split(plan.batch)
+        sums = [model.loss(part, count_experts(counts)) * len(part) for part in parts]
+        losses[kind] = float(torch.stack(sums).sum() / sum(len(part) for part in parts))
+    return losses, counts
+
+
+def _work(rank: int, options: argparse.Namespace, rows: Tensor, barrier: Any) -> None:
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    plan, files = _plan(options), _files(options)
+    data = Data.read(files, plan, options.work)
+    team = Team(options.workers, rank, rows, barrier if options.workers > 1 else None)
+    state_file = options.work / "state.pt"
+    state = train(data, GEOMETRY, plan, state_file, team, options.stop_at, options.device)
     if rank == 0:
         losses, counts = heldout_losses(state.model, data, plan)
-        tiny_export.export(arguments.output, state.model, data.tokenizer, data.corpus,
-                           asdict(plan), state.curve, losses, counts)  # fmt: skip
+        run = {
+            "files": {kind: [path.name for path in paths] for kind, paths in files.items()},
+            "plan": asdict(plan),
+            "curve": state.curve,
+        }
+        export(options.output, state.model, data.tokenizer, data.corpus, run, losses, counts)
 
 
-def _plan(arguments: argparse.Namespace) -> Plan:
-    return Plan(epochs=arguments.epochs, chat_epochs=arguments.chat_epochs)
+def _plan(options: argparse.Namespace) -> Plan:
+    return Plan(epochs=options.epochs, chat_epochs=options.chat_epochs)
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+def _files(options: argparse.Namespace) -> dict[str, list[Path]]:
+    return {kind: getattr(options, kind) for kind in tiny_text.KINDS}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train dots1-tiny.")
     for kind in tiny_text.KINDS:
         parser.add_argument(f"--{kind}", nargs="+", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder of the saved state")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--epochs", type=float, default=Plan.epochs)
     parser.add_argument("--chat-epochs", type=float, default=Plan.chat_epochs)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--stop-at", type=int, help="stop and export after this step")
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    files = {kind: getattr(arguments, kind) for kind in tiny_text.KINDS}
-    Data.read(files, _plan(arguments), arguments.work)  # leaves the tokenizer for the workers
-    rows = shared_rows(GEOMETRY, arguments.workers)
-    barrier = mp.get_context("spawn").Barrier(arguments.workers)
-    mp.spawn(_work, (arguments, rows, barrier), nprocs=arguments.workers)
+    parser.add_argument("--workers", type=int, default=2, help="processes; 1 on a GPU")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stop-at", type=int, help="stop and write the model after this step")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """The command line."""
+    options = _options()
+    options.work.mkdir(parents=True, exist_ok=True)
+    # Experts get another number of rows every step, and oneDNN compiles a kernel for each: keep
+    # more of them than it would. And keep freed memory; a step asks for the same again.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "3000")
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 << 30))
+    Data.read(_files(options), _plan(options), options.work)  # leaves the tokenizer for the team
+    barrier = torch.multiprocessing.get_context("spawn").Barrier(options.workers)
+    rows = shared_rows(GEOMETRY, options.workers)
+    spawn(_work, (options, rows, barrier), nprocs=options.workers)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dots1_local.reference.layers import (
     routed_experts,
 )
 from dots1_local.reference.model import forward, logits
-from dots1_local.reference.weights import load_layer, load_layers, load_outer
+from dots1_local.reference.weights import load_layer, load_layers, load_outer, stacked_name
 
 __all__ = [
     "Observer",
@@ -34,4 +34,5 @@ __all__ = [
     "rope",
     "route",
     "routed_experts",
+    "stacked_name",
 ]

@@ -16,6 +16,20 @@ from torch import Tensor
 
 from dots1_local.architecture import Dots1Config
 
+__all__ = [
+    "Observer",
+    "Weights",
+    "attention",
+    "dense_ffn",
+    "layer_forward",
+    "moe",
+    "rms_norm",
+    "rope",
+    "route",
+    "routed_experts",
+]
+
+
 Weights = Mapping[str, Tensor]
 
 Observer = Callable[[str, Tensor], None]
@@ -36,7 +50,7 @@ def linear(x: Tensor, weights: Weights, name: str, observe: Observer | None) -> 
 
 
 def rope(x: Tensor, theta: float) -> Tensor:
-    """Rotates `x` [..., positions, head_dim] NEOX style: dimension i pairs with i + head_dim / 2."""
+    """`x` [..., positions, head_dim] rotated NEOX style: dimension i with i + head_dim / 2."""
     positions, head_dim = x.shape[-2:]
     steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=x.device)
     angles = torch.arange(positions, device=x.device).float()[:, None] / theta ** (steps / head_dim)
@@ -55,7 +69,7 @@ def attention(
 
     def heads(name: str) -> Tensor:
         projected = linear(x, weights, f"self_attn.{name}_proj.weight", observe)
-        return projected.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+        return projected.view(*x.shape[:-1], -1, config.head_dim).transpose(1, 2)
 
     def rotated(name: str) -> Tensor:
         norm = weights[f"self_attn.{name}_norm.weight"]

@@ -11,6 +11,8 @@ from dots1_local.checkpoint import Checkpoint
 from dots1_local.reference.layers import Observer, Weights, layer_forward, rms_norm
 from dots1_local.reference.weights import load_layers, load_outer
 
+__all__ = ["forward", "logits"]
+
 
 def forward(
     tokens: Tensor,

@@ -9,6 +9,8 @@ from torch import Tensor
 from dots1_local.architecture import TensorSpec, inventory
 from dots1_local.checkpoint import Checkpoint
 
+__all__ = ["load_layer", "load_layers", "load_outer", "stacked_name"]
+
 
 def load_layer(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
     """One layer's tensors in F32, named and stacked as `layers` wants them.
@@ -18,7 +20,7 @@ def load_layer(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
     """
     prefix = f"model.layers.{layer}."
     return {
-        _stacked_name(spec).removeprefix(prefix): _read(checkpoint, spec)
+        stacked_name(spec).removeprefix(prefix): _read(checkpoint, spec)
         for spec in inventory(checkpoint.config)
         if spec.layer == layer
     }
@@ -33,24 +35,23 @@ def load_layers(checkpoint: Checkpoint) -> Iterator[dict[str, Tensor]]:
 def load_outer(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """What belongs to no layer: embedding, last norm and head, under their full names."""
     return {
-        _stacked_name(spec): _read(checkpoint, spec)
+        stacked_name(spec): _read(checkpoint, spec)
         for spec in inventory(checkpoint.config)
         if spec.layer is None
     }
 
 
-def _stacked_name(spec: TensorSpec) -> str:
-    """`...mlp.experts.0.up_proj.weight` and its fellows become `...mlp.experts.up_proj`."""
-    first = spec.sources[0]
-    return first.replace("experts.0.", "experts.").removesuffix(".weight") if _many(spec) else first
-
-
-def _many(spec: TensorSpec) -> bool:
-    return spec.role == "routed"
+def stacked_name(spec: TensorSpec) -> str:
+    """The reference's name of a tensor; `...mlp.experts.0.up_proj.weight` and its fellows
+    become `...mlp.experts.up_proj`."""
+    name = spec.sources[0]
+    if spec.role != "routed":
+        return name
+    return name.replace("experts.0.", "experts.").removesuffix(".weight")
 
 
 def _read(checkpoint: Checkpoint, spec: TensorSpec) -> Tensor:
-    if not _many(spec):
+    if spec.role != "routed":
         return torch.from_numpy(checkpoint.read(spec.sources[0]))
     stacked = np.empty(spec.shape, np.float32)
     for expert, source in enumerate(spec.sources):

@@ -1,0 +1,45 @@
+"""What a verb does not need it does not load: start-up time is what people feel first."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import EOS, scripted_tensors, write_random_gguf
+
+SCRIPT = """
+import sys
+from dots1_local.cli import app
+app(sys.argv[1].split("|"), standalone_mode=False)
+heavy = {"torch", "transformers", "llama_cpp", "numpy", "rich.table", "jinja2", "gguf"}
+print(*sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def loaded_by(*arguments: object) -> set[str]:
+    command = "|".join(map(str, arguments))
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, command], capture_output=True, text=True, check=True
+    )
+    return set(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("imports") / "model.gguf"
+    return write_random_gguf(path, tensors=scripted_tensors([65, EOS]))
+
+
+def test_help_loads_nothing_heavy() -> None:
+    assert not loaded_by("chat", "--help") & {"torch", "transformers", "llama_cpp", "numpy"}
+
+
+def test_inspect_loads_neither_engine_nor_numpy(model: Path) -> None:
+    assert loaded_by("inspect", model) == {"rich.table"}
+
+
+def test_chat_does_not_load_torch(model: Path) -> None:
+    found = loaded_by("chat", model, "-p", "hi", "--temp", "0")
+    assert "llama_cpp" in found
+    assert not found & {"torch", "transformers", "gguf"}

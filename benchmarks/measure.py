@@ -41,7 +41,12 @@ def measure(command: Sequence[str], log: Path) -> Usage:
     with open(log, "wb") as output:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        peak = _watch(process.pid)
+        try:
+            peak = _watch(process.pid)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
         wall = time.perf_counter() - start
         counters = _fields(process.pid, "io")  # a zombie still has them
         _, status, resources = os.wait4(process.pid, 0)

@@ -118,7 +118,9 @@ def shared_rows(config: Dots1Config, size: int) -> Tensor:
     """Memory for a team of `size`: room for the gradients, counts and loss of each."""
     gradients = sum(tensor.numel() for tensor in new_model(config, 0).trained)
     counts = config.num_hidden_layers * config.n_routed_experts
-    return torch.empty(size, gradients + counts + 1).share_memory_()
+    rows = torch.empty(size, gradients + counts + 1)
+    rows.share_memory_()
+    return rows
 
 
 def step(

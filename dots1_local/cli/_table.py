@@ -54,7 +54,9 @@ def print_table(
     if total is not None:
         table.add_section()
         table.add_row(*map(Text, total), style="bold")
-    console.print(table)
+    with console.capture() as printed:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 def _size_row(role: str, kind: str, counts: Sequence[int], all_bytes: int) -> tuple[str, ...]:

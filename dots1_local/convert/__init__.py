@@ -104,7 +104,7 @@ class Conversion:
                 is not finite. What is written so far stays for the next run.
         """
         laid_out = self._lay_out(Path(output), split_max_size)
-        _check_target(laid_out, force)
+        _check_target(laid_out, force, self.checkpoint.shards)
         with Journal(laid_out, self._fingerprint()) as journal:
             if journal.done:
                 on_resume(len(journal.done), len(self.tensors), "tensors", "")
@@ -150,12 +150,14 @@ def convert_checkpoint(
     )
 
 
-def _check_target(output: Output, force: bool) -> None:
+def _check_target(output: Output, force: bool, sources: Sequence[Path]) -> None:
     folder = output.path.parent
     if not folder.is_dir():
         raise Dots1Error(f"no such folder: {folder}")
     for path in output.paths:
         if path.is_dir():
             raise Dots1Error(f"{path} is a folder; name a file")
+        if path.exists() and any(path.samefile(source) for source in sources):
+            raise Dots1Error(f"{path} is part of the checkpoint; write to another file")
         if path.exists() and not force:
             raise Dots1Error(f"{path} exists; give --force to replace it")

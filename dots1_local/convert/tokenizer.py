@@ -82,15 +82,18 @@ def _ordinary(raw: dict[str, Any]) -> tuple[dict[str, int], tuple[str, ...]]:
     if model["type"] != "BPE":
         raise ValueError("not BPE")
     vocab = {str(token): int(index) for token, index in model["vocab"].items()}
+    if not vocab:
+        raise ValueError("no tokens")
     pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     return vocab, tuple(pairs)
 
 
 def _has_qwen2_split(pre_tokenizer: Any) -> bool:
-    if not isinstance(pre_tokenizer, dict):
+    try:
+        steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+        patterns = [s["pattern"]["Regex"] for s in steps if s.get("type") == "Split"]
+    except (AttributeError, KeyError, TypeError):
         return False
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    patterns = [s.get("pattern", {}).get("Regex") for s in steps if s.get("type") == "Split"]
     return patterns == [_QWEN2_SPLIT]
 
 
@@ -144,8 +147,15 @@ def _chat_template(folder: Path) -> str | None:
     """From chat_template.jinja, where newer transformers put it, or tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} is not readable text: {error}") from None
     template = _tokenizer_config(folder).get("chat_template")
-    if isinstance(template, list):  # several named ones; "default" is the chat
-        template = {t.get("name"): t.get("template") for t in template}.get("default")
+    try:
+        if isinstance(template, list):  # several named ones; "default" is the chat
+            template = {t["name"]: t["template"] for t in template}.get("default")
+    except (KeyError, TypeError):
+        path = folder / "tokenizer_config.json"
+        raise CheckpointError(f"{path} has a garbled chat_template") from None
     return template if isinstance(template, str) else None

@@ -95,7 +95,8 @@ def make_plan(
         has_importance=has_importance,
         overrides=overrides,
     )
-    return QuantPlan(name, width, stock_mix(name).file_type, types)
+    mix = stock_mix(name)
+    return QuantPlan(mix.name, width, mix.file_type, types)
 
 
 def _dynamic_plan(

@@ -64,9 +64,9 @@ _MIXES = {
         Mix("IQ1_S", 24, "IQ1_S"),
     )
 }
-_ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
+_ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M", "MXFP4": "MXFP4_MOE"}
 STOCK_MIXES: dict[str, Mix] = _MIXES | {alias: _MIXES[name] for alias, name in _ALIASES.items()}
-"""Every mix by the names llama-quantize accepts, the three aliases included."""
+"""Every mix by the names llama-quantize accepts and its aliases, and MXFP4 for MXFP4_MOE."""
 
 
 @dataclass(frozen=True)

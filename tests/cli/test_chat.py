@@ -15,18 +15,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_prompt_gives_one_answer_on_stdout(model: Path) -> None:
-    result = CliRunner().invoke(app, ["chat", str(model), "-p", "hi", "--temp", "0"])
+    result = CliRunner().invoke(app, ["chat", str(model), "-p", "hi", "--temp", "0", "-t", "1"])
     assert result.exit_code == 0, result.output
     assert (result.stdout, result.stderr) == ("中文\n", "")
 
 
 def test_piped_text_is_the_prompt(model: Path) -> None:
-    result = CliRunner().invoke(app, ["chat", str(model), "--temp", "0"], input="hi\nthere\n")
+    result = CliRunner().invoke(
+        app, ["chat", str(model), "--temp", "0", "-t", "1"], input="hi\nthere\n"
+    )
     assert result.stdout == "中文\n"
 
 
 def test_answers_can_be_cut(model: Path) -> None:
-    result = CliRunner().invoke(app, ["chat", str(model), "-p", "hi", "--temp", "0", "-n", "4"])
+    result = CliRunner().invoke(
+        app, ["chat", str(model), "-p", "hi", "--temp", "0", "-n", "4", "-t", "1"]
+    )
     assert result.stdout == "中\n"
 
 

@@ -40,6 +40,6 @@ def test_inspect_loads_neither_engine_nor_numpy(model: Path) -> None:
 
 
 def test_chat_does_not_load_torch(model: Path) -> None:
-    found = loaded_by("chat", model, "-p", "hi", "--temp", "0")
+    found = loaded_by("chat", model, "-p", "hi", "--temp", "0", "-t", "1")
     assert "llama_cpp" in found
     assert not found & {"torch", "transformers", "gguf"}

@@ -30,7 +30,9 @@ def planned(draw: st.DrawFn) -> list[PlannedTensor]:
     return tensors
 
 
-@given(planned(), st.none() | st.integers(100, 3000), st.text(min_size=1, max_size=40), st.randoms())
+@given(
+    planned(), st.none() | st.integers(100, 3000), st.text(min_size=1, max_size=40), st.randoms()
+)
 @settings(max_examples=60, deadline=None)
 def test_readers_find_what_was_written(tensors, split, text, random) -> None:  # type: ignore[no-untyped-def]
     data = {t.spec.name: np.frombuffer(random.randbytes(t.nbytes), np.uint8) for t in tensors}

@@ -18,7 +18,7 @@ TEXT = "".join(chr(33 + index * index % 90) for index in range(700))  # no merge
 def test_of_a_model_that_knows_nothing_is_the_vocabulary(tmp_path: Path) -> None:
     zeros = np.zeros((CONFIG.vocab_size, CONFIG.hidden_size), np.float32)
     path = write_random_gguf(tmp_path / "zero.gguf", tensors={"output.weight": zeros})
-    result = perplexity(path, TEXT, n_ctx=64)
+    result = perplexity(path, TEXT, n_ctx=64, threads=1)
     assert result.value == pytest.approx(CONFIG.vocab_size)
     assert result.error == pytest.approx(0, abs=1e-5)
     # 700 bytes are 10 chunks of 64, and the 31 tokens after each one's 33rd are predicted.
@@ -27,20 +27,20 @@ def test_of_a_model_that_knows_nothing_is_the_vocabulary(tmp_path: Path) -> None
 
 def test_counts_only_as_many_chunks_as_asked(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "model.gguf")
-    assert perplexity(path, TEXT, n_ctx=32, n_chunks=3).chunks == 3
+    assert perplexity(path, TEXT, n_ctx=32, n_chunks=3, threads=1).chunks == 3
 
 
 @pytest.mark.parametrize("n_ctx", [32, 100, 300])
 def test_does_not_depend_on_how_chunks_are_batched(tmp_path: Path, n_ctx: int) -> None:
     path = write_random_gguf(tmp_path / "model.gguf")
-    with Engine.open(path, n_ctx=n_ctx, all_logits=True) as engine:
+    with Engine.open(path, n_ctx=n_ctx, all_logits=True, threads=1) as engine:
         losses = []
         for start in range(0, len(TEXT) - n_ctx + 1, n_ctx):
             tokens = list(TEXT[start : start + n_ctx].encode())
             engine.forget()
             rows = np.concatenate([part.copy() for part in engine.decode_all(tokens, 0)])
             losses.append(_losses(rows, tokens))
-    assert perplexity(path, TEXT, n_ctx=n_ctx).value == pytest.approx(
+    assert perplexity(path, TEXT, n_ctx=n_ctx, threads=1).value == pytest.approx(
         exp(np.concatenate(losses).mean()), rel=1e-2
     )
 
@@ -56,7 +56,7 @@ def test_is_what_transformers_logits_give(tiny: Path, converted: Converted) -> N
     losses = np.concatenate(
         [_losses(rows, chunk) for rows, chunk in zip(logits, chunks.tolist(), strict=True)]
     )
-    result = perplexity(converted("F32"), text, n_ctx=128)
+    result = perplexity(converted("F32"), text, n_ctx=128, threads=1)
     assert result.chunks == len(chunks)
     assert result.value == pytest.approx(exp(losses.mean()), rel=2e-3)
     deviation = losses.std() / sqrt(len(losses) - 1)
@@ -74,8 +74,8 @@ def _losses(rows: np.ndarray, tokens: list[int]) -> np.ndarray:
 def test_a_short_text_is_refused(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "model.gguf")
     with pytest.raises(UsageError, match="at least 128 tokens; this one has 127"):
-        perplexity(path, TEXT[:127], n_ctx=64)
-    assert perplexity(path, TEXT[:128], n_ctx=64).chunks == 2
+        perplexity(path, TEXT[:127], n_ctx=64, threads=1)
+    assert perplexity(path, TEXT[:128], n_ctx=64, threads=1).chunks == 2
 
 
 def test_text_is_read_as_it_is(tmp_path: Path) -> None:
@@ -92,6 +92,12 @@ def test_text_is_read_as_it_is(tmp_path: Path) -> None:
 def test_reports_every_token(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "model.gguf")
     done: list[int] = []
-    perplexity(path, TEXT, n_ctx=64, progress=lambda count, total, unit, what: done.append(count))
+    perplexity(
+        path,
+        TEXT,
+        n_ctx=64,
+        threads=1,
+        progress=lambda count, total, unit, what: done.append(count),
+    )
     assert done == sorted(done)
     assert done[-1] == 640

@@ -20,7 +20,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[Engine]:
     with Engine.open(
-        model, n_ctx=256, n_ubatch=64, kv_type="F32", flash_attention=False, all_logits=True
+        model,
+        n_ctx=256,
+        n_ubatch=64,
+        kv_type="F32",
+        flash_attention=False,
+        all_logits=True,
+        threads=1,
     ) as engine:
         yield engine
 
@@ -40,26 +46,26 @@ def test_refuses_what_would_abort_or_run_wrong(
 ) -> None:
     path = write_random_gguf(tmp_path / "bad.gguf", **options)
     with pytest.raises(GGUFError, match=sentence) as error:
-        Engine.open(path)
+        Engine.open(path, threads=1)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_says_why_a_context_cannot_be_made(model: Path) -> None:
     with pytest.raises(Dots1Error, match="n_seq_max must be <= 256"):
-        Engine.open(model, n_ctx=8, n_sequences=1000)
+        Engine.open(model, n_ctx=8, n_sequences=1000, threads=1)
 
 
 def test_refuses_a_context_beyond_training(model: Path) -> None:
     with pytest.raises(UsageError, match="contexts of 1024 tokens, not 1025"):
-        Engine.open(model, n_ctx=1025)
+        Engine.open(model, n_ctx=1025, threads=1)
     for chosen in (0, None):
-        with Engine.open(model, n_ctx=chosen) as engine:
+        with Engine.open(model, n_ctx=chosen, threads=1) as engine:
             assert engine.n_ctx == 1024
 
 
 def test_says_nothing_on_the_terminal(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with Engine.open(model, n_ctx=64) as engine:
+    with Engine.open(model, n_ctx=64, threads=1) as engine:
         engine.decode(TEXT[:8], 0)
     assert capfd.readouterr() == ("", "")
 
@@ -72,7 +78,7 @@ def test_reports_progress_and_can_be_interrupted_while_loading(model: Path) -> N
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Engine.open(model, n_ctx=64, progress=interrupt)
+        Engine.open(model, n_ctx=64, progress=interrupt, threads=1)
     assert shares == [pytest.approx(0, abs=1)]
 
 
@@ -80,7 +86,7 @@ def test_loads_a_split_file(tmp_path: Path, engine: Engine) -> None:
     write_random_gguf(tmp_path / "model.gguf", shard_tensors=12)
     last = sorted(tmp_path.iterdir())[-1]
     engine.forget()
-    with Engine.open(last, n_ctx=256, kv_type="F32", flash_attention=False) as split:
+    with Engine.open(last, n_ctx=256, kv_type="F32", flash_attention=False, threads=1) as split:
         np.testing.assert_allclose(split.decode(TEXT, 0), engine.decode(TEXT, 0), atol=1e-5)
 
 
@@ -104,7 +110,7 @@ def test_both_end_tokens_end_a_response(engine: Engine) -> None:
 
 def test_without_its_key_no_ordinary_token_ends_a_response(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "model.gguf", without=["eos_token_id"])
-    with Engine.open(path, n_ctx=64) as engine:
+    with Engine.open(path, n_ctx=64, threads=1) as engine:
         assert not engine.is_end(11)
         assert engine.is_end(EOT)
 
@@ -120,7 +126,13 @@ def test_ubatches_and_forgetting_do_not_change_logits(engine: Engine) -> None:
 
 def test_sequences_do_not_see_each_other(model: Path) -> None:
     with Engine.open(
-        model, n_ctx=64, n_sequences=2, kv_type="F32", flash_attention=False, all_logits=True
+        model,
+        n_ctx=64,
+        n_sequences=2,
+        kv_type="F32",
+        flash_attention=False,
+        all_logits=True,
+        threads=1,
     ) as engine:
         mixed = [Entry(t, i, s, True) for s in (0, 1) for i, t in enumerate(TEXT[s * 8 :][:8])]
         rows = engine.submit(mixed).copy()
@@ -131,7 +143,7 @@ def test_sequences_do_not_see_each_other(model: Path) -> None:
 
 
 def test_refuses_requests_that_would_abort(model: Path) -> None:
-    with Engine.open(model, n_ctx=64) as engine:
+    with Engine.open(model, n_ctx=64, threads=1) as engine:
         with pytest.raises(UsageError, match="all_logits"):
             engine.submit([Entry(t, i, 0, True) for i, t in enumerate(TEXT[:2])])
         with pytest.raises(UsageError, match="1 to 64 tokens"):
@@ -141,7 +153,7 @@ def test_refuses_requests_that_would_abort(model: Path) -> None:
 
 
 def test_a_full_context_is_an_error(model: Path) -> None:
-    with Engine.open(model, n_ctx=256) as engine:
+    with Engine.open(model, n_ctx=256, threads=1) as engine:
         engine.decode([0] * 256, 0)
         with pytest.raises(Dots1Error, match="context of 256 tokens is full"):
             engine.decode([0], 256)

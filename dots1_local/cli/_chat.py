@@ -66,7 +66,12 @@ def chat(
         if prompt is None and sys.stdin.isatty():
             _dialogue(session, max_tokens)
         else:
-            _say(session, sys.stdin.read() if prompt is None else prompt, max_tokens)
+            _say(session, _piped_text() if prompt is None else prompt, max_tokens)
+
+
+def _piped_text() -> str:
+    """All of stdin, less the newline that ends a file."""
+    return sys.stdin.buffer.read().decode("utf-8", errors="replace").removesuffix("\n")
 
 
 def _dialogue(session: "Session", max_tokens: int | None) -> None:

@@ -44,8 +44,8 @@ def test_64_greedy_tokens_are_the_references(
     checkpoint, prompt = Checkpoint.open(tiny), tokens[:32]
     expected = list(prompt)
     for _ in range(64):
-        row = reference_logits(checkpoint, torch.tensor([expected]))[0, -1]
-        expected.append(int(row.argmax()))
+        last = reference_logits(checkpoint, torch.tensor([expected]))[0, -1]
+        expected.append(int(last.argmax()))
     found = list(prompt)
     with Engine.open(converted("F32"), n_ctx=128, kv_type="F32", flash_attention=False) as engine:
         row = engine.decode(prompt, 0)

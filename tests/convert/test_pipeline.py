@@ -119,7 +119,8 @@ def write_bf16_bits(weights: dict[str, np.ndarray], path: Path) -> None:
 def test_other_input_types_are_read(tmp_path: Path, dtype: type) -> None:
     source = micro_checkpoint(tmp_path / "hf")
     weights: dict[str, np.ndarray] = {
-        name: value.astype(dtype) for name, value in _torch_weights(source).items()}
+        name: value.astype(dtype) for name, value in _torch_weights(source).items()
+    }
     save_file(weights, source / "model.safetensors")
     convert_checkpoint(source, tmp_path / "out.gguf", "F32")
     found = tensors(tmp_path / "out.gguf")

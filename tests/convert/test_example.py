@@ -1,0 +1,74 @@
+"""The example converted end to end: the same bytes as stock, loaded by stock."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dots1_local.convert import Conversion, convert_checkpoint
+from dots1_local.gguf_file import GGUFFile
+from dots1_local.quant.importance import load_importance
+from dots1_local.quant.stock import stock_mix
+from dots1_local.runtime.engine import Engine
+from tests.conftest import Converted
+from tests.micro import micro_checkpoint
+from tests.quant.stock_llama import read_bytes, stock_quantise, tensors_of
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q2_K", "IQ3_XXS"])
+@pytest.mark.parametrize("with_importance", [False, True])
+def test_stock_mixes_are_what_stock_writes(
+    tiny: Path, converted: Converted, tmp_path: Path, mix: str, with_importance: bool
+) -> None:
+    if mix == "IQ3_XXS" and not with_importance:
+        pytest.skip("stock refuses IQ3_XXS without importance")
+    imatrix = tiny / "imatrix.gguf"
+    options = {"imatrix": imatrix} if with_importance else {}
+    importance = None
+    if with_importance:
+        loaded = load_importance(imatrix)
+        values = ((name, loaded.get(name)) for name in loaded.names)
+        importance = {name: value for name, value in values if value is not None}
+    stock = tmp_path / "stock.gguf"
+    stock_quantise(converted("BF16"), stock, stock_mix(mix).file_type, importance)
+    ours, theirs = tensors_of(converted(mix, **options)), tensors_of(stock)
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert (name, ours[name].type) == (name, expected.type)
+        same = np.array_equal(read_bytes(ours[name].file, ours[name]), read_bytes(stock, expected))
+        assert same, name
+
+
+def test_shards_load_as_one_model(tiny: Path, converted: Converted, tmp_path: Path) -> None:
+    paths = convert_checkpoint(tiny, tmp_path / "out.gguf", "DQ4", split_max_size=3 << 20).paths
+    assert len(paths) > 3
+    rows = []
+    for path in (converted("DQ4"), paths[0]):
+        with Engine.open(path, n_ctx=64, threads=1) as engine:
+            rows.append(engine.decode(engine.tokenize("Once upon a time", special=False), 0).copy())
+    assert np.array_equal(rows[0], rows[1])
+    assert len(GGUFFile.open(paths[0]).tensors) == len(GGUFFile.open(converted("DQ4")).tensors)
+
+
+def test_ctrl_c_leaves_what_can_be_resumed(tmp_path: Path) -> None:
+    source = micro_checkpoint(tmp_path / "hf", hidden_size=1024, vocab_size=60_000)
+    output = tmp_path / "out.gguf"
+    command = [str(Path(sys.executable).with_name("dots1")), "convert", str(source), "-o",
+               str(output), "--type", "Q2_K", "--threads", "1"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    journal = output.with_name(output.name + ".journal")
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 200):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    _, complaints = process.communicate()
+    assert process.returncode == 130
+    assert complaints == "stopped; run the same command again to go on from here\n"
+    assert not output.exists()
+    result = Conversion.prepare(source, "Q2_K").run(output)
+    assert result.resumed_tensors > 0
+    assert list(tmp_path.glob("out*")) == [output]

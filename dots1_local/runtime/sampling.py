@@ -2,7 +2,6 @@
 
 import secrets
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from llama_cpp import llama_cpp as llama
@@ -40,12 +39,7 @@ class Sampler:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         llama.llama_sampler_free(self._chain)
 
     def next(self, engine: Engine) -> int:

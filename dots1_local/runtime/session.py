@@ -4,7 +4,6 @@ import codecs
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Literal, Self
 
 from dots1_local.errors import Dots1Error
@@ -59,13 +58,8 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._sampler.__exit__(kind, error, trace)
+    def __exit__(self, *exception: object) -> None:
+        self._sampler.__exit__(*exception)
 
     def ask(self, text: str, max_tokens: int | None = None) -> Generator[str, None, None]:
         """Say `text` and stream the answer, whole characters at a time.

@@ -3,7 +3,6 @@
 Heavy imports (numpy, llama_cpp) happen inside the verbs, so that `dots1 --help` is instant.
 """
 
-import os
 import sys
 from typing import Annotated
 
@@ -59,14 +58,5 @@ def main() -> None:
     except Dots1Error as error:
         if _debug:
             raise
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except BrokenPipeError:
-        # The reader of our output left; point stdout at nothing so that exit does not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"dots1: {message}", file=sys.stderr)
-    sys.exit(code)
+        print(f"dots1: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("mixes", nargs="*", default=MIXES, help="NAME or NAME+pad")
     parser.add_argument("--imatrix", type=Path)
     parser.add_argument("--chunks", type=int, help="of 512 tokens of heldout.txt [all]")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     text = (options.checkpoint / "heldout.txt").read_text(encoding="utf-8")
     print("| mix | dots.llm1 | example | bpw | perplexity | KL divergence |")
     print("|---|---|---|---|---|---|")

@@ -63,8 +63,8 @@ Prompt format, without newlines:
 
 ## Training
 
-{tokens:.1f} M tokens seen: {plan[epochs]:g} epochs of the text below, then {plan[chat_epochs]:g}
-of conversations made from the stories, with a third of plain text among them. AdamW, rate
+{tokens:.1f} M tokens seen: {plan[epochs]:g} epochs of the text below, then {plan[chat_epochs]:g} of
+conversations made from the stories, with a third of plain text among them. AdamW, rate
 {plan[rate]:g}, batches of {plan[batch]} × {plan[length]} tokens. Load was balanced without an
 auxiliary loss, by the router's bias.
 
@@ -95,7 +95,8 @@ Each expert's share of the held-out tokens, 1 being an equal share; the least is
 {command}
 ```
 
-The same files and settings give the same run, up to the order in which floats are added.
+A run is a function of files, settings and seed, killed or not (tested on a small one), up to the
+order in which floats are added.
 `training.json` holds the figures above. The books are from Project Gutenberg, the Chinese ones
 two of the classic novels (public domain); TinyStories is under CDLA-Sharing-1.0.
 """

@@ -28,6 +28,8 @@ class Errors:
 @contextmanager
 def errors() -> Iterator[Errors]:
     """Collect the errors that calls into llama.cpp log in this block."""
+    # Each time: whoever else uses llama.cpp in this process may have set a callback since.
+    llama.llama_log_set(_keep, None)
     found = Errors()
     _lines.clear()
     try:
@@ -41,6 +43,3 @@ def _keep(level: int, text: bytes, _: Any) -> None:
     line = text.decode("utf-8", errors="replace").strip()
     if level == _ERROR and line:
         _lines.append(re.sub(r"^\w+: ", "", line))  # the C++ function's name says nothing
-
-
-llama.llama_log_set(_keep, None)

@@ -37,6 +37,7 @@ clean:
 # built with other flags, so the build is asked what it can do, and made again if it must be.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing; llama.cpp is compiled the first time, which takes some minutes"
 	CMAKE_ARGS="-DGGML_RPC=on -DLLAVA_BUILD=off" $(BIN)/pip install --quiet \
 		--no-binary llama-cpp-python --editable .
 	$(BIN)/python tools/check_engine.py || CMAKE_ARGS="-DGGML_RPC=on -DLLAVA_BUILD=off" \

@@ -34,7 +34,7 @@ def main() -> None:
         "--force")  # fmt: skip
     run("Perplexity of the mix", "perplexity", mix, "-f", text, "--chunks", CHUNKS)
     run("Perplexity unquantised", "perplexity", whole, "-f", text, "--chunks", CHUNKS)
-    run("An answer", "chat", mix, "-p", QUESTION, "--seed", "1")
+    run("An answer", "chat", mix, "-p", QUESTION, "--temp", "0.4", "--seed", "3")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import EOS, scripted_tensors, write_random_gguf
+from tests.micro import micro_checkpoint
 
 SCRIPT = """
 import sys
@@ -43,3 +44,10 @@ def test_chat_does_not_load_torch(model: Path) -> None:
     found = loaded_by("chat", model, "-p", "hi", "--temp", "0", "-t", "1")
     assert "llama_cpp" in found
     assert not found & {"torch", "transformers", "gguf"}
+
+
+def test_convert_loads_neither_torch_nor_the_engine(tmp_path: Path) -> None:
+    source = micro_checkpoint(tmp_path / "hf")
+    found = loaded_by("convert", source, "-o", tmp_path / "out.gguf", "--type", "Q8_0")
+    assert "gguf" in found
+    assert not found & {"torch", "transformers", "llama_cpp"}

@@ -105,7 +105,7 @@ class Conversion:
         """
         laid_out = self._lay_out(Path(output), split_max_size)
         _check_target(laid_out, force, self.checkpoint.shards)
-        with Journal(laid_out, self._fingerprint()) as journal:
+        with Journal(laid_out, self._fingerprint(), progress) as journal:
             if journal.done:
                 on_resume(len(journal.done), len(self.tensors), "tensors", "")
             Pipeline(self.checkpoint, journal, self.importance, threads).run(progress)

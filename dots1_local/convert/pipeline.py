@@ -91,7 +91,8 @@ class Pipeline:
         pieces = list(_pieces(spec))
         futures: list[Future[tuple[int, int]]] = []
         for index, piece in enumerate(pieces):
-            ahead = pieces[index + _READ_AHEAD :][:1] if index else pieces[:_READ_AHEAD]
+            first = index + _READ_AHEAD if index else 0
+            ahead = pieces[first : index + _READ_AHEAD + 1]
             futures.append(pool.submit(self._do, slot, piece, weights, ahead))
         for future in futures:
             yield future.result()

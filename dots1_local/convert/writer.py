@@ -24,6 +24,7 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
+from dots1_local.progress import Progress, silent
 from dots1_local.quant.plan import PlannedTensor
 
 __all__ = ["ALIGNMENT", "Journal", "Output", "Slot", "lay_out"]
@@ -101,8 +102,9 @@ class Journal:
     read back with the checksums it recorded.
     """
 
-    def __init__(self, output: Output, fingerprint: str) -> None:
+    def __init__(self, output: Output, fingerprint: str, progress: Progress = silent) -> None:
         self.output = output
+        self._progress = progress  # of checking what a former run wrote
         self.done: set[str] = set()
         self._path = output.path.with_name(output.path.name + ".journal")
         digest = hashlib.sha256(fingerprint.encode())
@@ -167,10 +169,13 @@ class Journal:
         if not intact:
             return False
         slots = {slot.tensor.spec.name: slot for slot in self.output.slots}
+        total, checked = sum(slot.tensor.nbytes for slot in self.output.slots), 0
         for line in lines[1:]:
             slot = slots.get(line.get("tensor", ""))
             if slot and self._reads_back(slot, line):
                 self.done.add(slot.tensor.spec.name)
+                checked += slot.tensor.nbytes
+                self._progress(checked, total, "bytes", "checking what is there")
         return True
 
     def _recorded(self) -> list[dict[str, Any]]:

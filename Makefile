@@ -28,7 +28,7 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.bench_convert --work $(BUILD)/bench
+	$(BIN)/python -m benchmarks.bench_convert --work $(BUILD)/bench --sample 8
 
 clean:
 	rm -rf $(BUILD) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Conversion at real width, beside what it cannot beat and what it replaces.
 
-    python -m benchmarks.bench_convert --work build/bench               the whole: about an hour
+    python -m benchmarks.bench_convert --work build/bench --sample 8        eleven minutes, 2 cores
     python -m benchmarks.bench_convert --work build/bench --experts 8 --sample 8    a smoke run
 
 A checkpoint of 1 dense and 2 MoE layers is made once and kept. For each type:
@@ -10,7 +10,7 @@ A checkpoint of 1 dense and 2 MoE layers is made once and kept. For each type:
   same number of threads: no converter that calls them can be faster. `--sample N` times every
   N-th piece and scales up;
 - stock: a BF16 GGUF, then `llama_model_quantize`. The first step is our own BF16 conversion, which
-  holds what convert_hf_to_gguf.py writes and is faster, so the comparison favours stock.
+  holds what convert_hf_to_gguf.py writes.
 """
 
 import argparse

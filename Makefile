@@ -7,7 +7,6 @@ VENV ?= .venv
 BUILD ?= build
 BIN := $(VENV)/bin
 TINY := examples/dots1-tiny
-DEMO := $(BUILD)/dots1-tiny-DQ4.gguf
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,7 +35,7 @@ clean:
 # llama-cpp-python is compiled here, with the RPC backend. pip may hand back a wheel that was
 # built with other flags, so the build is asked what it can do, and made again if it must be.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing; llama.cpp is compiled the first time, which takes some minutes"
 	CMAKE_ARGS="-DGGML_RPC=on -DLLAVA_BUILD=off" $(BIN)/pip install --quiet \
 		--no-binary llama-cpp-python --editable .

@@ -27,7 +27,7 @@ from tools.make_wide import published_config
 MIXES = (
     "BF16",
     *("DQ6", "Q6_K", "DQ5", "Q5_K_M", "DQ4", "Q4_K_M", "DQ3", "Q3_K_M", "IQ3_XXS"),
-    *("DQ2", "Q2_K", "IQ2_XXS"),
+    *("DQ2", "DQ2+pad", "Q2_K", "IQ2_XXS"),
 )  # fmt: skip
 CONTEXT = 512
 

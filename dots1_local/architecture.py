@@ -68,12 +68,12 @@ class Dots1Config:
             num_experts_per_tok=_integer(raw, "num_experts_per_tok"),
             first_k_dense_replace=_integer(raw, "first_k_dense_replace", least=0),
             routed_scaling_factor=_number(raw, "routed_scaling_factor"),
-            norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
+            norm_topk_prob=_boolean(raw, "norm_topk_prob"),
             vocab_size=_integer(raw, "vocab_size"),
             rms_norm_eps=_number(raw, "rms_norm_eps"),
             rope_theta=_rope_theta(raw),
             max_position_embeddings=_integer(raw, "max_position_embeddings"),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_word_embeddings=_boolean(raw, "tie_word_embeddings"),
         )
         config._check()
         return config
@@ -220,7 +220,7 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
     names = raw.get("architectures")
     model_type = raw.get("model_type")
     if names != ["Dots1ForCausalLM"] and not (names is None and model_type == "dots1"):
-        found = names[0] if isinstance(names, list) and names else model_type
+        found = names or model_type
         raise CheckpointError(
             f"config.json describes {found!r}; dots1-local converts Dots1ForCausalLM only"
         )
@@ -275,6 +275,13 @@ def _integer(
             f"config.json needs {key} to be an integer from {least} to {most}, not {value!r}"
         )
     return value
+
+
+def _boolean(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"config.json needs {key} to be true or false, not {value!r}")
+    return bool(value)
 
 
 def _number(raw: Mapping[str, Any], key: str) -> float:

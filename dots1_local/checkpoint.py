@@ -7,6 +7,7 @@ tensor, 24,000 tensors cost no mappings, and reads go into buffers the caller ow
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,6 +124,20 @@ class Checkpoint:
                         f"{source} in {found.file.name} has shape {list(found.shape)} where "
                         f"config.json makes it {list(tensor.source_shape)}"
                     )
+
+    def check_nothing_else(self, tensors: Iterable[TensorSpec]) -> None:
+        """Refuse tensors the model has no place for: dropping them would change what it computes.
+
+        Raises:
+            CheckpointError: naming the first one.
+        """
+        used = {source for tensor in tensors for source in tensor.sources}
+        for name, piece in self._slices.items():
+            if name not in used and not _is_derived(name, self.config):
+                raise CheckpointError(
+                    f"{name} in {piece.file.name} has no place in the model that config.json "
+                    "describes; is it the config of this checkpoint?"
+                )
 
     def _explain_missing(self, source: str, layer: int | None) -> str:
         prefix = f"model.layers.{layer}."
@@ -255,6 +270,13 @@ def _slice(path: Path, name: str, entry: Any, base: int, size: int) -> Slice:
             f"{path} is truncated: {name} ends at byte {base + end} of {size}; fetch it again"
         )
     return Slice(path, base + start, dtype, shape)
+
+
+def _is_derived(name: str, config: Dots1Config) -> bool:
+    """Tensors that hold nothing new: packed experts (read by expert), tied head, RoPE tables."""
+    packed = re.search(r"\.mlp\.experts\.(gate_up|down)_proj(\.weight)?$", name)
+    tied = config.tie_word_embeddings and name == "lm_head.weight"
+    return bool(packed or tied or name.endswith(".rotary_emb.inv_freq"))
 
 
 def _unpack(slices: Mapping[str, Slice], config: Dots1Config) -> Iterator[tuple[str, Slice]]:

@@ -103,6 +103,8 @@ class Keys(Mapping[str, Value]):
 
 def read_header(path: Path) -> tuple[Keys, tuple[GGUFTensor, ...]]:
     """Keys and tensors of one file, every range checked against the file's size."""
+    if path.is_dir():
+        raise GGUFError(f"{path} is a folder, not a GGUF file; dots1 convert makes one of it")
     if not path.is_file():
         raise GGUFError(f"no such file: {path}")
     try:

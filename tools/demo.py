@@ -32,8 +32,8 @@ def main() -> None:
     run("The default dynamic mix", "convert", checkpoint, "-o", mix, "--force")
     run("The same weights unquantised", "convert", checkpoint, "-o", whole, "--type", "BF16",
         "--force")  # fmt: skip
-    run("Perplexity of the mix", "perplexity", mix, "-f", text, "--chunks", CHUNKS)
-    run("Perplexity unquantised", "perplexity", whole, "-f", text, "--chunks", CHUNKS)
+    run("Perplexity of the mix ...", "perplexity", mix, "-f", text, "--chunks", CHUNKS)
+    run("... and unquantised", "perplexity", whole, "-f", text, "--chunks", CHUNKS)
     run("An answer", "chat", mix, "-p", QUESTION, "--temp", "0.4", "--seed", "3")
 
 

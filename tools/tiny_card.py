@@ -37,6 +37,7 @@ def card(facts: dict[str, Any]) -> str:
         load=_load(facts["expert_load"]),
         least=min(min(layer) for layer in facts["expert_load"]),
         command=_command(facts["files"], plan),
+        quantised=facts.get("quantised", "Not measured yet."),
     )
 
 
@@ -95,10 +96,14 @@ Each expert's share of the held-out tokens, 1 being an equal share; the least is
 {command}
 ```
 
-A run is a function of files, settings and seed, killed or not (tested on a small one), up to the
-order in which floats are added.
+On one kind of machine a run is a function of files, settings and seed, killed or not (tested on a
+small one), up to the order in which floats are added.
 `training.json` holds the figures above. The books are from Project Gutenberg, the Chinese ones
 two of the classic novels (public domain); TinyStories is under CDLA-Sharing-1.0.
+
+## Quantised
+
+{quantised}
 """
 
 

@@ -256,10 +256,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--epochs", type=float, default=Plan.epochs)
     parser.add_argument("--chat-epochs", type=float, default=Plan.chat_epochs)
-    parser.add_argument("--workers", type=int, default=2, help="processes; 1 on a GPU")
+    parser.add_argument("--workers", type=int, help="processes [2; 1 on a GPU]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stop-at", type=int, help="stop and write the model after this step")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.workers = options.workers or (2 if options.device == "cpu" else 1)
+    if Plan.batch % options.workers:
+        parser.error(f"--workers must divide the batch of {Plan.batch}")
+    return options
 
 
 def main() -> None:

@@ -75,14 +75,14 @@ def _piped_text() -> str:
 
 
 def _dialogue(session: "Session", max_tokens: int | None) -> None:
-    """Turns until Ctrl-D; Ctrl-C cuts an answer off."""
+    """Turns until Ctrl-D, or Ctrl-C at the prompt; Ctrl-C cuts an answer off."""
     from dots1_local.errors import Dots1Error
 
     notice("Ctrl-C stops an answer, Ctrl-D leaves.")
     while True:
         try:
             line = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             print()
             return
         try:
@@ -101,6 +101,8 @@ def _say(session: "Session", text: str, max_tokens: int | None) -> None:
             print(piece, end="", flush=True)
     print()
     stats = session.stats
+    if stats is not None and stats.stop == "context":
+        notice("the context is full; the answer is cut off")
     if stats is not None and sys.stderr.isatty():
         notice(
             f"[{stats.prompt_tokens} tokens in, {stats.reused_tokens} of them cached, "

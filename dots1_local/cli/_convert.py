@@ -19,13 +19,14 @@ def convert(
         Path | None, typer.Option("--output", "-o", help="The GGUF file to write.")
     ] = None,
     type_: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--type",
             help="DQ2 to DQ6 (dynamic: routed experts low, the rest high), or a stock mix of "
             "llama-quantize: Q4_K_M, IQ2_XXS, BF16, ...",
+            show_default="DQ4",
         ),
-    ] = "DQ4",
+    ] = None,
     tensor_type: Annotated[
         list[str] | None,
         typer.Option(metavar="REGEX=TYPE", help="Set the type of tensors by name; repeatable."),
@@ -70,14 +71,17 @@ def convert(
 
     if output is None and not dry_run:
         raise typer.BadParameter("name the file to write", param_hint="--output / -o")
+    if plan and (type_ or tensor_type or pad_experts != "auto"):
+        raise typer.BadParameter("a plan sets all types and the padding", param_hint="--plan")
     conversion = Conversion.prepare(
         checkpoint,
-        QuantPlan.from_json(_text(plan)) if plan else type_,
+        QuantPlan.from_json(_text(plan)) if plan else type_ or "DQ4",
         imatrix=imatrix,
         padding=pad_experts,
         overrides=tensor_type or [],
     )
     _warn(conversion)
+    _warn_of_overrides(conversion, tensor_type or [])
     if dry_run or output is None:
         _show(conversion, tensors, json)
         return
@@ -121,6 +125,18 @@ def _warn(conversion: "Conversion") -> None:
             f"{importance.path.name} has no data for {count} experts in "
             f"{len(importance.partial)} tensors; their columns count equally"
         )
+
+
+def _warn_of_overrides(conversion: "Conversion", overrides: list[str]) -> None:
+    from dots1_local.quant.overrides import parse_override
+    from dots1_local.quant.stock import is_quantisable
+
+    for text in overrides:
+        pattern = parse_override(text).pattern
+        if not any(
+            pattern.search(t.spec.name) for t in conversion.tensors if is_quantisable(t.spec)
+        ):
+            notice(f"--tensor-type {text} changes nothing: no tensor that can be quantised matches")
 
 
 def _show(conversion: "Conversion", tensors: bool, json: bool) -> None:

@@ -38,32 +38,35 @@ def human_bytes(count: float) -> str:
 def progress_bar(label: str) -> Iterator[Progress]:
     """A bar on stderr with amount, rate and time left; nothing where stderr is no terminal."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
+
+    def line(text: str) -> TextColumn:
+        return TextColumn(text, table_column=Column(no_wrap=True, overflow="ellipsis"))
 
     console = Console(stderr=True)
     with Bar(
-        TextColumn("{task.description}"),
+        line("{task.description}"),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        line("{task.fields[amount]}"),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[what]}"),
+        line("[dim]{task.fields[what]}"),
         console=console,
         disable=not console.is_terminal,
         transient=True,
     ) as bar:
-        task = bar.add_task(label, total=None, what="")
+        task = bar.add_task(label, total=None, amount="", what="")
 
         def report(done: int, total: int, unit: str, what: str) -> None:
-            bar.update(task, completed=done, total=total, what=what)
+            amount = _amount(done, total, bar.tasks[task].speed or 0, unit)
+            bar.update(task, completed=done, total=total, amount=amount, what=what)
 
         yield report
+
+
+def _amount(done: int, total: int, speed: float, unit: str) -> str:
+    if unit == "bytes":
+        return f"{human_bytes(done)} of {human_bytes(total)}, {human_bytes(speed)}/s"
+    return f"{done:,} of {total:,} {unit}, {speed:,.0f}/s"

@@ -3,8 +3,10 @@
 `Conversion.prepare` decides and checks everything from headers alone; `run` does the work.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from gguf import GGUFWriter
@@ -12,7 +14,7 @@ from gguf import GGUFWriter
 from dots1_local.checkpoint import Checkpoint
 from dots1_local.convert.metadata import end_tokens, write_metadata
 from dots1_local.convert.pipeline import Pipeline
-from dots1_local.convert.tokenizer import read_tokenizer
+from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
 from dots1_local.convert.verify import verify_layout
 from dots1_local.convert.writer import Journal, Output, lay_out
 from dots1_local.errors import Dots1Error
@@ -42,6 +44,7 @@ class Conversion:
     checkpoint: Checkpoint
     plan: QuantPlan
     tensors: tuple[PlannedTensor, ...]
+    tokenizer: Tokenizer = field(repr=False)
     importance: Importance | None = field(default=None, repr=False)
 
     @classmethod
@@ -75,10 +78,12 @@ class Conversion:
         )
         tensors = plan.tensors(source.config)
         source.check(tensor.spec for tensor in tensors)
+        source.check_nothing_else(tensor.spec for tensor in tensors)
         if importance is not None:
             importance.check(tuple(tensor.spec for tensor in tensors))
         require_importance(plan.types, importance or (), plan.recipe)
-        return cls(source, plan, tensors, importance)
+        tokenizer = read_tokenizer(source.path, source.config.vocab_size, end_tokens(source))
+        return cls(source, plan, tensors, tokenizer, importance)
 
     @property
     def nbytes(self) -> int:
@@ -103,8 +108,14 @@ class Conversion:
             Dots1Error: the output exists, cannot be written or does not fit the disk, a weight
                 is not finite. What is written so far stays for the next run.
         """
-        laid_out = self._lay_out(Path(output), split_max_size)
-        _check_target(laid_out, force, self.checkpoint.shards)
+        path = Path(output)
+        # What a link points to is written, not the link.
+        path = path.resolve() if os.path.islink(path) else path
+        laid_out = self._lay_out(path, split_max_size)
+        try:
+            _check_target(laid_out, force, self.checkpoint.shards)
+        except OSError as error:
+            raise Dots1Error(f"cannot write {path}: {error.strerror}") from None
         with Journal(laid_out, self._fingerprint(), progress) as journal:
             if journal.done:
                 on_resume(len(journal.done), len(self.tensors), "tensors", "")
@@ -114,18 +125,17 @@ class Conversion:
         return Result(laid_out.paths, laid_out.total_bytes, len(journal.done))
 
     def _lay_out(self, path: Path, split_max_size: int | None) -> Output:
-        source = self.checkpoint
-        tokenizer = read_tokenizer(source.path, source.config.vocab_size, end_tokens(source))
         writer = GGUFWriter(None, "dots1")
-        write_metadata(writer, source, self.plan, self.importance)
-        tokenizer.write(writer)
+        write_metadata(writer, self.checkpoint, self.plan, self.importance)
+        self.tokenizer.write(writer)
         return lay_out(path, writer, self.tensors, split_max_size)
 
     def _fingerprint(self) -> str:
         """Changes when an input does; sizes and times stand for the shards' contents."""
         stats = ((path.name, path.stat()) for path in self.checkpoint.shards)
         shards = ";".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)
-        return shards + (self.importance.sha256 if self.importance else "")
+        # Another encoder may choose other bytes: a file never mixes two.
+        return f"{shards} {self.importance and self.importance.sha256} {_encoder_version()}"
 
 
 def convert_checkpoint(
@@ -150,6 +160,10 @@ def convert_checkpoint(
     )
 
 
+def _encoder_version() -> str:
+    return f"{version('dots1-local')} {version('llama-cpp-python')}"
+
+
 def _check_target(output: Output, force: bool, sources: Sequence[Path]) -> None:
     folder = output.path.parent
     if not folder.is_dir():
@@ -157,6 +171,8 @@ def _check_target(output: Output, force: bool, sources: Sequence[Path]) -> None:
     for path in output.paths:
         if path.is_dir():
             raise Dots1Error(f"{path} is a folder; name a file")
+        if path.exists() and not path.is_file():
+            raise Dots1Error(f"{path} is no regular file; name one")
         if path.exists() and any(path.samefile(source) for source in sources):
             raise Dots1Error(f"{path} is part of the checkpoint; write to another file")
         if path.exists() and not force:

@@ -73,11 +73,18 @@ def _importance(writer: GGUFWriter, importance: Importance) -> None:
 
 
 def end_tokens(checkpoint: Checkpoint) -> list[int]:
-    """The ids generation ends with: generation_config.json's first, then config.json's."""
+    """The ids generation ends with: generation_config.json's first, then config.json's.
+
+    Raises:
+        CheckpointError: something else than token ids stands there.
+    """
     ends: list[int] = []
     for raw in (checkpoint.generation_config, checkpoint.raw_config):
         value = raw.get("eos_token_id")
         for index in value if isinstance(value, list) else [value]:
-            if isinstance(index, int) and index not in ends:
-                ends.append(index)
+            if index is None or index in ends:
+                continue
+            if type(index) is not int:
+                raise CheckpointError(f"{checkpoint.path} has the eos_token_id {value!r}")
+            ends.append(index)
     return ends

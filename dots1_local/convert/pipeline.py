@@ -22,14 +22,13 @@ from dots1_local.checkpoint import Checkpoint, Slice, read_exactly
 from dots1_local.convert.writer import Journal, Slot
 from dots1_local.errors import CheckpointError
 from dots1_local.progress import Progress, silent
-from dots1_local.quant.encode import encode, to_float32
+from dots1_local.quant.encode import encode, is_valid, to_float32
 from dots1_local.quant.importance import Importance
 
 __all__ = ["Pipeline"]
 
 _PIECE = 1 << 20  # weights encoded at a time
 _READ_AHEAD = 16  # pieces the kernel is asked to fetch early
-_F16_MAX = 65504.0
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
@@ -108,9 +107,14 @@ class Pipeline:
         for later in ahead:
             self._prefetch(tensor.spec, later)
         rows = self._rows(tensor.spec, piece)
-        _check_finite(rows, tensor.spec, piece, tensor.kind.name)
+        _check_finite(rows, tensor.spec, piece)
         importance = None if weights is None else weights[piece.expert]
         data = encode(rows, tensor.kind, importance)
+        if not is_valid(data, tensor.kind):
+            raise CheckpointError(
+                f"{tensor.spec.sources[piece.expert]} has weights larger than {tensor.kind.name} "
+                "holds; give the tensor another type with --tensor-type, such as BF16"
+            )
         rows_per_expert = tensor.spec.rows // len(tensor.spec.sources)
         first = piece.expert * rows_per_expert + piece.start
         return self._journal.write(slot, data, first * tensor.row_bytes)
@@ -190,16 +194,13 @@ def _pieces(spec: TensorSpec) -> Iterator[_Piece]:
             yield _Piece(expert, start, min(start + step, rows))
 
 
-def _check_finite(rows: NDArray[np.float32], spec: TensorSpec, piece: _Piece, kind: str) -> None:
+def _check_finite(rows: NDArray[np.float32], spec: TensorSpec, piece: _Piece) -> None:
     """A NaN or Inf shows in the sum, which is far cheaper than looking at every weight."""
     with np.errstate(all="ignore"):
         suspicious = not np.isfinite(rows.sum())
-    source = spec.sources[piece.expert]
     if suspicious and not np.isfinite(rows).all():
         bad = int(np.argmin(np.isfinite(rows).all(axis=1)))
         raise CheckpointError(
-            f"{source} has NaN or infinite weights in row {piece.start + bad}; "
+            f"{spec.sources[piece.expert]} has NaN or infinite weights in row {piece.start + bad}; "
             "the checkpoint is damaged"
         )
-    if kind == "F16" and np.abs(rows).max() > _F16_MAX:
-        raise CheckpointError(f"{source} has weights that F16 cannot hold; use BF16 or a quant")

@@ -84,8 +84,10 @@ def _ordinary(raw: dict[str, Any]) -> tuple[dict[str, int], tuple[str, ...]]:
     vocab = {str(token): int(index) for token, index in model["vocab"].items()}
     if not vocab:
         raise ValueError("no tokens")
-    pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-    return vocab, tuple(pairs)
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    if not all(len(pair) == 2 and "".join(pair) in vocab for pair in pairs):
+        raise ValueError("a merge of something else than two parts of a token")
+    return vocab, tuple(map(" ".join, pairs))
 
 
 def _has_qwen2_split(pre_tokenizer: Any) -> bool:
@@ -106,8 +108,10 @@ def _table(
         raise CheckpointError(f"{path} gives two tokens the same id")
     for index, (token, special) in added.items():
         by_id[index] = (token, TokenType.CONTROL if special else TokenType.USER_DEFINED)
-    highest = max(by_id, default=-1)
-    if not by_id or min(by_id) < 0 or highest >= vocab_size:
+    lowest, highest = min(by_id), max(by_id)
+    if lowest < 0:
+        raise CheckpointError(f"{path} has the token id {lowest}")
+    if highest >= vocab_size:
         raise CheckpointError(
             f"{path} has token id {highest}, but config.json's vocab_size is only {vocab_size}"
         )
@@ -121,7 +125,12 @@ def _end_pair(path: Path, tokens: tuple[str, ...], end_tokens: list[int]) -> tup
     GGUF holds one id each for end of sequence and end of turn. The checkpoint's own choice comes
     first; `<|endofresponse|>` and `<|endoftext|>` fill up the pair.
     """
-    ends = [index for index in end_tokens if 0 <= index < len(tokens)]
+    ends = list(end_tokens)
+    if strange := [index for index in ends if not 0 <= index < len(tokens)]:
+        raise CheckpointError(
+            f"the configs beside {path} end responses with token {strange[0]}, which the "
+            f"vocabulary of {len(tokens)} does not have"
+        )
     ids = {token: index for index, token in enumerate(tokens)}
     for name in (_END_OF_RESPONSE, _END_OF_TEXT):
         if name in ids and ids[name] not in ends:

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 from gguf import GGUFWriter
+from gguf.gguf_writer import SHARD_NAME_FORMAT
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
@@ -43,8 +44,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Output:
-    """One GGUF, in one file or several: headers, names and the place of every tensor."""
+    """One GGUF, in one file or several: headers, names and the place of every tensor.
 
+    `target` is the name that was asked for; with several files each of `paths` is derived from it.
+    """
+
+    target: Path
     paths: tuple[Path, ...]
     headers: tuple[bytes, ...]
     sizes: tuple[int, ...]
@@ -73,14 +78,10 @@ def lay_out(
         spec, kind = tensor.spec, tensor.kind
         writer.add_tensor_info(spec.name, spec.shape, np.float32, tensor.nbytes, kind.ggml)
     writer.split_max_size = 0  # placed; it would warn where everything fits one file
-    with TemporaryDirectory() as folder:
-        writer.write_header_to_file(Path(folder) / path.name)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        names = sorted(Path(folder).iterdir())
-        headers = tuple(_aligned(name.read_bytes()) for name in names)
-        paths = tuple(path.with_name(name.name) for name in names)
+    headers = _headers(path, writer)
+    count = len(headers)
+    names = [SHARD_NAME_FORMAT.format(path.stem, i + 1, count) for i in range(count)]
+    paths = tuple(path.with_name(name) for name in names) if count > 1 else (path,)
     shard_of = {name: i for i, shard in enumerate(writer.tensors) for name in shard}
     ends = [len(header) for header in headers]
     slots = []
@@ -88,7 +89,19 @@ def lay_out(
         file = shard_of[tensor.spec.name]
         slots.append(Slot(tensor, file, ends[file]))
         ends[file] += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return Output(paths, headers, tuple(ends), tuple(slots))
+    return Output(path, paths, headers, tuple(ends), tuple(slots))
+
+
+def _headers(path: Path, writer: GGUFWriter) -> tuple[bytes, ...]:
+    try:
+        with TemporaryDirectory() as folder:
+            writer.write_header_to_file(Path(folder) / "header.gguf")
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            return tuple(_aligned(name.read_bytes()) for name in sorted(Path(folder).iterdir()))
+    except OSError as error:
+        raise _disk_error(path, error) from error
 
 
 def _aligned(data: bytes) -> bytes:
@@ -106,7 +119,7 @@ class Journal:
         self.output = output
         self._progress = progress  # of checking what a former run wrote
         self.done: set[str] = set()
-        self._path = output.path.with_name(output.path.name + ".journal")
+        self._path = output.target.with_name(output.target.name + ".journal")
         digest = hashlib.sha256(fingerprint.encode())
         for header in output.headers:
             digest.update(header)
@@ -122,6 +135,7 @@ class Journal:
             raise _disk_error(self.output.path, error) from error
         try:
             self._lock()
+            self._take_over()
             for path in self.output.partials:
                 self._files.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
             if not self._resume():
@@ -147,7 +161,8 @@ class Journal:
 
     def _begin(self) -> None:
         self._journal.truncate(0)
-        self._record({"identity": self._identity})
+        partials = [partial.name for partial in self.output.partials]
+        self._record({"identity": self._identity, "partials": partials})
         for fd, header, size in zip(
             self._files, self.output.headers, self.output.sizes, strict=True
         ):
@@ -177,6 +192,25 @@ class Journal:
                 checked += slot.tensor.nbytes
                 self._progress(checked, total, "bytes", "checking what is there")
         return True
+
+    def _take_over(self) -> None:
+        """Settle what a former run left under other names.
+
+        One killed while it published the shards of this very output gets those back; the working
+        files of one that was to write something else are of no use any more.
+        """
+        first = next(iter(self._recorded()), {})
+        if first.get("identity") == self._identity:
+            for partial, path in zip(self.output.partials, self.output.paths, strict=True):
+                if path.exists() and not partial.exists():
+                    os.replace(path, partial)
+            return
+        ours = {partial.name for partial in self.output.partials}
+        left = first.get("partials")
+        for name in left if isinstance(left, list) else ():
+            stale = self.output.target.with_name(Path(str(name)).name)
+            if stale.name.endswith(".partial") and stale.name not in ours:
+                stale.unlink(missing_ok=True)
 
     def _recorded(self) -> list[dict[str, Any]]:
         """The journal's lines; one torn by the kill is cut off, so that the next starts clean."""

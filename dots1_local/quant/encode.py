@@ -12,7 +12,7 @@ from dots1_local import ggml
 from dots1_local.errors import UsageError
 from dots1_local.quant.types import QuantType
 
-__all__ = ["decode", "encode", "to_float32"]
+__all__ = ["decode", "encode", "is_valid", "to_float32"]
 
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
@@ -61,6 +61,15 @@ def encode(
         None if importance is None else importance.ctypes.data,
     )
     return out
+
+
+def is_valid(data: NDArray[np.uint8], kind: QuantType) -> bool:
+    """Whether every block of contiguous encoded rows has finite scales, by stock's own check.
+
+    Finite weights may not: a block scale is a 16-bit float. ggml prints where to stderr.
+    """
+    valid = ggml.library().ggml_validate_row_data(kind.ggml, data.ctypes.data, data.nbytes)
+    return bool(valid)
 
 
 def decode(data: NDArray[np.uint8], kind: QuantType, columns: int) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from dots1_local.architecture import Dots1Config, TensorSpec, inventory
+from dots1_local.architecture import Dots1Config, TensorSpec, inventory, padded_width
 from dots1_local.errors import UsageError
 from dots1_local.quant.types import QuantType, quant_type
 
@@ -48,11 +48,19 @@ class QuantPlan:
         """The model's tensors in file order, each with its type.
 
         Raises:
-            UsageError: the plan is for another model: a tensor has no type or does not fit it.
+            UsageError: the plan is for another model: a width or a tensor's type does not fit.
         """
+        width = config.moe_intermediate_size
+        if self.expert_width not in (width, padded_width(width)):
+            raise UsageError(
+                f"the plan stores experts {self.expert_width} wide; this model's are {width}, "
+                f"or {padded_width(width)} padded"
+            )
         return tuple(self._planned(spec) for spec in inventory(config, self.expert_width))
 
     def _planned(self, spec: TensorSpec) -> PlannedTensor:
+        if spec.role in ("norm", "router") and self.types.get(spec.name, "F32") != "F32":
+            raise UsageError(f"the plan makes {spec.name} {self.types[spec.name]}; it must be F32")
         if spec.name not in self.types:
             raise UsageError(f"the plan gives {spec.name} no type; it was made for another model")
         planned = PlannedTensor(spec, quant_type(self.types[spec.name]))
@@ -83,6 +91,9 @@ class QuantPlan:
         try:
             raw: dict[str, Any] = json.loads(text)
             types = {str(name): quant_type(str(kind)).name for name, kind in raw["types"].items()}
-            return cls(str(raw["recipe"]), int(raw["expert_width"]), int(raw["file_type"]), types)
+            file_type = int(raw["file_type"])
+            if not 0 <= file_type < 1 << 31:
+                raise ValueError(f"file_type {file_type}")
+            return cls(str(raw["recipe"]), int(raw["expert_width"]), file_type, types)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"this is no quantisation plan: {error}") from None

@@ -13,7 +13,7 @@ from dots1_local.architecture import Dots1Config, TensorSpec, inventory, padded_
 from dots1_local.errors import UsageError
 from dots1_local.quant.overrides import Override, overridden
 from dots1_local.quant.plan import QuantPlan
-from dots1_local.quant.stock import STOCK_MIXES, is_quantisable, stock_mix, stock_types
+from dots1_local.quant.stock import STOCK_MIXES, fallback, is_quantisable, stock_mix, stock_types
 from dots1_local.quant.types import TYPES
 
 __all__ = ["DYNAMIC_MIXES", "DynamicMix", "Padding", "make_plan", "recipe_names"]
@@ -126,7 +126,8 @@ def _dynamic_types(
     for spec in tensors:
         chosen = "F32"
         if is_quantisable(spec):
-            chosen = overridden(spec.name, overrides) or mix.type_of(spec)
+            override = overridden(spec.name, overrides)
+            chosen = fallback(override, spec.columns) if override else mix.type_of(spec)
         types[spec.name] = chosen
     return types
 

@@ -6,6 +6,7 @@ one ubatch, so that Ctrl-C is heard between two of them.
 """
 
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ class Engine:
         params.n_seq_max = n_sequences
         params.n_batch = params.n_ubatch = n_ubatch
         params.n_outputs_max = n_ubatch if all_logits else n_sequences
-        params.n_threads = params.n_threads_batch = threads or physical_cores()
+        params.n_threads = params.n_threads_batch = _threads(threads)
         params.flash_attn_type = _FLASH_ATTENTION[flash_attention]
         params.type_k = params.type_v = quant_type(kv_type).ggml
         params.no_perf = True
@@ -211,6 +212,11 @@ class Engine:
         llama.llama_memory_seq_rm(self._memory, sequence, position, -1)
 
 
+def _threads(wanted: int | None) -> int:
+    """As asked, but never more than there are: llama.cpp only gets slower, or fails to start."""
+    return min(wanted, os.cpu_count() or wanted) if wanted else physical_cores()
+
+
 def check_loadable(gguf: GGUFFile) -> None:
     """Refuse what llama.cpp would load wrong, or abort the process over.
 
@@ -230,6 +236,14 @@ def check_loadable(gguf: GGUFFile) -> None:
             f"{path} has {found} where dots1 needs {_SIGMOID} (sigmoid); convert the checkpoint "
             "again with dots1 convert"
         )
+    experts, used = (gguf.keys.get(f"dots1.expert_{key}") for key in ("count", "used_count"))
+    if not (isinstance(experts, int) and isinstance(used, int) and 0 < used <= experts <= 512):
+        raise GGUFError(f"{path} routes each token to {used!r} of {experts!r} experts")
+    length, rope = (
+        gguf.keys.get(f"dots1.{key}") for key in ("attention.key_length", "rope.dimension_count")
+    )
+    if length is not None and rope is not None and length != rope:
+        raise GGUFError(f"{path} turns {rope!r} dimensions by RoPE in heads of {length!r}")
 
 
 def _context_length(gguf: GGUFFile, wanted: int | None) -> int:

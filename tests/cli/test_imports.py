@@ -32,8 +32,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_gguf(path, tensors=scripted_tensors([65, EOS]))
 
 
-def test_help_loads_nothing_heavy() -> None:
-    assert not loaded_by("chat", "--help") & {"torch", "transformers", "llama_cpp", "numpy"}
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["convert", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    assert not loaded_by(*arguments) & {"torch", "transformers", "llama_cpp", "numpy", "gguf"}
+
+
+def test_inspect_of_a_checkpoint_loads_no_torch(tmp_path: Path) -> None:
+    found = loaded_by("inspect", micro_checkpoint(tmp_path / "hf"))
+    assert not found & {"torch", "transformers", "llama_cpp"}
 
 
 def test_inspect_loads_neither_engine_nor_numpy(model: Path) -> None:
@@ -48,6 +54,6 @@ def test_chat_does_not_load_torch(model: Path) -> None:
 
 def test_convert_loads_neither_torch_nor_the_engine(tmp_path: Path) -> None:
     source = micro_checkpoint(tmp_path / "hf")
-    found = loaded_by("convert", source, "-o", tmp_path / "out.gguf", "--type", "Q8_0")
+    found = loaded_by("convert", source, "-o", tmp_path / "out.gguf")
     assert "gguf" in found
     assert not found & {"torch", "transformers", "llama_cpp"}

@@ -60,7 +60,15 @@ def test_ctrl_c_leaves_what_can_be_resumed(tmp_path: Path) -> None:
     output = tmp_path / "out.gguf"
     command = [str(Path(sys.executable).with_name("dots1")), "convert", str(source), "-o",
                str(output), "--type", "Q2_K", "--threads", "1"]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite run in the background ignores the signal, and so would what it starts.
+        preexec_fn=lambda: signal.signal(  # noqa: PLW1509 -- nothing but a signal is set
+            signal.SIGINT, signal.default_int_handler
+        ),
+    )
     journal = output.with_name(output.name + ".journal")
     while process.poll() is None and not (journal.exists() and journal.stat().st_size > 200):
         time.sleep(0.01)

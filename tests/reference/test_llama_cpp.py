@@ -61,9 +61,24 @@ def test_padding_changes_no_bit_of_the_logits(converted: Converted, tokens: list
     assert np.array_equal(plain, padded)
 
 
-@pytest.mark.parametrize("mix", ["DQ2", "DQ3", "DQ4"])
-def test_padded_dynamic_files_load_and_score(tiny: Path, converted: Converted, mix: str) -> None:
+@pytest.mark.parametrize(
+    ("mix", "with_importance", "limit"),
+    [
+        ("DQ2", True, 1.05),
+        ("DQ2", False, 1.05),
+        ("DQ3", True, 1.03),
+        ("DQ4", False, 1.02),
+        ("DQ5", False, 1.02),
+        ("DQ6", False, 1.02),
+    ],
+)
+def test_padded_dynamic_files_load_and_score(
+    tiny: Path, converted: Converted, mix: str, with_importance: bool, limit: float
+) -> None:
     text = (tiny / "heldout.txt").read_text(encoding="utf-8")[:40_000]
-    whole = perplexity(converted("BF16"), text, n_ctx=256, n_chunks=8)
-    padded = perplexity(converted(mix, padding="on"), text, n_ctx=256, n_chunks=8)
-    assert padded.value < 1.5 * whole.value
+    options = {"imatrix": tiny / "imatrix.gguf"} if with_importance else {}
+    whole = perplexity(converted("BF16"), text, n_ctx=256, n_chunks=8, threads=1)
+    padded = perplexity(
+        converted(mix, padding="on", **options), text, n_ctx=256, n_chunks=8, threads=1
+    )
+    assert padded.value < limit * whole.value

@@ -166,7 +166,7 @@ def test_refuses_garbage(tmp_path: Path, content: bytes, sentence: str) -> None:
 
 
 def test_refuses_a_folder_and_nothing(tmp_path: Path) -> None:
-    assert "no such file" in refusal(tmp_path)
+    assert "is a folder" in refusal(tmp_path)
     assert "no such file" in refusal(tmp_path / "nothing.gguf")
 
 

@@ -71,11 +71,11 @@ def convert(
 
     if output is None and not dry_run:
         raise typer.BadParameter("name the file to write", param_hint="--output / -o")
-    if plan and (type_ or tensor_type or pad_experts != "auto"):
+    if plan and (type_ is not None or tensor_type or pad_experts != "auto"):
         raise typer.BadParameter("a plan sets all types and the padding", param_hint="--plan")
     conversion = Conversion.prepare(
         checkpoint,
-        QuantPlan.from_json(_text(plan)) if plan else type_ or "DQ4",
+        QuantPlan.from_json(_text(plan)) if plan else "DQ4" if type_ is None else type_,
         imatrix=imatrix,
         padding=pad_experts,
         overrides=tensor_type or [],

@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from dots1_local.convert import convert_checkpoint
 
 Converted = Callable[..., Path]
+
+# No time limit on an example: ggml builds a type's tables when it is first used, for seconds.
+settings.register_profile("dots1", deadline=None)
+settings.load_profile("dots1")
 
 
 @pytest.fixture(scope="session")

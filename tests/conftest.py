@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from dots1_local.convert import convert_checkpoint
 
 Converted = Callable[..., Path]
 
 # No time limit on an example: ggml builds a type's tables when it is first used, for seconds.
-settings.register_profile("dots1", deadline=None)
+settings.register_profile("dots1", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("dots1")
 
 

@@ -135,10 +135,16 @@ class Journal:
             raise _disk_error(self.output.path, error) from error
         try:
             self._lock()
-            self._take_over()
+            lines = self._recorded()
+            first = lines[0] if lines else {}
+            same = first.get("identity") == self._identity
+            if same:
+                self._take_back_shards()
+            else:
+                self._clear_stale(first.get("partials"))
             for path in self.output.partials:
                 self._files.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
-            if not self._resume():
+            if not (same and self._resume(lines[1:])):
                 self._begin()
         except OSError as error:
             self.__exit__()
@@ -170,11 +176,8 @@ class Journal:
             os.ftruncate(fd, size)
             _write_all(fd, memoryview(header), 0)
 
-    def _resume(self) -> bool:
-        """Take over a former run's work; False if there is none or it was of another file."""
-        lines = self._recorded()
-        if not lines or lines[0].get("identity") != self._identity:
-            return False
+    def _resume(self, lines: Sequence[Mapping[str, Any]]) -> bool:
+        """Take over what a former run recorded in `lines`; False if its files are not there."""
         intact = all(
             os.fstat(fd).st_size == size and os.pread(fd, len(header), 0) == header
             for fd, header, size in zip(
@@ -185,7 +188,7 @@ class Journal:
             return False
         slots = {slot.tensor.spec.name: slot for slot in self.output.slots}
         total, checked = sum(slot.tensor.nbytes for slot in self.output.slots), 0
-        for line in lines[1:]:
+        for line in lines:
             slot = slots.get(line.get("tensor", ""))
             if slot and self._reads_back(slot, line):
                 self.done.add(slot.tensor.spec.name)
@@ -193,21 +196,16 @@ class Journal:
                 self._progress(checked, total, "bytes", "checking what is there")
         return True
 
-    def _take_over(self) -> None:
-        """Settle what a former run left under other names.
+    def _take_back_shards(self) -> None:
+        """A run of this very output that was killed while it published gets its shards back."""
+        for partial, path in zip(self.output.partials, self.output.paths, strict=True):
+            if path.exists() and not partial.exists():
+                os.replace(path, partial)
 
-        One killed while it published the shards of this very output gets those back; the working
-        files of one that was to write something else are of no use any more.
-        """
-        first = next(iter(self._recorded()), {})
-        if first.get("identity") == self._identity:
-            for partial, path in zip(self.output.partials, self.output.paths, strict=True):
-                if path.exists() and not partial.exists():
-                    os.replace(path, partial)
-            return
+    def _clear_stale(self, names: Any) -> None:
+        """Remove the working files of a former run that was to write something else."""
         ours = {partial.name for partial in self.output.partials}
-        left = first.get("partials")
-        for name in left if isinstance(left, list) else ():
+        for name in names if isinstance(names, list) else ():
             stale = self.output.target.with_name(Path(str(name)).name)
             if stale.name.endswith(".partial") and stale.name not in ours:
                 stale.unlink(missing_ok=True)

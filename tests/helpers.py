@@ -64,10 +64,16 @@ def write_random_gguf(
     architecture: str = "dots1",
     gating: int = ExpertGatingFuncType.SIGMOID,
     shard_tensors: int = 0,
+    context: int = CONFIG.max_position_embeddings,
+    rms_norm_eps: float = CONFIG.rms_norm_eps,
 ) -> Path:
-    """Write it; `without` leaves tensors and keys out, `tensors` replaces some."""
+    """Write it; `without` leaves tensors and keys out, `tensors` replaces some.
+
+    The vocabulary has as many tokens as there are `types`.
+    """
     writer = GGUFWriter(path, architecture, split_max_tensors=shard_tensors)
-    _add_keys(writer, architecture, gating, without)
+    _add_keys(writer, architecture, gating, context, without)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", rms_norm_eps)
     _add_tokenizer(writer, types, template, without)
     for name, value in (random_tensors() | (tensors or {})).items():
         if name not in without:
@@ -88,6 +94,8 @@ def random_tensors(seed: int = 0) -> Tensors:
 def scripted_tensors(answer: Sequence[int]) -> Tensors:
     """Tensors of a model that, asked anything, answers with these tokens (each at most once).
 
+    Where the last of them is there before, the answer goes on from there and never ends.
+
     Layers add nothing, so the logits depend on the last token alone, and the head's row for the
     next token is the embedding of the last.
     """
@@ -101,7 +109,7 @@ def scripted_tensors(answer: Sequence[int]) -> Tensors:
     embedding = rng.standard_normal((CONFIG.vocab_size, CONFIG.hidden_size)).astype(np.float32)
     head = np.zeros_like(embedding)
     for before, after in pairwise([TOKENS.index("<|response|>"), *answer]):
-        head[after] = embedding[before]
+        head[after] += embedding[before]
     ones = np.ones(CONFIG.hidden_size, np.float32)
     return tensors | {
         "token_embd.weight": embedding, "output.weight": head, "output_norm.weight": ones,
@@ -119,10 +127,12 @@ def _values(spec: TensorSpec, rng: np.random.Generator) -> NDArray[np.float32]:
     return rng.normal(0, spec.columns**-0.5, spec.shape).astype(np.float32)
 
 
-def _add_keys(writer: GGUFWriter, architecture: str, gating: int, without: Sequence[str]) -> None:
+def _add_keys(
+    writer: GGUFWriter, architecture: str, gating: int, context: int, without: Sequence[str]
+) -> None:
     numbers = {
         "block_count": CONFIG.num_hidden_layers,
-        "context_length": CONFIG.max_position_embeddings,
+        "context_length": context,
         "embedding_length": CONFIG.hidden_size,
         "feed_forward_length": CONFIG.intermediate_size,
         "attention.head_count": CONFIG.num_attention_heads,
@@ -143,7 +153,6 @@ def _add_keys(writer: GGUFWriter, architecture: str, gating: int, without: Seque
     writer.add_bool(f"{architecture}.expert_weights_norm", CONFIG.norm_topk_prob)
     writer.add_float32(f"{architecture}.expert_weights_scale", CONFIG.routed_scaling_factor)
     writer.add_float32(f"{architecture}.rope.freq_base", CONFIG.rope_theta)
-    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", CONFIG.rms_norm_eps)
 
 
 def _add_tokenizer(
@@ -151,7 +160,7 @@ def _add_tokenizer(
 ) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(TOKENS)
+    writer.add_token_list(TOKENS[: len(types)])
     writer.add_token_types([int(kind) for kind in types])
     writer.add_token_merges(list(MERGES))
     if "eos_token_id" not in without:

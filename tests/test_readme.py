@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dots1_local.cli import app
+from tools import command_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,3 +38,7 @@ def test_the_tree_lists_what_is_there() -> None:
     there = {p.name if p.suffix else f"{p.name}/" for p in package.iterdir()}
     there = {name for name in there if not name.startswith(("__", "py.typed"))}
     assert there <= named
+
+
+def test_the_table_of_chats_commands_is_their_registry() -> None:
+    assert f"<!-- commands -->\n{command_table.render()}<!-- /commands -->" in README

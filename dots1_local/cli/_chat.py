@@ -1,18 +1,26 @@
 """`dots1 chat`: talk to a model, or ask it one thing."""
 
 import sys
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._output import notice, progress_bar
+from dots1_local.cli._output import Json, notice, print_json, progress_bar
 
 if TYPE_CHECKING:
     from dots1_local.runtime.session import Session
 
 __all__ = ["chat"]
+
+
+class _Overflow(StrEnum):
+    drop = "drop"
+    stop = "stop"
 
 
 def chat(
@@ -24,19 +32,47 @@ def chat(
     system: Annotated[
         str | None, typer.Option("--system", help="Replace the system prompt; '' for none.")
     ] = None,
+    load: Annotated[
+        Path | None, typer.Option("--load", help="Go on with a conversation that /save wrote.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Complete text without a chat template: a base model.")
+    ] = False,
     temperature: Annotated[
-        float,
-        typer.Option("--temperature", "--temp", min=0, help="0 takes the likeliest token always."),
-    ] = 0.7,
+        float | None,
+        typer.Option(
+            "--temperature", "--temp", help="0 takes the likeliest token always; 0.7 if unset."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", help="Choose among so many tokens; 40 if unset, 0 is off."),
+    ] = None,
     top_p: Annotated[
-        float, typer.Option("--top-p", min=0, max=1, help="Choose among this share of likelihood.")
-    ] = 0.95,
+        float | None,
+        typer.Option("--top-p", help="Choose among this share of likelihood; 0.95 if unset."),
+    ] = None,
     min_p: Annotated[
-        float, typer.Option("--min-p", min=0, max=1, help="Drop what is this much less likely.")
-    ] = 0.0,
+        float | None,
+        typer.Option("--min-p", help="Drop what is this much less likely; 0.05 if unset."),
+    ] = None,
+    repeat_penalty: Annotated[
+        float | None,
+        typer.Option("--repeat-penalty", help="Divide what was just said by it; 1.0 if unset."),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Make answers repeatable.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", "-n", min=1, help="Cut answers off after so many.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="End answers before this text; may be repeated."),
+    ] = None,
+    overflow: Annotated[
+        _Overflow | None,
+        typer.Option(
+            "--overflow", help="When the context is full: drop the oldest turns (if unset) or stop."
+        ),
     ] = None,
     context: Annotated[
         int | None,
@@ -45,6 +81,10 @@ def chat(
     threads: Annotated[
         int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; one a core if unset.")
     ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Print answers as they are, Markdown not rendered.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Talk to a model; answers go to stdout as they are written.
 
@@ -54,58 +94,138 @@ def chat(
 
     dots1 chat dots1-Q4_K_M.gguf < question.txt
     """
-    from dots1_local.runtime.engine import Engine
-    from dots1_local.runtime.sampling import Sampling
-    from dots1_local.runtime.session import SYSTEM_PROMPT, Session
-
-    sampling = Sampling(temperature, top_p, min_p, seed)
-    with progress_bar("loading") as report:
-        engine = Engine.open(model, n_ctx=context, threads=threads, progress=report)
-    instructions = SYSTEM_PROMPT if system is None else system
-    with engine, Session(engine, instructions, sampling) as session:
-        if prompt is None and sys.stdin.isatty():
-            _dialogue(session, max_tokens)
+    question = _question(prompt, as_json)
+    sampling = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repeat_penalty": repeat_penalty,
+        "seed": seed,
+    }
+    others = {
+        "system": system,
+        "max_tokens": max_tokens,
+        "stop": tuple(stop) if stop else None,
+        "overflow": overflow,
+    }
+    with _session(model, context, threads, load, raw, sampling, others) as session:
+        markdown = not (plain or raw)
+        if question is None:
+            _converse(session, markdown)
+        elif as_json:
+            _answer_as_json(session, question)
         else:
-            _say(session, _piped_text() if prompt is None else prompt, max_tokens)
+            _answer(session, question, markdown)
+
+
+def _question(prompt: str | None, as_json: bool) -> str | None:
+    """What to ask once; None for a dialogue."""
+    from dots1_local.errors import UsageError
+
+    if prompt is None and sys.stdin.isatty():
+        if as_json:
+            raise UsageError("--json is for one answer: ask with -p, or through a pipe")
+        return None
+    text = _piped_text() if prompt is None else prompt
+    if not text.strip():
+        place = "what is piped in" if prompt is None else "-p"
+        raise UsageError(f"there is nothing to answer: {place} is empty")
+    return text
 
 
 def _piped_text() -> str:
     """All of stdin, less the newline that ends a file."""
-    return sys.stdin.buffer.read().decode("utf-8", errors="replace").removesuffix("\n")
+    from dots1_local.errors import UsageError
+
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"what is piped in is no UTF-8 text (at byte {error.start:,})") from None
 
 
-def _dialogue(session: "Session", max_tokens: int | None) -> None:
-    """Turns until Ctrl-D, or Ctrl-C at the prompt; Ctrl-C cuts an answer off."""
-    from dots1_local.errors import Dots1Error
+@contextmanager
+def _session(
+    model: Path,
+    context: int | None,
+    threads: int | None,
+    load: Path | None,
+    raw: bool,
+    sampling: Mapping[str, Any],
+    others: Mapping[str, Any],
+) -> Iterator["Session"]:
+    """A session on the model; what is None stays as it is by default or in the loaded file."""
+    from dots1_local.runtime.conversation import load_conversation
+    from dots1_local.runtime.engine import Engine
+    from dots1_local.runtime.sampling import Sampling
+    from dots1_local.runtime.session import Session
 
-    notice("Ctrl-C stops an answer, Ctrl-D leaves.")
-    while True:
-        try:
-            line = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        try:
-            if line.strip():
-                _say(session, line, max_tokens)
-        except KeyboardInterrupt:
-            print()
-        except Dots1Error as error:
-            notice(f"dots1: {error}")
+    given = {name: value for name, value in sampling.items() if value is not None}
+    chosen = Sampling(**given)  # a bad value is told before a long load
+    conversation = load_conversation(load) if load else None
+    with progress_bar("loading") as report:
+        engine = Engine.open(model, n_ctx=context, threads=threads, progress=report)
+    with engine, Session(engine, sampling=chosen, raw=raw) as session:
+        if conversation is not None:
+            conversation.apply(session)
+            session.sampling = replace(session.sampling, **given)
+        for name, value in others.items():
+            if value is not None:
+                setattr(session, name, value)
+        yield session
 
 
-def _say(session: "Session", text: str, max_tokens: int | None) -> None:
-    """Stream one answer to stdout, then its figures to a terminal's stderr."""
-    with closing(session.ask(text, max_tokens)) as answer:
-        for piece in answer:
-            print(piece, end="", flush=True)
-    print()
-    stats = session.stats
-    if stats is not None and stats.stop == "context":
-        notice("the context is full; the answer is cut off")
-    if stats is not None and sys.stderr.isatty():
-        notice(
-            f"[{stats.prompt_tokens} tokens in, {stats.reused_tokens} of them cached, "
-            f"{stats.prompt_speed:.1f}/s; {stats.generated_tokens} out, "
-            f"{stats.generation_speed:.1f}/s; stopped by {stats.stop}]"
-        )
+def _converse(session: "Session", markdown: bool) -> None:
+    from dots1_local.cli.repl.loop import Repl
+
+    if sys.stderr.isatty():
+        notice(f"{session.model}, context of {session.n_ctx:,} tokens. /help lists commands.")
+    Repl(session, markdown).run()
+
+
+def _answer(session: "Session", question: str, markdown: bool) -> None:
+    """One answer to stdout, then its figures to a terminal's stderr."""
+    from dots1_local.cli.repl.answer import show, tell, tell_status
+
+    with _ending_at_interrupt(session):
+        show(lambda progress: session.ask(question, progress=progress), markdown=markdown)
+        if session.stats is not None:
+            tell(session.stats, session.n_ctx)
+        tell_status(session)
+
+
+def _answer_as_json(session: "Session", question: str) -> None:
+    from dots1_local.cli.repl.answer import stream
+
+    pieces: list[str] = []
+    with _ending_at_interrupt(session):
+        stream(lambda progress: session.ask(question, progress=progress), pieces.append)
+        stats = session.stats
+        if stats is not None:
+            print_json(
+                {
+                    "text": "".join(pieces),
+                    "stop": stats.stop,
+                    "seed": session.sampling.seed,
+                    "prompt_tokens": stats.prompt_tokens,
+                    "reused_tokens": stats.reused_tokens,
+                    "generated_tokens": stats.generated_tokens,
+                    "dropped_turns": stats.dropped_turns,
+                    "prompt_tokens_per_second": round(stats.prompt_speed, 2),
+                    "generated_tokens_per_second": round(stats.generation_speed, 2),
+                    "model": session.model,
+                }
+            )
+
+
+@contextmanager
+def _ending_at_interrupt(session: "Session") -> Iterator[None]:
+    """Exit as programs do that Ctrl-C stopped, whether before or in the answer."""
+    from dots1_local.cli.repl.answer import NotAnswered
+
+    try:
+        yield
+    except NotAnswered:
+        raise typer.Exit(130) from None
+    if session.stats is not None and session.stats.stop == "interrupted":
+        raise typer.Exit(130)

@@ -54,7 +54,7 @@ def progress_bar(label: str) -> Iterator[Progress]:
         TimeRemainingColumn(),
         line("[dim]{task.fields[what]}"),
         console=console,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or console.is_dumb_terminal,
         transient=True,
     ) as bar:
         task = bar.add_task(label, total=None, amount="", what="")

@@ -1,4 +1,4 @@
-"""Messages to prompt tokens, in the format of the model's own chat template.
+"""Messages to prompt tokens, in the format of the model's own chat template, or in none.
 
 Only the template's own text can become special tokens: "<|endofresponse|>" typed by a person
 stays text. So the template is rendered with a placeholder for each message, and the pieces between
@@ -10,14 +10,16 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
+from dots1_local.chat_template import ChatTemplate
 from dots1_local.errors import GGUFError
 from dots1_local.runtime.engine import Engine
 
-__all__ = ["Message", "Prompter"]
+__all__ = ["Message", "Prompter", "RawPrompter"]
 
-_CONTROL, _USER_DEFINED = 3, 4  # enum llama_token_type
+_USER_DEFINED = 4  # enum llama_token_type
+_REPEATS = 8  # a template may write each message so often, on average
 
 
 @dataclass(frozen=True)
@@ -29,52 +31,27 @@ class Message:
     tokens: tuple[int, ...] | None = None
 
 
-class Prompter:
-    """The chat template and the tokeniser of one model.
-
-    Raises:
-        GGUFError: the file has no chat template, or one that does not parse.
-    """
+class RawPrompter:
+    """The tokeniser of one model, without a template: messages make up one document."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._file = engine.gguf.files[0]
         source = engine.gguf.keys.get("tokenizer.chat_template")
-        if not isinstance(source, str):
-            raise GGUFError(
-                f"{self._file} has no chat template; it is a base model or was converted without "
-                "tokenizer_config.json"
-            )
-        self._source = source
-        self._template = _compile(source, str(self._file))
+        self._source = source if isinstance(source, str) else None
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt that makes the model write the next assistant message.
-
-        Raises:
-            GGUFError: the template fails on these messages or leaves the last of them out.
-        """
-        mark = secrets.token_hex(8)
-        names = [f"{mark}.{index}." for index in range(len(messages))]
-        rendered = self._render(
-            [{"role": m.role, "content": name} for m, name in zip(messages, names, strict=True)]
-        )
-        if names[-1] not in rendered:
-            raise GGUFError(f"the chat template of {self._file} leaves out the last message")
-        pieces = re.split(rf"{mark}\.(\d+)\.", rendered)
-        tokens = self._engine.tokenize(pieces[0], special=True)
-        for index, literal in zip(pieces[1::2], pieces[2::2], strict=True):
-            tokens += self._content(messages[int(index)])
-            tokens += self._engine.tokenize(literal, special=True)
+        """The texts one after another; the document begins with BOS if the model's do."""
+        tokens = [] if self._engine.bos is None else [self._engine.bos]
+        for message in messages:
+            tokens += self.content(message)
         return tokens
 
-    def _content(self, message: Message) -> list[int]:
+    def content(self, message: Message) -> list[int]:
+        """The tokens of one message's text, none of them special."""
         if message.tokens is not None:
             return list(message.tokens)
-        return [token for part in self._harmless(message.text) for token in self._plain(part)]
-
-    def _plain(self, text: str) -> list[int]:
-        return self._engine.tokenize(text, special=False)
+        parts = self._harmless(message.text)
+        return [token for part in parts for token in self._engine.tokenize(part, special=False)]
 
     def _harmless(self, text: str) -> Iterator[str]:
         """`text` cut inside whatever would be read as a marker.
@@ -98,34 +75,57 @@ class Prompter:
         names = [
             str(token)
             for token, kind in zip(tokens, types, strict=False)
-            if kind == _USER_DEFINED and str(token) in self._source
+            if kind == _USER_DEFINED and str(token) in (self._source or "")
         ]
         return re.compile("|".join(map(re.escape, names))) if names else None
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        try:
-            rendered = self._template.render(messages=messages, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of the file's author
-            raise GGUFError(f"the chat template of {self._file} fails: {error}") from error
-        return str(rendered)
 
+class Prompter(RawPrompter):
+    """The chat template and the tokeniser of one model.
 
-def _compile(source: str, file: str) -> Any:
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    Raises:
+        GGUFError: the file has no chat template, or one that does not parse.
+    """
 
-    # The settings of transformers, for which templates are written.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise
-    try:
-        return environment.from_string(source)
-    except (TemplateError, RecursionError) as error:
-        raise GGUFError(f"the chat template of {file} does not parse: {error}") from error
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._file = str(engine.gguf.files[0])
+        if self._source is None:
+            raise GGUFError(
+                f"{self._file} has no chat template; it is a base model, whose texts --raw "
+                "completes, or was converted without tokenizer_config.json"
+            )
+        self._template = ChatTemplate(self._source, self._file)
 
+    def tokens(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt that makes the model write the next assistant message.
 
-def _raise(message: str) -> NoReturn:
-    from jinja2 import TemplateError
+        Raises:
+            GGUFError: the template fails on these messages, garbles them or leaves the last out.
+        """
+        mark = secrets.token_hex(8)
+        names = [f"{mark}.{index}." for index in range(len(messages))]
+        rendered = self._template.render(
+            [{"role": m.role, "content": name} for m, name in zip(messages, names, strict=True)],
+            bos_token=self._special("bos"),
+            eos_token=self._special("eos"),
+        )
+        if names[-1] not in rendered:
+            raise GGUFError(f"the chat template of {self._file} leaves out the last message")
+        pieces = re.split(rf"{mark}\.(\d{{1,9}})\.", rendered)
+        indices = [int(index) for index in pieces[1::2]]
+        if len(indices) > _REPEATS * len(messages) or max(indices) >= len(messages):
+            raise GGUFError(f"the chat template of {self._file} garbles the messages")
+        tokens = self._engine.tokenize(pieces[0], special=True)
+        for index, literal in zip(indices, pieces[2::2], strict=True):
+            tokens += self.content(messages[index])
+            tokens += self._engine.tokenize(literal, special=True)
+        return tokens
 
-    raise TemplateError(message)
+    def _special(self, name: str) -> str:
+        """What a template that writes `eos_token` or the like means by it."""
+        keys = self._engine.gguf.keys
+        names, token = (keys.get(f"tokenizer.ggml.{key}") for key in ("tokens", f"{name}_token_id"))
+        if isinstance(names, list) and isinstance(token, int) and 0 <= token < len(names):
+            return str(names[token])
+        return ""

@@ -1,32 +1,42 @@
 """One conversation with a model: turns in, streamed answers out."""
 
-import codecs
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Self
 
-from dots1_local.errors import Dots1Error
+from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.progress import Progress, silent
 from dots1_local.runtime.engine import Engine
-from dots1_local.runtime.prompt import Message, Prompter
+from dots1_local.runtime.kv_cache import KVCache
+from dots1_local.runtime.prompt import Message, Prompter, RawPrompter
 from dots1_local.runtime.sampling import Sampler, Sampling
+from dots1_local.runtime.stopping import AnswerText
+from dots1_local.runtime.turns import drop_oldest, last_turn, turns_to_drop
 
-__all__ = ["SYSTEM_PROMPT", "Session", "Stats"]
+__all__ = ["SYSTEM_PROMPT", "Overflow", "Session", "Stats", "StopReason"]
 
 # With an empty system prompt the model is reported to drift off topic; this is what others use.
 SYSTEM_PROMPT = "You are a helpful assistant."
 
+Overflow = Literal["drop", "stop"]
+StopReason = Literal["end", "stop", "length", "context", "interrupted"]
+
 
 @dataclass(frozen=True)
 class Stats:
-    """How the last answer went; `reused_tokens` of the prompt were still in the KV cache."""
+    """How the last answer went; `reused_tokens` of the prompt were still in the KV cache.
+
+    Of `stop`, "end" is the model's own, "stop" a stop string. `dropped_turns` had to make room.
+    """
 
     prompt_tokens: int
     reused_tokens: int
     generated_tokens: int
     prompt_seconds: float
     generation_seconds: float
-    stop: Literal["end", "length", "context", "interrupted"]
+    stop: StopReason
+    dropped_turns: int = 0
 
     @property
     def prompt_speed(self) -> float:
@@ -39,95 +49,229 @@ class Stats:
         return self.generated_tokens / max(self.generation_seconds, 1e-9)
 
 
+@dataclass
+class _Turn:
+    """An answer in the making, to the last of `messages`."""
+
+    messages: list[Message]
+    limit: int | None
+    answer: AnswerText
+    progress: Progress
+    prompt: list[int] = field(default_factory=list)
+    dropped: int = 0
+    stop: StopReason = "interrupted"
+
+    @property
+    def size(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt) + len(self.answer.tokens)
+
+
 class Session:
     """A conversation on one engine; use it in a `with` statement.
 
-    The KV cache keeps what turns have in common: only what is new is computed.
+    The KV cache keeps what turns have in common: only what is new is computed. `raw` completes
+    texts without the chat template; the conversation is then one document, and `system`, which is
+    `SYSTEM_PROMPT` for a chat unless given, none. Where the context is full, `overflow` "drop"
+    gives up whole oldest turns, and "stop" ends the answer or refuses the question.
     """
 
     def __init__(
-        self, engine: Engine, system: str = SYSTEM_PROMPT, sampling: Sampling | None = None
+        self,
+        engine: Engine,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        *,
+        raw: bool = False,
+        overflow: Overflow = "drop",
+        stop: tuple[str, ...] = (),
+        max_tokens: int | None = None,
     ) -> None:
         self._engine = engine
-        self._prompter = Prompter(engine)
-        self._sampler = Sampler(sampling or Sampling())
-        self._cached: list[int] = []
-        self.messages: list[Message] = [Message("system", system)] if system else []
+        self._prompter = RawPrompter(engine) if raw else Prompter(engine)
+        self._cache = KVCache(engine)
+        self._sampling = sampling or Sampling()
+        self._sampler = Sampler(self._sampling, engine.n_vocab)
+        self._raw = raw
+        self.overflow: Overflow = overflow
+        self.stop = stop
+        self.max_tokens = max_tokens
+        self.messages: list[Message] = []
         self.stats: Stats | None = None
+        default = "" if raw else SYSTEM_PROMPT
+        self.system = default if system is None else system
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._sampler.__exit__(*exception)
+        self._sampler.close()
 
-    def ask(self, text: str, max_tokens: int | None = None) -> Generator[str, None, None]:
+    @property
+    def system(self) -> str:
+        """The system message at the beginning of the conversation, "" for none."""
+        first = self.messages[:1]
+        return first[0].text if first and first[0].role == "system" else ""
+
+    @system.setter
+    def system(self, text: str) -> None:
+        others = [message for message in self.messages if message.role != "system"]
+        self.messages = [Message("system", text), *others] if text else others
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; setting it starts the random numbers anew."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        before, self._sampler = self._sampler, Sampler(sampling, self._engine.n_vocab)
+        self._sampling = sampling
+        before.close()
+
+    @property
+    def raw(self) -> bool:
+        """Whether texts are completed without the chat template."""
+        return self._raw
+
+    @property
+    def model(self) -> str:
+        """The name of the model's file."""
+        return self._engine.gguf.files[0].name
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens the context holds."""
+        return self._engine.n_ctx
+
+    @property
+    def context_used(self) -> int:
+        """Tokens in the KV cache now."""
+        return len(self._cache)
+
+    def count(self, text: str) -> int:
+        """How many tokens a text is."""
+        return len(self._prompter.content(Message("user", text)))
+
+    def clear(self) -> None:
+        """Drop all turns; the system message stays."""
+        self.messages = [message for message in self.messages if message.role == "system"]
+
+    def undo(self) -> Message | None:
+        """Drop the last turn; the user's message of it, None if there is none."""
+        index = last_turn(self.messages)
+        if index is None:
+            return None
+        asked, self.messages = self.messages[index], self.messages[:index]
+        return asked
+
+    def ask(
+        self, text: str, max_tokens: int | None = None, *, progress: Progress = silent
+    ) -> Generator[str, None, None]:
         """Say `text` and stream the answer, whole characters at a time.
 
-        The turn becomes part of the conversation when the answer ends, also where it is cut off by
-        `max_tokens`, the context, or the caller closing the stream. `stats` tells which.
+        There is a piece for every token, empty where its text is not certain yet. The turn becomes
+        part of the conversation when the answer ends, also where it is cut off by `max_tokens`, the
+        context, or the caller closing the stream; `stats` tells which. `progress` hears of the
+        prompt's new tokens after every ubatch; an exception from it leaves the conversation as it
+        was.
 
         Raises:
-            Dots1Error: the conversation no longer fits into the context.
+            Dots1Error: the question does not fit into the context.
+            UsageError: there is nothing to complete, or a stop string is empty.
+            GGUFError: the chat template fails.
         """
-        asked = [*self.messages, Message("user", text)]
-        prompt = self._prompter.tokens(asked)
-        room = self._engine.n_ctx - len(prompt)
-        if room < 1:
-            raise Dots1Error(
-                f"the conversation is {len(prompt)} tokens long and the context holds "
-                f"{self._engine.n_ctx}; choose a larger one with --context"
-            )
-        return self._answer(asked, prompt, min(room, max_tokens or room), max_tokens)
+        limit = self.max_tokens if max_tokens is None else max_tokens
+        return self._answer([*self.messages, Message("user", text)], limit, progress)
+
+    def regenerate(self, *, progress: Progress = silent) -> Generator[str, None, None]:
+        """Answer the last question again, in place of the last answer; as `ask`.
+
+        Raises:
+            UsageError: there is no answer yet.
+        """
+        index = last_turn(self.messages)
+        if index is None:
+            raise UsageError("there is no answer to make again; ask something first")
+        return self._answer(self.messages[: index + 1], self.max_tokens, progress)
 
     def _answer(
-        self, asked: list[Message], prompt: list[int], limit: int, max_tokens: int | None
+        self, asked: list[Message], limit: int | None, progress: Progress
     ) -> Generator[str, None, None]:
+        if limit is not None and limit < 1:
+            raise UsageError(f"an answer of at most {limit} tokens is none; give 1 or more")
+        turn = _Turn(asked, limit, AnswerText(self.stop), progress)
+        self._fit(turn)
+        if not turn.prompt:
+            raise UsageError("there is nothing to complete; give the beginning of a text")
+        if turn.size >= self.n_ctx:
+            raise Dots1Error(self._refusal(turn.size))
+        return self._stream(turn)
+
+    def _refusal(self, size: int) -> str:
+        if self.overflow == "stop":
+            what, remedy = "with this question the conversation", "drop turns of it"
+        else:
+            what, remedy = "even without earlier turns the prompt", "shorten it"
+        return (
+            f"{what} is {size} tokens long and the context holds {self.n_ctx}; {remedy}, or choose "
+            "a larger one with --context"
+        )
+
+    def _stream(self, turn: _Turn) -> Generator[str, None, None]:
         start = time.perf_counter()
-        reused = self._process(prompt)
+        prompt_tokens, reused = len(turn.prompt), self._cache.hold(turn.prompt, turn.progress)
+        self._sampler.begin(turn.prompt)
         begun = time.perf_counter()
-        stop: Literal["end", "length", "context", "interrupted"] = "interrupted"
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        written: list[int] = []
-        said: list[str] = []
         try:
-            while True:
-                token = self._sampler.next(self._engine)
-                if self._engine.is_end(token):
-                    stop = "end"
-                    break
-                written.append(token)
-                if said_now := decoder.decode(self._engine.piece(token)):
-                    said.append(said_now)
-                    yield said_now
-                if len(written) == limit:
-                    stop = "length" if limit == max_tokens else "context"
-                    break
-                self._append([token])
+            yield from self._generate(turn)
         finally:
-            answer = Message("assistant", "".join(said), tuple(written))
-            self.messages = [*asked, answer]
+            self.messages = [*turn.messages, turn.answer.message()]
             self.stats = Stats(
-                len(prompt), reused, len(written), begun - start, time.perf_counter() - begun, stop
+                prompt_tokens,
+                reused,
+                len(turn.answer.tokens),
+                begun - start,
+                time.perf_counter() - begun,
+                "stop" if turn.answer.stopped else turn.stop,
+                turn.dropped,
             )
 
-    def _process(self, prompt: list[int]) -> int:
-        """Bring the KV cache to hold `prompt`; how many tokens of it were there already."""
-        # The last token is always computed: its logits are what the answer begins with.
-        common = _common_prefix(self._cached, prompt[:-1])
-        # An interrupted call may have left more in the cache than `_cached` says.
-        self._engine.forget(common)
-        del self._cached[common:]
-        self._append(prompt[common:])
-        return common
+    def _generate(self, turn: _Turn) -> Generator[str, None, None]:
+        answer = turn.answer
+        while turn.stop == "interrupted" and not answer.stopped:
+            token = self._sampler.next(self._engine)
+            if self._engine.is_end(token):
+                turn.stop = "end"
+                break
+            yield answer.add(token, self._engine.piece(token))
+            if len(answer.tokens) == turn.limit:
+                turn.stop = "length"
+            elif not answer.stopped and not self._go_on(turn, token):
+                turn.stop = "context"
+        if held := answer.finish():
+            yield held
 
-    def _append(self, tokens: list[int]) -> None:
-        for start in range(0, len(tokens), self._engine.n_ubatch):
-            part = tokens[start : start + self._engine.n_ubatch]
-            self._engine.decode(part, len(self._cached))
-            self._cached += part
+    def _go_on(self, turn: _Turn, token: int) -> bool:
+        """Compute the token that was written last; False where the context has no room for it."""
+        if turn.size < self.n_ctx:
+            self._cache.add(token)
+            return True
+        self._fit(turn)
+        if turn.size >= self.n_ctx:
+            return False
+        self._cache.hold([*turn.prompt, *turn.answer.tokens], turn.progress)
+        return True
 
-
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
+    def _fit(self, turn: _Turn) -> None:
+        """Make the prompt, without as many turns as leaves room for the answer to go on."""
+        turn.prompt = self._prompter.tokens(turn.messages)
+        quarter, written = self.n_ctx // 4, len(turn.answer.tokens)
+        room = min(turn.limit - written, quarter) if turn.limit else quarter
+        limit = self.n_ctx - written - max(1, room)
+        if self.overflow == "stop" or len(turn.prompt) <= limit:
+            return
+        count = turns_to_drop(turn.messages, lambda kept: len(self._prompter.tokens(kept)), limit)
+        turn.messages = drop_oldest(turn.messages, count)
+        turn.prompt = self._prompter.tokens(turn.messages)
+        turn.dropped += count

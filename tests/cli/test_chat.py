@@ -1,43 +1,173 @@
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from dots1_local.cli import app
+from dots1_local.runtime.sampling import Sampling
 from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
+
+CHAT = [sys.executable, "-c", "from dots1_local.cli import main; main()", "chat"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("chat")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
     """It answers 中文 to everything."""
-    path = tmp_path_factory.mktemp("chat") / "model.gguf"
+    path = folder / "model.gguf"
     return write_random_gguf(path, tensors=scripted_tensors([*tokens_of("中文"), EOS]))
 
 
+def run(model: Path, *options: str, piped: bytes | str | None = None) -> Any:
+    return CliRunner().invoke(app, ["chat", str(model), "--temp", "0", "-t", "1", *options], piped)
+
+
 def test_a_prompt_gives_one_answer_on_stdout(model: Path) -> None:
-    result = CliRunner().invoke(app, ["chat", str(model), "-p", "hi", "--temp", "0", "-t", "1"])
+    result = run(model, "-p", "hi")
     assert result.exit_code == 0, result.output
     assert (result.stdout, result.stderr) == ("中文\n", "")
 
 
 def test_piped_text_is_the_prompt(model: Path) -> None:
-    result = CliRunner().invoke(
-        app, ["chat", str(model), "--temp", "0", "-t", "1"], input="hi\nthere\n"
-    )
-    assert result.stdout == "中文\n"
+    result = run(model, piped="hi\nthere\n")
+    assert (result.stdout, result.stderr) == ("中文\n", "")
 
 
 def test_answers_can_be_cut(model: Path) -> None:
-    result = CliRunner().invoke(
-        app, ["chat", str(model), "-p", "hi", "--temp", "0", "-n", "4", "-t", "1"]
-    )
-    assert result.stdout == "中\n"
+    result = run(model, "-p", "hi", "-n", "4")
+    assert (result.stdout, result.stderr) == ("中\n", "")
+
+
+def test_answers_end_before_a_stop_string(model: Path) -> None:
+    assert run(model, "-p", "hi", "--stop", "x", "--stop", "文").stdout == "中\n"
+
+
+def test_json_holds_the_answer_and_its_figures(model: Path) -> None:
+    result = run(model, "-p", "hi", "--json", "--seed", "7", "--system", "")
+    found = json.loads(result.stdout)
+    speeds = [found.pop(name) for name in list(found) if name.endswith("per_second")]
+    assert found == {
+        "text": "中文",
+        "stop": "end",
+        "seed": 7,
+        "prompt_tokens": 5,  # <|userprompt|> h i <|endofuserprompt|> <|response|>
+        "reused_tokens": 0,
+        "generated_tokens": 6,
+        "dropped_turns": 0,
+        "model": "model.gguf",
+    }
+    assert len(speeds) == 2
+    assert all(speed > 0 for speed in speeds)
+    assert result.stderr == ""
+
+
+def test_json_tells_a_script_why_an_answer_stopped(model: Path) -> None:
+    found = json.loads(run(model, "-p", "hi", "--json", "-n", "3").stdout)
+    assert (found["text"], found["stop"], found["seed"]) == ("中", "length", None)
+
+
+def test_terminal_control_is_taken_out_of_answers_but_not_of_json(folder: Path) -> None:
+    said = "\x1b[2Ja"
+    tensors = scripted_tensors([*tokens_of(said), EOS])
+    model = write_random_gguf(folder / "control.gguf", tensors=tensors)
+    assert run(model, "-p", "hi").stdout == "a\n"
+    assert json.loads(run(model, "-p", "hi", "--json").stdout)["text"] == said
+
+
+def test_raw_completes_text_without_a_template(folder: Path) -> None:
+    tensors = scripted_tensors(tokens_of("abc"))
+    model = write_random_gguf(folder / "base.gguf", tensors=tensors, template=None)
+    found = json.loads(run(model, "--raw", "-p", "xa", "--json", "-n", "2").stdout)
+    assert (found["text"], found["prompt_tokens"]) == ("bc", 2)
+    refused = run(model, "-p", "xa")
+    assert refused.exit_code == 1
+    assert "no chat template" in str(refused.exception)
+
+
+def test_a_saved_conversation_goes_on(model: Path, tmp_path: Path) -> None:
+    saved = {
+        "format": "dots1-conversation",
+        "version": 1,
+        "model": "other.gguf",
+        "settings": {"max_tokens": 3},
+        "messages": [{"role": "user", "text": "one"}, {"role": "assistant", "text": "two"}],
+    }
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps(saved), encoding="utf-8")
+
+    def answer(*options: str) -> Any:
+        load = ["--load", str(path), "-p", "three", "--json"]
+        return json.loads(run(model, *load, *options).stdout)
+
+    markers = 7  # around three messages and before the answer
+    assert answer()["prompt_tokens"] == len("onetwothree") + markers
+    assert answer()["text"] == "中"  # its own limit of 3 tokens holds
+    assert answer("-n", "6")["text"] == "中文"
 
 
 @pytest.mark.parametrize(
-    "options", [["--temp", "-1"], ["--top-p", "2"], ["-n", "0"], ["-c", "2000"], ["--threads", "0"]]
-)
+    "options", [["--temp", "-1"], ["--top-p", "2"], ["-n", "0"], ["-c", "2000"], ["--threads", "0"],
+                ["--top-k", "-1"], ["--overflow", "grow"], ["--stop", ""], ["--load", "nowhere"]]
+)  # fmt: skip
 def test_senseless_options_are_refused(model: Path, options: list[str]) -> None:
     result = CliRunner().invoke(app, ["chat", str(model), "-p", "hi", *options])
     assert result.exit_code != 0
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "piped", "sentence"),
+    [
+        (["-p", ""], None, "-p is empty"),
+        ([], " \n", "what is piped in is empty"),
+        ([], b"caf\xe9", "no UTF-8 text .at byte 3"),
+    ],
+)
+def test_nothing_to_answer_is_one_sentence(
+    model: Path, options: list[str], piped: str | bytes | None, sentence: str
+) -> None:
+    result = run(model, *options, piped=piped)
+    assert re.search(sentence, str(result.exception))
+    assert result.stdout == ""
+
+
+def test_help_tells_the_defaults() -> None:
+    shown = CliRunner().invoke(app, ["chat", "--help"], env={"COLUMNS": "300"}).stdout
+    usual = Sampling()
+    for option, value in {
+        "--temp": usual.temperature,
+        "--top-k": usual.top_k,
+        "--top-p": usual.top_p,
+        "--min-p": usual.min_p,
+        "--repeat-penalty": usual.repeat_penalty,
+    }.items():
+        line = next(line for line in shown.splitlines() if f"{option} " in line and "unset" in line)
+        assert f"{value} if unset" in line
+
+
+def test_a_reader_that_leaves_ends_it_quietly(folder: Path) -> None:
+    endless = scripted_tensors(tokens_of("ab\na"))
+    model = write_random_gguf(folder / "endless.gguf", tensors=endless, context=16384)
+    ours, theirs = os.pipe()
+    process = subprocess.Popen(
+        [*CHAT, str(model), "-p", "hi", "--temp", "0", "-t", "1", "-c", "0"],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    os.close(theirs)
+    assert os.read(ours, 1)
+    os.close(ours)
+    _, complaints = process.communicate(timeout=60)
+    assert complaints == b""

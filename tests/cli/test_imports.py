@@ -13,7 +13,9 @@ SCRIPT = """
 import sys
 from dots1_local.cli import app
 app(sys.argv[1].split("|"), standalone_mode=False)
-heavy = {"torch", "transformers", "llama_cpp", "numpy", "rich.table", "jinja2", "gguf"}
+heavy = {
+    "torch", "transformers", "llama_cpp", "numpy", "rich.table", "jinja2", "gguf", "prompt_toolkit"
+}
 print(*sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
 
@@ -46,10 +48,10 @@ def test_inspect_loads_neither_engine_nor_numpy(model: Path) -> None:
     assert loaded_by("inspect", model) == {"rich.table"}
 
 
-def test_chat_does_not_load_torch(model: Path) -> None:
+def test_one_answer_loads_neither_torch_nor_an_editor(model: Path) -> None:
     found = loaded_by("chat", model, "-p", "hi", "--temp", "0", "-t", "1")
     assert "llama_cpp" in found
-    assert not found & {"torch", "transformers", "gguf"}
+    assert not found & {"torch", "transformers", "gguf", "prompt_toolkit"}
 
 
 def test_convert_loads_neither_torch_nor_the_engine(tmp_path: Path) -> None:

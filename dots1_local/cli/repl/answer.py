@@ -1,0 +1,162 @@
+"""One answer at the terminal or into a pipe: streamed, stopped by Ctrl-C, and told about."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from shutil import get_terminal_size
+from typing import TYPE_CHECKING, TextIO
+
+from dots1_local.cli._output import notice, progress_bar
+from dots1_local.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from dots1_local.runtime.session import Session, Stats
+
+__all__ = ["Ask", "NotAnswered", "show", "stream", "tell", "tell_status"]
+
+Ask = Callable[[Progress], Generator[str, None, None]]
+
+_LONG_PROMPT = 512  # tokens; an engine's ubatch, before which there is nothing to report
+
+
+class NotAnswered(Exception):
+    """Ctrl-C came before the first word of an answer."""
+
+
+def show(ask: Ask, *, markdown: bool) -> None:
+    """Stream an answer to stdout; `markdown` is rendered on a terminal, and raw elsewhere.
+
+    Raises:
+        NotAnswered: stopped before the first word.
+        Dots1Error: whatever `ask` raises.
+    """
+    with _printer(markdown and _is_colourful(sys.stdout)) as write:
+        stream(ask, write)
+
+
+def stream(ask: Ask, write: Callable[[str], None]) -> None:
+    """Hand the pieces of an answer to `write`, with a progress bar while a long prompt is read.
+
+    Ctrl-C only sets a flag, which is looked at between tokens and between ubatches, so that no
+    exception flies through the engine; a second one does.
+
+    Raises:
+        NotAnswered: stopped before the first word.
+    """
+    spoken = False
+    with _interrupts() as interrupted, closing(_ReadingBar()) as bar, suppress(NotAnswered):
+
+        def report(done: int, total: int, unit: str, what: str) -> None:
+            if interrupted():
+                raise NotAnswered
+            bar.report(done, total, unit)
+
+        with closing(ask(report)) as answer:
+            for piece in answer:
+                bar.close()
+                if piece:
+                    spoken = True
+                    write(piece)
+                if interrupted():
+                    break
+    if interrupted() and not spoken:
+        raise NotAnswered
+
+
+class _ReadingBar:
+    """Shows how far a long prompt is read, until it is closed."""
+
+    def __init__(self) -> None:
+        self._shown = ExitStack()
+        self._report: Progress | None = None
+
+    def report(self, done: int, total: int, unit: str) -> None:
+        if self._report is None and total > _LONG_PROMPT:
+            self._report = self._shown.enter_context(progress_bar("reading"))
+        if self._report is not None:
+            self._report(done, total, unit, "")
+
+    def close(self) -> None:
+        self._shown.close()
+        self._report = silent  # room made in mid-answer is read again without a bar
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C is only noted; a second one is a KeyboardInterrupt."""
+    noted = False
+
+    def note(*_: object) -> None:
+        nonlocal noted
+        if noted:
+            raise KeyboardInterrupt
+        noted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _printer(markdown: bool) -> Iterator[Callable[[str], None]]:
+    """Write to stdout what a model says, without terminal control; it ends with a newline."""
+    from dots1_local.cli._plain import ControlFilter
+
+    last = "\n"
+
+    def write(text: str) -> None:
+        nonlocal last
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            last = text[-1]
+
+    harmless = ControlFilter()
+    with ExitStack() as finishing:
+        finishing.callback(lambda: write("" if last == "\n" else "\n"))
+        feed = write
+        if markdown:
+            from dots1_local.cli._markdown import MarkdownStream
+
+            rendered = MarkdownStream(get_terminal_size().columns, write)
+            feed = rendered.feed
+            finishing.callback(rendered.finish)
+        finishing.callback(lambda: feed(harmless.finish()))
+        yield lambda piece: feed(harmless.feed(piece))
+
+
+def tell(stats: "Stats", n_ctx: int) -> None:
+    """Notices about an answer that did not simply end, or that lost older turns."""
+    if stats.dropped_turns == 1:
+        notice("the oldest turn no longer fits and was dropped")
+    elif stats.dropped_turns:
+        notice(f"the {stats.dropped_turns} oldest turns no longer fit and were dropped")
+    if stats.stop == "context":
+        notice(f"the context of {n_ctx:,} tokens is full; the answer is cut off")
+    elif stats.stop == "length" and sys.stderr.isatty():  # else it is what a script asked for
+        notice(f"the answer is cut off after {stats.generated_tokens:,} tokens (max_tokens)")
+    elif stats.stop == "interrupted":
+        notice("interrupted; what was written is kept")
+
+
+def tell_status(session: "Session") -> None:
+    """Tokens and speeds of the last answer, dim, on a terminal's stderr."""
+    stats = session.stats
+    if stats is None or not sys.stderr.isatty():
+        return
+    cached = f" ({stats.reused_tokens:,} cached)" if stats.reused_tokens else ""
+    line = (
+        f"prompt {stats.prompt_tokens:,}{cached}, {stats.prompt_speed:,.1f} tok/s · "
+        f"answer {stats.generated_tokens:,}, {stats.generation_speed:,.1f} tok/s · "
+        f"context {session.context_used:,} of {session.n_ctx:,}"
+    )
+    notice(f"\033[2m{line}\033[0m" if _is_colourful(sys.stderr) else line)
+
+
+def _is_colourful(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that shows more than text, and may."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")

@@ -1,0 +1,225 @@
+"""The commands of a dialogue: a registry of names, help and handlers."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dots1_local.cli._output import notice
+from dots1_local.cli.repl.paths import conversation_path, read_text, typed_path
+from dots1_local.cli.repl.settings import change, find_setting, values
+from dots1_local.errors import UsageError
+
+if TYPE_CHECKING:
+    from dots1_local.cli.repl.loop import Repl
+
+__all__ = ["COMMANDS", "Command", "run_command"]
+
+_SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class Command:
+    """`run` gets the rest of the line; `completes` says what Tab offers there."""
+
+    name: str
+    aliases: tuple[str, ...]
+    arguments: str
+    help: str
+    run: Callable[["Repl", str], None]
+    completes: Literal["path", "setting", "nothing"] = "nothing"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All it goes by."""
+        return (self.name, *self.aliases)
+
+
+def run_command(repl: "Repl", line: str) -> None:
+    """Carry out a line that begins with a slash.
+
+    Raises:
+        UsageError: there is no such command, or it does not take these arguments.
+    """
+    name, *rest = line.split(maxsplit=1)
+    for command in COMMANDS:
+        if name.lower() in command.names:
+            command.run(repl, rest[0].strip() if rest else "")
+            return
+    raise UsageError(
+        f"there is no command {name} (/help lists them; to send text that begins with a slash, "
+        "type a space first)"
+    )
+
+
+def _help(repl: "Repl", rest: str) -> None:
+    _table((f"{each.name} {each.arguments}", each.help) for each in COMMANDS)
+    notice(
+        '\n"""   begins a message of several lines, which ends with """\n'
+        "Ctrl-C stops an answer; Ctrl-D leaves"
+    )
+
+
+def _exit(repl: "Repl", rest: str) -> None:
+    repl.done = True
+
+
+def _clear(repl: "Repl", rest: str) -> None:
+    repl.session.clear()
+    repl.attached.clear()
+    notice("a new conversation")
+
+
+def _regenerate(repl: "Repl", rest: str) -> None:
+    repl.answer(
+        lambda progress: repl.session.regenerate(progress=progress),
+        "stopped; the last answer stays",
+    )
+
+
+def _undo(repl: "Repl", rest: str) -> None:
+    dropped = repl.session.undo()
+    if dropped is None:
+        raise UsageError("there is no turn to drop")
+    notice(f"dropped: {_one_line(dropped.text)}")
+
+
+def _edit(repl: "Repl", rest: str) -> None:
+    from dots1_local.cli.repl.text_editor import edit_text, editor_command
+
+    before = list(repl.session.messages)
+    last = next((each.text for each in reversed(before) if each.role == "user"), None)
+    if last is None:
+        raise UsageError("there is no message to edit")
+    command = editor_command()
+    text = edit_text(command, last) if command else repl.editor.read(last)
+    if not text.strip() or text == last:
+        notice("unchanged")
+        return
+    answered = False
+    try:
+        repl.session.undo()
+        answered = repl.answer(
+            lambda progress: repl.session.ask(text, progress=progress),
+            "stopped; the conversation is as it was",
+        )
+    finally:
+        if not answered:
+            repl.session.messages = before
+
+
+def _system(repl: "Repl", rest: str) -> None:
+    if rest:
+        repl.session.system = "" if rest in ("''", '""') else rest
+    notice(f"system prompt: {_plain(repl.session.system) or 'none'}")
+
+
+def _set(repl: "Repl", rest: str) -> None:
+    name, *value = re.split(r"\s+|=", rest, maxsplit=1)
+    if value and value[0]:
+        change(repl, name, value[0])
+    chosen = find_setting(name).name if name else None
+    _table(pair for pair in values(repl) if chosen in (None, pair[0]))
+
+
+def _show(repl: "Repl", rest: str) -> None:
+    session = repl.session
+    turns = sum(message.role == "assistant" for message in session.messages)
+    _table(
+        [
+            ("model", session.model),
+            ("context", f"{session.n_ctx:,} tokens, {session.context_used:,} of them cached"),
+            ("turns", str(turns)),
+            ("attached", ", ".join(repl.attached) or "none"),
+            ("system", _one_line(session.system) or "none"),
+            *values(repl),
+        ]
+    )
+
+
+def _save(repl: "Repl", rest: str) -> None:
+    from dots1_local.runtime.conversation import save_conversation
+
+    path = conversation_path(rest)
+    save_conversation(path, repl.session)
+    notice(f"saved as {path}")
+
+
+def _load(repl: "Repl", rest: str) -> None:
+    from dots1_local.runtime.conversation import load_conversation
+
+    path = conversation_path(rest)
+    conversation = load_conversation(path)
+    conversation.apply(repl.session)
+    turns = [message for message in repl.session.messages if message.role == "user"]
+    last = f"; the last: {_one_line(turns[-1].text)}" if turns else ""
+    notice(f"{path}: {len(turns)} turn{'s' * (len(turns) != 1)}{last}")
+
+
+def _read(repl: "Repl", rest: str) -> None:
+    if not rest:
+        repl.attached.clear()
+        notice("no file goes with your next message")
+        return
+    path = typed_path(rest)
+    text = f"{path.name}:\n\n{read_text(path)}"
+    count, room = repl.session.count(text), repl.session.n_ctx
+    if count >= room:
+        raise UsageError(f"{path} is {count:,} tokens long; the context holds {room:,}")
+    repl.attached[str(path)] = text
+    notice(f"{path}: {count:,} tokens, which go with your next message")
+
+
+def _stats(repl: "Repl", rest: str) -> None:
+    if not repl.answers:
+        raise UsageError("there is no answer yet")
+    last, every = repl.answers[-1], repl.answers
+    read = sum(each.prompt_tokens - each.reused_tokens for each in every)
+    written = sum(each.generated_tokens for each in every)
+    seconds = sum(each.prompt_seconds + each.generation_seconds for each in every)
+    _table(
+        [
+            ("prompt", f"{last.prompt_tokens:,} tokens, {last.reused_tokens:,} of them cached"),
+            ("read at", f"{last.prompt_speed:,.1f} tok/s"),
+            ("answer", f"{last.generated_tokens:,} tokens, stop reason: {last.stop}"),
+            ("written at", f"{last.generation_speed:,.1f} tok/s"),
+            ("all answers", f"{len(every)}: {read:,} read, {written:,} written, {seconds:,.1f} s"),
+        ]
+    )
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> None:
+    pairs = [(left.strip(), right) for left, right in rows]
+    width = max(len(left) for left, _ in pairs)
+    for left, right in pairs:
+        notice(f"{left:{width}}  {right}")
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(_plain(text).split())
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}…"
+
+
+def _plain(text: str) -> str:
+    """Without terminal control: a conversation may come from anyone's file."""
+    from dots1_local.cli._plain import ControlFilter
+
+    harmless = ControlFilter()
+    return harmless.feed(text) + harmless.finish()
+
+
+COMMANDS = (
+    Command("/help", ("/?", "/h"), "", "list the commands", _help),
+    Command("/exit", ("/bye", "/quit", "/q"), "", "leave, as Ctrl-D does", _exit),
+    Command("/clear", ("/new", "/reset"), "", "begin a new conversation", _clear),
+    Command("/regen", ("/retry",), "", "answer the last question again", _regenerate),
+    Command("/undo", (), "", "drop the last question and its answer", _undo),
+    Command("/edit", (), "", "change the last question in $EDITOR and ask again", _edit),
+    Command("/system", (), "[TEXT]", "show or replace the system prompt; '' for none", _system),
+    Command("/set", (), "[NAME [VALUE]]", "show or change settings", _set, "setting"),
+    Command("/show", ("/info",), "", "show model, context and settings", _show),
+    Command("/save", (), "NAME", "save the conversation", _save, "path"),
+    Command("/load", (), "NAME", "go on with a saved conversation", _load, "path"),
+    Command("/read", ("/file",), "[FILE]", "attach a text file, or none", _read, "path"),
+    Command("/stats", (), "", "show tokens and speeds", _stats),
+)

@@ -1,0 +1,54 @@
+"""The files that commands name, and the text in them."""
+
+import shlex
+from pathlib import Path
+
+from dots1_local.errors import UsageError
+
+__all__ = ["conversation_path", "read_text", "typed_path"]
+
+_LARGEST_FILE = 4 << 20  # bytes; a context of 32,768 tokens holds some 150 kB of English
+
+
+def typed_path(rest: str) -> Path:
+    """A path as it is typed: quoted, escaped, or plain with spaces.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        words = shlex.split(rest)
+    except ValueError:
+        words = []
+    name = words[0] if len(words) == 1 else rest
+    if not name or "\0" in name:
+        raise UsageError("a file name is missing")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UsageError(f"there is no such home folder: {name}") from None
+
+
+def conversation_path(rest: str) -> Path:
+    """The same, with .json where it has no ending."""
+    path = typed_path(rest)
+    return path if path.suffix else path.with_name(f"{path.name}.json")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of bearable size.
+
+    Raises:
+        UsageError: unreadable, too long for any context, or not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    if len(content) > _LARGEST_FILE:
+        raise UsageError(f"{path} is longer than {_LARGEST_FILE:,} bytes; no context holds that")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 text (at byte {error.start:,})") from None

@@ -1,0 +1,145 @@
+"""A terminal for tests: a program at one end, what a person sees and types at the other."""
+
+import fcntl
+import os
+import pty
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Self
+
+import pyte
+
+CTRL_C, CTRL_D, TAB, UP = "\x03", "\x04", "\t", "\x1b[A"
+PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"
+PROMPT = "> "
+
+_DEADLINE = 30  # seconds; only a failing test waits so long
+_ROWS, _COLUMNS = 200, 160  # tall, so that nothing scrolls away
+# The terminal becomes the child's own, so that Ctrl-C typed there is a signal.
+_CHILD = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from dots1_local.cli import main
+main()
+"""
+
+
+class Terminal:
+    """`dots1` in a pseudo-terminal, at home in `folder`; use it in a `with` statement."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: object,
+        stdout: IO[bytes] | None = None,
+        **environment: str,
+    ) -> None:
+        self.seen = b""
+        self.screen = pyte.Screen(_COLUMNS, _ROWS)
+        self._stream = pyte.ByteStream(self.screen)
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, _COLUMNS, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, *map(str, arguments)],
+            stdin=theirs,
+            stdout=stdout or theirs,
+            stderr=theirs,
+            cwd=folder,
+            env=_environment(folder, environment),
+            start_new_session=True,
+        )
+        os.close(theirs)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+    @property
+    def lines(self) -> list[str]:
+        """The screen down to the cursor, without the blanks at line ends."""
+        return [line.rstrip() for line in self.screen.display[: self.screen.cursor.y + 1]]
+
+    @property
+    def text(self) -> str:
+        """The same as one string."""
+        return "\n".join(self.lines)
+
+    def wait_for(self, text: str) -> None:
+        """Until this is somewhere on the screen."""
+        self._wait(lambda: text in self.text, repr(text))
+
+    def wait_for_prompt(self, below: int = -1) -> None:
+        """Until the cursor stands at an empty prompt under line `below`."""
+        self._wait(
+            lambda: self.screen.cursor.y > below and self.lines[-1] == PROMPT.strip(), "a prompt"
+        )
+
+    def send(self, keys: str) -> None:
+        """Type, without waiting for anything."""
+        os.write(self._ours, keys.encode())
+
+    def type(self, text: str) -> None:
+        """Type, and wait to see the line's end as it was typed."""
+        self.send(text)
+        last = text.splitlines()[-1].rstrip()
+        self._wait(lambda: self.lines[-1].endswith(last), repr(last))
+
+    def enter(self, line: str) -> str:
+        """Type a line and Enter; what appears until the next prompt."""
+        self.type(line)
+        return self.finish()
+
+    def finish(self) -> str:
+        """Enter what has been typed; what appears until the next prompt."""
+        top = self.screen.cursor.y
+        self.send("\r")
+        self.wait_for_prompt(below=top)
+        return "\n".join(self.lines[top + 1 : -1])
+
+    def wait_for_end(self) -> int:
+        """The exit code, with all there is to see on the screen."""
+        self._wait(lambda: self.process.poll() is not None, "the end")
+        while self._read(0):
+            pass
+        return self.process.wait()
+
+    def _wait(self, happened: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + _DEADLINE
+        while not happened():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"waited in vain for {what}; the screen shows\n{self.text}")
+            self._read(0.05)
+
+    def _read(self, seconds: float) -> bool:
+        ready, _, _ = select.select([self._ours], [], [], seconds)
+        if not ready:
+            return False
+        try:
+            output = os.read(self._ours, 1 << 16)
+        except OSError:  # Linux says so when the other end is closed
+            return False
+        self.seen += output
+        self._stream.feed(output)
+        return bool(output)
+
+
+def _environment(home: Path, changes: Mapping[str, str]) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    return kept | {
+        "HOME": str(home),
+        "TERM": "xterm-256color",
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody answers where the cursor is
+        **changes,
+    }

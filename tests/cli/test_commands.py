@@ -1,0 +1,135 @@
+"""Commands of a dialogue, without a terminal: what they change, say and refuse."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dots1_local.cli.repl.commands import COMMANDS, run_command
+from dots1_local.cli.repl.loop import Repl
+from dots1_local.errors import UsageError
+from dots1_local.runtime.engine import Engine
+from dots1_local.runtime.prompt import Message
+from dots1_local.runtime.session import Session
+from tests.helpers import EOS, scripted_tensors, write_random_gguf
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    path = tmp_path_factory.mktemp("commands") / "model.gguf"
+    write_random_gguf(path, tensors=scripted_tensors([65, EOS]))
+    with Engine.open(path, n_ctx=64, threads=1) as engine:
+        yield engine
+
+
+@pytest.fixture
+def repl(engine: Engine) -> Iterator[Repl]:
+    with Session(engine) as session:
+        yield Repl(session)
+
+
+def test_no_two_commands_share_a_name() -> None:
+    names = [name for command in COMMANDS for name in command.names]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("/set temperature 0.25", "temperature  0.25"),
+        ("/set temp=0", "temperature  0.0"),
+        ("/set top-k 5", "top_k  5"),
+        ("/set seed 7", "seed  7"),
+        ("/set seed random", "seed  random"),
+        ("/set max_tokens 12", "max_tokens  12"),
+        ("/set max_tokens off", "max_tokens  off"),
+        (r"/set stop END '\n\n' 完", r'stop  "END" "\n\n" "完"'),
+        ("/set stop a=b", 'stop  "a=b"'),
+        ("/set stop none", "stop  none"),
+        ("/set overflow stop", "overflow  stop"),
+        ("/set markdown off", "markdown  off"),
+    ],
+)
+def test_a_setting_is_changed_and_shown(
+    repl: Repl, capsys: pytest.CaptureFixture[str], line: str, shown: str
+) -> None:
+    run_command(repl, line)
+    assert capsys.readouterr() == ("", shown + "\n")
+
+
+def test_settings_reach_the_session(repl: Repl) -> None:
+    for line in ("/set min_p 0.1", "/set max_tokens 3", "/set stop a 'b c'", "/set overflow stop"):
+        run_command(repl, line)
+    session = repl.session
+    assert (session.sampling.min_p, session.max_tokens) == (0.1, 3)
+    assert (session.stop, session.overflow) == (("a", "b c"), "stop")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("/set heat 1", "no setting 'heat'; choose from temperature, "),
+        ("/set to 1", "choose from top_k, top_p$"),
+        ("/set temp hot", "temperature is a number from 0 up, not 'hot'"),
+        ("/set temp -1", "temperature is -1.0"),
+        ("/set temp nan", "temperature is nan"),
+        ("/set top_k 1.5", "top_k is a whole number"),
+        ("/set top_p 2", "top-p is 2.0"),
+        ("/set max_tokens 0", "max_tokens is a whole number from 1 up or off"),
+        ("/set stop ''", "stop is strings"),
+        ("/set stop 'open", "stop is strings"),
+        ("/set overflow grow", "overflow is drop or stop"),
+        ("/set markdown yes", "markdown is on or off"),
+        ("/regen", "no answer to make again"),
+        ("/undo", "no turn to drop"),
+        ("/edit", "no message to edit"),
+        ("/stats", "no answer yet"),
+        ("/save", "a file name is missing"),
+        ("/load", "a file name is missing"),
+        ("/load ~nobody-by-this-name/x", "no such home folder"),
+        ("/read nowhere.txt", "cannot read nowhere.txt: No such file"),
+        ("/read .", "cannot read .: Is a directory"),
+        ("/read /dev/zero", "/dev/zero is longer than"),
+        ("/read latin.txt", "latin.txt is no UTF-8 text .at byte 3"),
+        ("/read long.txt", "long.txt is 75 tokens long; the context holds 64"),
+        ("/what", "no command /what .*a space first"),
+        ("/", "no command / "),
+    ],
+)
+def test_a_refusal_is_one_sentence(
+    repl: Repl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "long.txt").write_text("x" * 64, encoding="utf-8")
+    with pytest.raises(UsageError, match=sentence) as error:
+        run_command(repl, line)
+    assert "\n" not in str(error.value)
+    assert repl.attached == {}
+
+
+def test_an_attached_file_can_be_taken_back(repl: Repl, tmp_path: Path) -> None:
+    path = tmp_path / "a file"
+    path.write_text("text", encoding="utf-8")
+    run_command(repl, f'/read "{path}"')
+    run_command(repl, f"/read {path}")
+    assert repl.attached == {str(path): "a file:\n\ntext"}
+    run_command(repl, "/read")
+    assert repl.attached == {}
+
+
+def test_what_a_file_says_does_not_reach_the_terminal_as_control(
+    repl: Repl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repl.session.messages = [Message("user", "\x1b[2Jone\n\ntwo"), Message("assistant", "A")]
+    run_command(repl, "/undo")
+    assert capsys.readouterr().err == "dropped: one two\n"
+
+
+@pytest.mark.parametrize("name", ["/help", "/?", "/HELP"])
+def test_help_names_every_command(
+    repl: Repl, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run_command(repl, name)
+    shown = capsys.readouterr().err
+    assert all(command.name in shown and command.help in shown for command in COMMANDS)

@@ -1,0 +1,297 @@
+"""A dialogue as a person has it: keys typed into a terminal, a screen looked at."""
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.terminal import CTRL_C, CTRL_D, PASTE_BEGIN, PASTE_END, TAB, UP, Terminal
+from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
+
+Dialogue = Callable[..., Terminal]
+SYSTEM = ("system", "You are a helpful assistant.")
+SAID = "# 中文ok"
+SEEN = "中文ok"  # as a rendered heading
+ANSWER = ("assistant", SAID)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("repl")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
+    """It says the same to everything."""
+    tensors = scripted_tensors([*tokens_of(SAID), EOS])
+    return write_random_gguf(folder / "model.gguf", tensors=tensors)
+
+
+@pytest.fixture(scope="module")
+def endless(folder: Path) -> Path:
+    """It says "abc abc abc ..." without end, and can read for seconds before that."""
+    tensors = scripted_tensors(tokens_of("abc a"))
+    return write_random_gguf(folder / "endless.gguf", tensors=tensors, context=32768)
+
+
+@pytest.fixture
+def dialogue(tmp_path: Path) -> Dialogue:
+    def start(model: Path, *options: str, **others: Any) -> Terminal:
+        return Terminal(tmp_path, "chat", model, "-t", "1", "--temp", "0", *options, **others)
+
+    return start
+
+
+def saved(terminal: Terminal, folder: Path) -> list[tuple[str, str]]:
+    """The conversation, as /save writes it."""
+    assert terminal.enter("/save talk") == "saved as talk.json"
+    messages = json.loads((folder / "talk.json").read_text(encoding="utf-8"))["messages"]
+    return [(message["role"], message["text"]) for message in messages]
+
+
+def test_a_dialogue(model: Path, dialogue: Dialogue, tmp_path: Path) -> None:
+    with dialogue(model, "-c", "512") as terminal:
+        terminal.wait_for_prompt()
+        assert terminal.lines == ["model.gguf, context of 512 tokens. /help lists commands.", ">"]
+
+        answer, status = terminal.enter("hello 你好").splitlines()
+        assert answer == SEEN
+        assert "answer 10, " in status
+        assert "of 512" in status
+
+        terminal.send('"""one\r')
+        terminal.wait_for("\n.")
+        terminal.type('  二"""')
+        assert terminal.finish().startswith(SEEN)
+
+        terminal.send(f"{PASTE_BEGIN}pasted\r\n中文\n{PASTE_END}")
+        terminal.wait_for("\n. 中文")
+        terminal.enter("end")
+        assert "there is no command /x" in terminal.enter("/x y")
+        terminal.enter(" /x y")
+
+        questions = ["hello 你好", "one\n  二", "pasted\n中文\nend", "/x y"]
+        turns = [(("user", question), ANSWER) for question in questions]
+        assert saved(terminal, tmp_path) == [SYSTEM, *sum(turns, ())]
+
+        terminal.send("/exit\r")
+        assert terminal.wait_for_end() == 0
+
+
+def test_history_lives_on_and_ctrl_c_clears_the_line(
+    model: Path, dialogue: Dialogue, tmp_path: Path
+) -> None:
+    with dialogue(model) as terminal:
+        terminal.wait_for_prompt()
+        terminal.enter("the first")
+        terminal.send(CTRL_D)
+        assert terminal.wait_for_end() == 0
+    history = tmp_path / ".local" / "state" / "dots1" / "history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    with dialogue(model) as terminal:
+        terminal.wait_for_prompt()
+        terminal.type("not this")
+        terminal.send(CTRL_C)
+        terminal.wait_for_prompt()
+        terminal.send(UP)
+        terminal.wait_for("> the first")
+        terminal.send("\x1b[D" * 5)  # left
+        terminal.send("very ")
+        terminal.wait_for("> the very first")
+        terminal.finish()
+        line = terminal.screen.cursor.y
+        terminal.send(CTRL_C)
+        terminal.wait_for_prompt(below=line)
+        assert "Ctrl-D or /exit leaves." in terminal.lines
+        questions = [text for role, text in saved(terminal, tmp_path) if role == "user"]
+        assert questions == ["the very first"]
+
+
+def test_without_a_place_for_history_chat_goes_on(
+    model: Path, dialogue: Dialogue, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with dialogue(model, XDG_STATE_HOME=str(tmp_path / "file")) as terminal:
+        terminal.wait_for_prompt()
+        assert terminal.enter("hi").startswith(SEEN)
+        terminal.send(UP)
+        terminal.wait_for("> hi\n" + SEEN)
+
+
+def test_ctrl_c_keeps_what_was_written_and_forgets_what_was_not_answered(
+    endless: Path, dialogue: Dialogue, tmp_path: Path
+) -> None:
+    with dialogue(endless, "-c", "0") as terminal:
+        terminal.wait_for_prompt()
+        terminal.type("go")
+        line = terminal.screen.cursor.y
+        terminal.send("\r")
+        terminal.wait_for("abc abc")
+        terminal.send(CTRL_C)
+        terminal.wait_for_prompt(below=line)
+        assert "interrupted; what was written is kept" in terminal.text
+        system, question, (role, answer) = before = saved(terminal, tmp_path)
+        assert (system, question, role) == (SYSTEM, ("user", "go"), "assistant")
+        assert answer == ("abc " * len(answer))[: len(answer)] != ""
+
+        (tmp_path / "long.txt").write_text("x y " * 4000, encoding="utf-8")
+        assert "16,0" in terminal.enter("/read long.txt")
+        terminal.type("and this?")
+        line = terminal.screen.cursor.y
+        terminal.send("\r")
+        terminal.wait_for("reading")
+        terminal.send(CTRL_C)
+        terminal.wait_for_prompt(below=line)
+        assert "not part of the conversation (arrow-up brings it back)" in terminal.text
+        terminal.send(UP)
+        terminal.wait_for("> and this?")
+        terminal.send(CTRL_C)
+        terminal.wait_for_prompt()
+        assert saved(terminal, tmp_path) == before
+
+
+def test_commands_change_the_conversation(model: Path, dialogue: Dialogue, tmp_path: Path) -> None:
+    editor = tmp_path / "my editor"
+    editor.write_text('#!/bin/sh\nprintf " %s" "$1" >> "$2"\n', encoding="utf-8")
+    editor.chmod(0o700)
+    notes = tmp_path / "my notes.txt"
+    notes.write_text("note 笔记", encoding="utf-8")
+    with dialogue(model, EDITOR=f"'{editor}' more") as terminal:
+        terminal.wait_for_prompt()
+        assert "there is no answer to make again" in terminal.enter("/regen")
+        terminal.enter("one")
+        terminal.enter("two")
+        assert terminal.enter("/undo") == "dropped: two"
+        assert terminal.enter("/retry").startswith(SEEN)
+        assert saved(terminal, tmp_path) == [SYSTEM, ("user", "one"), ANSWER]
+        assert terminal.enter("/edit").startswith(SEEN)
+        assert saved(terminal, tmp_path) == [SYSTEM, ("user", "one more"), ANSWER]
+
+        terminal.enter("/system  Say 'so'.")
+        assert "my notes.txt: " in terminal.enter("/read my notes.txt")
+        terminal.enter("two")
+        attached = ("user", f"{notes.name}:\n\nnote 笔记\n\ntwo")
+        talked = [("user", "one more"), ANSWER, attached, ANSWER]
+        assert saved(terminal, tmp_path) == [("system", "Say 'so'."), *talked]
+        terminal.enter("/system ''")
+        assert saved(terminal, tmp_path) == talked
+        assert "turns           2" in terminal.enter("/show")
+
+        terminal.enter("/set markdown off")
+        terminal.enter("/set max_tokens 4")
+        answer, reason, _ = terminal.enter("three").splitlines()
+        assert (answer, reason) == ("#", "the answer is cut off after 4 tokens (max_tokens)")
+        assert "all answers  6: " in terminal.enter("/stats")
+        terminal.enter("/clear")
+        assert saved(terminal, tmp_path) == []
+
+
+def test_without_an_editor_a_question_is_changed_at_the_prompt(
+    model: Path, dialogue: Dialogue, tmp_path: Path
+) -> None:
+    with dialogue(model) as terminal:
+        terminal.wait_for_prompt()
+        terminal.enter("one")
+        terminal.send("/edit\r")
+        terminal.wait_for("/edit\n> one")
+        terminal.enter(" more")
+        assert saved(terminal, tmp_path) == [SYSTEM, ("user", "one more"), ANSWER]
+
+
+def test_a_saved_conversation_goes_on_in_a_new_process(
+    model: Path, dialogue: Dialogue, tmp_path: Path
+) -> None:
+    with dialogue(model) as terminal:
+        terminal.wait_for_prompt()
+        terminal.enter("你好")
+        terminal.enter("/set seed 5")
+        before = saved(terminal, tmp_path)
+    with dialogue(model) as terminal:
+        terminal.wait_for_prompt()
+        assert "1 turn; the last: 你好" in terminal.enter("/load ~/talk")
+        assert "seed            5" in terminal.enter("/show")
+        terminal.enter("and")
+        assert saved(terminal, tmp_path) == [*before, ("user", "and"), ANSWER]
+
+
+def test_tab_completes_commands_files_and_settings(
+    model: Path, dialogue: Dialogue, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("n", encoding="utf-8")
+    with dialogue(model) as terminal:
+        terminal.wait_for_prompt()
+        terminal.send("/sy" + TAB)
+        terminal.wait_for("> /system")
+        terminal.send(CTRL_C)
+        terminal.wait_for_prompt()
+        terminal.send("/set rep" + TAB)
+        terminal.wait_for("> /set repeat_penalty")
+        terminal.send(CTRL_C)
+        terminal.wait_for_prompt()
+        terminal.send("/file ~/no" + TAB)
+        terminal.wait_for("> /file ~/notes.txt")
+        assert "go with your next message" in terminal.finish()
+
+
+def test_a_full_context_drops_the_oldest_turns(
+    model: Path, dialogue: Dialogue, tmp_path: Path
+) -> None:
+    with dialogue(model, "-c", "128") as terminal:
+        terminal.wait_for_prompt()
+        shown = [terminal.enter(f"question {number}") for number in range(5)]
+        assert SEEN in shown[-1]
+        assert any("no longer fit" in each and "dropped" in each for each in shown)
+        kept = saved(terminal, tmp_path)
+        assert kept[0] == SYSTEM
+        assert kept[1] != ("user", "question 0")
+        assert kept[-2:] == [("user", "question 4"), ANSWER]
+
+
+def test_a_full_context_stops_if_asked_to(model: Path, dialogue: Dialogue, tmp_path: Path) -> None:
+    with dialogue(model, "-c", "64", "--overflow", "stop") as terminal:
+        terminal.wait_for_prompt()
+        terminal.enter("one")
+        before = saved(terminal, tmp_path)
+        assert "the context holds 64" in terminal.enter("x" * 40).replace("\n", " ")
+        assert saved(terminal, tmp_path) == before
+
+
+def test_ctrl_c_ends_a_single_answer(endless: Path, dialogue: Dialogue) -> None:
+    with dialogue(endless, "-c", "0", "-p", "go") as terminal:
+        terminal.wait_for("abc abc")
+        terminal.send(CTRL_C)
+        assert terminal.wait_for_end() == 130
+        assert "Traceback" not in terminal.text
+
+
+def test_json_of_a_dialogue_is_refused(model: Path, dialogue: Dialogue) -> None:
+    with dialogue(model, "--json") as terminal:
+        assert terminal.wait_for_end() == 2
+        assert terminal.lines[0].startswith("dots1: --json is for one answer")
+
+
+def test_only_answers_go_into_a_pipe(model: Path, dialogue: Dialogue, tmp_path: Path) -> None:
+    with (tmp_path / "answers").open("wb") as answers, dialogue(model, stdout=answers) as terminal:
+        terminal.wait_for_prompt()
+        terminal.enter("hi")
+        terminal.enter("/help")
+        terminal.send(CTRL_D)
+        assert terminal.wait_for_end() == 0
+        assert "/regen" in terminal.text
+    assert (tmp_path / "answers").read_text(encoding="utf-8") == f"{SAID}\n"
+
+
+def test_a_dumb_terminal_gets_text_alone(model: Path, dialogue: Dialogue) -> None:
+    with dialogue(model, TERM="dumb") as terminal:
+        terminal.wait_for_prompt()
+        assert terminal.enter("hi").startswith(SAID)
+        assert b"\x1b" not in terminal.seen
+
+
+def test_plain_shows_what_the_model_said(model: Path, dialogue: Dialogue) -> None:
+    with dialogue(model, "-p", "hi", "--plain") as terminal:
+        assert terminal.wait_for_end() == 0
+        assert terminal.lines[0] == SAID

@@ -1,0 +1,44 @@
+"""The table of chat's commands in README.md, written from their registry.
+
+    python -m tools.command_table
+
+It replaces what stands between `<!-- commands -->` and `<!-- /commands -->`.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from dots1_local.cli.repl.commands import COMMANDS, Command
+
+__all__ = ["render"]
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"(?<=<!-- commands -->\n).*?(?=<!-- /commands -->)", re.DOTALL)
+
+
+def render() -> str:
+    """The table in Markdown, a command a line."""
+    rows = [_row("command", "also", "what it does"), _row("---", "---", "---")]
+    return "".join([*rows, *map(_command_row, COMMANDS)])
+
+
+def _command_row(command: Command) -> str:
+    usage = f"`{command.name} {command.arguments}".rstrip() + "`"
+    return _row(usage, ", ".join(f"`{alias}`" for alias in command.aliases), command.help)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def main() -> None:
+    """Rewrite the block in README.md."""
+    text = README.read_text(encoding="utf-8")
+    if not BLOCK.search(text):
+        sys.exit(f"{README.name} has no lines <!-- commands --> and <!-- /commands -->")
+    README.write_text(BLOCK.sub(lambda _: render(), text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

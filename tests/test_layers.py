@@ -12,6 +12,7 @@ FORBIDDEN = {
     "runtime": ("dots1_local.convert", "dots1_local.cli", "torch"),
     "quant": ("dots1_local.convert", "dots1_local.runtime", "dots1_local.cli", "torch"),
     "convert": ("dots1_local.runtime", "dots1_local.cli", "torch", "llama_cpp"),
+    "verify": ("dots1_local.runtime", "dots1_local.cli", "torch", "llama_cpp"),
     "evaluate": ("dots1_local.convert", "dots1_local.cli", "torch"),
     "reference": ("dots1_local.convert", "dots1_local.runtime", "dots1_local.cli"),
 }

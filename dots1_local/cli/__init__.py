@@ -12,6 +12,7 @@ from dots1_local.cli._chat import chat
 from dots1_local.cli._convert import convert
 from dots1_local.cli._inspect import inspect
 from dots1_local.cli._perplexity import perplexity
+from dots1_local.cli._verify import verify
 from dots1_local.errors import Dots1Error
 
 __all__ = ["app", "main"]
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command("convert")(convert)
 app.command("inspect")(inspect)
+app.command("verify")(verify)
 app.command("perplexity")(perplexity)
 app.command("chat")(chat)
 

@@ -1,0 +1,241 @@
+"""Every block of a file, read once: is it finite, and how far is it from the checkpoint?
+
+All cores take pieces of a few megabytes; memory holds a handful of them per core.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import inf, prod, sqrt
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dots1_local.architecture import TensorSpec
+from dots1_local.checkpoint import Checkpoint, Slice, read_exactly
+from dots1_local.errors import GGUFError
+from dots1_local.gguf_file import GGUFFile, GGUFTensor, role_of
+from dots1_local.progress import Progress, silent
+from dots1_local.quant.encode import decode, to_float32
+from dots1_local.quant.types import TYPES
+from dots1_local.verify.blocks import bad_blocks, block_bytes
+from dots1_local.verify.findings import TensorCheck
+
+__all__ = ["examine", "is_exact"]
+
+_PIECE = 1 << 20  # weights compared at a time
+_PIECE_BYTES = 4 << 20  # looked at for finiteness at a time
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the bytes from `start` on came to; `bad` are blocks counted from the tensor's first."""
+
+    start: int
+    nbytes: int
+    bad: NDArray[np.intp]
+    expert: int = 0
+    squared_error: float = 0.0
+    squared: float = 0.0
+    changed: int = 0
+    padding: int = 0
+
+
+def is_exact(kind: str, dtype: str) -> bool:
+    """Whether a tensor of `kind` holds every weight that safetensors' `dtype` does."""
+    return kind in ("F32", dtype)
+
+
+def examine(
+    gguf: GGUFFile,
+    checkpoint: Checkpoint | None = None,
+    specs: Mapping[str, TensorSpec] | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> tuple[TensorCheck, ...]:
+    """Look at every tensor; compare those in `specs`, by name, with their sources.
+
+    Raises:
+        GGUFError: the file ends early or cannot be read.
+        CheckpointError: the same of a shard of the checkpoint.
+    """
+    total, done, checks = sum(tensor.nbytes for tensor in gguf.tensors), 0, []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = ThreadPoolExecutor(threads or cores, thread_name_prefix="examine")
+    with _Files() as files:
+        try:
+            for tensor in gguf.tensors:
+                reader = _Tensor(files, tensor, checkpoint, (specs or {}).get(tensor.name))
+                parts = []
+                for part in pool.map(reader.look, reader.ranges()):
+                    parts.append(part)
+                    done += part.nbytes
+                    progress(done, total, "bytes", tensor.name)
+                checks.append(reader.sum_up(parts))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return tuple(checks)
+
+
+class _Tensor:
+    """One tensor; compared with its sources if there is a `spec`."""
+
+    def __init__(
+        self,
+        files: "_Files",
+        tensor: GGUFTensor,
+        checkpoint: Checkpoint | None,
+        spec: TensorSpec | None,
+    ) -> None:
+        self._files, self._tensor = files, tensor
+        self._role = spec.role if spec else role_of(tensor.name) or "other"
+        self._sources: list[Slice] = []
+        if checkpoint and spec and tensor.type in TYPES:
+            self._sources = [checkpoint.locate(source) for source in spec.sources]
+        self._columns = tensor.shape[-1] if tensor.shape else 1
+        self._rows = prod(tensor.shape[:-1])
+        self._row_bytes = tensor.nbytes // max(self._rows, 1)
+        experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
+        self._part_rows = self._rows // max(len(self._sources) or experts, 1)
+
+    def ranges(self) -> Iterator[range]:
+        """Bytes to look at together: whole blocks, and rows of one source where compared."""
+        nbytes = self._tensor.nbytes
+        block = block_bytes(self._tensor.type)
+        step, whole = _PIECE_BYTES // block * block, nbytes
+        if self._sources:
+            step = max(1, _PIECE // self._columns) * self._row_bytes
+            whole = self._part_rows * self._row_bytes
+        for first in range(0, nbytes, whole or 1):
+            for start in range(first, first + whole, step):
+                yield range(start, min(start + step, first + whole))
+
+    def look(self, where: range) -> _Part:
+        data = self._files.read(self._tensor.file, self._tensor.offset + where.start, len(where))
+        kind = self._tensor.type
+        bad = bad_blocks(data, kind) + where.start // block_bytes(kind)
+        if not self._sources:
+            return _Part(where.start, len(where), bad)
+        return self._compare(data, where, bad)
+
+    def _compare(self, data: NDArray[np.uint8], where: range, bad: NDArray[np.intp]) -> _Part:
+        expert, start = divmod(where.start // self._row_bytes, self._part_rows)
+        source = self._sources[expert]
+        kind = TYPES[self._tensor.type]
+        found = decode(data.reshape(-1, self._row_bytes), kind, self._columns)
+        width = source.shape[-1]
+        height = source.nbytes // source.item_bytes // width
+        count = max(0, min(len(found), height - start))
+        right = self._files.rows(source, start, count)
+        with np.errstate(all="ignore"):  # of what is not finite
+            difference = found[:count, :width] - right
+            error = np.einsum("ij,ij->i", difference, difference).sum(dtype=np.float64)
+        exact = is_exact(kind.name, source.dtype)
+        return _Part(
+            where.start,
+            len(where),
+            bad,
+            expert,
+            float(error),
+            float(np.einsum("ij,ij->i", right, right).sum(dtype=np.float64)),
+            int(np.count_nonzero(difference)) if exact else 0,
+            int(np.count_nonzero(found[count:])),
+        )
+
+    def sum_up(self, parts: list[_Part]) -> TensorCheck:
+        tensor = self._tensor
+        bad = [block for part in parts for block in part.bad[:1].tolist()]
+        weights = tensor.elements * block_bytes(tensor.type) // max(tensor.nbytes, 1)
+        row = bad[0] * weights // self._columns if bad else 0
+        expert, row = divmod(row, self._part_rows) if bad else (0, 0)
+        error = worst = None
+        worst_expert = 0
+        if self._sources and not bad:
+            error = _relative(parts)
+            by_expert = [
+                _relative([part for part in parts if part.expert == index])
+                for index in range(len(self._sources))
+            ]
+            worst_expert = int(np.argmax(by_expert))  # a NaN counts as the largest
+            worst = by_expert[worst_expert]
+        return TensorCheck(
+            tensor.name,
+            self._role,
+            tensor.type,
+            tensor.shape,
+            tensor.nbytes,
+            sum(len(part.bad) for part in parts),
+            expert,
+            row,
+            error,
+            worst,
+            worst_expert,
+            sum(part.changed for part in parts),
+            sum(part.padding for part in parts),
+        )
+
+
+def _relative(parts: list[_Part]) -> float:
+    """‖W − Ŵ‖ / ‖W‖; of zeros, infinite unless they are still zeros."""
+    error, norm = sum(p.squared_error for p in parts), sum(p.squared for p in parts)
+    if norm == 0:
+        return inf if error else 0.0
+    return sqrt(error / norm)
+
+
+class _Files:
+    """Files held open, and read by many threads into buffers each of them keeps."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+
+    def read(self, path: Path, offset: int, count: int) -> NDArray[np.uint8]:
+        """Bytes of the GGUF file, valid until the thread reads again."""
+        buffer = self._buffer("stored", count)
+        done = 0
+        try:
+            fd = self._descriptor(path)
+            while done < count:
+                got = os.preadv(fd, [buffer[done:].data], offset + done)
+                if not got:
+                    raise GGUFError(f"{path} ended early; it was truncated while being read")
+                done += got
+        except OSError as error:
+            raise GGUFError(f"cannot read {path}: {error.strerror}") from None
+        return buffer
+
+    def rows(self, source: Slice, start: int, count: int) -> NDArray[np.float32]:
+        """Rows of a checkpoint's tensor as float32, valid until the thread reads again."""
+        width = source.shape[-1]
+        raw = self._buffer("source", count * width * source.item_bytes)
+        offset = source.offset + start * width * source.item_bytes
+        read_exactly(self._descriptor(source.file), raw, offset, source.file)
+        out = self._buffer("rows", count * width * 4).view(np.float32).reshape(count, width)
+        to_float32(raw, source.dtype, out)
+        return out
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY)
+            return self._open[path]
+
+    def _buffer(self, name: str, size: int) -> NDArray[np.uint8]:
+        held: NDArray[np.uint8] | None = getattr(self._local, name, None)
+        if held is None or held.size < size:
+            held = np.empty(size, np.uint8)
+            setattr(self._local, name, held)
+        return held[:size]

@@ -1,0 +1,159 @@
+"""A copy of a GGUF with other keys: its tensors' bytes are copied, never encoded again."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dots1_local.errors import Dots1Error
+from dots1_local.gguf_file import GGUFFile
+from dots1_local.progress import Progress, silent
+from dots1_local.verify.findings import Report
+from dots1_local.verify.raw_header import RawHeader
+
+__all__ = ["check_output", "write_fixed"]
+
+_STEP = 64 << 20  # bytes copied between two calls of progress
+_NOT_HERE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """`header`, and then what `source` holds from `start` on."""
+
+    source: Path
+    target: Path
+    header: bytes
+    start: int
+
+    @property
+    def partial(self) -> Path:
+        return self.target.with_name(self.target.name + ".partial")
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + self.source.stat().st_size - self.start
+
+
+def write_fixed(
+    report: Report, output: str | Path, *, force: bool = False, progress: Progress = silent
+) -> tuple[Path, ...]:
+    """Copy the file that `report` is about to `output` with its `changes` made; the paths written.
+
+    Of a split file every shard is copied, to OUT-00001-of-0000N.gguf and so on. A file gets its
+    name when all are complete; whatever stops the copy, nothing half-done stays.
+
+    Raises:
+        Dots1Error: an output exists (without `force`), is the input, or cannot be written.
+    """
+    path = _resolved(output)
+    targets = _targets(report.files, path)
+    copies = []
+    for number, (source, target) in enumerate(zip(report.files, targets, strict=True)):
+        header = RawHeader.read(source)
+        changes = report.changes if number == 0 else ()
+        copies.append(_Copy(source, target, header.changed(changes), header.data_start))
+    try:
+        _check(report.files, targets, force)
+        try:
+            _write(copies, progress)
+            for copy in copies:
+                os.replace(copy.partial, copy.target)
+        finally:
+            for copy in copies:
+                copy.partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise Dots1Error(f"cannot write {path}: {error.strerror or error}") from None
+    return tuple(targets)
+
+
+def check_output(path: str | Path, output: str | Path, *, force: bool = False) -> None:
+    """Refuse an output as `write_fixed` would, before the time to verify `path` is spent.
+
+    Raises:
+        Dots1Error: it exists (without `force`), is the input, or does not fit the disk.
+    """
+    files = GGUFFile.open(path).files
+    try:
+        _check(files, _targets(files, _resolved(output)), force)
+    except OSError as error:
+        raise Dots1Error(f"cannot write {output}: {error.strerror or error}") from None
+
+
+def _resolved(output: str | Path) -> Path:
+    """What a link points to is written, not the link."""
+    return Path(output).resolve() if os.path.islink(output) else Path(output)
+
+
+def _targets(files: Sequence[Path], path: Path) -> list[Path]:
+    if len(files) == 1:
+        return [path]
+    stem, count = path.name.removesuffix(".gguf"), len(files)
+    return [path.with_name(f"{stem}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
+
+
+def _check(files: Sequence[Path], targets: Sequence[Path], force: bool) -> None:
+    folder = targets[0].parent
+    if not folder.is_dir():
+        raise Dots1Error(f"no such folder: {folder}")
+    for target in targets:
+        _check_target(files, target, force)
+    needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free
+    if needed > free:
+        raise Dots1Error(
+            f"{folder} has {free / 1e9:.1f} GB free, but {targets[0].name} needs "
+            f"{needed / 1e9:.1f} GB; free some or write elsewhere"
+        )
+
+
+def _check_target(files: Sequence[Path], target: Path, force: bool) -> None:
+    for path in (target, target.with_name(target.name + ".partial")):
+        if path.exists() and any(path.samefile(file) for file in files):
+            raise Dots1Error(f"{path} is the file to be fixed; write to another one")
+    if target.with_name(target.name + ".journal").exists():
+        raise Dots1Error(f"a conversion to {target} is unfinished; write to another file")
+    if target.exists() and not target.is_file():
+        raise Dots1Error(f"{target} is no regular file; name one")
+    if target.exists() and not force:
+        raise Dots1Error(f"{target} exists; give --force to replace it")
+
+
+def _write(copies: Sequence[_Copy], progress: Progress) -> None:
+    total, done = sum(copy.nbytes for copy in copies), 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total, "bytes", "copying")
+
+    for copy in copies:
+        with open(copy.source, "rb") as source, open(copy.partial, "wb") as target:
+            target.write(copy.header)
+            target.flush()
+            report(len(copy.header))
+            _copy_rest(source.fileno(), target.fileno(), copy.start, report)
+            os.fsync(target.fileno())
+
+
+def _copy_rest(source: int, target: int, offset: int, report: Callable[[int], None]) -> None:
+    """Append what `source` holds from `offset` on, by the kernel if it can."""
+    end = os.fstat(source).st_size
+    while offset < end:
+        count = _copy(source, target, min(_STEP, end - offset), offset)
+        if not count:
+            raise Dots1Error("the file to be fixed was truncated while it was copied")
+        offset += count
+        report(count)
+
+
+def _copy(source: int, target: int, count: int, offset: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, target, count, offset_src=offset)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+    data = os.pread(source, min(count, 1 << 20), offset)
+    return os.write(target, data)

@@ -1,0 +1,47 @@
+"""Everything that the header of a dots1 GGUF shows to be wrong."""
+
+from reprlib import repr as brief
+
+from dots1_local.checkpoint import Checkpoint
+from dots1_local.gguf_file import GGUFFile
+from dots1_local.verify.findings import Finding
+from dots1_local.verify.numbers import config_of, lint_numbers
+from dots1_local.verify.raw_header import RawHeader
+from dots1_local.verify.template import lint_template
+from dots1_local.verify.tensors import lint_tensors
+from dots1_local.verify.tokens import lint_tokenizer
+
+__all__ = ["lint"]
+
+
+def lint(gguf: GGUFFile, checkpoint: Checkpoint | None = None) -> list[Finding]:
+    """What is wrong with keys and tensors, the worst first.
+
+    Raises:
+        CheckpointError: the checkpoint's tokenizer is not readable.
+    """
+    architecture = gguf.keys.get("general.architecture")
+    if architecture != "dots1":
+        message = (
+            f"it is a model of architecture {brief(architecture)}; dots1-local runs dots1 only"
+        )
+        return [Finding("architecture", "error", message)]
+    if not gguf.tensors:
+        return [Finding("tensors", "error", "it holds no tensors: it is a vocabulary, no model")]
+    kinds = RawHeader.read(gguf.files[0]).kinds
+    findings = list(lint_numbers(gguf, kinds, checkpoint.config if checkpoint else None))
+    findings += lint_tensors(gguf, config_of(gguf))
+    findings += _tokenizer(gguf, checkpoint)
+    return sorted(findings, key=lambda found: ("error", "warning", "note").index(found.severity))
+
+
+def _tokenizer(gguf: GGUFFile, checkpoint: Checkpoint | None) -> list[Finding]:
+    right = None
+    if checkpoint:
+        from dots1_local.convert.metadata import end_tokens
+        from dots1_local.convert.tokenizer import read_tokenizer
+
+        ends = end_tokens(checkpoint)
+        right = read_tokenizer(checkpoint.path, checkpoint.config.vocab_size, ends)
+    template = right.chat_template if right else None
+    return [*lint_tokenizer(gguf, right), *lint_template(gguf, template, compared=bool(right))]

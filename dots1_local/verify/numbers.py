@@ -1,0 +1,264 @@
+"""The model's numbers: what the keys say, what the tensors show, what the checkpoint has.
+
+Which keys llama.cpp requires, and what it takes for one that is missing, is read in its
+`llama_model_dots1::load_arch_hparams` and `llama_model_base::load_hparams`.
+"""
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from reprlib import repr as brief
+from typing import Any
+
+from dots1_local.architecture import Dots1Config
+from dots1_local.gguf_file import GGUFFile
+from dots1_local.gguf_header import Value
+from dots1_local.verify.findings import Change, Finding, Kind
+from dots1_local.verify.raw_header import KIND_IDS
+from dots1_local.verify.shapes import Numbers, shown_by
+
+__all__ = ["config_of", "conflicts", "lint_numbers"]
+
+_SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
+_MOST_LAYERS, _MOST_EXPERTS = 512, 1024  # llama.cpp's own limits
+_REFUSES = "llama.cpp refuses to load the file"
+_ABORTS = "llama.cpp aborts the process"
+
+
+@dataclass(frozen=True)
+class _Key:
+    """`dots1.<name>`, which is `field` of a config; `missing` is what happens without it.
+
+    `published` is what every published dots1 model has.
+    """
+
+    name: str
+    field: str
+    missing: str
+    kind: Kind = "u32"
+    published: float | bool | None = None
+
+
+_KEYS = (
+    _Key("context_length", "max_position_embeddings", _REFUSES),
+    _Key("embedding_length", "hidden_size", _REFUSES),
+    _Key("block_count", "num_hidden_layers", _REFUSES),
+    _Key("feed_forward_length", "intermediate_size", _REFUSES),
+    _Key("attention.head_count", "num_attention_heads", _REFUSES),
+    _Key("attention.head_count_kv", "num_key_value_heads", _REFUSES),
+    _Key("attention.key_length", "head_dim", _REFUSES),
+    _Key("attention.value_length", "head_dim", _REFUSES),
+    _Key("rope.dimension_count", "head_dim", _ABORTS),
+    _Key("leading_dense_block_count", "first_k_dense_replace", _REFUSES),
+    _Key("expert_count", "n_routed_experts", _ABORTS),
+    _Key("expert_used_count", "num_experts_per_tok", _ABORTS),
+    _Key("expert_shared_count", "n_shared_experts", _REFUSES),
+    _Key("expert_feed_forward_length", "moe_intermediate_size", _REFUSES),
+    _Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", _REFUSES, "f32"),
+    _Key(
+        "rope.freq_base", "rope_theta",
+        "llama.cpp silently takes 10000, and the model loses track of what is where",
+        "f32", 1e7,
+    ),
+    _Key(
+        "expert_weights_scale", "routed_scaling_factor",
+        "llama.cpp silently leaves the routed experts' output unscaled", "f32", 2.5,
+    ),
+    _Key(
+        "expert_weights_norm", "norm_topk_prob",
+        "llama.cpp silently leaves the weights of the chosen experts unnormalised", "bool", True,
+    ),
+)  # fmt: skip
+# These may be arrays, of one number a layer.
+_BY_LAYER = (
+    "feed_forward_length", "attention.head_count", "attention.head_count_kv", "expert_used_count",
+    "expert_feed_forward_length",
+)  # fmt: skip
+
+# What the inventory depends on, but for what models without dense layers do not have.
+_SHAPING = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "first_k_dense_replace",
+    "num_attention_heads", "head_dim", "n_routed_experts", "moe_intermediate_size",
+    "n_shared_experts",
+)  # fmt: skip
+# Tensors may be lost: how many layers there are says the key, if there is one.
+_COUNTED = ("num_hidden_layers", "first_k_dense_replace")
+
+
+def conflicts(gguf: GGUFFile, checkpoint: Dots1Config) -> list[str]:
+    """In what the tensors are none of the checkpoint's: `hidden_size 64 (4096)` and the like.
+
+    Wider experts are padded ones; a lost layer does not make it another model.
+    """
+    shown, wanted = shown_by(gguf.tensors), vars(checkpoint)
+    return [
+        f"{field} {value} ({wanted[field]})"
+        for field, value in shown.items()
+        if field not in _COUNTED
+        and value != wanted[field]
+        and not (field == "moe_intermediate_size" and value > wanted[field])
+    ]
+
+
+def lint_numbers(
+    gguf: GGUFFile, kinds: Mapping[str, int], checkpoint: Dots1Config | None
+) -> Iterator[Finding]:
+    """What is wrong with the `dots1.*` keys; `kinds` are the ids of their types."""
+    shown = shown_by(gguf.tensors)
+    published: Numbers | None = vars(checkpoint) | _width(shown) if checkpoint else None
+    wanted = published or shown
+    yield from _gating(gguf, kinds)
+    defaults = _defaults(gguf, shown)
+    for key in _KEYS:
+        if f"dots1.{key.name}" in gguf.keys:
+            yield from _check_value(key, gguf, kinds, shown, published)
+        elif key.name not in defaults or defaults[key.name] != wanted.get(key.field):
+            changes = _setting(key, wanted, shown)
+            wrong = f"dots1.{key.name} is missing: {key.missing}"
+            yield Finding("keys", "error", f"{wrong}; {_remedy(changes)}", changes)
+    yield from _limits(gguf)
+
+
+def _width(shown: Numbers) -> Numbers:
+    """The width experts are stored in, which may be padded."""
+    return {field: value for field, value in shown.items() if field == "moe_intermediate_size"}
+
+
+def config_of(gguf: GGUFFile) -> Dots1Config | None:
+    """The model that the keys describe, the tensors standing in for missing ones.
+
+    None if even so a number is missing, or one is beyond what llama.cpp takes.
+    """
+    shown = shown_by(gguf.tensors)
+    told: Numbers = {}
+    for key in _KEYS:
+        value = _number(key, gguf)
+        if key.kind == "u32" and _is_sane(key, value):
+            told[key.field] = value
+    counted = {field: told[field] for field in _COUNTED if field in told}
+    known = told | shown | counted
+    if not all(field in known for field in _SHAPING):
+        return None
+    others: Numbers = dict.fromkeys((key.field for key in _KEYS), 1)  # no shape depends on these
+    config = Dots1Config(**others | known)
+    small = config.num_hidden_layers <= _MOST_LAYERS and config.n_routed_experts <= _MOST_EXPERTS
+    return config if small else None
+
+
+def _check_value(
+    key: _Key,
+    gguf: GGUFFile,
+    kinds: Mapping[str, int],
+    shown: Mapping[str, Any],
+    checkpoint: Mapping[str, Any] | None,
+) -> Iterator[Finding]:
+    name, value = f"dots1.{key.name}", _number(key, gguf)
+    told = shown if key.field not in _COUNTED else {}
+    wanted = told if checkpoint is None else checkpoint
+    right, changes = wanted.get(key.field), _setting(key, wanted, shown)
+    if not _is_sane(key, value):
+        wrong = f"{name} is {brief(value)}, which is no such number"
+        yield Finding("keys", "error", f"{wrong}; {_remedy(changes)}", changes)
+    elif right is not None and not _same(value, right, key.kind):
+        source = "the tensors show" if checkpoint is None else "the checkpoint has"
+        wrong = f"{name} is {value!r} where {source} {right!r}"
+        yield Finding("keys", "error", f"{wrong}; {_remedy(changes)}", changes)
+    elif kinds[name] != KIND_IDS[key.kind] and not isinstance(gguf.keys[name], list):
+        wrong = f"{name} is not stored as {key.kind}: {_REFUSES}"
+        changes = (Change(name, key.kind, value),)
+        yield Finding("keys", "error", f"{wrong}; --fix stores it so", changes)
+    elif checkpoint is None and key.published is not None and value != key.published:
+        wrong = f"{name} is {value!r} where every published dots1 model has {key.published!r}"
+        yield Finding("keys", "warning", f"{wrong}; compare with --against the checkpoint")
+
+
+def _setting(key: _Key, wanted: Mapping[str, Any], shown: Mapping[str, Any]) -> tuple[Change, ...]:
+    """The change that puts a key right, unless the tensors would not fit it."""
+    right = wanted.get(key.field)
+    if right is None or shown.get(key.field, right) != right:
+        return ()
+    return (Change(f"dots1.{key.name}", key.kind, right),)
+
+
+def _remedy(changes: Sequence[Change]) -> str:
+    if changes:
+        return f"--fix sets {changes[0].value!r}"
+    return "compare with --against the checkpoint, or convert it again with dots1 convert"
+
+
+def _number(key: _Key, gguf: GGUFFile) -> Value | None:
+    """A key's value, or the one that its array holds for every layer."""
+    value = gguf.keys.get(f"dots1.{key.name}")
+    if key.name in _BY_LAYER and isinstance(value, list) and len(set(value)) == 1:
+        return value[0]
+    return value
+
+
+def _is_sane(key: _Key, value: Value | None) -> bool:
+    if key.kind == "bool" or isinstance(value, bool):
+        return key.kind == "bool" and isinstance(value, bool)
+    if key.kind == "f32":
+        return isinstance(value, int | float) and 0 < value < 1e12
+    return isinstance(value, int) and (value > 0 or key.field in _COUNTED) and value < 1 << 32
+
+
+def _same(value: Any, right: Any, kind: Kind) -> bool:
+    if kind == "f32":  # the file holds what a 32-bit float does
+        return struct.pack("<f", value) == struct.pack("<f", right)
+    return bool(value == right)
+
+
+def _gating(gguf: GGUFFile, kinds: Mapping[str, int]) -> Iterator[Finding]:
+    name = "dots1.expert_gating_func"
+    gating = gguf.keys.get(name)
+    if gating == _SIGMOID and kinds[name] == KIND_IDS["u32"]:
+        return
+    if gating is None:
+        wrong = f"{name} is missing: {_ABORTS}"
+    elif gating == _SIGMOID:
+        wrong = f"{name} is not stored as u32: {_REFUSES}"
+    else:
+        wrong = (
+            f"{name} is {brief(gating)}: the router weighs experts in another way than in training"
+        )
+    message = f"{wrong}; every dots1 model means sigmoid, and --fix sets {_SIGMOID}"
+    yield Finding("gating", "error", message, (Change(name, "u32", _SIGMOID),))
+
+
+def _limits(gguf: GGUFFile) -> Iterator[Finding]:
+    """Numbers that llama.cpp asserts."""
+    number = {key.name: _number(key, gguf) for key in _KEYS}
+    experts, used = number["expert_count"], number["expert_used_count"]
+    if isinstance(experts, int) and isinstance(used, int) and not 0 < used <= experts:
+        yield Finding(
+            "experts", "error",
+            f"each token is routed to {used} of {experts} experts: {_ABORTS}; compare with "
+            "--against the checkpoint",
+        )  # fmt: skip
+    groups = gguf.keys.get("dots1.expert_group_count", 0)
+    if isinstance(groups, int) and groups > 1:
+        name = "dots1.expert_group_count"
+        yield Finding(
+            "experts", "error",
+            f"{name} is {groups}: llama.cpp chooses experts by group, which dots1 does not; --fix "
+            "removes it", (Change(name),),
+        )  # fmt: skip
+
+
+def _defaults(gguf: GGUFFile, shown: Mapping[str, Any]) -> Numbers:
+    """What llama.cpp takes for a key that is not there, by key."""
+    told = {key.name: _number(key, gguf) for key in _KEYS}
+    hidden = told["embedding_length"] or shown.get("hidden_size")
+    heads, head_dim = told["attention.head_count"], None
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        head_dim = hidden // heads
+    defaults: Numbers = {
+        "leading_dense_block_count": 0,
+        "attention.head_count_kv": heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": told["attention.key_length"] or head_dim,
+    }
+    if shown.get("first_k_dense_replace") == 0:
+        defaults["feed_forward_length"] = None  # not needed
+    return defaults

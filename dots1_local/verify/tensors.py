@@ -1,0 +1,110 @@
+"""Are the tensors those of the model that the keys describe?
+
+llama.cpp refuses a file with a tensor too few or too many, except for a lost router bias, which
+it does not miss; and it aborts the process over a norm or a router bias that is not F32.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from dots1_local.architecture import Dots1Config, TensorSpec, inventory
+from dots1_local.gguf_file import GGUFFile, GGUFTensor, role_of
+from dots1_local.verify.findings import Finding, Severity, names
+
+__all__ = ["expected_tensors", "lint_tensors"]
+
+_AGAIN = "convert the checkpoint again with dots1 convert"
+
+
+def expected_tensors(config: Dots1Config, gguf: GGUFFile, width: int) -> list[TensorSpec]:
+    """The inventory as `gguf` stores it: experts `width` wide, q, k and v maybe in one tensor."""
+    stored = {tensor.name for tensor in gguf.tensors}
+    specs = []
+    for spec in inventory(config, width):
+        fused = f"blk.{spec.layer}.attn_qkv.weight"
+        if fused not in stored or spec.part not in ("attn_q", "attn_k", "attn_v"):
+            specs.append(spec)
+        elif spec.part == "attn_q":
+            specs.append(_fused(spec, fused))
+    return specs
+
+
+def lint_tensors(gguf: GGUFFile, config: Dots1Config | None) -> Iterator[Finding]:
+    """What is wrong with the tensors; without a `config` that the keys describe, their types."""
+    yield from _types(gguf)
+    if config is None:
+        message = "which tensors should be there cannot be told from the keys"
+        yield Finding("tensors", "error", message)
+        return
+    wanted = {t.name: t for t in expected_tensors(config, gguf, config.moe_intermediate_size)}
+    found = {tensor.name: tensor for tensor in gguf.tensors}
+    yield from _missing([name for name in wanted if name not in found])
+    yield from _surplus([name for name in found if name not in wanted])
+    yield from _misshaped(wanted, found)
+
+
+def _fused(query: TensorSpec, name: str) -> TensorSpec:
+    """q, k and v one under the other, as llama.cpp's converter stores them with --fuse-qkv."""
+    (source,) = query.sources
+    sources = tuple(source.replace("q_proj", f"{letter}_proj") for letter in "qkv")
+    rows, columns = query.shape
+    return replace(query, name=name, shape=(3 * rows, columns), sources=sources)
+
+
+def _missing(missing: list[str]) -> Iterator[Finding]:
+    if missing:
+        biases = all(name.endswith(".exp_probs_b.bias") for name in missing)
+        effect = "silently chooses experts without it" if biases else "refuses to load the file"
+        message = f"{names(missing)} missing: llama.cpp {effect}; {_AGAIN}"
+        yield Finding("tensors", "error", message)
+
+
+def _surplus(surplus: list[str]) -> Iterator[Finding]:
+    used = [n for n in surplus if n.endswith((".attn_q.bias", ".attn_k.bias", ".attn_v.bias"))]
+    if used:
+        message = f"{names(used)} is no part of a dots1 model, but llama.cpp adds it; {_AGAIN}"
+        yield Finding("tensors", "error", message)
+    others = [n for n in surplus if n not in used and not n.endswith(("scale", ".attn_qkv.bias"))]
+    if others:
+        message = (
+            f"{names(others)} is no part of a dots1 model: llama.cpp refuses to load the file; "
+            f"{_AGAIN}"
+        )
+        yield Finding("tensors", "error", message)
+
+
+def _misshaped(
+    wanted: Mapping[str, TensorSpec], found: Mapping[str, GGUFTensor]
+) -> Iterator[Finding]:
+    wrong = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    if wrong:
+        first = wrong[0]
+        yield Finding(
+            "tensors", "error",
+            f"{names(wrong)} misshaped: {first} is {_shape(found[first].shape)} where the keys "
+            f"make it {_shape(wanted[first].shape)}, and llama.cpp refuses to load the file; "
+            f"{_AGAIN}",
+        )  # fmt: skip
+
+
+def _types(gguf: GGUFFile) -> Iterator[Finding]:
+    checks: tuple[tuple[str, Severity, tuple[str, ...], str], ...] = (
+        ("norms", "error", ("norm", "exp_probs_b"), "llama.cpp aborts the process"),
+        ("router", "warning", ("ffn_gate_inp",), "experts are chosen less exactly"),
+    )
+    for check, severity, parts, effect in checks:
+        wrong = [t for t in gguf.tensors if t.type != "F32" and _is_part(t.name, parts)]
+        if wrong:
+            listed = names(t.name for t in wrong)
+            message = f"{listed} is {wrong[0].type} where F32 is needed: {effect}; {_AGAIN}"
+            yield Finding(check, severity, message)
+
+
+def _is_part(name: str, parts: Iterable[str]) -> bool:
+    if role_of(name) == "norm":
+        return "norm" in parts
+    return any(f".{part}." in name for part in parts)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

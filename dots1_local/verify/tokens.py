@@ -1,0 +1,211 @@
+"""What a chat needs of the tokenizer's keys: no BOS, the right ends, markers that are markers.
+
+Ids are found by the tokens' text. What llama.cpp does is read in its `llama_vocab::impl::load`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from reprlib import repr as brief
+from typing import TYPE_CHECKING
+
+from dots1_local.gguf_file import GGUFFile
+from dots1_local.gguf_header import Value
+from dots1_local.verify.findings import Change, Finding, Severity, names
+from dots1_local.verify.template import MARKER
+
+if TYPE_CHECKING:
+    from dots1_local.convert.tokenizer import Tokenizer
+
+__all__ = ["lint_tokenizer"]
+
+_PREFIX = "tokenizer.ggml."
+_CONTROL, _USER_DEFINED = 3, 4  # enum llama_token_type
+_END_OF_RESPONSE, _END_OF_TEXT = "<|endofresponse|>", "<|endoftext|>"
+# llama.cpp's names of Qwen2's way to split text.
+_QWEN2 = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")
+
+
+def lint_tokenizer(gguf: GGUFFile, checkpoint: "Tokenizer | None") -> Iterator[Finding]:
+    """What is wrong with the tokenizer's keys, the checkpoint's tokenizer being the right one."""
+    tokens = _strings(gguf.keys.get(_PREFIX + "tokens"))
+    replaced = _replacement(gguf, checkpoint)
+    if not tokens:
+        message = "there is no tokenizer: llama.cpp takes no text"
+        yield Finding("tokenizer", "error", f"{message}; {_remedy(replaced)}", replaced)
+        return
+    wrong = list(_vocabulary(gguf, tokens))
+    if checkpoint and not wrong and not _agrees(gguf, tokens, checkpoint):
+        wrong = ["the tokenizer is not the checkpoint's"]
+    for message in wrong:
+        yield Finding("tokenizer", "error", f"{message}; {_remedy(replaced)}", replaced)
+    yield from _pre(gguf)
+    yield from _bos(gguf)
+    yield from _ends(gguf, tokens, checkpoint)
+    if not wrong:
+        yield from _markers(gguf, tokens)
+
+
+def _replacement(gguf: GGUFFile, checkpoint: "Tokenizer | None") -> tuple[Change, ...]:
+    """What makes the tokenizer the checkpoint's."""
+    if checkpoint is None:
+        return ()
+    changes = (
+        Change(_PREFIX + "model", "string", "gpt2"),
+        Change(_PREFIX + "tokens", "string[]", list(checkpoint.tokens)),
+        Change(_PREFIX + "token_type", "i32[]", list(checkpoint.types)),
+        Change(_PREFIX + "merges", "string[]", list(checkpoint.merges)),
+        Change(_PREFIX + "scores"),
+    )
+    return tuple(change for change in changes if gguf.keys.get(change.key) != change.value)
+
+
+def _agrees(gguf: GGUFFile, tokens: list[str], checkpoint: "Tokenizer") -> bool:
+    """Whether it is the checkpoint's; user-defined tokens may have become control tokens."""
+    types, merges = (gguf.keys.get(_PREFIX + key) for key in ("token_type", "merges"))
+    if tokens != list(checkpoint.tokens) or merges != list(checkpoint.merges):
+        return False
+    return isinstance(types, list) and all(
+        found == right or (found, right) == (_CONTROL, _USER_DEFINED)
+        for found, right in zip(types, checkpoint.types, strict=True)
+    )
+
+
+def _remedy(changes: Sequence[Change]) -> str:
+    if changes:
+        return "--fix takes the checkpoint's"
+    return "compare with --against the checkpoint, or convert it again with dots1 convert"
+
+
+def _vocabulary(gguf: GGUFFile, tokens: list[str]) -> Iterator[str]:
+    model, types = (gguf.keys.get(_PREFIX + key) for key in ("model", "token_type"))
+    if model != "gpt2":
+        yield f"{_PREFIX}model is {brief(model)} where dots1 models have 'gpt2'"
+    for tensor in gguf.tensors:
+        embeds = tensor.name in ("token_embd.weight", "output.weight")
+        if embeds and tensor.shape[:1] != (len(tokens),):
+            yield (
+                f"there are {len(tokens)} tokens for {tensor.name} of {list(tensor.shape)}: "
+                "llama.cpp refuses to load the file"
+            )
+    token, count = Counter(tokens).most_common(1)[0]
+    if count > 1:
+        yield f"the token {brief(token)} is there {count} times: llama.cpp aborts the process"
+    if not isinstance(types, list):
+        yield f"{_PREFIX}token_type is missing: a prompt would spell out its markers as text"
+    elif len(types) != len(tokens):
+        yield f"there are {len(types)} token types for {len(tokens)} tokens"
+    if not _strings(gguf.keys.get(_PREFIX + "merges")):
+        yield f"{_PREFIX}merges is missing: llama.cpp refuses to load the file"
+
+
+def _pre(gguf: GGUFFile) -> Iterator[Finding]:
+    pre = gguf.keys.get(_PREFIX + "pre")
+    if pre not in _QWEN2:
+        found = "missing" if pre is None else brief(pre)
+        yield Finding(
+            "pre", "error",
+            f"{_PREFIX}pre is {found}: llama.cpp splits text in another way than in training; "
+            "--fix sets 'qwen2'", (Change(_PREFIX + "pre", "string", "qwen2"),),
+        )  # fmt: skip
+
+
+def _bos(gguf: GGUFFile) -> Iterator[Finding]:
+    """dots1 has no token that begins a text, but llama.cpp has one for every model."""
+    bos, adds = (gguf.keys.get(_PREFIX + key) for key in ("bos_token_id", "add_bos_token"))
+    key = _PREFIX + "add_bos_token"
+    remove = (Change(_PREFIX + "bos_token_id"),) if bos is not None else ()
+    no_bos = (Change(key, "bool", False), *remove)
+    if adds is None:
+        message = f"{key} is missing: some programs begin every prompt with token 11, a comma"
+        yield Finding("bos", "warning", f"{message}; --fix sets False", no_bos)
+    elif adds is not False:
+        found = 11 if bos is None else bos
+        message = f"{key} is {brief(adds)}: every prompt begins with token {brief(found)}"
+        yield Finding("bos", "error", f"{message}; --fix sets False", no_bos)
+    elif bos is not None:
+        message = f"{_PREFIX}bos_token_id is {brief(bos)}, but dots1 models have no such token"
+        yield Finding("bos", "warning", f"{message}; --fix removes it", remove)
+    if gguf.keys.get(_PREFIX + "add_eos_token", False) is not False:
+        key = _PREFIX + "add_eos_token"
+        message = f"{key} is set: every prompt ends where it should go on"
+        yield Finding("eos", "error", f"{message}; --fix removes it", (Change(key),))
+
+
+def _ends(gguf: GGUFFile, tokens: list[str], checkpoint: "Tokenizer | None") -> Iterator[Finding]:
+    """Both ends must be said: llama.cpp knows `<|endoftext|>` by name, not `<|endofresponse|>`."""
+    eos, eot = (gguf.keys.get(f"{_PREFIX}{end}_token_id") for end in ("eos", "eot"))
+    wanted = _wanted_ends(tokens, checkpoint)
+    said = [value for value in (eos, eot) if value is not None]
+    if eos is not None and all(v in wanted for v in said) and all(v in said for v in wanted):
+        return
+    if not wanted:
+        if eos is None:
+            message = f"{_PREFIX}eos_token_id is missing: every response ends at a comma"
+            yield Finding("eos", "error", f"{message}; compare with --against the checkpoint")
+        return
+    severity, message = _wrong_ends(gguf, tokens, wanted)
+    changes = tuple(
+        Change(f"{_PREFIX}{end}_token_id", "u32", index)
+        for end, index in zip(("eos", "eot"), (wanted * 2)[:2], strict=True)
+        if gguf.keys.get(f"{_PREFIX}{end}_token_id") != index
+    )
+    right = " and ".join(f"{index} ({brief(tokens[index])})" for index in dict.fromkeys(wanted))
+    yield Finding("eos", severity, f"{message}; --fix ends them at {right}", changes)
+
+
+def _wanted_ends(tokens: list[str], checkpoint: "Tokenizer | None") -> list[int]:
+    if checkpoint and checkpoint.eos < len(tokens) > checkpoint.eot:
+        return [checkpoint.eos, checkpoint.eot]
+    ids = {token: index for index, token in enumerate(tokens)}
+    return [ids[name] for name in (_END_OF_RESPONSE, _END_OF_TEXT) if name in ids]
+
+
+def _wrong_ends(gguf: GGUFFile, tokens: list[str], wanted: list[int]) -> tuple[Severity, str]:
+    said = [gguf.keys.get(f"{_PREFIX}{end}_token_id") for end in ("eos", "eot")]
+    for end, value in zip(("eos", "eot"), said, strict=True):
+        if value not in wanted and (end == "eos" or value is not None):
+            wrong = f"{_PREFIX}{end}_token_id {_says(value, tokens)}"
+            return "error", f"{wrong}: responses end at that token"
+    lost = next(index for index in wanted if index not in said)
+    wrong = f"no key says that responses end at {lost} ({brief(tokens[lost])})"
+    if tokens[lost] == _END_OF_TEXT:
+        return "warning", f"{wrong}: only some programs know it by name"
+    if "tokenizer.chat_template" in gguf.keys:
+        return "error", f"{wrong}: a chat never stops"
+    return "warning", f"{wrong}: a chat would never stop"
+
+
+def _says(value: Value | None, tokens: list[str]) -> str:
+    if value is None:
+        return "is missing, and llama.cpp takes 11, a comma"
+    if isinstance(value, int) and 0 <= value < len(tokens):
+        return f"is {value} ({brief(tokens[value])})"
+    return f"is {brief(value)}, which is no token"
+
+
+def _markers(gguf: GGUFFile, tokens: list[str]) -> Iterator[Finding]:
+    """Only a control token is one in a prompt, and stays text in a message."""
+    raw = gguf.keys.get(_PREFIX + "token_type")
+    source = gguf.keys.get("tokenizer.chat_template")
+    types = [kind for kind in raw if isinstance(kind, int)] if isinstance(raw, list) else []
+    if len(types) != len(tokens):
+        return
+    written = set(MARKER.findall(source)) if isinstance(source, str) else set()
+    written |= {_END_OF_RESPONSE, _END_OF_TEXT}
+    markers = {token: index for index, token in enumerate(tokens) if token in written}
+    wrong = {token: index for token, index in markers.items() if types[index] != _CONTROL}
+    if not wrong:
+        return
+    fixed = [_CONTROL if index in wrong.values() else kind for index, kind in enumerate(types)]
+    changes = (Change(_PREFIX + "token_type", "i32[]", fixed),)
+    text = {token: index for token, index in wrong.items() if types[index] != _USER_DEFINED}
+    if text:
+        message = f"{names(text)} is no control token: a prompt would spell it out as text"
+        yield Finding("markers", "error", f"{message}; --fix makes it one", changes)
+    else:
+        message = f"{names(wrong)} is no control token: in some programs a message can forge it"
+        yield Finding("markers", "warning", f"{message}; --fix makes it one", changes)
+
+
+def _strings(value: Value | None) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []

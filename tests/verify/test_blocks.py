@@ -1,0 +1,96 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from dots1_local.quant.encode import decode
+from dots1_local.quant.types import TYPES
+from dots1_local.verify import verify_gguf
+from dots1_local.verify.blocks import bad_blocks, block_bytes
+from tests.helpers import write_random_gguf
+from tests.verify.patch import Data, rewrite
+
+UNKNOWN = ("TQ1_0", "TQ2_0")  # types that gguf-py decodes and this package does not write
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_block_is_finite_if_its_scales_are(name: str) -> None:
+    kind = TYPES[name]
+    data = np.random.default_rng(0).integers(0, 256, (20_000, kind.bytes), np.uint8)
+    data[::50] = 255
+    decoded = decode(data, kind, kind.block)
+    bad = np.flatnonzero(~np.isfinite(decoded).all(axis=1))
+    assert set(bad) <= set(bad_blocks(data.reshape(-1), name))
+    if name != "MXFP4":  # a scale that may overflow need not, if all weights are small
+        assert set(bad) == set(bad_blocks(data.reshape(-1), name))
+
+
+def test_mxfp4_overflows_from_the_scale_on_that_counts_as_bad() -> None:
+    kind = TYPES["MXFP4"]
+    for exponent, bad in ((252, False), (253, True), (254, True), (255, True)):
+        block = np.array([[exponent, *[0x77] * 16]], np.uint8)  # all weights the largest there is
+        assert np.isfinite(decode(block, kind, 32)).all() == (not bad)
+        assert bool(bad_blocks(block.reshape(-1), "MXFP4").size) == bad
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_other_models_types_are_known_too(name: str) -> None:
+    kind = GGMLQuantizationType[name]
+    _, size = GGML_QUANT_SIZES[kind]
+    assert block_bytes(name) == size
+    data = np.random.default_rng(0).integers(0, 256, (2000, size), np.uint8)
+    with np.errstate(all="ignore"):
+        bad = ~np.isfinite(dequantize(data, kind)).all(axis=1)
+    np.testing.assert_array_equal(bad_blocks(data.reshape(-1), name), np.flatnonzero(bad))
+
+
+@pytest.mark.parametrize(("threads", "row", "column"), [(1, 0, 0), (2, 31, 63)])
+def test_a_nan_is_found_where_it_is(tmp_path: Path, threads: int, row: int, column: int) -> None:
+    experts = np.zeros((8, 32, 64), np.float32)
+    experts[3, row, column] = np.nan
+    experts[5, 1, 1] = -np.inf
+    tensors = {"blk.1.ffn_up_exps.weight": experts}
+    report = verify_gguf(write_random_gguf(tmp_path / "m.gguf", tensors=tensors), threads=threads)
+    (finding,) = report.findings
+    assert finding.severity == "error"
+    assert f"first in expert 3, row {row} of blk.1.ffn_up_exps.weight" in finding.message
+    assert sum(tensor.bad_blocks for tensor in report.tensors) == 2
+
+
+def test_a_broken_scale_is_found_deep_in_a_tensor_and_ggml_is_silent(
+    converted: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def damage(data: Data) -> Data:
+        # A down projection of 256 rows of 192: 6 blocks of Q5_0, 22 bytes each, a row.
+        data.reshape(24, 256, 6, 22)[23, 255, 5, :2] = (0x00, 0x7E)  # a float16 NaN
+        return data
+
+    name = "blk.4.ffn_down_exps.weight"
+    path = rewrite(converted("DQ4"), tmp_path / "broken.gguf", edit={name: damage})
+    (finding,) = verify_gguf(path).findings
+    assert f"in 1 block of {name}, first in expert 23, row 255" in finding.message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_ends_with_all_bytes(converted: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    report = verify_gguf(
+        converted("DQ4"), progress=lambda done, total, *_: seen.append((done, total))
+    )
+    assert seen[-1] == (report.nbytes, report.nbytes)
+    assert seen == sorted(seen)
+
+
+def test_a_file_cut_short_while_it_is_read_is_one_sentence(tmp_path: Path) -> None:
+    path = write_random_gguf(tmp_path / "model.gguf")
+    size = path.stat().st_size
+
+    def cut(done: int, total: int, unit: str, what: str) -> None:
+        os.truncate(path, size // 2)
+
+    with pytest.raises(Exception, match="ended early"):
+        verify_gguf(path, threads=1, progress=cut)

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from dots1_local.checkpoint import Checkpoint
     from dots1_local.convert import Conversion, convert_checkpoint
     from dots1_local.errors import Dots1Error
-    from dots1_local.evaluate.perplexity import perplexity
+    from dots1_local.evaluate.perplexity import kl_divergence, perplexity
     from dots1_local.gguf_file import GGUFFile
     from dots1_local.quant.plan import QuantPlan
     from dots1_local.runtime.engine import Engine
     from dots1_local.runtime.session import Session
+    from dots1_local.verify import verify_gguf
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,7 +34,9 @@ __all__ = [
     "Session",
     "convert_checkpoint",
     "inventory",
+    "kl_divergence",
     "perplexity",
+    "verify_gguf",
 ]
 
 _HOME = {
@@ -47,7 +50,9 @@ _HOME = {
     "Session": "runtime.session",
     "convert_checkpoint": "convert",
     "inventory": "architecture",
+    "kl_divergence": "evaluate.perplexity",
     "perplexity": "evaluate.perplexity",
+    "verify_gguf": "verify",
 }
 
 

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity."""
+"""How good a model is: perplexity and KL divergence."""

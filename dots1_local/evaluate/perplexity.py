@@ -1,11 +1,8 @@
-"""Perplexity as llama-perplexity defines it, so that figures compare to the printed digit.
+"""Perplexity and KL divergence as llama-perplexity defines them, to the printed digit."""
 
-The text is cut into chunks of n_ctx tokens. Each is evaluated on its own, and every token after
-the first half is scored: the model then has at least n_ctx / 2 tokens to go by. Chunks are
-batched as llama-perplexity batches them, because the last digits depend on it.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import exp, sqrt
 from pathlib import Path
@@ -14,12 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import UsageError
+from dots1_local.evaluate.divergence import ROW, Divergence, compare, summarise
+from dots1_local.evaluate.logits_file import LogitsFile, encode
+from dots1_local.evaluate.logits_writer import LogitsWriter, check_target
+from dots1_local.evaluate.scoring import Block, Ubatch, cut, open_engine, score, workers
+from dots1_local.evaluate.softmax import negative_log
 from dots1_local.progress import Progress, silent
-from dots1_local.runtime.engine import Engine, Entry
+from dots1_local.runtime.engine import Engine
 
-__all__ = ["Perplexity", "perplexity", "read_text"]
+__all__ = ["Perplexity", "kl_divergence", "perplexity", "read_text"]
 
-_N_BATCH = 2048  # llama-perplexity's default; chunks are evaluated side by side up to this
+_N_CTX = 512
+
+Tokens = NDArray[np.int32]  # (chunks, n_ctx)
+Base = Callable[[Block], NDArray[np.uint16]]  # the base model's encoded rows for a block
+Steps = Iterator[tuple[Ubatch, Base]]
 
 
 @dataclass(frozen=True)
@@ -36,14 +42,14 @@ class Perplexity:
         return f"PPL = {self.value:.4f} +/- {self.error:.5f}"
 
 
-def read_text(path: Path) -> str:
+def read_text(path: str | Path) -> str:
     """A text file as llama-perplexity reads it: line ends as they are, less one final newline.
 
     Raises:
         UsageError: unreadable, or not UTF-8.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = Path(path).read_bytes().decode("utf-8")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -52,87 +58,50 @@ def read_text(path: Path) -> str:
 
 
 def perplexity(
-    path: Path,
+    path: str | Path,
     text: str,
     *,
-    n_ctx: int = 512,
+    n_ctx: int = _N_CTX,
     n_chunks: int | None = None,
+    save_logits: str | Path | None = None,
+    force: bool = False,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Perplexity:
     """The perplexity of the model at `path` on `text`, on at most `n_chunks` chunks.
 
+    `save_logits` keeps its log-probabilities in a file for `kl_divergence` and for
+    llama-perplexity; `force` lets it replace another such file.
+
     Raises:
         UsageError: the text has fewer than 2 * n_ctx tokens.
-        GGUFError: the file cannot be loaded.
+        GGUFError: the model cannot be loaded.
+        Dots1Error: the logits file exists, cannot be written or does not fit the disk.
     """
-    at_once = max(1, _N_BATCH // n_ctx)
-    with Engine.open(
-        path, n_ctx=n_ctx, n_sequences=at_once, threads=threads, all_logits=True
-    ) as engine:
-        chunks = _chunks(engine, text, n_ctx, n_chunks)
+    target = None if save_logits is None else Path(save_logits)
+    if target is not None:
+        check_target(target, force)
+    with ExitStack() as stack:
+        engine = stack.enter_context(open_engine(path, n_ctx, threads))
+        chunks = cut(engine, text, n_ctx, n_chunks)
+        writer = None
+        if target is not None:
+            writer = LogitsWriter(target, chunks, engine.n_vocab, force=force)
+            stack.enter_context(writer)
+        pool = stack.enter_context(workers(threads))
         losses = np.empty((len(chunks), n_ctx - n_ctx // 2 - 1))
-        for start in range(0, len(chunks), at_once):
-            group = slice(start, start + at_once)
-            for done in _score(engine, chunks[group], losses[group]):
-                so_far = f"PPL {exp(losses[:start].mean()):.4f}" if start else ""
-                progress(start * n_ctx + done, chunks.size, "tokens", so_far)
+
+        def measure(block: Block) -> None:
+            place = slice(block.start, block.start + len(block.targets))
+            losses[block.chunk, place] = negative_log(block.logits, block.targets)
+            if writer is not None:
+                writer.write(block.chunk, block.start, block.logits)
+
+        for ubatch in score(engine, chunks):
+            list(pool.map(measure, ubatch.blocks))
+            so_far = f"PPL {exp(losses[: ubatch.chunks].mean()):.4f}" if ubatch.chunks else ""
+            progress(ubatch.tokens, chunks.size, "tokens", so_far)
     return _summary(losses, n_ctx)
-
-
-def _chunks(engine: Engine, text: str, n_ctx: int, n_chunks: int | None) -> NDArray[np.int32]:
-    """Tokens (chunks, n_ctx), the rest of the text cut off."""
-    tokens = engine.tokenize(text, special=False, add_bos=True)
-    if len(tokens) < 2 * n_ctx:
-        raise UsageError(
-            f"perplexity at a context of {n_ctx} needs a text of at least {2 * n_ctx} tokens; "
-            f"this one has {len(tokens)}"
-        )
-    count = min(len(tokens) // n_ctx, n_chunks or len(tokens))
-    return np.array(tokens[: count * n_ctx], np.int32).reshape(count, n_ctx)
-
-
-def _score(engine: Engine, chunks: NDArray[np.int32], losses: NDArray[np.float64]) -> Iterator[int]:
-    """Fill `losses` (chunks, scored tokens) with -log p; yields the tokens evaluated so far.
-
-    Chunks are evaluated side by side, a stretch of positions of all of them in a ubatch: this is
-    how llama.cpp splits the batches that llama-perplexity gives it.
-    """
-    count, n_ctx = chunks.shape
-    first = n_ctx // 2
-    engine.forget()
-    step = max(1, engine.n_ubatch // count)
-    for start in range(0, n_ctx, step):
-        end = min(start + step, n_ctx)
-        rows = engine.submit(_entries(chunks[:, start:end], start, first, engine.bos))
-        wanted = range(max(start, first), end)
-        logits = rows.reshape(count, len(wanted), engine.n_vocab)
-        for place, position in enumerate(wanted):
-            if position + 1 < n_ctx:
-                targets = chunks[:, position + 1]
-                losses[:, position - first] = _negative_log(logits[:, place], targets)
-        yield count * end
-
-
-def _entries(stretch: NDArray[np.int32], start: int, first: int, bos: int | None) -> list[Entry]:
-    """A ubatch of the same positions of every chunk; a chunk begins with BOS if the model does."""
-    if start == 0 and bos is not None:
-        stretch = stretch.copy()
-        stretch[:, 0] = bos
-    return [
-        Entry(token, position, chunk, position >= first)
-        for chunk, tokens in enumerate(stretch.tolist())
-        for position, token in enumerate(tokens, start)
-    ]
-
-
-def _negative_log(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:
-    """-log softmax(logits)[target] by row: exponentials in float32, their sum in float64."""
-    top = logits.max(axis=1)
-    sums = np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)
-    chosen = logits[np.arange(len(targets)), targets] - top
-    result: NDArray[np.float64] = np.log(sums) - chosen
-    return result
 
 
 def _summary(losses: NDArray[np.float64], n_ctx: int) -> Perplexity:
@@ -141,3 +110,117 @@ def _summary(losses: NDArray[np.float64], n_ctx: int) -> Perplexity:
     variance = float((losses * losses).sum()) / count - mean * mean
     error = sqrt(variance / (count - 1)) if variance > 0 else 0.0
     return Perplexity(exp(mean), error * exp(mean), count, len(losses), n_ctx)
+
+
+def kl_divergence(
+    path: str | Path,
+    *,
+    logits: str | Path | None = None,
+    reference: str | Path | None = None,
+    text: str | None = None,
+    n_ctx: int | None = None,
+    n_chunks: int | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Divergence:
+    """How far the model at `path` is from a base model, on at most `n_chunks` chunks.
+
+    The base is either a `logits` file, which brings its own tokens and n_ctx, or a `reference`
+    model, evaluated side by side on `text` in chunks of `n_ctx` (default 512) tokens. Its logits
+    then go through the file's 16 bits in memory, so that both give the same digits.
+
+    Raises:
+        UsageError: not one base; a text or another n_ctx beside a file; vocabularies that differ.
+        GGUFError: a model cannot be loaded.
+        Dots1Error: the file is no logits file, or damaged.
+    """
+    if (logits is None) == (reference is None):
+        raise UsageError("KL divergence needs one base: a logits file or a reference model")
+    with ExitStack() as stack:
+        if logits is not None:
+            if text is not None:
+                raise UsageError(f"{logits} brings its own text; give no other")
+            base = stack.enter_context(LogitsFile.open(logits))
+            chunks, steps = _beside_file(stack, path, base, n_ctx, n_chunks, threads)
+        elif reference is not None:
+            if text is None:
+                raise UsageError("a reference model needs a text to be compared on")
+            engines = _open_both(stack, path, reference, n_ctx or _N_CTX, threads)
+            chunks, steps = _beside_model(*engines, text, n_ctx or _N_CTX, n_chunks)
+        rows = _rows(chunks, steps, stack.enter_context(workers(threads)), progress)
+    return summarise(rows, chunks.shape[1])
+
+
+def _beside_file(
+    stack: ExitStack,
+    path: str | Path,
+    base: LogitsFile,
+    n_ctx: int | None,
+    n_chunks: int | None,
+    threads: int | None,
+) -> tuple[Tokens, Steps]:
+    """The file's chunks, and what `path` computes for them."""
+    layout = base.layout
+    if n_ctx not in (None, layout.n_ctx):
+        raise UsageError(f"{base.path} has chunks of {layout.n_ctx} tokens, not {n_ctx}")
+    engine = stack.enter_context(open_engine(path, layout.n_ctx, threads))
+    if engine.n_vocab != layout.n_vocab:
+        raise UsageError(
+            f"{base.path} is of a vocabulary of {layout.n_vocab}, {path} has {engine.n_vocab}"
+        )
+    chunks = base.tokens[:n_chunks]
+    return chunks, ((ubatch, _from_file(base)) for ubatch in score(engine, chunks))
+
+
+def _from_file(base: LogitsFile) -> Base:
+    return lambda block: base.rows(block.chunk, block.start, len(block.targets))
+
+
+def _open_both(
+    stack: ExitStack, path: str | Path, reference: str | Path, n_ctx: int, threads: int | None
+) -> tuple[Engine, Engine]:
+    model, base = (stack.enter_context(open_engine(p, n_ctx, threads)) for p in (path, reference))
+    if model.n_vocab != base.n_vocab:
+        raise UsageError(
+            f"{reference} has a vocabulary of {base.n_vocab}, {path} one of {model.n_vocab}"
+        )
+    return model, base
+
+
+def _beside_model(
+    model: Engine, base: Engine, text: str, n_ctx: int, n_chunks: int | None
+) -> tuple[Tokens, Steps]:
+    """The text's chunks, and what both models compute for them in turn."""
+    chunks = cut(model, text, n_ctx, n_chunks)
+    if not np.array_equal(chunks, cut(base, text, n_ctx, n_chunks)):
+        raise UsageError("the two models divide the text into different tokens")
+    both = zip(score(model, chunks), score(base, chunks), strict=True)
+    return chunks, ((ubatch, _from_logits(reference)) for ubatch, reference in both)
+
+
+def _from_logits(reference: Ubatch) -> Base:
+    logits = {(block.chunk, block.start): block.logits for block in reference.blocks}
+    return lambda block: encode(logits[block.chunk, block.start])
+
+
+def _rows(
+    chunks: Tokens, steps: Steps, pool: ThreadPoolExecutor, progress: Progress
+) -> NDArray[np.void]:
+    """Figures (chunks, scored tokens) of type `ROW`."""
+    n_ctx = chunks.shape[1]
+    rows = np.empty((len(chunks), n_ctx - n_ctx // 2 - 1), ROW)
+    for ubatch, base in steps:
+
+        def measure(block: Block, base: Base = base) -> None:
+            place = slice(block.start, block.start + len(block.targets))
+            rows[block.chunk, place] = compare(base(block), block.logits, block.targets)
+
+        list(pool.map(measure, ubatch.blocks))
+        progress(ubatch.tokens, chunks.size, "tokens", _so_far(rows[: ubatch.chunks]))
+    return rows
+
+
+def _so_far(rows: NDArray[np.void]) -> str:
+    if not rows.size:
+        return ""
+    return f"PPL {exp(rows['nll'].mean()):.4f}, KLD {rows['kld'].mean():.5f}"

@@ -1,0 +1,131 @@
+"""Writing a logits file: at its final size from the start, under its name only when complete."""
+
+import errno
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dots1_local.errors import Dots1Error
+from dots1_local.evaluate.logits_file import MAGIC, Layout, encode
+
+__all__ = ["LogitsWriter", "check_target"]
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Refuse to write where something is that must stay.
+
+    Raises:
+        Dots1Error: there is no such folder, or `path` exists: without `force`, or as something
+            that is no logits file, which is replaced in no case.
+    """
+    try:
+        if not path.parent.is_dir():
+            raise Dots1Error(f"no such folder: {path.parent}")
+        if not path.exists():
+            return
+        if not path.is_file():
+            raise Dots1Error(f"{path} is no regular file; name one")
+        if not force:
+            raise Dots1Error(f"{path} exists; give --force to replace it")
+        with path.open("rb") as file:
+            if file.read(8) not in (MAGIC, b""):
+                raise Dots1Error(f"{path} exists and is no logits file; write to another one")
+    except OSError as error:
+        raise Dots1Error(f"cannot write {path}: {error.strerror}") from None
+
+
+class LogitsWriter:
+    """Writes a logits file, rows in any order and from any thread; use it in a `with` statement.
+
+    Rows go to `PATH.partial`, which gets its name when the block ends with all rows written, and
+    is removed when it ends with an exception.
+    """
+
+    def __init__(
+        self, path: Path, tokens: NDArray[np.int32], n_vocab: int, *, force: bool = False
+    ) -> None:
+        """`tokens` is (chunks, n_ctx). Nothing is touched before the `with` block begins."""
+        self.path = path.resolve()  # what a link points to is written, not the link
+        self.layout = Layout(tokens.shape[1], n_vocab, tokens.shape[0])
+        self._tokens, self._force = tokens, force
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._written = np.zeros((self.layout.chunks, self.layout.scored), bool)
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        check_target(self.path, self._force)
+        self._check_space()
+        try:
+            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise self._failure(error) from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise Dots1Error(f"another run is writing {self.path}") from None
+        try:
+            os.ftruncate(self._fd, 0)
+            os.ftruncate(self._fd, self.layout.nbytes)
+            self._put(self.layout.header + self._tokens.astype("<i4").tobytes(), 0)
+        except BaseException as error:
+            self._discard()
+            raise self._failure(error) if isinstance(error, OSError) else error from None
+        return self
+
+    def write(self, chunk: int, start: int, logits: NDArray[np.float32]) -> None:
+        """Put rows of logits or log-probabilities (n, n_vocab) of a chunk from row `start` on.
+
+        Raises:
+            Dots1Error: the disk is full or broken.
+        """
+        rows = encode(logits)
+        try:
+            self._put(rows.tobytes(), self.layout.offset(chunk, start))
+        except OSError as error:
+            raise self._failure(error) from None
+        self._written[chunk, start : start + len(rows)] = True
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        try:
+            if not self._written.all():
+                raise Dots1Error(f"{self.path} lacks rows; it is not kept")
+            os.fsync(self._fd)
+            os.replace(self._partial, self.path)
+        except BaseException as error:
+            self._discard()
+            raise self._failure(error) if isinstance(error, OSError) else error from None
+        os.close(self._fd)
+
+    def _discard(self) -> None:
+        self._partial.unlink(missing_ok=True)
+        os.close(self._fd)
+
+    def _check_space(self) -> None:
+        """Refuse before the first byte what the disk cannot hold; what a killed run left counts."""
+        left = self._partial.stat().st_blocks * 512 if self._partial.exists() else 0
+        free = shutil.disk_usage(self.path.parent).free + left
+        if self.layout.nbytes > free:
+            raise Dots1Error(
+                f"{self.path.parent} has {free / 1e9:.1f} GB free, but {self.path.name} needs "
+                f"{self.layout.nbytes / 1e9:.1f} GB; free some, or take fewer chunks"
+            )
+
+    def _put(self, data: bytes, offset: int) -> None:
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._fd, view, offset)
+            view, offset = view[count:], offset + count
+
+    def _failure(self, error: OSError) -> Dots1Error:
+        if error.errno == errno.ENOSPC:
+            return Dots1Error(f"the disk is full; {self.path} is not written")
+        return Dots1Error(f"cannot write {self.path}: {error.strerror or error}")

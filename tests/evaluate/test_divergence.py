@@ -1,0 +1,86 @@
+from math import isnan
+
+import numpy as np
+import pytest
+
+from dots1_local.errors import Dots1Error
+from dots1_local.evaluate.divergence import ROW, compare, summarise
+from dots1_local.evaluate.logits_file import LogitsFile, encode
+from tests.goldens.make_kld_goldens import BASE, N_CTX, PRINTED, exact_logits
+
+
+def test_prints_what_llama_perplexity_prints() -> None:
+    with LogitsFile.open(BASE) as base:
+        rows = np.empty((base.layout.chunks, base.layout.scored), ROW)
+        for chunk, tokens in enumerate(base.tokens):
+            logits = exact_logits(tokens[N_CTX // 2 : -1], noisy=True)
+            encoded = base.rows(chunk, 0, len(logits))
+            rows[chunk] = compare(encoded, logits, tokens[N_CTX // 2 + 1 :])
+    assert str(summarise(rows, N_CTX)) + "\n" == PRINTED.read_text(encoding="utf-8")
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    scores = logits.astype(np.float64)
+    scores -= np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    return scores
+
+
+def test_is_the_textbooks_definition() -> None:
+    random = np.random.default_rng(0)
+    p, q = random.normal(0, 2, (2, 50, 300)).astype(np.float32)
+    targets = random.integers(0, 300, 50).astype(np.int32)
+    rows = compare(encode(p), q, targets)
+    log_p, log_q = log_softmax(p), log_softmax(q)
+    each = np.arange(50)
+    assert rows["kld"] == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(axis=1), abs=5e-4)
+    assert rows["nll"] == pytest.approx(-log_q[each, targets], abs=1e-5)
+    assert rows["nll_base"] == pytest.approx(-log_p[each, targets], abs=2e-4)
+    assert rows["delta_p"] == pytest.approx(
+        np.exp(log_q[each, targets]) - np.exp(log_p[each, targets]), abs=1e-4
+    )
+    assert (rows["same_top"] == (log_p.argmax(axis=1) == log_q.argmax(axis=1))).all()
+    result = summarise(rows.reshape(5, 10), n_ctx=22)
+    assert (result.tokens, result.chunks, result.n_ctx) == (50, 5, 22)
+    assert result.kl_percentiles[50] == pytest.approx(np.median(rows["kld"]), rel=1e-6)
+    assert result.kl_percentiles[90] == pytest.approx(np.percentile(rows["kld"], 90), rel=1e-5)
+    assert result.delta_p_rms.value == pytest.approx(np.sqrt(np.mean(rows["delta_p"] ** 2)))
+    assert result.correlation == pytest.approx(np.corrcoef(rows["nll"], rows["nll_base"])[0, 1])
+    difference = rows["nll"].astype(np.float64) - rows["nll_base"]
+    assert result.log_ratio.value == pytest.approx(difference.mean())
+    assert result.log_ratio.error == pytest.approx(difference.std() / 7, rel=1e-3)
+    assert (np.diff(result.per_token) >= 0).all()
+
+
+def test_what_the_base_finds_impossible_does_not_count() -> None:
+    p = np.array([[0, -15.9, -17, -30]], np.float32)
+    q = np.array([[0, -15.9, -99, 3]], np.float32)  # far off only where P is under e^-16
+    rows = compare(encode(p), q, np.zeros(1, np.int32))
+    log_p, log_q = log_softmax(p), log_softmax(q)
+    counted = (np.exp(log_p) * (log_p - log_q))[0, :2].sum()
+    assert rows["kld"][0] == pytest.approx(counted, abs=1e-4)
+
+
+def test_the_first_of_equal_tokens_is_the_top() -> None:
+    p, q = np.array([[1, 1, 0]], np.float32), np.array([[0, 1, 1]], np.float32)
+    rows = [compare(encode(a), b, np.zeros(1, np.int32)) for a, b in [(p, q), (p, p)]]
+    assert [bool(row["same_top"][0]) for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 11, 40])
+def test_few_or_equal_rows_leave_undefined_what_is_undefined(count: int) -> None:
+    rows = np.zeros((1, count), ROW)
+    rows["nll"], rows["same_top"] = 2, True
+    result = summarise(rows, n_ctx=2 * count + 2)
+    assert result.perplexity.value == pytest.approx(np.exp(2))
+    assert isnan(result.correlation)
+    assert set(result.kl_percentiles.values()) == {0}
+    assert "Cor(ln(PPL(Q)), ln(PPL(base))):    nan%" in str(result)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_are_refused(broken: float) -> None:
+    p = np.zeros((2, 5), np.float32)
+    q = p.copy()
+    q[1, 3] = broken
+    with pytest.raises(Dots1Error, match="no numbers"):
+        compare(encode(p), q, np.zeros(2, np.int32))

@@ -1,4 +1,4 @@
-"""What `make demo` shows: the example model converted, measured, and heard.
+"""What `make demo` shows: the example model converted, verified, measured, and heard.
 
     python tools/demo.py examples/dots1-tiny build
 
@@ -24,7 +24,7 @@ def run(title: str, *arguments: str) -> None:
 
 
 def main() -> None:
-    """Convert, measure beside the unquantised model, and ask one question."""
+    """Convert, verify, measure beside the unquantised model, and ask one question."""
     checkpoint, build = sys.argv[1], Path(sys.argv[2])
     build.mkdir(parents=True, exist_ok=True)
     mix, whole = str(build / "dots1-tiny-DQ4.gguf"), str(build / "dots1-tiny-BF16.gguf")
@@ -32,8 +32,9 @@ def main() -> None:
     run("The default dynamic mix", "convert", checkpoint, "-o", mix, "--force")
     run("The same weights unquantised", "convert", checkpoint, "-o", whole, "--type", "BF16",
         "--force")  # fmt: skip
-    run("Perplexity of the mix ...", "perplexity", mix, "-f", text, "--chunks", CHUNKS)
-    run("... and unquantised", "perplexity", whole, "-f", text, "--chunks", CHUNKS)
+    run("What each tensor lost", "verify", mix, "--against", checkpoint)
+    run("What the model lost", "perplexity", mix, "--reference", whole, "-f", text,
+        "--chunks", CHUNKS, "--histogram")  # fmt: skip
     run("An answer", "chat", mix, "-p", QUESTION, "--temp", "0.4", "--seed", "3")
 
 

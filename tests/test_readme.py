@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dots1_local.cli import app
+from dots1_local.cli.repl.commands import COMMANDS as CHAT_COMMANDS
 from tools import command_table
 
 ROOT = Path(__file__).parent.parent
@@ -42,3 +43,10 @@ def test_the_tree_lists_what_is_there() -> None:
 
 def test_the_table_of_chats_commands_is_their_registry() -> None:
     assert f"<!-- commands -->\n{command_table.render()}<!-- /commands -->" in README
+
+
+def test_the_transcript_uses_commands_there_are() -> None:
+    used = set(re.findall(r"^> (/\S+)", README, re.MULTILINE))
+    refused = set(re.findall(r"^there is no command (/\w+)", README, re.MULTILINE))
+    assert used - refused
+    assert used - refused <= {name for command in CHAT_COMMANDS for name in command.names}

@@ -3,6 +3,7 @@
 Heavy imports (numpy, llama_cpp) happen inside the verbs, so that `dots1 --help` is instant.
 """
 
+import os
 import sys
 from typing import Annotated
 
@@ -55,10 +56,28 @@ def _options(
 
 def main() -> None:
     """Run the command line; every expected failure is one sentence on stderr."""
+    _open_missing_streams()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except Dots1Error as error:
         if _debug:
             raise
         print(f"dots1: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # the library words its own; what is left is stdout's
+        if _debug:
+            raise
+        if not isinstance(error, BrokenPipeError):  # a reader that has left is no error
+            print(f"dots1: cannot write the output: {error.strerror or error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is buffered has nowhere to go
+        sys.exit(1)
+
+
+def _open_missing_streams() -> None:
+    """Where a standard stream is closed, let it lead nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dots1_local.cli._output import Json, notice, print_json, progress_bar
+from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.runtime.session import Session
@@ -94,6 +95,8 @@ def chat(
 
     dots1 chat dots1-Q4_K_M.gguf < question.txt
     """
+    if not all(stop or ()):
+        raise UsageError("--stop is empty; it would stop every answer at once")
     question = _question(prompt, as_json)
     sampling = {
         "temperature": temperature,
@@ -121,8 +124,6 @@ def chat(
 
 def _question(prompt: str | None, as_json: bool) -> str | None:
     """What to ask once; None for a dialogue."""
-    from dots1_local.errors import UsageError
-
     if prompt is None and sys.stdin.isatty():
         if as_json:
             raise UsageError("--json is for one answer: ask with -p, or through a pipe")
@@ -136,8 +137,6 @@ def _question(prompt: str | None, as_json: bool) -> str | None:
 
 def _piped_text() -> str:
     """All of stdin, less the newline that ends a file."""
-    from dots1_local.errors import UsageError
-
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -155,6 +154,7 @@ def _session(
     others: Mapping[str, Any],
 ) -> Iterator["Session"]:
     """A session on the model; what is None stays as it is by default or in the loaded file."""
+    from dots1_local.cli.repl.commands import tell_loaded
     from dots1_local.runtime.conversation import load_conversation
     from dots1_local.runtime.engine import Engine
     from dots1_local.runtime.sampling import Sampling
@@ -166,9 +166,11 @@ def _session(
     with progress_bar("loading") as report:
         engine = Engine.open(model, n_ctx=context, threads=threads, progress=report)
     with engine, Session(engine, sampling=chosen, raw=raw) as session:
-        if conversation is not None:
+        if load and conversation:
             conversation.apply(session)
             session.sampling = replace(session.sampling, **given)
+            if sys.stderr.isatty():
+                tell_loaded(load, conversation, session)
         for name, value in others.items():
             if value is not None:
                 setattr(session, name, value)

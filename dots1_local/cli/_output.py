@@ -2,8 +2,10 @@
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from shutil import get_terminal_size
 from typing import Annotated, Any
 
 import typer
@@ -16,13 +18,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def notice(message: str) -> None:
-    """Say something to the person, on stderr."""
+    """Say something to the person, on stderr; a terminal's width breaks no word."""
+    if sys.stderr.isatty():
+        width = get_terminal_size().columns
+        message = "\n".join(_wrapped(line, width) for line in message.split("\n"))
     print(message, file=sys.stderr)
+
+
+def _wrapped(line: str, width: int) -> str:
+    if len(line) < width:
+        return line
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def print_json(value: Any) -> None:
     """The one way JSON leaves the program."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    readable = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(value, indent=2, ensure_ascii=not readable))
 
 
 def human_bytes(count: float) -> str:

@@ -10,6 +10,7 @@ from dots1_local.cli._output import Json, human_bytes, notice, print_json, progr
 
 if TYPE_CHECKING:
     from dots1_local.evaluate.divergence import Divergence
+    from dots1_local.evaluate.perplexity import Perplexity
 
 __all__ = ["perplexity"]
 
@@ -107,9 +108,7 @@ def _measure(
     if save_logits is not None:
         notice(f"wrote {save_logits} ({human_bytes(save_logits.stat().st_size)})")
     if json:
-        from dataclasses import asdict
-
-        print_json(asdict(result))
+        print_json(_summary(result))
     else:
         print(f"Final estimate: {result}")
 
@@ -153,7 +152,7 @@ def _compare(
         print(f"\n{picture(result.per_token)}")
 
 
-def _summary(result: "Divergence") -> dict[str, Any]:
+def _summary(result: "Perplexity | Divergence") -> dict[str, Any]:
     """All figures but those of single tokens; null for what is not defined."""
     from dataclasses import asdict
 

@@ -121,7 +121,7 @@ class LogitsFile:
             Dots1Error: the file is missing, of another kind, truncated or corrupt.
         """
         try:
-            fd = os.open(path, os.O_RDONLY)
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
         except OSError as error:
             raise Dots1Error(f"cannot read {path}: {error.strerror}") from None
         try:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Self
 
@@ -26,15 +27,15 @@ def check_target(path: Path, force: bool) -> None:
     try:
         if not path.parent.is_dir():
             raise Dots1Error(f"no such folder: {path.parent}")
-        if not path.exists():
-            return
-        if not path.is_file():
+        if not stat.S_ISREG(path.stat().st_mode):
             raise Dots1Error(f"{path} is no regular file; name one")
         if not force:
             raise Dots1Error(f"{path} exists; give --force to replace it")
         with path.open("rb") as file:
             if file.read(8) not in (MAGIC, b""):
                 raise Dots1Error(f"{path} exists and is no logits file; write to another one")
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise Dots1Error(f"cannot write {path}: {error.strerror}") from None
 
@@ -61,14 +62,10 @@ class LogitsWriter:
         check_target(self.path, self._force)
         self._check_space()
         try:
-            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
+            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self._lock()
         except OSError as error:
             raise self._failure(error) from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._fd)
-            raise Dots1Error(f"another run is writing {self.path}") from None
         try:
             os.ftruncate(self._fd, 0)
             os.ftruncate(self._fd, self.layout.nbytes)
@@ -104,6 +101,17 @@ class LogitsWriter:
             self._discard()
             raise self._failure(error) if isinstance(error, OSError) else error from None
         os.close(self._fd)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last owner may have renamed or removed it since it was opened here.
+            alone = os.path.samestat(os.fstat(self._fd), self._partial.stat())
+        except (BlockingIOError, FileNotFoundError):
+            alone = False
+        if not alone:
+            os.close(self._fd)
+            raise Dots1Error(f"another run is writing {self.path}")
 
     def _discard(self) -> None:
         self._partial.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import exp, sqrt
+from math import sqrt
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from dots1_local.evaluate.divergence import ROW, Divergence, compare, summarise
 from dots1_local.evaluate.logits_file import LogitsFile, encode
 from dots1_local.evaluate.logits_writer import LogitsWriter, check_target
 from dots1_local.evaluate.scoring import Block, Ubatch, cut, open_engine, score, workers
-from dots1_local.evaluate.softmax import negative_log
+from dots1_local.evaluate.softmax import negative_log, negative_log32
 from dots1_local.progress import Progress, silent
 from dots1_local.runtime.engine import Engine
 
@@ -90,16 +90,17 @@ def perplexity(
             stack.enter_context(writer)
         pool = stack.enter_context(workers(threads))
         losses = np.empty((len(chunks), n_ctx - n_ctx // 2 - 1))
+        loss = negative_log if writer is None else negative_log32
 
         def measure(block: Block) -> None:
             place = slice(block.start, block.start + len(block.targets))
-            losses[block.chunk, place] = negative_log(block.logits, block.targets)
+            losses[block.chunk, place] = loss(block.logits, block.targets)
             if writer is not None:
                 writer.write(block.chunk, block.start, block.logits)
 
         for ubatch in score(engine, chunks):
             list(pool.map(measure, ubatch.blocks))
-            so_far = f"PPL {exp(losses[: ubatch.chunks].mean()):.4f}" if ubatch.chunks else ""
+            so_far = f"PPL {_exp(losses[: ubatch.chunks].mean()):.4f}" if ubatch.chunks else ""
             progress(ubatch.tokens, chunks.size, "tokens", so_far)
     return _summary(losses, n_ctx)
 
@@ -109,7 +110,14 @@ def _summary(losses: NDArray[np.float64], n_ctx: int) -> Perplexity:
     mean = float(losses.sum()) / count
     variance = float((losses * losses).sum()) / count - mean * mean
     error = sqrt(variance / (count - 1)) if variance > 0 else 0.0
-    return Perplexity(exp(mean), error * exp(mean), count, len(losses), n_ctx)
+    value = _exp(mean)
+    return Perplexity(value, error * value, count, len(losses), n_ctx)
+
+
+def _exp(x: float) -> float:
+    """Infinite where a float has no room, as in C: of a broken model this is the answer."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.float64(x)))
 
 
 def kl_divergence(
@@ -223,4 +231,4 @@ def _rows(
 def _so_far(rows: NDArray[np.void]) -> str:
     if not rows.size:
         return ""
-    return f"PPL {exp(rows['nll'].mean()):.4f}, KLD {rows['kld'].mean():.5f}"
+    return f"PPL {_exp(rows['nll'].mean()):.4f}, KLD {rows['kld'].mean():.5f}"

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
 
-__all__ = ["exp32", "log_sum_exp", "negative_log"]
+__all__ = ["exp32", "log_sum_exp", "negative_log", "negative_log32"]
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -35,3 +35,11 @@ def negative_log(logits: Floats, targets: NDArray[np.int32]) -> Doubles:
     """-log softmax(logits)[target] of rows (n, n_vocab) and targets (n,)."""
     top, log_sum = log_sum_exp(logits)
     return log_sum - (logits[np.arange(len(targets)), targets] - top)
+
+
+def negative_log32(logits: Floats, targets: NDArray[np.int32]) -> Floats:
+    """The same in float32, as llama-perplexity has it when it writes or reads a logits file."""
+    top, log_sum = log_sum_exp(logits)
+    log_z = top + log_sum.astype(np.float32)
+    nll: Floats = log_z - logits[np.arange(len(targets)), targets]
+    return nll

@@ -22,10 +22,10 @@ from dots1_local.progress import Progress, silent
 from dots1_local.quant.types import quant_type
 from dots1_local.runtime import engine_log
 from dots1_local.runtime.hardware import physical_cores
+from dots1_local.verify.lint import obstacle
 
 __all__ = ["Engine", "Entry"]
 
-_SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 _FLASH_ATTENTION = {None: -1, False: 0, True: 1}  # enum llama_flash_attn_type
 _LONGEST_PIECE = 1 << 16
 _USUAL_CONTEXT = 4096  # 4 GB of KV cache in dots.llm1
@@ -221,29 +221,10 @@ def check_loadable(gguf: GGUFFile) -> None:
     """Refuse what llama.cpp would load wrong, or abort the process over.
 
     Raises:
-        GGUFError: another architecture, no model at all, or a wrong expert gating function.
+        GGUFError: another architecture, no model at all, or something is wrong with it.
     """
-    path = gguf.files[0]
-    architecture = gguf.keys.get("general.architecture")
-    if architecture != "dots1":
-        raise GGUFError(f"{path} is a {architecture!r} model; dots1-local runs dots1 models only")
-    if not gguf.tensors:
-        raise GGUFError(f"{path} holds no tensors; it is a vocabulary, not a model")
-    gating = gguf.keys.get("dots1.expert_gating_func")
-    if gating != _SIGMOID:
-        found = "no dots1.expert_gating_func" if gating is None else f"expert gating {gating!r}"
-        raise GGUFError(
-            f"{path} has {found} where dots1 needs {_SIGMOID} (sigmoid); convert the checkpoint "
-            "again with dots1 convert"
-        )
-    experts, used = (gguf.keys.get(f"dots1.expert_{key}") for key in ("count", "used_count"))
-    if not (isinstance(experts, int) and isinstance(used, int) and 0 < used <= experts <= 512):
-        raise GGUFError(f"{path} routes each token to {used!r} of {experts!r} experts")
-    length, rope = (
-        gguf.keys.get(f"dots1.{key}") for key in ("attention.key_length", "rope.dimension_count")
-    )
-    if length is not None and rope is not None and length != rope:
-        raise GGUFError(f"{path} turns {rope!r} dimensions by RoPE in heads of {length!r}")
+    if found := obstacle(gguf):
+        raise GGUFError(f"dots1 verify finds in {gguf.files[0]}: {found.message}")
 
 
 def _context_length(gguf: GGUFFile, wanted: int | None) -> int:

@@ -77,7 +77,8 @@ class RawPrompter:
             for token, kind in zip(tokens, types, strict=False)
             if kind == _USER_DEFINED and str(token) in (self._source or "")
         ]
-        return re.compile("|".join(map(re.escape, names))) if names else None
+        # Only looked ahead to, so that of markers that overlap each is found.
+        return re.compile(f"(?={'|'.join(map(re.escape, names))})") if names else None
 
 
 class Prompter(RawPrompter):

@@ -1,9 +1,10 @@
 """One conversation with a model: turns in, streamed answers out."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Literal, Self
+from weakref import ref
 
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.progress import Progress, silent
@@ -12,7 +13,7 @@ from dots1_local.runtime.kv_cache import KVCache
 from dots1_local.runtime.prompt import Message, Prompter, RawPrompter
 from dots1_local.runtime.sampling import Sampler, Sampling
 from dots1_local.runtime.stopping import AnswerText
-from dots1_local.runtime.turns import drop_oldest, last_turn, turns_to_drop
+from dots1_local.runtime.turns import count_turns, drop_oldest, last_turn, turns_to_drop
 
 __all__ = ["SYSTEM_PROMPT", "Overflow", "Session", "Stats", "StopReason"]
 
@@ -98,6 +99,7 @@ class Session:
         self.max_tokens = max_tokens
         self.messages: list[Message] = []
         self.stats: Stats | None = None
+        self._latest: Callable[[], Generator[str, None, None] | None] = lambda: None
         default = "" if raw else SYSTEM_PROMPT
         self.system = default if system is None else system
 
@@ -155,10 +157,12 @@ class Session:
 
     def clear(self) -> None:
         """Drop all turns; the system message stays."""
+        self._end_latest()
         self.messages = [message for message in self.messages if message.role == "system"]
 
     def undo(self) -> Message | None:
         """Drop the last turn; the user's message of it, None if there is none."""
+        self._end_latest()
         index = last_turn(self.messages)
         if index is None:
             return None
@@ -172,15 +176,16 @@ class Session:
 
         There is a piece for every token, empty where its text is not certain yet. The turn becomes
         part of the conversation when the answer ends, also where it is cut off by `max_tokens`, the
-        context, or the caller closing the stream; `stats` tells which. `progress` hears of the
-        prompt's new tokens after every ubatch; an exception from it leaves the conversation as it
-        was.
+        context, the caller closing the stream, or the next question; `stats` tells which.
+        `progress` hears of the prompt's new tokens after every ubatch; an exception from it leaves
+        the conversation as it was.
 
         Raises:
             Dots1Error: the question does not fit into the context.
             UsageError: there is nothing to complete, or a stop string is empty.
             GGUFError: the chat template fails.
         """
+        self._end_latest()
         limit = self.max_tokens if max_tokens is None else max_tokens
         return self._answer([*self.messages, Message("user", text)], limit, progress)
 
@@ -190,6 +195,7 @@ class Session:
         Raises:
             UsageError: there is no answer yet.
         """
+        self._end_latest()
         index = last_turn(self.messages)
         if index is None:
             raise UsageError("there is no answer to make again; ask something first")
@@ -205,17 +211,24 @@ class Session:
         if not turn.prompt:
             raise UsageError("there is nothing to complete; give the beginning of a text")
         if turn.size >= self.n_ctx:
-            raise Dots1Error(self._refusal(turn.size))
-        return self._stream(turn)
+            raise Dots1Error(self._refusal(turn))
+        stream = self._stream(turn)
+        self._latest = ref(stream)  # who drops the stream closes it
+        return stream
 
-    def _refusal(self, size: int) -> str:
-        if self.overflow == "stop":
-            what, remedy = "with this question the conversation", "drop turns of it"
+    def _end_latest(self) -> None:
+        """End an answer that is still open; later it would write over what came after it."""
+        if (stream := self._latest()) is not None:
+            stream.close()
+
+    def _refusal(self, turn: _Turn) -> str:
+        if count_turns(turn.messages) > 1:
+            what, remedy = "with this question the conversation", "set overflow to drop"
         else:
-            what, remedy = "even without earlier turns the prompt", "shorten it"
+            what, remedy = "the prompt alone", "shorten it"
         return (
-            f"{what} is {size} tokens long and the context holds {self.n_ctx}; {remedy}, or choose "
-            "a larger one with --context"
+            f"{what} is {turn.size:,} tokens long and the context holds {self.n_ctx:,}; {remedy}, "
+            "or choose a larger context with --context"
         )
 
     def _stream(self, turn: _Turn) -> Generator[str, None, None]:

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, prod, sqrt
 from pathlib import Path
 
@@ -32,11 +32,11 @@ _PIECE_BYTES = 4 << 20  # looked at for finiteness at a time
 
 @dataclass(frozen=True)
 class _Part:
-    """What the bytes from `start` on came to; `bad` are blocks counted from the tensor's first."""
+    """What one piece came to; `first_bad` is counted from the tensor's first block."""
 
-    start: int
     nbytes: int
-    bad: NDArray[np.intp]
+    bad_blocks: int
+    first_bad: int
     expert: int = 0
     squared_error: float = 0.0
     squared: float = 0.0
@@ -117,12 +117,12 @@ class _Tensor:
     def look(self, where: range) -> _Part:
         data = self._files.read(self._tensor.file, self._tensor.offset + where.start, len(where))
         kind = self._tensor.type
-        bad = bad_blocks(data, kind) + where.start // block_bytes(kind)
-        if not self._sources:
-            return _Part(where.start, len(where), bad)
-        return self._compare(data, where, bad)
+        bad = bad_blocks(data, kind)
+        first_bad = where.start // block_bytes(kind) + int(bad[0]) if bad.size else 0
+        part = _Part(len(where), bad.size, first_bad)
+        return self._compare(data, where, part) if self._sources else part
 
-    def _compare(self, data: NDArray[np.uint8], where: range, bad: NDArray[np.intp]) -> _Part:
+    def _compare(self, data: NDArray[np.uint8], where: range, part: _Part) -> _Part:
         expert, start = divmod(where.start // self._row_bytes, self._part_rows)
         source = self._sources[expert]
         kind = TYPES[self._tensor.type]
@@ -135,20 +135,18 @@ class _Tensor:
             difference = found[:count, :width] - right
             error = np.einsum("ij,ij->i", difference, difference).sum(dtype=np.float64)
         exact = is_exact(kind.name, source.dtype)
-        return _Part(
-            where.start,
-            len(where),
-            bad,
-            expert,
-            float(error),
-            float(np.einsum("ij,ij->i", right, right).sum(dtype=np.float64)),
-            int(np.count_nonzero(difference)) if exact else 0,
-            int(np.count_nonzero(found[count:])),
+        return replace(
+            part,
+            expert=expert,
+            squared_error=float(error),
+            squared=float(np.einsum("ij,ij->i", right, right).sum(dtype=np.float64)),
+            changed=int(np.count_nonzero(difference)) if exact else 0,
+            padding=int(np.count_nonzero(found[count:])),
         )
 
     def sum_up(self, parts: list[_Part]) -> TensorCheck:
         tensor = self._tensor
-        bad = [block for part in parts for block in part.bad[:1].tolist()]
+        bad = [part.first_bad for part in parts if part.bad_blocks]
         weights = tensor.elements * block_bytes(tensor.type) // max(tensor.nbytes, 1)
         row = bad[0] * weights // self._columns if bad else 0
         expert, row = divmod(row, self._part_rows) if bad else (0, 0)
@@ -168,7 +166,7 @@ class _Tensor:
             tensor.type,
             tensor.shape,
             tensor.nbytes,
-            sum(len(part.bad) for part in parts),
+            sum(part.bad_blocks for part in parts),
             expert,
             row,
             error,

@@ -8,7 +8,12 @@ from typing import Literal
 
 from dots1_local.gguf_header import Value
 
-__all__ = ["Change", "Finding", "Kind", "Report", "Severity", "TensorCheck", "names"]
+__all__ = [
+    "ABORTS", "REFUSES", "Change", "Finding", "Kind", "Report", "Severity", "TensorCheck", "names",
+]  # fmt: skip
+
+REFUSES = "llama.cpp refuses to load the file"
+ABORTS = "llama.cpp aborts the process"
 
 # error: the file does not load, aborts the process, computes something else or never stops;
 # warning: it works, but worse or only in some programs; note: unusual, and no more.

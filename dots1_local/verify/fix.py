@@ -30,7 +30,7 @@ class _Copy:
 
     @property
     def partial(self) -> Path:
-        return self.target.with_name(self.target.name + ".partial")
+        return _partial(self.target)
 
     @property
     def nbytes(self) -> int:
@@ -49,14 +49,13 @@ def write_fixed(
         Dots1Error: an output exists (without `force`), is the input, or cannot be written.
     """
     path = _resolved(output)
-    targets = _targets(report.files, path)
+    targets = _check(report.files, path, force)
     copies = []
     for number, (source, target) in enumerate(zip(report.files, targets, strict=True)):
         header = RawHeader.read(source)
         changes = report.changes if number == 0 else ()
         copies.append(_Copy(source, target, header.changed(changes), header.data_start))
     try:
-        _check(report.files, targets, force)
         try:
             _write(copies, progress)
             for copy in copies:
@@ -75,16 +74,12 @@ def check_output(path: str | Path, output: str | Path, *, force: bool = False) -
     Raises:
         Dots1Error: it exists (without `force`), is the input, or does not fit the disk.
     """
-    files = GGUFFile.open(path).files
-    try:
-        _check(files, _targets(files, _resolved(output)), force)
-    except OSError as error:
-        raise Dots1Error(f"cannot write {output}: {error.strerror or error}") from None
+    _check(GGUFFile.open(path).files, _resolved(output), force)
 
 
 def _resolved(output: str | Path) -> Path:
     """What a link points to is written, not the link."""
-    return Path(output).resolve() if os.path.islink(output) else Path(output)
+    return Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
 
 
 def _targets(files: Sequence[Path], path: Path) -> list[Path]:
@@ -94,13 +89,32 @@ def _targets(files: Sequence[Path], path: Path) -> list[Path]:
     return [path.with_name(f"{stem}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
 
 
-def _check(files: Sequence[Path], targets: Sequence[Path], force: bool) -> None:
+def _check(files: Sequence[Path], path: Path, force: bool) -> list[Path]:
+    """The files to write for `path`, none of which is in the way of anything."""
+    if not path.name:
+        raise Dots1Error(f"{path} is no regular file; name one")
+    targets = _targets(files, path)
+    try:
+        if not path.parent.is_dir():
+            raise Dots1Error(f"no such folder: {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise Dots1Error(f"the folder {path.parent} may not be written; write elsewhere")
+        for target in {path, *targets}:
+            if target.with_name(target.name + ".journal").exists():
+                raise Dots1Error(f"a conversion to {target} is unfinished; write to another file")
+        for target in targets:
+            _check_target(files, target, force)
+        _check_space(files, targets)
+    except OSError as error:
+        raise Dots1Error(f"cannot write {path}: {error.strerror or error}") from None
+    return targets
+
+
+def _check_space(files: Sequence[Path], targets: Sequence[Path]) -> None:
+    """Refuse what the disk cannot hold; what a killed run has left makes room first."""
     folder = targets[0].parent
-    if not folder.is_dir():
-        raise Dots1Error(f"no such folder: {folder}")
-    for target in targets:
-        _check_target(files, target, force)
-    needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free
+    left = sum(p.lstat().st_blocks * 512 for p in map(_partial, targets) if os.path.lexists(p))
+    needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free + left
     if needed > free:
         raise Dots1Error(
             f"{folder} has {free / 1e9:.1f} GB free, but {targets[0].name} needs "
@@ -108,12 +122,14 @@ def _check(files: Sequence[Path], targets: Sequence[Path], force: bool) -> None:
         )
 
 
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
+
+
 def _check_target(files: Sequence[Path], target: Path, force: bool) -> None:
-    for path in (target, target.with_name(target.name + ".partial")):
+    for path in (target, _partial(target)):
         if path.exists() and any(path.samefile(file) for file in files):
             raise Dots1Error(f"{path} is the file to be fixed; write to another one")
-    if target.with_name(target.name + ".journal").exists():
-        raise Dots1Error(f"a conversion to {target} is unfinished; write to another file")
     if target.exists() and not target.is_file():
         raise Dots1Error(f"{target} is no regular file; name one")
     if target.exists() and not force:
@@ -129,7 +145,9 @@ def _write(copies: Sequence[_Copy], progress: Progress) -> None:
         progress(done, total, "bytes", "copying")
 
     for copy in copies:
-        with open(copy.source, "rb") as source, open(copy.partial, "wb") as target:
+        copy.partial.unlink(missing_ok=True)  # a killed run's; never what it may be a link to
+    for copy in copies:
+        with open(copy.source, "rb") as source, open(copy.partial, "xb") as target:
             target.write(copy.header)
             target.flush()
             report(len(copy.header))

@@ -1,5 +1,7 @@
 """Everything that the header of a dots1 GGUF shows to be wrong."""
 
+from collections.abc import Mapping
+from itertools import chain
 from reprlib import repr as brief
 
 from dots1_local.checkpoint import Checkpoint
@@ -11,7 +13,7 @@ from dots1_local.verify.template import lint_template
 from dots1_local.verify.tensors import lint_tensors
 from dots1_local.verify.tokens import lint_tokenizer
 
-__all__ = ["lint"]
+__all__ = ["lint", "obstacle"]
 
 
 def lint(gguf: GGUFFile, checkpoint: Checkpoint | None = None) -> list[Finding]:
@@ -20,22 +22,47 @@ def lint(gguf: GGUFFile, checkpoint: Checkpoint | None = None) -> list[Finding]:
     Raises:
         CheckpointError: the checkpoint's tokenizer is not readable.
     """
+    if other := _other(gguf):
+        return [other]
+    kinds = RawHeader.read(gguf.files[0]).kinds
+    findings = list(lint_numbers(gguf, kinds, checkpoint.config if checkpoint else None))
+    findings += lint_tensors(gguf, config_of(gguf))
+    findings += _tokenizer(gguf, kinds, checkpoint)
+    return sorted(findings, key=lambda found: ("error", "warning", "note").index(found.severity))
+
+
+def obstacle(gguf: GGUFFile) -> Finding | None:
+    """The first thing for which llama.cpp would not load the model, abort, or compute another.
+
+    What only a chat needs is not looked at: its markers, its ends and its template.
+    """
+    if other := _other(gguf):
+        return other
+    kinds = RawHeader.read(gguf.files[0]).kinds
+    findings = chain(
+        lint_numbers(gguf, kinds, None),
+        lint_tensors(gguf, config_of(gguf)),
+        (found for found in lint_tokenizer(gguf, kinds, None) if found.check == "tokenizer"),
+    )
+    return next((found for found in findings if found.severity == "error"), None)
+
+
+def _other(gguf: GGUFFile) -> Finding | None:
+    """What is said, and all that is said, of a file that holds no dots1 model."""
     architecture = gguf.keys.get("general.architecture")
     if architecture != "dots1":
         message = (
             f"it is a model of architecture {brief(architecture)}; dots1-local runs dots1 only"
         )
-        return [Finding("architecture", "error", message)]
+        return Finding("architecture", "error", message)
     if not gguf.tensors:
-        return [Finding("tensors", "error", "it holds no tensors: it is a vocabulary, no model")]
-    kinds = RawHeader.read(gguf.files[0]).kinds
-    findings = list(lint_numbers(gguf, kinds, checkpoint.config if checkpoint else None))
-    findings += lint_tensors(gguf, config_of(gguf))
-    findings += _tokenizer(gguf, checkpoint)
-    return sorted(findings, key=lambda found: ("error", "warning", "note").index(found.severity))
+        return Finding("tensors", "error", "it holds no tensors: it is a vocabulary, no model")
+    return None
 
 
-def _tokenizer(gguf: GGUFFile, checkpoint: Checkpoint | None) -> list[Finding]:
+def _tokenizer(
+    gguf: GGUFFile, kinds: Mapping[str, int], checkpoint: Checkpoint | None
+) -> list[Finding]:
     right = None
     if checkpoint:
         from dots1_local.convert.metadata import end_tokens
@@ -44,4 +71,7 @@ def _tokenizer(gguf: GGUFFile, checkpoint: Checkpoint | None) -> list[Finding]:
         ends = end_tokens(checkpoint)
         right = read_tokenizer(checkpoint.path, checkpoint.config.vocab_size, ends)
     template = right.chat_template if right else None
-    return [*lint_tokenizer(gguf, right), *lint_template(gguf, template, compared=bool(right))]
+    return [
+        *lint_tokenizer(gguf, kinds, right),
+        *lint_template(gguf, template, compared=bool(right)),
+    ]

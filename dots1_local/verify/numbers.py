@@ -13,16 +13,14 @@ from typing import Any
 from dots1_local.architecture import Dots1Config
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.gguf_header import Value
-from dots1_local.verify.findings import Change, Finding, Kind
+from dots1_local.verify.findings import ABORTS, REFUSES, Change, Finding, Kind
 from dots1_local.verify.raw_header import KIND_IDS
 from dots1_local.verify.shapes import Numbers, shown_by
 
 __all__ = ["config_of", "conflicts", "lint_numbers"]
 
-_SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
+_SIGMOID, _OTHER_GATINGS = 2, (1, 3, 4)  # enum llama_expert_gating_func_type
 _MOST_LAYERS, _MOST_EXPERTS = 512, 1024  # llama.cpp's own limits
-_REFUSES = "llama.cpp refuses to load the file"
-_ABORTS = "llama.cpp aborts the process"
 
 
 @dataclass(frozen=True)
@@ -40,21 +38,21 @@ class _Key:
 
 
 _KEYS = (
-    _Key("context_length", "max_position_embeddings", _REFUSES),
-    _Key("embedding_length", "hidden_size", _REFUSES),
-    _Key("block_count", "num_hidden_layers", _REFUSES),
-    _Key("feed_forward_length", "intermediate_size", _REFUSES),
-    _Key("attention.head_count", "num_attention_heads", _REFUSES),
-    _Key("attention.head_count_kv", "num_key_value_heads", _REFUSES),
-    _Key("attention.key_length", "head_dim", _REFUSES),
-    _Key("attention.value_length", "head_dim", _REFUSES),
-    _Key("rope.dimension_count", "head_dim", _ABORTS),
-    _Key("leading_dense_block_count", "first_k_dense_replace", _REFUSES),
-    _Key("expert_count", "n_routed_experts", _ABORTS),
-    _Key("expert_used_count", "num_experts_per_tok", _ABORTS),
-    _Key("expert_shared_count", "n_shared_experts", _REFUSES),
-    _Key("expert_feed_forward_length", "moe_intermediate_size", _REFUSES),
-    _Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", _REFUSES, "f32"),
+    _Key("context_length", "max_position_embeddings", REFUSES),
+    _Key("embedding_length", "hidden_size", REFUSES),
+    _Key("block_count", "num_hidden_layers", REFUSES),
+    _Key("feed_forward_length", "intermediate_size", REFUSES),
+    _Key("attention.head_count", "num_attention_heads", REFUSES),
+    _Key("attention.head_count_kv", "num_key_value_heads", REFUSES),
+    _Key("attention.key_length", "head_dim", REFUSES),
+    _Key("attention.value_length", "head_dim", REFUSES),
+    _Key("rope.dimension_count", "head_dim", ABORTS),
+    _Key("leading_dense_block_count", "first_k_dense_replace", REFUSES),
+    _Key("expert_count", "n_routed_experts", ABORTS),
+    _Key("expert_used_count", "num_experts_per_tok", ABORTS),
+    _Key("expert_shared_count", "n_shared_experts", REFUSES),
+    _Key("expert_feed_forward_length", "moe_intermediate_size", REFUSES),
+    _Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", REFUSES, "f32"),
     _Key(
         "rope.freq_base", "rope_theta",
         "llama.cpp silently takes 10000, and the model loses track of what is where",
@@ -130,7 +128,8 @@ def config_of(gguf: GGUFFile) -> Dots1Config | None:
     None if even so a number is missing, or one is beyond what llama.cpp takes.
     """
     shown = shown_by(gguf.tensors)
-    told: Numbers = {}
+    tokens = gguf.keys.get("tokenizer.ggml.tokens")
+    told: Numbers = {"vocab_size": len(tokens)} if isinstance(tokens, list) else {}
     for key in _KEYS:
         value = _number(key, gguf)
         if key.kind == "u32" and _is_sane(key, value):
@@ -164,7 +163,7 @@ def _check_value(
         wrong = f"{name} is {value!r} where {source} {right!r}"
         yield Finding("keys", "error", f"{wrong}; {_remedy(changes)}", changes)
     elif kinds[name] != KIND_IDS[key.kind] and not isinstance(gguf.keys[name], list):
-        wrong = f"{name} is not stored as {key.kind}: {_REFUSES}"
+        wrong = f"{name} is not stored as {key.kind}: {REFUSES}"
         changes = (Change(name, key.kind, value),)
         yield Finding("keys", "error", f"{wrong}; --fix stores it so", changes)
     elif checkpoint is None and key.published is not None and value != key.published:
@@ -198,7 +197,8 @@ def _is_sane(key: _Key, value: Value | None) -> bool:
     if key.kind == "bool" or isinstance(value, bool):
         return key.kind == "bool" and isinstance(value, bool)
     if key.kind == "f32":
-        return isinstance(value, int | float) and 0 < value < 1e12
+        none = value == 0 and key.field == "rms_norm_eps"  # it computes without one
+        return none or (isinstance(value, int | float) and 0 < value < 1e12)
     return isinstance(value, int) and (value > 0 or key.field in _COUNTED) and value < 1 << 32
 
 
@@ -214,9 +214,11 @@ def _gating(gguf: GGUFFile, kinds: Mapping[str, int]) -> Iterator[Finding]:
     if gating == _SIGMOID and kinds[name] == KIND_IDS["u32"]:
         return
     if gating is None:
-        wrong = f"{name} is missing: {_ABORTS}"
-    elif gating == _SIGMOID:
-        wrong = f"{name} is not stored as u32: {_REFUSES}"
+        wrong = f"{name} is missing: {ABORTS}"
+    elif kinds[name] != KIND_IDS["u32"]:
+        wrong = f"{name} is not stored as u32: {REFUSES}"
+    elif gating not in _OTHER_GATINGS:
+        wrong = f"{name} is {brief(gating)}: {ABORTS}"
     else:
         wrong = (
             f"{name} is {brief(gating)}: the router weighs experts in another way than in training"
@@ -228,11 +230,16 @@ def _gating(gguf: GGUFFile, kinds: Mapping[str, int]) -> Iterator[Finding]:
 def _limits(gguf: GGUFFile) -> Iterator[Finding]:
     """Numbers that llama.cpp asserts."""
     number = {key.name: _number(key, gguf) for key in _KEYS}
+    for name, most in (("block_count", _MOST_LAYERS), ("expert_count", _MOST_EXPERTS)):
+        count = number[name]
+        if isinstance(count, int) and count > most:
+            message = f"dots1.{name} is {count}, beyond {most}: {ABORTS}"
+            yield Finding("keys", "error", message)
     experts, used = number["expert_count"], number["expert_used_count"]
     if isinstance(experts, int) and isinstance(used, int) and not 0 < used <= experts:
         yield Finding(
             "experts", "error",
-            f"each token is routed to {used} of {experts} experts: {_ABORTS}; compare with "
+            f"each token is routed to {used} of {experts} experts: {ABORTS}; compare with "
             "--against the checkpoint",
         )  # fmt: skip
     groups = gguf.keys.get("dots1.expert_group_count", 0)

@@ -57,7 +57,11 @@ class RawHeader:
 
     @property
     def data_start(self) -> int:
-        return -(-self.length // self.alignment) * self.alignment
+        return self.aligned(self.length)
+
+    def aligned(self, position: int) -> int:
+        """The first multiple of the alignment from `position` on."""
+        return -(-position // self.alignment) * self.alignment
 
     def changed(self, changes: Iterable[Change]) -> bytes:
         """The header with `changes` made, up to where the data section begins.

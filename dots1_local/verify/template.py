@@ -51,7 +51,7 @@ def _problems(source: str, file: str, known: set[str]) -> Iterator[tuple[Severit
     if lost:
         yield "warning", f"the chat template leaves out the {names(lost)} message"
     strange = [marker for marker in MARKER.findall(rendered) if marker not in known]
-    if strange:
+    if strange and known:
         listed = names(dict.fromkeys(strange))
         yield "error", f"the chat template writes {listed}, of which there is no such token"
     elif _RESPONSE in known and not rendered.endswith(_RESPONSE):

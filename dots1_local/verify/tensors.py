@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
 from dots1_local.gguf_file import GGUFFile, GGUFTensor, role_of
-from dots1_local.verify.findings import Finding, Severity, names
+from dots1_local.verify.findings import ABORTS, REFUSES, Finding, Severity, names
+from dots1_local.verify.raw_header import RawHeader
 
 __all__ = ["expected_tensors", "lint_tensors"]
 
@@ -32,6 +33,7 @@ def expected_tensors(config: Dots1Config, gguf: GGUFFile, width: int) -> list[Te
 def lint_tensors(gguf: GGUFFile, config: Dots1Config | None) -> Iterator[Finding]:
     """What is wrong with the tensors; without a `config` that the keys describe, their types."""
     yield from _types(gguf)
+    yield from _places(gguf)
     if config is None:
         message = "which tensors should be there cannot be told from the keys"
         yield Finding("tensors", "error", message)
@@ -66,10 +68,7 @@ def _surplus(surplus: list[str]) -> Iterator[Finding]:
         yield Finding("tensors", "error", message)
     others = [n for n in surplus if n not in used and not n.endswith(("scale", ".attn_qkv.bias"))]
     if others:
-        message = (
-            f"{names(others)} is no part of a dots1 model: llama.cpp refuses to load the file; "
-            f"{_AGAIN}"
-        )
+        message = f"{names(others)} is no part of a dots1 model: {REFUSES}; {_AGAIN}"
         yield Finding("tensors", "error", message)
 
 
@@ -82,14 +81,32 @@ def _misshaped(
         yield Finding(
             "tensors", "error",
             f"{names(wrong)} misshaped: {first} is {_shape(found[first].shape)} where the keys "
-            f"make it {_shape(wanted[first].shape)}, and llama.cpp refuses to load the file; "
-            f"{_AGAIN}",
+            f"make it {_shape(wanted[first].shape)}, and {REFUSES}; {_AGAIN}",
         )  # fmt: skip
+
+
+def _places(gguf: GGUFFile) -> Iterator[Finding]:
+    """llama.cpp takes a tensor only where the one before it in the header ends."""
+    strayed, behind = [], 0
+    for file in gguf.files:
+        header = RawHeader.read(file)
+        end = header.data_start
+        for tensor in (tensor for tensor in gguf.tensors if tensor.file == file):
+            if tensor.offset != end:
+                strayed.append(tensor.name)
+            end = header.aligned(tensor.offset + tensor.nbytes)
+        behind += max(0, file.stat().st_size - end)
+    if strayed:
+        message = f"{names(strayed)} not where the tensor before it ends: {REFUSES}; {_AGAIN}"
+        yield Finding("offsets", "error", message)
+    elif behind:
+        message = f"{behind} bytes after the last tensor belong to none"
+        yield Finding("offsets", "note", message)
 
 
 def _types(gguf: GGUFFile) -> Iterator[Finding]:
     checks: tuple[tuple[str, Severity, tuple[str, ...], str], ...] = (
-        ("norms", "error", ("norm", "exp_probs_b"), "llama.cpp aborts the process"),
+        ("norms", "error", ("norm", "exp_probs_b"), ABORTS),
         ("router", "warning", ("ffn_gate_inp",), "experts are chosen less exactly"),
     )
     for check, severity, parts, effect in checks:

@@ -3,14 +3,16 @@
 Ids are found by the tokens' text. What llama.cpp does is read in its `llama_vocab::impl::load`.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from reprlib import repr as brief
 from typing import TYPE_CHECKING
 
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.gguf_header import Value
-from dots1_local.verify.findings import Change, Finding, Severity, names
+from dots1_local.verify.findings import ABORTS, REFUSES, Change, Finding, Kind, Severity, names
+from dots1_local.verify.raw_header import KIND_IDS
 from dots1_local.verify.template import MARKER
 
 if TYPE_CHECKING:
@@ -25,12 +27,18 @@ _END_OF_RESPONSE, _END_OF_TEXT = "<|endofresponse|>", "<|endoftext|>"
 _QWEN2 = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")
 
 
-def lint_tokenizer(gguf: GGUFFile, checkpoint: "Tokenizer | None") -> Iterator[Finding]:
-    """What is wrong with the tokenizer's keys, the checkpoint's tokenizer being the right one."""
+def lint_tokenizer(
+    gguf: GGUFFile, kinds: Mapping[str, int], checkpoint: "Tokenizer | None"
+) -> Iterator[Finding]:
+    """What is wrong with the tokenizer's keys, the checkpoint's tokenizer being the right one.
+
+    `kinds` are the ids of the keys' types.
+    """
+    yield from _stored(gguf, kinds)
     tokens = _strings(gguf.keys.get(_PREFIX + "tokens"))
     replaced = _replacement(gguf, checkpoint)
     if not tokens:
-        message = "there is no tokenizer: llama.cpp takes no text"
+        message = f"there is no tokenizer: {REFUSES}"
         yield Finding("tokenizer", "error", f"{message}; {_remedy(replaced)}", replaced)
         return
     wrong = list(_vocabulary(gguf, tokens))
@@ -39,10 +47,24 @@ def lint_tokenizer(gguf: GGUFFile, checkpoint: "Tokenizer | None") -> Iterator[F
     for message in wrong:
         yield Finding("tokenizer", "error", f"{message}; {_remedy(replaced)}", replaced)
     yield from _pre(gguf)
-    yield from _bos(gguf)
+    yield from _bos(gguf, len(tokens))
     yield from _ends(gguf, tokens, checkpoint)
     if not wrong:
         yield from _markers(gguf, tokens)
+
+
+def _stored(gguf: GGUFFile, kinds: Mapping[str, int]) -> Iterator[Finding]:
+    """Ids and switches of another type than llama.cpp reads; what else is wrong comes after it."""
+    for name, kind in kinds.items():
+        ending = re.fullmatch(r"tokenizer\.ggml\.(?:\w+_(token_id)|add_\w+_token)", name)
+        wanted: Kind = "u32" if ending and ending[1] else "bool"
+        if ending and kind != KIND_IDS[wanted]:
+            value = gguf.keys[name]
+            usable = isinstance(value, int) and 0 <= value < (1 << 32 if wanted == "u32" else 2)
+            change = Change(name, wanted, value) if usable else Change(name)
+            message = f"{name} is not stored as {wanted}: {REFUSES}"
+            remedy = "--fix stores it so" if usable else "--fix removes it"
+            yield Finding("tokenizer", "error", f"{message}; {remedy}", (change,))
 
 
 def _replacement(gguf: GGUFFile, checkpoint: "Tokenizer | None") -> tuple[Change, ...]:
@@ -78,38 +100,40 @@ def _remedy(changes: Sequence[Change]) -> str:
 
 def _vocabulary(gguf: GGUFFile, tokens: list[str]) -> Iterator[str]:
     model, types = (gguf.keys.get(_PREFIX + key) for key in ("model", "token_type"))
-    if model != "gpt2":
+    if model is None:
+        yield f"{_PREFIX}model is missing: {REFUSES}"
+    elif model != "gpt2":
         yield f"{_PREFIX}model is {brief(model)} where dots1 models have 'gpt2'"
     for tensor in gguf.tensors:
         embeds = tensor.name in ("token_embd.weight", "output.weight")
         if embeds and tensor.shape[:1] != (len(tokens),):
-            yield (
-                f"there are {len(tokens)} tokens for {tensor.name} of {list(tensor.shape)}: "
-                "llama.cpp refuses to load the file"
-            )
-    token, count = Counter(tokens).most_common(1)[0]
-    if count > 1:
-        yield f"the token {brief(token)} is there {count} times: llama.cpp aborts the process"
+            shape = list(tensor.shape)
+            yield f"there are {len(tokens)} tokens for {tensor.name} of {shape}: {REFUSES}"
+    for token, count in Counter(filter(None, tokens)).most_common(1):  # it renames empty ones
+        if count > 1:
+            yield f"the token {brief(token)} is there {count} times: {ABORTS}"
     if not isinstance(types, list):
         yield f"{_PREFIX}token_type is missing: a prompt would spell out its markers as text"
     elif len(types) != len(tokens):
         yield f"there are {len(types)} token types for {len(tokens)} tokens"
     if not _strings(gguf.keys.get(_PREFIX + "merges")):
-        yield f"{_PREFIX}merges is missing: llama.cpp refuses to load the file"
+        yield f"{_PREFIX}merges is missing: {REFUSES}"
 
 
 def _pre(gguf: GGUFFile) -> Iterator[Finding]:
     pre = gguf.keys.get(_PREFIX + "pre")
     if pre not in _QWEN2:
-        found = "missing" if pre is None else brief(pre)
+        found, unknown = "missing", ""
+        if pre is not None:  # maybe a name that another version of llama.cpp has
+            found, unknown = brief(pre), ", or refuses to load the file"
         yield Finding(
             "pre", "error",
-            f"{_PREFIX}pre is {found}: llama.cpp splits text in another way than in training; "
-            "--fix sets 'qwen2'", (Change(_PREFIX + "pre", "string", "qwen2"),),
+            f"{_PREFIX}pre is {found}: llama.cpp splits text in another way than in training"
+            f"{unknown}; --fix sets 'qwen2'", (Change(_PREFIX + "pre", "string", "qwen2"),),
         )  # fmt: skip
 
 
-def _bos(gguf: GGUFFile) -> Iterator[Finding]:
+def _bos(gguf: GGUFFile, n_tokens: int) -> Iterator[Finding]:
     """dots1 has no token that begins a text, but llama.cpp has one for every model."""
     bos, adds = (gguf.keys.get(_PREFIX + key) for key in ("bos_token_id", "add_bos_token"))
     key = _PREFIX + "add_bos_token"
@@ -118,14 +142,14 @@ def _bos(gguf: GGUFFile) -> Iterator[Finding]:
     if adds is None:
         message = f"{key} is missing: some programs begin every prompt with token 11, a comma"
         yield Finding("bos", "warning", f"{message}; --fix sets False", no_bos)
-    elif adds is not False:
-        found = 11 if bos is None else bos
-        message = f"{key} is {brief(adds)}: every prompt begins with token {brief(found)}"
+    elif adds:
+        found = bos if isinstance(bos, int) and 0 <= bos < n_tokens else 11
+        message = f"{key} is {brief(adds)}: every prompt begins with token {found}"
         yield Finding("bos", "error", f"{message}; --fix sets False", no_bos)
     elif bos is not None:
         message = f"{_PREFIX}bos_token_id is {brief(bos)}, but dots1 models have no such token"
         yield Finding("bos", "warning", f"{message}; --fix removes it", remove)
-    if gguf.keys.get(_PREFIX + "add_eos_token", False) is not False:
+    if gguf.keys.get(_PREFIX + "add_eos_token"):
         key = _PREFIX + "add_eos_token"
         message = f"{key} is set: every prompt ends where it should go on"
         yield Finding("eos", "error", f"{message}; --fix removes it", (Change(key),))
@@ -133,7 +157,7 @@ def _bos(gguf: GGUFFile) -> Iterator[Finding]:
 
 def _ends(gguf: GGUFFile, tokens: list[str], checkpoint: "Tokenizer | None") -> Iterator[Finding]:
     """Both ends must be said: llama.cpp knows `<|endoftext|>` by name, not `<|endofresponse|>`."""
-    eos, eot = (gguf.keys.get(f"{_PREFIX}{end}_token_id") for end in ("eos", "eot"))
+    eos, eot = _said_ends(gguf, tokens)
     wanted = _wanted_ends(tokens, checkpoint)
     said = [value for value in (eos, eot) if value is not None]
     if eos is not None and all(v in wanted for v in said) and all(v in said for v in wanted):
@@ -153,6 +177,12 @@ def _ends(gguf: GGUFFile, tokens: list[str], checkpoint: "Tokenizer | None") -> 
     yield Finding("eos", severity, f"{message}; --fix ends them at {right}", changes)
 
 
+def _said_ends(gguf: GGUFFile, tokens: list[str]) -> tuple[Value | None, Value | None]:
+    """What the keys say of EOS and EOT; an EOT that is no token counts for nothing."""
+    eos, eot = (gguf.keys.get(f"{_PREFIX}{end}_token_id") for end in ("eos", "eot"))
+    return eos, eot if isinstance(eot, int) and 0 <= eot < len(tokens) else None
+
+
 def _wanted_ends(tokens: list[str], checkpoint: "Tokenizer | None") -> list[int]:
     if checkpoint and checkpoint.eos < len(tokens) > checkpoint.eot:
         return [checkpoint.eos, checkpoint.eot]
@@ -161,7 +191,7 @@ def _wanted_ends(tokens: list[str], checkpoint: "Tokenizer | None") -> list[int]
 
 
 def _wrong_ends(gguf: GGUFFile, tokens: list[str], wanted: list[int]) -> tuple[Severity, str]:
-    said = [gguf.keys.get(f"{_PREFIX}{end}_token_id") for end in ("eos", "eot")]
+    said = _said_ends(gguf, tokens)
     for end, value in zip(("eos", "eot"), said, strict=True):
         if value not in wanted and (end == "eos" or value is not None):
             wrong = f"{_PREFIX}{end}_token_id {_says(value, tokens)}"
@@ -180,7 +210,7 @@ def _says(value: Value | None, tokens: list[str]) -> str:
         return "is missing, and llama.cpp takes 11, a comma"
     if isinstance(value, int) and 0 <= value < len(tokens):
         return f"is {value} ({brief(tokens[value])})"
-    return f"is {brief(value)}, which is no token"
+    return f"is {brief(value)}, which is no token, and llama.cpp takes 11, a comma"
 
 
 def _markers(gguf: GGUFFile, tokens: list[str]) -> Iterator[Finding]:

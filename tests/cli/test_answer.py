@@ -1,12 +1,22 @@
-"""Ctrl-C in an answer: where it is heard, and what it leaves."""
+"""An answer on its way to stdout: where Ctrl-C is heard, and what cannot be written."""
 
+import errno
+import io
+import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from dots1_local.cli.repl.answer import NotAnswered, stream
+from dots1_local.cli.repl import loop
+from dots1_local.cli.repl.answer import NotAnswered, show, stream
+from dots1_local.errors import Dots1Error
 from dots1_local.progress import Progress
+
+if TYPE_CHECKING:
+    from dots1_local.runtime.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +82,62 @@ def test_what_was_said_counts_when_room_is_made_in_mid_answer() -> None:
     assert written == ["a"]
 
 
-def test_a_second_one_is_an_interrupt() -> None:
+def test_more_of_them_are_no_more() -> None:
     def ask(progress: Progress) -> Generator[str, None, None]:
-        ctrl_c()
-        ctrl_c()
-        yield "never"
+        try:
+            ctrl_c()
+            ctrl_c()
+            yield "a"
+            yield "never"
+        finally:
+            ctrl_c()
 
-    with pytest.raises(KeyboardInterrupt):
-        stream(ask, lambda text: None)
+    written: list[str] = []
+    stream(ask, written.append)
+    assert written == ["a"]
+
+
+def test_a_dialogue_outlives_them_wherever_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["", "/what", "/exit"])  # "" is Ctrl-C at an empty prompt
+
+    class Editor:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def read(self) -> str:
+            ctrl_c()
+            if line := next(lines):
+                return line
+            raise KeyboardInterrupt
+
+    told: list[str] = []
+
+    def notice(message: str) -> None:
+        told.append(message)
+        ctrl_c()
+
+    monkeypatch.setattr(loop, "LineEditor", Editor)
+    monkeypatch.setattr(loop, "notice", notice)
+    loop.Repl(cast("Session", None)).run()
+    assert [message.split()[0] for message in told] == ["Ctrl-D", "there"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", "中文\n"), ("ascii", "??\n"), ("gbk", "中文\n")]
+)
+def test_what_stdout_cannot_encode_is_a_question_mark(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: str
+) -> None:
+    data = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(data, encoding=encoding))
+    show(lambda progress: (piece for piece in ["中", "文"]), markdown=False)
+    assert data.getvalue().decode(encoding) == shown
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys.stdout, "write", fail)
+    with pytest.raises(Dots1Error, match="cannot write the answer: No space left"):
+        show(lambda progress: (piece for piece in ["a"]), markdown=True)

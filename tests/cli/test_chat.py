@@ -141,6 +141,11 @@ def test_nothing_to_answer_is_one_sentence(
     assert result.stdout == ""
 
 
+def test_an_empty_stop_string_is_refused_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    result = run(tmp_path / "nowhere.gguf", "-p", "hi", "--stop", "")
+    assert "--stop is empty" in str(result.exception)
+
+
 def test_help_tells_the_defaults() -> None:
     shown = CliRunner().invoke(app, ["chat", "--help"], env={"COLUMNS": "300"}).stdout
     usual = Sampling()

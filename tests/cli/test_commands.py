@@ -1,5 +1,7 @@
 """Commands of a dialogue, without a terminal: what they change, say and refuse."""
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +46,7 @@ def test_no_two_commands_share_a_name() -> None:
         ("/set max_tokens 12", "max_tokens  12"),
         ("/set max_tokens off", "max_tokens  off"),
         (r"/set stop END '\n\n' 完", r'stop  "END" "\n\n" "完"'),
+        (r"/set stop \n a\b", r'stop  "\n" "a\\b"'),
         ("/set stop a=b", 'stop  "a=b"'),
         ("/set stop none", "stop  none"),
         ("/set overflow stop", "overflow  stop"),
@@ -87,13 +90,21 @@ def test_settings_reach_the_session(repl: Repl) -> None:
         ("/save", "a file name is missing"),
         ("/load", "a file name is missing"),
         ("/load ~nobody-by-this-name/x", "no such home folder"),
+        ("/read a\x1b[31m.txt", "file names with control characters are not taken"),
+        ("/save .", r"\. is no file name"),
+        ("/load /", "/ is no file name"),
+        ("/save a/..", r"a/\.\. is no file name"),
+        ("/undo 3", "/undo takes nothing after it"),
         ("/read nowhere.txt", "cannot read nowhere.txt: No such file"),
-        ("/read .", "cannot read .: Is a directory"),
-        ("/read /dev/zero", "/dev/zero is longer than"),
+        ("/read .", r"\. is not a file"),
+        ("/read /dev/zero", "/dev/zero is not a file"),
+        ("/read pipe", "pipe is not a file"),
+        ("/read large.txt", "large.txt is longer than 4,194,304 bytes"),
         ("/read latin.txt", "latin.txt is no UTF-8 text .at byte 3"),
         ("/read long.txt", "long.txt is 75 tokens long; the context holds 64"),
-        ("/what", "no command /what .*a space first"),
-        ("/", "no command / "),
+        ("/what", "no command /what; .*a space first"),
+        ("/", "no command /; "),
+        ("/x\x1b[2Jy", "no command /xy; "),
     ],
 )
 def test_a_refusal_is_one_sentence(
@@ -102,6 +113,8 @@ def test_a_refusal_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "long.txt").write_text("x" * 64, encoding="utf-8")
+    (tmp_path / "large.txt").write_bytes(b"x" * ((4 << 20) + 1))
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match=sentence) as error:
         run_command(repl, line)
     assert "\n" not in str(error.value)
@@ -124,6 +137,39 @@ def test_what_a_file_says_does_not_reach_the_terminal_as_control(
     repl.session.messages = [Message("user", "\x1b[2Jone\n\ntwo"), Message("assistant", "A")]
     run_command(repl, "/undo")
     assert capsys.readouterr().err == "dropped: one two\n"
+
+
+def test_what_is_loaded_is_told(
+    repl: Repl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repl.session.messages = [Message("user", "one"), Message("assistant", "A")]
+    path = tmp_path / "talk.json"
+    run_command(repl, f"/save {path}")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"] = "other\x1b[2J.gguf"
+    content["settings"] |= {"temperature": 0.5, "stop": ["a\x9bb"]}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    capsys.readouterr()
+    run_command(repl, f"/load {path}")
+    assert capsys.readouterr().err.splitlines() == [
+        f"{path}: 1 turn, held with other.gguf; the last: one",
+        'settings now: temperature 0.5, stop "a"',
+    ]
+    content["model"] = repl.session.model
+    path.write_text(json.dumps(content), encoding="utf-8")
+    run_command(repl, f"/load {path}")
+    assert capsys.readouterr().err == f"{path}: 1 turn; the last: one\n"
+
+
+def test_show_counts_the_conversation_as_it_is(
+    repl: Repl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "".join(repl.session.ask("hello!")) == "A"
+    run_command(repl, "/show")
+    assert "turns           1, 3 tokens of text\n" in capsys.readouterr().err
+    run_command(repl, "/clear")
+    run_command(repl, "/show")
+    assert "turns           0, 0 tokens of text\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["/help", "/?", "/HELP"])

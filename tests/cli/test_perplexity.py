@@ -80,6 +80,19 @@ def test_undefined_figures_are_null_in_json(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["correlation"] is None
 
 
+def test_a_model_that_is_far_too_sure_has_infinite_perplexity(tmp_path: Path) -> None:
+    head = 1e4 * np.random.default_rng(0).normal(size=(CONFIG.vocab_size, CONFIG.hidden_size))
+    model = write_random_gguf(
+        tmp_path / "model.gguf", tensors={"output.weight": head.astype(np.float32)}
+    )
+    (tmp_path / "text.txt").write_text("abc" * 100)
+    command = [model, "-f", tmp_path / "text.txt", "-c", 64, "-t", 1]
+    assert run(*command).stdout.startswith("Final estimate: PPL = inf +/- ")
+    assert json.loads(run(*command, "--json").stdout)["value"] is None
+    by_model = run(*command, "--reference", model, "--json")
+    assert json.loads(by_model.stdout)["perplexity"]["value"] is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -59,7 +59,7 @@ def test_a_dialogue(model: Path, dialogue: Dialogue, tmp_path: Path) -> None:
 
         answer, status = terminal.enter("hello 你好").splitlines()
         assert answer == SEEN
-        assert "answer 10, " in status
+        assert "wrote 10 at " in status
         assert "of 512" in status
 
         terminal.send('"""one\r')
@@ -145,7 +145,7 @@ def test_ctrl_c_keeps_what_was_written_and_forgets_what_was_not_answered(
         terminal.wait_for("reading")
         terminal.send(CTRL_C)
         terminal.wait_for_prompt(below=line)
-        assert "not part of the conversation (arrow-up brings it back)" in terminal.text
+        assert "no part of the conversation (arrow-up brings it back)" in terminal.text
         terminal.send(UP)
         terminal.wait_for("> and this?")
         terminal.send(CTRL_C)
@@ -178,7 +178,7 @@ def test_commands_change_the_conversation(model: Path, dialogue: Dialogue, tmp_p
         assert saved(terminal, tmp_path) == [("system", "Say 'so'."), *talked]
         terminal.enter("/system ''")
         assert saved(terminal, tmp_path) == talked
-        assert "turns           2" in terminal.enter("/show")
+        assert "turns           2, " in terminal.enter("/show")
 
         terminal.enter("/set markdown off")
         terminal.enter("/set max_tokens 4")
@@ -209,8 +209,10 @@ def test_a_saved_conversation_goes_on_in_a_new_process(
         terminal.enter("你好")
         terminal.enter("/set seed 5")
         before = saved(terminal, tmp_path)
-    with dialogue(model) as terminal:
+    with dialogue(model, "--load", "talk.json") as terminal:
         terminal.wait_for_prompt()
+        assert terminal.lines[0] == "talk.json: 1 turn; the last: 你好"
+        terminal.enter("/clear")
         assert "1 turn; the last: 你好" in terminal.enter("/load ~/talk")
         assert "seed            5" in terminal.enter("/show")
         terminal.enter("and")

@@ -52,12 +52,10 @@ def test_is_the_textbooks_definition() -> None:
 
 
 def test_what_the_base_finds_impossible_does_not_count() -> None:
-    p = np.array([[0, -15.9, -17, -30]], np.float32)
-    q = np.array([[0, -15.9, -99, 3]], np.float32)  # far off only where P is under e^-16
+    p = np.array([[0, -15.9, -16, -30]], np.float32)
+    q = np.array([[0, -1e5, -1e8, -1e8]], np.float32)
     rows = compare(encode(p), q, np.zeros(1, np.int32))
-    log_p, log_q = log_softmax(p), log_softmax(q)
-    counted = (np.exp(log_p) * (log_p - log_q))[0, :2].sum()
-    assert rows["kld"][0] == pytest.approx(counted, abs=1e-4)
+    assert rows["kld"][0] == pytest.approx(1e5 * np.exp(-15.9), abs=1e-4)
 
 
 def test_the_first_of_equal_tokens_is_the_top() -> None:
@@ -75,6 +73,21 @@ def test_few_or_equal_rows_leave_undefined_what_is_undefined(count: int) -> None
     assert isnan(result.correlation)
     assert set(result.kl_percentiles.values()) == {0}
     assert "Cor(ln(PPL(Q)), ln(PPL(base))):    nan%" in str(result)
+
+
+@pytest.mark.parametrize(("count", "known"), [(9, False), (10, False), (11, True)])
+def test_ten_tokens_have_no_error(count: int, known: bool) -> None:
+    rows = np.zeros((1, count), ROW)
+    rows["kld"] = rows["nll"] = rows["nll_base"] = np.arange(count)
+    result = summarise(rows, n_ctx=2 * count + 2)
+    assert (result.kl_divergence.error > 0) == known
+    assert isnan(result.correlation) == (count < 10)
+
+
+def test_the_place_of_a_percentile_is_found_in_float32() -> None:
+    rows = np.zeros((1, 1_000_004), ROW)
+    rows["kld"][0, 999_003:] = 1  # 0.999 * 1,000,003 is 999,002.997; in float32 it is 999,003
+    assert summarise(rows, n_ctx=2_000_010).kl_percentiles[99.9] == 1
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])

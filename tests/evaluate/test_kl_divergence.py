@@ -29,6 +29,23 @@ def test_saves_the_bytes_llama_perplexity_writes(base: Path, tmp_path: Path) -> 
     assert f"Final estimate: {result}\n" == ESTIMATE.read_text()
 
 
+@pytest.mark.parametrize(
+    ("n_ctx", "chunks", "plain", "saved"),  # what llama-perplexity prints
+    [
+        (8, 10, "181.3621 +/- 72.34413", "181.3620 +/- 72.34412"),
+        (10, 30, "170.6143 +/- 27.83039", "170.6144 +/- 27.83040"),
+    ],
+)
+def test_rounds_as_llama_perplexity_does_when_it_saves(
+    base: Path, tmp_path: Path, n_ctx: int, chunks: int, plain: str, saved: str
+) -> None:
+    for target, printed in ((None, plain), (tmp_path / "base.kld", saved)):
+        result = perplexity(
+            base, text(), n_ctx=n_ctx, n_chunks=chunks, save_logits=target, threads=1
+        )
+        assert str(result) == f"PPL = {printed}"
+
+
 def test_by_file_and_by_model_alike_is_what_llama_perplexity_prints(
     base: Path, noisy: Path
 ) -> None:

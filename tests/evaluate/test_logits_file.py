@@ -109,6 +109,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
             LogitsFile.open(path)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Dots1Error, match="is no logits file"):
+        LogitsFile.open(tmp_path / "pipe")
+
+
 def test_a_file_that_gets_shorter_is_noticed(tmp_path: Path) -> None:
     path = Path(shutil.copy(BASE, tmp_path))
     with LogitsFile.open(path) as file:

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 from dots1_local.errors import Dots1Error
-from dots1_local.evaluate.logits_file import LogitsFile, decode
-from dots1_local.evaluate.logits_writer import LogitsWriter
+from dots1_local.evaluate.logits_file import MAGIC, LogitsFile, decode
+from dots1_local.evaluate.logits_writer import LogitsWriter, check_target
 from tests.evaluate.test_logits_file import SCORED, tokens
 from tests.goldens.make_kld_goldens import BASE, N_CTX, N_VOCAB, exact_logits
 
@@ -70,6 +71,43 @@ def test_only_a_logits_file_is_replaced_and_only_by_force(tmp_path: Path) -> Non
         LogitsWriter(tmp_path / "none" / "a.kld", tokens(), N_VOCAB).__enter__()
     with pytest.raises(Dots1Error, match="is no regular file"):
         LogitsWriter(tmp_path, tokens(), N_VOCAB, force=True).__enter__()
+
+
+def test_links_are_followed_to_a_file_but_not_in_circles(tmp_path: Path) -> None:
+    link, loop = tmp_path / "link.kld", tmp_path / "loop.kld"
+    link.symlink_to("real.kld")
+    loop.symlink_to("loop.kld")
+    with LogitsWriter(link, tokens()[:1], N_VOCAB) as writer:
+        writer.write(0, 0, FLAT)
+    assert link.is_symlink()
+    assert (tmp_path / "real.kld").read_bytes()[:8] == MAGIC
+    with pytest.raises(Dots1Error, match=f"cannot write {loop}: .*symbolic links"):
+        check_target(loop, force=True)
+
+
+def test_a_working_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "a.kld.partial").symlink_to("precious")
+    (tmp_path / "precious").write_bytes(b"GGUF, say")
+    with pytest.raises(Dots1Error, match="symbolic links"):
+        LogitsWriter(tmp_path / "a.kld", tokens(), N_VOCAB).__enter__()
+    assert (tmp_path / "precious").read_bytes() == b"GGUF, say"
+
+
+def test_a_file_that_another_run_has_just_finished_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.kld"
+    locked = fcntl.flock
+
+    def late(fd: int, operation: int) -> None:  # the other run gives its file the name, and ends
+        shutil.copy(BASE, path.with_name("a.kld.partial"))
+        os.replace(path.with_name("a.kld.partial"), path)
+        locked(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(Dots1Error, match="another run is writing"):
+        LogitsWriter(path, tokens(), N_VOCAB).__enter__()
+    assert path.read_bytes() == BASE.read_bytes()
 
 
 def test_a_full_disk_is_found_before_the_first_byte(tmp_path: Path) -> None:

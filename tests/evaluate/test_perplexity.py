@@ -4,13 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFValueType
 from transformers import AutoModelForCausalLM
 
 from dots1_local.errors import UsageError
 from dots1_local.evaluate.perplexity import perplexity, read_text
 from dots1_local.runtime.engine import Engine
 from tests.conftest import Converted
-from tests.helpers import CONFIG, write_random_gguf
+from tests.helpers import CONFIG, TOKENS, write_random_gguf
+from tests.verify.patch import rewrite
 
 TEXT = "".join(chr(33 + index * index % 90) for index in range(700))  # no merge applies
 
@@ -43,6 +45,24 @@ def test_does_not_depend_on_how_chunks_are_batched(tmp_path: Path, n_ctx: int) -
     assert perplexity(path, TEXT, n_ctx=n_ctx, threads=1).value == pytest.approx(
         exp(np.concatenate(losses).mean()), rel=1e-2
     )
+
+
+def test_chunks_begin_with_bos_where_the_model_wants_one(tmp_path: Path) -> None:
+    plain = write_random_gguf(tmp_path / "plain.gguf")
+    bos, keys = TOKENS.index("<|system|>"), ("add_bos_token", "bos_token_id")
+    add, number = (f"tokenizer.ggml.{key}" for key in keys)
+    types = {number: GGUFValueType.UINT32}
+    path = rewrite(plain, tmp_path / "bos.gguf", {add: True, number: bos}, types=types)
+    stream = [bos, *TEXT.encode()]  # and the first token of every chunk gives way to another
+    with Engine.open(plain, n_ctx=8, all_logits=True, threads=1) as engine:
+        losses = []
+        for start in range(0, len(stream) - 7, 8):
+            tokens = [bos, *stream[start + 1 : start + 8]]
+            engine.forget()
+            losses.append(_losses(next(engine.decode_all(tokens, 0)), tokens))
+    expected = exp(np.concatenate(losses).mean())
+    assert perplexity(path, TEXT, n_ctx=8, threads=1).value == pytest.approx(expected, rel=1e-3)
+    assert perplexity(plain, TEXT, n_ctx=8, threads=1).value != pytest.approx(expected, rel=1e-2)
 
 
 def test_is_what_transformers_logits_give(tiny: Path, converted: Converted) -> None:

@@ -8,6 +8,7 @@ import pytest
 from dots1_local.errors import Dots1Error, GGUFError, UsageError
 from dots1_local.runtime.engine import Engine, Entry
 from tests.helpers import EOS, EOT, TOKENS, tokens_of, write_random_gguf
+from tests.verify.patch import rewrite
 
 TEXT = list(b"the quick brown fox jumps over the lazy dog" * 4)
 
@@ -34,9 +35,15 @@ def engine(model: Path) -> Iterator[Engine]:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"without": ["expert_gating_func"]}, "no dots1.expert_gating_func"),
-        ({"gating": 1}, "expert gating 1"),
-        ({"architecture": "llama"}, "'llama' model"),
+        ({"without": ["expert_gating_func"]}, "expert_gating_func is missing: .* aborts"),
+        ({"gating": 1}, "expert_gating_func is 1: .* in another way"),
+        ({"architecture": "llama"}, "architecture 'llama'"),
+        ({"tensors": {"output_norm.weight": np.ones(64, np.float16)}}, "output_norm.weight is F16"),
+        (
+            {"tensors": {"blk.1.exp_probs_b.bias": np.ones(8, np.float16)}},
+            "exp_probs_b.bias is F16",
+        ),
+        ({"without": ["blk.1.exp_probs_b.bias"]}, "chooses experts without it"),
         ({"without": ["blk.1.attn_q.weight"]}, "blk.1.attn_q.weight"),
         ({"without": ["embedding_length"]}, "dots1.embedding_length"),
     ],
@@ -49,6 +56,13 @@ def test_refuses_what_would_abort_or_run_wrong(
         Engine.open(path, threads=1)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_refuses_repeated_tokens_that_would_abort(model: Path, tmp_path: Path) -> None:
+    tokens = {"tokenizer.ggml.tokens": [*TOKENS[:-1], TOKENS[0]]}
+    path = rewrite(model, tmp_path / "bad.gguf", tokens)
+    with pytest.raises(GGUFError, match="is there 2 times"):
+        Engine.open(path, threads=1)
 
 
 def test_says_why_a_context_cannot_be_made(model: Path) -> None:

@@ -70,6 +70,10 @@ def test_a_question_that_cannot_fit_is_refused(talk: Talk, overflow: str) -> Non
     before = list(session.messages)
     with pytest.raises(Dots1Error, match=r"context holds 64; .* --context"):
         session.ask("x" * 64)
+    session.clear()
+    with pytest.raises(Dots1Error, match=r"the prompt alone is 1,006 tokens long .*; shorten it"):
+        session.ask("x" * 1000)
+    session.messages = list(before)
     assert session.messages == before
     assert say(session, "two") == "yes"
 
@@ -78,7 +82,7 @@ def test_stopping_refuses_and_says_both_numbers(talk: Talk, submitted: list[int]
     session = talk(LONG, n_ctx=128, system="", overflow="stop")
     say(session, "x" * 20)
     submitted.clear()
-    with pytest.raises(Dots1Error, match=r"is 128 tokens long and the context holds 128; drop"):
+    with pytest.raises(Dots1Error, match=r"is 128 tokens long and the context holds 128; set over"):
         session.ask("x" * (128 - 3 - 20 - 55 - 4))
     assert submitted == []
     assert len(session.messages) == 2

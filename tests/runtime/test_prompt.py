@@ -1,6 +1,7 @@
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from gguf import TokenType
@@ -30,6 +31,22 @@ def test_the_prompt_is_the_models_own_format(tmp_path: Path) -> None:
         MARKER["<|response|>"], *b"A", MARKER["<|endofresponse|>"],
         MARKER["<|response|>"],
     ]  # fmt: skip
+
+
+def test_markers_that_overlap_are_all_cut() -> None:
+    markers = ["<<|a|", "<|a|>", "|><|"]
+    keys = {
+        "tokenizer.chat_template": "".join(markers),
+        "tokenizer.ggml.tokens": markers,
+        "tokenizer.ggml.token_type": [TokenType.USER_DEFINED] * 3,
+    }
+    engine = SimpleNamespace(
+        gguf=SimpleNamespace(keys=keys), bos=None, tokenize=lambda text, special: [text]
+    )
+    text = "中<<|a|><|a|>b"
+    parts = cast("list[str]", RawPrompter(cast("Engine", engine)).tokens([Message("user", text)]))
+    assert "".join(parts) == text
+    assert not any(marker in part for part in parts for marker in markers)
 
 
 @pytest.mark.parametrize("kind", [TokenType.CONTROL, TokenType.USER_DEFINED])

@@ -222,6 +222,20 @@ def test_a_stream_that_is_not_begun_is_no_turn(talk: Talk) -> None:
     assert [message.role for message in session.messages] == ["system"]
 
 
+def test_an_answer_left_open_ends_where_the_next_begins(talk: Talk) -> None:
+    session = talk([*tokens_of("abc"), EOS], system="")
+    first = session.ask("one")
+    assert next(first) == "a"
+    assert say(session, "two") == "abc"
+    first.close()
+    assert [m.text for m in session.messages] == ["one", "a", "two", "abc"]
+    again = session.regenerate()
+    assert next(again) == "a"
+    session.clear()
+    again.close()
+    assert session.messages == []
+
+
 def test_another_answer_takes_the_place_of_the_last(talk: Talk) -> None:
     session = talk(YES)
     with pytest.raises(UsageError, match="no answer"):

@@ -1,4 +1,5 @@
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,19 @@ def test_a_broken_scale_is_found_deep_in_a_tensor_and_ggml_is_silent(
     (finding,) = verify_gguf(path).findings
     assert f"in 1 block of {name}, first in expert 23, row 255" in finding.message
     assert capfd.readouterr() == ("", "")
+
+
+def test_memory_does_not_grow_with_what_is_broken(tmp_path: Path) -> None:
+    broken = {"output.weight": np.full((4096, 4096), np.nan, np.float16)}
+    path = write_random_gguf(tmp_path / "m.gguf", tensors=broken)  # type: ignore[arg-type]
+    tracemalloc.start()
+    try:
+        report = verify_gguf(path, threads=1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(tensor.bad_blocks for tensor in report.tensors) == 4096**2
+    assert peak < 64 << 20  # a place of each block is 128 MiB
 
 
 def test_progress_ends_with_all_bytes(converted: Any) -> None:

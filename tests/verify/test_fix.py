@@ -10,7 +10,7 @@ from dots1_local.errors import Dots1Error
 from dots1_local.runtime.engine import Engine
 from dots1_local.runtime.session import Session
 from dots1_local.verify import verify_gguf
-from dots1_local.verify.fix import write_fixed
+from dots1_local.verify.fix import check_output, write_fixed
 from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
 from tests.verify.patch import fields, rewrite, tensor_bytes
 
@@ -123,6 +123,62 @@ def test_a_full_disk_is_found_before_the_first_byte(
     with pytest.raises(Dots1Error, match=r"0\.0 GB free, but fixed\.gguf needs"):
         fix(broken, tmp_path / "fixed.gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["broken.gguf"]
+
+
+def test_what_a_killed_copy_left_makes_room_for_the_next(
+    broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    (tmp_path / "fixed.gguf.partial").write_bytes(broken.read_bytes())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000))
+    (fixed,) = fix(broken, tmp_path / "fixed.gguf")
+    assert verify_gguf(fixed).ok
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_stands_in_a_working_file_s_place_is_not_written_through(
+    broken: Path, tmp_path: Path, kind: str
+) -> None:
+    other, partial = tmp_path / "other", tmp_path / "fixed.gguf.partial"
+    other.write_text("precious")
+    partial.symlink_to(other) if kind == "link" else os.mkfifo(partial)
+    (fixed,) = fix(broken, tmp_path / "fixed.gguf")
+    assert other.read_text() == "precious"
+    assert fixed.is_file()
+    assert not fixed.is_symlink()
+
+
+def test_a_link_to_nothing_but_itself_is_replaced(broken: Path, tmp_path: Path) -> None:
+    output = tmp_path / "fixed.gguf"
+    output.symlink_to(output)
+    (fixed,) = fix(broken, output)
+    assert verify_gguf(fixed).ok
+
+
+@pytest.mark.parametrize("output", ["", ".", "/", ".."])
+def test_a_folder_is_no_output(broken: Path, output: str) -> None:
+    with pytest.raises(Dots1Error, match="is no regular file"):
+        fix(broken, Path(output))
+
+
+def test_a_folder_that_may_not_be_written_is_found_before_reading(
+    broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(Dots1Error, match="may not be written"):
+        check_output(broken, tmp_path / "fixed.gguf")
+
+
+def test_an_unfinished_split_conversion_keeps_its_working_files(tmp_path: Path) -> None:
+    write_random_gguf(tmp_path / "model.gguf", gating=1, shard_tensors=12)
+    (tmp_path / "fixed.gguf.journal").touch()
+    working = tmp_path / "fixed-00001-of-00004.gguf.partial"
+    working.write_text("hours of work")
+    with pytest.raises(Dots1Error, match="is unfinished"):
+        fix(tmp_path / "model-00001-of-00004.gguf", tmp_path / "fixed.gguf", force=True)
+    assert working.read_text() == "hours of work"
 
 
 def test_an_unfinished_conversion_keeps_its_working_files(broken: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf import GGUFValueType
 
@@ -11,7 +12,7 @@ from tests.helpers import EOS, EOT, TEMPLATE, TOKENS, TYPES, write_random_gguf
 from tests.verify.patch import fields, rewrite
 
 PREFIX = "tokenizer.ggml."
-U32, I32 = GGUFValueType.UINT32, GGUFValueType.INT32
+U32, I32, U64 = GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.UINT64
 CHATML = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|response|>"
 
 
@@ -51,6 +52,8 @@ def test_nothing_is_wrong_with_a_right_file(model: Path) -> None:
     [
         ({"remove": ["dots1.expert_gating_func"]}, "error", "aborts the process"),
         ({"values": {"dots1.expert_gating_func": 1}}, "error", "expert_gating_func is 1"),
+        ({"values": {"dots1.expert_gating_func": 0}}, "error", "0: llama.cpp aborts the process"),
+        ({"types": {"dots1.expert_gating_func": I32}}, "error", "refuses to load"),
         ({"remove": [PREFIX + "add_bos_token"]}, "warning", "11, a comma"),
         ({"values": {PREFIX + "add_bos_token": True}}, "error", "every prompt begins with token"),
         (
@@ -59,7 +62,16 @@ def test_nothing_is_wrong_with_a_right_file(model: Path) -> None:
             "bos_token_id is 11",
         ),
         ({"values": {PREFIX + "eos_token_id": 11}}, "error", "responses end at that token"),
-        ({"values": {PREFIX + "eos_token_id": 999}}, "error", "999, which is no token"),
+        ({"values": {PREFIX + "eos_token_id": 999}}, "error", "999, which is no token, and"),
+        ({"values": {PREFIX + "eot_token_id": 999}}, "warning", "'<|endoftext|>'"),
+        ({"types": {PREFIX + "eos_token_id": I32}}, "error", "eos_token_id is not stored as u32"),
+        ({"types": {PREFIX + "eot_token_id": U64}}, "error", "eot_token_id is not stored as u32"),
+        ({"types": {PREFIX + "add_bos_token": U32}}, "error", "not stored as bool"),
+        (
+            {"values": {PREFIX + "mask_token_id": -1}, "types": {PREFIX + "mask_token_id": I32}},
+            "error",
+            "--fix removes it",
+        ),
         ({"remove": [PREFIX + "eos_token_id"]}, "error", "takes 11, a comma"),
         ({"remove": [PREFIX + "eot_token_id"]}, "warning", "'<|endoftext|>'"),
         ({"values": {PREFIX + "eos_token_id": EOT}}, "error", "a chat never stops"),
@@ -100,7 +112,10 @@ def test_says_what_is_wrong_and_puts_it_right(
         ({"values": {"dots1.expert_weights_norm": False}}, "warning", "published"),
         ({"values": {"dots1.attention.layer_norm_rms_epsilon": -1.0}}, "error", "no such number"),
         ({"values": {"dots1.expert_used_count": 9}}, "error", "9 of 8 experts"),
-        ({"remove": [PREFIX + "tokens"]}, "error", "no tokenizer"),
+        ({"values": {"dots1.block_count": 600}}, "error", "600, beyond 512"),
+        ({"remove": ["token_embd.weight"]}, "error", "token_embd.weight missing"),
+        ({"remove": [PREFIX + "model"]}, "error", "model is missing: llama.cpp refuses to load"),
+        ({"remove": [PREFIX + "tokens"]}, "error", "no tokenizer: llama.cpp refuses to load"),
         ({"remove": [PREFIX + "merges"]}, "error", "merges is missing"),
         ({"values": {PREFIX + "model": "llama"}}, "error", "'llama'"),
         ({"values": {PREFIX + "tokens": [*TOKENS[:-1], "he"]}}, "error", "there 2 times"),
@@ -124,6 +139,25 @@ def test_says_what_only_the_checkpoint_can_put_right(
     assert report.findings[0].severity == severity
     assert sentence in report.findings[0].message
     assert report.changes == ()
+
+
+def test_empty_tokens_are_no_repeated_ones(model: Path, tmp_path: Path) -> None:
+    tokens = {PREFIX + "tokens": ["", "", *TOKENS[2:]]}
+    path = rewrite(model, tmp_path / "elsewhere.gguf", tokens)
+    assert verify_gguf(path, quick=True).ok
+    Engine.open(path, n_ctx=64, threads=1).close()
+
+
+def test_llama_cpp_computes_without_an_epsilon(tmp_path: Path) -> None:
+    path = write_random_gguf(tmp_path / "model.gguf", rms_norm_eps=0.0)
+    assert verify_gguf(path, quick=True).findings == ()
+    with Engine.open(path, n_ctx=64, threads=1) as engine:
+        assert np.isfinite(engine.decode([EOS, 7, 8], 0)).all()
+
+
+def test_a_lost_tokenizer_is_said_once(model: Path, tmp_path: Path) -> None:
+    path = rewrite(model, tmp_path / "elsewhere.gguf", remove=[PREFIX + "tokens"])
+    assert only(path).check == "tokenizer"
 
 
 def test_another_architecture_is_all_there_is_to_say(tmp_path: Path) -> None:

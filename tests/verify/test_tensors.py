@@ -1,8 +1,12 @@
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
+from dots1_local.errors import GGUFError
+from dots1_local.runtime import engine
 from dots1_local.runtime.engine import Engine
 from dots1_local.verify import Report, verify_gguf
 from tests.helpers import CONFIG, Tensors, random_tensors, write_random_gguf
@@ -77,10 +81,55 @@ def test_a_router_should_be_f32(tmp_path: Path) -> None:
     assert (finding.check, finding.severity) == ("router", "warning")
 
 
+def moved(path: Path, places: dict[str, int]) -> Path:
+    """Let the header say that tensors begin elsewhere, so many bytes into the data."""
+    content = bytearray(path.read_bytes())
+    for name, place in places.items():
+        raw = name.encode()
+        info = content.index(struct.pack("<Q", len(raw)) + raw) + 8 + len(raw)
+        (dimensions,) = struct.unpack_from("<I", content, info)
+        struct.pack_into("<Q", content, info + 8 + 8 * dimensions, place)
+    path.write_bytes(content)
+    return path
+
+
+def places_of(path: Path, *names: str) -> list[int]:
+    """Where tensors begin, from the first one on."""
+    begin = {tensor.name: tensor.data_offset for tensor in GGUFReader(path).tensors}
+    return [begin[name] - min(begin.values()) for name in names]
+
+
+@pytest.mark.parametrize("wrong", ["gap", "order"])
+def test_tensors_have_to_follow_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    path = write_random_gguf(tmp_path / "model.gguf")
+    q, k = (f"blk.0.attn_{letter}.weight" for letter in "qk")
+    at_q, at_k, last = places_of(path, q, k, "output.weight")
+    places = {"output.weight": last + 32} if wrong == "gap" else {q: at_k, k: at_q}
+    with path.open("ab") as file:
+        file.write(bytes(32))
+    (finding,) = verify_gguf(moved(path, places), quick=True).findings
+    assert (finding.check, finding.severity) == ("offsets", "error")
+    assert finding.message.startswith("output.weight" if wrong == "gap" else q)
+    monkeypatch.setattr(engine, "check_loadable", lambda _: None)  # llama.cpp's own word counts
+    with pytest.raises(GGUFError, match=r"llama\.cpp cannot load"):
+        Engine.open(path, n_ctx=64, threads=1)
+
+
+def test_bytes_behind_the_last_tensor_are_noted(tmp_path: Path) -> None:
+    path = write_random_gguf(tmp_path / "model.gguf")
+    with path.open("ab") as file:
+        file.write(b"\xff" * 1000)
+    (finding,) = verify_gguf(path, quick=True).findings
+    assert (finding.severity, finding.message[:10]) == ("note", "1000 bytes")
+    Engine.open(path, n_ctx=64, threads=1).close()
+
+
 def test_fused_attention_is_as_good_as_llama_cpp_finds_it(tmp_path: Path) -> None:
     tensors, parts = random_tensors(), [f"blk.1.attn_{letter}.weight" for letter in "qkv"]
     fused = {"blk.1.attn_qkv.weight": np.concatenate([tensors[part] for part in parts])}
     path = tmp_path / "model.gguf"
     assert verified(path, tensors=fused, without=parts).findings == ()
-    with Engine.open(path, n_ctx=64, threads=1) as engine:
-        assert np.isfinite(engine.decode([1, 2, 3], 0)).all()
+    with Engine.open(path, n_ctx=64, threads=1) as fused_engine:
+        assert np.isfinite(fused_engine.decode([1, 2, 3], 0)).all()

@@ -3,18 +3,20 @@
 import os
 import signal
 import sys
+import termios
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, TextIO
 
 from dots1_local.cli._output import notice, progress_bar
+from dots1_local.errors import Dots1Error
 from dots1_local.progress import Progress, silent
 
 if TYPE_CHECKING:
     from dots1_local.runtime.session import Session, Stats
 
-__all__ = ["Ask", "NotAnswered", "show", "stream", "tell", "tell_status"]
+__all__ = ["Ask", "NotAnswered", "interrupts", "show", "stream", "tell", "tell_status"]
 
 Ask = Callable[[Progress], Generator[str, None, None]]
 
@@ -30,7 +32,7 @@ def show(ask: Ask, *, markdown: bool) -> None:
 
     Raises:
         NotAnswered: stopped before the first word.
-        Dots1Error: whatever `ask` raises.
+        Dots1Error: whatever `ask` raises, or stdout cannot be written to.
     """
     with _printer(markdown and _is_colourful(sys.stdout)) as write:
         stream(ask, write)
@@ -40,13 +42,13 @@ def stream(ask: Ask, write: Callable[[str], None]) -> None:
     """Hand the pieces of an answer to `write`, with a progress bar while a long prompt is read.
 
     Ctrl-C only sets a flag, which is looked at between tokens and between ubatches, so that no
-    exception flies through the engine; a second one does.
+    exception flies through the engine.
 
     Raises:
         NotAnswered: stopped before the first word.
     """
     spoken = False
-    with _interrupts() as interrupted, closing(_ReadingBar()) as bar, suppress(NotAnswered):
+    with interrupts() as interrupted, closing(_ReadingBar()) as bar, suppress(NotAnswered):
 
         def report(done: int, total: int, unit: str, what: str) -> None:
             if interrupted():
@@ -84,21 +86,36 @@ class _ReadingBar:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C is only noted; a second one is a KeyboardInterrupt."""
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Within, Ctrl-C is only noted, however often it comes; yields whether it did."""
     noted = False
 
     def note(*_: object) -> None:
         nonlocal noted
-        if noted:
-            raise KeyboardInterrupt
         noted = True
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: noted
+        with _without_caret():
+            yield lambda: noted
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _without_caret() -> Iterator[None]:
+    """Within, the terminal does not write ^C into what is shown."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHOCTL
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 @contextmanager
@@ -111,8 +128,7 @@ def _printer(markdown: bool) -> Iterator[Callable[[str], None]]:
     def write(text: str) -> None:
         nonlocal last
         if text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            _write(text)
             last = text[-1]
 
     harmless = ControlFilter()
@@ -129,6 +145,18 @@ def _printer(markdown: bool) -> Iterator[Callable[[str], None]]:
         yield lambda piece: feed(harmless.feed(piece))
 
 
+def _write(text: str) -> None:
+    """To stdout, at once; a question mark stands for what its encoding does not have."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # its reader has left, which is no error
+    except OSError as error:
+        raise Dots1Error(f"cannot write the answer: {error.strerror}") from None
+
+
 def tell(stats: "Stats", n_ctx: int) -> None:
     """Notices about an answer that did not simply end, or that lost older turns."""
     if stats.dropped_turns == 1:
@@ -141,17 +169,18 @@ def tell(stats: "Stats", n_ctx: int) -> None:
         notice(f"the answer is cut off after {stats.generated_tokens:,} tokens (max_tokens)")
     elif stats.stop == "interrupted":
         notice("interrupted; what was written is kept")
+    elif not stats.generated_tokens:
+        notice("the model ended its answer at once")
 
 
 def tell_status(session: "Session") -> None:
-    """Tokens and speeds of the last answer, dim, on a terminal's stderr."""
+    """Tokens and speeds of the last answer, dim, on a terminal's stderr; a line of 80 columns."""
     stats = session.stats
     if stats is None or not sys.stderr.isatty():
         return
-    cached = f" ({stats.reused_tokens:,} cached)" if stats.reused_tokens else ""
     line = (
-        f"prompt {stats.prompt_tokens:,}{cached}, {stats.prompt_speed:,.1f} tok/s · "
-        f"answer {stats.generated_tokens:,}, {stats.generation_speed:,.1f} tok/s · "
+        f"read {stats.prompt_tokens - stats.reused_tokens:,} at {stats.prompt_speed:,.1f} tok/s · "
+        f"wrote {stats.generated_tokens:,} at {stats.generation_speed:,.1f} tok/s · "
         f"context {session.context_used:,} of {session.n_ctx:,}"
     )
     notice(f"\033[2m{line}\033[0m" if _is_colourful(sys.stderr) else line)

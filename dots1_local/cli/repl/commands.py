@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dots1_local.cli._output import notice
@@ -12,8 +13,10 @@ from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.cli.repl.loop import Repl
+    from dots1_local.runtime.conversation import Conversation
+    from dots1_local.runtime.session import Session
 
-__all__ = ["COMMANDS", "Command", "run_command"]
+__all__ = ["COMMANDS", "Command", "run_command", "tell_loaded"]
 
 _SHOWN_CHARACTERS = 60
 
@@ -41,14 +44,16 @@ def run_command(repl: "Repl", line: str) -> None:
     Raises:
         UsageError: there is no such command, or it does not take these arguments.
     """
-    name, *rest = line.split(maxsplit=1)
+    name, *others = line.split(maxsplit=1)
+    rest = others[0].strip() if others else ""
     for command in COMMANDS:
         if name.lower() in command.names:
-            command.run(repl, rest[0].strip() if rest else "")
+            if rest and not command.arguments:
+                raise UsageError(f"{name} takes nothing after it")
+            command.run(repl, rest)
             return
     raise UsageError(
-        f"there is no command {name} (/help lists them; to send text that begins with a slash, "
-        "type a space first)"
+        f"there is no command {_plain(name)}; /help lists them (to send it, type a space first)"
     )
 
 
@@ -124,12 +129,13 @@ def _set(repl: "Repl", rest: str) -> None:
 
 def _show(repl: "Repl", rest: str) -> None:
     session = repl.session
-    turns = sum(message.role == "assistant" for message in session.messages)
+    said = [message.text for message in session.messages if message.role != "system"]
+    tokens = sum(map(session.count, said))
     _table(
         [
             ("model", session.model),
-            ("context", f"{session.n_ctx:,} tokens, {session.context_used:,} of them cached"),
-            ("turns", str(turns)),
+            ("context", f"{session.n_ctx:,} tokens"),
+            ("turns", f"{len(said) // 2}, {tokens:,} tokens of text"),
             ("attached", ", ".join(repl.attached) or "none"),
             ("system", _one_line(session.system) or "none"),
             *values(repl),
@@ -148,12 +154,24 @@ def _save(repl: "Repl", rest: str) -> None:
 def _load(repl: "Repl", rest: str) -> None:
     from dots1_local.runtime.conversation import load_conversation
 
-    path = conversation_path(rest)
+    path, before = conversation_path(rest), dict(values(repl))
     conversation = load_conversation(path)
     conversation.apply(repl.session)
-    turns = [message for message in repl.session.messages if message.role == "user"]
-    last = f"; the last: {_one_line(turns[-1].text)}" if turns else ""
-    notice(f"{path}: {len(turns)} turn{'s' * (len(turns) != 1)}{last}")
+    tell_loaded(path, conversation, repl.session)
+    changed = [f"{name} {value}" for name, value in values(repl) if value != before[name]]
+    if changed:
+        notice(_plain(f"settings now: {', '.join(changed)}"))
+
+
+def tell_loaded(path: Path, conversation: "Conversation", session: "Session") -> None:
+    """A notice of how far the conversation is, and of another model it was held with."""
+    turns = [message.text for message in conversation.messages if message.role == "user"]
+    other = conversation.model if conversation.model != session.model else ""
+    notice(
+        f"{path}: {len(turns)} turn{'s' * (len(turns) != 1)}"
+        + (f", held with {_one_line(other)}" if other else "")
+        + (f"; the last: {_one_line(turns[-1])}" if turns else "")
+    )
 
 
 def _read(repl: "Repl", rest: str) -> None:
@@ -192,7 +210,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> None:
     pairs = [(left.strip(), right) for left, right in rows]
     width = max(len(left) for left, _ in pairs)
     for left, right in pairs:
-        notice(f"{left:{width}}  {right}")
+        notice(_plain(f"{left:{width}}  {right}"))
 
 
 def _one_line(text: str) -> str:

@@ -50,7 +50,7 @@ class LineEditor:
             EOFError: Ctrl-D on an empty line.
             KeyboardInterrupt: Ctrl-C on an empty line; elsewhere it clears the line.
         """
-        text = self._prompt.prompt(default=draft)
+        text = self._prompt.prompt(default=draft, handle_sigint=False)  # Ctrl-C is a key here
         return text.encode("utf-8", errors="replace").decode()  # bytes that are no UTF-8
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dots1_local.cli._output import notice
-from dots1_local.cli.repl.answer import Ask, NotAnswered, show, tell, tell_status
+from dots1_local.cli.repl.answer import Ask, NotAnswered, interrupts, show, tell, tell_status
 from dots1_local.cli.repl.commands import COMMANDS, run_command
 from dots1_local.cli.repl.line_editor import QUOTES, LineEditor
 from dots1_local.cli.repl.settings import SETTINGS
@@ -29,15 +29,19 @@ class Repl:
     def run(self) -> None:
         """Take lines until /exit, or Ctrl-D on an empty one; no error ends it."""
         self.editor = LineEditor(COMMANDS, [setting.name for setting in SETTINGS])
-        while not self.done:
-            try:
-                self._take(self.editor.read())
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                notice("Ctrl-D or /exit leaves.")
-            except Dots1Error as error:
-                notice(str(error))
+        with interrupts():  # impatient Ctrl-C must not end it between an answer and the prompt
+            while not self.done:
+                self._turn()
+
+    def _turn(self) -> None:
+        try:
+            self._take(self.editor.read())
+        except EOFError:
+            self.done = True
+        except KeyboardInterrupt:
+            notice("Ctrl-D or /exit leaves.")
+        except Dots1Error as error:
+            notice(str(error))
 
     def _take(self, entered: str) -> None:
         if entered.startswith("/"):
@@ -49,8 +53,7 @@ class Repl:
         whole = "\n\n".join([*self.attached.values(), text])
         if self.answer(
             lambda progress: self.session.ask(whole, progress=progress),
-            "stopped; the question was not answered and is not part of the conversation "
-            "(arrow-up brings it back)",
+            "stopped; the question is no part of the conversation (arrow-up brings it back)",
         ):
             self.attached.clear()
 

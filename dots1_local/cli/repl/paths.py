@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from dots1_local.cli._plain import ControlFilter
 from dots1_local.errors import UsageError
 
 __all__ = ["conversation_path", "read_text", "typed_path"]
@@ -14,15 +15,17 @@ def typed_path(rest: str) -> Path:
     """A path as it is typed: quoted, escaped, or plain with spaces.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or one that would steer the terminal when it is shown.
     """
     try:
         words = shlex.split(rest)
     except ValueError:
         words = []
     name = words[0] if len(words) == 1 else rest
-    if not name or "\0" in name:
+    if not name:
         raise UsageError("a file name is missing")
+    if ControlFilter().feed(name) != name:
+        raise UsageError("file names with control characters are not taken")
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -30,8 +33,14 @@ def typed_path(rest: str) -> Path:
 
 
 def conversation_path(rest: str) -> Path:
-    """The same, with .json where it has no ending."""
+    """The same, with .json where it has no ending.
+
+    Raises:
+        UsageError: there is none.
+    """
     path = typed_path(rest)
+    if path.name in ("", ".."):
+        raise UsageError(f"{rest} is no file name")
     return path if path.suffix else path.with_name(f"{path.name}.json")
 
 
@@ -39,9 +48,11 @@ def read_text(path: Path) -> str:
     """The text of a file of bearable size.
 
     Raises:
-        UsageError: unreadable, too long for any context, or not UTF-8.
+        UsageError: no file, unreadable, too long for any context, or not UTF-8.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe or a terminal would be waited for
+            raise UsageError(f"{path} is not a file")
         with path.open("rb") as file:
             content = file.read(_LARGEST_FILE + 1)
     except OSError as error:

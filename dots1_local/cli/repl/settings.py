@@ -39,7 +39,9 @@ def _strings(text: str) -> tuple[str, ...]:
     """Words, or quoted strings, in which \\n is a new line."""
     if text in ("off", "none"):
         return ()
-    strings = tuple(word.replace("\\n", "\n") for word in shlex.split(text))
+    words = shlex.shlex(text, posix=True)
+    words.whitespace_split, words.escape, words.commenters = True, "", ""
+    strings = tuple(word.replace("\\n", "\n") for word in words)
     if not all(strings):
         raise ValueError
     return strings

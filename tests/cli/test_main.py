@@ -1,0 +1,55 @@
+"""What holds for every verb: where output goes, and what happens when it cannot."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import write_random_gguf
+
+DOTS1 = [sys.executable, "-c", "from dots1_local.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_gguf(tmp_path_factory.mktemp("main") / "model.gguf")
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "--json"], ["inspect"]])
+def test_a_full_disk_is_one_sentence(model: Path, arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(
+            [*DOTS1, *arguments, model], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert result.stderr == "dots1: cannot write the output: No space left on device\n"
+    assert result.returncode == 1
+
+
+def test_a_reader_that_leaves_is_no_error(model: Path) -> None:
+    with subprocess.Popen(
+        [*DOTS1, "inspect", "--json", model], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_stream_is_no_traceback(model: Path, closed: str) -> None:
+    shell = f'"$@" {closed}'
+    command = ["sh", "-c", shell, "sh", *DOTS1, "inspect", str(model)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+    assert result.returncode == 0
+
+
+def test_json_is_readable_in_any_encoding(model: Path) -> None:
+    result = subprocess.run(
+        [*DOTS1, "inspect", "--json", model],
+        capture_output=True,
+        check=True,
+        env={"PYTHONIOENCODING": "ascii"},
+    )
+    assert result.stdout.isascii()

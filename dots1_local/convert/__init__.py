@@ -18,6 +18,7 @@ from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
 from dots1_local.convert.verify import verify_layout
 from dots1_local.convert.writer import Journal, Output, lay_out
 from dots1_local.errors import Dots1Error
+from dots1_local.output import check_target
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.importance import Importance, load_importance
 from dots1_local.quant.overrides import parse_overrides
@@ -166,15 +167,7 @@ def _encoder_version() -> str:
 
 
 def _check_target(output: Output, force: bool, sources: Sequence[Path]) -> None:
-    folder = output.path.parent
-    if not folder.is_dir():
-        raise Dots1Error(f"no such folder: {folder}")
     for path in output.paths:
-        if path.is_dir():
-            raise Dots1Error(f"{path} is a folder; name a file")
-        if path.exists() and not path.is_file():
-            raise Dots1Error(f"{path} is no regular file; name one")
-        if path.exists() and any(path.samefile(source) for source in sources):
+        if path.is_file() and any(path.samefile(source) for source in sources):
             raise Dots1Error(f"{path} is part of the checkpoint; write to another file")
-        if path.exists() and not force:
-            raise Dots1Error(f"{path} exists; give --force to replace it")
+        check_target(path, force=force)

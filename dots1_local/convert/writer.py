@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from gguf.gguf_writer import SHARD_NAME_FORMAT
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
+from dots1_local.output import check_space, write_all
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.plan import PlannedTensor
 
@@ -129,7 +129,7 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         try:
-            _check_space(self.output)
+            check_space(self.output.path, self.output.total_bytes, self.output.partials)
             self._journal = open(self._path, "a+b")
         except OSError as error:
             raise _disk_error(self.output.path, error) from error
@@ -174,7 +174,7 @@ class Journal:
         ):
             os.ftruncate(fd, 0)
             os.ftruncate(fd, size)
-            _write_all(fd, memoryview(header), 0)
+            write_all(fd, memoryview(header), 0)
 
     def _resume(self, lines: Sequence[Mapping[str, Any]]) -> bool:
         """Take over what a former run recorded in `lines`; False if its files are not there."""
@@ -236,7 +236,7 @@ class Journal:
         """Put a piece `offset` bytes into a tensor; returns its size and checksum."""
         view = data.reshape(-1).data
         try:
-            _write_all(self._files[slot.file], view, slot.offset + offset)
+            write_all(self._files[slot.file], view, slot.offset + offset)
         except OSError as error:
             raise _disk_error(self.output.path, error) from error
         return len(view), zlib.crc32(view)
@@ -271,23 +271,6 @@ def _parsed(line: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _check_space(output: Output) -> None:
-    """Refuse before the first byte what the disk cannot hold; blocks already written count."""
-    have = sum(p.stat().st_blocks * 512 for p in output.partials if p.exists())
-    free = shutil.disk_usage(output.path.parent).free
-    if output.total_bytes - have > free:
-        raise Dots1Error(
-            f"{output.path.parent} has {free / 1e9:.1f} GB free, but {output.path.name} needs "
-            f"{(output.total_bytes - have) / 1e9:.1f} GB; free some or write elsewhere"
-        )
-
-
-def _write_all(fd: int, view: memoryview, offset: int) -> None:
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
 
 
 def _disk_error(path: Path, error: OSError) -> Dots1Error:

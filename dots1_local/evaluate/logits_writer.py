@@ -3,8 +3,6 @@
 import errno
 import fcntl
 import os
-import shutil
-import stat
 from pathlib import Path
 from typing import Self
 
@@ -13,24 +11,20 @@ from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
 from dots1_local.evaluate.logits_file import MAGIC, Layout, encode
+from dots1_local.output import check_space, check_target, write_all
 
-__all__ = ["LogitsWriter", "check_target"]
+__all__ = ["LogitsWriter", "check_logits_target"]
 
 
-def check_target(path: Path, force: bool) -> None:
+def check_logits_target(path: Path, force: bool) -> None:
     """Refuse to write where something is that must stay.
 
     Raises:
-        Dots1Error: there is no such folder, or `path` exists: without `force`, or as something
-            that is no logits file, which is replaced in no case.
+        Dots1Error: `check_target` refuses, or `path` is no logits file, which is replaced in no
+            case.
     """
+    check_target(path, force=force)
     try:
-        if not path.parent.is_dir():
-            raise Dots1Error(f"no such folder: {path.parent}")
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise Dots1Error(f"{path} is no regular file; name one")
-        if not force:
-            raise Dots1Error(f"{path} exists; give --force to replace it")
         with path.open("rb") as file:
             if file.read(8) not in (MAGIC, b""):
                 raise Dots1Error(f"{path} exists and is no logits file; write to another one")
@@ -59,8 +53,8 @@ class LogitsWriter:
         self._fd = -1
 
     def __enter__(self) -> Self:
-        check_target(self.path, self._force)
-        self._check_space()
+        check_logits_target(self.path, self._force)
+        check_space(self.path, self.layout.nbytes, [self._partial])
         try:
             self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             self._lock()
@@ -69,7 +63,8 @@ class LogitsWriter:
         try:
             os.ftruncate(self._fd, 0)
             os.ftruncate(self._fd, self.layout.nbytes)
-            self._put(self.layout.header + self._tokens.astype("<i4").tobytes(), 0)
+            header = self.layout.header + self._tokens.astype("<i4").tobytes()
+            write_all(self._fd, memoryview(header), 0)
         except BaseException as error:
             self._discard()
             raise self._failure(error) if isinstance(error, OSError) else error from None
@@ -83,7 +78,7 @@ class LogitsWriter:
         """
         rows = encode(logits)
         try:
-            self._put(rows.tobytes(), self.layout.offset(chunk, start))
+            write_all(self._fd, memoryview(rows.tobytes()), self.layout.offset(chunk, start))
         except OSError as error:
             raise self._failure(error) from None
         self._written[chunk, start : start + len(rows)] = True
@@ -116,22 +111,6 @@ class LogitsWriter:
     def _discard(self) -> None:
         self._partial.unlink(missing_ok=True)
         os.close(self._fd)
-
-    def _check_space(self) -> None:
-        """Refuse before the first byte what the disk cannot hold; what a killed run left counts."""
-        left = self._partial.stat().st_blocks * 512 if self._partial.exists() else 0
-        free = shutil.disk_usage(self.path.parent).free + left
-        if self.layout.nbytes > free:
-            raise Dots1Error(
-                f"{self.path.parent} has {free / 1e9:.1f} GB free, but {self.path.name} needs "
-                f"{self.layout.nbytes / 1e9:.1f} GB; free some, or take fewer chunks"
-            )
-
-    def _put(self, data: bytes, offset: int) -> None:
-        view = memoryview(data)
-        while view:
-            count = os.pwrite(self._fd, view, offset)
-            view, offset = view[count:], offset + count
 
     def _failure(self, error: OSError) -> Dots1Error:
         if error.errno == errno.ENOSPC:

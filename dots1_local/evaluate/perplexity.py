@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dots1_local.errors import UsageError
 from dots1_local.evaluate.divergence import ROW, Divergence, compare, summarise
 from dots1_local.evaluate.logits_file import LogitsFile, encode
-from dots1_local.evaluate.logits_writer import LogitsWriter, check_target
+from dots1_local.evaluate.logits_writer import LogitsWriter, check_logits_target
 from dots1_local.evaluate.scoring import Block, Ubatch, cut, open_engine, score, workers
 from dots1_local.evaluate.softmax import negative_log, negative_log32
 from dots1_local.progress import Progress, silent
@@ -80,7 +80,7 @@ def perplexity(
     """
     target = None if save_logits is None else Path(save_logits)
     if target is not None:
-        check_target(target, force)
+        check_logits_target(target, force)
     with ExitStack() as stack:
         engine = stack.enter_context(open_engine(path, n_ctx, threads))
         chunks = cut(engine, text, n_ctx, n_chunks)

@@ -2,13 +2,13 @@
 
 import errno
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dots1_local.errors import Dots1Error
 from dots1_local.gguf_file import GGUFFile
+from dots1_local.output import check_space, check_target
 from dots1_local.progress import Progress, silent
 from dots1_local.verify.findings import Report
 from dots1_local.verify.raw_header import RawHeader
@@ -91,49 +91,30 @@ def _targets(files: Sequence[Path], path: Path) -> list[Path]:
 
 def _check(files: Sequence[Path], path: Path, force: bool) -> list[Path]:
     """The files to write for `path`, none of which is in the way of anything."""
-    if not path.name:
-        raise Dots1Error(f"{path} is no regular file; name one")
+    check_target(path, force=True)
     targets = _targets(files, path)
     try:
-        if not path.parent.is_dir():
-            raise Dots1Error(f"no such folder: {path.parent}")
-        if not os.access(path.parent, os.W_OK):
-            raise Dots1Error(f"the folder {path.parent} may not be written; write elsewhere")
         for target in {path, *targets}:
             if target.with_name(target.name + ".journal").exists():
                 raise Dots1Error(f"a conversion to {target} is unfinished; write to another file")
         for target in targets:
-            _check_target(files, target, force)
-        _check_space(files, targets)
+            _check_source(files, target)
+            check_target(target, force=force)
+        needed = sum(file.stat().st_size for file in files)
+        check_space(targets[0], needed, map(_partial, targets))
     except OSError as error:
         raise Dots1Error(f"cannot write {path}: {error.strerror or error}") from None
     return targets
-
-
-def _check_space(files: Sequence[Path], targets: Sequence[Path]) -> None:
-    """Refuse what the disk cannot hold; what a killed run has left makes room first."""
-    folder = targets[0].parent
-    left = sum(p.lstat().st_blocks * 512 for p in map(_partial, targets) if os.path.lexists(p))
-    needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free + left
-    if needed > free:
-        raise Dots1Error(
-            f"{folder} has {free / 1e9:.1f} GB free, but {targets[0].name} needs "
-            f"{needed / 1e9:.1f} GB; free some or write elsewhere"
-        )
 
 
 def _partial(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
-def _check_target(files: Sequence[Path], target: Path, force: bool) -> None:
+def _check_source(files: Sequence[Path], target: Path) -> None:
     for path in (target, _partial(target)):
         if path.exists() and any(path.samefile(file) for file in files):
             raise Dots1Error(f"{path} is the file to be fixed; write to another one")
-    if target.exists() and not target.is_file():
-        raise Dots1Error(f"{target} is no regular file; name one")
-    if target.exists() and not force:
-        raise Dots1Error(f"{target} exists; give --force to replace it")
 
 
 def _write(copies: Sequence[_Copy], progress: Progress) -> None:

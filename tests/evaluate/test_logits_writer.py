@@ -11,7 +11,7 @@ import pytest
 
 from dots1_local.errors import Dots1Error
 from dots1_local.evaluate.logits_file import MAGIC, LogitsFile, decode
-from dots1_local.evaluate.logits_writer import LogitsWriter, check_target
+from dots1_local.evaluate.logits_writer import LogitsWriter, check_logits_target
 from tests.evaluate.test_logits_file import SCORED, tokens
 from tests.goldens.make_kld_goldens import BASE, N_CTX, N_VOCAB, exact_logits
 
@@ -69,7 +69,7 @@ def test_only_a_logits_file_is_replaced_and_only_by_force(tmp_path: Path) -> Non
         LogitsWriter(path, tokens(), N_VOCAB, force=True).__enter__()
     with pytest.raises(Dots1Error, match="no such folder"):
         LogitsWriter(tmp_path / "none" / "a.kld", tokens(), N_VOCAB).__enter__()
-    with pytest.raises(Dots1Error, match="is no regular file"):
+    with pytest.raises(Dots1Error, match="is a folder; name a file"):
         LogitsWriter(tmp_path, tokens(), N_VOCAB, force=True).__enter__()
 
 
@@ -82,7 +82,7 @@ def test_links_are_followed_to_a_file_but_not_in_circles(tmp_path: Path) -> None
     assert link.is_symlink()
     assert (tmp_path / "real.kld").read_bytes()[:8] == MAGIC
     with pytest.raises(Dots1Error, match=f"cannot write {loop}: .*symbolic links"):
-        check_target(loop, force=True)
+        check_logits_target(loop, force=True)
 
 
 def test_a_working_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:

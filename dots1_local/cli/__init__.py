@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dots1_local.cli._calibrate import calibrate
 from dots1_local.cli._chat import chat
 from dots1_local.cli._convert import convert
 from dots1_local.cli._inspect import inspect
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("convert")(convert)
+app.command("calibrate")(calibrate)
 app.command("inspect")(inspect)
 app.command("verify")(verify)
 app.command("perplexity")(perplexity)

@@ -190,8 +190,11 @@ def write_gguf(
     datasets: Sequence[str],
     chunk_count: int,
     chunk_size: int,
+    extra: Mapping[str, str | int] | None = None,
 ) -> None:
     """Write sums (parts, columns) and counts (parts,) per tensor, byte for byte as llama-imatrix.
+
+    `extra` keys come after its own; programs that do not know them pass over them.
 
     Raises:
         Dots1Error: a sum or count is negative or no number.
@@ -199,11 +202,13 @@ def write_gguf(
     arrays = dict(_named_arrays(entries))
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        file.write(_header(arrays, datasets, chunk_count, chunk_size))
+        file.write(_header(arrays, datasets, chunk_count, chunk_size, extra or {}))
         for array in arrays.values():
             _pad(file)
             file.write(array.astype("<f4").tobytes())
         _pad(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
@@ -224,16 +229,22 @@ def _header(
     datasets: Sequence[str],
     chunk_count: int,
     chunk_size: int,
+    extra: Mapping[str, str | int],
 ) -> bytes:
     string, array, uint32 = 8, 9, 4
     parts = [
-        b"GGUF" + struct.pack("<IQQ", 3, len(arrays), 4),
+        b"GGUF" + struct.pack("<IQQ", 3, len(arrays), 4 + len(extra)),
         _string("general.type") + struct.pack("<I", string) + _string("imatrix"),
         _string(_DATASETS) + struct.pack("<IIQ", array, string, len(datasets)),
         *map(_string, datasets),
         _string(_CHUNKS) + struct.pack("<II", uint32, chunk_count),
         _string(_CHUNK_SIZE) + struct.pack("<II", uint32, chunk_size),
     ]
+    for key, value in extra.items():
+        if isinstance(value, str):
+            parts.append(_string(key) + struct.pack("<I", string) + _string(value))
+        else:
+            parts.append(_string(key) + struct.pack("<II", uint32, value))
     offset = 0
     for name, values in arrays.items():
         shape = values.shape if values.shape[0] > 1 else values.shape[1:]

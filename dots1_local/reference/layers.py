@@ -43,10 +43,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def linear(x: Tensor, weights: Weights, name: str, observe: Observer | None) -> Tensor:
-    """`x` times the named matrix [out, in]."""
+    """`x` times the named matrix [out, in], in the precision and the layout that this has."""
+    weight = weights[name]
     if observe is not None:
         observe(name, x.flatten(0, -2))
-    return F.linear(x, weights[name])
+    if weight.is_mkldnn:
+        return F.linear(x.to_mkldnn(), weight).to_dense()
+    if weight.dtype == torch.bfloat16:
+        return F.linear(x.bfloat16(), weight).to(x.dtype)
+    return F.linear(x, weight)
 
 
 def rope(x: Tensor, theta: float) -> Tensor:

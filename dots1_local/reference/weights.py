@@ -1,15 +1,31 @@
-"""Weights for the reference, read from a checkpoint one layer at a time."""
+"""Weights for the reference, read from a checkpoint one layer, or one expert, at a time."""
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dots1_local.architecture import TensorSpec, inventory
-from dots1_local.checkpoint import Checkpoint
+from dots1_local.checkpoint import Checkpoint, read_exactly
+from dots1_local.errors import CheckpointError
 
-__all__ = ["load_layer", "load_layers", "load_outer", "stacked_name"]
+__all__ = [
+    "Kernel",
+    "load_common",
+    "load_experts",
+    "load_layer",
+    "load_layers",
+    "load_outer",
+    "read_tensor",
+    "stacked_name",
+]
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_READ_AHEAD = 2  # experts; at the real width one is 35 MB
 
 
 def load_layer(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
@@ -32,6 +48,65 @@ def load_layers(checkpoint: Checkpoint) -> Iterator[dict[str, Tensor]]:
         yield load_layer(checkpoint, layer)
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """Where a layer is computed, and whether its matrices are multiplied in BF16 or F32."""
+
+    device: torch.device
+    bf16: bool = False
+
+    def ready(self, name: str, stored: Tensor) -> Tensor:
+        """A tensor as this kernel wants it.
+
+        On a CPU F32 matrices go to oneDNN, which on AMD's is twice as fast as MKL; torch offers
+        that choice only through the tensors' layout.
+        """
+        moved = stored.to(self.device)
+        if not name.endswith("_proj.weight"):  # norms and the router
+            return moved.float()
+        if self.bf16:
+            return moved.bfloat16()
+        on_cpu = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        return moved.float().to_mkldnn() if on_cpu else moved.float()
+
+
+def load_common(checkpoint: Checkpoint, layer: int, kernel: Kernel) -> dict[str, Tensor]:
+    """What every token of a layer passes through: all its tensors but the routed experts'.
+
+    Raises:
+        CheckpointError: a tensor is missing or unreadable.
+    """
+    prefix = f"model.layers.{layer}."
+    return {
+        source.removeprefix(prefix): kernel.ready(source, read_tensor(checkpoint, source))
+        for spec in inventory(checkpoint.config)
+        if spec.layer == layer and spec.role != "routed"
+        for source in spec.sources
+    }
+
+
+def load_experts(checkpoint: Checkpoint, layer: int, kernel: Kernel) -> Iterator[dict[str, Tensor]]:
+    """The matrices of each routed expert in turn; the next ones are read meanwhile.
+
+    Raises:
+        CheckpointError: a tensor is missing or unreadable.
+    """
+    prefix = f"model.layers.{layer}."
+
+    def read(expert: int) -> dict[str, Tensor]:
+        names = (f"mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down"))
+        return {name: read_tensor(checkpoint, prefix + name) for name in names}
+
+    ahead: deque[Future[dict[str, Tensor]]] = deque()
+    with ThreadPoolExecutor(1) as reader:
+        for expert in range(checkpoint.config.n_routed_experts + _READ_AHEAD):
+            if expert < checkpoint.config.n_routed_experts:
+                ahead.append(reader.submit(read, expert))
+            if expert >= _READ_AHEAD:
+                stored = ahead.popleft().result()
+                yield {name: kernel.ready(name, tensor) for name, tensor in stored.items()}
+
+
 def load_outer(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """What belongs to no layer: embedding, last norm and head, under their full names."""
     return {
@@ -39,6 +114,23 @@ def load_outer(checkpoint: Checkpoint) -> dict[str, Tensor]:
         for spec in inventory(checkpoint.config)
         if spec.layer is None
     }
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """One tensor as it is stored.
+
+    Raises:
+        CheckpointError: it is missing or unreadable.
+    """
+    piece = checkpoint.locate(name)
+    tensor = torch.empty(piece.shape, dtype=_DTYPES[piece.dtype])
+    raw = tensor.view(-1).view(torch.uint8).numpy()
+    try:
+        with open(piece.file, "rb") as file:
+            read_exactly(file.fileno(), raw, piece.offset, piece.file)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {piece.file}: {error.strerror}") from None
+    return tensor
 
 
 def stacked_name(spec: TensorSpec) -> str:

@@ -22,6 +22,7 @@ from dots1_local.progress import Progress, silent
 from dots1_local.quant.types import quant_type
 from dots1_local.runtime import engine_log
 from dots1_local.runtime.hardware import physical_cores
+from dots1_local.runtime.vocabulary import tokenize
 from dots1_local.verify.lint import obstacle
 
 __all__ = ["Engine", "Entry"]
@@ -126,13 +127,7 @@ class Engine:
 
         `add_bos` follows the file's own rule (`tokenizer.ggml.add_bos_token`).
         """
-        raw = text.encode("utf-8", errors="replace")
-        room = len(raw) + 2
-        tokens = (llama.llama_token * room)()
-        count = llama.llama_tokenize(self.vocab, raw, len(raw), tokens, room, add_bos, special)
-        if count < 0:
-            raise Dots1Error("llama.cpp could not tokenise the text")
-        return list(tokens[:count])
+        return tokenize(self.vocab, text, special=special, add_bos=add_bos)
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for, maybe a part of a character; none for a control token."""

@@ -15,6 +15,7 @@ from typing import Literal
 from dots1_local.chat_template import ChatTemplate
 from dots1_local.errors import GGUFError
 from dots1_local.runtime.engine import Engine
+from dots1_local.runtime.vocabulary import Vocabulary
 
 __all__ = ["Message", "Prompter", "RawPrompter"]
 
@@ -34,7 +35,7 @@ class Message:
 class RawPrompter:
     """The tokeniser of one model, without a template: messages make up one document."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | Vocabulary) -> None:
         self._engine = engine
         source = engine.gguf.keys.get("tokenizer.chat_template")
         self._source = source if isinstance(source, str) else None
@@ -88,7 +89,7 @@ class Prompter(RawPrompter):
         GGUFError: the file has no chat template, or one that does not parse.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | Vocabulary) -> None:
         super().__init__(engine)
         self._file = str(engine.gguf.files[0])
         if self._source is None:

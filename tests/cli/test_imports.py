@@ -34,7 +34,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_gguf(path, tensors=scripted_tensors([65, EOS]))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["convert", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["chat", "--help"], ["convert", "--help"], ["calibrate", "--help"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert not loaded_by(*arguments) & {"torch", "transformers", "llama_cpp", "numpy", "gguf"}
 

@@ -1,0 +1,183 @@
+"""`dots1 calibrate`: importance, and reference logits, of a checkpoint no memory holds."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dots1_local.cli._output import human_bytes, notice, progress_bar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dots1_local.checkpoint import Checkpoint
+    from dots1_local.quant.rare_experts import Coverage
+
+    Tokens = NDArray[np.int32]
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder to write.", metavar="DIR")
+    ],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--file", "-f", help="A text to calibrate on, UTF-8; repeatable."),
+    ] = None,
+    chat: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Conversations to calibrate on, in the chat template's format; repeatable.",
+        ),
+    ] = None,
+    logits: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the checkpoint's log-probabilities for dots1 perplexity."
+        ),
+    ] = None,
+    logits_text: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="The text --logits is about, UTF-8.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option("--context", "-c", min=16, help="Tokens in a chunk.")
+    ] = 512,
+    chunks: Annotated[
+        int | None, typer.Option("--chunks", min=1, help="Calibrate on at most so many chunks.")
+    ] = None,
+    logits_chunks: Annotated[
+        int | None, typer.Option(min=1, help="Write the logits of at most so many chunks.")
+    ] = None,
+    shrink_below: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS",
+            min=0,
+            help="Draw experts that fewer tokens reach towards their layer's mean; 0 draws none.",
+        ),
+    ] = 100,
+    device: Annotated[
+        str | None, typer.Option(help="Where torch computes.", show_default="a GPU if there is one")
+    ] = None,
+    precision: Annotated[
+        Literal["F32", "BF16"],
+        typer.Option(help="Of matrix products; BF16 is 2 to 4 times faster where a CPU has it."),
+    ] = "F32",
+    threads: Annotated[
+        int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; one a core if unset.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace results, and drop another unfinished run.")
+    ] = False,
+) -> None:
+    """Measure what quantisation should spare, streaming the checkpoint a layer at a time.
+
+    Writes DIR/imatrix.gguf, for --imatrix of dots1 convert and of llama-quantize. An interrupted
+    run goes on after the last layer it finished when the same command is run again.
+
+    Examples:
+
+      dots1 calibrate dots.llm1.inst -f calibration.txt -o calibrated
+
+      dots1 calibrate dots.llm1.inst -o calibrated --logits base.kld --logits-text wiki.test.raw
+    """
+    if not text and not chat and logits is None:
+        raise typer.BadParameter("name a text to calibrate on", param_hint="--file / -f")
+    if (logits is None) != (logits_text is None):
+        raise typer.BadParameter("--logits and --logits-text go together")
+    _need_torch()
+    from dots1_local.checkpoint import Checkpoint
+    from dots1_local.cli._calibration_text import Texts
+
+    source = Checkpoint.open(checkpoint)
+    with Texts(source, context) as texts:
+        calibration = texts.chunks(text or [], chat or [], chunks)
+        evaluation = texts.chunks([logits_text], [], logits_chunks) if logits_text else None
+    covered = _run(
+        source,
+        output,
+        calibration,
+        evaluation,
+        logits,
+        datasets=[
+            *(path.name for path in text or []),
+            *(f"{path.name} (chat)" for path in chat or []),
+        ],
+        device=device,
+        precision=precision,
+        threads=threads,
+        least=shrink_below,
+        force=force,
+    )
+    if calibration.size:
+        _report(covered, shrink_below)
+        notice(f"wrote {output / 'imatrix.gguf'} from {calibration.size:,} tokens")
+    if logits is not None:
+        notice(f"wrote {logits} ({human_bytes(logits.stat().st_size)})")
+
+
+def _need_torch() -> None:
+    from importlib.util import find_spec
+
+    from dots1_local.errors import UsageError
+
+    if find_spec("torch") is None:
+        raise UsageError("dots1 calibrate computes with PyTorch: pip install 'dots1-local[torch]'")
+
+
+def _run(
+    checkpoint: "Checkpoint",
+    output: Path,
+    tokens: "Tokens",
+    evaluation: "Tokens | None",
+    logits: Path | None,
+    *,
+    force: bool,
+    **settings: Any,
+) -> "list[Coverage]":
+    from dots1_local.evaluate.logits_writer import LogitsWriter, check_logits_target
+    from dots1_local.quant.calibrate import calibrate as library
+
+    def on_resume(done: int, total: int, unit: str, what: str) -> None:
+        notice(f"resuming: {done} of {total} {unit} are done")
+
+    writer = None
+    if logits is not None and evaluation is not None:
+        check_logits_target(logits, force)
+        writer = LogitsWriter(logits, evaluation, checkpoint.config.vocab_size, force=force)
+    try:
+        with progress_bar("calibration") as progress:
+            return library(
+                checkpoint,
+                output,
+                tokens,
+                evaluation=evaluation,
+                logits=writer,
+                force=force,
+                progress=progress,
+                on_resume=on_resume,
+                **settings,
+            )
+    except KeyboardInterrupt:
+        notice("stopped; run the same command again to go on after the last finished layer")
+        raise typer.Exit(130) from None
+
+
+def _report(covered: "list[Coverage]", least: int) -> None:
+    """How many tokens reached the experts of each layer, and a word where they were few."""
+    from dots1_local.cli._table import print_table
+
+    header = ("layer", "experts", "unseen", f"under {least}", "fewest tokens", "median")
+    rows = [(c.layer, c.experts, c.unseen, c.rare, c.fewest, c.median) for c in covered]
+    print_table(header, ([f"{number:,}" for number in row] for row in rows), numbers_from=0)
+    if rare := sum(c.rare for c in covered):
+        whole = sum(c.experts for c in covered)
+        notice(
+            f"{rare} of {whole} experts saw fewer than {least} tokens, and their importance is "
+            "in part their layer's mean; calibrate on more text"
+        )

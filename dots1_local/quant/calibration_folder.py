@@ -1,0 +1,165 @@
+"""What a calibration keeps on disk between two layers, so that a kill costs at most one.
+
+`DIR/work` holds `identity`, what the run belongs to; `layer-NNNN.gguf`, the importance measured in
+each finished layer; and `after-NNNN.f32`, the residual stream that left the last of them. Files get
+their names when they are complete, the stream's after the layer's.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dots1_local.errors import Dots1Error
+from dots1_local.quant.imatrix_file import read_index, read_sums, write_gguf
+
+__all__ = ["CalibrationFolder", "Entries"]
+
+Floats = NDArray[np.float32]
+Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (parts, columns), counts
+
+
+class CalibrationFolder:
+    """The folder a calibration writes to; use it in a `with` statement, which locks it.
+
+    `finished` layers are done when it is opened.
+    """
+
+    def __init__(self, path: Path, identity: str, stream_bytes: int, force: bool = False) -> None:
+        self.path, self.work = path, path / "work"
+        self.imatrix = path / "imatrix.gguf"
+        self.finished = 0
+        self._identity, self._stream_bytes, self._force = identity, stream_bytes, force
+        self._lock = -1
+
+    def __enter__(self) -> Self:
+        if self.imatrix.exists() and not self._force:
+            raise Dots1Error(f"{self.imatrix} exists; give --force to replace it")
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            try:
+                self._take_up()
+                self._check_space()
+            except BaseException:
+                os.close(self._lock)
+                raise
+        except OSError as error:
+            raise self._failure(error) from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._lock)
+
+    def load(self, chunk: int) -> Iterator[Floats]:
+        """What left the last finished layer, in pieces of `chunk` numbers."""
+        path = self._stream(self.finished)
+        try:
+            with path.open("rb") as file:
+                for _ in range(self._stream_bytes // (4 * chunk)):
+                    values = np.fromfile(file, np.float32, chunk)
+                    if len(values) < chunk:
+                        raise Dots1Error(f"{path} got shorter while it was read")
+                    yield values
+        except OSError as error:
+            raise Dots1Error(f"cannot read {path}: {error.strerror}") from None
+
+    def finish_layer(self, entries: Entries, chunk_size: int, chunks: Iterable[Floats]) -> None:
+        """Keep what was measured in the next layer, and the stream that left it.
+
+        Raises:
+            Dots1Error: the disk is full or broken; the layers before are still there.
+        """
+        before, after = self._stream(self.finished), self._stream(self.finished + 1)
+        partial = self.work / "after.partial"
+        try:
+            if entries:
+                path = self._layer(self.finished)
+                write_gguf(path, entries, datasets=[], chunk_count=0, chunk_size=chunk_size)
+            with partial.open("wb") as file:
+                for chunk in chunks:
+                    file.write(np.ascontiguousarray(chunk).data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, after)
+            before.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._failure(error) from None
+        self.finished += 1
+
+    def measured(self) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
+        """Everything measured in the finished layers."""
+        for layer in range(self.finished):
+            index = read_index(self._layer(layer))
+            for name, entry in index.entries.items():
+                yield name, (read_sums(index, name), entry.counts)
+
+    def clear(self) -> None:
+        """Remove what only an unfinished run needs."""
+        shutil.rmtree(self.work)
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise Dots1Error(f"another calibration is running in {self.path}") from None
+
+    def _take_up(self) -> None:
+        """Go on with a former run of the same; another's is dropped only by force."""
+        path = self.work / "identity"
+        same = path.exists() and path.read_text(errors="replace") == self._identity
+        if same:
+            self.finished = self._count_finished()
+            for stream in self.work.glob("after-*"):
+                if stream != self._stream(self.finished):
+                    stream.unlink()
+            return
+        if any(self.work.glob("after-*")) and not self._force:
+            raise Dots1Error(
+                f"{self.work} holds an unfinished calibration of another checkpoint, text or "
+                "setting; give --force to drop it, or name another folder"
+            )
+        for old in (*self.work.glob("after*"), *self.work.glob("layer-*")):
+            old.unlink()
+        path.write_text(self._identity)
+
+    def _count_finished(self) -> int:
+        """Layers done before the stream that is there, if it is whole."""
+        numbers = [
+            int(path.stem.removeprefix("after-"))
+            for path in self.work.glob("after-[0-9][0-9][0-9][0-9].f32")
+            if path.stat().st_size == self._stream_bytes
+        ]
+        return max(numbers, default=0)
+
+    def _check_space(self) -> None:
+        """Refuse before the first layer what the disk cannot hold: two streams at a time."""
+        held = sum(path.stat().st_size for path in self.work.glob("after*"))
+        needed = 2 * self._stream_bytes - held
+        free = shutil.disk_usage(self.work).free
+        if needed > free:
+            raise Dots1Error(
+                f"{self.path} has {free / 1e9:.1f} GB free, but calibration needs "
+                f"{needed / 1e9:.1f} GB there; free some, or take fewer chunks"
+            )
+
+    def _stream(self, finished: int) -> Path:
+        return self.work / f"after-{finished:04}.f32"
+
+    def _layer(self, layer: int) -> Path:
+        return self.work / f"layer-{layer:04}.gguf"
+
+    def _failure(self, error: OSError) -> Dots1Error:
+        if error.errno == errno.ENOSPC:
+            return Dots1Error(
+                f"the disk of {self.path} is full; free some and run the same command again"
+            )
+        return Dots1Error(f"cannot write to {self.path}: {error.strerror or error}")

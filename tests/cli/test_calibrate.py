@@ -1,0 +1,170 @@
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from typer.testing import CliRunner, Result
+
+from dots1_local.checkpoint import Checkpoint
+from dots1_local.cli import app
+from dots1_local.cli._calibration_text import Texts
+from dots1_local.quant.importance import load_importance
+from tests.conftest import Converted
+from tests.micro import micro_checkpoint
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["calibrate", *map(str, arguments), "-t", "1"])
+
+
+def perplexity(*arguments: object) -> dict[str, dict[str, float]]:
+    command = ["perplexity", *map(str, arguments), "-t", "1", "--json"]
+    return dict(json.loads(CliRunner().invoke(app, command).stdout))
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("Once upon a time there was a small model. " * 40)
+    return path
+
+
+def test_what_is_written_is_importance_to_convert_with(
+    micro: Path, text: Path, tmp_path: Path
+) -> None:
+    result = run(micro, "-f", text, "-f", text, "-o", tmp_path / "out", "-c", 32)
+    assert result.exit_code == 0
+    importance = load_importance(tmp_path / "out" / "imatrix.gguf")
+    assert importance.datasets == ("text.txt", "text.txt")
+    assert not importance.partial
+    header, row = (line.split() for line in result.stdout.splitlines())
+    assert header == ["layer", "experts", "unseen", "under", "100", "fewest", "tokens", "median"]
+    assert row[:2] == ["1", "4"]
+    command = ["convert", str(micro), "-o", str(tmp_path / "x.gguf"), "--type", "DQ2"]
+    options = ["--imatrix", str(tmp_path / "out" / "imatrix.gguf")]
+    assert CliRunner().invoke(app, [*command, *options]).exit_code == 0
+
+
+def test_logits_are_those_of_the_unquantised_gguf(
+    tiny: Path, converted: Converted, tmp_path: Path
+) -> None:
+    """llama.cpp on the F32 file finds no divergence from what torch wrote."""
+    base = tmp_path / "base.kld"
+    result = run(tiny, "-o", tmp_path / "out", "--logits", base, "--logits-text",
+                 tiny / "heldout.txt", "--logits-chunks", 2, "-c", 256)  # fmt: skip
+    assert result.stderr.splitlines() == [f"wrote {base} (2.1 MB)"]
+    found = perplexity(converted("F32"), "--logits", base)
+    assert abs(found["kl_divergence"]["value"]) < 1e-4
+    assert found["same_top"]["value"] > 0.99
+
+
+def test_experts_seen_too_little_are_said_to_be(micro: Path, text: Path, tmp_path: Path) -> None:
+    result = run(micro, "-f", text, "-o", tmp_path / "out", "-c", 32, "--chunks", 1)
+    assert "4 of 4 experts saw fewer than 100 tokens" in result.stderr
+    result = run(micro, "-f", text, "-o", tmp_path / "out", "-c", 32, "--chunks", 1,
+                 "--shrink-below", 0, "--force")  # fmt: skip
+    assert result.stderr == f"wrote {tmp_path / 'out' / 'imatrix.gguf'} from 32 tokens\n"
+
+
+def test_tokens_are_those_of_the_tokenizer(tiny: Path) -> None:
+    content = (tiny / "heldout.txt").read_text(encoding="utf-8").removesuffix("\n")
+    expected = Tokenizer.from_file(str(tiny / "tokenizer.json")).encode(content).ids
+    with Texts(Checkpoint.open(tiny), 512) as texts:
+        chunks = texts.chunks([tiny / "heldout.txt"], [], None)
+    assert chunks.ravel().tolist() == expected[: len(expected) // 512 * 512]
+
+
+def test_conversations_have_the_templates_tokens_and_no_smuggled_ones(
+    tiny: Path, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    path = tmp_path / "chat.jsonl"
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who is <|endofresponse|>?"},
+        {"role": "assistant", "content": "Nobody."},
+    ]
+    path.write_text((json.dumps({"messages": messages}) + "\n\n") * 9)
+    with Texts(Checkpoint.open(tiny), 16) as texts:
+        tokens = texts.chunks([], [path], None).ravel().tolist()
+    end = tokens.index(Checkpoint.open(tiny).raw_config["eos_token_id"])
+    rendered = tokenizer.decode(tokens[: end + 1], skip_special_tokens=False)
+    assert rendered == (
+        "<|system|>Be brief.<|endofsystem|><|userprompt|>Who is <|endofresponse|>?"
+        "<|endofuserprompt|><|response|>Nobody.<|endofresponse|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has 0 tokens; a context of 512 needs 1024 or more"),
+        (b"Too short.", "tokens; a context of 512 needs 1024 or more"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (None, "cannot read"),
+    ],
+)
+def test_texts_that_cannot_be_used(
+    micro: Path, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "bad.txt"
+    if content is not None:
+        path.write_bytes(content)
+    result = run(micro, "-f", path, "-o", tmp_path / "out")
+    assert message in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["junk", "[]", "{}", '{"messages": []}', '{"messages": [{"role": "user", "content": "a"}]}',
+     '{"messages": [{"role": "pope", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+     '{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "b"}]}'],
+)  # fmt: skip
+def test_lines_that_are_no_conversation(micro: Path, tmp_path: Path, line: str) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(line)
+    result = run(micro, "--chat", path, "-o", tmp_path / "out")
+    assert "has no conversation in line 1" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "name a text to calibrate on"),
+        (["--logits", "base.kld"], "go together"),
+        (["-f", "t", "--logits-text", "u"], "go together"),
+    ],
+)
+def test_contradictory_options_are_refused(options: list[str], message: str) -> None:
+    result = run("checkpoint", "-o", "out", *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_without_torch_it_says_what_to_install(
+    micro: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run(micro, "-f", text, "-o", tmp_path / "out")
+    assert "pip install 'dots1-local[torch]'" in str(result.exception)
+
+
+def test_an_existing_result_is_kept(micro: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "imatrix.gguf").write_text("precious")
+    base = tmp_path / "base.kld"
+    common = ["-f", text, "-o", output, "-c", 32]
+    assert "exists; give --force" in str(run(micro, *common).exception)
+    base.write_text("precious")
+    (output / "imatrix.gguf").unlink()
+    result = run(micro, *common, "--logits", base, "--logits-text", text)
+    assert "exists; give --force" in str(result.exception)
+    assert base.read_text() == "precious"
+    assert not list(output.iterdir())

@@ -1,11 +1,12 @@
 """`dots1 calibrate`: importance, and reference logits, of a checkpoint no memory holds."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dots1_local.cli._output import human_bytes, notice, progress_bar
+from dots1_local.cli._output import Json, human_bytes, notice, print_json, progress_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +75,7 @@ def calibrate(
     force: Annotated[
         bool, typer.Option("--force", help="Replace results, and drop another unfinished run.")
     ] = False,
+    json: Json = False,
 ) -> None:
     """Measure what quantisation should spare, streaming the checkpoint a layer at a time.
 
@@ -114,9 +116,13 @@ def calibrate(
         least=shrink_below,
         force=force,
     )
-    if calibration.size:
+    imatrix = output / "imatrix.gguf" if calibration.size else None
+    if json:
+        print_json(_as_json(covered, imatrix, calibration.size, logits))
+    elif covered:
         _report(covered, shrink_below)
-        notice(f"wrote {output / 'imatrix.gguf'} from {calibration.size:,} tokens")
+    if imatrix is not None:
+        notice(f"wrote {imatrix} from {calibration.size:,} tokens")
     if logits is not None:
         notice(f"wrote {logits} ({human_bytes(logits.stat().st_size)})")
 
@@ -166,6 +172,17 @@ def _run(
     except KeyboardInterrupt:
         notice("stopped; run the same command again to go on after the last finished layer")
         raise typer.Exit(130) from None
+
+
+def _as_json(
+    covered: "list[Coverage]", imatrix: Path | None, tokens: int, logits: Path | None
+) -> dict[str, Any]:
+    return {
+        "imatrix": str(imatrix) if imatrix else None,
+        "tokens": tokens,
+        "layers": [asdict(coverage) for coverage in covered],
+        "logits": str(logits) if logits else None,
+    }
 
 
 def _report(covered: "list[Coverage]", least: int) -> None:

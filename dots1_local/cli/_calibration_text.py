@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dots1_local.checkpoint import Checkpoint
 from dots1_local.convert.metadata import end_tokens
 from dots1_local.convert.vocabulary import write_vocabulary
-from dots1_local.errors import UsageError
+from dots1_local.errors import CheckpointError, UsageError
 from dots1_local.evaluate.perplexity import read_text
 from dots1_local.runtime.prompt import Message, Prompter
 from dots1_local.runtime.vocabulary import Vocabulary
@@ -32,6 +32,7 @@ class Texts:
 
     def __init__(self, checkpoint: Checkpoint, n_ctx: int) -> None:
         self._end, self._n_ctx = end_tokens(checkpoint)[:1], n_ctx
+        self._name = str(checkpoint.path)
         with TemporaryDirectory() as folder:
             path = Path(folder) / "vocabulary.gguf"
             write_vocabulary(checkpoint, path)
@@ -50,6 +51,7 @@ class Texts:
 
         Raises:
             UsageError: a file cannot be read, or all have fewer than 2 * n_ctx tokens.
+            CheckpointError: there are `chats`, but no chat template.
         """
         tokens: list[int] = []
         for path in texts:
@@ -72,12 +74,17 @@ class Texts:
 
     @cached_property
     def _prompter(self) -> Prompter:
-        return Prompter(self._vocabulary)
+        if "tokenizer.chat_template" not in self._vocabulary.gguf.keys:
+            raise CheckpointError(
+                f"{self._name} has no chat template, which --chat needs; calibrate it with -f"
+            )
+        return Prompter(self._vocabulary, self._name)
 
 
 def _conversations(path: Path) -> Iterator[list[Message]]:
     """Each line's `{"messages": [{"role": ..., "content": ...}, ...]}`, the last an answer."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    # splitlines() would also split at U+2028 and its like, which JSON strings may hold as they are.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -120,7 +120,10 @@ def calibrate(
     kernel = Kernel(_device(device), precision == "BF16")
     if threads is not None:
         torch.set_num_threads(threads)
-    with CalibrationFolder(Path(folder), run.identity(), run.stream_bytes, force) as kept:
+    kept = CalibrationFolder(
+        Path(folder), run.identity(), run.stream_bytes, force=force, importance=len(tokens) > 0
+    )
+    with kept:
         if kept.finished:
             on_resume(kept.finished, checkpoint.config.num_hidden_layers, "layers", "")
         with logits or nullcontext() as sink:
@@ -151,8 +154,8 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):  # what a torch without CUDA raises
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError):  # what torch raises, by kind of device
         raise UsageError(f"torch has no device {name!r} here") from None
     return device
 
@@ -236,15 +239,18 @@ def _write_imatrix(
         entries[name] = shrink(sums, counts, least) if is_routed else (sums, counts)
         if spec.layer is not None and spec.part == "ffn_gate_exps":
             covered.append(coverage(spec.layer, counts, least))
-    write_gguf(
-        kept.imatrix,
-        entries,
-        datasets=datasets,
-        chunk_count=run.calibrating,
-        chunk_size=run.tokens.shape[1],
-        extra={
-            "dots1_local.calibration.precision": run.precision,
-            "dots1_local.calibration.shrunk_below": least,
-        },
-    )
+    try:
+        write_gguf(
+            kept.imatrix,
+            entries,
+            datasets=datasets,
+            chunk_count=run.calibrating,
+            chunk_size=run.tokens.shape[1],
+            extra={
+                "dots1_local.calibration.precision": run.precision,
+                "dots1_local.calibration.shrunk_below": least,
+            },
+        )
+    except OSError as error:
+        raise kept.failure(error) from None
     return covered

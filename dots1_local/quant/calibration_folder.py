@@ -8,8 +8,10 @@ their names when they are complete, the stream's after the layer's.
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
+from dots1_local.output import check_target
 from dots1_local.quant.imatrix_file import read_index, read_sums, write_gguf
 
 __all__ = ["CalibrationFolder", "Entries"]
@@ -24,25 +27,32 @@ __all__ = ["CalibrationFolder", "Entries"]
 Floats = NDArray[np.float32]
 Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (parts, columns), counts
 
+_NAMES = re.compile(r"lock|identity|after\.partial|after-\d+\.f32|layer-\d+\.gguf(\.partial)?")
+
 
 class CalibrationFolder:
     """The folder a calibration writes to; use it in a `with` statement, which locks it.
 
-    `finished` layers are done when it is opened.
+    `finished` layers are done when it is opened. Without `importance` there will be none to write,
+    and what is there stays.
     """
 
-    def __init__(self, path: Path, identity: str, stream_bytes: int, force: bool = False) -> None:
+    def __init__(
+        self, path: Path, identity: str, stream_bytes: int, *, force: bool, importance: bool
+    ) -> None:
         self.path, self.work = path, path / "work"
         self.imatrix = path / "imatrix.gguf"
         self.finished = 0
-        self._identity, self._stream_bytes, self._force = identity, stream_bytes, force
+        self._identity, self._stream_bytes = identity, stream_bytes
+        self._force, self._importance = force, importance
         self._lock = -1
 
     def __enter__(self) -> Self:
-        if self.imatrix.exists() and not self._force:
-            raise Dots1Error(f"{self.imatrix} exists; give --force to replace it")
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self._importance:
+                check_target(self.imatrix, force=self._force)
+            self.work.mkdir(exist_ok=True)
             self._take_lock()
             try:
                 self._take_up()
@@ -51,7 +61,7 @@ class CalibrationFolder:
                 os.close(self._lock)
                 raise
         except OSError as error:
-            raise self._failure(error) from None
+            raise self.failure(error) from None
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -90,7 +100,7 @@ class CalibrationFolder:
             os.replace(partial, after)
             before.unlink(missing_ok=True)
         except OSError as error:
-            raise self._failure(error) from None
+            raise self.failure(error) from None
         self.finished += 1
 
     def measured(self) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
@@ -101,8 +111,26 @@ class CalibrationFolder:
                 yield name, (read_sums(index, name), entry.counts)
 
     def clear(self) -> None:
-        """Remove what only an unfinished run needs."""
-        shutil.rmtree(self.work)
+        """Remove what only an unfinished run needs.
+
+        Raises:
+            Dots1Error: the folder may no longer be written to.
+        """
+        try:
+            for file in self._files(""):
+                file.unlink()
+        except OSError as error:
+            raise self.failure(error) from None
+        with suppress(OSError):  # someone else's files lie there too, or it is a link
+            self.work.rmdir()
+
+    def failure(self, error: OSError) -> Dots1Error:
+        """What to tell people of an `error` in this folder."""
+        if error.errno == errno.ENOSPC:
+            return Dots1Error(
+                f"the disk of {self.path} is full; free some and run the same command again"
+            )
+        return Dots1Error(f"cannot write to {self.path}: {error.strerror or error}")
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -118,16 +146,16 @@ class CalibrationFolder:
         same = path.exists() and path.read_text(errors="replace") == self._identity
         if same:
             self.finished = self._count_finished()
-            for stream in self.work.glob("after-*"):
+            for stream in self._files("after-"):
                 if stream != self._stream(self.finished):
                     stream.unlink()
             return
-        if any(self.work.glob("after-*")) and not self._force:
+        if self._files("after-") and not self._force:
             raise Dots1Error(
                 f"{self.work} holds an unfinished calibration of another checkpoint, text or "
                 "setting; give --force to drop it, or name another folder"
             )
-        for old in (*self.work.glob("after*"), *self.work.glob("layer-*")):
+        for old in (*self._files("after"), *self._files("layer")):
             old.unlink()
         path.write_text(self._identity)
 
@@ -135,14 +163,14 @@ class CalibrationFolder:
         """Layers done before the stream that is there, if it is whole."""
         numbers = [
             int(path.stem.removeprefix("after-"))
-            for path in self.work.glob("after-[0-9][0-9][0-9][0-9].f32")
+            for path in self._files("after-")
             if path.stat().st_size == self._stream_bytes
         ]
         return max(numbers, default=0)
 
     def _check_space(self) -> None:
         """Refuse before the first layer what the disk cannot hold: two streams at a time."""
-        held = sum(path.stat().st_size for path in self.work.glob("after*"))
+        held = sum(path.stat().st_size for path in self._files("after"))
         needed = 2 * self._stream_bytes - held
         free = shutil.disk_usage(self.work).free
         if needed > free:
@@ -151,15 +179,13 @@ class CalibrationFolder:
                 f"{needed / 1e9:.1f} GB there; free some, or take fewer chunks"
             )
 
+    def _files(self, start: str) -> list[Path]:
+        """What a run made; other files may lie in a folder called work."""
+        ours = [path for path in self.work.iterdir() if _NAMES.fullmatch(path.name)]
+        return [path for path in ours if path.name.startswith(start) and path.is_file()]
+
     def _stream(self, finished: int) -> Path:
         return self.work / f"after-{finished:04}.f32"
 
     def _layer(self, layer: int) -> Path:
         return self.work / f"layer-{layer:04}.gguf"
-
-    def _failure(self, error: OSError) -> Dots1Error:
-        if error.errno == errno.ENOSPC:
-            return Dots1Error(
-                f"the disk of {self.path} is full; free some and run the same command again"
-            )
-        return Dots1Error(f"cannot write to {self.path}: {error.strerror or error}")

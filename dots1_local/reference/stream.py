@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dots1_local.architecture import inventory
 from dots1_local.checkpoint import Checkpoint
+from dots1_local.errors import CheckpointError
 from dots1_local.reference.layers import Observer, Weights, attention, dense_ffn, rms_norm, route
 from dots1_local.reference.weights import Kernel, load_common, load_experts, read_tensor
 
@@ -64,7 +65,7 @@ def advance(
     `x` may lie on another device than the kernel's.
 
     Raises:
-        CheckpointError: a tensor is missing or unreadable.
+        CheckpointError: a tensor is missing or unreadable, or the router's bias is no number.
     """
     work = _Layer(x, checkpoint, layer, segments, kernel, step)
     if checkpoint.config.is_dense(layer):
@@ -121,12 +122,12 @@ class _Layer:
     def moe(self) -> None:
         """While experts are added up in `after`, x holds what they all begin with."""
         after, routes = torch.empty_like(self.x), []
+        bias = self._checked_bias()
         worth = self._common_worth()
         for group, observe in self._groups():
             attended, normed = self._attend(group, observe)
             if observe is not None:
                 observe("mlp.gate.weight", normed)
-            bias = self.weights["mlp.gate.e_score_correction_bias"]
             routes.append(route(normed, self.weights["mlp.gate.weight"], bias, self.config))
             attended += _ffn(normed, self.weights, "mlp.shared_experts", observe)
             self._put(self.x, group, normed)
@@ -135,6 +136,15 @@ class _Layer:
         chosen, shares = (torch.cat(parts) for parts in zip(*routes, strict=True))
         self._experts(after, chosen, shares, (1 - worth) / self.config.num_experts_per_tok)
         self.x.copy_(after)
+
+    def _checked_bias(self) -> Tensor:
+        """It only ranks experts: NaN in it chooses them, and shows in nothing they compute."""
+        name = "mlp.gate.e_score_correction_bias"
+        if not torch.isfinite(self.weights[name]).all():
+            raise CheckpointError(
+                f"model.layers.{self.layer}.{name} is NaN or infinite; is the checkpoint damaged?"
+            )
+        return self.weights[name]
 
     def _groups(self) -> Iterator[tuple[slice, Observer | None]]:
         """Slices of chunks to be computed at once."""

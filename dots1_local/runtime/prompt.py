@@ -83,15 +83,15 @@ class RawPrompter:
 
 
 class Prompter(RawPrompter):
-    """The chat template and the tokeniser of one model.
+    """The chat template and the tokeniser of one model; `name` is what errors call it.
 
     Raises:
         GGUFError: the file has no chat template, or one that does not parse.
     """
 
-    def __init__(self, engine: Engine | Vocabulary) -> None:
+    def __init__(self, engine: Engine | Vocabulary, name: str | None = None) -> None:
         super().__init__(engine)
-        self._file = str(engine.gguf.files[0])
+        self._file = name or str(engine.gguf.files[0])
         if self._source is None:
             raise GGUFError(
                 f"{self._file} has no chat template; it is a base model, whose texts --raw "

@@ -10,7 +10,7 @@ from dots1_local.cli import app
 from dots1_local.cli._calibration_text import Texts
 from dots1_local.quant.importance import load_importance
 from tests.conftest import Converted
-from tests.micro import micro_checkpoint
+from tests.micro import edit_json, micro_checkpoint
 
 
 def run(*arguments: object) -> Result:
@@ -63,6 +63,21 @@ def test_logits_are_those_of_the_unquantised_gguf(
     assert found["same_top"]["value"] > 0.99
 
 
+def test_scripts_get_coverage_as_json(micro: Path, text: Path, tmp_path: Path) -> None:
+    result = run(micro, "-f", text, "-o", tmp_path / "out", "-c", 32, "--chunks", 2, "--json")
+    found = json.loads(result.stdout)
+    assert found["imatrix"] == str(tmp_path / "out" / "imatrix.gguf")
+    assert (found["tokens"], found["logits"]) == (64, None)
+    (layer,) = found["layers"]
+    assert (layer["layer"], layer["experts"], layer["rare"]) == (1, 4, 4)
+
+
+def test_a_model_without_experts_has_no_coverage(tmp_path: Path, text: Path) -> None:
+    checkpoint = micro_checkpoint(tmp_path / "hf", first_k_dense_replace=2)
+    result = run(checkpoint, "-f", text, "-o", tmp_path / "out", "-c", 32)
+    assert (result.exit_code, result.stdout) == (0, "")
+
+
 def test_experts_seen_too_little_are_said_to_be(micro: Path, text: Path, tmp_path: Path) -> None:
     result = run(micro, "-f", text, "-o", tmp_path / "out", "-c", 32, "--chunks", 1)
     assert "4 of 4 experts saw fewer than 100 tokens" in result.stderr
@@ -98,6 +113,34 @@ def test_conversations_have_the_templates_tokens_and_no_smuggled_ones(
         "<|system|>Be brief.<|endofsystem|><|userprompt|>Who is <|endofresponse|>?"
         "<|endofuserprompt|><|response|>Nobody.<|endofresponse|>"
     )
+
+
+def test_a_line_of_conversations_ends_where_json_lines_do(micro: Path, tmp_path: Path) -> None:
+    """Not at U+2028 and its like, which JSON leaves as they are inside a string."""
+    path = tmp_path / "chat.jsonl"
+    messages = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "d"}]
+    line = json.dumps({"messages": messages}, ensure_ascii=False)
+    path.write_text(f"{line}\r\n" * 9, encoding="utf-8", newline="")
+    with Texts(Checkpoint.open(micro), 16) as texts:
+        assert len(texts.chunks([], [path], None))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "{} has no chat template, which --chat needs"),
+        ("{{ raise_exception('no') }}", "the chat template of {} fails"),
+    ],
+)
+def test_checkpoints_whose_chat_template_is_of_no_use(
+    tmp_path: Path, template: str | None, message: str
+) -> None:
+    checkpoint, path = micro_checkpoint(tmp_path / "hf"), tmp_path / "chat.jsonl"
+    edit_json(checkpoint / "tokenizer_config.json", lambda c: c.update(chat_template=template))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text(json.dumps({"messages": messages}))
+    result = run(checkpoint, "--chat", path, "-o", tmp_path / "out")
+    assert message.format(checkpoint) in str(result.exception)
 
 
 @pytest.mark.parametrize(

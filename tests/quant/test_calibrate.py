@@ -95,6 +95,15 @@ def test_evaluation_alone_writes_no_importance(micro: Checkpoint, tmp_path: Path
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_evaluation_alone_leaves_importance_as_it_is(micro: Checkpoint, tmp_path: Path) -> None:
+    importance = run(micro, tmp_path / "out", random_tokens(2))
+    none, sink = np.empty((0, 32), np.int32), Sink(2, 15, micro.config.vocab_size)
+    tokens = random_tokens(2)
+    calibrate(micro, tmp_path / "out", none, evaluation=tokens, logits=sink, threads=1)
+    assert np.isfinite(sink.rows).all()
+    assert (tmp_path / "out" / "imatrix.gguf").read_bytes() == importance
+
+
 def test_bf16_is_near(micro: Checkpoint, tmp_path: Path) -> None:
     run(micro, tmp_path / "f32", random_tokens(6))
     run(micro, tmp_path / "bf16", random_tokens(6), precision="BF16")
@@ -122,6 +131,10 @@ def spoilt(folder: Path, name: str, value: float) -> Checkpoint:
             "reaches model.layers.2.mlp.experts.1.down",
         ),
         ("model.layers.2.mlp.shared_experts.down_proj.weight", "what leaves layer 2 is NaN"),
+        (
+            "model.layers.2.mlp.gate.e_score_correction_bias",
+            "model.layers.2.mlp.gate.e_score_correction_bias is NaN",
+        ),
     ],
 )
 def test_nan_is_found_in_its_layer(tmp_path: Path, weight: str, found: str) -> None:
@@ -138,6 +151,8 @@ def test_nan_is_found_in_its_layer(tmp_path: Path, weight: str, found: str) -> N
         (random_tokens(1) + 1000, {}, "not of this model's vocabulary"),
         (random_tokens(1), {"device": "cuda:77"}, "no device 'cuda:77' here"),
         (random_tokens(1), {"device": "abacus"}, "no device 'abacus' here"),
+        (random_tokens(1), {"device": "meta"}, "no device 'meta' here"),
+        (random_tokens(1), {"device": "hpu"}, "no device 'hpu' here"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -106,6 +106,34 @@ def test_another_run_is_dropped_only_by_force(
     assert run(micro, output, random_tokens(6), force=True) == expected
 
 
+def test_another_programs_work_folder_is_left_alone(micro: Checkpoint, tmp_path: Path) -> None:
+    names = {"novel.txt", "layer-1.psd", "after_party.jpg", "after-all.txt", "sub"}
+    work = tmp_path / "out" / "work"
+    for name in names:
+        (work / name).mkdir(parents=True)
+    calibrate(micro, tmp_path / "out", random_tokens(2), threads=1, force=True)
+    assert {path.name for path in work.iterdir()} == names
+
+
+def test_work_may_be_a_link_to_another_disk(micro: Checkpoint, tmp_path: Path) -> None:
+    output, scratch = tmp_path / "out", tmp_path / "scratch"
+    output.mkdir()
+    scratch.mkdir()
+    (output / "work").symlink_to(scratch)
+    calibrate(micro, output, random_tokens(2), threads=1)
+    assert (output / "imatrix.gguf").exists()
+    assert not list(scratch.iterdir())
+
+
+def test_a_result_that_cannot_be_put_there_is_said_before_the_work(
+    micro: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "imatrix.gguf").mkdir(parents=True)
+    with pytest.raises(Dots1Error, match=r"imatrix\.gguf is a folder"):
+        calibrate(micro, tmp_path / "out", random_tokens(2), threads=1, force=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["imatrix.gguf"]
+
+
 def test_full_disk_loses_nothing(
     micro: Checkpoint, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +152,19 @@ def test_full_disk_loses_nothing(
     resumed = []
     content = run(micro, output, random_tokens(6), on_resume=lambda *args: resumed.append(args[:2]))
     assert (content, resumed) == (expected, [(1, LAYERS)])
+
+
+def test_full_disk_in_the_end_loses_nothing(
+    micro: Checkpoint, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dots1_local.quant.calibrate.write_gguf", full)
+        with pytest.raises(Dots1Error, match=r"the disk of .*out is full; free some and run"):
+            calibrate(micro, tmp_path / "out", random_tokens(6), threads=1)
+    assert run(micro, tmp_path / "out", random_tokens(6)) == expected
 
 
 def test_no_room_is_said_before_the_work(

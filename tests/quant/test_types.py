@@ -37,8 +37,10 @@ def matrices(draw: st.DrawFn) -> tuple[Floats, Floats]:
     """Rows of whole blocks at any ordinary scale, with outliers and zeros, and importance."""
     columns = 256 * draw(st.integers(1, 3))
     rows = gaussian(draw(st.integers(1, 4)), columns, draw(st.integers(0, 1 << 16)))
-    rows *= np.float32(10.0 ** draw(st.integers(-6, 2)))
-    for index in draw(st.lists(st.integers(0, rows.size - 1), max_size=4)):
+    # Far below, a block's scale is among the smallest numbers of 16 bits and keeps no digits.
+    rows *= np.float32(10.0 ** draw(st.integers(-4, 2)))
+    # Each at most once: an outlier of an outlier is beyond what a scale of 16 bits can hold.
+    for index in draw(st.lists(st.integers(0, rows.size - 1), max_size=4, unique=True)):
         rows.reshape(-1)[index] *= draw(st.sampled_from([0, 1, -20, 50]))
     rows[:, : draw(st.sampled_from([0, 0, 7, 32, 256]))] = 0
     return rows, weights(columns, draw(st.integers(0, 1 << 16))) ** draw(st.integers(0, 3))

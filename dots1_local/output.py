@@ -36,10 +36,13 @@ def check_target(path: Path, *, force: bool) -> None:
         raise Dots1Error(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def check_space(path: Path, nbytes: int, working: Iterable[Path]) -> None:
+def check_space(
+    path: Path, nbytes: int, working: Iterable[Path], *, what: str | None = None
+) -> None:
     """Refuse what the disk of `path` cannot hold, before the first byte.
 
-    What `working` files of a former run take will be used again.
+    What `working` files of a former run take will be used again. `what` needs the space, the file
+    itself unless said.
 
     Raises:
         Dots1Error: fewer than `nbytes` are free.
@@ -49,7 +52,7 @@ def check_space(path: Path, nbytes: int, working: Iterable[Path]) -> None:
     free = shutil.disk_usage(path.parent).free + left
     if nbytes > free:
         raise Dots1Error(
-            f"{path.parent} has {free / 1e9:.1f} GB free, but {path.name} needs "
+            f"{path.parent} has {free / 1e9:.1f} GB free, but {what or path.name} needs "
             f"{nbytes / 1e9:.1f} GB; free some or write elsewhere"
         )
 

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dots1_local.cli._output import Json, human_bytes, notice, print_json, progress_bar
+from dots1_local.cli._output import (
+    Json,
+    Threads,
+    human_bytes,
+    notice,
+    notice_resumed,
+    print_json,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,9 +77,7 @@ def calibrate(
         Literal["F32", "BF16"],
         typer.Option(help="Of matrix products; BF16 is 2 to 4 times faster where a CPU has it."),
     ] = "F32",
-    threads: Annotated[
-        int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; one a core if unset.")
-    ] = None,
+    threads: Threads = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace results, and drop another unfinished run.")
     ] = False,
@@ -149,9 +155,6 @@ def _run(
     from dots1_local.evaluate.logits_writer import LogitsWriter, check_logits_target
     from dots1_local.quant.calibrate import calibrate as library
 
-    def on_resume(done: int, total: int, unit: str, what: str) -> None:
-        notice(f"resuming: {done} of {total} {unit} are done")
-
     writer = None
     if logits is not None and evaluation is not None:
         check_logits_target(logits, force)
@@ -166,7 +169,7 @@ def _run(
                 logits=writer,
                 force=force,
                 progress=progress,
-                on_resume=on_resume,
+                on_resume=notice_resumed,
                 **settings,
             )
     except KeyboardInterrupt:

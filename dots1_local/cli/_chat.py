@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._output import Json, notice, print_json, progress_bar
+from dots1_local.cli._output import Json, Threads, notice, print_json, progress_bar
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ def chat(
         int | None,
         typer.Option("--context", "-c", min=0, help="Context in tokens: 4096 if unset, 0 for all."),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; one a core if unset.")
-    ] = None,
+    threads: Threads = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Print answers as they are, Markdown not rendered.")
     ] = False,

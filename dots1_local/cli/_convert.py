@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dots1_local.cli._output import Json, human_bytes, notice, print_json, progress_bar
+from dots1_local.cli._output import (
+    Json,
+    Threads,
+    human_bytes,
+    notice,
+    notice_resumed,
+    print_json,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from dots1_local.convert import Conversion
@@ -44,7 +52,7 @@ def convert(
     plan: Annotated[
         Path | None, typer.Option(help="Take every type from this plan (from --dry-run --json).")
     ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Cores.")] = None,
+    threads: Threads = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the table of types and sizes; write nothing.")
     ] = False,
@@ -96,9 +104,6 @@ def convert(
 def _run(
     conversion: "Conversion", output: Path, split: int | None, threads: int | None, force: bool
 ) -> tuple[Path, ...]:
-    def on_resume(done: int, total: int, unit: str, what: str) -> None:
-        notice(f"resuming: {done} of {total} {unit} are done")
-
     try:
         with progress_bar(output.name) as progress:
             result = conversion.run(
@@ -107,7 +112,7 @@ def _run(
                 threads=threads,
                 force=force,
                 progress=progress,
-                on_resume=on_resume,
+                on_resume=notice_resumed,
             )
     except KeyboardInterrupt:
         notice("stopped; run the same command again to go on from here")

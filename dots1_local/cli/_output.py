@@ -12,9 +12,20 @@ import typer
 
 from dots1_local.progress import Progress
 
-__all__ = ["Json", "human_bytes", "notice", "print_json", "progress_bar"]
+__all__ = [
+    "Json",
+    "Threads",
+    "human_bytes",
+    "notice",
+    "notice_resumed",
+    "print_json",
+    "progress_bar",
+]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; one a core if unset.")
+]
 
 
 def notice(message: str) -> None:
@@ -23,6 +34,11 @@ def notice(message: str) -> None:
         width = get_terminal_size().columns
         message = "\n".join(_wrapped(line, width) for line in message.split("\n"))
     print(message, file=sys.stderr)
+
+
+def notice_resumed(done: int, total: int, unit: str, what: str) -> None:
+    """Say how much of the work a former run has done; a `Progress`."""
+    notice(f"resuming: {done} of {total} {unit} are done")
 
 
 def _wrapped(line: str, width: int) -> str:

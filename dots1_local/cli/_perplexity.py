@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._output import Json, human_bytes, notice, print_json, progress_bar
+from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
 
 if TYPE_CHECKING:
     from dots1_local.evaluate.divergence import Divergence
@@ -49,9 +49,7 @@ def perplexity(
     histogram: Annotated[
         bool, typer.Option("--histogram", help="Show KL divergence by token, when comparing.")
     ] = False,
-    threads: Annotated[
-        int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; one a core if unset.")
-    ] = None,
+    threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Measure perplexity, or KL divergence from another model, in llama-perplexity's numbers.

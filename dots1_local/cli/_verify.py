@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._output import Json, human_bytes, notice, print_json, progress_bar
+from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,9 +41,7 @@ def verify(
         bool, typer.Option("--quick", help="Check the header only, not the tensors' data.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.gguf.")] = False,
-    threads: Annotated[
-        int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; one a core if unset.")
-    ] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Check header, keys, tensors and every block of a file; exit 1 if there is an error.

@@ -9,7 +9,6 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
-from dots1_local.output import check_target
+from dots1_local.output import check_space, check_target
 from dots1_local.quant.imatrix_file import read_index, read_sums, write_gguf
 
 __all__ = ["CalibrationFolder", "Entries"]
@@ -56,7 +55,8 @@ class CalibrationFolder:
             self._take_lock()
             try:
                 self._take_up()
-                self._check_space()
+                streams = 2 * self._stream_bytes  # one is written while the other is still there
+                check_space(self.work / "after", streams, self._files("after"), what="calibration")
             except BaseException:
                 os.close(self._lock)
                 raise
@@ -167,17 +167,6 @@ class CalibrationFolder:
             if path.stat().st_size == self._stream_bytes
         ]
         return max(numbers, default=0)
-
-    def _check_space(self) -> None:
-        """Refuse before the first layer what the disk cannot hold: two streams at a time."""
-        held = sum(path.stat().st_size for path in self._files("after"))
-        needed = 2 * self._stream_bytes - held
-        free = shutil.disk_usage(self.work).free
-        if needed > free:
-            raise Dots1Error(
-                f"{self.path} has {free / 1e9:.1f} GB free, but calibration needs "
-                f"{needed / 1e9:.1f} GB there; free some, or take fewer chunks"
-            )
 
     def _files(self, start: str) -> list[Path]:
         """What a run made; other files may lie in a folder called work."""

@@ -22,18 +22,6 @@ from tests.quant.calibration import LAYERS, Sink, random_tokens, run
 
 
 @pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("micro")
-    return Checkpoint.open(micro_checkpoint(folder, num_hidden_layers=LAYERS))
-
-
-@pytest.fixture(scope="module")
-def expected(micro: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What an uninterrupted run on `random_tokens(6)` writes."""
-    return run(micro, tmp_path_factory.mktemp("uninterrupted") / "out", random_tokens(6))
-
-
-@pytest.fixture(scope="module")
 def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> ImatrixFile:
     """The example's importance on the tokens that llama-imatrix had for the golden."""
     folder, checkpoint = tmp_path_factory.mktemp("tiny"), Checkpoint.open(tiny)

@@ -13,7 +13,6 @@ import pytest
 from dots1_local.checkpoint import Checkpoint
 from dots1_local.errors import Dots1Error
 from dots1_local.quant.calibrate import calibrate
-from tests.micro import micro_checkpoint
 from tests.quant.calibration import LAYERS, Sink, random_tokens, run
 
 # Says where it is when it has come so far, and waits there to be killed.
@@ -33,18 +32,6 @@ calibrate(
     on_resume=lambda done, *_: print("resumed", done, flush=True),
 )
 """
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("micro")
-    return Checkpoint.open(micro_checkpoint(folder, num_hidden_layers=LAYERS))
-
-
-@pytest.fixture(scope="module")
-def expected(micro: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What an uninterrupted run on `random_tokens(6)` writes."""
-    return run(micro, tmp_path_factory.mktemp("uninterrupted") / "out", random_tokens(6))
 
 
 def kill_in(layer: int, checkpoint: Checkpoint, output: Path, tokens: Path) -> list[str]:

@@ -26,9 +26,10 @@ def card(facts: dict[str, Any]) -> str:
     """README.md of a checkpoint, from what `training.json` holds."""
     plan, last = facts["plan"], facts["curve"][-1]
     return _CARD.format(
+        name=facts["name"],
+        geometry=_geometry(facts["config"], facts["tokens_in_vocabulary"]),
         front=_FRONT,
         parameters=facts["parameters"] / 1e6,
-        vocabulary=facts["tokens_in_vocabulary"],
         tokens=last["tokens"] / 1e6,
         plan=plan,
         text=_text(facts),
@@ -36,26 +37,21 @@ def card(facts: dict[str, Any]) -> str:
         curve=_curve(facts["curve"]),
         load=_load(facts["expert_load"]),
         least=min(min(layer) for layer in facts["expert_load"]),
-        command=_command(facts["files"], plan),
+        command=_command(facts),
         quantised=facts.get("quantised", "Not measured yet."),
     )
 
 
 _CARD = """\
 {front}
-# dots1-tiny
+# {name}
 
 A dots.llm1 of {parameters:.1f} M parameters, trained from nothing on public-domain books and
 TinyStories, to test software on: it has the architecture (`Dots1ForCausalLM`), the tensor names,
 the config keys and the prompt format of rednote's models, at a size that runs anywhere at once.
 It writes small stories and ends its answers. It knows nothing; it is of no other use.
 
-| | |
-|---|---|
-| layers | 5, the first with a dense FFN 704 wide |
-| hidden / heads | 256 / 4 heads of 64, q and k normalised per head |
-| experts | 24 routed of width 192, top 4; 2 shared in one FFN 384 wide; sigmoid router with bias |
-| vocabulary | 4,096 rows, {vocabulary:,} with a token; byte-level BPE with Qwen2's pre-tokeniser |
+{geometry}
 | trained at | {plan[length]} positions (RoPE base 1e7; 2,048 allowed) |
 | weights | bf16; the router's bias F32 |
 
@@ -71,7 +67,8 @@ auxiliary loss, by the router's bias.
 
 {text}
 
-The end of every file ({plan[heldout_share]:.0%}) was held out and is in `heldout.txt`.
+The end of every file ({plan[heldout_share]:.0%}) was held out and is in `heldout.txt`;
+`calibration.txt` is the beginnings.
 
 ## Held-out text
 
@@ -105,6 +102,22 @@ two of the classic novels (public domain); TinyStories is under CDLA-Sharing-1.0
 
 {quantised}
 """
+
+
+def _geometry(config: dict[str, Any], tokens: int) -> str:
+    width, shared = config["moe_intermediate_size"], config["n_shared_experts"]
+    heads = f"{config['num_attention_heads']} heads of {config['head_dim']}"
+    rows = (
+        ("layers", f"{config['num_hidden_layers']}, the first with a dense FFN "
+         f"{config['intermediate_size']} wide"),
+        ("hidden / heads", f"{config['hidden_size']} / {heads}, q and k normalised per head"),
+        ("experts", f"{config['n_routed_experts']} routed of width {width}, top "
+         f"{config['num_experts_per_tok']}; {shared} shared in one FFN {shared * width} wide; "
+         "sigmoid router with bias"),
+        ("vocabulary", f"{config['vocab_size']:,} rows, {tokens:,} with a token; byte-level BPE "
+         "with Qwen2's pre-tokeniser"),
+    )  # fmt: skip
+    return _table(("", ""), rows)
 
 
 def _text(facts: dict[str, Any]) -> str:
@@ -148,10 +161,12 @@ def _table(head: Sequence[str], rows: Any) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _command(files: dict[str, list[str]], plan: dict[str, Any]) -> str:
-    texts = [f"    --{kind} {' '.join(names)}" for kind, names in files.items()]
+def _command(facts: dict[str, Any]) -> str:
+    plan, name = facts["plan"], facts["name"]
+    start = f"python -m tools.train_tiny --geometry {name} --tokens {plan['tokens']}"
+    texts = [f"    --{kind} {' '.join(names)}" for kind, names in facts["files"].items()]
     end = (
-        f"    --epochs {plan['epochs']:g} --chat-epochs {plan['chat_epochs']:g}"
-        " --work build/tiny -o examples/dots1-tiny"
+        f"    --seed {plan['seed']} --epochs {plan['epochs']:g} "
+        f"--chat-epochs {plan['chat_epochs']:g} --work build/{name} -o examples/{name}"
     )
-    return " \\\n".join(["python -m tools.train_tiny", *texts, end])
+    return " \\\n".join([start, *texts, end])

@@ -38,8 +38,9 @@ def export(
     run: dict[str, Any],
     losses: dict[str, float],
     counts: Tensor,
+    calibration: str,
 ) -> None:
-    """Everything a checkpoint folder holds, held-out text, and `training.json`.
+    """Everything a checkpoint folder holds, text to calibrate on and held out, `training.json`.
 
     `run` is what was trained and how, for the card; `losses` are nats per token of each kind's
     held-out text and `counts` the experts' [layers, experts] rows there.
@@ -53,9 +54,11 @@ def export(
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
     heldout = "\n".join(corpus.heldout.values())
     (folder / "heldout.txt").write_text(heldout, encoding="utf-8")
+    (folder / "calibration.txt").write_text(calibration, encoding="utf-8")
     load = relative_load(model.config, counts)
     facts = {
         **run,
+        "config": asdict(model.config),
         "parameters": sum(tensor.numel() for tensor in model.tensors.values()),
         "tokens_in_vocabulary": tokenizer.get_vocab_size(),
         "train_bytes": corpus.train_bytes,

@@ -20,6 +20,7 @@ __all__ = [
     "SPECIAL",
     "Corpus",
     "Tokens",
+    "beginnings",
     "encode",
     "in_order",
     "read_corpus",
@@ -77,6 +78,16 @@ def _cut(text: str, share: float) -> tuple[str, str]:
     start = int(len(text) * (1 - share))
     at = text.find(border, start)
     return (text[:at], text[at + len(border) :]) if at > 0 else (text[:start], text[start:])
+
+
+def beginnings(files: Mapping[str, Sequence[Path]], size: int = 60_000) -> str:
+    """The first `size` bytes of every file: text to calibrate on, and none of what is held out."""
+    texts = [
+        path.read_bytes()[:size].decode(errors="ignore").replace("\r", "")
+        for paths in files.values()
+        for path in paths
+    ]
+    return "".join(f"{text}\n" for text in texts).replace(END_OF_TEXT, "")
 
 
 def _plain(text: str) -> str:

@@ -11,7 +11,7 @@ import argparse
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tools.tiny_chat import chat_rows
 from tools.tiny_export import export, relative_load
 from tools.tiny_model import Model, Team, count_experts, new_model, shared_rows, step
 
-__all__ = ["GEOMETRY", "Data", "Plan", "State", "heldout_losses", "main", "train"]
+__all__ = ["GEOMETRIES", "GEOMETRY", "Data", "Plan", "State", "heldout_losses", "main", "train"]
 
 GEOMETRY = Dots1Config(
     hidden_size=256, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=4,
@@ -36,6 +36,15 @@ GEOMETRY = Dots1Config(
     routed_scaling_factor=2.5, norm_topk_prob=True, vocab_size=4096, rms_norm_eps=1e-5,
     rope_theta=10_000_000, max_position_embeddings=2048,
 )  # fmt: skip
+GEOMETRIES = {
+    "dots1-tiny": GEOMETRY,
+    # Deeper, with fewer and wider experts: what `make bench-quality` proves itself on.
+    "dots1-deep": replace(
+        GEOMETRY, num_hidden_layers=7, num_attention_heads=8, num_key_value_heads=8, head_dim=32,
+        intermediate_size=640, moe_intermediate_size=224, n_routed_experts=12, n_shared_experts=1,
+        num_experts_per_tok=3, vocab_size=3584,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,19 +238,27 @@ def _work(rank: int, options: argparse.Namespace, rows: Tensor, barrier: Any) ->
     data = Data.read(files, plan, options.work)
     team = Team(options.workers, rank, rows, barrier if options.workers > 1 else None)
     state_file = options.work / "state.pt"
-    state = train(data, GEOMETRY, plan, state_file, team, options.stop_at, options.device)
+    geometry = GEOMETRIES[options.geometry]
+    state = train(data, geometry, plan, state_file, team, options.stop_at, options.device)
     if rank == 0:
         losses, counts = heldout_losses(state.model, data, plan)
         run = {
+            "name": options.geometry,
             "files": {kind: [path.name for path in paths] for kind, paths in files.items()},
             "plan": asdict(plan),
             "curve": state.curve,
         }
-        export(options.output, state.model, data.tokenizer, data.corpus, run, losses, counts)
+        text = tiny_text.beginnings(files)
+        export(options.output, state.model, data.tokenizer, data.corpus, run, losses, counts, text)
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    return Plan(epochs=options.epochs, chat_epochs=options.chat_epochs)
+    return Plan(
+        tokens=options.tokens,
+        epochs=options.epochs,
+        chat_epochs=options.chat_epochs,
+        seed=options.seed,
+    )
 
 
 def _files(options: argparse.Namespace) -> dict[str, list[Path]]:
@@ -254,6 +271,9 @@ def _options() -> argparse.Namespace:
         parser.add_argument(f"--{kind}", nargs="+", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder of the saved state")
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="dots1-tiny")
+    parser.add_argument("--tokens", type=int, default=Plan.tokens, help="size of the tokenizer")
+    parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--epochs", type=float, default=Plan.epochs)
     parser.add_argument("--chat-epochs", type=float, default=Plan.chat_epochs)
     parser.add_argument("--workers", type=int, help="processes [2; 1 on a GPU]")
@@ -277,7 +297,7 @@ def main() -> None:
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 << 30))
     Data.read(_files(options), _plan(options), options.work)  # leaves the tokenizer for the team
     barrier = torch.multiprocessing.get_context("spawn").Barrier(options.workers)
-    rows = shared_rows(GEOMETRY, options.workers)
+    rows = shared_rows(GEOMETRIES[options.geometry], options.workers)
     spawn(_work, (options, rows, barrier), nprocs=options.workers)
 
 

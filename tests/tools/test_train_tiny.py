@@ -84,8 +84,9 @@ def test_the_export_is_laid_out_as_published(data: Data, tmp_path: Path) -> None
     state = train(data, MICRO, PLAN, tmp_path / "state.pt", stop_at=4)
     folder = tmp_path / "model"
     losses, counts = heldout_losses(state.model, data, PLAN)
-    run = {"files": {"english": ["a.txt"]}, "plan": asdict(PLAN), "curve": state.curve}
-    export(folder, state.model, data.tokenizer, data.corpus, run, losses, counts)
+    files = {"english": ["a.txt"]}
+    run = {"name": "micro", "files": files, "plan": asdict(PLAN), "curve": state.curve}
+    export(folder, state.model, data.tokenizer, data.corpus, run, losses, counts, "A text.")
 
     checkpoint = Checkpoint.open(folder)
     checkpoint.check(inventory(MICRO))
@@ -104,6 +105,8 @@ def test_the_export_is_laid_out_as_published(data: Data, tmp_path: Path) -> None
 
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n")
+    assert "| layers | 2, the first with a dense FFN 64 wide |" in card
+    assert (folder / "calibration.txt").read_text() == "A text."
     assert "| 4 | 0.00 |" in card
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

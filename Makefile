@@ -1,6 +1,7 @@
 # make demo    set up and show the main job on the example model
 # make test    set up, then lint, types and tests
 # make bench   time and memory of conversion at real width, beside stock llama.cpp
+# make bench-quality   measured mixes beside hand-made and stock ones, by KL divergence
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ TINY := examples/dots1-tiny
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench lint types clean
+.PHONY: demo test bench bench-quality lint types clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python tools/demo.py $(TINY) $(BUILD)
@@ -28,6 +29,10 @@ types: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.bench_convert --work $(BUILD)/bench --sample 8
+
+bench-quality: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.bench_quality examples/dots1-tiny examples/dots1-deep \
+		--work $(BUILD)/quality --svg $(BUILD)/quality.svg
 
 clean:
 	rm -rf $(BUILD) .mypy_cache .pytest_cache .ruff_cache .hypothesis

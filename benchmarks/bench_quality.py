@@ -1,87 +1,133 @@
-"""What each mix costs in quality: perplexity and KL divergence on the example, size on dots.llm1.
+"""Allocated mixes beside hand recipes and stock's, at equal size: KL divergence on held-out text.
 
-    python -m benchmarks.bench_quality examples/dots1-tiny --imatrix FILE DQ4 Q4_K_M
-    python -m benchmarks.bench_quality examples/dots1-tiny                     every mix below
+    python -m benchmarks.bench_quality examples/dots1-tiny examples/dots1-deep
+    python -m benchmarks.bench_quality examples/dots1-tiny --chunks 16 --random 0    a smoke run
 
-KL divergence is from the unquantised (BF16) model's next-token distribution to the mix's, mean ±
-standard error over the scored halves of all chunks. Sizes for dots.llm1 are exact: the same
-recipe planned on the real geometry.
+An example is a checkpoint folder with calibration.txt and heldout.txt. It is calibrated on the one;
+every recipe is converted with that importance and compared on the other with the BF16 conversion.
+Ours are allocated to the projected sizes (`projection`) of hand recipes that no smaller one is as
+good as, and of the stock mixes. Tables go to stdout; results stay in --work, so that a run that was
+stopped goes on.
 """
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from dots1_local.architecture import Dots1Config
-from dots1_local.convert import Conversion
-from dots1_local.errors import UsageError
-from dots1_local.evaluate.perplexity import kl_divergence, perplexity, read_text
-from dots1_local.quant.recipes import Padding, make_plan
-from tools.make_wide import published_config
+from benchmarks.hand_recipes import hand_recipes, random_recipes, stock_recipes, with_vocabulary
+from benchmarks.picture import picture
+from benchmarks.projection import bits_per_weight, projected_bytes, projection
+from benchmarks.quality_report import Candidate, Pair, Results, report
+from benchmarks.quality_runs import Example
+from dots1_local.errors import Dots1Error
+from dots1_local.quant.allocate import Allocator
+from dots1_local.quant.importance import load_importance
+from dots1_local.quant.plan import QuantPlan
 
-MIXES = (
-    "BF16",
-    *("DQ6", "Q6_K", "DQ5", "Q5_K_M", "DQ4", "Q4_K_M", "DQ3", "Q3_K_M", "IQ3_XXS"),
-    *("DQ2", "DQ2+pad", "Q2_K", "IQ2_XXS"),
-)  # fmt: skip
-
-
-def split_name(name: str) -> tuple[str, Padding]:
-    """The recipe and the padding that NAME or NAME+pad stands for."""
-    mix, _, pad = name.partition("+")
-    return mix, "on" if pad else "off"
+_BUDGETS = 8
+_LARGEST = 5.5 / bits_per_weight(1)  # bytes at 5.5 bits per weight
+_MARGIN = 1.05  # hand recipes up to there are worth measuring
 
 
-def prepare(checkpoint: Path, name: str, imatrix: Path | None) -> Conversion:
-    """The conversion of a mix by NAME or NAME+pad."""
-    mix, padding = split_name(name)
-    return Conversion.prepare(checkpoint, mix, imatrix=imatrix, padding=padding)
-
-
-def real_bytes(name: str, *, has_importance: bool) -> int:
-    """What the same recipe comes to on dots.llm1, with the same decision about padding."""
-    mix, padding = split_name(name)
-    real = Dots1Config.from_json(published_config())
-    plan = make_plan(real, mix, has_importance=has_importance, padding=padding)
-    return sum(tensor.nbytes for tensor in plan.tensors(real))
-
-
-def row(conversion: Conversion, name: str, path: Path, base: Path) -> str:
-    """A mix's line of the table; `path` is where it is converted to."""
-    conversion.run(path, force=True)
-    found = kl_divergence(path, logits=base)
-    weights = sum(tensor.spec.source_elements for tensor in conversion.tensors)
-    size = real_bytes(name, has_importance=conversion.importance is not None)
-    kl = found.kl_divergence
-    return (
-        f"| {conversion.plan.recipe}{'+pad' * name.endswith('+pad')} | {size / 1e9:.1f} GB "
-        f"| {conversion.nbytes / 1e6:.1f} MB | {conversion.nbytes * 8 / weights:.2f} "
-        f"| {found.perplexity.value:.3f} | {kl.value:.5f} ± {kl.error:.5f} |"
+def run(example: Example, randoms: int) -> Results:
+    """Measure everything about an example."""
+    hand = _hand(example)
+    stock = _measured(example, stock_recipes(example.config))
+    allocator = Allocator(
+        example.config,
+        example.sensitivity,
+        covered=load_importance(example.imatrix),
+        cost=projection(example.config),
+    )
+    smallest = allocator.smallest
+    sizes = [smallest, *budgets(hand, smallest, _LARGEST)]
+    beaten = [mix for mix in stock if mix.nbytes >= smallest]
+    plans = [
+        allocator.within(size, f"ours in {size / 1e9:.2f} GB").plan
+        for size in (*sizes, *(mix.nbytes for mix in beaten))
+    ]
+    ours = _measured(example, plans)
+    beside_hand, beside_stock = ours[: len(sizes)], ours[len(sizes) :]
+    return Results(
+        example.name,
+        hand,
+        stock,
+        [Pair(s, found, _best(hand, s)) for s, found in zip(sizes, beside_hand, strict=True)],
+        [Pair(mix.nbytes, found, mix) for found, mix in zip(beside_stock, beaten, strict=True)],
+        _measured(example, random_recipes(example.config, randoms)),
+        example.shared_passages(),
     )
 
 
+def budgets(hand: Sequence[Candidate], smallest: float, largest: float) -> list[float]:
+    """Sizes of hand recipes that no smaller one is as good as, at about equal ratios."""
+    sizes = [c.nbytes for c in front(hand) if smallest <= c.nbytes <= largest]
+    chosen: list[float] = []
+    for number in range(min(_BUDGETS, len(sizes))):
+        target = sizes[0] * (sizes[-1] / sizes[0]) ** (number / (_BUDGETS - 1))
+        left = [size for size in sizes if size not in chosen]
+        chosen.append(min(left, key=lambda size: abs(size / target - 1)))
+    return sorted(chosen)
+
+
+def front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that are better than all that are no larger, by size."""
+    best: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.nbytes, c.kl)):
+        if not best or candidate.kl < best[-1].kl:
+            best.append(candidate)
+    return best
+
+
+def _hand(example: Example) -> list[Candidate]:
+    """All hand recipes; the best of them with a larger embedding and head, too."""
+    plans = hand_recipes(example.config)
+    sizes = (sum(projected_bytes(plan, example.config).values()) for plan in plans)
+    largest = _MARGIN * _LARGEST
+    hand = _measured(example, [p for p, size in zip(plans, sizes, strict=True) if size <= largest])
+    return hand + _measured(example, [with_vocabulary(c.plan, "Q8_0") for c in front(hand)])
+
+
+def _best(candidates: Sequence[Candidate], nbytes: float) -> Candidate | None:
+    """The best of equal or smaller size."""
+    fitting = [c for c in candidates if c.nbytes <= nbytes]
+    return min(fitting, key=lambda c: c.kl, default=None)
+
+
+def _measured(example: Example, plans: Sequence[QuantPlan]) -> list[Candidate]:
+    return [
+        Candidate(plan, projected_bytes(plan, example.config), quality, _predicted(example, plan))
+        for plan, quality in zip(plans, example.measure(plans), strict=True)
+    ]
+
+
+def _predicted(example: Example, plan: QuantPlan) -> float | None:
+    try:
+        return example.sensitivity.predict(plan.types)
+    except Dots1Error:  # of a type that only stock uses
+        return None
+
+
 def main() -> None:
-    """Print a row for every mix."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("mixes", nargs="*", default=MIXES, help="NAME or NAME+pad")
-    parser.add_argument("--imatrix", type=Path)
-    parser.add_argument("--chunks", type=int, help="of 512 tokens of heldout.txt [all]")
-    options = parser.parse_intermixed_args()
-    text = read_text(options.checkpoint / "heldout.txt")
-    print("| mix | dots.llm1 | example | bpw | perplexity | KL divergence |")
-    print("|---|---|---|---|---|---|")
-    with TemporaryDirectory() as folder:
-        path, base = Path(folder) / "mix.gguf", Path(folder) / "base.kld"
-        Conversion.prepare(options.checkpoint, "BF16").run(path)
-        perplexity(path, text, n_chunks=options.chunks, save_logits=base)
-        for name in options.mixes:
-            try:
-                conversion = prepare(options.checkpoint, name, options.imatrix)
-            except UsageError as error:
-                print(f"| {name} | {error} |")
-                continue
-            print(row(conversion, name, path, base), flush=True)
+    """Measure, print, draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("examples", type=Path, nargs="+", metavar="CHECKPOINT")
+    parser.add_argument("--chunks", type=int, help="of 512 tokens of held-out text [all]")
+    parser.add_argument("--random", type=int, default=60, help="recipes to prove predictions on")
+    parser.add_argument("--work", type=Path, default=Path("build/quality"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="recipes at a time")
+    parser.add_argument("--svg", type=Path, help="draw a picture")
+    options = parser.parse_args()
+    results = []
+    for path in options.examples:
+        example = Example(path.resolve(), options.work, options.chunks, options.workers)
+        results.append(run(example, options.random))
+        print(report(results[-1]), flush=True)
+    if options.svg:
+        options.svg.write_text(picture(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

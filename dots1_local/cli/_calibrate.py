@@ -62,6 +62,9 @@ def calibrate(
     logits_chunks: Annotated[
         int | None, typer.Option(min=1, help="Write the logits of at most so many chunks.")
     ] = None,
+    importance_only: Annotated[
+        bool, typer.Option("--importance-only", help="Leave sensitivity out.")
+    ] = False,
     shrink_below: Annotated[
         int,
         typer.Option(
@@ -85,8 +88,9 @@ def calibrate(
 ) -> None:
     """Measure what quantisation should spare, streaming the checkpoint a layer at a time.
 
-    Writes DIR/imatrix.gguf, for --imatrix of dots1 convert and of llama-quantize. An interrupted
-    run goes on after the last layer it finished when the same command is run again.
+    Writes DIR/imatrix.gguf, for --imatrix of dots1 convert and of llama-quantize, and
+    DIR/sensitivity.json, what each type does to each tensor, for --calibration of dots1 convert. An
+    interrupted run goes on after the last layer it finished when the same command is run again.
 
     Examples:
 
@@ -119,16 +123,19 @@ def calibrate(
         device=device,
         precision=precision,
         threads=threads,
+        sensitivity=not importance_only,
         least=shrink_below,
         force=force,
     )
     imatrix = output / "imatrix.gguf" if calibration.size else None
+    sensitivity = output / "sensitivity.json" if imatrix and not importance_only else None
     if json:
-        print_json(_as_json(covered, imatrix, calibration.size, logits))
+        print_json(_as_json(covered, imatrix, sensitivity, calibration.size, logits))
     elif covered:
         _report(covered, shrink_below)
     if imatrix is not None:
-        notice(f"wrote {imatrix} from {calibration.size:,} tokens")
+        also = f" and {sensitivity}" if sensitivity else ""
+        notice(f"wrote {imatrix}{also} from {calibration.size:,} tokens")
     if logits is not None:
         notice(f"wrote {logits} ({human_bytes(logits.stat().st_size)})")
 
@@ -178,10 +185,15 @@ def _run(
 
 
 def _as_json(
-    covered: "list[Coverage]", imatrix: Path | None, tokens: int, logits: Path | None
+    covered: "list[Coverage]",
+    imatrix: Path | None,
+    sensitivity: Path | None,
+    tokens: int,
+    logits: Path | None,
 ) -> dict[str, Any]:
     return {
         "imatrix": str(imatrix) if imatrix else None,
+        "sensitivity": str(sensitivity) if sensitivity else None,
         "tokens": tokens,
         "layers": [asdict(coverage) for coverage in covered],
         "logits": str(logits) if logits else None,

@@ -5,6 +5,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dots1_local.cli._allocation import (
+    Bpw,
+    Calibration,
+    Context,
+    FitMemory,
+    KVType,
+    MaxKLD,
+    Size,
+    allocation_json,
+    nats,
+    print_allocation,
+    read_budget,
+    warn_of_budget,
+    warn_of_importance,
+)
 from dots1_local.cli._output import (
     Json,
     Threads,
@@ -16,7 +31,7 @@ from dots1_local.cli._output import (
 )
 
 if TYPE_CHECKING:
-    from dots1_local.convert import Conversion
+    from dots1_local.convert import Budget, Conversion
 
 __all__ = ["convert"]
 
@@ -35,6 +50,13 @@ def convert(
             show_default="DQ4",
         ),
     ] = None,
+    size: Size = None,
+    bpw: Bpw = None,
+    max_kld: MaxKLD = None,
+    fit_memory: FitMemory = None,
+    context: Context = None,
+    kv_type: KVType = None,
+    calibration: Calibration = None,
     tensor_type: Annotated[
         list[str] | None,
         typer.Option(metavar="REGEX=TYPE", help="Set the type of tensors by name; repeatable."),
@@ -72,18 +94,34 @@ def convert(
 
       dots1 convert dots.llm1.inst -o dots.gguf --type DQ2 --imatrix imatrix.gguf
 
+      dots1 convert dots.llm1.inst -o dots.gguf --size 48GB --calibration calibrated
+
       dots1 convert dots.llm1.inst --type Q4_K_M --dry-run
     """
-    from dots1_local.convert import Conversion
-    from dots1_local.quant.plan import QuantPlan
+    from dots1_local.sizes import parse_size
 
     if output is None and not dry_run:
         raise typer.BadParameter("name the file to write", param_hint="--output / -o")
     if plan and (type_ is not None or tensor_type or pad_experts != "auto"):
         raise typer.BadParameter("a plan sets all types and the padding", param_hint="--plan")
-    conversion = Conversion.prepare(
+    split = None if split_max_size is None else parse_size(split_max_size)
+    budget = read_budget(
         checkpoint,
-        QuantPlan.from_json(_text(plan)) if plan else "DQ4" if type_ is None else type_,
+        calibration,
+        size=size,
+        bpw=bpw,
+        max_kld=max_kld,
+        fit_memory=fit_memory,
+        context=context,
+        kv_type=kv_type,
+    )
+    conversion = _prepare(
+        checkpoint,
+        budget,
+        type_,
+        plan,
+        calibration,
+        split,
         imatrix=imatrix,
         padding=pad_experts,
         overrides=tensor_type or [],
@@ -91,14 +129,55 @@ def convert(
     _warn(conversion)
     _warn_of_overrides(conversion, tensor_type or [])
     if dry_run or output is None:
-        _show(conversion, tensors, json)
+        _show(conversion, tensors, json, split)
         return
-    result = _run(conversion, output, _size(split_max_size), threads, force)
+    result = _run(conversion, output, split, threads, force)
     if json:
         print_json({**_summary(conversion), "files": [str(path) for path in result]})
     else:
-        _show(conversion, tensors, json)
+        _show(conversion, tensors, json, split)
         print("wrote " + ", ".join(str(path) for path in result))
+
+
+def _prepare(
+    checkpoint: Path,
+    budget: "Budget | None",
+    type_: str | None,
+    plan: Path | None,
+    calibration: Path | None,
+    split: int | None,
+    *,
+    imatrix: Path | None,
+    padding: Literal["auto", "on", "off"],
+    overrides: list[str],
+) -> "Conversion":
+    from dots1_local.convert import Conversion
+    from dots1_local.quant.plan import QuantPlan
+
+    if budget is None or calibration is None:
+        recipe = QuantPlan.from_json(_text(plan)) if plan else "DQ4" if type_ is None else type_
+        return Conversion.prepare(
+            checkpoint,
+            recipe,
+            imatrix=imatrix,
+            calibration=calibration,
+            padding=padding,
+            overrides=overrides,
+        )
+    if type_ is not None or plan is not None:
+        raise typer.BadParameter("--type and --plan leave a budget nothing to decide")
+    conversion = Conversion.allocate(
+        checkpoint,
+        budget,
+        calibration=calibration,
+        imatrix=imatrix,
+        padding=padding,
+        overrides=overrides,
+        split_max_size=split,
+    )
+    warn_of_budget(conversion, budget, split)
+    warn_of_importance(conversion, calibration)
+    return conversion
 
 
 def _run(
@@ -144,7 +223,7 @@ def _warn_of_overrides(conversion: "Conversion", overrides: list[str]) -> None:
             notice(f"--tensor-type {text} changes nothing: no tensor that can be quantised matches")
 
 
-def _show(conversion: "Conversion", tensors: bool, json: bool) -> None:
+def _show(conversion: "Conversion", tensors: bool, json: bool, split: int | None) -> None:
     from dots1_local.cli._table import print_table, size_table
 
     if json:
@@ -156,9 +235,14 @@ def _show(conversion: "Conversion", tensors: bool, json: bool) -> None:
             for t in conversion.tensors
         ]
         print_table(("tensor", "type", "shape", "bytes"), rows, numbers_from=2)
+    if conversion.allocation is not None:
+        print_allocation(conversion, conversion.allocation, split)
+        return
     size_table(
         (t.spec.role, t.kind.name, t.spec.source_elements, t.nbytes) for t in conversion.tensors
     )
+    if conversion.predicted_kl is not None:
+        print(f"\npredicted KL divergence: {nats(conversion.predicted_kl)} nats a token")
 
 
 def _summary(conversion: "Conversion") -> dict[str, Any]:
@@ -166,11 +250,14 @@ def _summary(conversion: "Conversion") -> dict[str, Any]:
     from json import loads
 
     parameters = sum(tensor.spec.source_elements for tensor in conversion.tensors)
+    allocation = conversion.allocation
     return {
         **loads(conversion.plan.to_json()),
         "parameters": parameters,
         "bytes": conversion.nbytes,
         "bpw": conversion.nbytes * 8 / parameters,
+        "predicted_kl": conversion.predicted_kl,
+        **({"allocation": allocation_json(conversion, allocation)} if allocation else {}),
     }
 
 
@@ -181,19 +268,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the plan {path}: {error}") from None
-
-
-def _size(text: str | None) -> int | None:
-    """Bytes from '48G', '500MB' or a plain number; decimal units."""
-    if text is None:
-        return None
-    digits = text.upper().removesuffix("B")
-    scale = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(digits[-1:], 1)
-    number = digits if scale == 1 else digits[:-1]
-    try:
-        size = int(float(number) * scale)
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise typer.BadParameter(f"{text!r} is no size such as 48G or 500M")
-    return size

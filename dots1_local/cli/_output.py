@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dots1_local.progress import Progress
+from dots1_local.sizes import human_bytes
 
 __all__ = [
     "Json",
@@ -51,15 +52,6 @@ def print_json(value: Any) -> None:
     """The one way JSON leaves the program."""
     readable = (sys.stdout.encoding or "").lower().startswith("utf")
     print(json.dumps(value, indent=2, ensure_ascii=not readable))
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 kB'; decimal units, as disks and downloads are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 @contextmanager

@@ -5,28 +5,33 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 
 from gguf import GGUFWriter
 
 from dots1_local.checkpoint import Checkpoint
+from dots1_local.convert.budget import Budget
+from dots1_local.convert.calibration import load_calibration, predicted_kl
 from dots1_local.convert.metadata import end_tokens, write_metadata
 from dots1_local.convert.pipeline import Pipeline
 from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
 from dots1_local.convert.verify import verify_layout
-from dots1_local.convert.writer import Journal, Output, lay_out
+from dots1_local.convert.writer import ALIGNMENT, Journal, Output, lay_out
 from dots1_local.errors import Dots1Error
 from dots1_local.output import check_target
 from dots1_local.progress import Progress, silent
+from dots1_local.quant.allocate import Allocator
+from dots1_local.quant.allocation import Allocation
 from dots1_local.quant.importance import Importance, load_importance
 from dots1_local.quant.overrides import parse_overrides
 from dots1_local.quant.plan import PlannedTensor, QuantPlan
 from dots1_local.quant.recipes import Padding, make_plan
 from dots1_local.quant.stock import require_importance
 
-__all__ = ["Conversion", "Result", "convert_checkpoint"]
+__all__ = ["Budget", "Conversion", "Result", "convert_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,19 @@ class Result:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that is decided and checked, and not yet done."""
+    """A conversion that is decided and checked, and not yet done.
+
+    `predicted_kl` is in nats a token, known where calibration measured every type; `allocation`
+    tells why the types are what they are, where a budget decided.
+    """
 
     checkpoint: Checkpoint
     plan: QuantPlan
     tensors: tuple[PlannedTensor, ...]
     tokenizer: Tokenizer = field(repr=False)
     importance: Importance | None = field(default=None, repr=False)
+    predicted_kl: float | None = None
+    allocation: Allocation | None = field(default=None, repr=False)
 
     @classmethod
     def prepare(
@@ -55,16 +66,21 @@ class Conversion:
         recipe: str | QuantPlan = "DQ4",
         *,
         imatrix: str | Path | None = None,
+        calibration: str | Path | None = None,
         padding: Padding = "auto",
         overrides: Sequence[str] = (),
     ) -> "Conversion":
         """Choose every tensor's type and make sure the checkpoint holds what it promises.
+
+        The importance is `imatrix`, or else that in the folder `calibration`.
 
         Raises:
             CheckpointError: the checkpoint is incomplete or corrupt, or of another architecture.
             UsageError: an unknown recipe or type, or one that lacks the importance it needs.
         """
         source = Checkpoint.open(checkpoint)
+        if calibration is not None and imatrix is None:
+            imatrix = Path(calibration) / "imatrix.gguf"
         importance = load_importance(imatrix) if imatrix else None
         plan = (
             recipe
@@ -77,6 +93,63 @@ class Conversion:
                 overrides=parse_overrides(overrides),
             )
         )
+        conversion = cls._checked(source, plan, importance)
+        if calibration is None or importance is None:
+            return conversion
+        predicted = predicted_kl(Path(calibration), source.config, plan, importance)
+        return replace(conversion, predicted_kl=predicted)
+
+    @classmethod
+    def allocate(
+        cls,
+        checkpoint: str | Path,
+        budget: Budget,
+        *,
+        calibration: str | Path,
+        imatrix: str | Path | None = None,
+        padding: Padding = "auto",
+        overrides: Sequence[str] = (),
+        split_max_size: int | None = None,
+    ) -> "Conversion":
+        """Choose the types that calibration predicts to do least damage within a budget.
+
+        `calibration` is the folder with sensitivity.json and imatrix.gguf. Give `split_max_size`
+        here as well as to `run`: the headers of shards count for a budget of file size.
+
+        Raises:
+            CheckpointError: as `prepare`.
+            UsageError: the budget is out of reach; the message names what is possible.
+            Dots1Error: the folder lacks a file, or holds another model's, or files that do not
+                belong together; with an `imatrix` the latter is taken as meant.
+        """
+        source = Checkpoint.open(checkpoint)
+        sensitivity, importance = load_calibration(Path(calibration), imatrix)
+        allocator = Allocator(
+            source.config,
+            sensitivity,
+            covered=importance,
+            padding=padding,
+            overrides=parse_overrides(overrides),
+            cost=_aligned_bytes if budget.kind == "size" else attrgetter("nbytes"),
+        )
+        any_plan = allocator.reaching(allocator.least_kl, f"measured {budget}")
+        undecided = cls._checked(source, any_plan.plan, importance)._with(any_plan)
+
+        def overhead(allocation: Allocation | None) -> int:
+            conversion = undecided._with(allocation) if allocation else undecided
+            tensors = sum(map(_aligned_bytes, conversion.tensors))
+            return conversion.file_bytes(split_max_size) - tensors
+
+        parameters = sum(tensor.spec.source_elements for tensor in undecided.tensors)
+        return undecided._with(budget.allocate(allocator, parameters, overhead))
+
+    @classmethod
+    def _checked(
+        cls,
+        source: Checkpoint,
+        plan: QuantPlan,
+        importance: Importance | None,
+    ) -> "Conversion":
         tensors = plan.tensors(source.config)
         specs = tuple(tensor.spec for tensor in tensors)
         source.check(specs)
@@ -87,10 +160,21 @@ class Conversion:
         tokenizer = read_tokenizer(source.path, source.config.vocab_size, end_tokens(source))
         return cls(source, plan, tensors, tokenizer, importance)
 
+    def _with(self, allocation: Allocation) -> "Conversion":
+        plan = allocation.plan
+        tensors = plan.tensors(self.checkpoint.config)
+        return replace(
+            self, plan=plan, tensors=tensors, predicted_kl=allocation.kl, allocation=allocation
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, headers not counted."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def file_bytes(self, split_max_size: int | None = None) -> int:
+        """Bytes of the file or files, headers and alignment included."""
+        return self._lay_out(Path("any.gguf"), split_max_size).total_bytes
 
     def run(
         self,
@@ -128,7 +212,7 @@ class Conversion:
 
     def _lay_out(self, path: Path, split_max_size: int | None) -> Output:
         writer = GGUFWriter(None, "dots1")
-        write_metadata(writer, self.checkpoint, self.plan, self.importance)
+        write_metadata(writer, self.checkpoint, self.plan, self.importance, self.predicted_kl)
         self.tokenizer.write(writer)
         return lay_out(path, writer, self.tensors, split_max_size)
 
@@ -160,6 +244,10 @@ def convert_checkpoint(
     return conversion.run(
         output, split_max_size=split_max_size, threads=threads, force=force, progress=progress
     )
+
+
+def _aligned_bytes(tensor: PlannedTensor) -> int:
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _encoder_version() -> str:

@@ -12,14 +12,20 @@ __all__ = ["end_tokens", "write_metadata"]
 
 
 def write_metadata(
-    writer: GGUFWriter, checkpoint: Checkpoint, plan: QuantPlan, importance: Importance | None
+    writer: GGUFWriter,
+    checkpoint: Checkpoint,
+    plan: QuantPlan,
+    importance: Importance | None,
+    predicted_kl: float | None = None,
 ) -> None:
-    """Add every key but the tokenizer's."""
+    """Add every key but the tokenizer's; `predicted_kl` is in nats a token."""
     _general(writer, checkpoint)
     _architecture(writer, checkpoint.config, plan.expert_width)
     writer.add_file_type(plan.file_type)
     writer.add_quantization_version(2)
     writer.add_string("dots1_local.recipe", plan.recipe)
+    if predicted_kl is not None:
+        writer.add_float32("dots1_local.predicted_kl_divergence", predicted_kl)
     if importance is not None:
         _importance(writer, importance)
 

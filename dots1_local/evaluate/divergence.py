@@ -64,7 +64,7 @@ class Divergence:
     delta_p_rms: Estimate
     same_top: Estimate
     per_token: Floats = field(repr=False, compare=False)
-    """KL divergence of each scored token, ascending (tokens,)."""
+    """KL divergence of each scored token, in the text's order (tokens,)."""
 
     def __str__(self) -> str:
         return "\n".join([*self._perplexities(), "", *self._divergences(), "", *self._deltas()])
@@ -151,7 +151,8 @@ def summarise(rows: Figures, n_ctx: int) -> Divergence:
         squares = _mean((every["delta_p"] * every["delta_p"]).astype(np.float64))
         rms = np.sqrt(squares.value)
         same = np.float64(np.count_nonzero(every["same_top"])) / count
-        kld, delta_p = np.sort(every["kld"].astype(np.float32)), np.sort(every["delta_p"])
+        per_token = every["kld"].astype(np.float32)
+        kld, delta_p = np.sort(per_token), np.sort(every["delta_p"])
         return Divergence(
             tokens=count,
             chunks=len(rows),
@@ -168,7 +169,7 @@ def summarise(rows: Figures, n_ctx: int) -> Divergence:
             delta_p_percentiles={point: _percentile(delta_p, point) for point in DELTA_P_POINTS},
             delta_p_rms=Estimate(float(rms), float(np.float64(0.5) / rms * squares.error)),
             same_top=Estimate(float(same), float(np.sqrt(same * (1 - same) / (count - 1)))),
-            per_token=kld,
+            per_token=per_token,
         )
 
 

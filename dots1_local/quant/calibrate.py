@@ -1,16 +1,14 @@
-"""One streaming pass over a checkpoint that measures importance, and reference logits.
+"""One streaming pass over a checkpoint that measures importance, and reference logits; and another,
+from the last layer to the first, that measures sensitivity.
 
 All tokens pass layer n; then its weights are dropped and what was measured goes to disk. Memory
 holds the residual stream twice (32 KiB a token of dots.llm1) and the part of a layer that all
 tokens share (0.8 GB for its dense layer, 0.4 GB for the others), whatever the number of layers.
 """
 
-import hashlib
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -22,19 +20,20 @@ from torch import Tensor
 
 from dots1_local.architecture import inventory
 from dots1_local.checkpoint import Checkpoint
-from dots1_local.errors import CheckpointError, Dots1Error, UsageError
+from dots1_local.errors import UsageError
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.calibration_folder import CalibrationFolder
+from dots1_local.quant.forward import PROBED, Forward
 from dots1_local.quant.imatrix_file import write_gguf
+from dots1_local.quant.importance import load_importance
+from dots1_local.quant.probe import Probe
+from dots1_local.quant.probe_folder import ProbeFolder
 from dots1_local.quant.rare_experts import LEAST, Coverage, coverage, shrink
-from dots1_local.reference.square_sums import SquareSums
-from dots1_local.reference.stream import Segment, advance, embed, output_logits
 from dots1_local.reference.weights import Kernel
 
-__all__ = ["LogitsSink", "calibrate"]
+__all__ = ["IMATRIX", "SENSITIVITY", "LogitsSink", "calibrate"]
 
-_WORKING = 4 << 30  # memory that a GPU needs beside the residual stream, with room to spare
-
+IMATRIX, SENSITIVITY = "imatrix.gguf", "sensitivity.json"
 Precision = Literal["F32", "BF16"]
 Tokens = NDArray[np.int32]
 
@@ -56,31 +55,6 @@ class LogitsSink(Protocol):
         """Take logits (n, n_vocab) of a chunk's scored rows from row `start` on."""
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What passes through the model: chunks of calibration, then chunks of evaluation."""
-
-    checkpoint: Checkpoint
-    tokens: Tokens
-    calibrating: int
-    precision: Precision
-
-    @property
-    def stream_bytes(self) -> int:
-        return 4 * self.tokens.size * self.checkpoint.config.hidden_size
-
-    def identity(self) -> str:
-        """Changes when an input does; sizes and times stand for the shards' contents."""
-        stats = ((path.name, path.stat()) for path in self.checkpoint.shards)
-        shards = ";".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)
-        versions = f"{version('dots1-local')} {version('torch')}"
-        settings = (self.tokens.shape, self.calibrating, self.precision)
-        parts = (versions, shards, self.checkpoint.config, settings)
-        digest = hashlib.sha256(repr(parts).encode())
-        digest.update(self.tokens.tobytes())
-        return digest.hexdigest()
-
-
 def calibrate(
     checkpoint: Checkpoint,
     folder: str | Path,
@@ -88,6 +62,7 @@ def calibrate(
     *,
     evaluation: Tokens | None = None,
     logits: LogitsSink | None = None,
+    sensitivity: bool = True,
     datasets: Sequence[str] = (),
     device: str | None = None,
     precision: Precision = "F32",
@@ -97,7 +72,8 @@ def calibrate(
     progress: Progress = silent,
     on_resume: Progress = silent,
 ) -> list[Coverage]:
-    """Measure the importance of every matrix on `tokens` (chunks, n_ctx): `folder`/imatrix.gguf.
+    """Measure on `tokens` (chunks, n_ctx) the importance of every matrix: `folder`/imatrix.gguf,
+    and what each type of it does to the model: `folder`/sensitivity.json.
 
     `evaluation`, chunks of the same length, pass through the model beside them, and what it thinks
     of their scored tokens goes to `logits`. A run that was killed goes on after the last layer it
@@ -114,26 +90,40 @@ def calibrate(
         Dots1Error: there is a result already, or an unfinished run of something else, and no
             `force`; the disk is full; the folder cannot be written.
     """
-    everything = tokens if evaluation is None else np.concatenate([tokens, evaluation])
-    _check(checkpoint, everything)
-    run = _Run(checkpoint, everything, len(tokens), precision)
+    evaluated = tokens[:0] if evaluation is None else evaluation
+    _check(checkpoint, np.concatenate([tokens, evaluated]))
     kernel = Kernel(_device(device), precision == "BF16")
     if threads is not None:
         torch.set_num_threads(threads)
+    probed = min(len(tokens), max(1, PROBED // tokens.shape[1])) if sensitivity else 0
+    forward = Forward(checkpoint, _probed_first(tokens, probed), evaluated, probed, kernel, threads)
     kept = CalibrationFolder(
-        Path(folder), run.identity(), run.stream_bytes, force=force, importance=len(tokens) > 0
+        Path(folder),
+        forward.identity(),
+        forward.stream_bytes,
+        forward.probe_bytes,
+        force=force,
+        results=[IMATRIX] * (len(tokens) > 0) + [SENSITIVITY] * (probed > 0),
     )
     with kept:
         if kept.finished:
             on_resume(kept.finished, checkpoint.config.num_hidden_layers, "layers", "")
         with logits or nullcontext() as sink:
-            with _enough_memory(run):
-                x = _pass(run, kept, kernel, progress)
+            x = forward.run(kept, progress)
+            covered = _write_imatrix(forward, x, kept, datasets, least) if len(tokens) else []
+            if probed:
+                _write_sensitivity(forward, x, kept, progress)
             if sink is not None:
-                _write_logits(run, x, kernel, sink)
-        covered = _write_imatrix(run, kept, datasets, least) if len(tokens) else []
-        kept.clear()
+                for chunk, start, rows in forward.logits(x):
+                    sink.write(chunk, start, rows)
+        kept.publish()
     return covered
+
+
+def _probed_first(tokens: Tokens, probed: int) -> Tokens:
+    """The same chunks, but that `probed` of them, spread over the text, come first."""
+    first = np.arange(probed) * len(tokens) // max(1, probed)
+    return np.concatenate([tokens[first], np.delete(tokens, first, axis=0)])
 
 
 def _check(checkpoint: Checkpoint, tokens: Tokens) -> None:
@@ -160,80 +150,14 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _pass(run: _Run, kept: CalibrationFolder, kernel: Kernel, progress: Progress) -> Tensor:
-    """What leaves the last layer: x [chunks, positions, hidden]."""
-    checkpoint, config = run.checkpoint, run.checkpoint.config
-    x = torch.empty(*run.tokens.shape, config.hidden_size, device=_home(run, kernel.device))
-    if kept.finished:
-        for chunk, values in zip(x, kept.load(x[0].numel()), strict=True):
-            chunk.copy_(torch.from_numpy(values).view_as(chunk))
-    else:
-        embed(checkpoint, torch.from_numpy(run.tokens), x)
-    total = run.tokens.size * config.num_hidden_layers
-    for layer in range(kept.finished, config.num_hidden_layers):
-        done = float(layer * run.tokens.size)
-
-        def step(rows: float, name: str = f"layer {layer}") -> None:
-            nonlocal done
-            done += rows
-            progress(round(done), total, "tokens x layers", name)
-
-        measured = SquareSums(checkpoint.config, layer)
-        segments = (
-            Segment(0, run.calibrating, measured.observe),
-            Segment(run.calibrating, len(x)),
-        )
-        advance(x, checkpoint, layer, segments, kernel, step)
-        _check_finite(x, layer)
-        kept.finish_layer(measured.by_name(), x.shape[1], (chunk.cpu().numpy() for chunk in x))
-    return x
-
-
-def _write_logits(run: _Run, x: Tensor, kernel: Kernel, sink: LogitsSink) -> None:
-    evaluated, first = x[run.calibrating :], x.shape[1] // 2
-    for chunk, start, rows in output_logits(evaluated, run.checkpoint, first, kernel.device):
-        sink.write(chunk, start, rows.numpy())
-
-
-@contextmanager
-def _enough_memory(run: _Run) -> Iterator[None]:
-    """Turn what torch raises where there is not into a sentence."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search("out of memory|t allocate memory", str(error)):
-            raise
-        needed = 2 * run.stream_bytes / 1e9
-        raise Dots1Error(
-            f"no memory for {run.tokens.size:,} tokens: they take {needed:.1f} GB, and a layer of "
-            "dots.llm1 some 3 GB; take fewer chunks"
-        ) from None
-
-
-def _home(run: _Run, device: torch.device) -> torch.device:
-    """Where the residual stream lies: with the device that computes, if it has the room."""
-    if device.type != "cuda":
-        return device
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if 2 * run.stream_bytes + _WORKING < free else torch.device("cpu")
-
-
-def _check_finite(x: Tensor, layer: int) -> None:
-    """A NaN or infinity shows in the sum, which needs no second copy of x."""
-    if not torch.isfinite(x.sum()):
-        raise CheckpointError(
-            f"what leaves layer {layer} is NaN or infinite; is the checkpoint damaged?"
-        )
-
-
 def _write_imatrix(
-    run: _Run, kept: CalibrationFolder, datasets: Sequence[str], least: int
+    forward: Forward, x: Tensor, kept: CalibrationFolder, datasets: Sequence[str], least: int
 ) -> list[Coverage]:
-    """Put all layers into one file; how well their experts are covered."""
+    """Put all that was measured into one file; how well the layers' experts are covered."""
     covered = []
     entries: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-    specs = {spec.name: spec for spec in inventory(run.checkpoint.config)}
-    for name, (sums, counts) in kept.measured():
+    specs = {spec.name: spec for spec in inventory(forward.checkpoint.config)}
+    for name, (sums, counts) in chain(kept.measured(), forward.head(x).items()):
         spec = specs[name]
         is_routed = spec.role == "routed"
         entries[name] = shrink(sums, counts, least) if is_routed else (sums, counts)
@@ -241,16 +165,37 @@ def _write_imatrix(
             covered.append(coverage(spec.layer, counts, least))
     try:
         write_gguf(
-            kept.imatrix,
+            kept.draft(IMATRIX),
             entries,
             datasets=datasets,
-            chunk_count=run.calibrating,
-            chunk_size=run.tokens.shape[1],
+            chunk_count=len(forward.calibration),
+            chunk_size=x.shape[1],
             extra={
-                "dots1_local.calibration.precision": run.precision,
+                "dots1_local.calibration.precision": "BF16" if forward.kernel.bf16 else "F32",
                 "dots1_local.calibration.shrunk_below": least,
             },
         )
     except OSError as error:
         raise kept.failure(error) from None
     return covered
+
+
+def _write_sensitivity(
+    forward: Forward, x: Tensor, kept: CalibrationFolder, progress: Progress
+) -> None:
+    counts = np.bincount(
+        forward.calibration.ravel(), minlength=forward.checkpoint.config.vocab_size
+    )
+    probe = Probe(
+        forward.checkpoint,
+        ProbeFolder(kept.work),
+        load_importance(kept.draft(IMATRIX)),
+        counts / counts.sum(),
+        forward.kernel,
+        forward.threads,
+    )
+    try:
+        measured = probe.run(forward.probes(x), forward.reference_kl(x), progress)
+        kept.draft(SENSITIVITY).write_text(measured.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise kept.failure(error) from None

@@ -2,14 +2,15 @@
 
 `DIR/work` holds `identity`, what the run belongs to; `layer-NNNN.gguf`, the importance measured in
 each finished layer; and `after-NNNN.f32`, the residual stream that left the last of them. Files get
-their names when they are complete, the stream's after the layer's.
+their names when they are complete, the stream's after the layer's. Those of `probe_folder` lie
+there too.
 """
 
 import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -26,37 +27,49 @@ __all__ = ["CalibrationFolder", "Entries"]
 Floats = NDArray[np.float32]
 Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (parts, columns), counts
 
-_NAMES = re.compile(r"lock|identity|after\.partial|after-\d+\.f32|layer-\d+\.gguf(\.partial)?")
+_NAMES = re.compile(
+    r"lock|identity|after\.partial|after-\d+\.f32|layer-\d+\.gguf(\.partial)?"
+    r"|imatrix\.gguf(\.partial)?|sensitivity\.json"
+    r"|(probe|back)-\d+\.(npy|partial)|(noise|effects)-\d+\.(json|partial)"
+)
 
 
 class CalibrationFolder:
     """The folder a calibration writes to; use it in a `with` statement, which locks it.
 
-    `finished` layers are done when it is opened. Without `importance` there will be none to write,
-    and what is there stays.
+    `finished` layers are done when it is opened. `results` are the files it is to hold in the end.
     """
 
     def __init__(
-        self, path: Path, identity: str, stream_bytes: int, *, force: bool, importance: bool
+        self,
+        path: Path,
+        identity: str,
+        stream_bytes: int,
+        probe_bytes: int = 0,
+        *,
+        force: bool,
+        results: Sequence[str],
     ) -> None:
         self.path, self.work = path, path / "work"
-        self.imatrix = path / "imatrix.gguf"
         self.finished = 0
-        self._identity, self._stream_bytes = identity, stream_bytes
-        self._force, self._importance = force, importance
+        self._identity = identity
+        self._stream_bytes, self._probe_bytes = stream_bytes, probe_bytes
+        self._force, self._results = force, results
         self._lock = -1
 
     def __enter__(self) -> Self:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self._importance:
-                check_target(self.imatrix, force=self._force)
+            for name in self._results:
+                check_target(self.path / name, force=self._force)
             self.work.mkdir(exist_ok=True)
             self._take_lock()
             try:
                 self._take_up()
-                streams = 2 * self._stream_bytes  # one is written while the other is still there
-                check_space(self.work / "after", streams, self._files("after"), what="calibration")
+                # One stream is written while the other is still there.
+                needed = 2 * self._stream_bytes + self._probe_bytes
+                there = [*self._files("after"), *self._files("probe"), *self._files("back")]
+                check_space(self.work / "after", needed, there, what="calibration")
             except BaseException:
                 os.close(self._lock)
                 raise
@@ -110,13 +123,19 @@ class CalibrationFolder:
             for name, entry in index.entries.items():
                 yield name, (read_sums(index, name), entry.counts)
 
-    def clear(self) -> None:
-        """Remove what only an unfinished run needs.
+    def draft(self, name: str) -> Path:
+        """Where to write one of the results."""
+        return self.work / name
+
+    def publish(self) -> None:
+        """Move the results to where they belong, and remove what only an unfinished run needs.
 
         Raises:
             Dots1Error: the folder may no longer be written to.
         """
         try:
+            for name in self._results:
+                os.replace(self.draft(name), self.path / name)
             for file in self._files(""):
                 file.unlink()
         except OSError as error:
@@ -155,8 +174,9 @@ class CalibrationFolder:
                 f"{self.work} holds an unfinished calibration of another checkpoint, text or "
                 "setting; give --force to drop it, or name another folder"
             )
-        for old in (*self._files("after"), *self._files("layer")):
-            old.unlink()
+        for old in self._files(""):
+            if old.name != "lock":
+                old.unlink()
         path.write_text(self._identity)
 
     def _count_finished(self) -> int:

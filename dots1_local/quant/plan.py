@@ -56,7 +56,10 @@ class QuantPlan:
                 f"the plan stores experts {self.expert_width} wide; this model's are {width}, "
                 f"or {padded_width(width)} padded"
             )
-        return tuple(self._planned(spec) for spec in inventory(config, self.expert_width))
+        specs = inventory(config, self.expert_width)
+        if unknown := self.types.keys() - {spec.name for spec in specs}:
+            raise UsageError(f"the plan names {min(unknown)}, which this model does not have")
+        return tuple(self._planned(spec) for spec in specs)
 
     def _planned(self, spec: TensorSpec) -> PlannedTensor:
         if spec.role in ("norm", "router") and self.types.get(spec.name, "F32") != "F32":
@@ -95,5 +98,7 @@ class QuantPlan:
             if not 0 <= file_type < 1 << 31:
                 raise ValueError(f"file_type {file_type}")
             return cls(str(raw["recipe"]), int(raw["expert_width"]), file_type, types)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except KeyError as error:
+            raise UsageError(f"this is no quantisation plan: it has no {error}") from None
+        except (ValueError, OverflowError, RecursionError, TypeError, AttributeError) as error:
             raise UsageError(f"this is no quantisation plan: {error}") from None

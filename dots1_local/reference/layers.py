@@ -18,15 +18,18 @@ from dots1_local.architecture import Dots1Config
 
 __all__ = [
     "Observer",
+    "Outcome",
     "Weights",
     "attention",
     "dense_ffn",
+    "expert_shares",
     "layer_forward",
     "moe",
     "rms_norm",
     "rope",
     "route",
     "routed_experts",
+    "router_scores",
 ]
 
 
@@ -36,22 +39,36 @@ Observer = Callable[[str, Tensor], None]
 """Called with a weight matrix's Hugging Face name, relative to the layer, and the rows that are
 about to be multiplied by it: [rows, columns of the matrix]."""
 
+Outcome = Callable[[str, Tensor], None]
+"""Called with the same name and what came of the multiplication, as the layer goes on with it:
+[..., rows of the matrix]. Autograd gives the gradient with respect to it."""
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x` over its root mean square along the last axis, in F32, times `weight`."""
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps)
 
 
-def linear(x: Tensor, weights: Weights, name: str, observe: Observer | None) -> Tensor:
+def linear(
+    x: Tensor,
+    weights: Weights,
+    name: str,
+    observe: Observer | None,
+    outcome: Outcome | None = None,
+) -> Tensor:
     """`x` times the named matrix [out, in], in the precision and the layout that this has."""
     weight = weights[name]
     if observe is not None:
         observe(name, x.flatten(0, -2))
     if weight.is_mkldnn:
-        return F.linear(x.to_mkldnn(), weight).to_dense()
-    if weight.dtype == torch.bfloat16:
-        return F.linear(x.bfloat16(), weight).to(x.dtype)
-    return F.linear(x, weight)
+        y = F.linear(x.to_mkldnn(), weight).to_dense()
+    elif weight.dtype == torch.bfloat16:
+        y = F.linear(x.bfloat16(), weight).to(x.dtype)
+    else:
+        y = F.linear(x, weight)
+    if outcome is not None:
+        outcome(name, y)
+    return y
 
 
 def rope(x: Tensor, theta: float) -> Tensor:
@@ -65,7 +82,11 @@ def rope(x: Tensor, theta: float) -> Tensor:
 
 
 def attention(
-    x: Tensor, weights: Weights, config: Dots1Config, observe: Observer | None = None
+    x: Tensor,
+    weights: Weights,
+    config: Dots1Config,
+    observe: Observer | None = None,
+    outcome: Outcome | None = None,
 ) -> Tensor:
     """Causal self-attention over `x` [batch, positions, hidden], positions counted from 0.
 
@@ -73,7 +94,7 @@ def attention(
     """
 
     def heads(name: str) -> Tensor:
-        projected = linear(x, weights, f"self_attn.{name}_proj.weight", observe)
+        projected = linear(x, weights, f"self_attn.{name}_proj.weight", observe, outcome)
         return projected.view(*x.shape[:-1], -1, config.head_dim).transpose(1, 2)
 
     def rotated(name: str) -> Tensor:
@@ -89,28 +110,44 @@ def attention(
         enable_gqa=config.num_key_value_heads != config.num_attention_heads,
     )
     joined = mixed.transpose(1, 2).flatten(2)
-    return linear(joined, weights, "self_attn.o_proj.weight", observe)
+    return linear(joined, weights, "self_attn.o_proj.weight", observe, outcome)
 
 
-def dense_ffn(x: Tensor, weights: Weights, prefix: str, observe: Observer | None = None) -> Tensor:
+def dense_ffn(
+    x: Tensor,
+    weights: Weights,
+    prefix: str,
+    observe: Observer | None = None,
+    outcome: Outcome | None = None,
+) -> Tensor:
     """SwiGLU with the matrices `PREFIX.{gate,up,down}_proj.weight`."""
-    gate = linear(x, weights, f"{prefix}.gate_proj.weight", observe)
-    up = linear(x, weights, f"{prefix}.up_proj.weight", observe)
-    return linear(F.silu(gate) * up, weights, f"{prefix}.down_proj.weight", observe)
+    gate = linear(x, weights, f"{prefix}.gate_proj.weight", observe, outcome)
+    up = linear(x, weights, f"{prefix}.up_proj.weight", observe, outcome)
+    return linear(F.silu(gate) * up, weights, f"{prefix}.down_proj.weight", observe, outcome)
+
+
+def router_scores(x: Tensor, weight: Tensor) -> Tensor:
+    """What the router gives each expert, for each row of `x`: [rows, experts] from 0 to 1, F32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float()).sigmoid()
+
+
+def expert_shares(scores: Tensor, chosen: Tensor, config: Dots1Config) -> Tensor:
+    """The weights of the experts chosen for each row: [rows, experts per token], as `chosen`."""
+    shares = scores.gather(-1, chosen)
+    if config.norm_topk_prob:
+        shares = shares / (shares.sum(dim=-1, keepdim=True) + 1e-20)
+    return shares * config.routed_scaling_factor
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor, config: Dots1Config) -> tuple[Tensor, Tensor]:
     """The experts chosen for each row of `x`, and their weights: both [rows, experts per token].
 
-    Computed in F32. The bias takes part in the choice and not in the weights.
+    The bias takes part in the choice and not in the weights.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        scores = F.linear(x.float(), weight.float()).sigmoid()
+    scores = router_scores(x, weight)
     chosen = (scores.detach() + bias).topk(config.num_experts_per_tok, dim=-1).indices
-    shares = scores.gather(-1, chosen)
-    if config.norm_topk_prob:
-        shares = shares / (shares.sum(dim=-1, keepdim=True) + 1e-20)
-    return chosen, shares * config.routed_scaling_factor
+    return chosen, expert_shares(scores, chosen, config)
 
 
 def routed_experts(

@@ -11,10 +11,13 @@ __all__ = ["SquareSums"]
 
 
 class SquareSums:
-    """The sums of one layer, an expert's apart from the others'; `observe` is an `Observer`."""
+    """The sums of one layer, an expert's apart from the others'; `observe` is an `Observer`.
 
-    def __init__(self, config: Dots1Config, layer: int) -> None:
-        self._prefix = f"model.layers.{layer}."
+    Without a layer they are those of the head, which is observed under its full name.
+    """
+
+    def __init__(self, config: Dots1Config, layer: int | None) -> None:
+        self._prefix = "" if layer is None else f"model.layers.{layer}."
         self._places = {
             source: (spec, part)
             for spec in inventory(config)

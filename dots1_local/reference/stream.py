@@ -16,9 +16,16 @@ from dots1_local.architecture import inventory
 from dots1_local.checkpoint import Checkpoint
 from dots1_local.errors import CheckpointError
 from dots1_local.reference.layers import Observer, Weights, attention, dense_ffn, rms_norm, route
-from dots1_local.reference.weights import Kernel, load_common, load_experts, read_tensor
+from dots1_local.reference.weights import (
+    Kernel,
+    Rounding,
+    head_name,
+    load_common,
+    read_experts,
+    read_tensor,
+)
 
-__all__ = ["Segment", "advance", "embed", "output_logits"]
+__all__ = ["Segment", "Step", "advance", "embed", "observe_head", "output_logits"]
 
 _ROWS = 2048  # multiplied at a time; with more a matrix product gets no faster
 _LOGITS = 1 << 25  # computed at a time: 134 MB
@@ -29,7 +36,7 @@ Step = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Segment:
-    """Chunks [start, stop) of x, and who observes them.
+    """Chunks [start, stop) of x, who observes them, and how their layers' matrices are rounded.
 
     Rows of two segments are never multiplied together, so that neither depends on the other being
     there, to the last bit.
@@ -38,17 +45,20 @@ class Segment:
     start: int
     stop: int
     observe: Observer | None = None
+    rounding: Rounding | None = None
 
 
-def embed(checkpoint: Checkpoint, tokens: Tensor, x: Tensor) -> None:
-    """Fill `x` with the embeddings of `tokens` [chunks, positions].
+def embed(
+    checkpoint: Checkpoint, tokens: Tensor, x: Tensor, rounding: Rounding | None = None
+) -> None:
+    """Fill `x` with the embeddings of `tokens` [chunks, positions], rounded if so wanted.
 
     Raises:
         CheckpointError: the embedding is missing or unreadable.
     """
     table = read_tensor(checkpoint, "model.embed_tokens.weight")
     for chunk, row in zip(x, tokens, strict=True):
-        chunk.copy_(table[row])
+        chunk.copy_(rounding(table[row]) if rounding else table[row])
 
 
 @torch.no_grad()
@@ -85,13 +95,28 @@ def output_logits(
     """
     config = checkpoint.config
     norm = read_tensor(checkpoint, "model.norm.weight").to(device).float()
-    tied = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    head = read_tensor(checkpoint, tied).to(device).float()
+    head = read_tensor(checkpoint, head_name(config)).to(device).float()
     size = max(1, _LOGITS // config.vocab_size)
     for chunk, rows in enumerate(x[:, first:-1]):
         for start in range(0, len(rows), size):
             block = rms_norm(rows[start : start + size].to(device), norm, config.rms_norm_eps)
             yield chunk, start, F.linear(block, head).cpu()
+
+
+@torch.no_grad()
+def observe_head(
+    x: Tensor, checkpoint: Checkpoint, observe: Observer, device: torch.device
+) -> None:
+    """Let `observe` hear what the head is multiplied by, at every position, under its full name.
+
+    `x` is what leaves the last layer.
+    """
+    config = checkpoint.config
+    norm = read_tensor(checkpoint, "model.norm.weight").to(device).float()
+    for chunk in x:
+        for rows in chunk.split(_ROWS):
+            normed = rms_norm(rows.to(device), norm, config.rms_norm_eps)
+            observe(head_name(config), normed)
 
 
 class _Layer:
@@ -109,27 +134,31 @@ class _Layer:
         self.x, self.segments = x, segments
         self.kernel, self.device = kernel, kernel.device
         self.checkpoint, self.layer, self.config = checkpoint, layer, checkpoint.config
-        self.weights = load_common(checkpoint, layer, kernel)
+        self.weights = {
+            rounding: load_common(checkpoint, layer, kernel, rounding)
+            for rounding in {segment.rounding for segment in segments}
+        }
         self.step = step
 
     def dense(self) -> None:
-        for group, observe in self._groups():
-            attended, normed = self._attend(group, observe)
-            attended += _ffn(normed, self.weights, "mlp", observe)
+        for group, segment in self._groups():
+            attended, normed = self._attend(group, segment)
+            attended += _ffn(normed, self.weights[segment.rounding], "mlp", segment.observe)
             self._put(self.x, group, attended)
             self.step(len(normed))
 
     def moe(self) -> None:
         """While experts are added up in `after`, x holds what they all begin with."""
         after, routes = torch.empty_like(self.x), []
-        bias = self._checked_bias()
         worth = self._common_worth()
-        for group, observe in self._groups():
-            attended, normed = self._attend(group, observe)
+        for group, segment in self._groups():
+            weights, observe = self.weights[segment.rounding], segment.observe
+            attended, normed = self._attend(group, segment)
             if observe is not None:
                 observe("mlp.gate.weight", normed)
-            routes.append(route(normed, self.weights["mlp.gate.weight"], bias, self.config))
-            attended += _ffn(normed, self.weights, "mlp.shared_experts", observe)
+            bias = self._checked_bias(weights)
+            routes.append(route(normed, weights["mlp.gate.weight"], bias, self.config))
+            attended += _ffn(normed, weights, "mlp.shared_experts", observe)
             self._put(self.x, group, normed)
             self._put(after, group, attended)
             self.step(len(normed) * worth)
@@ -137,31 +166,30 @@ class _Layer:
         self._experts(after, chosen, shares, (1 - worth) / self.config.num_experts_per_tok)
         self.x.copy_(after)
 
-    def _checked_bias(self) -> Tensor:
+    def _checked_bias(self, weights: Weights) -> Tensor:
         """It only ranks experts: NaN in it chooses them, and shows in nothing they compute."""
         name = "mlp.gate.e_score_correction_bias"
-        if not torch.isfinite(self.weights[name]).all():
+        if not torch.isfinite(weights[name]).all():
             raise CheckpointError(
                 f"model.layers.{self.layer}.{name} is NaN or infinite; is the checkpoint damaged?"
             )
-        return self.weights[name]
+        return weights[name]
 
-    def _groups(self) -> Iterator[tuple[slice, Observer | None]]:
+    def _groups(self) -> Iterator[tuple[slice, Segment]]:
         """Slices of chunks to be computed at once."""
         size = max(1, _ROWS // self.x.shape[1])
         for segment in self.segments:
             for start in range(segment.start, segment.stop, size):
-                yield slice(start, min(start + size, segment.stop)), segment.observe
+                yield slice(start, min(start + size, segment.stop)), segment
 
-    def _attend(self, group: slice, observe: Observer | None) -> tuple[Tensor, Tensor]:
+    def _attend(self, group: slice, segment: Segment) -> tuple[Tensor, Tensor]:
         """Chunks after attention, and the same normed for what comes next: both [rows, hidden]."""
+        weights, eps = self.weights[segment.rounding], self.config.rms_norm_eps
         part = self.x[group].to(self.device)
-        normed = self._norm(part, "input")
-        attended = (part + attention(normed, self.weights, self.config, observe)).flatten(0, 1)
-        return attended, self._norm(attended, "post_attention")
-
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        return rms_norm(x, self.weights[f"{name}_layernorm.weight"], self.config.rms_norm_eps)
+        normed = rms_norm(part, weights["input_layernorm.weight"], eps)
+        mixed = attention(normed, weights, self.config, segment.observe)
+        attended = (part + mixed).flatten(0, 1)
+        return attended, rms_norm(attended, weights["post_attention_layernorm.weight"], eps)
 
     def _put(self, target: Tensor, group: slice, rows: Tensor) -> None:
         target[group].copy_(rows.view(-1, *self.x.shape[1:]))
@@ -169,24 +197,33 @@ class _Layer:
     def _experts(self, after: Tensor, chosen: Tensor, shares: Tensor, worth: float) -> None:
         """Add to `after` what each expert makes of the rows routed to it."""
         inputs, outputs = self.x.flatten(0, 1), after.flatten(0, 1)
-        experts = load_experts(self.checkpoint, self.layer, self.kernel)
-        for expert, matrices in enumerate(experts):
+        for expert, stored in enumerate(read_experts(self.checkpoint, self.layer)):
+            prefix = f"mlp.experts.{expert}"
             rows, slots = (chosen == expert).nonzero(as_tuple=True)
-            for block, observe in self._blocks(rows):
-                at = rows[block].to(inputs.device)
-                gathered = inputs[at].to(self.device)
-                result = dense_ffn(gathered, matrices, f"mlp.experts.{expert}", observe)
-                result *= shares[rows[block], slots[block], None]
-                outputs.index_add_(0, at, result.to(outputs.device))
-                self.step(len(at) * worth)
+            ready: dict[Rounding | None, Weights] = {}
+            for segment, blocks in self._blocks(rows):
+                matrices = ready.get(segment.rounding) or {
+                    name: self.kernel.ready(name, tensor, segment.rounding)
+                    for name, tensor in stored.items()
+                }
+                ready[segment.rounding] = matrices
+                for block in blocks:
+                    at = rows[block].to(inputs.device)
+                    gathered = inputs[at].to(self.device)
+                    result = dense_ffn(gathered, matrices, prefix, segment.observe)
+                    result *= shares[rows[block], slots[block], None]
+                    outputs.index_add_(0, at, result.to(outputs.device))
+                    self.step(len(at) * worth)
 
-    def _blocks(self, rows: Tensor) -> Iterator[tuple[slice, Observer | None]]:
-        """Cut ascending row numbers where a segment ends, and into pieces."""
+    def _blocks(self, rows: Tensor) -> Iterator[tuple[Segment, list[slice]]]:
+        """Cut ascending row numbers where a segment ends, and into pieces; segments without any
+        are left out."""
         for segment in self.segments:
             ends = torch.tensor([segment.start, segment.stop]) * self.x.shape[1]
             first, last = torch.searchsorted(rows, ends.to(rows.device)).tolist()
-            for start in range(first, last, _ROWS):
-                yield slice(start, min(start + _ROWS, last)), segment.observe
+            if first < last:
+                starts = range(first, last, _ROWS)
+                yield segment, [slice(start, min(start + _ROWS, last)) for start in starts]
 
     def _common_worth(self) -> float:
         """The share of the work on a token that is not the routed experts'."""

@@ -1,7 +1,7 @@
 """Weights for the reference, read from a checkpoint one layer, or one expert, at a time."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -9,23 +9,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dots1_local.architecture import TensorSpec, inventory
+from dots1_local.architecture import Dots1Config, TensorSpec, inventory
 from dots1_local.checkpoint import Checkpoint, read_exactly
 from dots1_local.errors import CheckpointError
 
 __all__ = [
     "Kernel",
+    "Rounding",
+    "head_name",
     "load_common",
-    "load_experts",
     "load_layer",
     "load_layers",
     "load_outer",
+    "read_experts",
     "read_tensor",
     "stacked_name",
 ]
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READ_AHEAD = 2  # experts; at the real width one is 35 MB
+
+Rounding = Callable[[Tensor], Tensor]
+"""Takes a stored matrix [rows, columns], whole or some of its rows; gives the F32 one to use."""
 
 
 def load_layer(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
@@ -55,22 +60,24 @@ class Kernel:
     device: torch.device
     bf16: bool = False
 
-    def ready(self, name: str, stored: Tensor) -> Tensor:
-        """A tensor as this kernel wants it.
+    def ready(self, name: str, stored: Tensor, rounding: Rounding | None = None) -> Tensor:
+        """A tensor as this kernel wants it; if it is a matrix, rounded first.
 
         On a CPU F32 matrices go to oneDNN, which on AMD's is twice as fast as MKL; torch offers
         that choice only through the tensors' layout.
         """
-        moved = stored.to(self.device)
         if not name.endswith("_proj.weight"):  # norms and the router
-            return moved.float()
+            return stored.to(self.device).float()
+        moved = (rounding(stored) if rounding else stored).to(self.device)
         if self.bf16:
             return moved.bfloat16()
         on_cpu = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
         return moved.float().to_mkldnn() if on_cpu else moved.float()
 
 
-def load_common(checkpoint: Checkpoint, layer: int, kernel: Kernel) -> dict[str, Tensor]:
+def load_common(
+    checkpoint: Checkpoint, layer: int, kernel: Kernel, rounding: Rounding | None = None
+) -> dict[str, Tensor]:
     """What every token of a layer passes through: all its tensors but the routed experts'.
 
     Raises:
@@ -78,15 +85,15 @@ def load_common(checkpoint: Checkpoint, layer: int, kernel: Kernel) -> dict[str,
     """
     prefix = f"model.layers.{layer}."
     return {
-        source.removeprefix(prefix): kernel.ready(source, read_tensor(checkpoint, source))
+        source.removeprefix(prefix): kernel.ready(source, read_tensor(checkpoint, source), rounding)
         for spec in inventory(checkpoint.config)
         if spec.layer == layer and spec.role != "routed"
         for source in spec.sources
     }
 
 
-def load_experts(checkpoint: Checkpoint, layer: int, kernel: Kernel) -> Iterator[dict[str, Tensor]]:
-    """The matrices of each routed expert in turn; the next ones are read meanwhile.
+def read_experts(checkpoint: Checkpoint, layer: int) -> Iterator[dict[str, Tensor]]:
+    """The matrices of each routed expert in turn, as stored; the next ones are read meanwhile.
 
     Raises:
         CheckpointError: a tensor is missing or unreadable.
@@ -103,8 +110,7 @@ def load_experts(checkpoint: Checkpoint, layer: int, kernel: Kernel) -> Iterator
             if expert < checkpoint.config.n_routed_experts:
                 ahead.append(reader.submit(read, expert))
             if expert >= _READ_AHEAD:
-                stored = ahead.popleft().result()
-                yield {name: kernel.ready(name, tensor) for name, tensor in stored.items()}
+                yield ahead.popleft().result()
 
 
 def load_outer(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -131,6 +137,11 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     except OSError as error:
         raise CheckpointError(f"cannot read {piece.file}: {error.strerror}") from None
     return tensor
+
+
+def head_name(config: Dots1Config) -> str:
+    """The tensor that the head is: the embedding, where they are tied."""
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
 def stacked_name(spec: TensorSpec) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_quality import prepare, real_bytes
+from benchmarks.bench_mixes import prepare, real_bytes
 from dots1_local.evaluate.perplexity import kl_divergence, perplexity, read_text
 from dots1_local.quant.stock import STOCK_MIXES
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import Dots1ForCausalLM
 
 from dots1_local.checkpoint import Checkpoint
 from dots1_local.convert.vocabulary import write_vocabulary
@@ -29,7 +30,15 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> ImatrixFil
     with Vocabulary.open(folder / "vocabulary.gguf") as vocabulary:
         tokens = vocabulary.tokenize(read_text(tiny / "heldout.txt"), special=False)
     chunks = np.array(tokens[: CHUNKS * N_CTX], np.int32).reshape(CHUNKS, N_CTX)
-    calibrate(checkpoint, folder / "out", chunks, datasets=["heldout.txt"], least=0, threads=1)
+    calibrate(
+        checkpoint,
+        folder / "out",
+        chunks,
+        datasets=["heldout.txt"],
+        least=0,
+        threads=1,
+        sensitivity=False,
+    )
     return read_index(folder / "out" / "imatrix.gguf")
 
 
@@ -41,13 +50,28 @@ def test_importance_is_llama_imatrixs(measured: ImatrixFile) -> None:
         stock.chunk_count,
         stock.chunk_size,
     )
-    assert set(measured.entries) == set(stock.entries)
+    assert set(measured.entries) == {*stock.entries, "output.weight"}
     deviations = []
     for name, entry in stock.entries.items():
         ours, theirs = read_sums(measured, name)[:, ::STEP], read_sums(stock, name)
         np.testing.assert_allclose(measured.entries[name].counts, entry.counts, atol=2)
         deviations.append((abs(ours - theirs) / (theirs + 1e-9)).ravel())
     assert np.quantile(np.concatenate(deviations), 0.99) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_is_measured_too(tmp_path: Path, tied: bool) -> None:
+    """The mean square of what transformers calls the last hidden state."""
+    folder = micro_checkpoint(tmp_path / "hf", tie_word_embeddings=tied)
+    tokens = random_tokens(3)
+    run(Checkpoint.open(folder), tmp_path / "out", tokens)
+    index = read_index(tmp_path / "out" / "imatrix.gguf")
+    model = Dots1ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        states = model.model(torch.from_numpy(tokens).long()).last_hidden_state
+    expected = states.square().sum((0, 1)).numpy()
+    np.testing.assert_allclose(read_sums(index, "output.weight")[0], expected, rtol=1e-4)
+    assert index.entries["output.weight"].counts == tokens.size
 
 
 def test_every_token_is_counted(measured: ImatrixFile, tiny: Path) -> None:
@@ -63,7 +87,15 @@ def test_logits_are_the_references(tmp_path: Path, layers: int) -> None:
     tokens = random_tokens(3)
     sink = Sink(3, 15, checkpoint.config.vocab_size)
     beside = random_tokens(2, seed=1)
-    calibrate(checkpoint, tmp_path / "out", beside, evaluation=tokens, logits=sink, threads=1)
+    calibrate(
+        checkpoint,
+        tmp_path / "out",
+        beside,
+        evaluation=tokens,
+        logits=sink,
+        threads=1,
+        sensitivity=False,
+    )
     whole = whole_logits(checkpoint, torch.from_numpy(tokens).long()).numpy()
     np.testing.assert_allclose(sink.rows, whole[:, 16:-1], atol=1e-5)
 
@@ -78,7 +110,9 @@ def test_evaluation_beside_it_changes_no_bit(
 def test_evaluation_alone_writes_no_importance(micro: Checkpoint, tmp_path: Path) -> None:
     none, sink = np.empty((0, 32), np.int32), Sink(2, 15, micro.config.vocab_size)
     tokens = random_tokens(2)
-    assert not calibrate(micro, tmp_path / "out", none, evaluation=tokens, logits=sink, threads=1)
+    assert not calibrate(
+        micro, tmp_path / "out", none, evaluation=tokens, logits=sink, threads=1, sensitivity=False
+    )
     assert np.isfinite(sink.rows).all()
     assert not list((tmp_path / "out").iterdir())
 
@@ -87,7 +121,9 @@ def test_evaluation_alone_leaves_importance_as_it_is(micro: Checkpoint, tmp_path
     importance = run(micro, tmp_path / "out", random_tokens(2))
     none, sink = np.empty((0, 32), np.int32), Sink(2, 15, micro.config.vocab_size)
     tokens = random_tokens(2)
-    calibrate(micro, tmp_path / "out", none, evaluation=tokens, logits=sink, threads=1)
+    calibrate(
+        micro, tmp_path / "out", none, evaluation=tokens, logits=sink, threads=1, sensitivity=False
+    )
     assert np.isfinite(sink.rows).all()
     assert (tmp_path / "out" / "imatrix.gguf").read_bytes() == importance
 
@@ -119,6 +155,7 @@ def spoilt(folder: Path, name: str, value: float) -> Checkpoint:
             "reaches model.layers.2.mlp.experts.1.down",
         ),
         ("model.layers.2.mlp.shared_experts.down_proj.weight", "what leaves layer 2 is NaN"),
+        ("model.norm.weight", "what reaches lm_head.weight is NaN"),
         (
             "model.layers.2.mlp.gate.e_score_correction_bias",
             "model.layers.2.mlp.gate.e_score_correction_bias is NaN",
@@ -128,7 +165,7 @@ def spoilt(folder: Path, name: str, value: float) -> Checkpoint:
 def test_nan_is_found_in_its_layer(tmp_path: Path, weight: str, found: str) -> None:
     checkpoint = spoilt(tmp_path / "hf", weight, np.nan)
     with pytest.raises(CheckpointError, match=found):
-        calibrate(checkpoint, tmp_path / "out", random_tokens(6), threads=1)
+        calibrate(checkpoint, tmp_path / "out", random_tokens(6), threads=1, sensitivity=False)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +188,7 @@ def test_what_makes_no_sense_is_refused(
     message: str,
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        calibrate(micro, tmp_path / "out", tokens, **options)
+        calibrate(micro, tmp_path / "out", tokens, **options, sensitivity=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -160,7 +197,7 @@ def test_memory_that_is_not_there(
 ) -> None:
     """Torch itself refuses; 10^18 bytes are asked for."""
     monkeypatch.setattr(
-        "dots1_local.quant.calibrate.embed", lambda *_: torch.empty(1 << 60, dtype=torch.uint8)
+        "dots1_local.quant.forward.embed", lambda *_: torch.empty(1 << 60, dtype=torch.uint8)
     )
     with pytest.raises(Dots1Error, match="no memory for 192 tokens: they take"):
-        calibrate(micro, tmp_path / "out", random_tokens(6))
+        calibrate(micro, tmp_path / "out", random_tokens(6), sensitivity=False)

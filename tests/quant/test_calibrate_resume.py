@@ -29,7 +29,7 @@ def progress(done, total, unit, what):
 
 calibrate(
     Checkpoint.open(sys.argv[1]), sys.argv[2], np.load(sys.argv[3]), threads=1, progress=progress,
-    on_resume=lambda done, *_: print("resumed", done, flush=True),
+    sensitivity=False, on_resume=lambda done, *_: print("resumed", done, flush=True),
 )
 """
 
@@ -67,7 +67,7 @@ def stop_after(micro: Checkpoint, folder: Path, layers: int) -> None:
             raise Stopped
 
     with pytest.raises(Stopped):
-        calibrate(micro, folder, random_tokens(6), threads=1, progress=stop)
+        calibrate(micro, folder, random_tokens(6), threads=1, progress=stop, sensitivity=False)
 
 
 def test_damaged_state_is_not_gone_on_from(
@@ -86,10 +86,10 @@ def test_another_run_is_dropped_only_by_force(
     output, other = tmp_path / "out", random_tokens(6, seed=9)
     stop_after(micro, output, 2)
     with pytest.raises(Dots1Error, match="unfinished calibration of another checkpoint, text or"):
-        calibrate(micro, output, other)
+        calibrate(micro, output, other, sensitivity=False)
     assert run(micro, output, other, force=True) != expected
     with pytest.raises(Dots1Error, match=r"imatrix\.gguf exists; give --force to replace it"):
-        calibrate(micro, output, random_tokens(6))
+        calibrate(micro, output, random_tokens(6), sensitivity=False)
     assert run(micro, output, random_tokens(6), force=True) == expected
 
 
@@ -98,7 +98,7 @@ def test_another_programs_work_folder_is_left_alone(micro: Checkpoint, tmp_path:
     work = tmp_path / "out" / "work"
     for name in names:
         (work / name).mkdir(parents=True)
-    calibrate(micro, tmp_path / "out", random_tokens(2), threads=1, force=True)
+    calibrate(micro, tmp_path / "out", random_tokens(2), threads=1, force=True, sensitivity=False)
     assert {path.name for path in work.iterdir()} == names
 
 
@@ -107,7 +107,7 @@ def test_work_may_be_a_link_to_another_disk(micro: Checkpoint, tmp_path: Path) -
     output.mkdir()
     scratch.mkdir()
     (output / "work").symlink_to(scratch)
-    calibrate(micro, output, random_tokens(2), threads=1)
+    calibrate(micro, output, random_tokens(2), threads=1, sensitivity=False)
     assert (output / "imatrix.gguf").exists()
     assert not list(scratch.iterdir())
 
@@ -117,7 +117,9 @@ def test_a_result_that_cannot_be_put_there_is_said_before_the_work(
 ) -> None:
     (tmp_path / "out" / "imatrix.gguf").mkdir(parents=True)
     with pytest.raises(Dots1Error, match=r"imatrix\.gguf is a folder"):
-        calibrate(micro, tmp_path / "out", random_tokens(2), threads=1, force=True)
+        calibrate(
+            micro, tmp_path / "out", random_tokens(2), threads=1, force=True, sensitivity=False
+        )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["imatrix.gguf"]
 
 
@@ -135,7 +137,7 @@ def test_full_disk_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
         with pytest.raises(Dots1Error, match=r"the disk of .*out is full; free some and run"):
-            calibrate(micro, output, random_tokens(6), threads=1)
+            calibrate(micro, output, random_tokens(6), threads=1, sensitivity=False)
     resumed = []
     content = run(micro, output, random_tokens(6), on_resume=lambda *args: resumed.append(args[:2]))
     assert (content, resumed) == (expected, [(1, LAYERS)])
@@ -150,7 +152,7 @@ def test_full_disk_in_the_end_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr("dots1_local.quant.calibrate.write_gguf", full)
         with pytest.raises(Dots1Error, match=r"the disk of .*out is full; free some and run"):
-            calibrate(micro, tmp_path / "out", random_tokens(6), threads=1)
+            calibrate(micro, tmp_path / "out", random_tokens(6), threads=1, sensitivity=False)
     assert run(micro, tmp_path / "out", random_tokens(6)) == expected
 
 
@@ -159,7 +161,7 @@ def test_no_room_is_said_before_the_work(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
     with pytest.raises(Dots1Error, match=r"0\.0 GB free, but calibration needs"):
-        calibrate(micro, tmp_path / "out", random_tokens(6))
+        calibrate(micro, tmp_path / "out", random_tokens(6), sensitivity=False)
 
 
 def test_logits_that_cannot_be_kept_cost_no_layer(micro: Checkpoint, tmp_path: Path) -> None:
@@ -167,9 +169,17 @@ def test_logits_that_cannot_be_kept_cost_no_layer(micro: Checkpoint, tmp_path: P
     shape = 2, 15, micro.config.vocab_size
     bad, good = Sink(*shape, fails=True), Sink(*shape)
     with pytest.raises(Dots1Error, match="the disk is full"):
-        calibrate(micro, tmp_path / "out", tokens, evaluation=tokens, logits=bad, threads=1)
+        calibrate(
+            micro,
+            tmp_path / "out",
+            tokens,
+            evaluation=tokens,
+            logits=bad,
+            threads=1,
+            sensitivity=False,
+        )
     calibrate(micro, tmp_path / "out", tokens, evaluation=tokens, logits=good, threads=1,
-              on_resume=lambda *args: resumed.append(args[:2]))  # fmt: skip
+              sensitivity=False, on_resume=lambda *args: resumed.append(args[:2]))  # fmt: skip
     assert resumed == [(LAYERS, LAYERS)]
     np.testing.assert_array_equal(good.rows, bad.rows)
 
@@ -177,6 +187,8 @@ def test_logits_that_cannot_be_kept_cost_no_layer(micro: Checkpoint, tmp_path: P
 def test_two_runs_do_not_share_a_folder(micro: Checkpoint, tmp_path: Path) -> None:
     def again(done: int, total: int, unit: str, what: str) -> None:
         with pytest.raises(Dots1Error, match="another calibration is running in"):
-            calibrate(micro, tmp_path / "out", random_tokens(6))
+            calibrate(micro, tmp_path / "out", random_tokens(6), sensitivity=False)
 
-    calibrate(micro, tmp_path / "out", random_tokens(6), threads=1, progress=again)
+    calibrate(
+        micro, tmp_path / "out", random_tokens(6), threads=1, progress=again, sensitivity=False
+    )

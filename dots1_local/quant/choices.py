@@ -1,0 +1,144 @@
+"""What every tensor of a model can be stored as: bytes, damage and flips of each possibility."""
+
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dots1_local.architecture import Dots1Config, TensorSpec, inventory
+from dots1_local.errors import Dots1Error
+from dots1_local.quant.overrides import Override, overridden
+from dots1_local.quant.plan import PlannedTensor
+from dots1_local.quant.sensitivity import Effect, Sensitivity
+from dots1_local.quant.stock import fallback, is_quantisable, needs_importance
+from dots1_local.quant.types import TYPES
+
+__all__ = ["KINDS", "Choice", "Choices", "Cost", "Floats", "choices_at"]
+
+Floats = NDArray[np.float64]
+Choice = NDArray[np.intp]  # of each tensor, the index into KINDS
+Cost = Callable[[PlannedTensor], float]
+
+# Small ones first: between types that do equal damage, the first is taken.
+KINDS = tuple(sorted(TYPES, key=lambda name: TYPES[name].bpw))
+_EXACT = Effect(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The possibilities at one expert width.
+
+    Matrices are (tensors, types) in the order of `specs` and `KINDS`, infinite where a type is out
+    of question. `fixed_bytes` is what tensors without a choice take.
+    """
+
+    width: int
+    specs: tuple[TensorSpec, ...]
+    nbytes: Floats
+    damage: Floats
+    flips: Floats
+    fixed_bytes: float
+
+    def size(self, choice: Choice) -> float:
+        """Bytes of all tensors."""
+        return self.fixed_bytes + float(_chosen(self.nbytes, choice).sum())
+
+    def kl(self, choice: Choice) -> float:
+        """Predicted KL divergence, in nats a token."""
+        flips = float(_chosen(self.flips, choice).sum())
+        return float(_chosen(self.damage, choice).sum()) + math.sqrt(flips)
+
+    def tangent(self, choice: Choice) -> Floats:
+        """KL divergence made additive: the root of the flips replaced by its tangent at `choice`.
+
+        A root lies below its tangents, so what lowers this sum lowers the divergence at least so
+        much.
+        """
+        flips = float(_chosen(self.flips, choice).sum())
+        # Where nothing flips yet the first flip costs without bound.
+        return self.damage + self.flips * (0.5 / math.sqrt(max(flips, 1e-30)))
+
+    def shares(self, choice: Choice) -> Floats:
+        """What each tensor adds to the predicted KL divergence, in nats; they sum up to it."""
+        flips = _chosen(self.flips, choice)
+        return _chosen(self.damage, choice) + flips / math.sqrt(max(float(flips.sum()), 1e-30))
+
+    def smallest(self) -> Choice:
+        """The fewest bytes there can be."""
+        choice: Choice = self.nbytes.argmin(axis=1)
+        return choice
+
+    def best(self) -> Choice:
+        """The least damage there can be, in as few bytes as that takes."""
+        choice: Choice = self.tangent(self.damage.argmin(axis=1)).argmin(axis=1)
+        return choice
+
+    def types(self, choice: Choice) -> dict[str, str]:
+        """Type by tensor name."""
+        return {s.name: KINDS[kind] for s, kind in zip(self.specs, choice, strict=True)}
+
+
+def choices_at(
+    width: int,
+    config: Dots1Config,
+    sensitivity: Sensitivity,
+    *,
+    covered: Container[str],
+    overrides: Sequence[Override],
+    cost: Cost,
+) -> Choices:
+    """The possibilities at one expert width: types that were measured, fit, and bear being used.
+
+    `covered` holds the tensors that importance is there for. An override leaves one possibility.
+
+    Raises:
+        Dots1Error: nothing was measured of a tensor, or not the type it is to have.
+    """
+    specs = inventory(config, width)
+    free = tuple(spec for spec in specs if is_quantisable(spec))
+    nbytes, damage, flips = (np.full((len(free), len(KINDS)), np.inf) for _ in range(3))
+    for row, spec in enumerate(free):
+        effects = _effects(spec, sensitivity, covered, overrides)
+        for kind, effect in effects.items():
+            place = row, KINDS.index(kind)
+            nbytes[place] = cost(PlannedTensor(spec, TYPES[kind]))
+            damage[place], flips[place] = effect.damage, effect.flips
+    fixed = [PlannedTensor(spec, TYPES["F32"]) for spec in specs if not is_quantisable(spec)]
+    return Choices(width, free, nbytes, damage, flips, sum(map(cost, fixed)))
+
+
+def _effects(
+    spec: TensorSpec,
+    sensitivity: Sensitivity,
+    covered: Container[str],
+    overrides: Sequence[Override],
+) -> Mapping[str, Effect]:
+    measured = sensitivity.tensors.get(spec.name, {})
+    override = overridden(spec.name, overrides)
+    if override is not None:
+        kind = fallback(override, spec.columns)
+        if kind not in measured and TYPES[kind].bpw < 16:
+            raise Dots1Error(
+                f"what {kind} does to {spec.name} was not measured; --tensor-type and a budget "
+                f"go together for {', '.join(measured) or 'types of 16 bits'} there"
+            )
+        return {kind: measured.get(kind, _EXACT)}
+    possible = {
+        kind: effect
+        for kind, effect in measured.items()
+        if TYPES[kind].fits(spec.columns)
+        and (spec.name in covered or not needs_importance(spec.name, kind))
+    }
+    if not possible:
+        raise Dots1Error(
+            f"the sensitivity file has no type for {spec.name} (rows of {spec.columns}); "
+            "calibrate again"
+        )
+    return possible
+
+
+def _chosen(matrix: Floats, choice: Choice) -> Floats:
+    values: Floats = np.take_along_axis(matrix, choice[:, None], axis=1)[:, 0]
+    return values

@@ -1,0 +1,235 @@
+"""Gradients of KL divergence, carried back through the layers, one at a time.
+
+The forward pass must have kept what entered each layer. As there, a layer's routed experts are
+read one after another, and each gets all rows that are routed to it.
+
+Two kinds of draws go together. The `kl` draws come from the logits (`logit_gradients`). The `tie`
+draws are zero there, and get something from each router they pass: a gradient of its margins that
+stands for the experts it might have chosen instead (`near_ties`).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dots1_local.architecture import inventory
+from dots1_local.checkpoint import Checkpoint
+from dots1_local.reference.layers import (
+    Outcome,
+    Weights,
+    attention,
+    dense_ffn,
+    expert_shares,
+    rms_norm,
+    router_scores,
+)
+from dots1_local.reference.logit_gradients import check_finite
+from dots1_local.reference.near_ties import Routing, Ties, margins
+from dots1_local.reference.stream import Step
+from dots1_local.reference.weights import Kernel, read_experts, read_tensor
+
+__all__ = ["retreat"]
+
+_ROWS = 1024  # go through a layer at a time, with all that autograd keeps of them
+
+
+def retreat(
+    g: Tensor,
+    x: Tensor,
+    checkpoint: Checkpoint,
+    layer: int,
+    kl_draws: int,
+    sigma: float,
+    random: torch.Generator,
+    kernel: Kernel,
+    step: Step,
+) -> tuple[dict[str, Tensor], Ties]:
+    """Turn `g`, in place, from the gradients at what leaves a layer into those at what enters it.
+
+    `g` is [draws, chunks, positions, hidden], of which the first `kl_draws` are `kl` draws and the
+    others `tie` draws; `x` [chunks, positions, hidden] is what entered the layer. Both may lie on
+    another device than the kernel's. `sigma` is the standard deviation of the noise in the router's
+    margins for which its near ties are worth what their gradients say; with 0 there are none.
+
+    Returns what near ties are worth and, for each matrix but the router, under its Hugging Face
+    name relative to the layer, the square of the gradient at each of its rows' outputs, summed over
+    the tokens that reach it: [2, rows], F64, the mean of the `kl` and that of the `tie` draws.
+
+    Raises:
+        CheckpointError: a tensor is missing or unreadable, or a gradient is NaN or infinite.
+    """
+    work = _Layer(g, x, checkpoint, layer, kl_draws, kernel, step)
+    ties = Ties()
+    if checkpoint.config.is_dense(layer):
+        work.dense()
+    else:
+        ties = work.moe(sigma, random)
+    check_finite((g, *work.sums.values()), f"layer {layer}")
+    return work.sums, ties
+
+
+class _Layer:
+    """The way back through one layer, whose tokens are rows of x and g."""
+
+    def __init__(
+        self,
+        g: Tensor,
+        x: Tensor,
+        checkpoint: Checkpoint,
+        layer: int,
+        kl_draws: int,
+        kernel: Kernel,
+        step: Step,
+    ) -> None:
+        self.positions, hidden = x.shape[1:]
+        self.g, self.x = g.view(len(g), -1, hidden), x.view(-1, hidden)
+        self.kl_draws, self.step = kl_draws, step
+        self.kernel, self.device = kernel, kernel.device
+        self.checkpoint, self.layer, self.config = checkpoint, layer, checkpoint.config
+        prefix = f"model.layers.{layer}."
+        specs = {
+            source.removeprefix(prefix): spec
+            for spec in inventory(self.config)
+            if spec.layer == layer
+            for source in spec.sources
+        }
+        self.sums = {
+            name: torch.zeros(2, spec.source_shape[0], dtype=torch.float64)
+            for name, spec in specs.items()
+            if spec.role not in ("norm", "router")
+        }
+        common = (name for name, spec in specs.items() if spec.role != "routed")
+        stored = {name: read_tensor(checkpoint, prefix + name) for name in common}
+        self.weights = _ready(stored, kernel)
+
+    def dense(self) -> None:
+        for rows in self._groups():
+            seen: dict[str, Tensor] = {}
+            entered = self._leaf(self.x[rows])
+            attended, normed = self._attend(entered, seen.__setitem__)
+            left = attended + dense_ffn(normed, self.weights, "mlp", outcome=seen.__setitem__)
+            for draw, back in self._back(entered, seen, [left], [self.g[:, rows]]):
+                self.g[draw, rows] = back
+            self.step(len(entered))
+
+    def moe(self, sigma: float, random: torch.Generator) -> Ties:
+        """Experts first: their outputs are what the router's shares of them are worth."""
+        normed, routing = self._forward()
+        within = torch.zeros_like(self.g)
+        worth = len(self.x) / (self.config.n_routed_experts + 1)  # what is read takes the time
+        dots = self._experts(normed, within, routing, worth)
+        ties = routing.ties(dots[: self.kl_draws], sigma)
+        noise = math.sqrt(2 * ties.rate) * torch.randn(dots.shape[:2], generator=random)
+        noise[: self.kl_draws] = 0
+        self._common(within, routing, dots, noise)
+        self.step(worth)
+        return ties
+
+    @torch.no_grad()
+    def _forward(self) -> tuple[Tensor, Routing]:
+        """What enters the FFN [rows, hidden], beside x, and what its router does with it."""
+        normed, scores = torch.empty_like(self.x), []
+        for rows in self._groups():
+            _, part = self._attend(self.x[rows].to(self.device))
+            scores.append(router_scores(part, self.weights["mlp.gate.weight"]))
+            normed[rows] = part.to(normed.device)
+        bias = self.weights["mlp.gate.e_score_correction_bias"]
+        return normed, Routing(torch.cat(scores), bias, self.config)
+
+    def _experts(self, normed: Tensor, within: Tensor, routing: Routing, worth: float) -> Tensor:
+        """Add to `within` [draws, rows, hidden] the gradients at what enters the experts.
+
+        Returns the products of the experts' outputs with the gradients at what leaves the layer:
+        [draws, rows, k + 1] for `routing.wanted`.
+        """
+        wanted, shares = routing.wanted, routing.shares
+        dots = torch.zeros(len(self.g), *wanted.shape, device=self.device)
+        for expert, stored in enumerate(read_experts(self.checkpoint, self.layer)):
+            matrices, prefix = _ready(stored, self.kernel), f"mlp.experts.{expert}"
+            rows, slots = (wanted == expert).nonzero(as_tuple=True)
+            for start in range(0, len(rows), _ROWS):
+                at, slot = rows[start : start + _ROWS], slots[start : start + _ROWS]
+                home = at.to(self.x.device)
+                seen: dict[str, Tensor] = {}
+                entered = self._leaf(normed[home])
+                out = dense_ffn(entered, matrices, prefix, outcome=seen.__setitem__)
+                left = self.g[:, home].to(self.device)
+                dots[:, at, slot] = (left * out.detach()).sum(-1)
+                left *= shares[at, slot, None]
+                for draw, back in self._back(entered, seen, [out], [left]):
+                    within[draw].index_add_(0, home, back)
+            self.step(worth)
+        return dots
+
+    def _common(self, within: Tensor, routing: Routing, dots: Tensor, noise: Tensor) -> None:
+        """Back from what leaves the layer, what enters the experts, their shares and margins."""
+        k = self.config.num_experts_per_tok
+        for rows in self._groups():
+            seen: dict[str, Tensor] = {}
+            entered = self._leaf(self.x[rows])
+            attended, normed = self._attend(entered, seen.__setitem__)
+            shared = dense_ffn(normed, self.weights, "mlp.shared_experts", outcome=seen.__setitem__)
+            scores, ranked = router_scores(normed, self.weights["mlp.gate.weight"]), routing.ranked
+            shares = expert_shares(scores, ranked[rows, :k], self.config)
+            outputs = [
+                attended + shared, normed, shares, margins(scores, ranked[rows], self.config)
+            ]  # fmt: skip
+            gradients = [self.g[:, rows], within[:, rows], dots[:, rows, :k], noise[:, rows]]
+            for draw, back in self._back(entered, seen, outputs, gradients):
+                self.g[draw, rows] = back
+
+    def _groups(self) -> Iterator[slice]:
+        """Whole chunks, as many as are computed at once."""
+        size = max(1, _ROWS // self.positions) * self.positions
+        for start in range(0, len(self.x), size):
+            yield slice(start, min(start + size, len(self.x)))
+
+    def _leaf(self, rows: Tensor) -> Tensor:
+        return rows.to(self.device).requires_grad_()
+
+    def _attend(self, rows: Tensor, outcome: Outcome | None = None) -> tuple[Tensor, Tensor]:
+        """Whole chunks after attention, and the same normed for what comes next."""
+        x = rows.view(-1, self.positions, rows.shape[-1])
+        mixed = attention(self._norm(x, "input"), self.weights, self.config, outcome=outcome)
+        attended = (x + mixed).flatten(0, 1)
+        return attended, self._norm(attended, "post_attention")
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, self.weights[f"{name}_layernorm.weight"], self.config.rms_norm_eps)
+
+    def _back(
+        self,
+        entered: Tensor,
+        seen: dict[str, Tensor],
+        outputs: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Each draw's gradient at `entered`, beside x; those at the matrices' outputs are added up.
+
+        One draw after another: all at once would take as many times the memory.
+        """
+        for draw in range(len(self.g)):
+            at_outputs = [gradient[draw].to(self.device) for gradient in gradients]
+            *at_matrices, back = torch.autograd.grad(
+                outputs, [*seen.values(), entered], at_outputs, retain_graph=True
+            )
+            for name, gradient in zip(seen, at_matrices, strict=True):
+                self._add(name, draw, gradient)
+            yield draw, back.to(self.x.device)
+
+    def _add(self, name: str, draw: int, gradient: Tensor) -> None:
+        is_tie = draw >= self.kl_draws
+        draws = len(self.g) - self.kl_draws if is_tie else self.kl_draws
+        squares = gradient.square().flatten(0, -2).sum(0).cpu().double()
+        self.sums[name][int(is_tie)] += squares / draws
+
+
+def _ready(stored: Weights, kernel: Kernel) -> dict[str, Tensor]:
+    """`Kernel.ready` without oneDNN's layout, for which autograd knows no gradients."""
+    matrix = torch.bfloat16 if kernel.bf16 else torch.float32
+    return {
+        name: tensor.to(kernel.device, matrix if name.endswith("_proj.weight") else torch.float32)
+        for name, tensor in stored.items()
+    }

@@ -1,0 +1,33 @@
+"""Numbers of bytes as people write and read them."""
+
+import re
+
+from dots1_local.errors import UsageError
+
+__all__ = ["human_bytes", "parse_size"]
+
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE | re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from '48G', '1.5 GB', '24GiB' or a plain number; decimal units unless they say 'i'.
+
+    Raises:
+        UsageError: no number, no such unit, or less than a byte.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match:
+        number, prefix, binary = match.groups()
+        power = " kmgt".index((prefix or " ").lower())
+        if size := int(float(number) * (1024 if binary else 1000) ** power):
+            return size
+    raise UsageError(f"{text!r} is no size such as 48G, 500MB or 24GiB")
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 kB'; decimal units, as disks and downloads are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,199 @@
+"""`dots1 convert` within a budget: the file it writes, and what it says beforehand."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from dots1_local.checkpoint import Checkpoint
+from dots1_local.cli import app
+from dots1_local.convert import Budget, Conversion
+from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.gguf_file import GGUFFile
+from dots1_local.runtime.engine import Engine
+from tests.micro import edit_json, micro_checkpoint
+from tests.quant.made_up import made_up
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated")
+    shutil.copy(tiny / "imatrix.gguf", folder)
+    digest = hashlib.sha256((folder / "imatrix.gguf").read_bytes()).hexdigest()
+    sensitivity = made_up(Checkpoint.open(tiny).config, imatrix=digest)
+    (folder / "sensitivity.json").write_text(sensitivity.to_json())
+    return folder
+
+
+def convert(tiny: Path, *options: object) -> Result:
+    return CliRunner().invoke(app, ["convert", str(tiny), *map(str, options)])
+
+
+def refused(result: Result) -> str:
+    """The sentence that the command line would print."""
+    if isinstance(result.exception, Dots1Error):
+        return str(result.exception)
+    assert result.exit_code == 2
+    return result.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--split-max-size", "4MB"]])
+def test_the_file_lands_just_under_the_size(
+    tiny: Path, calibration: Path, tmp_path: Path, options: list[str]
+) -> None:
+    size = 15_000_000  # in types that are quick to encode
+    result = convert(
+        tiny, "--size", size, "--calibration", calibration, "-o", tmp_path / "out.gguf", "--json",
+        *options,
+    )  # fmt: skip
+    found = json.loads(result.stdout)
+    written = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert 0.999 * size <= written <= size
+    assert found["recipe"] == "measured 15 MB"
+    file = GGUFFile.open(found["files"][0])
+    assert file.keys["dots1_local.recipe"] == "measured 15 MB"
+    predicted = file.keys["dots1_local.predicted_kl_divergence"]
+    assert predicted == pytest.approx(found["predicted_kl"])
+    assert {tensor.name: tensor.type for tensor in file.tensors} == found["types"]
+    with Engine.open(found["files"][0], n_ctx=64, threads=1) as engine:
+        assert engine.n_vocab == Checkpoint.open(tiny).config.vocab_size
+
+
+def test_a_dry_run_can_be_edited_and_handed_back(
+    tiny: Path, calibration: Path, tmp_path: Path
+) -> None:
+    options = ("--dry-run", "--json", "--calibration", calibration)
+    planned = json.loads(convert(tiny, "--bpw", 3.5, *options).stdout)
+    assert 0.999 * 3.5 <= planned["bpw"] <= 3.5
+    assert planned["allocation"]["other_width"]["expert_width"] == 256
+    planned["types"]["output.weight"] = "F16"
+    (tmp_path / "plan.json").write_text(json.dumps(planned))
+    again = json.loads(convert(tiny, "--plan", tmp_path / "plan.json", *options).stdout)
+    assert again["types"] == planned["types"]
+    assert again["bytes"] > planned["bytes"]
+    assert again["predicted_kl"] < planned["predicted_kl"]
+
+
+def test_a_dry_run_explains_itself(tiny: Path, calibration: Path) -> None:
+    options = ("--calibration", calibration, "--dry-run")
+    shown = convert(tiny, "--size", "9MB", *options)
+    assert shown.exit_code == 0
+    told = json.loads(convert(tiny, "--size", "9MB", *options, "--json").stdout)
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert sum(line[:1] == ["routed"] for line in lines) == 3
+    total = next(line for line in lines if line[:1] == ["total"])
+    assert total[-2:] == [f"{told['bpw']:.3f}", "100.0%"]
+    for move in (*told["allocation"]["upgrades"], *told["allocation"]["downgrades"]):
+        assert any(line[:3] == [move["tensor"], move["before"], move["after"]] for line in lines)
+    assert sum(part["nbytes"] for part in told["allocation"]["parts"]) == told["bytes"]
+    for says in ("measured 9 MB: ", "predicted KL divergence: ", "256 wide (padded) it would be"):
+        assert says in shown.stdout
+
+
+def test_the_smallest_file_of_a_divergence(tiny: Path, calibration: Path) -> None:
+    options = ("--calibration", calibration, "--dry-run", "--json")
+    tight = json.loads(convert(tiny, "--max-kld", 0.003, *options).stdout)
+    loose = json.loads(convert(tiny, "--max-kld", 0.03, *options).stdout)
+    assert 0 < tight["predicted_kl"] <= 0.003
+    assert loose["bytes"] < tight["bytes"]
+
+
+def test_overrides_and_padding_bind_the_allocator(tiny: Path, calibration: Path) -> None:
+    found = json.loads(
+        convert(
+            tiny, "--size", "9MB", "--calibration", calibration, "--dry-run", "--json",
+            "--tensor-type", "attn_v=Q8_0", "--pad-experts", "on",
+        ).stdout
+    )  # fmt: skip
+    assert found["expert_width"] == 256
+    assert found["types"]["blk.3.attn_v.weight"] == "Q8_0"
+
+
+def test_importance_comes_from_the_folder(tiny: Path, calibration: Path, tmp_path: Path) -> None:
+    options = ("--type", "DQ2", "--dry-run", "--json")
+    with_folder = json.loads(convert(tiny, *options, "--calibration", calibration).stdout)
+    with_file = json.loads(convert(tiny, *options, "--imatrix", tiny / "imatrix.gguf").stdout)
+    expected = made_up(Checkpoint.open(tiny).config).predict(with_file["types"])
+    assert with_file["predicted_kl"] is None
+    assert with_folder == {**with_file, "predicted_kl": expected}
+    assert "imatrix.gguf: No such file" in refused(
+        convert(tiny, *options, "--calibration", tmp_path)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ["--size", "1MB"],
+            r"1 MB is too small: the smallest possible is 6\.\d+ MB and the largest",
+        ),
+        (["--size", "1GB"], r"1 GB is too large: the smallest possible is 6\.\d+ MB"),
+        (["--bpw", "1.5"], r"1\.5 bpw is too small: the smallest possible is \d\.\d+ bpw and"),
+        (["--max-kld", "1e-9"], "1e-09 is out of reach: the best types are predicted to have"),
+        (["--bpw", "nan"], "nan is no budget"),
+        (["--max-kld", "-1"], "-1 is no budget"),
+        (["--size", "x"], "'x' is no size"),
+        (["--size", "9MB", "--bpw", "3"], "exclude each other"),
+        (["--size", "9MB", "--type", "DQ4"], "leave a budget nothing to decide"),
+        (["--size", "9MB", "--context", "4k"], "go with --fit-memory"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(
+    tiny: Path, calibration: Path, options: list[str], says: str
+) -> None:
+    result = convert(tiny, *options, "--calibration", calibration, "--dry-run")
+    assert re.search(says, " ".join(refused(result).replace("│", " ").split()))
+
+
+def test_a_budget_needs_a_calibration_that_belongs_to_it(
+    tiny: Path, calibration: Path, tmp_path: Path
+) -> None:
+    assert "--calibration" in refused(convert(tiny, "--size", "9MB", "--dry-run"))
+    folder = shutil.copytree(calibration, tmp_path / "other")
+    edit_json(folder / "sensitivity.json", lambda content: content.update(imatrix="1" * 64))
+    options = ("--size", "9MB", "--dry-run", "--calibration", folder)
+    assert "another importance file" in refused(convert(tiny, *options))
+    meant = convert(tiny, *options, "--imatrix", folder / "imatrix.gguf")
+    assert meant.exit_code == 0
+    assert "measured with another importance file than imatrix.gguf" in meant.stderr
+    (folder / "sensitivity.json").unlink()
+    assert "has no sensitivity.json" in refused(convert(tiny, *options))
+    micro = micro_checkpoint(tmp_path / "micro")
+    result = convert(micro, "--size", "9MB", "--dry-run", "--calibration", calibration)
+    assert "measured on another model: its hidden_size is 256" in refused(result)
+
+
+@pytest.mark.parametrize("shard", [300_000, 700_000])
+def test_headers_of_many_shards_count(tiny: Path, calibration: Path, shard: int) -> None:
+    conversion = Conversion.allocate(
+        tiny, Budget("size", 9e6), calibration=calibration, split_max_size=shard
+    )
+    assert 0.999 * 9e6 <= conversion.file_bytes(shard) <= 9e6
+    assert conversion.file_bytes(shard) > conversion.file_bytes()
+
+
+def test_from_python(tiny: Path, calibration: Path) -> None:
+    conversion = Conversion.allocate(tiny, Budget("weights", 8e6), calibration=calibration)
+    assert 0.999 * 8e6 <= conversion.nbytes <= 8e6
+    assert conversion.allocation is not None
+    assert conversion.plan == conversion.allocation.plan
+    again = Conversion.allocate(tiny, Budget("weights", 8e6), calibration=calibration)
+    assert (again.plan, again.predicted_kl) == (conversion.plan, conversion.predicted_kl)
+    everything = Conversion.allocate(tiny, Budget("weights", 1e12), calibration=calibration)
+    assert set(everything.plan.types.values()) == {"Q8_0", "F32"}
+    with pytest.raises(UsageError, match="is no budget"):
+        Budget("size", 0)
+
+
+def test_types_for_a_memory(tiny: Path, calibration: Path) -> None:
+    options = ("--calibration", calibration, "--dry-run", "--json", "--fit-memory")
+    result = convert(tiny, *options, "8GB ram", "--context", "1k", "--kv-type", "q8_0")
+    assert set(json.loads(result.stdout)["types"].values()) == {"Q8_0", "F32"}
+    assert "KV cache for 1,024 tokens (q8_0)" in result.stderr
+    assert "GB stay free" in result.stderr
+    assert "is no memory such as" in refused(convert(tiny, *options, "8"))

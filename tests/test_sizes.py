@@ -1,0 +1,33 @@
+import pytest
+
+from dots1_local.errors import UsageError
+from dots1_local.sizes import human_bytes, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("48G", 48 * 10**9),
+        ("500MB", 5 * 10**8),
+        ("1.5 gb", 1_500_000_000),
+        (" 24GiB ", 24 * 2**30),
+        ("3Ki", 3072),
+        ("2TB", 2 * 10**12),
+        ("10B", 10),
+        ("1234567", 1234567),
+    ],
+)
+def test_reads_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "0", "0.1", "-1G", "1e3", "12 apples", "5iB", "1" * 400])
+def test_refuses_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match="is no size such as 48G"):
+        parse_size(text)
+
+
+def test_writes_sizes_in_decimal_units() -> None:
+    assert [human_bytes(count) for count in (999, 1536, 24e9, 5e12)] == [
+        "999 B", "1.5 kB", "24.0 GB", "5.0 TB",
+    ]  # fmt: skip

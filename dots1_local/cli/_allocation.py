@@ -30,46 +30,46 @@ __all__ = [
 ]
 
 _BUDGETS = "--size, --bpw, --max-kld and --fit-memory"
+_CONTEXT = 16_384
 
+
+def _option(name: str, metavar: str, text: str, default: str | None = None) -> Any:
+    return typer.Option(
+        name,
+        metavar=metavar,
+        help=text,
+        show_default=default or False,
+        rich_help_panel="Types under a budget, by what dots1 calibrate measured",
+    )
+
+
+Calibration = Annotated[
+    Path | None,
+    _option("--calibration", "DIR", "What dots1 calibrate wrote. Without a budget: its importance "
+            "file is used, and the KL divergence predicted."),
+]  # fmt: skip
 Size = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE", help="Choose types for a file of at most SIZE, e.g. 48GB."),
+    str | None, _option("--size", "SIZE", "Choose types for a file of at most SIZE, e.g. 48GB.")
 ]
 Bpw = Annotated[
-    float | None, typer.Option(metavar="BITS", help="Choose types for so many bits per weight.")
+    float | None, _option("--bpw", "BITS", "Choose types for at most so many bits per weight.")
 ]
 MaxKLD = Annotated[
     float | None,
-    typer.Option(
-        "--max-kld",
-        metavar="NATS",
-        help="Choose types for the smallest file with this predicted KL divergence.",
-    ),
-]
+    _option("--max-kld", "NATS", "Choose types for the smallest file of at most this predicted "
+            "KL divergence."),
+]  # fmt: skip
 FitMemory = Annotated[
     str | None,
-    typer.Option(metavar="MEMORY", help="Choose types to fit, e.g., '24GB gpu + 64GB ram'."),
+    _option("--fit-memory", "MEMORY", "Choose types to fit, e.g., '24GB gpu + 64GB ram'."),
 ]
 Context = Annotated[
     str | None,
-    typer.Option(
-        metavar="TOKENS",
-        help="With --fit-memory: the context to fit, e.g. 32k.",
-        show_default="16k",
-    ),
-]
+    _option("--context", "TOKENS", "With --fit-memory: the context to fit, e.g. 32k.",
+            "16k, or what the model was trained for"),
+]  # fmt: skip
 KVType = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TYPE", help="With --fit-memory: the KV cache's type.", show_default="f16"
-    ),
-]
-Calibration = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="What dots1 calibrate wrote: importance, and the sensitivity a budget needs.",
-    ),
+    str | None, _option("--kv-type", "TYPE", "With --fit-memory: the KV cache's type.", "f16")
 ]
 
 
@@ -104,17 +104,18 @@ def read_budget(
     if max_kld is not None:
         return Budget("kld", max_kld)
     if fit_memory is not None:
-        return _memory_budget(checkpoint, fit_memory, context or "16k", kv_type or "f16")
+        return _memory_budget(checkpoint, fit_memory, context, kv_type or "f16")
     return None
 
 
-def _memory_budget(checkpoint: Path, memory: str, context: str, kv_type: str) -> "Budget":
+def _memory_budget(checkpoint: Path, memory: str, context: str | None, kv_type: str) -> "Budget":
     from dots1_local.checkpoint import Checkpoint
     from dots1_local.convert import Budget
     from dots1_local.runtime.memory import parse_context, weights_budget
 
     config = Checkpoint.open(checkpoint).config
-    found = weights_budget(config, memory, parse_context(context), kv_type)
+    tokens = min(_CONTEXT, config.max_position_embeddings)
+    found = weights_budget(config, memory, parse_context(context) if context else tokens, kv_type)
     notice(found.explanation)
     return Budget("weights", found.weights)
 
@@ -131,23 +132,18 @@ def warn_of_importance(conversion: "Conversion", calibration: Path) -> None:
         )
 
 
-def warn_of_budget(conversion: "Conversion", budget: "Budget", split: int | None) -> None:
+def warn_of_budget(conversion: "Conversion", budget: "Budget | None", file_bytes: int) -> None:
     """Say where a file stays further below its budget than the steps between types usually do."""
     from dots1_local.quant.allocate import TOLERANCE
 
-    if budget.kind == "size":
-        left = budget.value - conversion.file_bytes(split)
-    elif budget.kind == "weights":
-        left = budget.value - conversion.nbytes
-    else:
+    if budget is None or budget.kind not in ("size", "weights"):
         return
+    left = budget.value - (file_bytes if budget.kind == "size" else conversion.nbytes)
     if left > TOLERANCE * budget.value:
         notice(f"{human_bytes(left)} stay free: no way to fill them does less damage")
 
 
-def print_allocation(
-    conversion: "Conversion", allocation: "Allocation", split: int | None = None
-) -> None:
+def print_allocation(conversion: "Conversion", allocation: "Allocation", file_bytes: int) -> None:
     """Who got what, what more bytes are worth, what was just missed, and the other width."""
     from dots1_local.cli._table import print_table
     from dots1_local.quant.allocation import summarise
@@ -156,19 +152,16 @@ def print_allocation(
     rows = [_part_row(part, allocation.kl) for part in parts]
     bpw = conversion.nbytes * 8 / sum(part.parameters for part in parts)
     total = ("total", "", "", human_bytes(conversion.nbytes), f"{bpw:.3f}", "100.0%")
-    header = ("role", "part", "types", "bytes", "bpw", "KLD")
+    header = ("role", "part", "types", "bytes", "bpw", "of KLD")
     print_table(header, rows, numbers_from=3, total=total)
     unit, scale = ("GB", 1e9) if conversion.nbytes >= 1e9 else ("MB", 1e6)
     print(f"""
-{allocation.plan.recipe}: {conversion.file_bytes(split):,} bytes with headers
+{allocation.plan.recipe}: {file_bytes:,} bytes with headers
 predicted KL divergence: {nats(allocation.kl)} nats a token
 experts: {_widths(conversion, allocation)}
-at the margin: a {unit} more lowers it by {nats(allocation.price * scale / 1e9)}
-
-just missed""")
-    _print_moves(allocation.upgrades, unit, scale)
-    print("\ncheapest to give up")
-    _print_moves(allocation.downgrades, unit, scale)
+at the margin: a {unit} more lowers it by {nats(allocation.price * scale / 1e9)}""")
+    _print_moves("just missed", allocation.upgrades, unit, scale)
+    _print_moves("cheapest to give up", allocation.downgrades, unit, scale)
 
 
 def allocation_json(conversion: "Conversion", allocation: "Allocation") -> dict[str, Any]:
@@ -185,18 +178,20 @@ def allocation_json(conversion: "Conversion", allocation: "Allocation") -> dict[
 
 
 def _part_row(part: "Part", whole: float) -> Sequence[str]:
-    types = ", ".join(f"{count} {kind}" for kind, count in part.types.items())
+    types = ", ".join(f"{count}x{kind}" for kind, count in part.types.items())  # wraps as one
     share = f"{part.kl / whole:.1%}" if part.kl and whole else "-"
     bpw = f"{part.nbytes * 8 / part.parameters:.3f}"
     return part.role, part.part, types, human_bytes(part.nbytes), bpw, share
 
 
-def _print_moves(moves: "Sequence[Move]", unit: str, scale: float) -> None:
+def _print_moves(title: str, moves: "Sequence[Move]", unit: str, scale: float) -> None:
     from dots1_local.cli._table import print_table
 
+    if not moves:
+        return
     rows = [
         (
-            move.tensor,
+            move.tensor.removesuffix(".weight"),  # or 80 columns would cut it
             move.before,
             move.after,
             f"{'+' if move.nbytes > 0 else '-'}{human_bytes(abs(move.nbytes))}",
@@ -205,6 +200,7 @@ def _print_moves(moves: "Sequence[Move]", unit: str, scale: float) -> None:
         )
         for move in moves
     ]
+    print(f"\n{title}")
     print_table(("tensor", "from", "to", "bytes", "KLD", f"KLD/{unit}"), rows, numbers_from=3)
 
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["convert"]
 
+_TYPES = "Types"
+
 
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
@@ -48,31 +50,45 @@ def convert(
             help="DQ2 to DQ6 (dynamic: routed experts low, the rest high), or a stock mix of "
             "llama-quantize: Q4_K_M, IQ2_XXS, BF16, ...",
             show_default="DQ4",
+            rich_help_panel=_TYPES,
         ),
     ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=TYPE",
+            help="Set the type of tensors by name; repeatable.",
+            rich_help_panel=_TYPES,
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="Importance file of llama-imatrix (GGUF or .dat).", rich_help_panel=_TYPES
+        ),
+    ] = None,
+    pad_experts: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(
+            help="Zero-pad expert width to a multiple of 256, so that every type fits.",
+            rich_help_panel=_TYPES,
+        ),
+    ] = "auto",
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take every type from this plan (from --dry-run --json).", rich_help_panel=_TYPES
+        ),
+    ] = None,
+    calibration: Calibration = None,
     size: Size = None,
     bpw: Bpw = None,
     max_kld: MaxKLD = None,
     fit_memory: FitMemory = None,
     context: Context = None,
     kv_type: KVType = None,
-    calibration: Calibration = None,
-    tensor_type: Annotated[
-        list[str] | None,
-        typer.Option(metavar="REGEX=TYPE", help="Set the type of tensors by name; repeatable."),
-    ] = None,
-    imatrix: Annotated[
-        Path | None, typer.Option(help="Importance file of llama-imatrix (GGUF or .dat).")
-    ] = None,
-    pad_experts: Annotated[
-        Literal["auto", "on", "off"],
-        typer.Option(help="Zero-pad expert width to a multiple of 256, so that every type fits."),
-    ] = "auto",
     split_max_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Write shards of at most SIZE, e.g. 48G.")
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="Take every type from this plan (from --dry-run --json).")
     ] = None,
     threads: Threads = None,
     dry_run: Annotated[
@@ -94,7 +110,7 @@ def convert(
 
       dots1 convert dots.llm1.inst -o dots.gguf --type DQ2 --imatrix imatrix.gguf
 
-      dots1 convert dots.llm1.inst -o dots.gguf --size 48GB --calibration calibrated
+      dots1 convert dots.llm1.inst -o 48.gguf --size 48GB --calibration calibrated
 
       dots1 convert dots.llm1.inst --type Q4_K_M --dry-run
     """
@@ -126,16 +142,18 @@ def convert(
         padding=pad_experts,
         overrides=tensor_type or [],
     )
-    _warn(conversion)
+    file_bytes = conversion.file_bytes(split)
+    _warn(conversion, calibration)
     _warn_of_overrides(conversion, tensor_type or [])
+    warn_of_budget(conversion, budget, file_bytes)
     if dry_run or output is None:
-        _show(conversion, tensors, json, split)
+        _show(conversion, tensors, json, file_bytes)
         return
     result = _run(conversion, output, split, threads, force)
     if json:
-        print_json({**_summary(conversion), "files": [str(path) for path in result]})
+        print_json({**_summary(conversion, file_bytes), "files": [str(path) for path in result]})
     else:
-        _show(conversion, tensors, json, split)
+        _show(conversion, tensors, json, file_bytes)
         print("wrote " + ", ".join(str(path) for path in result))
 
 
@@ -152,10 +170,10 @@ def _prepare(
     overrides: list[str],
 ) -> "Conversion":
     from dots1_local.convert import Conversion
-    from dots1_local.quant.plan import QuantPlan
+    from dots1_local.quant.plan import load_plan
 
     if budget is None or calibration is None:
-        recipe = QuantPlan.from_json(_text(plan)) if plan else "DQ4" if type_ is None else type_
+        recipe = load_plan(plan) if plan else "DQ4" if type_ is None else type_
         return Conversion.prepare(
             checkpoint,
             recipe,
@@ -175,7 +193,6 @@ def _prepare(
         overrides=overrides,
         split_max_size=split,
     )
-    warn_of_budget(conversion, budget, split)
     warn_of_importance(conversion, calibration)
     return conversion
 
@@ -199,8 +216,13 @@ def _run(
     return result.paths
 
 
-def _warn(conversion: "Conversion") -> None:
+def _warn(conversion: "Conversion", calibration: Path | None) -> None:
     recipe, importance = conversion.plan.recipe, conversion.importance
+    if calibration is not None and conversion.predicted_kl is None:
+        notice(
+            f"no KL divergence is predicted: {calibration} holds no measurement of all these "
+            "types with this importance"
+        )
     if recipe.endswith("without importance"):
         notice(f"{recipe}: --imatrix FILE makes this size better")
     if importance is not None and importance.partial:
@@ -223,11 +245,11 @@ def _warn_of_overrides(conversion: "Conversion", overrides: list[str]) -> None:
             notice(f"--tensor-type {text} changes nothing: no tensor that can be quantised matches")
 
 
-def _show(conversion: "Conversion", tensors: bool, json: bool, split: int | None) -> None:
+def _show(conversion: "Conversion", tensors: bool, json: bool, file_bytes: int) -> None:
     from dots1_local.cli._table import print_table, size_table
 
     if json:
-        print_json(_summary(conversion))
+        print_json(_summary(conversion, file_bytes))
         return
     if tensors:
         rows = [
@@ -235,8 +257,9 @@ def _show(conversion: "Conversion", tensors: bool, json: bool, split: int | None
             for t in conversion.tensors
         ]
         print_table(("tensor", "type", "shape", "bytes"), rows, numbers_from=2)
+        print()
     if conversion.allocation is not None:
-        print_allocation(conversion, conversion.allocation, split)
+        print_allocation(conversion, conversion.allocation, file_bytes)
         return
     size_table(
         (t.spec.role, t.kind.name, t.spec.source_elements, t.nbytes) for t in conversion.tensors
@@ -245,7 +268,7 @@ def _show(conversion: "Conversion", tensors: bool, json: bool, split: int | None
         print(f"\npredicted KL divergence: {nats(conversion.predicted_kl)} nats a token")
 
 
-def _summary(conversion: "Conversion") -> dict[str, Any]:
+def _summary(conversion: "Conversion", file_bytes: int) -> dict[str, Any]:
     """The plan, as --plan reads it, and what it comes to."""
     from json import loads
 
@@ -255,16 +278,8 @@ def _summary(conversion: "Conversion") -> dict[str, Any]:
         **loads(conversion.plan.to_json()),
         "parameters": parameters,
         "bytes": conversion.nbytes,
+        "file_bytes": file_bytes,
         "bpw": conversion.nbytes * 8 / parameters,
         "predicted_kl": conversion.predicted_kl,
         **({"allocation": allocation_json(conversion, allocation)} if allocation else {}),
     }
-
-
-def _text(path: Path) -> str:
-    from dots1_local.errors import UsageError
-
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the plan {path}: {error}") from None

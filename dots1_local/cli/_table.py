@@ -46,7 +46,13 @@ def print_table(
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    ruled = console.is_terminal
+    table = Table(
+        box=box.SIMPLE_HEAD if ruled else None,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=ruled,
+    )
     for place, name in enumerate(header):
         table.add_column(name, justify="right" if place >= numbers_from else "left")
     for row in rows:

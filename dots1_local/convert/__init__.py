@@ -6,6 +6,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
@@ -135,10 +136,12 @@ class Conversion:
         any_plan = allocator.reaching(allocator.least_kl, f"measured {budget}")
         undecided = cls._checked(source, any_plan.plan, importance)._with(any_plan)
 
+        any_overhead = cache(lambda: undecided._overhead(split_max_size))
+
         def overhead(allocation: Allocation | None) -> int:
-            conversion = undecided._with(allocation) if allocation else undecided
-            tensors = sum(map(_aligned_bytes, conversion.tensors))
-            return conversion.file_bytes(split_max_size) - tensors
+            if allocation is None or split_max_size is None:  # headers differ by shards alone
+                return any_overhead()
+            return undecided._with(allocation)._overhead(split_max_size)
 
         parameters = sum(tensor.spec.source_elements for tensor in undecided.tensors)
         return undecided._with(budget.allocate(allocator, parameters, overhead))
@@ -175,6 +178,9 @@ class Conversion:
     def file_bytes(self, split_max_size: int | None = None) -> int:
         """Bytes of the file or files, headers and alignment included."""
         return self._lay_out(Path("any.gguf"), split_max_size).total_bytes
+
+    def _overhead(self, split_max_size: int | None) -> int:
+        return self.file_bytes(split_max_size) - sum(map(_aligned_bytes, self.tensors))
 
     def run(
         self,

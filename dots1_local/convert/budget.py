@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import floor, log10
+from math import ceil, floor, log10
 from typing import Literal
 
 from dots1_local.errors import UsageError
-from dots1_local.quant.allocate import Allocator, Rounding
+from dots1_local.quant.allocate import Allocator
 from dots1_local.quant.allocation import Allocation
 
 __all__ = ["Budget"]
@@ -26,12 +26,14 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not 0 < self.value < 1e18:  # nor NaN
-            raise UsageError(f"{self.value:g} is no budget")
+            raise UsageError(f"a budget is a number above 0 and below 1e18, not {self.value:g}")
 
     def __str__(self) -> str:
         if self.kind == "kld":
             return f"KLD {self.value:g}"
-        return f"{self.value:g} bpw" if self.kind == "bpw" else _decimal(self.value)
+        if self.kind == "bpw":
+            return f"{self.value:g} bpw"
+        return _decimal(self.value) + (" of weights" if self.kind == "weights" else "")
 
     def allocate(
         self, allocator: Allocator, parameters: int, overhead: Callable[[Allocation | None], int]
@@ -50,8 +52,8 @@ class Budget:
         if self.kind == "bpw":
             unit = parameters / 8
 
-            def say(count: float, rounding: Rounding) -> str:
-                return f"{rounding(count / unit * 1e4) / 1e4:g} bpw"
+            def say(count: float) -> str:
+                return f"{_rounded_up(count / unit, 4):.9g} bpw"
 
             return allocator.within(self.value * unit, recipe, say)
         if self.kind == "weights":
@@ -64,16 +66,18 @@ class Budget:
             extra = found
 
     def _beside(self, allocator: Allocator, extra: int, recipe: str) -> Allocation:
-        def say(count: float, rounding: Rounding) -> str:
-            return _decimal(count + extra, rounding)
-
-        return allocator.within(self.value - extra, recipe, say)
+        return allocator.within(self.value - extra, recipe, lambda n: _decimal(n + extra))
 
 
-def _decimal(count: float, rounding: Rounding = round) -> str:
-    """48000000000 -> '48 GB', to five digits."""
+def _decimal(count: float) -> str:
+    """48000000000 -> '48 GB', to five digits, rounded up."""
     unit, scale = next(
         ((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s), ("B", 1.0)
     )
-    digits = 10.0 ** (4 - floor(log10(max(count / scale, 1))))
-    return f"{rounding(count / scale * digits) / digits:.9g} {unit}"
+    digits = 4 - floor(log10(max(count / scale, 1)))
+    return f"{_rounded_up(count / scale, digits):.9g} {unit}"
+
+
+def _rounded_up(value: float, digits: int) -> float:
+    """To so many digits after the point; what is a number of so few stays that number."""
+    return float(ceil(round(value * 10.0**digits, 9)) / 10.0**digits)

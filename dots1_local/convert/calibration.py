@@ -19,8 +19,10 @@ def load_calibration(
     """The folder's sensitivity, and its importance, or that in the file `imatrix`.
 
     Raises:
-        Dots1Error: the folder lacks one, or its two do not belong together.
+        Dots1Error: there is no such folder, it lacks one, or its two do not belong together.
     """
+    if not folder.is_dir():
+        raise Dots1Error(f"{folder} is no folder; dots1 calibrate -o {folder} makes it")
     for name in (_SENSITIVITY, *([] if imatrix else [_IMPORTANCE])):
         if not (folder / name).is_file():
             raise Dots1Error(f"{folder} has no {name}; dots1 calibrate -o {folder} makes it")

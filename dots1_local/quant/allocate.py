@@ -10,7 +10,6 @@ The root in the predicted divergence is replaced by its tangent at the plan so f
 """
 
 from collections.abc import Callable, Container, Sequence
-from math import ceil, floor
 from operator import attrgetter
 
 import numpy as np
@@ -24,10 +23,7 @@ from dots1_local.quant.overrides import Override
 from dots1_local.quant.recipes import Padding
 from dots1_local.quant.sensitivity import Sensitivity
 
-__all__ = ["TOLERANCE", "Allocator", "Rounding"]
-
-Rounding = Callable[[float], int]
-Say = Callable[[float, Rounding], str]
+__all__ = ["TOLERANCE", "Allocator"]
 
 TOLERANCE = 1e-3  # of the budget, that a plan may stay below it
 
@@ -79,12 +75,13 @@ class Allocator:
         """The least divergence any plan has, and the bytes that takes; more buy nothing."""
 
     def within(
-        self, nbytes: float, recipe: str, say: Say = lambda n, _: f"{n:.0f} B"
+        self, nbytes: float, recipe: str, say: Callable[[float], str] = "{:.0f} B".format
     ) -> Allocation:
         """The plan of least predicted divergence that takes at most `nbytes`.
 
         It takes 0.1% less at most, unless every change or exchange that filled it up would do
-        more damage. `say` words a number of bytes in errors, with a way to round it.
+        more damage. `say` words a number of bytes in errors, rounded up where it must round, so
+        that both ends it names are possible.
 
         Raises:
             UsageError: no plan is so small, or the best is more than 0.1% smaller.
@@ -92,8 +89,8 @@ class Allocator:
         if not self.smallest <= nbytes <= self.largest / (1 - TOLERANCE):
             which = "small" if nbytes < self.smallest else "large"
             raise UsageError(
-                f"{say(nbytes, round)} is too {which}: the smallest possible is "
-                f"{say(self.smallest, ceil)} and the largest {say(self.largest, floor)}"
+                f"{say(nbytes)} is too {which}: the smallest possible is {say(self.smallest)} "
+                f"and the largest {say(self.largest)}"
             )
         fitting = [c for c in self._choices if c.size(c.smallest()) <= nbytes]
         solutions = [_within(choices, nbytes) for choices in fitting]
@@ -108,7 +105,7 @@ class Allocator:
         if not kl >= self.least_kl:
             raise UsageError(
                 f"a KL divergence of {kl:g} is out of reach: the best types are predicted to "
-                f"have {self.least_kl:.2g}"
+                f"have {1.005 * self.least_kl:.3g}"  # never rounded below it
             )
         able = [c for c in self._choices if c.kl(c.best()) <= kl]
         solutions = [_reaching(choices, kl) for choices in able]

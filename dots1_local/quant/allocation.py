@@ -99,13 +99,16 @@ def explain(
         bytes_by_type[planned.kind.name] += planned.nbytes
     label = stock_mix(bytes_by_type.most_common(1)[0][0])
     shares = zip(choices.specs, choices.shares(choice), strict=True)
+    upgrades = _moves(best, more_than=budget - best.size)
+    # At the small end of the hull any price above the best upgrade's leads to the same plan.
+    price = min(best.price, max((-move.kl / move.nbytes for move in upgrades), default=0.0))
     return Allocation(
         QuantPlan(recipe, choices.width, label.file_type, types),
         best.size,
         best.kl,
-        best.price * 1e9,
+        price * 1e9,
         {spec.name: float(share) for spec, share in shares},
-        _moves(best, more_than=budget - best.size),
+        upgrades,
         _moves(best, more_than=None),
         next((Outcome(s.choices.width, s.size, s.kl) for s in solutions[1:]), None),
     )

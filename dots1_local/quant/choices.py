@@ -121,8 +121,8 @@ def _effects(
         kind = fallback(override, spec.columns)
         if kind not in measured and TYPES[kind].bpw < 16:
             raise Dots1Error(
-                f"what {kind} does to {spec.name} was not measured; --tensor-type and a budget "
-                f"go together for {', '.join(measured) or 'types of 16 bits'} there"
+                f"what {kind} does to {spec.name} was not measured, which a budget needs; "
+                f"--tensor-type may give it {', '.join([*measured, 'BF16', 'F16', 'F32'])}"
             )
         return {kind: measured.get(kind, _EXACT)}
     possible = {

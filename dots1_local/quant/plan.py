@@ -1,8 +1,10 @@
 """A quantisation plan: the type every tensor gets. Decided once, read by everything after."""
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -10,7 +12,9 @@ from dots1_local.architecture import Dots1Config, TensorSpec, inventory, padded_
 from dots1_local.errors import UsageError
 from dots1_local.quant.types import QuantType, quant_type
 
-__all__ = ["PlannedTensor", "QuantPlan"]
+__all__ = ["PlannedTensor", "QuantPlan", "load_plan"]
+
+_LARGEST = 1 << 26  # bytes of a file; dots.llm1's has 40 thousand
 
 
 @dataclass(frozen=True)
@@ -92,13 +96,53 @@ class QuantPlan:
             UsageError: not such a file.
         """
         try:
-            raw: dict[str, Any] = json.loads(text)
-            types = {str(name): quant_type(str(kind)).name for name, kind in raw["types"].items()}
-            file_type = int(raw["file_type"])
-            if not 0 <= file_type < 1 << 31:
-                raise ValueError(f"file_type {file_type}")
-            return cls(str(raw["recipe"]), int(raw["expert_width"]), file_type, types)
+            raw: dict[str, Any] = json.loads(text, object_pairs_hook=_unrepeated)
+            width, file_type = _integer(raw, "expert_width"), _integer(raw, "file_type")
+            recipe = raw["recipe"]
+            if not (isinstance(recipe, str) and recipe.isprintable()):
+                raise ValueError(f"its 'recipe' is {recipe!r:.40}")
+            types = {name: _type(name, kind) for name, kind in raw["types"].items()}
+            return cls(recipe, width, file_type, types)
         except KeyError as error:
             raise UsageError(f"this is no quantisation plan: it has no {error}") from None
-        except (ValueError, OverflowError, RecursionError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, TypeError, AttributeError) as error:
             raise UsageError(f"this is no quantisation plan: {error}") from None
+
+
+def load_plan(path: str | Path) -> QuantPlan:
+    """Read a file that `dots1 convert --dry-run --json` wrote and a person may have edited.
+
+    Raises:
+        UsageError: missing, too large, or not such a file.
+    """
+    try:
+        if Path(path).stat().st_size > _LARGEST:
+            raise UsageError("this is no quantisation plan: too large")
+        return QuantPlan.from_json(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"cannot read the plan {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: this is no quantisation plan: not in UTF-8") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _unrepeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    [(name, count)] = Counter(name for name, _ in pairs).most_common(1) or [("", 1)]
+    if count > 1:
+        raise ValueError(f"it has {name!r} twice")
+    return dict(pairs)
+
+
+def _integer(raw: Mapping[str, Any], key: str) -> int:
+    value = raw[key]
+    if type(value) is not int or not 0 <= value < 1 << 31:
+        raise ValueError(f"its {key!r} is {value!r:.40}")
+    return value
+
+
+def _type(name: str, kind: Any) -> str:
+    try:
+        return quant_type(str(kind)).name
+    except UsageError as error:
+        raise UsageError(f"the plan cannot store {name} so: {error}") from None

@@ -67,9 +67,14 @@ def test_scripts_get_coverage_as_json(micro: Path, text: Path, tmp_path: Path) -
     result = run(micro, "-f", text, "-o", tmp_path / "out", "-c", 32, "--chunks", 2, "--json")
     found = json.loads(result.stdout)
     assert found["imatrix"] == str(tmp_path / "out" / "imatrix.gguf")
+    assert found["sensitivity"] == str(tmp_path / "out" / "sensitivity.json")
     assert (found["tokens"], found["logits"]) == (64, None)
     (layer,) = found["layers"]
     assert (layer["layer"], layer["experts"], layer["rare"]) == (1, 4, 4)
+    result = run(micro, "-f", text, "-o", tmp_path / "only", "-c", 32, "--json",
+                 "--importance-only")  # fmt: skip
+    assert json.loads(result.stdout)["sensitivity"] is None
+    assert [path.name for path in (tmp_path / "only").iterdir()] == ["imatrix.gguf"]
 
 
 def test_a_model_without_experts_has_no_coverage(tmp_path: Path, text: Path) -> None:

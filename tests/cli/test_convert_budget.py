@@ -53,6 +53,7 @@ def test_the_file_lands_just_under_the_size(
     found = json.loads(result.stdout)
     written = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert 0.999 * size <= written <= size
+    assert found["file_bytes"] == written
     assert found["recipe"] == "measured 15 MB"
     file = GGUFFile.open(found["files"][0])
     assert file.keys["dots1_local.recipe"] == "measured 15 MB"
@@ -88,7 +89,8 @@ def test_a_dry_run_explains_itself(tiny: Path, calibration: Path) -> None:
     total = next(line for line in lines if line[:1] == ["total"])
     assert total[-2:] == [f"{told['bpw']:.3f}", "100.0%"]
     for move in (*told["allocation"]["upgrades"], *told["allocation"]["downgrades"]):
-        assert any(line[:3] == [move["tensor"], move["before"], move["after"]] for line in lines)
+        name = move["tensor"].removesuffix(".weight")
+        assert any(line[:3] == [name, move["before"], move["after"]] for line in lines)
     assert sum(part["nbytes"] for part in told["allocation"]["parts"]) == told["bytes"]
     for says in ("measured 9 MB: ", "predicted KL divergence: ", "256 wide (padded) it would be"):
         assert says in shown.stdout
@@ -100,6 +102,39 @@ def test_the_smallest_file_of_a_divergence(tiny: Path, calibration: Path) -> Non
     loose = json.loads(convert(tiny, "--max-kld", 0.03, *options).stdout)
     assert 0 < tight["predicted_kl"] <= 0.003
     assert loose["bytes"] < tight["bytes"]
+
+
+@pytest.mark.parametrize(("option", "unit"), [("--size", "MB"), ("--bpw", "bpw")])
+def test_both_ends_that_an_error_names_are_possible(
+    tiny: Path, calibration: Path, option: str, unit: str
+) -> None:
+    def planned(value: float) -> Result:
+        number = f"{value}MB" if unit == "MB" else value
+        return convert(tiny, option, number, "--calibration", calibration, "--dry-run", "--json")
+
+    said = refused(planned(1000))
+    smallest, largest = map(float, re.findall(rf"([0-9.]+) {unit}\b", said)[-2:])
+    assert set(json.loads(planned(largest).stdout)["types"].values()) == {"Q8_0", "F32"}
+    assert planned(smallest).exit_code == 0
+    assert "too small" in refused(planned(0.999 * smallest))
+
+
+def test_the_least_divergence_that_an_error_names_is_possible(
+    tiny: Path, calibration: Path
+) -> None:
+    options = ("--calibration", calibration, "--dry-run", "--json")
+    least = float(refused(convert(tiny, "--max-kld", 1e-9, *options)).split()[-1])
+    found = json.loads(convert(tiny, "--max-kld", least, *options).stdout)
+    assert 0.98 * least < found["predicted_kl"] <= least
+
+
+def test_tables_of_moves_appear_where_there_are_any(tiny: Path, calibration: Path) -> None:
+    options = ("--calibration", calibration, "--dry-run")
+    smallest = convert(tiny, "--max-kld", 1000, *options).stdout
+    assert "just missed" in smallest
+    assert "cheapest to give up" not in smallest
+    told = json.loads(convert(tiny, "--max-kld", 1000, *options, "--json").stdout)
+    assert f"{told['file_bytes']:,} bytes with headers" in smallest
 
 
 def test_overrides_and_padding_bind_the_allocator(tiny: Path, calibration: Path) -> None:
@@ -119,10 +154,14 @@ def test_importance_comes_from_the_folder(tiny: Path, calibration: Path, tmp_pat
     with_file = json.loads(convert(tiny, *options, "--imatrix", tiny / "imatrix.gguf").stdout)
     expected = made_up(Checkpoint.open(tiny).config).predict(with_file["types"])
     assert with_file["predicted_kl"] is None
+    assert with_folder.pop("file_bytes") > with_file.pop("file_bytes")  # it says so in a key
     assert with_folder == {**with_file, "predicted_kl": expected}
     assert "imatrix.gguf: No such file" in refused(
         convert(tiny, *options, "--calibration", tmp_path)
     )
+    unmeasured = convert(tiny, "--type", "Q4_0", "--dry-run", "--calibration", calibration)
+    assert "no KL divergence is predicted" in unmeasured.stderr
+    assert "KL divergence" not in unmeasured.stdout
 
 
 @pytest.mark.parametrize(
@@ -135,8 +174,8 @@ def test_importance_comes_from_the_folder(tiny: Path, calibration: Path, tmp_pat
         (["--size", "1GB"], r"1 GB is too large: the smallest possible is 6\.\d+ MB"),
         (["--bpw", "1.5"], r"1\.5 bpw is too small: the smallest possible is \d\.\d+ bpw and"),
         (["--max-kld", "1e-9"], "1e-09 is out of reach: the best types are predicted to have"),
-        (["--bpw", "nan"], "nan is no budget"),
-        (["--max-kld", "-1"], "-1 is no budget"),
+        (["--bpw", "nan"], "below 1e18, not nan"),
+        (["--max-kld", "-1"], "below 1e18, not -1"),
         (["--size", "x"], "'x' is no size"),
         (["--size", "9MB", "--bpw", "3"], "exclude each other"),
         (["--size", "9MB", "--type", "DQ4"], "leave a budget nothing to decide"),
@@ -161,6 +200,9 @@ def test_a_budget_needs_a_calibration_that_belongs_to_it(
     meant = convert(tiny, *options, "--imatrix", folder / "imatrix.gguf")
     assert meant.exit_code == 0
     assert "measured with another importance file than imatrix.gguf" in meant.stderr
+    assert "is no folder" in refused(
+        convert(tiny, "--size", "9MB", "--dry-run", "--calibration", tmp_path / "none")
+    )
     (folder / "sensitivity.json").unlink()
     assert "has no sensitivity.json" in refused(convert(tiny, *options))
     micro = micro_checkpoint(tmp_path / "micro")
@@ -186,7 +228,7 @@ def test_from_python(tiny: Path, calibration: Path) -> None:
     assert (again.plan, again.predicted_kl) == (conversion.plan, conversion.predicted_kl)
     everything = Conversion.allocate(tiny, Budget("weights", 1e12), calibration=calibration)
     assert set(everything.plan.types.values()) == {"Q8_0", "F32"}
-    with pytest.raises(UsageError, match="is no budget"):
+    with pytest.raises(UsageError, match="a budget is a number above 0"):
         Budget("size", 0)
 
 
@@ -196,4 +238,6 @@ def test_types_for_a_memory(tiny: Path, calibration: Path) -> None:
     assert set(json.loads(result.stdout)["types"].values()) == {"Q8_0", "F32"}
     assert "KV cache for 1,024 tokens (q8_0)" in result.stderr
     assert "GB stay free" in result.stderr
+    whole = convert(tiny, *options, "8GB ram")
+    assert "KV cache for 2,048 tokens (f16)" in whole.stderr  # what it was trained for
     assert "is no memory such as" in refused(convert(tiny, *options, "8"))

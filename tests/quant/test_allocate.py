@@ -106,6 +106,17 @@ def test_a_divergence_is_reached_in_the_fewest_bytes(allocator: Allocator) -> No
         assert allocator.within(0.995 * found.nbytes, "").kl > kl
 
 
+def test_a_further_byte_is_worth_no_more_than_the_best_upgrade(allocator: Allocator) -> None:
+    loose = allocator.reaching(1e6, "")
+    assert loose.nbytes == allocator.smallest
+    assert not loose.downgrades
+    best = max(-move.kl / move.nbytes for move in loose.upgrades)
+    assert loose.price == pytest.approx(best * 1e9)
+    everything = allocator.within(allocator.largest, "")
+    assert everything.price == 0
+    assert not everything.upgrades
+
+
 def test_one_tensor_walks_the_lower_hull() -> None:
     free, kinds = "token_embd.weight", ("Q8_0", "Q6_K", "Q4_K", "Q3_K", "Q2_K")
     measured = made_up(MICRO, kinds=kinds)
@@ -180,7 +191,7 @@ def test_budgets_out_of_reach_name_both_ends(allocator: Allocator, factor: float
     says = "2 B is too .*: the smallest possible is 0 B and the largest 1 B"
     words = {factor * end: "2 B", allocator.smallest: "0 B", allocator.largest: "1 B"}
     with pytest.raises(UsageError, match=says):
-        allocator.within(factor * end, "", lambda count, _: words[count])
+        allocator.within(factor * end, "", lambda count: words[count])
 
 
 def test_what_cannot_be_decided_is_said(allocator: Allocator, config: Dots1Config) -> None:

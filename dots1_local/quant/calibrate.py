@@ -3,7 +3,8 @@ from the last layer to the first, that measures sensitivity.
 
 All tokens pass layer n; then its weights are dropped and what was measured goes to disk. Memory
 holds the residual stream twice (32 KiB a token of dots.llm1) and the part of a layer that all
-tokens share (0.8 GB for its dense layer, 0.4 GB for the others), whatever the number of layers.
+tokens share (0.8 GB for its dense layer, 0.4 GB for the others; twice that, exact and rounded, for
+sensitivity), whatever the number of layers. The way back does without the residual stream.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from dots1_local.quant.calibration_folder import CalibrationFolder
 from dots1_local.quant.forward import PROBED, Forward
 from dots1_local.quant.imatrix_file import write_gguf
 from dots1_local.quant.importance import load_importance
-from dots1_local.quant.probe import Probe
+from dots1_local.quant.probe import WORTH, Probe
 from dots1_local.quant.probe_folder import ProbeFolder
 from dots1_local.quant.rare_experts import LEAST, Coverage, coverage, shrink
 from dots1_local.reference.weights import Kernel
@@ -77,9 +78,9 @@ def calibrate(
 
     `evaluation`, chunks of the same length, pass through the model beside them, and what it thinks
     of their scored tokens goes to `logits`. A run that was killed goes on after the last layer it
-    finished; `on_resume` is then called with layers done and in all. `device` is a GPU if there is
-    one. In BF16 activations are rounded before each multiplication, which CPUs with AVX512-BF16 or
-    AMX do several times faster.
+    finished, of either pass; `on_resume` is then called with layers of that pass done and in all.
+    `device` is a GPU if there is one. In BF16 activations are rounded before each multiplication,
+    which CPUs with AVX512-BF16 or AMX do several times faster.
 
     Experts that fewer than `least` tokens reach get a share of their layer's mean; 0 leaves them
     as llama-imatrix has them. Returns how well each layer's experts are covered.
@@ -88,7 +89,8 @@ def calibrate(
         CheckpointError: the checkpoint is incomplete or corrupt, or computes what is no number.
         UsageError: no tokens, too long chunks, an unknown device.
         Dots1Error: there is a result already, or an unfinished run of something else, and no
-            `force`; the disk is full; the folder cannot be written.
+            `force`; the disk is full; the folder cannot be written; what an unfinished run left is
+            damaged; there is too little memory.
     """
     evaluated = tokens[:0] if evaluation is None else evaluation
     _check(checkpoint, np.concatenate([tokens, evaluated]))
@@ -99,25 +101,45 @@ def calibrate(
     forward = Forward(checkpoint, _probed_first(tokens, probed), evaluated, probed, kernel, threads)
     kept = CalibrationFolder(
         Path(folder),
-        forward.identity(),
+        # What was measured on the way back belongs to the importance that guided the encoders.
+        forward.identity() + (f" {least}" if probed else ""),
         forward.stream_bytes,
         forward.probe_bytes,
         force=force,
         results=[IMATRIX] * (len(tokens) > 0) + [SENSITIVITY] * (probed > 0),
     )
-    with kept:
-        if kept.finished:
-            on_resume(kept.finished, checkpoint.config.num_hidden_layers, "layers", "")
+    with kept, forward.enough_memory():
+        _say_what_is_done(kept, checkpoint.config.num_hidden_layers, on_resume)
         with logits or nullcontext() as sink:
-            x = forward.run(kept, progress)
+            x = forward.run(kept, _part(progress, 0, WORTH * forward.probed_tokens))
             covered = _write_imatrix(forward, x, kept, datasets, least) if len(tokens) else []
             if probed:
-                _write_sensitivity(forward, x, kept, progress)
+                reference_kl, x = forward.reference_kl(x), forward.probes(x)  # the rest is let go
+                back = _part(progress, forward.tokens.size, 0)
+                _write_sensitivity(forward, x, reference_kl, kept, back)
             if sink is not None:
+                x = forward.run(kept, silent) if probed else x
                 for chunk, start, rows in forward.logits(x):
                     sink.write(chunk, start, rows)
         kept.publish()
     return covered
+
+
+def _say_what_is_done(kept: CalibrationFolder, layers: int, on_resume: Progress) -> None:
+    reached = ProbeFolder(kept.work).reached(layers)
+    if kept.finished == layers and reached is not None:
+        on_resume(layers - reached, layers, "layers on the way back", "")
+    elif kept.finished:
+        on_resume(kept.finished, layers, "layers", "")
+
+
+def _part(progress: Progress, before: int, after: int) -> Progress:
+    """Reports a part of the work as `progress` of all of it."""
+
+    def report(done: int, total: int, unit: str, what: str) -> None:
+        progress(before + done, before + total + after, unit, what)
+
+    return report
 
 
 def _probed_first(tokens: Tokens, probed: int) -> Tokens:
@@ -181,7 +203,11 @@ def _write_imatrix(
 
 
 def _write_sensitivity(
-    forward: Forward, x: Tensor, kept: CalibrationFolder, progress: Progress
+    forward: Forward,
+    left: Tensor,
+    reference_kl: float,
+    kept: CalibrationFolder,
+    progress: Progress,
 ) -> None:
     counts = np.bincount(
         forward.calibration.ravel(), minlength=forward.checkpoint.config.vocab_size
@@ -195,7 +221,7 @@ def _write_sensitivity(
         forward.threads,
     )
     try:
-        measured = probe.run(forward.probes(x), forward.reference_kl(x), progress)
+        measured = probe.run(left, reference_kl, progress)
         kept.draft(SENSITIVITY).write_text(measured.to_json(), encoding="utf-8")
     except OSError as error:
         raise kept.failure(error) from None

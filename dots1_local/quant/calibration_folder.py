@@ -136,8 +136,9 @@ class CalibrationFolder:
         try:
             for name in self._results:
                 os.replace(self.draft(name), self.path / name)
-            for file in self._files(""):
-                file.unlink()
+            # Without its identity, half of what is here is not taken for an unfinished run.
+            for file in [*self._files("identity"), *self._files("")]:
+                file.unlink(missing_ok=True)
         except OSError as error:
             raise self.failure(error) from None
         with suppress(OSError):  # someone else's files lie there too, or it is a link

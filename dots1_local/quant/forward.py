@@ -35,7 +35,7 @@ from dots1_local.reference.weights import Kernel, Rounding, read_tensor
 __all__ = ["PROBED", "Forward"]
 
 PROBED = 2048  # tokens: enough of them for gradients, whose errors the many rows even out
-_WORKING = 4 << 30  # memory that a GPU needs beside the residual stream, with room to spare
+_WORKING = 5 << 30  # memory that a GPU needs beside the residual stream, with room to spare
 
 Tokens = NDArray[np.int32]
 
@@ -62,6 +62,11 @@ class Forward:
         return np.concatenate(parts)
 
     @property
+    def probed_tokens(self) -> int:
+        """Positions that are probed, of all chunks."""
+        return self.probed * self._positions
+
+    @property
     def stream_bytes(self) -> int:
         """Of the residual stream."""
         return 4 * self.tokens.size * self.checkpoint.config.hidden_size
@@ -70,9 +75,7 @@ class Forward:
     def probe_bytes(self) -> int:
         """Of what `run` leaves on disk of the probed chunks, and what the way back adds to it."""
         config = self.checkpoint.config
-        return (
-            4 * self.probed * self._positions * config.hidden_size * (config.num_hidden_layers + 8)
-        )
+        return 4 * self.probed_tokens * config.hidden_size * (config.num_hidden_layers + 8)
 
     @property
     def _positions(self) -> int:
@@ -81,8 +84,8 @@ class Forward:
         return min(n_ctx, PROBED)
 
     def probes(self, x: Tensor) -> Tensor:
-        """What is probed: [chunks, positions, hidden]."""
-        return x[: self.probed, : self._positions]
+        """What is probed, apart from `x`: [chunks, positions, hidden]."""
+        return x[: self.probed, : self._positions].clone()
 
     def identity(self) -> str:
         """Changes when an input does; sizes and times stand for the shards' contents."""
@@ -100,21 +103,19 @@ class Forward:
 
         Raises:
             CheckpointError: a tensor is missing or unreadable, or what is computed is no number.
-            Dots1Error: the disk is full, or there is too little memory.
+            Dots1Error: the disk is full.
         """
-        with self._enough_memory():
-            x = self._begin(kept)
-            config = self.checkpoint.config
-            total = self.tokens.size * config.num_hidden_layers
-            for layer in range(kept.finished, config.num_hidden_layers):
-                done = float(layer * self.tokens.size)
+        x = self._begin(kept)
+        layers = self.checkpoint.config.num_hidden_layers
+        for layer in range(kept.finished, layers):
+            done = float(layer * self.tokens.size)
 
-                def step(rows: float, name: str = f"layer {layer}") -> None:
-                    nonlocal done
-                    done += rows
-                    progress(round(done), total, "tokens x layers", name)
+            def step(rows: float, name: str = f"layer {layer}") -> None:
+                nonlocal done
+                done += rows
+                progress(round(done / layers), self.tokens.size, "tokens", name)
 
-                self._layer(x, layer, kept, step)
+            self._layer(x, layer, kept, step)
         return x
 
     def reference_kl(self, x: Tensor) -> float:
@@ -155,7 +156,7 @@ class Forward:
     def _layer(self, x: Tensor, layer: int, kept: CalibrationFolder, step: Step) -> None:
         measured = SquareSums(self.checkpoint.config, layer)
         noise = self._noise(layer)
-        entered = self.probes(x).cpu().numpy().copy()
+        entered = self.probes(x).cpu().numpy()
 
         def observe_probed(name: str, rows: Tensor) -> None:
             measured.observe(name, rows)
@@ -189,8 +190,12 @@ class Forward:
         return RouterNoise(weight, bias, config.num_experts_per_tok)
 
     @contextmanager
-    def _enough_memory(self) -> Iterator[None]:
-        """Turn what torch raises where there is not into a sentence."""
+    def enough_memory(self) -> Iterator[None]:
+        """Turn what torch raises where there is not into a sentence.
+
+        Raises:
+            Dots1Error: there is too little.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -199,7 +204,7 @@ class Forward:
             needed = 2 * self.stream_bytes / 1e9
             raise Dots1Error(
                 f"no memory for {self.tokens.size:,} tokens: they take {needed:.1f} GB, and a "
-                "layer of dots.llm1 some 3 GB; take fewer chunks"
+                "layer of dots.llm1, or its head, some 4 GB; take fewer chunks"
             ) from None
 
     def _home(self) -> torch.device:

@@ -84,6 +84,15 @@ class Sample:
                 effects[name] = Effect(error / own if own else 0.0, damage / 2, flips / 2)
         return effects
 
+    def of_inputs(self, errors: Floats) -> Doubles:
+        """What mean squared errors (n, experts, unpadded columns) of the inputs do: damage and
+        flips, (n, 2)."""
+        sums = np.zeros((len(errors), 2))
+        for piece in self.pieces:
+            by_column = piece.row_costs[:2] @ np.square(piece.rows, dtype=np.float64)
+            sums += errors[:, piece.expert] @ by_column.T
+        return sums / 2
+
     def _errors(self, piece: _Piece, kind: QuantType, importance: Floats | None) -> Doubles:
         columns = piece.rows.shape[1]
         stored = columns if kind.fits(columns) else self.spec.columns

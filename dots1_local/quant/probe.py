@@ -2,7 +2,9 @@
 
 A few chunks of the calibration text have left on disk what entered each layer. From the last layer
 to the first, gradients of KL divergence say what an error at each matrix's output costs, and
-sampled rows what errors each type makes. Memory holds what it does on the way forward.
+sampled rows what errors each type makes. Memory holds the head once in F32 (2.5 GB of dots.llm1,
+and 1.2 GB more while it is read), then what all tokens of a layer share; beside them some ten
+copies of what the probed chunks have for a residual stream (34 MB each).
 """
 
 from collections.abc import Callable, Iterable
@@ -23,13 +25,17 @@ from dots1_local.quant.probe_folder import ProbeFolder
 from dots1_local.quant.row_sample import read_rows
 from dots1_local.quant.sensitivity import Effect, Sensitivity, geometry
 from dots1_local.quant.stock import is_quantisable
+from dots1_local.quant.types import TYPES
+from dots1_local.reference.activation_noise import BLOCKS, ActivationNoise
 from dots1_local.reference.backward import retreat
 from dots1_local.reference.logit_gradients import generator, top
+from dots1_local.reference.stream import observe_head
 from dots1_local.reference.weights import Kernel
 
-__all__ = ["DRAWS", "Probe"]
+__all__ = ["DRAWS", "WORTH", "Probe"]
 
 DRAWS = 2  # of gradients, of either kind
+WORTH = 10  # tokens on the way forward take the time that one takes on the way back
 
 Floats = NDArray[np.floating]
 Found = dict[str, dict[str, Effect]]
@@ -59,15 +65,15 @@ class Probe:
         """
         config = self.checkpoint.config
         layers, tokens = config.num_hidden_layers, left.shape[0] * left.shape[1]
+        progress(0, WORTH * tokens, "tokens", "head")
         reached, g = self._begin(left)
-        total = 2 * tokens * layers
         for layer in range(reached - 1, -1, -1):
-            done = float(2 * tokens * (layers - 1 - layer))
+            done = float(tokens * (layers - 1 - layer))
 
-            def step(amount: float, name: str = f"layer {layer}, back") -> None:
+            def step(amount: float, name: str = f"back in layer {layer}") -> None:
                 nonlocal done
-                done += amount
-                progress(round(done), total, "tokens x layers", name)
+                done += amount / 2  # gradients take about as long as rows
+                progress(round(WORTH * done / layers), WORTH * tokens, "tokens", name)
 
             self._layer(layer, g, tokens, step)
         return self._sum_up(self.folder.effects(layers), tokens, reference_kl)
@@ -75,22 +81,25 @@ class Probe:
     def _begin(self, left: Tensor) -> tuple[int, Tensor]:
         """The last layer dealt with, counting the head as one, and the gradients there."""
         layers = self.checkpoint.config.num_hidden_layers
-        former = self.folder.reached(layers)
-        if former is not None:
-            if former[1].shape != (2 * DRAWS, *left.shape):
-                raise Dots1Error("what the last run left is damaged; start over with --force")
-            return former[0], torch.from_numpy(former[1]).to(left.device)
+        reached = self.folder.reached(layers)
+        if reached is not None:
+            former = self.folder.gradients(reached, (2 * DRAWS, *left.shape))
+            return reached, torch.from_numpy(former).to(left.device)
         random = generator(0, layers)
         at_top, rows = top(left, self.checkpoint, DRAWS, random, self.kernel.device)
         g = torch.cat([at_top, torch.zeros_like(at_top)])
         row_costs = torch.stack([rows, torch.zeros_like(rows)])[:, None] / left[..., 0].numel()
         head = next(spec for spec in self._specs(None) if spec.role == "head")
-        found = {head.name: self._effects(head, row_costs.numpy(), self._squares(head))}
+        noise = ActivationNoise(self.checkpoint.config, None)
+        observe_head(left, self.checkpoint, noise.observe, self.kernel.device)
+        squares, errors = self._squares(head), noise.by_name()[head.name]
+        found = {head.name: self._effects(head, row_costs.numpy(), squares, errors)}
         self.folder.keep_backward(layers, g.cpu().numpy(), found)
         return layers, g
 
     def _layer(self, layer: int, g: Tensor, tokens: int, step: Callable[[float], None]) -> None:
-        entered = torch.from_numpy(self.folder.entered(layer)).to(g.device)
+        entered = torch.from_numpy(self.folder.entered(layer, g.shape[1:])).to(g.device)
+        noise = ActivationNoise(self.checkpoint.config, layer)
         sums, _ = retreat(
             g,
             entered,
@@ -101,13 +110,15 @@ class Probe:
             generator(0, layer),
             self.kernel,
             step,
+            noise.observe,
         )
-        specs, found = list(self._specs(layer)), {}
+        specs, found, errors = list(self._specs(layer)), {}, noise.by_name()
         prefix = f"model.layers.{layer}."
         for spec in specs:
             by_expert = [sums[source.removeprefix(prefix)] / tokens for source in spec.sources]
             row_costs = torch.stack(by_expert, dim=1).numpy()
-            found[spec.name] = self._effects(spec, row_costs, self._squares(spec))
+            squares = self._squares(spec)
+            found[spec.name] = self._effects(spec, row_costs, squares, errors[spec.name])
             step(tokens / len(specs))
         if layer == 0:
             embedding = next(spec for spec in self._specs(None) if spec.role == "embedding")
@@ -116,20 +127,28 @@ class Probe:
 
     def _embedding(self, spec: TensorSpec, g: Tensor) -> dict[str, Effect]:
         """A token's row costs by how often it is looked up, its columns by the gradients there."""
-        by_kind = g.unflatten(0, (2, DRAWS)).double().square().mean(dim=(1, 2, 3))
+        squares = g.square().unflatten(0, (2, DRAWS))
+        by_kind = squares.mean(dim=(1, 2, 3), dtype=torch.float64)
         row_costs = np.broadcast_to(self.frequencies, (2, 1, len(self.frequencies)))
         return self._effects(spec, row_costs, by_kind[:, None].cpu().numpy())
 
     def _effects(
-        self, spec: TensorSpec, row_costs: Floats, column_costs: Floats
+        self,
+        spec: TensorSpec,
+        row_costs: Floats,
+        column_costs: Floats,
+        input_errors: NDArray[np.float32] | None = None,
     ) -> dict[str, Effect]:
-        """What each type does to a tensor, and what `REFERENCE` does."""
+        """What each type does to a tensor and its inputs, and what `REFERENCE` does to it."""
 
         def rows_of(expert: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
             return read_rows(self.checkpoint, spec.sources[expert], rows)
 
         drawn = sample(spec, rows_of, row_costs, column_costs)
         effects, reference = measure(drawn, self.importance.get(spec.name), self.threads)
+        if input_errors is not None:
+            of_inputs = dict(zip(BLOCKS, drawn.of_inputs(input_errors).tolist(), strict=True))
+            effects = {k: _more(e, *of_inputs[TYPES[k].block]) for k, e in effects.items()}
         return {**effects, REFERENCE: reference}
 
     def _squares(self, spec: TensorSpec) -> Floats:
@@ -167,3 +186,7 @@ class Probe:
                 for name, by_type in found.items()
             },
         )
+
+
+def _more(effect: Effect, damage: float, flips: float) -> Effect:
+    return Effect(effect.error, effect.damage + damage, effect.flips + flips)

@@ -4,15 +4,15 @@ how far back it has come.
 Beside a calibration's own files in `DIR/work` lie `probe-NNNN.npy`, what entered each layer of the
 probed chunks; `noise-NNNN.json`, how rounding moved the router's margins there; `back-NNNN.npy`,
 the gradients at what enters the last layer dealt with; and `effects-NNNN.json`, what was measured
-in it. Files get their names when they are complete.
+in it, before them. Files get their names when they are complete.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ __all__ = ["Effects", "ProbeFolder"]
 
 Floats = NDArray[np.float32]
 Effects = Mapping[str, Mapping[str, Effect]]  # by GGUF tensor name and type
+T = TypeVar("T")
 
 
 class ProbeFolder:
@@ -38,19 +39,23 @@ class ProbeFolder:
     def keep_forward(self, layer: int, entered: Floats, noise: float) -> None:
         """Keep what entered a layer, and the noise of its router's margins (0 if it has none)."""
         self._save(self._input(layer), entered)
-        self._write(self._work / f"noise-{layer:04}.json", {"sigma": noise})
+        self._save(self._work / f"noise-{layer:04}.json", noise)
 
-    def entered(self, layer: int) -> Floats:
+    def entered(self, layer: int, shape: tuple[int, ...]) -> Floats:
         """What `keep_forward` was given.
 
         Raises:
-            Dots1Error: it is damaged.
+            Dots1Error: it is damaged, or of another shape.
         """
-        return self._load(self._input(layer))
+        return self._load(self._input(layer), shape)
 
     def noise(self, layer: int) -> float:
-        """The noise of a router's margins."""
-        return float(self._read(self._work / f"noise-{layer:04}.json")["sigma"])
+        """The noise of a router's margins.
+
+        Raises:
+            Dots1Error: the file is damaged.
+        """
+        return self._read(self._work / f"noise-{layer:04}.json", float)
 
     def keep_backward(self, layer: int, gradients: Floats, effects: Effects) -> None:
         """Keep what was measured in a layer, and the gradients at what enters it.
@@ -61,28 +66,33 @@ class ProbeFolder:
             name: {kind: asdict(effect) for kind, effect in by_type.items()}
             for name, by_type in effects.items()
         }
-        self._write(self._work / f"effects-{layer:04}.json", measured)
+        self._save(self._work / f"effects-{layer:04}.json", measured)
         self._save(self._gradients(layer), gradients)
         self._gradients(layer + 1).unlink(missing_ok=True)
 
-    def reached(self, layers: int) -> tuple[int, Floats] | None:
-        """The last layer that `keep_backward` was called for, and its gradients; None if none was.
+    def reached(self, layers: int) -> int | None:
+        """The last layer that `keep_backward` was called for; None if it was for none."""
+        there = (layer for layer in range(layers + 1) if self._gradients(layer).exists())
+        return next(there, None)
+
+    def gradients(self, layer: int, shape: tuple[int, ...]) -> Floats:
+        """Those that `keep_backward` was given for the layer that is `reached`.
 
         Raises:
-            Dots1Error: they are damaged.
+            Dots1Error: they are damaged, or of another shape.
         """
-        for layer in range(layers + 1):
-            if self._gradients(layer).exists():
-                return layer, self._load(self._gradients(layer))
-        return None
+        return self._load(self._gradients(layer), shape)
 
     def effects(self, layers: int) -> dict[str, dict[str, Effect]]:
-        """Everything that was measured, from the head back to the first layer."""
-        return {
-            str(name): {kind: Effect(**values) for kind, values in by_type.items()}
-            for layer in range(layers, -1, -1)
-            for name, by_type in self._read(self._work / f"effects-{layer:04}.json").items()
-        }
+        """Everything that was measured, from the head back to the first layer.
+
+        Raises:
+            Dots1Error: a file is damaged.
+        """
+        found: dict[str, dict[str, Effect]] = {}
+        for layer in range(layers, -1, -1):
+            found |= self._read(self._work / f"effects-{layer:04}.json", _as_effects)
+        return found
 
     def _input(self, layer: int) -> Path:
         return self._work / f"probe-{layer:04}.npy"
@@ -90,27 +100,43 @@ class ProbeFolder:
     def _gradients(self, layer: int) -> Path:
         return self._work / f"back-{layer:04}.npy"
 
-    def _save(self, path: Path, values: Floats) -> None:
+    def _save(self, path: Path, value: Any) -> None:
+        """An array, or what JSON can hold: on the disk before it has its name."""
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            np.save(file, values)
+            if isinstance(value, np.ndarray):
+                np.save(file, value)
+            else:
+                file.write(json.dumps(value).encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
 
-    def _load(self, path: Path) -> Floats:
-        try:
-            return np.asarray(np.load(path, allow_pickle=False), np.float32)
-        except (ValueError, EOFError) as error:
-            raise Dots1Error(f"{path} is damaged ({error}); start over with --force") from None
+    def _load(self, path: Path, shape: tuple[int, ...]) -> Floats:
+        def parse(file: IO[bytes]) -> Floats:
+            values = np.lib.format.read_array(file, allow_pickle=False)
+            if values.dtype != np.float32 or values.shape != shape:
+                raise ValueError(f"it holds {values.dtype} {values.shape}")
+            return np.asarray(values)
 
-    def _write(self, path: Path, value: Any) -> None:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(value))
-        os.replace(partial, path)
+        return self._parsed(path, parse)
 
-    def _read(self, path: Path) -> Any:
+    def _read(self, path: Path, parse: Callable[[Any], T]) -> T:
+        return self._parsed(path, lambda file: parse(json.load(file)))
+
+    def _parsed(self, path: Path, parse: Callable[[IO[bytes]], T]) -> T:
         try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise Dots1Error(f"{path} is damaged ({error}); start over with --force") from None
+            with path.open("rb") as file:
+                return parse(file)
+        except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise Dots1Error(
+                f"{path} is damaged ({reason}); remove {self._work} to start over"
+            ) from None
+
+
+def _as_effects(raw: Any) -> dict[str, dict[str, Effect]]:
+    return {
+        str(name): {kind: Effect(**values) for kind, values in by_type.items()}
+        for name, by_type in raw.items()
+    }

@@ -17,6 +17,7 @@ from torch import Tensor
 from dots1_local.architecture import inventory
 from dots1_local.checkpoint import Checkpoint
 from dots1_local.reference.layers import (
+    Observer,
     Outcome,
     Weights,
     attention,
@@ -45,6 +46,7 @@ def retreat(
     random: torch.Generator,
     kernel: Kernel,
     step: Step,
+    observe: Observer | None = None,
 ) -> tuple[dict[str, Tensor], Ties]:
     """Turn `g`, in place, from the gradients at what leaves a layer into those at what enters it.
 
@@ -52,6 +54,7 @@ def retreat(
     others `tie` draws; `x` [chunks, positions, hidden] is what entered the layer. Both may lie on
     another device than the kernel's. `sigma` is the standard deviation of the noise in the router's
     margins for which its near ties are worth what their gradients say; with 0 there are none.
+    `observe` hears what reaches the matrices, near ties' rows at the expert they missed among it.
 
     Returns what near ties are worth and, for each matrix but the router, under its Hugging Face
     name relative to the layer, the square of the gradient at each of its rows' outputs, summed over
@@ -60,7 +63,7 @@ def retreat(
     Raises:
         CheckpointError: a tensor is missing or unreadable, or a gradient is NaN or infinite.
     """
-    work = _Layer(g, x, checkpoint, layer, kl_draws, kernel, step)
+    work = _Layer(g, x, checkpoint, layer, kl_draws, kernel, step, observe)
     ties = Ties()
     if checkpoint.config.is_dense(layer):
         work.dense()
@@ -82,10 +85,11 @@ class _Layer:
         kl_draws: int,
         kernel: Kernel,
         step: Step,
+        observe: Observer | None,
     ) -> None:
         self.positions, hidden = x.shape[1:]
         self.g, self.x = g.view(len(g), -1, hidden), x.view(-1, hidden)
-        self.kl_draws, self.step = kl_draws, step
+        self.kl_draws, self.step, self.observe = kl_draws, step, observe
         self.kernel, self.device = kernel, kernel.device
         self.checkpoint, self.layer, self.config = checkpoint, layer, checkpoint.config
         prefix = f"model.layers.{layer}."
@@ -109,7 +113,7 @@ class _Layer:
             seen: dict[str, Tensor] = {}
             entered = self._leaf(self.x[rows])
             attended, normed = self._attend(entered, seen.__setitem__)
-            left = attended + dense_ffn(normed, self.weights, "mlp", outcome=seen.__setitem__)
+            left = attended + self._ffn(normed, self.weights, "mlp", seen)
             for draw, back in self._back(entered, seen, [left], [self.g[:, rows]]):
                 self.g[draw, rows] = back
             self.step(len(entered))
@@ -154,7 +158,7 @@ class _Layer:
                 home = at.to(self.x.device)
                 seen: dict[str, Tensor] = {}
                 entered = self._leaf(normed[home])
-                out = dense_ffn(entered, matrices, prefix, outcome=seen.__setitem__)
+                out = self._ffn(entered, matrices, prefix, seen)
                 left = self.g[:, home].to(self.device)
                 dots[:, at, slot] = (left * out.detach()).sum(-1)
                 left *= shares[at, slot, None]
@@ -170,7 +174,7 @@ class _Layer:
             seen: dict[str, Tensor] = {}
             entered = self._leaf(self.x[rows])
             attended, normed = self._attend(entered, seen.__setitem__)
-            shared = dense_ffn(normed, self.weights, "mlp.shared_experts", outcome=seen.__setitem__)
+            shared = self._ffn(normed, self.weights, "mlp.shared_experts", seen)
             scores, ranked = router_scores(normed, self.weights["mlp.gate.weight"]), routing.ranked
             shares = expert_shares(scores, ranked[rows, :k], self.config)
             outputs = [
@@ -192,9 +196,13 @@ class _Layer:
     def _attend(self, rows: Tensor, outcome: Outcome | None = None) -> tuple[Tensor, Tensor]:
         """Whole chunks after attention, and the same normed for what comes next."""
         x = rows.view(-1, self.positions, rows.shape[-1])
-        mixed = attention(self._norm(x, "input"), self.weights, self.config, outcome=outcome)
+        observe = self.observe if outcome is not None else None  # what comes twice
+        mixed = attention(self._norm(x, "input"), self.weights, self.config, observe, outcome)
         attended = (x + mixed).flatten(0, 1)
         return attended, self._norm(attended, "post_attention")
+
+    def _ffn(self, rows: Tensor, weights: Weights, prefix: str, seen: dict[str, Tensor]) -> Tensor:
+        return dense_ffn(rows, weights, prefix, self.observe, seen.__setitem__)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return rms_norm(x, self.weights[f"{name}_layernorm.weight"], self.config.rms_norm_eps)

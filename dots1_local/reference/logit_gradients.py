@@ -15,7 +15,7 @@ from torch import Tensor
 from dots1_local.checkpoint import Checkpoint
 from dots1_local.errors import CheckpointError
 from dots1_local.reference.layers import rms_norm
-from dots1_local.reference.weights import read_tensor
+from dots1_local.reference.weights import head_name, read_tensor
 
 __all__ = ["check_finite", "generator", "top"]
 
@@ -42,8 +42,7 @@ def top(
     """
     config = checkpoint.config
     norm = read_tensor(checkpoint, "model.norm.weight").to(device).float()
-    tied = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    head = read_tensor(checkpoint, tied).to(device).float()
+    head = read_tensor(checkpoint, head_name(config)).to(device).float()
     g = x.new_empty(draws, *x.shape)
     squares = torch.zeros(config.vocab_size, dtype=torch.float64)
     size = max(1, _LOGITS // config.vocab_size)

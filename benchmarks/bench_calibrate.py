@@ -2,14 +2,17 @@
 
     python -m benchmarks.bench_calibrate --tokens 16384 65536 --precision F32 BF16
 
-A checkpoint is made once and kept (7.5 GB). A line through the rows of a precision is extrapolated
-to 62 layers: both kinds of layer take nearly the same work for a token, and what does not depend on
-the tokens is reading experts.
+A checkpoint is made once and kept (7.5 GB). What each layer took is extrapolated to dots.llm1: on
+the way forward a line through the rows of a precision, for each kind of layer; on the way back,
+where the probed tokens are always as many, and for the head, as it was.
 """
 
 import argparse
+import json
 import shutil
 import sys
+import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +21,22 @@ from benchmarks.measure import Usage, measure
 from dots1_local.checkpoint import Checkpoint
 from tools.make_wide import published_config, write_checkpoint
 
-_LAYERS = 62
+_LAYERS, _TOKENS = 62, 131072
+_DENSE, _MOE = "layer 0", "layer 1"
+
+Spent = dict[str, float]  # core-seconds by what progress called it
 
 
-def run(checkpoint: Path, tokens: int, precision: str) -> Usage:
+def run(checkpoint: Path, tokens: int, precision: str) -> tuple[Usage, Spent]:
     """Calibrate in a process of its own on random tokens."""
     folder = checkpoint.with_name("calibrated")
     shutil.rmtree(folder, ignore_errors=True)
     module = "benchmarks.bench_calibrate"
     command = [sys.executable, "-m", module, "--one", str(tokens), "--precision", precision]
     usage = measure([*command, "--work", str(checkpoint.parent)], checkpoint.with_name("log.txt"))
+    spent = json.loads((folder / "spent.json").read_text())
     shutil.rmtree(folder)
-    return usage
+    return usage, spent
 
 
 def calibrate_once(checkpoint: Path, tokens: int, precision: str) -> None:
@@ -39,12 +46,37 @@ def calibrate_once(checkpoint: Path, tokens: int, precision: str) -> None:
     source = Checkpoint.open(checkpoint)
     drawn = np.random.default_rng(0).integers(0, source.config.vocab_size, (tokens // 512, 512))
     folder = checkpoint.with_name("calibrated")
+    spent: defaultdict[str, float] = defaultdict(float)
+    current, since = "start", time.process_time()
+
+    def progress(done: int, total: int, unit: str, what: str) -> None:
+        nonlocal current, since
+        now = time.process_time()
+        spent[current] += now - since  # every part of the work reports when it begins
+        current, since = what, now
+
     calibrate(
         source,
         folder,
         drawn.astype(np.int32),
         precision="BF16" if precision == "BF16" else "F32",
+        progress=progress,
     )
+    progress(0, 0, "", "")
+    (folder / "spent.json").write_text(json.dumps(spent))
+
+
+def extrapolated(by_tokens: dict[int, Spent]) -> dict[str, float]:
+    """Core-seconds for dots.llm1 and 131,072 tokens: forward, head, back."""
+    largest = by_tokens[max(by_tokens)]
+    layers = {_DENSE: 1, _MOE: _LAYERS - 1}
+    forward = 0.0
+    for layer, count in layers.items():
+        taken = [spent[layer] for spent in by_tokens.values()]
+        line = np.polyfit(list(by_tokens), taken, 1)
+        forward += count * float(np.polyval(line, _TOKENS))
+    back = sum(count * largest[f"back in {layer}"] for layer, count in layers.items())
+    return {"forward": forward, "head": largest["head"], "back": back}
 
 
 def main() -> None:
@@ -62,24 +94,27 @@ def main() -> None:
     if not (checkpoint / "config.json").exists():
         options.work.mkdir(parents=True, exist_ok=True)
         write_checkpoint(checkpoint, published_config(num_hidden_layers=2))
-    print("| tokens | precision | wall | core-seconds | private memory |")
-    print("|---|---|---|---|---|")
+    parts = (_DENSE, _MOE, "head", f"back in {_MOE}", f"back in {_DENSE}")
+    print("core-seconds of each part, and of all\n")
+    print(f"| tokens | precision | {' | '.join(parts)} | all | wall | private memory |")
+    print("|---" * (len(parts) + 5) + "|")
     for precision in options.precision:
-        spent = {}
+        by_tokens = {}
         for tokens in options.tokens:
-            usage = run(checkpoint, tokens, precision)
-            spent[tokens] = usage.processor
+            usage, spent = run(checkpoint, tokens, precision)
+            by_tokens[tokens] = spent
+            figures = " | ".join(f"{spent[part]:.0f}" for part in parts)
             print(
-                f"| {tokens:,} | {precision} | {usage.wall:.0f} s | {usage.processor:.0f} "
-                f"| {usage.anonymous / 1e9:.1f} GB |",
+                f"| {tokens:,} | {precision} | {figures} | {usage.processor:.0f} "
+                f"| {usage.wall:.0f} s | {usage.anonymous / 1e9:.1f} GB |",
                 flush=True,
             )
-        if len(spent) > 1:
-            slope, start = np.polyfit(list(spent), list(spent.values()), 1)
-            whole = _LAYERS * slope / 2 * 131072 + (_LAYERS - 1) * start
+        if len(by_tokens) > 1:
+            hours = {part: seconds / 3600 for part, seconds in extrapolated(by_tokens).items()}
+            said = ", ".join(f"{part} {hour:.2f}" for part, hour in hours.items())
             print(
-                f"{precision}: {slope / 2 * 1e3:.2f} ms a token and layer, {start:.0f} s a MoE "
-                f"layer; {_LAYERS} layers and 131,072 tokens {whole / 3600:.1f} core-hours",
+                f"\n{precision}, {_LAYERS} layers, {_TOKENS:,} tokens: {sum(hours.values()):.1f} "
+                f"core-hours ({said})\n",
                 flush=True,
             )
 

@@ -115,6 +115,7 @@ class Forward:
                 done += rows
                 progress(round(done / layers), self.tokens.size, "tokens", name)
 
+            step(0)
             self._layer(x, layer, kept, step)
         return x
 

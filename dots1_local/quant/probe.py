@@ -75,6 +75,7 @@ class Probe:
                 done += amount / 2  # gradients take about as long as rows
                 progress(round(WORTH * done / layers), WORTH * tokens, "tokens", name)
 
+            step(0)
             self._layer(layer, g, tokens, step)
         return self._sum_up(self.folder.effects(layers), tokens, reference_kl)
 

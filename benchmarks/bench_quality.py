@@ -6,8 +6,9 @@
 An example is a checkpoint folder with calibration.txt and heldout.txt. It is calibrated on the one;
 every recipe is converted with that importance and compared on the other with the BF16 conversion.
 Ours are allocated to the projected sizes (`projection`) of hand recipes that no smaller one is as
-good as, and of the stock mixes. Tables go to stdout; results stay in --work, so that a run that was
-stopped goes on.
+good as, and of the stock mixes. Hand recipes are screened on a part of the text; those near the
+best are measured on all of it, beside ours. Tables go to stdout; results stay in --work, so that a
+run that was stopped goes on.
 """
 
 import argparse
@@ -28,34 +29,41 @@ from dots1_local.quant.plan import QuantPlan
 _BUDGETS = 8
 _LARGEST = 5.5 / bits_per_weight(1)  # bytes at 5.5 bits per weight
 _MARGIN = 1.05  # hand recipes up to there are worth measuring
+_NEAR = 1.08  # times the best's divergence
 
 
-def run(example: Example, randoms: int) -> Results:
-    """Measure everything about an example."""
-    hand = _hand(example)
-    stock = _measured(example, stock_recipes(example.config))
+def run(example: Example, screen: Example, randoms: int) -> Results:
+    """Measure everything about an example: on few chunks, `screen`, and what matters on all."""
+    plain = _plain(screen)
+    hand = plain + _measured(screen, [with_vocabulary(c.plan, "Q8_0") for c in front(plain)])
+    stock = _measured(screen, stock_recipes(screen.config))
     allocator = Allocator(
-        example.config,
-        example.sensitivity,
-        covered=load_importance(example.imatrix),
-        cost=projection(example.config),
+        screen.config,
+        screen.sensitivity,
+        covered=load_importance(screen.imatrix),
+        cost=projection(screen.config),
     )
-    smallest = allocator.smallest
-    sizes = [smallest, *budgets(hand, smallest, _LARGEST)]
-    beaten = [mix for mix in stock if mix.nbytes >= smallest]
-    plans = [
-        allocator.within(size, f"ours in {size / 1e9:.2f} GB").plan
-        for size in (*sizes, *(mix.nbytes for mix in beaten))
-    ]
-    ours = _measured(example, plans)
-    beside_hand, beside_stock = ours[: len(sizes)], ours[len(sizes) :]
+
+    def ours(on: Example, sizes: Sequence[float]) -> list[Candidate]:
+        recipes = [f"ours in {size / 1e9:.2f} GB" for size in sizes]
+        found = map(allocator.within, sizes, recipes)
+        return _measured(on, [allocation.plan for allocation in found])
+
+    sizes = [allocator.smallest, *budgets(hand, allocator.smallest, _LARGEST)]
+    beaten = [mix for mix in stock if mix.nbytes >= allocator.smallest]
+    beside_stock = ours(screen, [mix.nbytes for mix in beaten])
+    finals = _measured(example, [c.plan for c in near_front(hand)])
+    finalists = {c.plan.recipe for c in finals}
+    pairs = list(zip(sizes, ours(example, sizes), strict=True))
     return Results(
         example.name,
-        hand,
+        finals,
         stock,
-        [Pair(s, found, _best(hand, s)) for s, found in zip(sizes, beside_hand, strict=True)],
+        [Pair(size, found, _best(finals, size)) for size, found in pairs],
+        [Pair(size, found, _best(_q6_outside(finals), size)) for size, found in pairs],
         [Pair(mix.nbytes, found, mix) for found, mix in zip(beside_stock, beaten, strict=True)],
-        _measured(example, random_recipes(example.config, randoms)),
+        [c for c in hand if c.plan.recipe not in finalists],
+        _measured(screen, random_recipes(screen.config, randoms)),
         example.shared_passages(),
     )
 
@@ -80,13 +88,29 @@ def front(candidates: Sequence[Candidate]) -> list[Candidate]:
     return best
 
 
-def _hand(example: Example) -> list[Candidate]:
-    """All hand recipes; the best of them with a larger embedding and head, too."""
+def near_front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those hardly worse than the best that is no larger: more text may put them before it."""
+    kept = []
+    for group in (candidates, _q6_outside(candidates)):
+        best = front(group)
+        for c in group:
+            ahead = min(b.kl for b in best if b.nbytes <= c.nbytes)
+            if c.kl <= _NEAR * ahead and c not in kept:
+                kept.append(c)
+    return kept
+
+
+def _plain(example: Example) -> list[Candidate]:
+    """All hand recipes with a Q6_K embedding and head; a Q8_0 one is tried on the best of them."""
     plans = hand_recipes(example.config)
     sizes = (sum(projected_bytes(plan, example.config).values()) for plan in plans)
     largest = _MARGIN * _LARGEST
-    hand = _measured(example, [p for p, size in zip(plans, sizes, strict=True) if size <= largest])
-    return hand + _measured(example, [with_vocabulary(c.plan, "Q8_0") for c in front(hand)])
+    return _measured(example, [p for p, size in zip(plans, sizes, strict=True) if size <= largest])
+
+
+def _q6_outside(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those with a Q6_K embedding and head."""
+    return [c for c in candidates if c.plan.types["output.weight"] == "Q6_K"]
 
 
 def _best(candidates: Sequence[Candidate], nbytes: float) -> Candidate | None:
@@ -116,6 +140,7 @@ def main() -> None:
     )
     parser.add_argument("examples", type=Path, nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--chunks", type=int, help="of 512 tokens of held-out text [all]")
+    parser.add_argument("--screen", type=int, default=48, help="chunks to choose opponents on")
     parser.add_argument("--random", type=int, default=60, help="recipes to prove predictions on")
     parser.add_argument("--work", type=Path, default=Path("build/quality"))
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="recipes at a time")
@@ -123,8 +148,11 @@ def main() -> None:
     options = parser.parse_args()
     results = []
     for path in options.examples:
-        example = Example(path.resolve(), options.work, options.chunks, options.workers)
-        results.append(run(example, options.random))
+        final, screen = (
+            Example(path.resolve(), options.work, chunks, options.workers)
+            for chunks in (options.chunks, min(options.screen, options.chunks or options.screen))
+        )
+        results.append(run(final, screen, options.random))
         print(report(results[-1]), flush=True)
     if options.svg:
         options.svg.write_text(picture(results), encoding="utf-8")

@@ -61,7 +61,7 @@ def _bounds(results: Sequence[Results]) -> Bounds:
 
 
 def _shown(result: Results) -> list[Candidate]:
-    return [*result.hand, *result.stock, *_ours(result)]
+    return [*result.hand, *result.screened, *result.stock, *_ours(result)]
 
 
 def _ours(result: Results) -> list[Candidate]:
@@ -80,7 +80,7 @@ class _Panel:
     def draw(self) -> Iterator[str]:
         yield f'<g transform="translate({self._offset} 0)">'
         yield from self._axes()
-        for candidate in self._result.hand:
+        for candidate in (*self._result.hand, *self._result.screened):
             padded = candidate.plan.recipe.split(",")[0].endswith("padded")
             yield self._mark(candidate, "padded" if padded else "unpadded")
         for candidate in self._result.stock:

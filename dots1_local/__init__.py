@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dots1_local.architecture import Dots1Config, inventory
     from dots1_local.checkpoint import Checkpoint
-    from dots1_local.convert import Conversion, convert_checkpoint
+    from dots1_local.convert import Budget, Conversion, convert_checkpoint
     from dots1_local.errors import Dots1Error
     from dots1_local.evaluate.perplexity import kl_divergence, perplexity
     from dots1_local.gguf_file import GGUFFile
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Budget",
     "Checkpoint",
     "Conversion",
     "Dots1Config",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Budget": "convert",
     "Checkpoint": "checkpoint",
     "Conversion": "convert",
     "Dots1Config": "architecture",

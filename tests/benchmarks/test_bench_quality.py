@@ -143,7 +143,9 @@ def results(**changes: Any) -> Results:
         "hand": [hand],
         "stock": [stock],
         "beside_hand": [Pair(45e9, candidate(45, 0.03), None), Pair(50e9, ours, hand)],
+        "beside_plain": [Pair(50e9, ours, candidate(48, 0.03, "plain"))],
         "beside_stock": [Pair(50e9, ours, stock)],
+        "screened": [candidate(47, 0.05, "left")],
         "random": [candidate(50 + n, 0.02 + n / 1000) for n in range(40)],
         "shared_passages": 0,
     }
@@ -152,7 +154,9 @@ def results(**changes: Any) -> Results:
 
 def test_the_report_says_whether_targets_hold() -> None:
     text = report(results())
-    assert text.count(": holds") == 5
+    assert text.count(": holds") == 7
+    assert "geometric mean 0.800: holds" in text
+    assert "geometric mean 0.667: holds" in text
     assert "DOES NOT HOLD" not in text
     assert "0.800 ± 0.000" in text
     bad = results(

@@ -29,7 +29,7 @@ from dots1_local.quant.plan import QuantPlan
 _BUDGETS = 8
 _LARGEST = 5.5 / bits_per_weight(1)  # bytes at 5.5 bits per weight
 _MARGIN = 1.05  # hand recipes up to there are worth measuring
-_NEAR = 1.08  # times the best's divergence
+_NEAR = 1.06  # times the best's divergence
 
 
 def run(example: Example, screen: Example, randoms: int) -> Results:
@@ -52,8 +52,8 @@ def run(example: Example, screen: Example, randoms: int) -> Results:
     sizes = [allocator.smallest, *budgets(hand, allocator.smallest, _LARGEST)]
     beaten = [mix for mix in stock if mix.nbytes >= allocator.smallest]
     beside_stock = ours(screen, [mix.nbytes for mix in beaten])
-    finals = _measured(example, [c.plan for c in near_front(hand)])
-    finalists = {c.plan.recipe for c in finals}
+    finals = _measured(example, [c.plan for c in finalists(hand, sizes)])
+    names = {c.plan.recipe for c in finals}
     pairs = list(zip(sizes, ours(example, sizes), strict=True))
     return Results(
         example.name,
@@ -62,7 +62,7 @@ def run(example: Example, screen: Example, randoms: int) -> Results:
         [Pair(size, found, _best(finals, size)) for size, found in pairs],
         [Pair(size, found, _best(_q6_outside(finals), size)) for size, found in pairs],
         [Pair(mix.nbytes, found, mix) for found, mix in zip(beside_stock, beaten, strict=True)],
-        [c for c in hand if c.plan.recipe not in finalists],
+        [c for c in hand if c.plan.recipe not in names],
         _measured(screen, random_recipes(screen.config, randoms)),
         example.shared_passages(),
     )
@@ -88,15 +88,14 @@ def front(candidates: Sequence[Candidate]) -> list[Candidate]:
     return best
 
 
-def near_front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those hardly worse than the best that is no larger: more text may put them before it."""
-    kept = []
+def finalists(candidates: Sequence[Candidate], sizes: Sequence[float]) -> list[Candidate]:
+    """Those that may be the best at one of the sizes, once they are measured on more text."""
+    kept: list[Candidate] = []
     for group in (candidates, _q6_outside(candidates)):
-        best = front(group)
-        for c in group:
-            ahead = min(b.kl for b in best if b.nbytes <= c.nbytes)
-            if c.kl <= _NEAR * ahead and c not in kept:
-                kept.append(c)
+        for size in sizes:
+            if best := _best(group, size):
+                near = [c for c in group if c.nbytes <= size and c.kl <= _NEAR * best.kl]
+                kept += [c for c in near if c not in kept]
     return kept
 
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from benchmarks.bench_quality import budgets, front
+from benchmarks.bench_quality import budgets, finalists, front
 from benchmarks.hand_recipes import hand_recipes, random_recipes, stock_recipes, with_vocabulary
 from benchmarks.paired import clustered_error, compare, spearman
 from benchmarks.picture import picture
@@ -124,7 +124,9 @@ def test_chunks_are_taken_from_all_of_the_text() -> None:
 def candidate(gigabytes: float, kl: float, recipe: str = "x") -> Candidate:
     per_token = np.full((4, 2), kl, np.float32)
     quality = Quality(1_000_000, Estimate(kl, 0), 2 * kl, Estimate(0.9, 0), per_token)
-    return Candidate(QuantPlan(recipe, 1, 0, {}), {"routed": gigabytes * 1e9}, quality, kl)
+    return Candidate(
+        QuantPlan(recipe, 1, 0, {"output.weight": "Q6_K"}), {"routed": gigabytes * 1e9}, quality, kl
+    )
 
 
 def test_budgets_are_sizes_of_recipes_that_no_smaller_one_matches() -> None:
@@ -134,6 +136,13 @@ def test_budgets_are_sizes_of_recipes_that_no_smaller_one_matches() -> None:
     found = [size / 1e9 for size in budgets([*worse, *hand], 45e9, 90e9)]
     # 45 times the seventh root of 2, to its powers.
     assert found == [45, 50, 55, 61, 67, 74, 82, 90]
+
+
+def test_who_may_be_the_best_at_a_size_is_measured_on_all_of_the_text() -> None:
+    close, far, large = candidate(45, 0.0104), candidate(44, 0.012), candidate(50, 0.01)
+    best, small = candidate(46, 0.01), candidate(40, 0.1)
+    found = finalists([close, far, large, best, small], [41e9, 47e9])
+    assert [id(c) for c in found] == [id(c) for c in (small, close, best)]
 
 
 def results(**changes: Any) -> Results:

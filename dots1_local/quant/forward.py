@@ -117,6 +117,7 @@ class Forward:
 
             step(0)
             self._layer(x, layer, kept, step)
+        progress(self.tokens.size, self.tokens.size, "tokens", "head")
         return x
 
     def reference_kl(self, x: Tensor) -> float:

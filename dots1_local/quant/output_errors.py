@@ -14,6 +14,7 @@ numbers of rows below; converting it to Q4_K takes 3.4, to IQ2_XXS 11.
 """
 
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,6 @@ from dots1_local.quant.importance import pad_columns
 from dots1_local.quant.row_sample import draw_rows
 from dots1_local.quant.sensitivity import Effect
 from dots1_local.quant.types import TYPES, QuantType
-from dots1_local.runtime.hardware import physical_cores
 
 __all__ = ["REFERENCE", "RowsOf", "Sample", "candidates", "measure", "row_count", "sample"]
 
@@ -169,7 +169,7 @@ def measure(
     """
     spec, kind = drawn.spec, TYPES[REFERENCE]
     kinds = candidates(spec, importance=importance is not None)
-    pool = ThreadPoolExecutor(threads or physical_cores())
+    pool = ThreadPoolExecutor(threads or os.cpu_count())
     try:
         effects = drawn.effects(kinds, importance, pool)
         if not kind.fits(spec.source_shape[-1]):

@@ -1,5 +1,6 @@
 """Matrices as they are after being stored in a type: what `Segment.rounding` wants."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from dots1_local.quant.encode import decode, encode
 from dots1_local.quant.types import QuantType
-from dots1_local.runtime.hardware import physical_cores
 
 __all__ = ["through"]
 
@@ -34,7 +34,7 @@ def through(kind: QuantType, threads: int | None = None) -> Callable[[Tensor], T
             decoded = decode(encode(rows, kind), kind, columns)
             out[start : start + step] = torch.from_numpy(decoded)
 
-        with ThreadPoolExecutor(threads or physical_cores()) as pool:
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             list(pool.map(fill, range(0, len(stored), step)))
         return out
 

@@ -4,13 +4,12 @@ from pathlib import Path
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.errors import Dots1Error
+from dots1_local.quant.calibration_folder import IMATRIX, SENSITIVITY
 from dots1_local.quant.importance import Importance, load_importance
 from dots1_local.quant.plan import QuantPlan
 from dots1_local.quant.sensitivity import Sensitivity, load_sensitivity
 
 __all__ = ["load_calibration", "predicted_kl"]
-
-_SENSITIVITY, _IMPORTANCE = "sensitivity.json", "imatrix.gguf"
 
 
 def load_calibration(
@@ -23,14 +22,14 @@ def load_calibration(
     """
     if not folder.is_dir():
         raise Dots1Error(f"{folder} is no folder; dots1 calibrate -o {folder} makes it")
-    for name in (_SENSITIVITY, *([] if imatrix else [_IMPORTANCE])):
+    for name in (SENSITIVITY, *([] if imatrix else [IMATRIX])):
         if not (folder / name).is_file():
             raise Dots1Error(f"{folder} has no {name}; dots1 calibrate -o {folder} makes it")
-    sensitivity = load_sensitivity(folder / _SENSITIVITY)
-    importance = load_importance(imatrix or folder / _IMPORTANCE)
+    sensitivity = load_sensitivity(folder / SENSITIVITY)
+    importance = load_importance(imatrix or folder / IMATRIX)
     if imatrix is None and importance.sha256 != sensitivity.imatrix:
         raise Dots1Error(
-            f"{folder / _SENSITIVITY} was measured with another importance file than "
+            f"{folder / SENSITIVITY} was measured with another importance file than "
             f"{importance.path} is; calibrate again, or name the file by --imatrix to use it "
             "nevertheless"
         )
@@ -45,9 +44,9 @@ def predicted_kl(
     Raises:
         Dots1Error: it is another model's, or damaged.
     """
-    if not (folder / _SENSITIVITY).is_file():
+    if not (folder / SENSITIVITY).is_file():
         return None
-    sensitivity = load_sensitivity(folder / _SENSITIVITY)
+    sensitivity = load_sensitivity(folder / SENSITIVITY)
     sensitivity.check(config)
     if sensitivity.imatrix != importance.sha256:
         return None

@@ -23,7 +23,7 @@ from dots1_local.architecture import inventory
 from dots1_local.checkpoint import Checkpoint
 from dots1_local.errors import UsageError
 from dots1_local.progress import Progress, silent
-from dots1_local.quant.calibration_folder import CalibrationFolder
+from dots1_local.quant.calibration_folder import IMATRIX, SENSITIVITY, CalibrationFolder
 from dots1_local.quant.forward import PROBED, Forward
 from dots1_local.quant.imatrix_file import write_gguf
 from dots1_local.quant.importance import load_importance
@@ -32,9 +32,8 @@ from dots1_local.quant.probe_folder import ProbeFolder
 from dots1_local.quant.rare_experts import LEAST, Coverage, coverage, shrink
 from dots1_local.reference.weights import Kernel
 
-__all__ = ["IMATRIX", "SENSITIVITY", "LogitsSink", "calibrate"]
+__all__ = ["LogitsSink", "calibrate"]
 
-IMATRIX, SENSITIVITY = "imatrix.gguf", "sensitivity.json"
 Precision = Literal["F32", "BF16"]
 Tokens = NDArray[np.int32]
 

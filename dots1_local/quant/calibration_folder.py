@@ -22,7 +22,9 @@ from dots1_local.errors import Dots1Error
 from dots1_local.output import check_space, check_target
 from dots1_local.quant.imatrix_file import read_index, read_sums, write_gguf
 
-__all__ = ["CalibrationFolder", "Entries"]
+__all__ = ["IMATRIX", "SENSITIVITY", "CalibrationFolder", "Entries"]
+
+IMATRIX, SENSITIVITY = "imatrix.gguf", "sensitivity.json"  # what it holds in the end
 
 Floats = NDArray[np.float32]
 Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (parts, columns), counts

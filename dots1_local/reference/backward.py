@@ -10,6 +10,7 @@ stands for the experts it might have chosen instead (`near_ties`).
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from dots1_local.reference.layers import (
 from dots1_local.reference.logit_gradients import check_finite
 from dots1_local.reference.near_ties import Routing, Ties, margins
 from dots1_local.reference.stream import Step
-from dots1_local.reference.weights import Kernel, read_experts, read_tensor
+from dots1_local.reference.weights import Kernel, load_common, read_experts
 
 __all__ = ["retreat"]
 
@@ -90,23 +91,16 @@ class _Layer:
         self.positions, hidden = x.shape[1:]
         self.g, self.x = g.view(len(g), -1, hidden), x.view(-1, hidden)
         self.kl_draws, self.step, self.observe = kl_draws, step, observe
-        self.kernel, self.device = kernel, kernel.device
+        self.kernel, self.device = replace(kernel, autograd=True), kernel.device
         self.checkpoint, self.layer, self.config = checkpoint, layer, checkpoint.config
         prefix = f"model.layers.{layer}."
-        specs = {
-            source.removeprefix(prefix): spec
+        self.sums = {
+            source.removeprefix(prefix): torch.zeros(2, spec.source_shape[0], dtype=torch.float64)
             for spec in inventory(self.config)
-            if spec.layer == layer
+            if spec.layer == layer and spec.role not in ("norm", "router")
             for source in spec.sources
         }
-        self.sums = {
-            name: torch.zeros(2, spec.source_shape[0], dtype=torch.float64)
-            for name, spec in specs.items()
-            if spec.role not in ("norm", "router")
-        }
-        common = (name for name, spec in specs.items() if spec.role != "routed")
-        stored = {name: read_tensor(checkpoint, prefix + name) for name in common}
-        self.weights = _ready(stored, kernel)
+        self.weights = load_common(checkpoint, layer, self.kernel)
 
     def dense(self) -> None:
         for rows in self._groups():
@@ -151,7 +145,8 @@ class _Layer:
         wanted, shares = routing.wanted, routing.shares
         dots = torch.zeros(len(self.g), *wanted.shape, device=self.device)
         for expert, stored in enumerate(read_experts(self.checkpoint, self.layer)):
-            matrices, prefix = _ready(stored, self.kernel), f"mlp.experts.{expert}"
+            matrices = {name: self.kernel.ready(name, tensor) for name, tensor in stored.items()}
+            prefix = f"mlp.experts.{expert}"
             rows, slots = (wanted == expert).nonzero(as_tuple=True)
             for start in range(0, len(rows), _ROWS):
                 at, slot = rows[start : start + _ROWS], slots[start : start + _ROWS]
@@ -232,12 +227,3 @@ class _Layer:
         draws = len(self.g) - self.kl_draws if is_tie else self.kl_draws
         squares = gradient.square().flatten(0, -2).sum(0).cpu().double()
         self.sums[name][int(is_tie)] += squares / draws
-
-
-def _ready(stored: Weights, kernel: Kernel) -> dict[str, Tensor]:
-    """`Kernel.ready` without oneDNN's layout, for which autograd knows no gradients."""
-    matrix = torch.bfloat16 if kernel.bf16 else torch.float32
-    return {
-        name: tensor.to(kernel.device, matrix if name.endswith("_proj.weight") else torch.float32)
-        for name, tensor in stored.items()
-    }

@@ -55,16 +55,18 @@ def load_layers(checkpoint: Checkpoint) -> Iterator[dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Where a layer is computed, and whether its matrices are multiplied in BF16 or F32."""
+    """Where a layer is computed, whether its matrices are multiplied in BF16 or F32, and whether
+    autograd must know their layout."""
 
     device: torch.device
     bf16: bool = False
+    autograd: bool = False
 
     def ready(self, name: str, stored: Tensor, rounding: Rounding | None = None) -> Tensor:
         """A tensor as this kernel wants it; if it is a matrix, rounded first.
 
         On a CPU F32 matrices go to oneDNN, which on AMD's is twice as fast as MKL; torch offers
-        that choice only through the tensors' layout.
+        that choice only through the tensors' layout, for which autograd knows no gradients.
         """
         if not name.endswith("_proj.weight"):  # norms and the router
             return stored.to(self.device).float()
@@ -72,7 +74,7 @@ class Kernel:
         if self.bf16:
             return moved.bfloat16()
         on_cpu = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        return moved.float().to_mkldnn() if on_cpu else moved.float()
+        return moved.float().to_mkldnn() if on_cpu and not self.autograd else moved.float()
 
 
 def load_common(

@@ -1,0 +1,148 @@
+"""Small JSON files that people read and edit: read with every value checked, named when wrong."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dots1_local.errors import UsageError
+
+__all__ = ["Fields", "read_document"]
+
+_LARGEST = 1 << 26  # bytes
+_LONGEST = 1 << 12  # characters of a text
+_T = TypeVar("_T", bound=str)
+
+
+class Fields:
+    """One JSON object; each key is taken once, with the kind of value it must have.
+
+    `what` begins the sentence that is raised: "machine.json: the CPU".
+    """
+
+    def __init__(self, raw: Any, what: str) -> None:
+        if not isinstance(raw, dict):
+            raise UsageError(f"{what} is {_brief(raw)}, not a JSON object")
+        self._raw, self._what = dict(raw), what
+
+    def given(self, key: str) -> bool:
+        """Whether there is a value under `key`; null is none, and taken with that."""
+        if self._raw.get(key) is None:
+            self._raw.pop(key, None)
+            return False
+        return True
+
+    def take(self, key: str) -> Any:
+        """Whatever is under `key`."""
+        if key not in self._raw:
+            raise UsageError(f"{self._what} has no {key!r}")
+        return self._raw.pop(key)
+
+    def text(self, key: str) -> str:
+        value = self.take(key)
+        if not isinstance(value, str) or not value.isprintable() or len(value) > _LONGEST:
+            raise self._wrong(key, value, "a line of text")
+        return value
+
+    def integer(self, key: str, least: int = 0, most: int = 1 << 53) -> int:
+        value = self.take(key)
+        if type(value) is not int or not least <= value <= most:
+            raise self._wrong(key, value, f"an integer from {least} to {most}")
+        return value
+
+    def number(self, key: str, *, zero: bool = False) -> float:
+        """A finite float above 0, or 0 where `zero` allows it."""
+        value = self.take(key)
+        plain = type(value) in (int, float) and isfinite(value)
+        if not plain or value < 0 or (value == 0 and not zero):
+            raise self._wrong(key, value, "a positive number")
+        return float(value)
+
+    def boolean(self, key: str) -> bool:
+        value = self.take(key)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def choice(self, key: str, choices: Sequence[_T]) -> _T:
+        value = self.take(key)
+        for choice in choices:
+            if value == choice:
+                return choice
+        raise self._wrong(key, value, f"one of {', '.join(choices)}")
+
+    def items(self, key: str, most: int = 1 << 16) -> list[Any]:
+        value = self.take(key)
+        if not isinstance(value, list) or len(value) > most:
+            raise self._wrong(key, value, "a list")
+        return value
+
+    def group(self, key: str) -> "Fields":
+        """The object under `key`."""
+        return Fields(self.take(key), f"{self._what}, {key!r},")
+
+    def ignore(self, key: str) -> None:
+        """Take a key that means nothing here."""
+        self._raw.pop(key, None)
+
+    def rest(self) -> list[str]:
+        """What has not been taken yet."""
+        return list(self._raw)
+
+    def end(self) -> None:
+        """Refuse what nobody took: a misspelt key would be silently without effect."""
+        if self._raw:
+            raise UsageError(f"{self._what} has an unknown key {next(iter(self._raw))!r}")
+
+    def _wrong(self, key: str, value: Any, wanted: str) -> UsageError:
+        return UsageError(f"{self._what} has {_brief(value)} as {key!r}, not {wanted}")
+
+
+def read_document(path: str | Path, kind: str, name: str, version: int = 1) -> Fields:
+    """The object in a file whose "format" is `kind`; `name` says what such a file is.
+
+    Raises:
+        UsageError: missing, too large, no JSON, another format or a newer version.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UsageError(f"{path} is not a file")
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read {path}: {reason}") from None
+    raw = _parse(path, data, name)
+    if raw.pop("format", None) != kind:
+        raise UsageError(f"{path} is no {name}")
+    if raw.pop("version", None) != version:
+        raise UsageError(f"{path} is a {name} of another version of dots1-local")
+    return Fields(raw, str(path))
+
+
+def _parse(path: Path, data: bytes, name: str) -> dict[str, Any]:
+    if len(data) > _LARGEST:
+        raise UsageError(f"{path} is too large for a {name}")
+    try:
+        raw = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unrepeated)
+    except UsageError as error:
+        raise UsageError(f"{path} {error}") from None
+    except (ValueError, RecursionError):
+        raw = None
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path} is no {name}")
+    return raw
+
+
+def _unrepeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    [(name, count)] = Counter(name for name, _ in pairs).most_common(1) or [("", 1)]
+    if count > 1:
+        raise UsageError(f"has {name!r} twice")
+    return dict(pairs)
+
+
+def _brief(value: Any) -> str:
+    return f"{value!r:.40}"

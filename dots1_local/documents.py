@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from dots1_local.errors import UsageError
 
-__all__ = ["Fields", "read_document"]
+__all__ = ["Fields", "read_document", "unrepeated"]
 
 _LARGEST = 1 << 26  # bytes
 _LONGEST = 1 << 12  # characters of a text
@@ -127,20 +127,21 @@ def _parse(path: Path, data: bytes, name: str) -> dict[str, Any]:
     if len(data) > _LARGEST:
         raise UsageError(f"{path} is too large for a {name}")
     try:
-        raw = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unrepeated)
-    except UsageError as error:
-        raise UsageError(f"{path} {error}") from None
-    except (ValueError, RecursionError):
+        raw = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unrepeated)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raw = None
+    except ValueError as error:
+        raise UsageError(f"{path} is no {name}: {error}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path} is no {name}")
     return raw
 
 
-def _unrepeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def unrepeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A hook for `json.loads` that raises ValueError where an object has a key twice."""
     [(name, count)] = Counter(name for name, _ in pairs).most_common(1) or [("", 1)]
     if count > 1:
-        raise UsageError(f"has {name!r} twice")
+        raise ValueError(f"it has {name!r} twice")
     return dict(pairs)
 
 

@@ -1,14 +1,14 @@
 """A quantisation plan: the type every tensor gets. Decided once, read by everything after."""
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory, padded_width
+from dots1_local.documents import unrepeated
 from dots1_local.errors import UsageError
 from dots1_local.quant.types import QuantType, quant_type
 
@@ -96,7 +96,7 @@ class QuantPlan:
             UsageError: not such a file.
         """
         try:
-            raw: dict[str, Any] = json.loads(text, object_pairs_hook=_unrepeated)
+            raw: dict[str, Any] = json.loads(text, object_pairs_hook=unrepeated)
             width, file_type = _integer(raw, "expert_width"), _integer(raw, "file_type")
             recipe = raw["recipe"]
             if not (isinstance(recipe, str) and recipe.isprintable()):
@@ -125,13 +125,6 @@ def load_plan(path: str | Path) -> QuantPlan:
         raise UsageError(f"{path}: this is no quantisation plan: not in UTF-8") from None
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-
-
-def _unrepeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    [(name, count)] = Counter(name for name, _ in pairs).most_common(1) or [("", 1)]
-    if count > 1:
-        raise ValueError(f"it has {name!r} twice")
-    return dict(pairs)
 
 
 def _integer(raw: Mapping[str, Any], key: str) -> int:

@@ -4,17 +4,26 @@ Plain data that round-trips through a small JSON file, so that a machine one doe
 described, planned for, and argued about.
 """
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from dots1_local.documents import Fields, read_document
 from dots1_local.errors import UsageError
+from dots1_local.runtime.limits import allowed_cpus, cpu_quota
 
-__all__ = ["CPU", "Device", "Hardware", "Rate", "Speed", "load_hardware", "physical_cores"]
+__all__ = [
+    "CPU",
+    "Device",
+    "Hardware",
+    "Rate",
+    "Speed",
+    "hardware_from",
+    "load_hardware",
+    "physical_cores",
+]
 
 CPU = "CPU"  # llama.cpp's name of the device that RAM belongs to
 
@@ -25,24 +34,30 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 @dataclass(frozen=True)
 class Rate:
-    """Multiply-adds a second of a device on one type, when its memory is no limit.
+    """Multiply-adds a second of a device on one type.
 
-    `decode` is for one token, `prefill` where a matrix meets dozens of them at once.
+    `decode` is for one token, `prefill` where a matrix meets dozens of them at once as a routed
+    expert does, `dense` where it meets hundreds as the others do (None: it is no different). Where
+    it was measured, `decode` is of weights that come from memory: it contains whatever binds.
     """
 
     decode: float
     prefill: float
+    dense: float | None = None
 
 
 @dataclass(frozen=True)
 class Speed:
     """How fast a device is, in bytes and seconds.
 
-    `bandwidth` is what matrix products read from its memory. `matmul` is by quant type, `attention`
-    by KV type (multiply-adds of flash attention). A graph node costs `node` seconds more than its
-    arithmetic, and a split, work handed to this device and its result handed back, `split` seconds.
-    `upload` is what it takes from host memory that is pinned, `upload_pageable` from any other;
-    both are 0 for the CPU.
+    `bandwidth` is what matrix products read from its memory: one takes
+    max(bytes / bandwidth, multiply-adds / rate). `matmul` is by quant type, `attention` by KV type
+    (multiply-adds of flash attention, masked ones included); what is missing there the device
+    cannot do. `repacked` replaces `matmul` for weights in a CPU buffer that llama.cpp rearranges,
+    for the types it does that to. A graph node costs `node` seconds more than its arithmetic, and a
+    split, work handed to this device and its result handed back, `split` seconds. `upload` is what
+    it takes from host memory that is pinned, `upload_pageable` from any other; both are 0 for the
+    CPU.
     """
 
     bandwidth: float
@@ -52,9 +67,10 @@ class Speed:
     split: float
     upload: float = 0.0
     upload_pageable: float = 0.0
+    repacked: Mapping[str, Rate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("matmul", "attention"):
+        for name in ("matmul", "attention", "repacked"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
 
@@ -114,19 +130,28 @@ def load_hardware(path: str | Path) -> Hardware:
         UsageError: unreadable, no such file, or a figure that makes no sense.
     """
     raw = read_document(path, _FORMAT, "description of a machine", _VERSION)
+    return hardware_from(raw, str(path))
+
+
+def hardware_from(raw: Fields, what: str) -> Hardware:
+    """The machine that a JSON object describes; `what` begins the sentence that is raised.
+
+    Raises:
+        UsageError: a figure makes no sense.
+    """
     hardware = Hardware(
         name=raw.text("name"),
         source=raw.text("source"),
         engine=raw.text("engine"),
         cores=raw.integer("cores", 1, 1 << 16),
         cpu=_device(raw.group("cpu")),
-        devices=tuple(_device(Fields(item, f"{path}, a device,")) for item in raw.items("devices")),
+        devices=tuple(_device(Fields(item, f"{what}, a device,")) for item in raw.items("devices")),
         disk=raw.number("disk") if raw.given("disk") else None,
     )
     raw.end()
     names = [hardware.cpu.name, *(device.name for device in hardware.devices)]
     if names[0] != CPU or len(set(names)) < len(names):
-        raise UsageError(f"{path} must call the CPU {CPU!r} and no two devices the same")
+        raise UsageError(f"{what} must call the CPU {CPU!r} and no two devices the same")
     return hardware
 
 
@@ -149,6 +174,7 @@ def _speed(raw: Fields) -> Speed:
         bandwidth=raw.number("bandwidth"),
         matmul=_rates(raw.group("matmul")),
         attention=_rates(raw.group("attention")),
+        repacked=_rates(raw.group("repacked")) if raw.given("repacked") else {},
         **{name: raw.number(name, zero=True) for name in _COSTS},
     )
     raw.end()
@@ -159,12 +185,14 @@ def _rates(raw: Fields) -> dict[str, Rate]:
     rates = {}
     for kind in raw.rest():
         rate = raw.group(kind)
-        rates[kind] = Rate(rate.number("decode"), rate.number("prefill"))
+        dense = rate.number("dense") if rate.given("dense") else None
+        rates[kind] = Rate(rate.number("decode"), rate.number("prefill"), dense)
         rate.end()
     return rates
 
 
 def _plain(value: Any) -> Any:
+    """Of dataclasses and mappings dictionaries, of tuples lists."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -176,11 +204,9 @@ def _plain(value: Any) -> Any:
 
 def physical_cores() -> int:
     """Cores this process may use, hyper-threads counted once: they share what matrices need."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    allowed = os.sched_getaffinity(0)
-    siblings = {_siblings(cpu) for cpu in allowed}
-    return len(siblings)
+    siblings = {_siblings(cpu) for cpu in allowed_cpus()}
+    quota = cpu_quota()
+    return len(siblings) if quota is None else max(1, min(len(siblings), int(quota)))
 
 
 def _siblings(cpu: int) -> str:

@@ -1,0 +1,129 @@
+"""`dots1 hardware`: the devices there are for a model, their memory and how fast they are."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dots1_local.cli._output import Json, human_bytes, notice, print_json, progress_bar
+from dots1_local.cli._table import print_table
+from dots1_local.errors import UsageError
+
+if TYPE_CHECKING:
+    from dots1_local.runtime.hardware import Device, Hardware, Speed
+
+__all__ = ["hardware"]
+
+
+def hardware(
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--hardware", help="Show another machine: a description's file or name.", metavar="FILE"
+        ),
+    ] = None,
+    worker: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--worker",
+            help="HOST:PORT of a dots1 worker to count in; may be repeated.",
+            metavar="HOST:PORT",
+        ),
+    ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Measure again what was measured before.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show this machine's devices, and measure them the first time (a minute).
+
+    dots1 hardware
+
+    dots1 hardware --worker 10.0.0.2:50052
+
+    dots1 hardware --json > machine.json
+    """
+    from dots1_local.runtime.machine import find_hardware, lacking, this_machine
+
+    if file is not None and (worker or refresh):
+        raise UsageError("--hardware shows a description; leave out --worker and --refresh")
+    if file is not None:
+        found = find_hardware(file)
+    else:
+        with progress_bar("measuring") as report:
+            found = this_machine(
+                worker or [], measure="again" if refresh else True, progress=report
+            )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _show(found)
+    for sentence in lacking(found) if file is None else ():
+        notice(sentence)
+
+
+def _show(machine: "Hardware") -> None:
+    print(f"{machine.name}: {machine.cores} cores, {machine.engine}")
+    print(f"{machine.source}\n")
+    devices = [machine.cpu, *machine.devices]
+    header = ("device", "what it is", "free", "of", "reads", "a node", "a split")
+    print_table(header, [_device_row(device) for device in devices], numbers_from=2)
+    print()
+    for line in _links(machine):
+        print(line)
+    for device in devices:
+        if device.speed is not None:
+            print(f"\n{device.name}, billions of multiply-adds a second")
+            _print_speed(device.speed)
+
+
+def _device_row(device: "Device") -> tuple[str, ...]:
+    where = f"{device.description} ({device.backend})" if device.backend != "CPU" else ""
+    row = (device.name, where or device.description, human_bytes(device.free))
+    if device.speed is None:
+        return (*row, human_bytes(device.total), "-", "-", "-")
+    speed = device.speed
+    return (
+        *row,
+        human_bytes(device.total),
+        f"{human_bytes(speed.bandwidth)}/s",
+        f"{speed.node * 1e6:.1f} µs",
+        f"{speed.split * 1e6:.0f} µs",
+    )
+
+
+def _links(machine: "Hardware") -> Iterator[str]:
+    for device in machine.devices:
+        if (speed := device.speed) is not None:
+            yield (
+                f"{device.name} takes {human_bytes(speed.upload)}/s from pinned RAM, "
+                f"{human_bytes(speed.upload_pageable)}/s from any other"
+            )
+    disk = "not measured" if machine.disk is None else f"{human_bytes(machine.disk)}/s"
+    yield f"disk: {disk}"
+
+
+def _print_speed(speed: "Speed") -> None:
+    from dots1_local.quant.types import TYPES
+
+    header = ["type", "decode", "reading", "prefill, experts", "others"]
+    header += ["repacked: decode", "prefill"] if speed.repacked else []
+    rows = []
+    for kind in TYPES.values():
+        if (rate := speed.matmul.get(kind.name)) is None:
+            continue
+        read = min(speed.bandwidth, rate.decode * kind.bpw / 8)
+        row = [kind.name, _billions(rate.decode), f"{human_bytes(read)}/s"]
+        row += [_billions(rate.prefill), _billions(rate.dense or rate.prefill)]
+        if speed.repacked:
+            other = speed.repacked.get(kind.name)
+            row += [_billions(other.decode), _billions(other.prefill)] if other else ["-", "-"]
+        rows.append(row)
+    print_table(header, rows, numbers_from=1)
+    print()
+    rows = [[n, _billions(r.decode), _billions(r.prefill)] for n, r in speed.attention.items()]
+    print_table(["KV cache", "decode", "prefill"], rows, numbers_from=1)
+
+
+def _billions(rate: float) -> str:
+    return f"{rate / 1e9:,.1f}"

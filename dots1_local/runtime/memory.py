@@ -1,8 +1,4 @@
-"""What running a model needs besides its weights, and what a memory leaves for those.
-
-Sizes are in bytes. The compute buffer's formula follows the tensors that llama.cpp holds at once
-at each of the graph's widest places; tests compare it with what the engine itself reserves.
-"""
+"""What running a model needs besides its weights, and what a memory leaves for those, in bytes."""
 
 import re
 from dataclasses import dataclass
@@ -10,6 +6,10 @@ from dataclasses import dataclass
 from dots1_local.architecture import Dots1Config, inventory
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.quant.types import TYPES, quant_type
+from dots1_local.runtime.compute_buffer import kv_cells, layers_of, reserved
+from dots1_local.runtime.hardware import CPU
+from dots1_local.runtime.placement import KV_TYPES
+from dots1_local.runtime.ubatch_graph import Ubatch, Weight
 from dots1_local.sizes import human_bytes, parse_size
 
 __all__ = [
@@ -21,9 +21,6 @@ __all__ = [
     "parse_memory",
     "weights_budget",
 ]
-
-_CELLS = 256  # llama.cpp rounds a context up to a multiple of this
-_KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
 
 # Left free on each GPU: about 0.5 GB are the driver's context, 0.5 GB the expert tensor streamed
 # from RAM while a prompt is processed (0.42 GB at 4.5 bits), the rest a desktop and rounding.
@@ -108,10 +105,10 @@ def kv_bytes(config: Dots1Config, n_ctx: int, kv_type: str = "f16") -> int:
         UsageError: a type that llama.cpp keeps no KV cache in.
     """
     kind = quant_type(kv_type)
-    if kind.name not in _KV_TYPES:
-        raise UsageError(f"no KV cache is kept in {kind.name}; there are {', '.join(_KV_TYPES)}")
+    if kind.name not in KV_TYPES:
+        raise UsageError(f"no KV cache is kept in {kind.name}; there are {', '.join(KV_TYPES)}")
     row = kind.row_bytes(config.num_key_value_heads * config.head_dim)
-    return 2 * config.num_hidden_layers * row * _cells(n_ctx)
+    return 2 * config.num_hidden_layers * row * kv_cells(n_ctx)
 
 
 def compute_bytes(
@@ -123,29 +120,17 @@ def compute_bytes(
     flash_attention: bool = True,
     kv_type: str = "f16",
 ) -> int:
-    """The buffer that one device computes in, for ubatches of `n_ubatch` tokens.
+    """The buffer that one device computes all layers in, for ubatches of `n_ubatch` tokens.
 
     `n_outputs` of them have logits: all unless it says otherwise, as llama.cpp's own programs have
-    it (`dots1 chat` needs one). Every layer reuses the space of the last, so that their number does
-    not matter. Like llama.cpp's default, flash attention is on.
-
-    Measured at the real widths: what the engine reserves on the CPU or up to 40 MiB more; with all
-    logits and the experts elsewhere, up to 36 MiB less than it reserves on the device of the rest.
+    it (`dots1 chat` needs one). Like llama.cpp's default, flash attention is on.
     """
-    hidden, inner = config.hidden_size, config.num_attention_heads * config.head_dim
-    cells = _cells(n_ctx)
     tokens = min(n_ubatch, n_ctx)
     outputs = tokens if n_outputs is None else min(n_outputs, tokens)
-    mask = tokens * cells * (2 if flash_attention else 4)
-    if flash_attention:
-        cast = 2 * 2 * cells * inner if kv_type.upper() == "F32" else 0  # to F16, keys and values
-        attention = 4 * tokens * 5 * inner + cast
-    else:
-        scores = config.num_attention_heads * cells
-        attention = 4 * tokens * (scores + 2 * hidden + 5 * inner)
-    feed_forward = 4 * tokens * (_feed_forward_width(config) + 3 * hidden + inner)
-    logits = 4 * (outputs * config.vocab_size + tokens * 4 * hidden)
-    return mask + max(attention, feed_forward, logits)
+    ubatch = Ubatch(tokens, outputs, 1, kv_cells(n_ctx), kv_type.upper(), flash_attention)
+    weights = ((spec.name, Weight(CPU)) for spec in inventory(config))
+    layers = layers_of(weights, [CPU] * (config.num_hidden_layers + 1))
+    return reserved(config, layers, ubatch)[CPU]
 
 
 def weights_budget(
@@ -207,10 +192,11 @@ def _check_devices(memory: Memory, buffer: int) -> None:
 
 
 def _way_out(config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str, least: int) -> str:
-    for cells in range(_cells(n_ctx) - _CELLS, 0, -_CELLS):
+    step = kv_cells(1)
+    for cells in range(kv_cells(n_ctx) - step, 0, -step):
         if _budget(config, memory, cells, kv_type).weights >= least:
             return f"a context of {cells:,} tokens would fit"
-    short = least - _budget(config, memory, _CELLS, kv_type).weights
+    short = least - _budget(config, memory, step, kv_type).weights
     return f"no context fits, and the shortest one lacks {human_bytes(short)}"
 
 
@@ -218,19 +204,3 @@ def _least_weights(config: Dots1Config) -> int:
     """What the file has at least, were every weight in the narrowest type there is."""
     bpw = min(kind.bpw for kind in TYPES.values())
     return int(sum(spec.elements for spec in inventory(config)) * bpw / 8)
-
-
-def _cells(n_ctx: int) -> int:
-    return -(-n_ctx // _CELLS) * _CELLS
-
-
-def _feed_forward_width(config: Dots1Config) -> int:
-    """Floats a token takes in the widest FFN: gate, up and their product at once."""
-    width, hidden = config.moe_intermediate_size, config.hidden_size
-    widths = [3 * config.intermediate_size] if config.first_k_dense_replace else []
-    if config.first_k_dense_replace < config.num_hidden_layers:
-        # The output takes the place of gate and up, where it is no longer than those.
-        output = hidden if hidden > 2 * width else 0
-        widths += [3 * width * config.n_shared_experts]
-        widths += [config.num_experts_per_tok * (3 * width + output)]
-    return max(widths)

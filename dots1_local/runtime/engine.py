@@ -6,11 +6,10 @@ one ubatch, so that Ctrl-C is heard between two of them.
 """
 
 import ctypes
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from llama_cpp import llama_cpp as llama
@@ -19,17 +18,16 @@ from numpy.typing import NDArray
 from dots1_local.errors import Dots1Error, GGUFError, UsageError
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.progress import Progress, silent
-from dots1_local.quant.types import quant_type
 from dots1_local.runtime import engine_log
-from dots1_local.runtime.hardware import physical_cores
+from dots1_local.runtime.loading import Loaded, load_model
+from dots1_local.runtime.placement import Placement
+from dots1_local.runtime.settings import Settings, settings
 from dots1_local.runtime.vocabulary import tokenize
 from dots1_local.verify.lint import obstacle
 
 __all__ = ["Engine", "Entry"]
 
-_FLASH_ATTENTION = {None: -1, False: 0, True: 1}  # enum llama_flash_attn_type
 _LONGEST_PIECE = 1 << 16
-_USUAL_CONTEXT = 4096  # 4 GB of KV cache in dots.llm1
 
 
 @dataclass(frozen=True)
@@ -43,21 +41,24 @@ class Entry:
 
 
 class Engine:
-    """A model and one context on the CPU; use it in a `with` statement.
+    """A model and one context; use it in a `with` statement.
 
-    `n_ctx` is what one sequence may hold; `vocab` is a llama.cpp handle.
+    `n_ctx` is what one sequence may hold; `vocab` is a llama.cpp handle. `report` is what
+    the engine took of each device, `warnings` are sentences for whoever asked for it.
     """
 
     def __init__(
-        self, gguf: GGUFFile, model: Any, context: Any, n_ctx: int, n_ubatch: int, n_outputs: int
+        self, gguf: GGUFFile, loaded: Loaded, made: Settings, placement: Placement | None
     ) -> None:
         self.gguf = gguf
-        self.n_ctx, self.n_ubatch = n_ctx, n_ubatch
-        self._n_outputs = n_outputs
-        self._model, self.context = model, context
-        self._memory = llama.llama_get_memory(context)
-        self._batch = llama.llama_batch_init(n_ubatch, 0, 1)
-        self.vocab = llama.llama_model_get_vocab(model)
+        self.n_ctx, self.n_ubatch = made.n_ctx, made.n_ubatch
+        self.settings, self.placement = made, placement
+        self.report, self.warnings = loaded.report, loaded.warnings
+        self._n_outputs = made.n_outputs
+        self._loaded, self.context = loaded, loaded.context
+        self._memory = llama.llama_get_memory(self.context)
+        self._batch = llama.llama_batch_init(self.n_ubatch, 0, 1)
+        self.vocab = llama.llama_model_get_vocab(loaded.model)
         self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocab)
         self._ends = {gguf.keys.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")}
         adds_bos = llama.llama_vocab_get_add_bos(self.vocab)
@@ -71,42 +72,43 @@ class Engine:
         cls,
         path: str | Path,
         *,
+        placement: Placement | None = None,
         n_ctx: int | None = None,
-        n_ubatch: int = 512,
+        n_ubatch: int | None = None,
         n_sequences: int = 1,
         threads: int | None = None,
         flash_attention: bool | None = None,
-        kv_type: str = "F16",
+        kv_type: str | None = None,
         all_logits: bool = False,
         progress: Progress = silent,
     ) -> Self:
         """Load the model and make a context of `n_sequences` × `n_ctx` tokens.
 
+        All on the CPU, or as `placement` says; what is given besides wins over what that says.
         `n_ctx` is by default what the model was trained for, but at most 4096; 0 is all of it.
-        `all_logits` makes room for the logits of a whole ubatch; without it, one row a sequence can
-        be asked for. `flash_attention` None leaves the choice to llama.cpp.
+        `all_logits` makes room for the logits of a whole ubatch (512 tokens); without it, one row a
+        sequence can be asked for. `flash_attention` None leaves the choice to llama.cpp.
 
         Raises:
             GGUFError: unreadable, another architecture, or something llama.cpp refuses.
-            UsageError: a context longer than the model was trained for.
-            Dots1Error: no memory for the context.
+            UsageError: a placement for another file or other devices.
+            OutOfMemory: a device has too little; nothing is left of the attempt.
+            Dots1Error: no such context, or a worker that does not answer.
         """
         gguf = GGUFFile.open(path)
         check_loadable(gguf)
-        n_ctx = _context_length(gguf, n_ctx)
-        n_ubatch = min(n_ubatch, n_ctx * n_sequences)
-        params = llama.llama_context_default_params()
-        params.n_ctx = n_ctx * n_sequences
-        params.n_seq_max = n_sequences
-        params.n_batch = params.n_ubatch = n_ubatch
-        params.n_outputs_max = n_ubatch if all_logits else n_sequences
-        params.n_threads = params.n_threads_batch = _threads(threads)
-        params.flash_attn_type = _FLASH_ATTENTION[flash_attention]
-        params.type_k = params.type_v = quant_type(kv_type).ggml
-        params.no_perf = True
-        model = _load_model(gguf, progress)
-        context = _make_context(gguf, model, params)
-        return cls(gguf, model, context, n_ctx, n_ubatch, params.n_outputs_max)
+        wanted = settings(
+            gguf,
+            placement,
+            n_ctx=n_ctx,
+            n_ubatch=n_ubatch,
+            n_sequences=n_sequences,
+            threads=threads,
+            flash_attention=flash_attention,
+            kv_type=kv_type,
+            all_logits=all_logits,
+        )
+        return cls(gguf, load_model(gguf, placement, wanted, progress), wanted, placement)
 
     def __enter__(self) -> Self:
         return self
@@ -118,9 +120,8 @@ class Engine:
         """Free the context and the model; a second call does nothing."""
         if self.context is not None:
             llama.llama_batch_free(self._batch)
-            llama.llama_free(self.context)
-            llama.llama_model_free(self._model)
-            self.context = self._model = self.vocab = None
+            self._loaded.free()
+            self.context = self.vocab = None
 
     def tokenize(self, text: str, *, special: bool, add_bos: bool = False) -> list[int]:
         """Token ids of `text`; only with `special` does "<|system|>" in it become that token.
@@ -207,11 +208,6 @@ class Engine:
         llama.llama_memory_seq_rm(self._memory, sequence, position, -1)
 
 
-def _threads(wanted: int | None) -> int:
-    """As asked, but never more than there are: llama.cpp only gets slower, or fails to start."""
-    return min(wanted, os.cpu_count() or wanted) if wanted else physical_cores()
-
-
 def check_loadable(gguf: GGUFFile) -> None:
     """Refuse what llama.cpp would load wrong, or abort the process over.
 
@@ -220,52 +216,3 @@ def check_loadable(gguf: GGUFFile) -> None:
     """
     if found := obstacle(gguf):
         raise GGUFError(f"dots1 verify finds in {gguf.files[0]}: {found.message}")
-
-
-def _context_length(gguf: GGUFFile, wanted: int | None) -> int:
-    """The context to make; beyond what a model was trained for, answers fall apart."""
-    trained = gguf.keys.get("dots1.context_length")
-    if not isinstance(trained, int) or trained < 1:
-        raise GGUFError(f"{gguf.files[0]} has no dots1.context_length; convert it again")
-    if wanted is None:
-        return min(trained, _USUAL_CONTEXT)
-    if wanted > trained:
-        raise UsageError(
-            f"{gguf.files[0]} was trained for contexts of {trained} tokens, not {wanted}"
-        )
-    return wanted or trained
-
-
-def _load_model(gguf: GGUFFile, progress: Progress) -> Any:
-    params = llama.llama_model_default_params()
-    params.n_gpu_layers = 0
-    total, interrupted = gguf.nbytes, []
-
-    @llama.llama_progress_callback  # type: ignore[untyped-decorator]
-    def report(fraction: float, _: Any) -> bool:
-        try:
-            progress(int(fraction * total), total, "bytes", "loading")
-        except BaseException as error:  # Ctrl-C arrives here; ctypes would swallow it
-            interrupted.append(error)
-        return not interrupted
-
-    params.progress_callback = report
-    with engine_log.errors() as errors:
-        model = llama.llama_model_load_from_file(bytes(gguf.files[0]), params)
-    if interrupted:
-        raise interrupted[0]
-    if model is None:
-        raise GGUFError(f"llama.cpp cannot load {gguf.files[0]}: {errors.last()}")
-    return model
-
-
-def _make_context(gguf: GGUFFile, model: Any, params: Any) -> Any:
-    with engine_log.errors() as errors:
-        context = llama.llama_init_from_model(model, params)
-    if context is None:
-        llama.llama_model_free(model)
-        raise Dots1Error(
-            f"llama.cpp cannot make a context of {params.n_ctx} tokens for {gguf.files[0]} "
-            f"(try a smaller one): {errors.last()}"
-        )
-    return context

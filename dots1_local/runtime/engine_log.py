@@ -1,4 +1,7 @@
-"""What llama.cpp logs: kept out of the terminal, its complaints kept for our error messages."""
+"""What llama.cpp logs: kept out of the terminal, what we need of it kept for ourselves.
+
+That is its complaints, for our error messages, and the sizes of the buffers that it allocates.
+"""
 
 import re
 from collections import deque
@@ -8,17 +11,19 @@ from typing import Any
 
 from llama_cpp import llama_cpp as llama
 
-__all__ = ["Errors", "errors"]
+__all__ = ["Errors", "errors", "recent"]
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR; the binding's own table is of an older llama.cpp
 _lines: deque[str] = deque(maxlen=64)
+_sizes: deque[str] = deque(maxlen=1024)
 
 
 class Errors:
-    """The complaints logged since a `with errors()` began."""
+    """The complaints logged since a `with errors()` began, and the lines on buffers' sizes."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.sizes: list[str] = []
 
     def last(self) -> str:
         """The most telling one: the first error, which later ones only repeat in other words."""
@@ -32,14 +37,23 @@ def errors() -> Iterator[Errors]:
     llama.llama_log_set(_keep, None)
     found = Errors()
     _lines.clear()
+    _sizes.clear()
     try:
         yield found
     finally:
-        found.lines = list(_lines)
+        found.lines, found.sizes = list(_lines), list(_sizes)
+
+
+def recent() -> list[str]:
+    """The last complaints, the newest at the end: for a call that never returns."""
+    return list(_lines)
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep(level: int, text: bytes, _: Any) -> None:
+    if level != _ERROR and b" buffer size = " not in text:
+        return
     line = text.decode("utf-8", errors="replace").strip()
-    if level == _ERROR and line:
-        _lines.append(re.sub(r"^\w+: ", "", line))  # the C++ function's name says nothing
+    if line:
+        kept = _lines if level == _ERROR else _sizes
+        kept.append(re.sub(r"^\w+: +", "", line))  # the C++ function's name says nothing

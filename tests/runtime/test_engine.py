@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dots1_local.errors import Dots1Error, GGUFError, UsageError
+from dots1_local.gguf_file import GGUFFile
 from dots1_local.runtime.engine import Engine, Entry
 from tests.helpers import EOS, EOT, TOKENS, tokens_of, write_random_gguf
 from tests.verify.patch import rewrite
@@ -70,12 +71,32 @@ def test_says_why_a_context_cannot_be_made(model: Path) -> None:
         Engine.open(model, n_ctx=8, n_sequences=1000, threads=1)
 
 
-def test_refuses_a_context_beyond_training(model: Path) -> None:
-    with pytest.raises(UsageError, match="contexts of 1024 tokens, not 1025"):
-        Engine.open(model, n_ctx=1025, threads=1)
-    for chosen in (0, None):
+def test_warns_of_a_context_beyond_training(model: Path) -> None:
+    for chosen in (0, None, 1024):
         with Engine.open(model, n_ctx=chosen, threads=1) as engine:
-            assert engine.n_ctx == 1024
+            assert (engine.n_ctx, engine.warnings) == (1024, ())
+    with Engine.open(model, n_ctx=1280, threads=1) as engine:
+        engine.decode(TEXT * 7, 0)
+        assert engine.n_ctx == 1280
+        [warning] = engine.warnings
+        assert "trained for contexts of 1,024 tokens" in warning
+
+
+@pytest.mark.parametrize("n_ctx", [-1, 1 << 31, 1 << 40])
+def test_refuses_contexts_that_cannot_be_counted(model: Path, n_ctx: int) -> None:
+    with pytest.raises(UsageError, match=f"no context of {n_ctx} tokens"):
+        Engine.open(model, n_ctx=n_ctx, threads=1)
+
+
+def test_reports_what_it_took(model: Path) -> None:
+    with Engine.open(model, n_ctx=512, kv_type="F32", threads=1) as engine:
+        [device] = engine.report
+        taken = engine.report["CPU"]
+    assert device == "CPU"
+    assert taken.kv == pytest.approx(512 * 3 * 2 * 64 * 4, abs=10_000)
+    weights = sum(tensor.nbytes for tensor in GGUFFile.open(model).tensors)
+    assert taken.weights == pytest.approx(weights, abs=10_000)
+    assert taken.compute > 0
 
 
 def test_says_nothing_on_the_terminal(model: Path, capfd: pytest.CaptureFixture[str]) -> None:

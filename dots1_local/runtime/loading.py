@@ -1,0 +1,202 @@
+"""A model and its context made by llama.cpp, and what is raised where that fails."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp as llama
+
+from dots1_local.errors import Dots1Error, GGUFError
+from dots1_local.gguf_file import GGUFFile
+from dots1_local.progress import Progress, silent
+from dots1_local.quant.types import quant_type
+from dots1_local.runtime import engine_log
+from dots1_local.runtime.footprint import footprint
+from dots1_local.runtime.model_params import (
+    buffer_names,
+    connected,
+    devices_beside_cpu,
+    free_memory,
+    model_params,
+    prepare,
+)
+from dots1_local.runtime.placement import Placement
+from dots1_local.runtime.report import Report, device_of, read_report
+from dots1_local.runtime.settings import Settings, settings, trained_for
+from dots1_local.sizes import human_bytes
+
+__all__ = ["Loaded", "OutOfMemory", "dry_run", "load_model"]
+
+_FLASH_ATTENTION = {None: -1, False: 0, True: 1}  # enum llama_flash_attn_type
+_NO_LOAD_MODE = 0  # LLAMA_LOAD_MODE_NONE
+_ALLOCATION = re.compile(r"failed to allocate (\S+) buffer of size (\d+)")
+
+
+class OutOfMemory(Dots1Error):
+    """`device` lacks `nbytes` bytes for a model, of which nothing is left; `reason` says when."""
+
+    def __init__(self, device: str, nbytes: int, reason: str) -> None:
+        super().__init__(device, nbytes, reason)  # all of it, so that it can be pickled
+        self.device, self.nbytes, self.reason = device, nbytes, reason
+
+    def __str__(self) -> str:
+        return f"{self.reason}; plan again with more margin, or for a shorter context"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """llama.cpp's handles of a model and its context, what they took, and what to tell."""
+
+    model: Any
+    context: Any
+    report: Report
+    warnings: tuple[str, ...]
+    workers: tuple[str, ...] = ()
+
+    def free(self) -> None:
+        connected.subtract(self.workers)
+        llama.llama_free(self.context)
+        llama.llama_model_free(self.model)
+
+
+def load_model(
+    gguf: GGUFFile,
+    placement: Placement | None,
+    wanted: Settings,
+    progress: Progress = silent,
+    *,
+    no_alloc: bool = False,
+) -> Loaded:
+    """Load the model where the placement says, all of it to the CPU without one.
+
+    Raises:
+        UsageError: the placement is for another file, or names a device that is not there.
+        GGUFError: llama.cpp cannot load the file.
+        OutOfMemory: a device has not enough.
+        Dots1Error: a worker does not answer, or llama.cpp cannot make the context.
+    """
+    warnings = _context_warnings(gguf, wanted)
+    if placement:
+        warnings += prepare(gguf, placement)
+    params = model_params(placement)
+    if no_alloc:
+        params.no_alloc, params.load_mode = True, _NO_LOAD_MODE  # it aborts over a mapped file
+    elif placement:
+        _check_free(gguf, placement, wanted)
+    names = buffer_names(devices_beside_cpu(placement))
+    model, sizes = _make_model(gguf, params, names, progress)
+    try:
+        context, more = _make_context(gguf, model, _context_params(wanted), names)
+    except BaseException:
+        llama.llama_model_free(model)
+        raise
+    weights = sum(tensor.nbytes for tensor in gguf.tensors)
+    report = read_report([*sizes, *more], names, weights)
+    workers = placement.workers if placement else ()
+    connected.update(workers)
+    return Loaded(model, context, report, tuple(warnings), workers)
+
+
+def dry_run(path: str | Path, placement: Placement, **options: Any) -> Report:
+    """What the engine would take to compute; weights and KV cache, never allocated, are 0.
+
+    `options` are those of `settings`.
+    """
+    gguf = GGUFFile.open(path)
+    loaded = load_model(gguf, placement, settings(gguf, placement, **options), no_alloc=True)
+    loaded.free()
+    return loaded.report
+
+
+def _context_warnings(gguf: GGUFFile, wanted: Settings) -> list[str]:
+    trained = trained_for(gguf)
+    if wanted.n_ctx <= trained:
+        return []
+    return [
+        f"{gguf.files[0]} was trained for contexts of {trained:,} tokens; beyond them, in one of "
+        f"{wanted.n_ctx:,}, answers fall apart"
+    ]
+
+
+def _check_free(gguf: GGUFFile, placement: Placement, wanted: Settings) -> None:
+    """Find out now what would else show after minutes of loading."""
+    predicted = footprint(
+        gguf,
+        wanted.applied_to(placement),
+        n_sequences=wanted.n_sequences,
+        n_outputs=wanted.n_outputs,
+    )
+    for device in devices_beside_cpu(placement):
+        needed, free = predicted[device].total, free_memory(device)
+        if free is not None and needed > free:
+            raise OutOfMemory(
+                device,
+                needed - free,
+                f"{device} has {human_bytes(free)} free where the placement takes "
+                f"{human_bytes(needed)}",
+            )
+
+
+def _context_params(wanted: Settings) -> Any:
+    params = llama.llama_context_default_params()
+    params.n_ctx = wanted.n_ctx * wanted.n_sequences
+    params.n_seq_max = wanted.n_sequences
+    params.n_batch = params.n_ubatch = wanted.n_ubatch
+    params.n_outputs_max = wanted.n_outputs
+    params.n_threads = params.n_threads_batch = wanted.threads
+    params.flash_attn_type = _FLASH_ATTENTION[wanted.flash_attention]
+    params.type_k = params.type_v = quant_type(wanted.kv_type).ggml
+    params.no_perf = True
+    return params
+
+
+def _make_model(
+    gguf: GGUFFile, params: Any, devices: Mapping[str, str], progress: Progress
+) -> tuple[Any, list[str]]:
+    """A model, and the log's lines on the sizes of its buffers."""
+    total, interrupted = gguf.nbytes, []
+
+    @llama.llama_progress_callback  # type: ignore[untyped-decorator]
+    def report(fraction: float, _: Any) -> bool:
+        try:
+            progress(int(fraction * total), total, "bytes", "loading")
+        except BaseException as error:  # Ctrl-C arrives here; ctypes would swallow it
+            interrupted.append(error)
+        return not interrupted
+
+    params.progress_callback = report
+    with engine_log.errors() as errors:
+        model = llama.llama_model_load_from_file(bytes(gguf.files[0]), params)
+    if interrupted:
+        raise interrupted[0]
+    if model is None:
+        _check_memory(errors.lines, devices, "the weights")
+        raise GGUFError(f"llama.cpp cannot load {gguf.files[0]}: {errors.last()}")
+    return model, errors.sizes
+
+
+def _make_context(
+    gguf: GGUFFile, model: Any, params: Any, devices: Mapping[str, str]
+) -> tuple[Any, list[str]]:
+    with engine_log.errors() as errors:
+        context = llama.llama_init_from_model(model, params)
+    if context is None:
+        _check_memory(errors.lines, devices, f"a context of {params.n_ctx:,} tokens")
+        raise Dots1Error(
+            f"llama.cpp cannot make a context of {params.n_ctx} tokens for {gguf.files[0]} "
+            f"(try a smaller one): {errors.last()}"
+        )
+    return context, errors.sizes
+
+
+def _check_memory(errors: Iterable[str], devices: Mapping[str, str], what: str) -> None:
+    """Raise OutOfMemory where these lines of the log say that an allocation failed."""
+    for match in filter(None, map(_ALLOCATION.search, errors)):
+        device, nbytes = device_of(match[1], devices), int(match[2])
+        raise OutOfMemory(
+            device,
+            nbytes,
+            f"{device} ran out of memory: it has not {human_bytes(nbytes)} more for {what}",
+        )

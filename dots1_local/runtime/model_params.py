@@ -1,0 +1,192 @@
+"""What llama.cpp is told of a placement before it loads a model.
+
+The order matters: what backends read from the environment is set before they start, a worker is
+asked before the engine connects to it, and a device is looked up before it is named.
+"""
+
+import ctypes
+import os
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from llama_cpp import llama_cpp as llama
+
+from dots1_local.errors import UsageError
+from dots1_local.ggml import library
+from dots1_local.gguf_file import GGUFFile
+from dots1_local.runtime import backends, rpc
+from dots1_local.runtime.hardware import CPU
+from dots1_local.runtime.placement import HostMemory, Placement
+
+__all__ = [
+    "MIN_BATCH",
+    "buffer_names",
+    "connected",
+    "devices_beside_cpu",
+    "free_memory",
+    "model_params",
+    "prepare",
+]
+
+MIN_BATCH = "GGML_OP_OFFLOAD_MIN_BATCH"
+_NONE, _MMAP = 0, 1  # enum llama_load_mode
+_SIZE = ctypes.POINTER(ctypes.c_size_t)
+_DEVICE: backends.Signatures = {
+    "ggml_backend_buft_name": (ctypes.c_char_p, (ctypes.c_void_p,)),
+    "ggml_backend_dev_memory": (None, (ctypes.c_void_p, _SIZE, _SIZE)),
+}
+connected: Counter[str] = Counter()  # models that are loaded now, by worker
+_started = False  # whether the backends have read their environment
+# llama.cpp takes the first kind of RAM that fits a weight: pinned, repacked, plain. So each is had
+# by forbidding the others: load mode, use_extra_bufts (repacked), no_host (not pinned).
+_HOST_MEMORY: dict[HostMemory, tuple[int, bool, bool]] = {
+    "plain": (_NONE, False, True),
+    "pinned": (_NONE, False, False),
+    "repacked": (_NONE, True, True),
+    "mapped": (_MMAP, False, True),
+}
+# How the names of a backend's devices begin: the option that compiles it in.
+_BUILDS = {
+    "CUDA": "GGML_CUDA",
+    "ROCm": "GGML_HIP",
+    "Vulkan": "GGML_VULKAN",
+    "SYCL": "GGML_SYCL",
+    "MTL": "GGML_METAL",
+    "RPC": "GGML_RPC",
+}
+
+
+class _Override(ctypes.Structure):
+    """struct llama_model_tensor_buft_override"""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def prepare(gguf: GGUFFile, placement: Placement) -> list[str]:
+    """See to it that the placement can be used with this file; sentences to warn with.
+
+    Raises:
+        UsageError: it is for another file.
+        Dots1Error: a worker does not answer.
+    """
+    _check_made_for(gguf, placement)
+    warnings = _set_min_batch(placement)
+    for worker in placement.workers:
+        if not connected[worker]:  # it serves one client at a time, which may be us already
+            rpc.probe(worker)  # the engine would end the process over a wrong address
+        backends.add_worker(rpc.parse_endpoint(worker))
+    return warnings
+
+
+def _check_made_for(gguf: GGUFFile, placement: Placement) -> None:
+    blocks = gguf.keys.get("dots1.block_count")
+    if (placement.model_bytes, placement.blocks) != (gguf.nbytes, blocks):
+        raise UsageError(
+            f"this placement was made for {placement.model} ({placement.model_bytes:,} bytes, "
+            f"{placement.blocks} blocks), not for {gguf.files[0]} ({gguf.nbytes:,} bytes, {blocks} "
+            "blocks); plan again"
+        )
+    if CPU in placement.layers:
+        raise UsageError(f"this placement counts layers of the {CPU}, whose are all that are left")
+
+
+def _set_min_batch(placement: Placement) -> list[str]:
+    """Tell the backends, which read it once, when they start."""
+    wanted = placement.offload_min_batch
+    if wanted is None or os.environ.get(MIN_BATCH) == str(wanted):
+        return []
+    if _started:
+        return [
+            f"batches of {os.environ.get(MIN_BATCH, 'the usual number of')} tokens, not "
+            f"{wanted}, fetch weights from RAM: the engine cannot change that once it runs"
+        ]
+    os.environ[MIN_BATCH] = str(wanted)
+    return []
+
+
+def devices_beside_cpu(placement: Placement | None) -> list[str]:
+    """All that the placement names, whether they have whole layers or single tensors."""
+    if placement is None:
+        return []
+    named = (device for _, device in placement.overrides if device != CPU)
+    return list(dict.fromkeys((*placement.devices, *named)))
+
+
+def _handle(device: str) -> int:
+    try:
+        return backends.device_handle(device)
+    except UsageError as error:
+        raise UsageError(f"{error}; {_way_to(device)}") from None
+
+
+def _way_to(device: str) -> str:
+    backend = device.rstrip("0123456789")
+    if backend in _BUILDS and backend not in backends.backend_names():
+        command = backends.BUILD_RPC.replace("GGML_RPC", _BUILDS[backend])
+        return f"this llama-cpp-python was built without {backend}, build it anew: {command}"
+    if backend == "RPC":
+        return "give the worker that has it with --worker HOST:PORT"
+    return "plan again on this machine"
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that are free on a device of the engine now; None where it does not tell.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    base = backends.declare(library(), _DEVICE)
+    base.ggml_backend_dev_memory(_handle(device), ctypes.byref(free), ctypes.byref(total))
+    return free.value if total.value else None
+
+
+def buffer_names(devices: Iterable[str]) -> dict[str, str]:
+    """The devices by what the engine's log calls their memory.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    base = backends.declare(library(), _DEVICE)
+    names = {name: backends.buffer_type(name) for name in devices if _handle(name)}
+    return {base.ggml_backend_buft_name(kind).decode(): name for name, kind in names.items()}
+
+
+def model_params(placement: Placement | None) -> Any:
+    """struct llama_model_params; the caller must hold on to it while the model loads.
+
+    Raises:
+        UsageError: no such device here; the message says how to come by it.
+    """
+    global _started  # noqa: PLW0603 -- as is the registry of backends
+    _started = True
+    params = llama.llama_model_default_params()
+    devices = devices_beside_cpu(placement)
+    # Never NULL: then llama.cpp would take all devices there are, lost workers too, and abort.
+    handles = (ctypes.c_void_p * (len(devices) + 1))(*map(_handle, devices), None)
+    params.devices = ctypes.cast(handles, ctypes.c_void_p)
+    params.n_gpu_layers = placement.gpu_layers if placement else 0
+    params.kept = [handles]  # what the structure only points to
+    if placement:
+        counts = (ctypes.c_float * llama.llama_max_devices())(
+            *(placement.layers.get(device, 0) for device in devices)
+        )
+        overrides = _overrides(placement)
+        params.tensor_split = counts
+        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        mode, extra, no_host = _HOST_MEMORY[placement.host_memory]
+        params.load_mode, params.use_extra_bufts, params.no_host = mode, extra, no_host
+        params.kept += [counts, overrides]
+    return params
+
+
+def _overrides(placement: Placement) -> Any:
+    """An array for `tensor_buft_overrides`, ended by NULLs.
+
+    For the CPU's own buffer type llama.cpp chooses the kind of RAM itself.
+    """
+    pairs = [
+        (pattern.encode(), backends.buffer_type(device)) for pattern, device in placement.overrides
+    ]
+    return (_Override * (len(pairs) + 1))(*(_Override(*pair) for pair in pairs))

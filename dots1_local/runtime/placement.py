@@ -16,7 +16,7 @@ from dots1_local.documents import Fields, read_document
 from dots1_local.errors import UsageError
 from dots1_local.runtime.hardware import CPU
 
-__all__ = ["KV_TYPES", "HostMemory", "Placement", "load_placement"]
+__all__ = ["KV_TYPES", "HostMemory", "Placement", "load_placement", "placement_from"]
 
 # Weights in RAM: allocated ("plain"), allocated where a GPU can fetch them itself ("pinned"),
 # allocated in the order the CPU's kernels like best ("repacked"), or the file itself ("mapped").
@@ -73,6 +73,11 @@ class Placement:
 
     def device_of(self, tensor: str) -> str:
         """Where the tensor of that GGUF name lives."""
+        if tensor not in self._known:
+            self._known[tensor] = self._find(tensor)
+        return self._known[tensor]
+
+    def _find(self, tensor: str) -> str:
         for pattern, device in self._patterns:
             if pattern.search(tensor):
                 return device
@@ -80,6 +85,11 @@ class Placement:
             return CPU
         block = _BLOCK.match(tensor)
         return self.device_of_layer(int(block[1]) if block else self.blocks)
+
+    @cached_property
+    def _known(self) -> dict[str, str]:
+        """Devices of tensors that somebody has asked for: patterns are slow."""
+        return {}
 
     @cached_property
     def _by_layer(self) -> tuple[str, ...]:
@@ -105,7 +115,15 @@ def load_placement(path: str | Path) -> Placement:
     Raises:
         UsageError: unreadable, no placement, or one that makes no sense.
     """
-    raw = read_document(path, _FORMAT, "placement", _VERSION)
+    return placement_from(read_document(path, _FORMAT, "placement", _VERSION), str(path))
+
+
+def placement_from(raw: Fields, what: str) -> Placement:
+    """A placement from the keys of `to_json`, less format and version; `what` begins errors.
+
+    Raises:
+        UsageError: no placement, or one that makes no sense.
+    """
     blocks = raw.integer("blocks", 1, 1 << 10)
     placement = Placement(
         model=raw.text("model"),
@@ -121,14 +139,14 @@ def load_placement(path: str | Path) -> Placement:
         if raw.given("offload_min_batch")
         else None,
         layers=_layers(raw.group("layers")),
-        overrides=tuple(_override(path, item) for item in raw.items("overrides")),
-        workers=tuple(_worker(path, item) for item in raw.items("workers", 16)),
+        overrides=tuple(_override(what, item) for item in raw.items("overrides")),
+        workers=tuple(_worker(what, item) for item in raw.items("workers", 16)),
     )
     raw.ignore("predicted")  # what `dots1 plan --json` says of it beside
     raw.end()
     if placement.gpu_layers > blocks + 1:
         raise UsageError(
-            f"{path} gives devices {placement.gpu_layers} layers of the {blocks + 1} there are"
+            f"{what} gives devices {placement.gpu_layers} layers of the {blocks + 1} there are"
         )
     return placement
 
@@ -137,18 +155,18 @@ def _layers(raw: Fields) -> dict[str, int]:
     return {device: raw.integer(device, 0, 1 << 10) for device in raw.rest()}
 
 
-def _override(path: str | Path, item: Any) -> tuple[str, str]:
+def _override(what: str, item: Any) -> tuple[str, str]:
     pair = isinstance(item, list) and len(item) == 2 and all(isinstance(s, str) for s in item)
     if not pair:
-        raise UsageError(f'{path} has {item!r:.60} as an override, not ["pattern", "device"]')
+        raise UsageError(f'{what} has {item!r:.60} as an override, not ["pattern", "device"]')
     try:
         re.compile(item[0])
     except re.error as error:
-        raise UsageError(f"{path} has the pattern {item[0]!r:.60}: {error}") from None
+        raise UsageError(f"{what} has the pattern {item[0]!r:.60}: {error}") from None
     return item[0], item[1]
 
 
-def _worker(path: str | Path, item: Any) -> str:
+def _worker(what: str, item: Any) -> str:
     if not isinstance(item, str):
-        raise UsageError(f"{path} has {item!r:.60} as a worker, not HOST:PORT")
+        raise UsageError(f"{what} has {item!r:.60} as a worker, not HOST:PORT")
     return item

@@ -1,0 +1,121 @@
+"""An engine by a plan: one at hand, one from a file, or one made now for this machine."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dots1_local.gguf_file import GGUFFile
+from dots1_local.runtime.engine import Engine, check_loadable
+from dots1_local.runtime.hardware import Hardware
+from dots1_local.runtime.loading import OutOfMemory
+from dots1_local.runtime.placement import Placement, load_placement
+from dots1_local.runtime.settings import trained_for
+from dots1_local.sizes import human_bytes
+
+__all__ = ["load"]
+
+_ATTEMPTS = 4
+_MORE_MARGIN = 1_000_000_000  # bytes, doubled with each attempt
+
+
+def load(
+    path: str | Path,
+    placement: Placement | str | Path | None = None,
+    *,
+    workers: tuple[str, ...] = (),
+    tell: Callable[[str], None] = lambda sentence: None,
+    **options: Any,
+) -> Engine:
+    """Load a model: all in RAM, by a placement or the plan file it is in, or by "auto".
+
+    That plans for this machine and the `workers` (host:port), as measured before, and where memory
+    turns out to be short three times more with less of it; the engine's `warnings` tell of that.
+    `tell` hears what such a plan takes and how fast it will be, before it is carried out.
+    `options` are those of `Engine.open`.
+
+    Raises:
+        OutOfMemory: a device has too little, for "auto" after all attempts.
+        Dots1Error: whatever else `Engine.open` and `place` raise.
+    """
+    if placement == "auto":
+        return _load_planned(path, workers, tell, options)
+    if isinstance(placement, str | Path):
+        placement = load_placement(placement)
+    return Engine.open(path, placement=placement, **options)
+
+
+def _load_planned(
+    path: str | Path, workers: tuple[str, ...], tell: Callable[[str], None], options: dict[str, Any]
+) -> Engine:
+    from dots1_local.runtime.machine import this_machine
+
+    gguf = GGUFFile.open(path)
+    check_loadable(gguf)
+    reserved: dict[str, int] = {}
+    warnings: list[str] = []
+    for attempt in range(_ATTEMPTS):
+        machine = this_machine(workers, measure="cached")
+        machine = _without(machine, reserved)
+        placement = _plan(gguf, machine, options)
+        for sentence in _outline(gguf, machine, placement):
+            tell(sentence)
+        try:
+            engine = Engine.open(path, placement=placement, **options)
+        except OutOfMemory as error:
+            if attempt == _ATTEMPTS - 1:
+                raise
+            extra = _MORE_MARGIN << attempt
+            reserved[error.device] = reserved.get(error.device, 0) + extra
+            warnings.append(
+                f"{error.reason}; planned again with {human_bytes(extra)} more left free"
+            )
+        else:
+            break
+    engine.warnings = (*warnings, *engine.warnings)
+    return engine
+
+
+def _plan(gguf: GGUFFile, machine: Hardware, options: dict[str, Any]) -> Placement:
+    from dots1_local.runtime.planner import place
+
+    n_ctx = options.get("n_ctx")
+    return place(
+        gguf,
+        machine,
+        context=trained_for(gguf) if n_ctx == 0 else n_ctx,
+        kv_type=options.get("kv_type"),
+        threads=options.get("threads"),
+    )
+
+
+def _without(machine: Hardware, reserved: dict[str, int]) -> Hardware:
+    """The machine as it would be with so many bytes of its devices taken by something else."""
+    cpu, *devices = (
+        replace(device, free=max(device.free - reserved.get(device.name, 0), 0))
+        for device in (machine.cpu, *machine.devices)
+    )
+    return replace(machine, cpu=cpu, devices=tuple(devices))
+
+
+def _outline(gguf: GGUFFile, machine: Hardware, placement: Placement) -> Iterator[str]:
+    """What it will take and how fast it will be, and what is short."""
+    from dots1_local.runtime.forecast import forecast
+    from dots1_local.runtime.shortfall import shortfall_of
+    from dots1_local.runtime.steps import Graph
+
+    graph = Graph.read(gguf)
+    predicted = forecast(graph, machine, placement)
+    parts = [
+        f"{name} {human_bytes(used.total)} of {human_bytes(used.total + predicted.free[name])}"
+        for name, used in predicted.usage.items()
+    ]
+    if predicted.speeds:
+        first, last = predicted.speeds[0], predicted.speeds[-1]
+        parts += [
+            f"about {first.decode:.1f} tok/s",
+            f"{last.decode:.1f} at {last.context:,} tokens",
+        ]
+    yield ", ".join(parts)
+    if shortfall := shortfall_of(graph, machine, placement):
+        yield str(shortfall)

@@ -1,0 +1,122 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from dots1_local.cli._plan import plan
+from dots1_local.gguf_file import GGUFFile
+from dots1_local.runtime.hardware import Hardware, load_hardware
+from dots1_local.runtime.placement import load_placement
+from dots1_local.runtime.planner import place
+from tests.helpers import write_random_gguf
+from tests.runtime.machines import machine, speed
+
+MB = 10**6
+app = typer.Typer()
+app.command()(plan)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_gguf(tmp_path_factory.mktemp("plan") / "model.gguf")
+
+
+def described(path: Path, hardware: Hardware) -> Path:
+    path.write_text(json.dumps(hardware.to_json()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def a_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cpu, gpu = speed(1e6), speed(1e9, upload=1e6, upload_pageable=1e6)
+    hardware = machine(4000 * MB, (2000 * MB,), cpu=cpu, gpu=gpu)
+    return described(tmp_path_factory.mktemp("plan") / "machine.json", hardware)
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_shows_what_is_where(model: Path, a_gpu: Path) -> None:
+    result = run(model, "--hardware", a_gpu, "--context", "512")
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert "context of 512 tokens" in result.stdout
+    assert ["CUDA0", "RAM"] in lines
+    assert ["attention", "199.2", "kB", "0", "B"] in lines  # 196,608 bytes, norms 2,560
+    assert ["routed", "experts", "393.2", "kB", "0", "B"] in lines
+    assert "layers          0-2 on CUDA0" in result.stdout
+    assert "routed experts  1-2 on CUDA0" in result.stdout
+    assert "-dev CUDA0 -ngl 4" in result.stdout
+    assert [line[0] for line in lines if line and line[0] in ("0", "511")] == ["0", "511"]
+    assert "\x1b" not in result.output
+
+
+def test_json_is_a_plan_that_can_be_read_back(model: Path, a_gpu: Path, tmp_path: Path) -> None:
+    result = run(model, "--hardware", a_gpu, "--kv", "q8_0", "--json")
+    assert result.exit_code == 0, result.output
+    (tmp_path / "plan.json").write_text(result.stdout)
+    placement = load_placement(tmp_path / "plan.json")
+    assert placement.kv_type == "Q8_0"
+    predicted = json.loads(result.stdout)["predicted"]
+    assert predicted["hardware"] == "a test's machine"
+    assert predicted["devices"]["CUDA0"]["routed"] == 393_216
+    assert predicted["speeds"][0]["decode"] > predicted["speeds"][-1]["decode"] > 0
+    assert predicted["shortfall"] is None
+
+
+def test_limits_are_taken(model: Path, a_gpu: Path) -> None:
+    found = json.loads(run(model, "--hardware", a_gpu, "--vram", "1001MB", "--json").stdout)
+    assert found["layers"].get("CUDA0", 0) < 4
+
+
+def test_what_does_not_fit_is_shown_and_said(model: Path, tmp_path: Path) -> None:
+    small = described(tmp_path / "small.json", machine(2001 * MB, cpu=speed(1e6), disk=1e6))
+    result = run(model, "--hardware", small)
+    assert result.exit_code == 1
+    assert "the file itself, mapped" in result.stdout
+    assert "RAM lacks" in result.stderr
+    assert "would fit" in result.stderr
+    assert "read from disk at 1.0 MB/s, it would write" in result.stderr
+
+
+def test_warns_of_a_context_beyond_the_trained_one(model: Path, a_gpu: Path) -> None:
+    result = run(model, "--hardware", a_gpu, "--context", "2k")
+    assert result.exit_code == 0
+    assert "2,048 tokens is beyond the 1,024 that the model was trained for" in result.stderr
+
+
+def test_says_when_speeds_are_unknown(model: Path, tmp_path: Path) -> None:
+    unmeasured = described(tmp_path / "unmeasured.json", machine())
+    result = run(model, "--hardware", unmeasured)
+    assert result.exit_code == 0
+    assert "has not been measured" in result.stderr
+    assert "Speeds are not predicted" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--context", "much"], "no context size such as 16k"),
+        (["--vram", "much"], "no size such as 48G"),
+        (["--kv", "q4_k"], "no KV cache is kept in q4_k"),
+        (["--worker", "10.0.0.1:50052"], "--worker is for this machine"),
+    ],
+)
+def test_bad_options_are_a_sentence(
+    model: Path, a_gpu: Path, arguments: list[str], sentence: str
+) -> None:
+    result = run(model, "--hardware", a_gpu, *arguments)
+    assert result.exit_code != 0
+    assert sentence in str(result.exception)
+
+
+def test_plans_as_the_library_does(model: Path, a_gpu: Path) -> None:
+
+    found = json.loads(run(model, "--hardware", a_gpu, "--json").stdout)
+    placement = place(GGUFFile.open(model), load_hardware(a_gpu))
+    found.pop("predicted")
+    assert found == placement.to_json()

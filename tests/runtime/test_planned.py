@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dots1_local import load
+from dots1_local.errors import UsageError
+from dots1_local.runtime.engine import Engine
+from dots1_local.runtime.hardware import Device, Hardware
+from dots1_local.runtime.loading import OutOfMemory
+from dots1_local.runtime.placement import Placement
+from tests.helpers import write_random_gguf
+
+GB = 10**9
+CARD = Device("CUDA0", "CUDA", "a card", 24 * GB, 24 * GB)
+MACHINE = Hardware(
+    name="described",
+    source="a test",
+    engine="any",
+    cores=1,
+    cpu=Device("CPU", "CPU", "a processor", 64 * GB, 64 * GB),
+    devices=(CARD,),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_gguf(tmp_path_factory.mktemp("planned") / "model.gguf")
+
+
+def in_ram(path: Path) -> Placement:
+    size = path.stat().st_size
+    return Placement(path.name, size, 3, 512, "F16", True, 64, 1, "plain")
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
+    """What each plan was made from: free bytes of the card, and the wishes."""
+    made: list[tuple[int, dict[str, Any]]] = []
+
+    def place(gguf: Any, hardware: Hardware, **wishes: Any) -> Placement:
+        made.append((hardware.device("CUDA0").free, wishes))
+        return in_ram(gguf.files[0])
+
+    def this_machine(workers: Any, *, measure: str) -> Hardware:
+        assert (workers, measure) == ((), "cached")
+        return MACHINE
+
+    monkeypatch.setattr("dots1_local.runtime.machine.this_machine", this_machine)
+    monkeypatch.setattr("dots1_local.runtime.planner.place", place)
+    return made
+
+
+def test_loads_by_a_plan_file_or_all_in_ram(model: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(in_ram(model).to_json()))
+    with load(model, plan) as engine:
+        assert engine.n_ctx == 512
+        assert engine.placement == in_ram(model)
+    with load(model, threads=1) as engine:
+        assert engine.placement is None
+    with pytest.raises(UsageError, match="cannot read"):
+        load(model, tmp_path / "missing.json")
+
+
+def test_plans_for_what_is_asked(model: Path, plans: list[Any]) -> None:
+    with load(model, "auto", n_ctx=0, kv_type="Q8_0", threads=1) as engine:
+        assert engine.n_ctx == 1024
+        assert engine.warnings == ()
+    load(model, "auto", n_ctx=256).close()
+    assert plans == [
+        (24 * GB, {"context": 1024, "kv_type": "Q8_0", "threads": 1}),
+        (24 * GB, {"context": 256, "kv_type": None, "threads": None}),
+    ]
+
+
+def test_plans_again_with_more_margin(
+    model: Path, plans: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [OutOfMemory("CUDA0", 7, f"CUDA0 ran out ({n})") for n in range(4)]
+    real = Engine.open
+
+    def reluctant(*values: Any, **options: Any) -> Engine:
+        if failures:
+            raise failures.pop(0)
+        return real(*values, **options)
+
+    monkeypatch.setattr(Engine, "open", reluctant)
+    with pytest.raises(OutOfMemory, match="3"):
+        load(model, "auto")
+    assert [free for free, _ in plans] == [24 * GB, 23 * GB, 21 * GB, 17 * GB]
+    failures.append(OutOfMemory("CUDA0", 7, "CUDA0 ran out"))
+    with load(model, "auto") as engine:
+        assert engine.warnings == ("CUDA0 ran out; planned again with 1.0 GB more left free",)

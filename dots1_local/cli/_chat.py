@@ -1,19 +1,22 @@
 """`dots1 chat`: talk to a model, or ask it one thing."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dots1_local.cli._output import Json, Threads, notice, print_json, progress_bar
+from dots1_local.cli._chat_session import existing, kept, open_engine, open_session
+from dots1_local.cli._output import Json, Threads, notice, print_json
+from dots1_local.cli._planned import Plan, Workers
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
+    from dots1_local.runtime.conversation import Conversation
     from dots1_local.runtime.session import Session
 
 __all__ = ["chat"]
@@ -35,6 +38,12 @@ def chat(
     ] = None,
     load: Annotated[
         Path | None, typer.Option("--load", help="Go on with a conversation that /save wrote.")
+    ] = None,
+    session_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--session", help="Go on with the conversation in this file, if any, and keep it there."
+        ),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Complete text without a chat template: a base model.")
@@ -76,9 +85,15 @@ def chat(
         ),
     ] = None,
     context: Annotated[
-        int | None,
-        typer.Option("--context", "-c", min=0, help="Context in tokens: 4096 if unset, 0 for all."),
+        str | None,
+        typer.Option(
+            "--context",
+            "-c",
+            help="Such as 16k; 4096 if unset, or 16k where it is planned; 0 is all.",
+        ),
     ] = None,
+    plan: Plan = None,
+    worker: Workers = None,
     threads: Threads = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Print answers as they are, Markdown not rendered.")
@@ -95,6 +110,8 @@ def chat(
     """
     if not all(stop or ()):
         raise UsageError("--stop is empty; it would stop every answer at once")
+    if load and session_file:
+        raise UsageError("--session loads its own file; leave out --load")
     question = _question(prompt, as_json)
     sampling = {
         "temperature": temperature,
@@ -110,14 +127,18 @@ def chat(
         "stop": tuple(stop) if stop else None,
         "overflow": overflow,
     }
-    with _session(model, context, threads, load, raw, sampling, others) as session:
+    engine = partial(open_engine, model, context, threads, plan, worker or ())
+    source = load or existing(session_file)
+    with open_session(engine, source, raw, sampling, others) as (session, conversation):
         markdown = not (plain or raw)
         if question is None:
-            _converse(session, markdown)
-        elif as_json:
-            _answer_as_json(session, question)
-        else:
-            _answer(session, question, markdown)
+            _converse(session, markdown, session_file, source, conversation)
+            return
+        with kept(session, session_file):
+            if as_json:
+                _answer_as_json(session, question)
+            else:
+                _answer(session, question, markdown)
 
 
 def _question(prompt: str | None, as_json: bool) -> str | None:
@@ -141,46 +162,25 @@ def _piped_text() -> str:
         raise UsageError(f"what is piped in is no UTF-8 text (at byte {error.start:,})") from None
 
 
-@contextmanager
-def _session(
-    model: Path,
-    context: int | None,
-    threads: int | None,
-    load: Path | None,
-    raw: bool,
-    sampling: Mapping[str, Any],
-    others: Mapping[str, Any],
-) -> Iterator["Session"]:
-    """A session on the model; what is None stays as it is by default or in the loaded file."""
-    from dots1_local.cli.repl.commands import tell_loaded
-    from dots1_local.runtime.conversation import load_conversation
-    from dots1_local.runtime.engine import Engine
-    from dots1_local.runtime.sampling import Sampling
-    from dots1_local.runtime.session import Session
-
-    given = {name: value for name, value in sampling.items() if value is not None}
-    chosen = Sampling(**given)  # a bad value is told before a long load
-    conversation = load_conversation(load) if load else None
-    with progress_bar("loading") as report:
-        engine = Engine.open(model, n_ctx=context, threads=threads, progress=report)
-    with engine, Session(engine, sampling=chosen, raw=raw) as session:
-        if load and conversation:
-            conversation.apply(session)
-            session.sampling = replace(session.sampling, **given)
-            if sys.stderr.isatty():
-                tell_loaded(load, conversation, session)
-        for name, value in others.items():
-            if value is not None:
-                setattr(session, name, value)
-        yield session
-
-
-def _converse(session: "Session", markdown: bool) -> None:
+def _converse(
+    session: "Session",
+    markdown: bool,
+    file: Path | None,
+    source: Path | None,
+    conversation: "Conversation | None",
+) -> None:
+    from dots1_local.cli.repl.keeper import left_behind
     from dots1_local.cli.repl.loop import Repl
 
+    repl = Repl(session, markdown, file)
+    if source and conversation:
+        repl.take_up(source, conversation)
     if sys.stderr.isatty():
         notice(f"{session.model}, context of {session.n_ctx:,} tokens. /help lists commands.")
-    Repl(session, markdown).run()
+        if found := left_behind():
+            more = f"{len(found)} conversations were" if len(found) > 1 else "a conversation was"
+            notice(f"{more} cut off; the last goes on with /load {found[-1]}")
+    repl.run()
 
 
 def _answer(session: "Session", question: str, markdown: bool) -> None:

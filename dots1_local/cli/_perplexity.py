@@ -1,5 +1,6 @@
 """`dots1 perplexity`: how well a model predicts a text, and how far it is from another model."""
 
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
+from dots1_local.cli._planned import Plan, Workers, chosen_placement, one_sentence
 
 if TYPE_CHECKING:
     from dots1_local.evaluate.divergence import Divergence
@@ -49,6 +51,8 @@ def perplexity(
     histogram: Annotated[
         bool, typer.Option("--histogram", help="Show KL divergence by token, when comparing.")
     ] = False,
+    plan: Plan = None,
+    worker: Workers = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -73,10 +77,17 @@ def perplexity(
         raise typer.BadParameter("--logits brings its own text; leave out -f")
     if histogram and (json or not compares):
         raise typer.BadParameter("--histogram goes with --reference or --logits, without --json")
-    if compares:
-        _compare(model, text, reference, logits, context, chunks, threads, json, histogram)
-    elif text is not None:
-        _measure(model, text, save_logits, force, context, chunks, threads, json)
+    where = {
+        "placement": chosen_placement(plan, worker or ()),
+        "workers": tuple(worker or ()),
+        "threads": threads,
+        "tell": notice,
+    }
+    with one_sentence():
+        if compares:
+            _compare(model, text, reference, logits, context, chunks, where, json, histogram)
+        elif text is not None:
+            _measure(model, text, save_logits, force, context, chunks, where, json)
 
 
 def _measure(
@@ -86,7 +97,7 @@ def _measure(
     force: bool,
     context: int | None,
     chunks: int | None,
-    threads: int | None,
+    where: Mapping[str, Any],
     json: bool,
 ) -> None:
     from dots1_local.evaluate import perplexity as evaluate
@@ -100,8 +111,8 @@ def _measure(
             n_chunks=chunks,
             save_logits=save_logits,
             force=force,
-            threads=threads,
             progress=report,
+            **where,
         )
     if save_logits is not None:
         notice(f"wrote {save_logits} ({human_bytes(save_logits.stat().st_size)})")
@@ -118,7 +129,7 @@ def _compare(
     logits: Path | None,
     context: int | None,
     chunks: int | None,
-    threads: int | None,
+    where: Mapping[str, Any],
     json: bool,
     histogram: bool,
 ) -> None:
@@ -134,8 +145,8 @@ def _compare(
             text=content,
             n_ctx=context,
             n_chunks=chunks,
-            threads=threads,
             progress=report,
+            **where,
         )
     if result.tokens < _FEW:
         notice(

@@ -1,11 +1,12 @@
 """Perplexity and KL divergence as llama-perplexity defines them, to the printed digit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,11 @@ from dots1_local.errors import UsageError
 from dots1_local.evaluate.divergence import ROW, Divergence, compare, summarise
 from dots1_local.evaluate.logits_file import LogitsFile, encode
 from dots1_local.evaluate.logits_writer import LogitsWriter, check_logits_target
-from dots1_local.evaluate.scoring import Block, Ubatch, cut, open_engine, score, workers
+from dots1_local.evaluate.scoring import Block, Ubatch, cut, open_engine, score, thread_pool
 from dots1_local.evaluate.softmax import negative_log, negative_log32
 from dots1_local.progress import Progress, silent
 from dots1_local.runtime.engine import Engine
+from dots1_local.runtime.placement import Placement
 
 __all__ = ["Perplexity", "kl_divergence", "perplexity", "read_text"]
 
@@ -66,12 +68,16 @@ def perplexity(
     save_logits: str | Path | None = None,
     force: bool = False,
     threads: int | None = None,
+    placement: Placement | str | Path | None = None,
+    workers: tuple[str, ...] = (),
+    tell: Callable[[str], None] = lambda sentence: None,
     progress: Progress = silent,
 ) -> Perplexity:
     """The perplexity of the model at `path` on `text`, on at most `n_chunks` chunks.
 
     `save_logits` keeps its log-probabilities in a file for `kl_divergence` and for
-    llama-perplexity; `force` lets it replace another such file.
+    llama-perplexity; `force` lets it replace another such file. `placement` and `workers` say
+    where the model lives, as to `load`; `tell` hears the plan and the engine's warnings.
 
     Raises:
         UsageError: the text has fewer than 2 * n_ctx tokens.
@@ -82,13 +88,15 @@ def perplexity(
     if target is not None:
         check_logits_target(target, force)
     with ExitStack() as stack:
-        engine = stack.enter_context(open_engine(path, n_ctx, threads))
+        where = {"placement": placement, "workers": workers, "tell": tell}
+        engine = stack.enter_context(open_engine(path, n_ctx, threads, **where))
+        _tell_warnings(engine, tell)
         chunks = cut(engine, text, n_ctx, n_chunks)
         writer = None
         if target is not None:
             writer = LogitsWriter(target, chunks, engine.n_vocab, force=force)
             stack.enter_context(writer)
-        pool = stack.enter_context(workers(threads))
+        pool = stack.enter_context(thread_pool(threads))
         losses = np.empty((len(chunks), n_ctx - n_ctx // 2 - 1))
         loss = negative_log if writer is None else negative_log32
 
@@ -129,13 +137,17 @@ def kl_divergence(
     n_ctx: int | None = None,
     n_chunks: int | None = None,
     threads: int | None = None,
+    placement: Placement | str | Path | None = None,
+    workers: tuple[str, ...] = (),
+    tell: Callable[[str], None] = lambda sentence: None,
     progress: Progress = silent,
 ) -> Divergence:
     """How far the model at `path` is from a base model, on at most `n_chunks` chunks.
 
     The base is either a `logits` file, which brings its own tokens and n_ctx, or a `reference`
     model, evaluated side by side on `text` in chunks of `n_ctx` (default 512) tokens. Its logits
-    then go through the file's 16 bits in memory, so that both give the same digits.
+    then go through the file's 16 bits in memory, so that both give the same digits. `placement`,
+    `workers` and `tell` are about the model at `path`; a reference is run from RAM.
 
     Raises:
         UsageError: not one base; a text or another n_ctx beside a file; vocabularies that differ.
@@ -144,18 +156,19 @@ def kl_divergence(
     """
     if (logits is None) == (reference is None):
         raise UsageError("KL divergence needs one base: a logits file or a reference model")
+    where = {"placement": placement, "workers": workers, "tell": tell}
     with ExitStack() as stack:
         if logits is not None:
             if text is not None:
                 raise UsageError(f"{logits} brings its own text; give no other")
             base = stack.enter_context(LogitsFile.open(logits))
-            chunks, steps = _beside_file(stack, path, base, n_ctx, n_chunks, threads)
+            chunks, steps = _beside_file(stack, path, base, n_ctx, n_chunks, threads, where)
         elif reference is not None:
             if text is None:
                 raise UsageError("a reference model needs a text to be compared on")
-            engines = _open_both(stack, path, reference, n_ctx or _N_CTX, threads)
+            engines = _open_both(stack, path, reference, n_ctx or _N_CTX, threads, where)
             chunks, steps = _beside_model(*engines, text, n_ctx or _N_CTX, n_chunks)
-        rows = _rows(chunks, steps, stack.enter_context(workers(threads)), progress)
+        rows = _rows(chunks, steps, stack.enter_context(thread_pool(threads)), progress)
     return summarise(rows, chunks.shape[1])
 
 
@@ -166,12 +179,14 @@ def _beside_file(
     n_ctx: int | None,
     n_chunks: int | None,
     threads: int | None,
+    where: Mapping[str, Any],
 ) -> tuple[Tokens, Steps]:
     """The file's chunks, and what `path` computes for them."""
     layout = base.layout
     if n_ctx not in (None, layout.n_ctx):
         raise UsageError(f"{base.path} has chunks of {layout.n_ctx} tokens, not {n_ctx}")
-    engine = stack.enter_context(open_engine(path, layout.n_ctx, threads))
+    engine = stack.enter_context(open_engine(path, layout.n_ctx, threads, **where))
+    _tell_warnings(engine, where["tell"])
     if engine.n_vocab != layout.n_vocab:
         raise UsageError(
             f"{base.path} is of a vocabulary of {layout.n_vocab}, {path} has {engine.n_vocab}"
@@ -185,14 +200,26 @@ def _from_file(base: LogitsFile) -> Base:
 
 
 def _open_both(
-    stack: ExitStack, path: str | Path, reference: str | Path, n_ctx: int, threads: int | None
+    stack: ExitStack,
+    path: str | Path,
+    reference: str | Path,
+    n_ctx: int,
+    threads: int | None,
+    where: Mapping[str, Any],
 ) -> tuple[Engine, Engine]:
-    model, base = (stack.enter_context(open_engine(p, n_ctx, threads)) for p in (path, reference))
+    model = stack.enter_context(open_engine(path, n_ctx, threads, **where))
+    base = stack.enter_context(open_engine(reference, n_ctx, threads))
+    _tell_warnings(model, where["tell"])
     if model.n_vocab != base.n_vocab:
         raise UsageError(
             f"{reference} has a vocabulary of {base.n_vocab}, {path} one of {model.n_vocab}"
         )
     return model, base
+
+
+def _tell_warnings(engine: Engine, tell: Callable[[str], None]) -> None:
+    for warning in engine.warnings:
+        tell(warning)
 
 
 def _beside_model(

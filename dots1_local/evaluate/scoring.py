@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from dots1_local.errors import UsageError
 from dots1_local.runtime.engine import Engine, Entry
 from dots1_local.runtime.hardware import physical_cores
+from dots1_local.runtime.planned import load
 
-__all__ = ["Block", "Ubatch", "cut", "open_engine", "score", "workers"]
+__all__ = ["Block", "Ubatch", "cut", "open_engine", "score", "thread_pool"]
 
 _N_BATCH = 2048  # llama-perplexity's default; chunks are evaluated side by side up to this
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
@@ -50,14 +52,19 @@ class Ubatch:
     blocks: list[Block]
 
 
-def open_engine(path: str | Path, n_ctx: int, threads: int | None) -> Engine:
-    """An engine that `score` can use."""
-    return Engine.open(
-        path, n_ctx=n_ctx, n_sequences=_at_once(n_ctx), threads=threads, all_logits=True
+def open_engine(path: str | Path, n_ctx: int, threads: int | None, **options: Any) -> Engine:
+    """An engine that `score` can use; `options` are those of `load`."""
+    return load(
+        path,
+        n_ctx=n_ctx,
+        n_sequences=_at_once(n_ctx),
+        threads=threads,
+        all_logits=True,
+        **options,
     )
 
 
-def workers(threads: int | None) -> ThreadPoolExecutor:
+def thread_pool(threads: int | None) -> ThreadPoolExecutor:
     """Threads for blocks; numpy computes outside the interpreter lock."""
     return ThreadPoolExecutor(min(threads or physical_cores(), os.cpu_count() or 1))
 

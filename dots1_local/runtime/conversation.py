@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,7 @@ from dots1_local.runtime.prompt import Message
 from dots1_local.runtime.sampling import Sampling
 from dots1_local.runtime.session import Overflow, Session
 
-__all__ = ["Conversation", "load_conversation", "save_conversation"]
+__all__ = ["Conversation", "load_conversation", "save_conversation", "state_path"]
 
 _FORMAT, _VERSION = "dots1-conversation", 1
 _LARGEST = 1 << 26  # bytes; a full context of dots.llm1 is a few hundred thousand
@@ -20,7 +21,10 @@ _LARGEST = 1 << 26  # bytes; a full context of dots.llm1 is a few hundred thousa
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a session holds, less the tokens; `model` is the name of the file it was held with."""
+    """What a session holds, less the tokens; `model` is the name of the file it was held with.
+
+    `unanswered` is a last question to which there is no answer yet, "" if there is none.
+    """
 
     model: str
     messages: tuple[Message, ...]
@@ -28,17 +32,27 @@ class Conversation:
     max_tokens: int | None
     stop: tuple[str, ...]
     overflow: Overflow
+    unanswered: str = ""
 
     def apply(self, session: Session) -> None:
-        """Put the session where this one was."""
+        """Put the session where this one was; what is unanswered is left to ask."""
         session.messages = list(self.messages)
         session.sampling = self.sampling
         session.max_tokens = self.max_tokens
         session.stop, session.overflow = self.stop, self.overflow
 
 
-def save_conversation(path: str | Path, session: Session) -> None:
+def state_path(path: Path) -> Path:
+    """Where the KV cache of the conversation in `path` is kept: talk.kv for talk.json."""
+    return path.with_name(f"{path.stem if path.suffix == '.json' else path.name}.kv")
+
+
+def save_conversation(
+    path: str | Path, session: Session, messages: Sequence[Message] | None = None
+) -> None:
     """Write the session's conversation to `path`, whole or not at all.
+
+    Other `messages` than its own may end in a question that has no answer yet.
 
     Raises:
         UsageError: it cannot be written there, or another kind of file would be overwritten.
@@ -49,6 +63,8 @@ def save_conversation(path: str | Path, session: Session) -> None:
             _read(path)
         except UsageError as error:
             raise UsageError(f"{error}; it stays as it is, choose another name") from None
+    said = list(session.messages if messages is None else messages)
+    unanswered = said.pop().text if said and said[-1].role == "user" else None
     content = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -59,7 +75,8 @@ def save_conversation(path: str | Path, session: Session) -> None:
             "stop": list(session.stop),
             "overflow": session.overflow,
         },
-        "messages": [{"role": m.role, "text": m.text} for m in session.messages],
+        "messages": [{"role": m.role, "text": m.text} for m in said],
+        **({} if unanswered is None else {"unanswered": unanswered}),
     }
     text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
     try:
@@ -130,6 +147,7 @@ def _conversation(content: dict[str, Any]) -> Conversation:
         _max_tokens(settings.get("max_tokens")),
         _stop(settings.get("stop", [])),
         _overflow(settings.get("overflow", "drop")),
+        _unanswered(content.get("unanswered", "")),
     )
 
 
@@ -151,7 +169,7 @@ def _message(entry: Any, number: int) -> Message:
     role, text = (entry.get(key) if isinstance(entry, dict) else None for key in ("role", "text"))
     if role not in ("system", "user", "assistant") or not isinstance(text, str):
         raise UsageError(f"message {number} is not the text of system, user or assistant")
-    return Message(role, text.encode("utf-8", errors="replace").decode("utf-8"))
+    return Message(role, _encodable(text))
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:
@@ -180,6 +198,16 @@ def _overflow(value: Any) -> Overflow:
         raise UsageError(f"overflow is {_brief(value)}, not one of {', '.join(get_args(Overflow))}")
     chosen: Overflow = value
     return chosen
+
+
+def _unanswered(value: Any) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"unanswered is {_brief(value)}, not a text")
+    return _encodable(value)
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _brief(value: Any) -> str:

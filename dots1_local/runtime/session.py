@@ -2,18 +2,21 @@
 
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Self
 from weakref import ref
 
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.progress import Progress, silent
+from dots1_local.runtime.answer_tokens import with_tokens
 from dots1_local.runtime.engine import Engine
-from dots1_local.runtime.kv_cache import KVCache
+from dots1_local.runtime.kv_cache import KVCache, common_prefix
+from dots1_local.runtime.kv_state_file import opened_state
 from dots1_local.runtime.prompt import Message, Prompter, RawPrompter
 from dots1_local.runtime.sampling import Sampler, Sampling
+from dots1_local.runtime.stats import Stats, StopReason
 from dots1_local.runtime.stopping import AnswerText
-from dots1_local.runtime.turns import count_turns, drop_oldest, last_turn, turns_to_drop
+from dots1_local.runtime.turns import Turn, count_turns, drop_oldest, last_turn, turns_to_drop
 
 __all__ = ["SYSTEM_PROMPT", "Overflow", "Session", "Stats", "StopReason"]
 
@@ -21,51 +24,6 @@ __all__ = ["SYSTEM_PROMPT", "Overflow", "Session", "Stats", "StopReason"]
 SYSTEM_PROMPT = "You are a helpful assistant."
 
 Overflow = Literal["drop", "stop"]
-StopReason = Literal["end", "stop", "length", "context", "interrupted"]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """How the last answer went; `reused_tokens` of the prompt were still in the KV cache.
-
-    Of `stop`, "end" is the model's own, "stop" a stop string. `dropped_turns` had to make room.
-    """
-
-    prompt_tokens: int
-    reused_tokens: int
-    generated_tokens: int
-    prompt_seconds: float
-    generation_seconds: float
-    stop: StopReason
-    dropped_turns: int = 0
-
-    @property
-    def prompt_speed(self) -> float:
-        """Tokens a second over what had to be computed."""
-        return (self.prompt_tokens - self.reused_tokens) / max(self.prompt_seconds, 1e-9)
-
-    @property
-    def generation_speed(self) -> float:
-        """Tokens a second."""
-        return self.generated_tokens / max(self.generation_seconds, 1e-9)
-
-
-@dataclass
-class _Turn:
-    """An answer in the making, to the last of `messages`."""
-
-    messages: list[Message]
-    limit: int | None
-    answer: AnswerText
-    progress: Progress
-    prompt: list[int] = field(default_factory=list)
-    dropped: int = 0
-    stop: StopReason = "interrupted"
-
-    @property
-    def size(self) -> int:
-        """Tokens of prompt and answer."""
-        return len(self.prompt) + len(self.answer.tokens)
 
 
 class Session:
@@ -99,6 +57,7 @@ class Session:
         self.max_tokens = max_tokens
         self.messages: list[Message] = []
         self.stats: Stats | None = None
+        self._turn: Turn | None = None
         self._latest: Callable[[], Generator[str, None, None] | None] = lambda: None
         default = "" if raw else SYSTEM_PROMPT
         self.system = default if system is None else system
@@ -151,6 +110,14 @@ class Session:
         """Tokens in the KV cache now."""
         return len(self._cache)
 
+    @property
+    def so_far(self) -> list[Message]:
+        """The messages, with a turn in the making: its question and what is answered by now."""
+        turn = self._turn
+        if turn is None:
+            return self.messages
+        return [*turn.messages, turn.answer.message()] if turn.answer.tokens else turn.messages
+
     def count(self, text: str) -> int:
         """How many tokens a text is."""
         return len(self._prompter.content(Message("user", text)))
@@ -201,12 +168,39 @@ class Session:
             raise UsageError("there is no answer to make again; ask something first")
         return self._answer(self.messages[: index + 1], self.max_tokens, progress)
 
+    def save_state(self, path: str | Path, progress: Progress = silent) -> int:
+        """Write the KV cache of the messages; the bytes written, 0 where the file is up to date.
+
+        Raises:
+            Dots1Error: it cannot be written there.
+        """
+        self._end_latest()
+        self._cache.keep(self._prompter.tokens(self.messages) if self.messages else [])
+        answers = [each.tokens for each in self.messages if each.role == "assistant"]
+        return self._cache.save(Path(path), answers, progress)
+
+    def load_state(self, path: str | Path) -> int:
+        """Take up a KV cache that `save_state` wrote: how many of the messages' tokens it spares.
+
+        What is damaged, or of another model, context or conversation, spares none.
+        """
+        self._end_latest()
+        with opened_state(Path(path), self._engine) as state:
+            if state is None or not self.messages:
+                return 0
+            self.messages = with_tokens(self.messages, state.answers, self._engine)
+            tokens = self._prompter.tokens(self.messages)
+            if common_prefix(tokens, state.tokens):
+                self._cache.restore(Path(path), state)
+                return self._cache.keep(tokens)
+        return 0
+
     def _answer(
         self, asked: list[Message], limit: int | None, progress: Progress
     ) -> Generator[str, None, None]:
         if limit is not None and limit < 1:
             raise UsageError(f"an answer of at most {limit} tokens is none; give 1 or more")
-        turn = _Turn(asked, limit, AnswerText(self.stop), progress)
+        turn = Turn(asked, limit, AnswerText(self.stop), progress)
         self._fit(turn)
         if not turn.prompt:
             raise UsageError("there is nothing to complete; give the beginning of a text")
@@ -221,7 +215,7 @@ class Session:
         if (stream := self._latest()) is not None:
             stream.close()
 
-    def _refusal(self, turn: _Turn) -> str:
+    def _refusal(self, turn: Turn) -> str:
         if count_turns(turn.messages) > 1:
             what, remedy = "with this question the conversation", "set overflow to drop"
         else:
@@ -231,7 +225,14 @@ class Session:
             "or choose a larger context with --context"
         )
 
-    def _stream(self, turn: _Turn) -> Generator[str, None, None]:
+    def _stream(self, turn: Turn) -> Generator[str, None, None]:
+        self._turn = turn
+        try:
+            yield from self._computed(turn)
+        finally:
+            self._turn = None
+
+    def _computed(self, turn: Turn) -> Generator[str, None, None]:
         start = time.perf_counter()
         prompt_tokens, reused = len(turn.prompt), self._cache.hold(turn.prompt, turn.progress)
         self._sampler.begin(turn.prompt)
@@ -250,7 +251,7 @@ class Session:
                 turn.dropped,
             )
 
-    def _generate(self, turn: _Turn) -> Generator[str, None, None]:
+    def _generate(self, turn: Turn) -> Generator[str, None, None]:
         answer = turn.answer
         while turn.stop == "interrupted" and not answer.stopped:
             token = self._sampler.next(self._engine)
@@ -265,7 +266,7 @@ class Session:
         if held := answer.finish():
             yield held
 
-    def _go_on(self, turn: _Turn, token: int) -> bool:
+    def _go_on(self, turn: Turn, token: int) -> bool:
         """Compute the token that was written last; False where the context has no room for it."""
         if turn.size < self.n_ctx:
             self._cache.add(token)
@@ -276,7 +277,7 @@ class Session:
         self._cache.hold([*turn.prompt, *turn.answer.tokens], turn.progress)
         return True
 
-    def _fit(self, turn: _Turn) -> None:
+    def _fit(self, turn: Turn) -> None:
         """Make the prompt, without as many turns as leaves room for the answer to go on."""
         turn.prompt = self._prompter.tokens(turn.messages)
         quarter, written = self.n_ctx // 4, len(turn.answer.tokens)

@@ -2,10 +2,32 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+from dots1_local.progress import Progress
 from dots1_local.runtime.prompt import Message
+from dots1_local.runtime.stats import StopReason
+from dots1_local.runtime.stopping import AnswerText
 
-__all__ = ["count_turns", "drop_oldest", "last_turn", "turns_to_drop"]
+__all__ = ["Turn", "count_turns", "drop_oldest", "last_turn", "turns_to_drop"]
+
+
+@dataclass
+class Turn:
+    """An answer in the making, to the last of `messages`."""
+
+    messages: list[Message]
+    limit: int | None
+    answer: AnswerText
+    progress: Progress
+    prompt: list[int] = field(default_factory=list)
+    dropped: int = 0
+    stop: StopReason = "interrupted"
+
+    @property
+    def size(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt) + len(self.answer.tokens)
 
 
 def last_turn(messages: Sequence[Message]) -> int | None:

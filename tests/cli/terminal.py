@@ -25,19 +25,38 @@ _ROWS, _COLUMNS = 200, 160  # tall, so that nothing scrolls away
 _CHILD = """
 import fcntl, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+exec(sys.argv.pop(1))
 from dots1_local.cli import main
 main()
 """
 
+# Python after which the sixth call that computes something ends as a lost worker does.
+ABORTS = """
+from dots1_local.runtime.engine import Engine
+decode = Engine.decode
+calls = []
+def aborting(*arguments):
+    calls.append(None)
+    if len(calls) == 6:
+        from dots1_local.ggml import library
+        library().ggml_abort(b"ggml-rpc.cpp", 1, b"Remote RPC server crashed or returned nothing")
+    return decode(*arguments)
+Engine.decode = aborting
+"""
+
 
 class Terminal:
-    """`dots1` in a pseudo-terminal, at home in `folder`; use it in a `with` statement."""
+    """`dots1` in a pseudo-terminal, at home in `folder`; use it in a `with` statement.
+
+    `first` is Python that the process runs before anything else.
+    """
 
     def __init__(
         self,
         folder: Path,
         *arguments: object,
         stdout: IO[bytes] | None = None,
+        first: str = "",
         **environment: str,
     ) -> None:
         self.seen = b""
@@ -46,7 +65,7 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, _COLUMNS, 0, 0))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, *map(str, arguments)],
+            [sys.executable, "-c", _CHILD, first, *map(str, arguments)],
             stdin=theirs,
             stdout=stdout or theirs,
             stderr=theirs,

@@ -104,7 +104,7 @@ def test_a_dialogue_outlives_them_wherever_they_come(monkeypatch: pytest.MonkeyP
         def __init__(self, *_: object) -> None:
             pass
 
-        def read(self) -> str:
+        def read(self, draft: str) -> str:
             ctrl_c()
             if line := next(lines):
                 return line

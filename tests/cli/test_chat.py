@@ -10,7 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dots1_local.cli import app
+from dots1_local.runtime.placement import Placement
 from dots1_local.runtime.sampling import Sampling
+from tests.cli.terminal import ABORTS
 from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
 
 CHAT = [sys.executable, "-c", "from dots1_local.cli import main; main()", "chat"]
@@ -115,9 +117,80 @@ def test_a_saved_conversation_goes_on(model: Path, tmp_path: Path) -> None:
     assert answer("-n", "6")["text"] == "中文"
 
 
+def test_a_session_file_is_made_and_gone_on_with(model: Path, tmp_path: Path) -> None:
+    file, state = tmp_path / "talk.json", tmp_path / "talk.kv"
+    for turns in (1, 2):
+        found = json.loads(run(model, "--session", str(file), "-p", "hi", "--json").stdout)
+        assert (found["text"], found["reused_tokens"] > 0) == ("中文", turns == 2)
+        messages = json.loads(file.read_text(encoding="utf-8"))["messages"]
+        assert [m["text"] for m in messages[1:]] == ["hi", "中文"] * turns
+        assert state.stat().st_size > 1000
+    state.unlink()
+    found = json.loads(run(model, "--session", str(file), "-p", "hi", "--json").stdout)
+    assert (found["text"], found["reused_tokens"]) == ("中文", 0)
+
+
+def test_an_engine_that_ends_the_process_leaves_what_was_answered(
+    model: Path, tmp_path: Path
+) -> None:
+    aborting = ABORTS + CHAT[2]
+    file = tmp_path / "talk.json"
+    done = subprocess.run(
+        [
+            *CHAT[:2],
+            aborting,
+            "chat",
+            model,
+            "-p",
+            "hi",
+            "--temp",
+            "0",
+            "-t",
+            "1",
+            "--session",
+            file,
+        ],
+        capture_output=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert (done.returncode, done.stdout.decode()) == (1, "中")
+    assert done.stderr.startswith(b"dots1: the connection to a worker was lost")
+    assert done.stderr.count(b"\n") == 1
+    messages = json.loads(file.read_text(encoding="utf-8"))["messages"]
+    assert [m["text"] for m in messages[1:]] == ["hi", "中"]
+
+
+def test_a_plan_says_how_it_runs(model: Path, tmp_path: Path) -> None:
+    placement = Placement(
+        model=model.name,
+        model_bytes=model.stat().st_size,
+        blocks=3,
+        context=64,
+        kv_type="F16",
+        flash_attention=True,
+        ubatch=16,
+        threads=1,
+        host_memory="mapped",
+    )
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(placement.to_json()), encoding="utf-8")
+    assert run(model, "-p", "hi", "--plan", str(path)).stdout == "中文\n"
+    refused = run(model, "-p", "x" * 99, "--plan", str(path))
+    assert "the context holds 64" in str(refused.exception)
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("1k", 1024), ("512", 512), ("0", 1024)])
+def test_a_context_can_be_given_in_thousands(model: Path, text: str, tokens: int) -> None:
+    refused = run(model, "-p", "x" * 2000, "-c", text)
+    assert f"the context holds {tokens:,}" in str(refused.exception)
+
+
 @pytest.mark.parametrize(
-    "options", [["--temp", "-1"], ["--top-p", "2"], ["-n", "0"], ["-c", "2000"], ["--threads", "0"],
-                ["--top-k", "-1"], ["--overflow", "grow"], ["--stop", ""], ["--load", "nowhere"]]
+    "options", [["--temp", "-1"], ["--top-p", "2"], ["-n", "0"], ["-c", "some"], ["--threads", "0"],
+                ["--top-k", "-1"], ["--overflow", "grow"], ["--stop", ""], ["--load", "nowhere"],
+                ["--session", "no/where.json"], ["--load", "a", "--session", "b"],
+                ["--plan", "nowhere"]]
 )  # fmt: skip
 def test_senseless_options_are_refused(model: Path, options: list[str]) -> None:
     result = CliRunner().invoke(app, ["chat", str(model), "-p", "hi", *options])

@@ -10,6 +10,7 @@ import pytest
 from dots1_local.cli.repl.commands import COMMANDS, run_command
 from dots1_local.cli.repl.loop import Repl
 from dots1_local.errors import UsageError
+from dots1_local.runtime.conversation import save_conversation
 from dots1_local.runtime.engine import Engine
 from dots1_local.runtime.prompt import Message
 from dots1_local.runtime.session import Session
@@ -25,7 +26,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def repl(engine: Engine) -> Iterator[Repl]:
+def repl(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repl]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     with Session(engine) as session:
         yield Repl(session)
 
@@ -159,6 +161,33 @@ def test_what_is_loaded_is_told(
     path.write_text(json.dumps(content), encoding="utf-8")
     run_command(repl, f"/load {path}")
     assert capsys.readouterr().err == f"{path}: 1 turn; the last: one\n"
+
+
+def test_a_kv_cache_that_cannot_be_saved_costs_a_sentence(
+    repl: Repl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "".join(repl.session.ask("hello!")) == "A"
+    path, state = tmp_path / "talk.json", tmp_path / "talk.kv"
+    state.write_text("dear diary")
+    run_command(repl, f"/save {path}")
+    assert capsys.readouterr().err == (
+        f"saved as {path}, but without its KV cache: {state} is no saved KV cache; "
+        "it stays as it is, choose another name\n"
+    )
+    run_command(repl, f"/load {path}")
+    assert capsys.readouterr().err == f"{path}: 1 turn; the last: hello!\n"
+
+
+def test_a_question_without_an_answer_is_offered_again(
+    repl: Repl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "talk.json"
+    asked = [Message("user", "one"), Message("assistant", "A"), Message("user", "/two")]
+    save_conversation(path, repl.session, asked)
+    run_command(repl, f"/load {path}")
+    assert capsys.readouterr().err == f"{path}: 1 turn; not answered yet: /two\n"
+    assert repl.session.messages == asked[:2]
+    assert repl.draft == " /two"  # a slash alone would begin a command
 
 
 def test_show_counts_the_conversation_as_it_is(

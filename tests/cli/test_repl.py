@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.terminal import CTRL_C, CTRL_D, PASTE_BEGIN, PASTE_END, TAB, UP, Terminal
+from tests.cli.terminal import ABORTS, CTRL_C, CTRL_D, PASTE_BEGIN, PASTE_END, TAB, UP, Terminal
 from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
 
 Dialogue = Callable[..., Terminal]
@@ -47,7 +47,7 @@ def dialogue(tmp_path: Path) -> Dialogue:
 
 def saved(terminal: Terminal, folder: Path) -> list[tuple[str, str]]:
     """The conversation, as /save writes it."""
-    assert terminal.enter("/save talk") == "saved as talk.json"
+    assert terminal.enter("/save talk").startswith("saved as talk.json")
     messages = json.loads((folder / "talk.json").read_text(encoding="utf-8"))["messages"]
     return [(message["role"], message["text"]) for message in messages]
 
@@ -209,11 +209,13 @@ def test_a_saved_conversation_goes_on_in_a_new_process(
         terminal.enter("你好")
         terminal.enter("/set seed 5")
         before = saved(terminal, tmp_path)
+        assert " kB of KV cache in talk.kv" in terminal.text
     with dialogue(model, "--load", "talk.json") as terminal:
         terminal.wait_for_prompt()
-        assert terminal.lines[0] == "talk.json: 1 turn; the last: 你好"
+        begin, end = "talk.json: 1 turn, ", " tokens of it cached; the last: 你好"
+        assert (terminal.lines[0][: len(begin)], terminal.lines[0][-len(end) :]) == (begin, end)
         terminal.enter("/clear")
-        assert "1 turn; the last: 你好" in terminal.enter("/load ~/talk")
+        assert end in terminal.enter("/load ~/talk")
         assert "seed            5" in terminal.enter("/show")
         terminal.enter("and")
         assert saved(terminal, tmp_path) == [*before, ("user", "and"), ANSWER]
@@ -297,3 +299,77 @@ def test_plain_shows_what_the_model_said(model: Path, dialogue: Dialogue) -> Non
     with dialogue(model, "-p", "hi", "--plain") as terminal:
         assert terminal.wait_for_end() == 0
         assert terminal.lines[0] == SAID
+
+
+def recovery_files(folder: Path) -> list[Path]:
+    return sorted((folder / ".local" / "state" / "dots1").glob("recovery-*"))
+
+
+def test_a_dialogue_in_a_file_goes_on_there(
+    model: Path, dialogue: Dialogue, tmp_path: Path
+) -> None:
+    file, state = tmp_path / "talk.json", tmp_path / "talk.kv"
+    for turn, leave in enumerate(["/exit\r", CTRL_D, CTRL_C + CTRL_D]):
+        with dialogue(model, "--session", "talk.json") as terminal:
+            terminal.wait_for_prompt()
+            assert (f"talk.json: {turn} turn" in terminal.lines[0]) == (turn > 0)
+            terminal.enter(f"question {turn}")
+            messages = json.loads(file.read_text(encoding="utf-8"))["messages"]
+            assert messages[-2]["text"] == f"question {turn}"
+            before = state.stat().st_mtime_ns if turn else 0
+            assert recovery_files(tmp_path) == []
+            terminal.send(leave)
+            assert terminal.wait_for_end() == 0
+            assert state.stat().st_mtime_ns > before
+    assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE(state.stat().st_mode) == 0o600
+
+
+def test_a_killed_dialogue_can_be_gone_on_with(
+    endless: Path, model: Path, dialogue: Dialogue, tmp_path: Path
+) -> None:
+    with dialogue(model) as other, dialogue(endless, "-c", "0") as terminal:
+        other.wait_for_prompt()
+        other.enter("elsewhere")
+        terminal.wait_for_prompt()
+        assert "cut off" not in terminal.text
+        terminal.type("go")
+        terminal.send("\r")
+        terminal.wait_for("abc abc")
+        mine = max(recovery_files(tmp_path), key=lambda path: path.stat().st_mtime_ns)
+        terminal.process.kill()
+        terminal.process.wait()
+        assert stat.S_IMODE(mine.stat().st_mode) == 0o600
+        with dialogue(model) as next_one:
+            next_one.wait_for_prompt()
+            notice = f"a conversation was cut off; the last goes on with /load {mine}"
+            assert notice in " ".join(next_one.lines)
+            next_one.send(f"/load {mine}\r")
+            next_one.wait_for("> go")
+            shown = " ".join(next_one.lines)
+            assert "0 turns, held with endless.gguf; not answered yet: go" in shown
+            next_one.finish()
+            assert saved(next_one, tmp_path) == [SYSTEM, ("user", "go"), ANSWER]
+            next_one.send(CTRL_D)
+            assert next_one.wait_for_end() == 0
+        other.send(CTRL_D)
+        assert other.wait_for_end() == 0
+    assert recovery_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("file", ["", "talk.json"])
+def test_an_engine_that_ends_the_process_costs_a_sentence(
+    endless: Path, dialogue: Dialogue, tmp_path: Path, file: str
+) -> None:
+    options = ["--session", file] if file else []
+    with dialogue(endless, *options, "--plain", first=ABORTS) as terminal:
+        terminal.wait_for_prompt()
+        terminal.type("go")
+        terminal.send("\r")
+        assert terminal.wait_for_end() == 1
+        [path] = [tmp_path / file] if file else recovery_files(tmp_path)
+        written, told = terminal.text.split("> go\n")[1].split("\n", 1)
+        assert told.replace("\n", " ").startswith("dots1: the connection to a worker was lost")
+        assert f"/load {file or path} goes on from here" in told.replace("\n", " ")
+    kept = json.loads(path.read_text(encoding="utf-8"))["messages"]
+    assert [m["text"] for m in kept[1:]] == ["go", written]
+    assert written == "abc a"

@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dots1_local.errors import UsageError
-from dots1_local.runtime.conversation import Conversation, load_conversation, save_conversation
+from dots1_local.runtime.conversation import (
+    Conversation,
+    load_conversation,
+    save_conversation,
+    state_path,
+)
 from dots1_local.runtime.prompt import Message
 from dots1_local.runtime.sampling import Sampling
 from tests.helpers import EOS, tokens_of
@@ -60,6 +65,25 @@ def test_the_file_is_for_people_too(talk: Talk, tmp_path: Path) -> None:
     assert '"text": "你好\\n吗"' in text
     assert '"text": "中文"' in text
     assert json.loads(text)["format"] == "dots1-conversation"
+
+
+def test_a_question_without_an_answer_is_kept_apart(talk: Talk, tmp_path: Path) -> None:
+    session = talk([*tokens_of("yes"), EOS], system="")
+    "".join(session.ask("one"))
+    asked = [*session.messages, Message("user", "two\udce4")]
+    save_conversation(tmp_path / "talk.json", session, asked)
+    conversation = load_conversation(tmp_path / "talk.json")
+    assert conversation.messages == (Message("user", "one"), Message("assistant", "yes"))
+    assert conversation.unanswered == "two?"
+    save_conversation(tmp_path / "talk.json", session)
+    assert load_conversation(tmp_path / "talk.json").unanswered == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "state"), [("talk.json", "talk.kv"), ("talk", "talk.kv"), ("a.txt", "a.txt.kv")]
+)
+def test_the_kv_cache_has_its_place_beside_it(tmp_path: Path, name: str, state: str) -> None:
+    assert state_path(tmp_path / name) == tmp_path / state
 
 
 def test_half_a_surrogate_can_be_saved(talk: Talk, tmp_path: Path) -> None:
@@ -139,6 +163,7 @@ def test_reads_what_it_should(tmp_path: Path) -> None:
         ({"settings": {"stop": "abc"}}, "stop is 'abc', not a list"),
         ({"settings": {"stop": [""]}}, "stop is"),
         ({"settings": {"overflow": ["drop"]}}, "overflow is"),
+        ({"unanswered": 1}, "unanswered is 1, not a text"),
         ({"messages": None}, "its messages are missing"),
         ({"messages": ["hi"]}, "message 1 is not"),
         ({"messages": [{"role": "user"}]}, "message 1 is not"),

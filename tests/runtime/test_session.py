@@ -216,6 +216,19 @@ def test_the_answer_kept_is_what_was_shown(talk: Talk) -> None:
         assert session.messages[-1].text == shown
 
 
+def test_what_is_said_so_far_is_there_at_any_time(talk: Talk) -> None:
+    session = talk([*tokens_of("ab"), EOS], system="")
+    seen: list[list[str]] = []
+
+    def look(done: int = 0, total: int = 0, unit: str = "", what: str = "") -> None:
+        seen.append([message.text for message in session.so_far])
+
+    for _ in session.ask("hi", progress=look):
+        look()
+    assert seen == [["hi"], ["hi"], ["hi", "a"], ["hi", "ab"]]
+    assert session.so_far == session.messages
+
+
 def test_a_stream_that_is_not_begun_is_no_turn(talk: Talk) -> None:
     session = talk(YES)
     session.ask("hi").close()

@@ -16,7 +16,16 @@ from dots1_local.progress import Progress, silent
 if TYPE_CHECKING:
     from dots1_local.runtime.session import Session, Stats
 
-__all__ = ["Ask", "NotAnswered", "interrupts", "show", "stream", "tell", "tell_status"]
+__all__ = [
+    "Ask",
+    "NotAnswered",
+    "interrupts",
+    "show",
+    "show_caret",
+    "stream",
+    "tell",
+    "tell_status",
+]
 
 Ask = Callable[[Progress], Generator[str, None, None]]
 
@@ -116,6 +125,14 @@ def _without_caret() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def show_caret() -> None:
+    """Let the terminal write ^C again, where the process ends before its time."""
+    if sys.stdin.isatty():
+        usual = termios.tcgetattr(sys.stdin)
+        usual[3] |= termios.ECHOCTL
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, usual)
 
 
 @contextmanager

@@ -3,22 +3,19 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dots1_local.cli._output import notice
 from dots1_local.cli.repl.paths import conversation_path, read_text, typed_path
+from dots1_local.cli.repl.saving import resume, save
 from dots1_local.cli.repl.settings import change, find_setting, values
+from dots1_local.cli.repl.shown import one_line, plain
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.cli.repl.loop import Repl
-    from dots1_local.runtime.conversation import Conversation
-    from dots1_local.runtime.session import Session
 
-__all__ = ["COMMANDS", "Command", "run_command", "tell_loaded"]
-
-_SHOWN_CHARACTERS = 60
+__all__ = ["COMMANDS", "Command", "run_command"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def run_command(repl: "Repl", line: str) -> None:
             command.run(repl, rest)
             return
     raise UsageError(
-        f"there is no command {_plain(name)}; /help lists them (to send it, type a space first)"
+        f"there is no command {plain(name)}; /help lists them (to send it, type a space first)"
     )
 
 
@@ -86,7 +83,7 @@ def _undo(repl: "Repl", rest: str) -> None:
     dropped = repl.session.undo()
     if dropped is None:
         raise UsageError("there is no turn to drop")
-    notice(f"dropped: {_one_line(dropped.text)}")
+    notice(f"dropped: {one_line(dropped.text)}")
 
 
 def _edit(repl: "Repl", rest: str) -> None:
@@ -107,16 +104,18 @@ def _edit(repl: "Repl", rest: str) -> None:
         answered = repl.answer(
             lambda progress: repl.session.ask(text, progress=progress),
             "stopped; the conversation is as it was",
+            text,
         )
     finally:
         if not answered:
             repl.session.messages = before
+            repl.keeper.keep()
 
 
 def _system(repl: "Repl", rest: str) -> None:
     if rest:
         repl.session.system = "" if rest in ("''", '""') else rest
-    notice(f"system prompt: {_plain(repl.session.system) or 'none'}")
+    notice(f"system prompt: {plain(repl.session.system) or 'none'}")
 
 
 def _set(repl: "Repl", rest: str) -> None:
@@ -134,21 +133,17 @@ def _show(repl: "Repl", rest: str) -> None:
     _table(
         [
             ("model", session.model),
-            ("context", f"{session.n_ctx:,} tokens"),
+            ("context", f"{session.n_ctx:,} tokens, {session.context_used:,} of them cached"),
             ("turns", f"{len(said) // 2}, {tokens:,} tokens of text"),
             ("attached", ", ".join(repl.attached) or "none"),
-            ("system", _one_line(session.system) or "none"),
+            ("system", one_line(session.system) or "none"),
             *values(repl),
         ]
     )
 
 
 def _save(repl: "Repl", rest: str) -> None:
-    from dots1_local.runtime.conversation import save_conversation
-
-    path = conversation_path(rest)
-    save_conversation(path, repl.session)
-    notice(f"saved as {path}")
+    save(conversation_path(rest), repl.session)
 
 
 def _load(repl: "Repl", rest: str) -> None:
@@ -156,22 +151,11 @@ def _load(repl: "Repl", rest: str) -> None:
 
     path, before = conversation_path(rest), dict(values(repl))
     conversation = load_conversation(path)
-    conversation.apply(repl.session)
-    tell_loaded(path, conversation, repl.session)
+    resume(path, conversation, repl.session)
+    repl.take_up(path, conversation)
     changed = [f"{name} {value}" for name, value in values(repl) if value != before[name]]
     if changed:
-        notice(_plain(f"settings now: {', '.join(changed)}"))
-
-
-def tell_loaded(path: Path, conversation: "Conversation", session: "Session") -> None:
-    """A notice of how far the conversation is, and of another model it was held with."""
-    turns = [message.text for message in conversation.messages if message.role == "user"]
-    other = conversation.model if conversation.model != session.model else ""
-    notice(
-        f"{path}: {len(turns)} turn{'s' * (len(turns) != 1)}"
-        + (f", held with {_one_line(other)}" if other else "")
-        + (f"; the last: {_one_line(turns[-1])}" if turns else "")
-    )
+        notice(plain(f"settings now: {', '.join(changed)}"))
 
 
 def _read(repl: "Repl", rest: str) -> None:
@@ -210,20 +194,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> None:
     pairs = [(left.strip(), right) for left, right in rows]
     width = max(len(left) for left, _ in pairs)
     for left, right in pairs:
-        notice(_plain(f"{left:{width}}  {right}"))
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(_plain(text).split())
-    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}…"
-
-
-def _plain(text: str) -> str:
-    """Without terminal control: a conversation may come from anyone's file."""
-    from dots1_local.cli._plain import ControlFilter
-
-    harmless = ControlFilter()
-    return harmless.feed(text) + harmless.finish()
+        notice(plain(f"{left:{width}}  {right}"))
 
 
 COMMANDS = (

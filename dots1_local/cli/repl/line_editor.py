@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import create_app_session
@@ -20,6 +19,7 @@ from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 
 from dots1_local.cli.repl.commands import Command
+from dots1_local.cli.repl.paths import state_folder
 
 __all__ = ["QUOTES", "LineEditor"]
 
@@ -89,10 +89,7 @@ class _History(FileHistory):
 def _history() -> History:
     """The person's own file in the XDG state folder, or none where that cannot be written."""
     try:
-        state = os.environ.get("XDG_STATE_HOME", "")
-        folder = Path(state if os.path.isabs(state) else "~/.local/state").expanduser() / "dots1"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = folder / "history"
+        path = state_folder() / "history"
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, mode=0o600))
         path.chmod(0o600)
     except (OSError, RuntimeError):  # RuntimeError: there is no home folder

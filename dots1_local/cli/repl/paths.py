@@ -1,12 +1,13 @@
 """The files that commands name, and the text in them."""
 
+import os
 import shlex
 from pathlib import Path
 
 from dots1_local.cli._plain import ControlFilter
 from dots1_local.errors import UsageError
 
-__all__ = ["conversation_path", "read_text", "typed_path"]
+__all__ = ["conversation_path", "read_text", "state_folder", "typed_path"]
 
 _LARGEST_FILE = 4 << 20  # bytes; a context of 32,768 tokens holds some 150 kB of English
 
@@ -42,6 +43,19 @@ def conversation_path(rest: str) -> Path:
     if path.name in ("", ".."):
         raise UsageError(f"{rest} is no file name")
     return path if path.suffix else path.with_name(f"{path.name}.json")
+
+
+def state_folder() -> Path:
+    """The person's own folder for what outlives a dialogue, in the XDG state folder; it is there.
+
+    Raises:
+        OSError: it cannot be made.
+        RuntimeError: there is no home folder.
+    """
+    state = os.environ.get("XDG_STATE_HOME", "")
+    folder = Path(state if os.path.isabs(state) else "~/.local/state").expanduser() / "dots1"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 def read_text(path: Path) -> str:

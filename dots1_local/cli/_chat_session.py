@@ -1,0 +1,126 @@
+"""What `dots1 chat` talks with: an engine, a session on it, and the conversation it begins with."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dots1_local.cli._output import notice, progress_bar
+from dots1_local.cli._planned import chosen_placement, one_sentence
+
+if TYPE_CHECKING:
+    from dots1_local.runtime.conversation import Conversation
+    from dots1_local.runtime.engine import Engine
+    from dots1_local.runtime.session import Session
+
+__all__ = ["existing", "kept", "open_engine", "open_session"]
+
+
+def existing(file: Path | None) -> Path | None:
+    """What --session goes on with; where there is nothing yet, a file can be made.
+
+    Raises:
+        Dots1Error: it cannot.
+    """
+    from dots1_local.output import check_target
+
+    if file and not file.exists():
+        check_target(file, force=True)
+        return None
+    return file
+
+
+def open_engine(
+    model: Path,
+    context: str | None,
+    threads: int | None,
+    plan: Path | None,
+    workers: Sequence[str],
+) -> "Engine":
+    """The engine to talk with, run by a plan where there is a choice.
+
+    Raises:
+        UsageError: no context or plan as it should be.
+        Dots1Error: whatever keeps the model from being loaded.
+    """
+    from dots1_local.runtime.planned import load
+
+    n_ctx = _context(context)
+    placement = chosen_placement(plan, workers)
+    with progress_bar("loading") as report, one_sentence():
+        engine = load(
+            model,
+            placement,
+            workers=tuple(workers),
+            tell=notice,
+            n_ctx=n_ctx,
+            threads=threads,
+            progress=report,
+        )
+    for warning in engine.warnings:
+        notice(warning)
+    return engine
+
+
+@contextmanager
+def open_session(
+    engine: Callable[[], "Engine"],
+    source: Path | None,
+    raw: bool,
+    sampling: Mapping[str, Any],
+    others: Mapping[str, Any],
+) -> Iterator[tuple["Session", "Conversation | None"]]:
+    """A session, with the conversation in `source`.
+
+    What is None of the others stays as it is by default or in that file.
+
+    Raises:
+        UsageError: a setting makes no sense, or there is no conversation in the file.
+    """
+    from dots1_local.cli.repl.saving import resume
+    from dots1_local.runtime.conversation import load_conversation
+    from dots1_local.runtime.sampling import Sampling
+    from dots1_local.runtime.session import Session
+
+    given = {name: value for name, value in sampling.items() if value is not None}
+    chosen = Sampling(**given)  # a bad value is told before a long load
+    conversation = load_conversation(source) if source else None
+    with engine() as opened, Session(opened, sampling=chosen, raw=raw) as session:
+        if source and conversation:
+            resume(source, conversation, session, quiet=not sys.stderr.isatty())
+            session.sampling = replace(session.sampling, **given)
+        for name, value in others.items():
+            if value is not None:
+                setattr(session, name, value)
+        yield session, conversation
+
+
+@contextmanager
+def kept(session: "Session", file: Path | None) -> Iterator[None]:
+    """Save what is answered within, if only in part, even where the engine ends the process."""
+    from dots1_local.cli.repl.saving import save
+    from dots1_local.runtime.abort import handling
+    from dots1_local.runtime.conversation import save_conversation
+
+    def rescue(reason: str) -> None:
+        notice("\n" * sys.stdout.isatty() + f"dots1: {reason}")  # an answer may stand there
+        if file:
+            save_conversation(file, session, session.so_far)
+
+    with handling(rescue):
+        try:
+            yield
+        finally:
+            if file and session.stats is not None:
+                save(file, session, quiet=not sys.stderr.isatty())
+
+
+def _context(text: str | None) -> int | None:
+    """Tokens; 0 is all that the model was trained for."""
+    from dots1_local.runtime.memory import parse_context
+
+    if text is None:
+        return None
+    return 0 if text.strip() == "0" else parse_context(text)

@@ -1,0 +1,43 @@
+"""Running by a plan: options that verbs share, and what is told of it and of an engine's end."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dots1_local.cli._output import notice
+from dots1_local.errors import UsageError
+
+__all__ = ["Plan", "Workers", "chosen_placement", "one_sentence"]
+
+Plan = Annotated[
+    Path | None, typer.Option("--plan", help="Run it as a file of dots1 plan --json says.")
+]
+Workers = Annotated[
+    list[str] | None,
+    typer.Option("--worker", help="HOST:PORT of a dots1 worker to use; may be repeated."),
+]
+
+
+def chosen_placement(plan: Path | None, workers: Sequence[str]) -> Path | Literal["auto"] | None:
+    """For `load`: the plan; one to be made where there is a device beside the CPU; else none.
+
+    Raises:
+        UsageError: a plan, and workers besides.
+    """
+    from dots1_local.ggml import gpu_backends
+
+    if plan and workers:
+        raise UsageError("--plan names the workers it uses; leave out --worker")
+    return plan or ("auto" if workers or gpu_backends() else None)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Should the engine end the process within, say why in one sentence."""
+    from dots1_local.runtime.abort import handling
+
+    with handling(lambda reason: notice(f"dots1: {reason}")):
+        yield

@@ -1,0 +1,131 @@
+"""The conversation on disk while it goes on: whatever ends the process, what was said is kept."""
+
+import fcntl
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from dots1_local.cli._output import notice
+from dots1_local.cli.repl.paths import state_folder
+from dots1_local.cli.repl.saving import save
+from dots1_local.errors import UsageError
+
+if TYPE_CHECKING:
+    from dots1_local.runtime.prompt import Message
+    from dots1_local.runtime.session import Session
+
+__all__ = ["Keeper", "left_behind"]
+
+_PATTERN = "recovery-*.json"
+
+
+def left_behind() -> list[Path]:
+    """Recovery files of dialogues that came to no good end, the latest last."""
+    try:
+        return [path for path in sorted(state_folder().glob(_PATTERN)) if not _in_use(path)]
+    except (OSError, RuntimeError):
+        return []
+
+
+class Keeper:
+    """Keeps a dialogue's conversation in `file`, or else in a recovery file until a good end."""
+
+    def __init__(self, session: "Session", file: Path | None = None) -> None:
+        self._session, self._file = session, file
+        self._recovery: Path | None = None
+        self._locks: dict[Path, BinaryIO] = {}  # recovery files that are ours
+        self._complained = False
+
+    def keep(self, messages: Sequence["Message"] | None = None) -> Path | None:
+        """Write the conversation, or other `messages`, if anything is said in it; where to.
+
+        If it cannot be where it was asked for, that costs a notice, and the recovery file serves.
+        """
+        from dots1_local.runtime.turns import last_turn
+
+        messages = self._session.messages if messages is None else messages
+        if last_turn(messages) is None:
+            return None
+        if self._file:
+            problem = self._write(self._file, messages)
+            if problem is None:
+                return self._file
+            if not self._complained:
+                notice(problem)
+                self._complained = True
+        try:
+            recovery = self._recovery_file()
+        except (OSError, RuntimeError):
+            return None
+        if self._write(recovery, messages) is not None:
+            return None
+        self._own(recovery)
+        return recovery
+
+    def adopt(self, path: Path) -> None:
+        """Take over a recovery file that was loaded: a good end removes it."""
+        with suppress(OSError, RuntimeError):
+            if path.resolve() in map(Path.resolve, left_behind()):
+                self._own(path.resolve())
+
+    def end(self) -> None:
+        """Save in the file that was asked for, KV cache and all; there is nothing to recover.
+
+        Raises:
+            UsageError: it cannot be saved there; a recovery file stays.
+        """
+        from dots1_local.runtime.turns import last_turn
+
+        if self._file and (self._file.exists() or last_turn(self._session.messages) is not None):
+            save(self._file, self._session)
+        for path, file in self._locks.items():
+            with suppress(OSError):
+                path.unlink()
+            file.close()
+        self._locks.clear()
+
+    def _write(self, path: Path, messages: Sequence["Message"]) -> str | None:
+        """What kept it from being written, if anything did."""
+        from dots1_local.runtime.conversation import save_conversation
+
+        try:
+            save_conversation(path, self._session, messages)
+        except UsageError as error:
+            return str(error)
+        return None
+
+    def _recovery_file(self) -> Path:
+        if self._recovery is None:
+            name = time.strftime(f"recovery-%Y%m%d-%H%M%S-{os.getpid()}.json")
+            self._recovery = state_folder() / name
+        return self._recovery
+
+    def _own(self, path: Path) -> None:
+        """Lock it, as a sign to other dialogues that it is in use."""
+        if (file := _locked(path)) is not None:
+            before, self._locks[path] = self._locks.get(path), file
+            if before is not None:  # the file that was replaced
+                before.close()
+
+
+def _in_use(path: Path) -> bool:
+    if (file := _locked(path)) is None:
+        return True
+    file.close()
+    return False
+
+
+def _locked(path: Path) -> BinaryIO | None:
+    """The file, locked until it is closed; None if another process has it."""
+    with suppress(OSError):
+        file = path.open("rb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise
+        return file
+    return None

@@ -1,0 +1,63 @@
+"""Conversations put into files and taken up again, their KV cache with them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dots1_local.cli._output import human_bytes, notice, progress_bar
+from dots1_local.cli.repl.shown import one_line
+from dots1_local.errors import Dots1Error
+
+if TYPE_CHECKING:
+    from dots1_local.runtime.conversation import Conversation
+    from dots1_local.runtime.session import Session
+
+__all__ = ["resume", "save"]
+
+
+def save(path: Path, session: "Session", *, quiet: bool = False) -> None:
+    """Write the conversation to `path` and its KV cache beside it.
+
+    What keeps the cache from being written is a notice; `quiet` leaves out the one of success.
+
+    Raises:
+        UsageError: the conversation cannot be written there.
+    """
+    from dots1_local.runtime.conversation import save_conversation, state_path
+
+    save_conversation(path, session)
+    try:
+        with progress_bar("saving") as report:
+            nbytes = session.save_state(state_path(path), report)
+    except Dots1Error as error:
+        notice(f"saved as {path}, but without its KV cache: {error}")
+        return
+    cache = f" with {human_bytes(nbytes)} of KV cache in {state_path(path)}" if nbytes else ""
+    if not quiet:
+        notice(f"saved as {path}{cache}")
+
+
+def resume(
+    path: Path, conversation: "Conversation", session: "Session", *, quiet: bool = False
+) -> None:
+    """Put the session where the conversation of `path` was, with as much KV cache as is usable."""
+    from dots1_local.runtime.conversation import state_path
+
+    conversation.apply(session)
+    with progress_bar("reading the KV cache"):
+        cached = session.load_state(state_path(path))
+    if not quiet:
+        notice(f"{path}: {_summary(conversation, session, cached)}")
+
+
+def _summary(conversation: "Conversation", session: "Session", cached: int) -> str:
+    """How far it is, and of another model it was held with."""
+    turns = [message.text for message in conversation.messages if message.role == "user"]
+    parts = [f"{len(turns)} turn{'s' * (len(turns) != 1)}"]
+    if cached:
+        parts.append(f"{cached:,} tokens of it cached")
+    if conversation.model != session.model:
+        parts.append(f"held with {one_line(conversation.model)}")
+    summary = ", ".join(parts)
+    if conversation.unanswered:
+        return f"{summary}; not answered yet: {one_line(conversation.unanswered)}"
+    return f"{summary}; the last: {one_line(turns[-1])}" if turns else summary

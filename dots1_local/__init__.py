@@ -2,9 +2,11 @@
 
 The public API. Names are loaded when they are first used, so that importing the package is free:
 
-    from dots1_local import convert_checkpoint, perplexity, Engine, Session
+    from dots1_local import convert_checkpoint, load, perplexity, Session
 
     convert_checkpoint("dots.llm1.inst", "dots.gguf", "DQ4")
+    with load("dots.gguf", placement="auto") as engine, Session(engine) as session:
+        print("".join(session.ask("Why is the sky blue?")))
 """
 
 from importlib import import_module
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from dots1_local.gguf_file import GGUFFile
     from dots1_local.quant.plan import QuantPlan
     from dots1_local.runtime.engine import Engine
+    from dots1_local.runtime.hardware import Hardware
+    from dots1_local.runtime.placement import Placement
+    from dots1_local.runtime.planned import load
+    from dots1_local.runtime.planner import place
     from dots1_local.runtime.session import Session
     from dots1_local.verify import verify_gguf
 
@@ -31,12 +37,16 @@ __all__ = [
     "Dots1Error",
     "Engine",
     "GGUFFile",
+    "Hardware",
+    "Placement",
     "QuantPlan",
     "Session",
     "convert_checkpoint",
     "inventory",
     "kl_divergence",
+    "load",
     "perplexity",
+    "place",
     "verify_gguf",
 ]
 
@@ -48,12 +58,16 @@ _HOME = {
     "Dots1Error": "errors",
     "Engine": "runtime.engine",
     "GGUFFile": "gguf_file",
+    "Hardware": "runtime.hardware",
+    "Placement": "runtime.placement",
     "QuantPlan": "quant.plan",
     "Session": "runtime.session",
     "convert_checkpoint": "convert",
     "inventory": "architecture",
     "kl_divergence": "evaluate.perplexity",
+    "load": "runtime.planned",
     "perplexity": "evaluate.perplexity",
+    "place": "runtime.planner",
     "verify_gguf": "verify",
 }
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from dots1_local.errors import Dots1Error
 
-__all__ = ["library", "library_folder"]
+__all__ = ["gpu_backends", "library", "library_folder"]
 
+_NO_GPU = ("base", "blas", "cpu", "rpc")
 _NAMES = {"darwin": "lib{}.dylib", "win32": "{}.dll"}
 
 
@@ -22,6 +23,14 @@ def library_folder() -> Path:
     if spec is None or spec.origin is None:
         raise Dots1Error("llama-cpp-python is not installed; run pip install llama-cpp-python")
     return Path(spec.origin).parent / "lib"
+
+
+def gpu_backends() -> tuple[str, ...]:
+    """The backends beside CPU and RPC that this build has libraries of: ("cuda",)."""
+    names = {
+        path.name.partition("ggml-")[2].partition(".")[0] for path in library_folder().iterdir()
+    }
+    return tuple(sorted(name for name in names if name and not name.startswith(_NO_GPU)))
 
 
 @cache

@@ -9,12 +9,16 @@ from typing import Annotated
 
 import typer
 
+from dots1_local.cli._bench import bench
 from dots1_local.cli._calibrate import calibrate
 from dots1_local.cli._chat import chat
 from dots1_local.cli._convert import convert
+from dots1_local.cli._hardware import hardware
 from dots1_local.cli._inspect import inspect
 from dots1_local.cli._perplexity import perplexity
+from dots1_local.cli._plan import plan
 from dots1_local.cli._verify import verify
+from dots1_local.cli._worker import worker
 from dots1_local.errors import Dots1Error
 
 __all__ = ["app", "main"]
@@ -33,6 +37,10 @@ app.command("inspect")(inspect)
 app.command("verify")(verify)
 app.command("perplexity")(perplexity)
 app.command("chat")(chat)
+app.command("hardware")(hardware)
+app.command("plan")(plan)
+app.command("bench")(bench)
+app.command("worker")(worker)
 
 _debug = False
 

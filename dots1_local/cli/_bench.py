@@ -1,0 +1,176 @@
+"""`dots1 bench`: how fast a model runs here, beside what was predicted and other placements."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
+from dots1_local.cli._table import print_table
+from dots1_local.errors import UsageError
+
+if TYPE_CHECKING:
+    from dots1_local.runtime.bench import Contender, Outcome
+    from dots1_local.runtime.hardware import Hardware
+    from dots1_local.runtime.placement import Placement
+    from dots1_local.runtime.steps import Graph
+    from dots1_local.runtime.trial import Depth
+
+__all__ = ["bench"]
+
+_MARGIN = 256  # tokens beyond the deepest context, to write some there
+
+
+def bench(
+    model: Annotated[Path, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")],
+    context: Annotated[
+        str, typer.Option("--context", "-c", help="Measure with so many tokens before.")
+    ] = "512,4096",
+    ubatch: Annotated[
+        str | None, typer.Option("--ubatch", help="Try ours with these too, such as 512,2048.")
+    ] = None,
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option("--plan", help="Try this file of dots1 plan --json; may be repeated."),
+    ] = None,
+    alternatives: Annotated[
+        bool, typer.Option("--alternatives/--no-alternatives", help="Try other placements too.")
+    ] = True,
+    kv: Annotated[str | None, typer.Option("--kv", help="KV cache type.")] = None,
+    vram: Annotated[
+        str | None, typer.Option("--vram", help="Plan with so much of each GPU, such as 20GB.")
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option("--ram", help="Plan with so much RAM, such as 60GB.")
+    ] = None,
+    worker: Annotated[
+        list[str] | None,
+        typer.Option("--worker", help="HOST:PORT of a dots1 worker to use; may be repeated."),
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure prefill and decode of our placement, beside prediction and other placements.
+
+    dots1 bench dots1-DQ4.gguf --context 512,4096,16k
+
+    dots1 bench dots1-DQ4.gguf --plan plan.json --no-alternatives --json
+    """
+    from dots1_local.gguf_file import GGUFFile
+    from dots1_local.runtime.bench import bench as run
+    from dots1_local.runtime.machine import this_machine
+    from dots1_local.runtime.placement import load_placement
+    from dots1_local.runtime.planner import place
+    from dots1_local.runtime.room import limited
+    from dots1_local.runtime.steps import Graph
+    from dots1_local.sizes import parse_size
+
+    depths, ubatches = _numbers(context, "--context"), _numbers(ubatch or "", "--ubatch")
+    plans = [(path.name, load_placement(path)) for path in plan or ()]
+    gguf = GGUFFile.open(model)
+    graph = Graph.read(gguf)
+    with progress_bar("looking at this machine") as report:
+        machine = this_machine(worker or [], progress=report)
+    machine = limited(
+        machine, vram=parse_size(vram) if vram else None, ram=parse_size(ram) if ram else None
+    )
+    tokens = depths[-1] + _MARGIN
+    ours = plans or [("ours", place(gguf, machine, context=tokens, kv_type=kv, threads=threads))]
+    contenders = list(_contenders(graph, machine, ours, ubatches, alternatives and not plans))
+    outcomes: list[Outcome] = []
+    for number, contender in enumerate(contenders, 1):
+        with progress_bar(f"{contender[0]} ({number} of {len(contenders)})") as report:
+            outcomes += run(graph, machine, [contender], depths, report)
+    if as_json:
+        print_json({"machine": machine.to_json(), "outcomes": [o.to_json() for o in outcomes]})
+    else:
+        _show(outcomes)
+    if any(outcome.error for outcome in outcomes[: len(ours)]):
+        raise typer.Exit(1)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    from dots1_local.runtime.memory import parse_context
+
+    numbers = [parse_context(part) for part in text.split(",") if part.strip()]
+    if numbers != sorted(set(numbers)) or (not numbers and text):
+        raise UsageError(f"{option} {text!r} is no ascending list such as 512,4096,16k")
+    return numbers
+
+
+def _contenders(
+    graph: "Graph",
+    machine: "Hardware",
+    ours: Sequence[tuple[str, "Placement"]],
+    ubatches: Sequence[int],
+    alternatives: bool,
+) -> Iterable["Contender"]:
+    from dots1_local.runtime.contenders import compared, with_ubatch
+
+    yield from ours
+    for name, placement in ours:
+        for ubatch in ubatches:
+            if ubatch != placement.ubatch:
+                yield (
+                    f"{name}, ubatch {ubatch}",
+                    with_ubatch(graph.gguf, machine, placement, ubatch),
+                )
+    if alternatives:
+        yield from compared(graph.gguf, machine, ours[0][1])
+        yield "llama.cpp by itself", None
+
+
+def _show(outcomes: Sequence["Outcome"]) -> None:
+    rows = [row for outcome in outcomes for row in _speed_rows(outcome)]
+    header = ("placement", "context", "prefill", "predicted", "decode", "predicted", "loaded in")
+    print_table(header, rows, numbers_from=1)
+    print("\ntokens a second; prefill from the context before, decode of single tokens after it\n")
+    taken = [row for outcome in outcomes for row in _byte_rows(outcome)]
+    print_table(("placement", "device", "what", "bytes", "predicted"), taken, numbers_from=3)
+    for outcome in outcomes:
+        if outcome.error:
+            notice(f"{outcome.name}: {outcome.error}")
+        for warning in outcome.trial.warnings if outcome.trial else ():
+            notice(f"{outcome.name}: {warning}")
+
+
+def _speed_rows(outcome: "Outcome") -> Iterable[Sequence[str]]:
+    trial = outcome.trial
+    if trial is None:
+        yield outcome.name, "-", "failed", "-", "failed", "-", "-"
+        return
+    predicted = {depth.tokens: depth for depth in outcome.predicted}
+    name, seconds = outcome.name, f"{trial.load_seconds:.1f} s"
+    for depth in trial.depths:
+        expected = predicted.get(depth.tokens)
+        yield (
+            name,
+            f"{depth.tokens:,}",
+            f"{depth.prefill:.1f}",
+            _against(expected, depth, "prefill"),
+            f"{depth.decode:.2f}",
+            _against(expected, depth, "decode"),
+            seconds,
+        )
+        name = seconds = ""
+
+
+def _against(predicted: "Depth | None", real: "Depth", what: str) -> str:
+    """A prediction, and how far it is from what was measured."""
+    if predicted is None:
+        return "-"
+    value = getattr(predicted, what)
+    return f"{value:.{1 if what == 'prefill' else 2}f} ({value / getattr(real, what) - 1:+.0%})"
+
+
+def _byte_rows(outcome: "Outcome") -> Iterable[Sequence[str]]:
+    from dots1_local.runtime.report import compare
+
+    if outcome.trial is None:
+        return
+    name = outcome.name
+    for each in compare(outcome.trial.taken, outcome.usage):
+        predicted = human_bytes(each.predicted) if outcome.usage else "-"
+        yield name, each.device, each.what, human_bytes(each.real), predicted
+        name = ""

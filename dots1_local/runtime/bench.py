@@ -59,11 +59,11 @@ def bench(
     for name, placement in contenders:
         predicted: tuple[Depth, ...] = ()
         usage: Mapping[str, Usage] = {}
-        if placement is not None:
-            predicted = predicted_depths(graph, machine, placement, depths)
-            usage = footprint(graph.gguf, placement)
         trial, error = None, None
         try:
+            if placement is not None:
+                predicted = predicted_depths(graph, machine, placement, depths)
+                usage = footprint(graph.gguf, placement)
             trial = try_out(
                 graph.gguf.files[0], placement, depths, workers=workers, progress=progress
             )

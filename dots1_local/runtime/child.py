@@ -45,9 +45,9 @@ def ask(
     """
     with (
         tempfile.TemporaryFile("w+", errors="replace") as log,
-        _started(module, request, log, environment or {}) as child,
+        _started(module, request, log, environment or {}) as (child, lines),
     ):
-        for message in _messages(child, doing, patience):
+        for message in _messages(lines, doing, patience):
             if "progress" in message:
                 progress(*message["progress"])
             elif "error" in message:
@@ -82,7 +82,9 @@ def _say(key: str, value: Any) -> None:
 @contextmanager
 def _started(
     module: str, request: Mapping[str, Any], log: IO[str], environment: Mapping[str, str]
-) -> Iterator[subprocess.Popen[str]]:
+) -> Iterator[tuple[subprocess.Popen[str], "Queue[str]"]]:
+    """A child, and its lines that are meant for us, with "" at the end."""
+    lines: Queue[str] = Queue()
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", module, json.dumps(request)],
         stdin=subprocess.DEVNULL,
@@ -92,19 +94,18 @@ def _started(
         errors="replace",
         env={**os.environ, "GGML_NO_BACKTRACE": "1", **environment},
     )
+    reader = Thread(target=_read, args=(child.stdout, lines), daemon=True)
+    reader.start()
     with child:
         try:
-            yield child
+            yield child, lines
         finally:
             child.kill()
+            reader.join(1)  # or it would read from what is being closed
 
 
-def _messages(
-    child: subprocess.Popen[str], doing: str, patience: float
-) -> Iterator[dict[str, Any]]:
+def _messages(lines: "Queue[str]", doing: str, patience: float) -> Iterator[dict[str, Any]]:
     """What the child says until it ends."""
-    lines: Queue[str] = Queue()
-    Thread(target=_read, args=(child.stdout, lines), daemon=True).start()
     while True:
         try:
             line = lines.get(timeout=patience)
@@ -125,7 +126,6 @@ def _messages(
 
 
 def _read(stream: IO[str], lines: "Queue[str]") -> None:
-    """Pass on what is meant for us, and "" at the end."""
     while line := stream.readline(_LONGEST):
         if line.startswith(_MARK):
             lines.put(line.removeprefix(_MARK))

@@ -127,9 +127,10 @@ def measure_depths(
 
 def _warm_up(engine: Engine, tokens: Sequence[int]) -> None:
     """Bring a mapped file's pages in, and the engine's graphs about."""
-    first = tokens[: engine.n_ubatch]
+    engine.forget()
+    first = tokens[: min(engine.n_ubatch, len(tokens) - 1)]
     engine.decode(first, 0)
-    engine.decode(tokens[:1], min(len(first), engine.n_ctx - 1))
+    engine.decode(tokens[:1], len(first))
     engine.forget()
 
 

@@ -30,14 +30,14 @@ from dots1_local.errors import Dots1Error
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.quant.recipes import make_plan
 from dots1_local.runtime.bench import Outcome, predicted_depths
-from dots1_local.runtime.contenders import compared, with_ubatch
-from dots1_local.runtime.footprint import Usage, footprint
-from dots1_local.runtime.hardware import Hardware
-from dots1_local.runtime.machine import this_machine
-from dots1_local.runtime.placement import HostMemory, Placement
-from dots1_local.runtime.planner import place
-from dots1_local.runtime.room import GPU_MARGIN, RAM_MARGIN
-from dots1_local.runtime.steps import Graph
+from dots1_local.runtime.devices.hardware import Hardware
+from dots1_local.runtime.devices.machine import this_machine
+from dots1_local.runtime.placing.contenders import compared, with_ubatch
+from dots1_local.runtime.placing.footprint import Usage, footprint
+from dots1_local.runtime.placing.placement import HostMemory, Placement
+from dots1_local.runtime.placing.planner import place
+from dots1_local.runtime.placing.room import GPU_MARGIN, RAM_MARGIN
+from dots1_local.runtime.placing.steps import Graph
 from dots1_local.runtime.trial import Depth, Trial, try_out
 from dots1_local.sizes import parse_size
 from tests.workers import local_worker

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from dots1_local.evaluate.perplexity import kl_divergence, perplexity
     from dots1_local.gguf_file import GGUFFile
     from dots1_local.quant.plan import QuantPlan
+    from dots1_local.runtime.chat.session import Session
+    from dots1_local.runtime.devices.hardware import Hardware
+    from dots1_local.runtime.devices.machine import find_hardware, this_machine
     from dots1_local.runtime.engine import Engine
-    from dots1_local.runtime.hardware import Hardware
-    from dots1_local.runtime.placement import Placement
+    from dots1_local.runtime.placing.placement import Placement, load_placement
+    from dots1_local.runtime.placing.planner import place
     from dots1_local.runtime.planned import load
-    from dots1_local.runtime.planner import place
-    from dots1_local.runtime.session import Session
     from dots1_local.verify import verify_gguf
 
 __version__ = "0.1.0"
@@ -42,11 +43,14 @@ __all__ = [
     "QuantPlan",
     "Session",
     "convert_checkpoint",
+    "find_hardware",
     "inventory",
     "kl_divergence",
     "load",
+    "load_placement",
     "perplexity",
     "place",
+    "this_machine",
     "verify_gguf",
 ]
 
@@ -58,16 +62,19 @@ _HOME = {
     "Dots1Error": "errors",
     "Engine": "runtime.engine",
     "GGUFFile": "gguf_file",
-    "Hardware": "runtime.hardware",
-    "Placement": "runtime.placement",
+    "Hardware": "runtime.devices.hardware",
+    "Placement": "runtime.placing.placement",
     "QuantPlan": "quant.plan",
-    "Session": "runtime.session",
+    "Session": "runtime.chat.session",
     "convert_checkpoint": "convert",
+    "find_hardware": "runtime.devices.machine",
     "inventory": "architecture",
     "kl_divergence": "evaluate.perplexity",
     "load": "runtime.planned",
+    "load_placement": "runtime.placing.placement",
     "perplexity": "evaluate.perplexity",
-    "place": "runtime.planner",
+    "place": "runtime.placing.planner",
+    "this_machine": "runtime.devices.machine",
     "verify_gguf": "verify",
 }
 

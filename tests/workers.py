@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from threading import Timer
 from typing import Self
 
-from dots1_local.runtime import rpc_server
+from dots1_local.runtime.devices import rpc_server
 
 __all__ = ["Program", "Worker", "free_port", "local_worker"]
 

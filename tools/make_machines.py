@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dots1_local.quant.types import TYPES, quant_type
-from dots1_local.runtime.hardware import CPU, Device, Hardware, Rate, Speed
+from dots1_local.runtime.devices.hardware import CPU, Device, Hardware, Rate, Speed
 
 __all__ = ["MACHINES"]
 

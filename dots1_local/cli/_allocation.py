@@ -111,7 +111,7 @@ def read_budget(
 def _memory_budget(checkpoint: Path, memory: str, context: str | None, kv_type: str) -> "Budget":
     from dots1_local.checkpoint import Checkpoint
     from dots1_local.convert import Budget
-    from dots1_local.runtime.memory import parse_context, weights_budget
+    from dots1_local.runtime.placing.memory import parse_context, weights_budget
 
     config = Checkpoint.open(checkpoint).config
     tokens = min(_CONTEXT, config.max_position_embeddings)

@@ -12,9 +12,9 @@ from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.runtime.bench import Contender, Outcome
-    from dots1_local.runtime.hardware import Hardware
-    from dots1_local.runtime.placement import Placement
-    from dots1_local.runtime.steps import Graph
+    from dots1_local.runtime.devices.hardware import Hardware
+    from dots1_local.runtime.placing.placement import Placement
+    from dots1_local.runtime.placing.steps import Graph
     from dots1_local.runtime.trial import Depth
 
 __all__ = ["bench"]
@@ -59,11 +59,11 @@ def bench(
     """
     from dots1_local.gguf_file import GGUFFile
     from dots1_local.runtime.bench import bench as run
-    from dots1_local.runtime.machine import this_machine
-    from dots1_local.runtime.placement import load_placement
-    from dots1_local.runtime.planner import place
-    from dots1_local.runtime.room import limited
-    from dots1_local.runtime.steps import Graph
+    from dots1_local.runtime.devices.machine import this_machine
+    from dots1_local.runtime.placing.placement import load_placement
+    from dots1_local.runtime.placing.planner import place
+    from dots1_local.runtime.placing.room import limited
+    from dots1_local.runtime.placing.steps import Graph
     from dots1_local.sizes import parse_size
 
     depths, ubatches = _numbers(context, "--context"), _numbers(ubatch or "", "--ubatch")
@@ -91,7 +91,7 @@ def bench(
 
 
 def _numbers(text: str, option: str) -> list[int]:
-    from dots1_local.runtime.memory import parse_context
+    from dots1_local.runtime.placing.memory import parse_context
 
     numbers = [parse_context(part) for part in text.split(",") if part.strip()]
     if numbers != sorted(set(numbers)) or (not numbers and text):
@@ -106,7 +106,7 @@ def _contenders(
     ubatches: Sequence[int],
     alternatives: bool,
 ) -> Iterable["Contender"]:
-    from dots1_local.runtime.contenders import compared, with_ubatch
+    from dots1_local.runtime.placing.contenders import compared, with_ubatch
 
     yield from ours
     for name, placement in ours:

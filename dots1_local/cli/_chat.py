@@ -16,8 +16,8 @@ from dots1_local.cli._planned import Plan, Workers
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.conversation import Conversation
-    from dots1_local.runtime.session import Session
+    from dots1_local.runtime.chat.conversation import Conversation
+    from dots1_local.runtime.chat.session import Session
 
 __all__ = ["chat"]
 

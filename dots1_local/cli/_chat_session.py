@@ -11,9 +11,9 @@ from dots1_local.cli._output import notice, progress_bar
 from dots1_local.cli._planned import chosen_placement, one_sentence
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.conversation import Conversation
+    from dots1_local.runtime.chat.conversation import Conversation
+    from dots1_local.runtime.chat.session import Session
     from dots1_local.runtime.engine import Engine
-    from dots1_local.runtime.session import Session
 
 __all__ = ["existing", "kept", "open_engine", "open_session"]
 
@@ -80,9 +80,9 @@ def open_session(
         UsageError: a setting makes no sense, or there is no conversation in the file.
     """
     from dots1_local.cli.repl.saving import resume
-    from dots1_local.runtime.conversation import load_conversation
-    from dots1_local.runtime.sampling import Sampling
-    from dots1_local.runtime.session import Session
+    from dots1_local.runtime.chat.conversation import load_conversation
+    from dots1_local.runtime.chat.sampling import Sampling
+    from dots1_local.runtime.chat.session import Session
 
     given = {name: value for name, value in sampling.items() if value is not None}
     chosen = Sampling(**given)  # a bad value is told before a long load
@@ -102,7 +102,7 @@ def kept(session: "Session", file: Path | None) -> Iterator[None]:
     """Save what is answered within, if only in part, even where the engine ends the process."""
     from dots1_local.cli.repl.saving import save
     from dots1_local.runtime.abort import handling
-    from dots1_local.runtime.conversation import save_conversation
+    from dots1_local.runtime.chat.conversation import save_conversation
 
     def rescue(reason: str) -> None:
         notice("\n" * sys.stdout.isatty() + f"dots1: {reason}")  # an answer may stand there
@@ -119,7 +119,7 @@ def kept(session: "Session", file: Path | None) -> Iterator[None]:
 
 def _context(text: str | None) -> int | None:
     """Tokens; 0 is all that the model was trained for."""
-    from dots1_local.runtime.memory import parse_context
+    from dots1_local.runtime.placing.memory import parse_context
 
     if text is None:
         return None

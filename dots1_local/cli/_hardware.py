@@ -10,7 +10,7 @@ from dots1_local.cli._table import print_table
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.hardware import Device, Hardware, Speed
+    from dots1_local.runtime.devices.hardware import Device, Hardware, Speed
 
 __all__ = ["hardware"]
 
@@ -43,7 +43,7 @@ def hardware(
 
     dots1 hardware --json > machine.json
     """
-    from dots1_local.runtime.machine import find_hardware, lacking, this_machine
+    from dots1_local.runtime.devices.machine import find_hardware, lacking, this_machine
 
     if file is not None and (worker or refresh):
         raise UsageError("--hardware shows a description; leave out --worker and --refresh")

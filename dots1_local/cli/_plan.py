@@ -9,9 +9,9 @@ from dots1_local.cli._output import Json, Threads, notice, print_json, progress_
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.hardware import Hardware
-    from dots1_local.runtime.placement import Placement
-    from dots1_local.runtime.steps import Graph
+    from dots1_local.runtime.devices.hardware import Hardware
+    from dots1_local.runtime.placing.placement import Placement
+    from dots1_local.runtime.placing.steps import Graph
 
 __all__ = ["plan"]
 
@@ -50,11 +50,11 @@ def plan(
     dots1 plan dots1-DQ4.gguf --json > plan.json
     """
     from dots1_local.gguf_file import GGUFFile
-    from dots1_local.runtime.memory import parse_context
-    from dots1_local.runtime.planner import place
-    from dots1_local.runtime.room import limited
-    from dots1_local.runtime.shortfall import shortfall_of
-    from dots1_local.runtime.steps import Graph
+    from dots1_local.runtime.placing.memory import parse_context
+    from dots1_local.runtime.placing.planner import place
+    from dots1_local.runtime.placing.room import limited
+    from dots1_local.runtime.placing.shortfall import shortfall_of
+    from dots1_local.runtime.placing.steps import Graph
     from dots1_local.sizes import parse_size
 
     tokens = parse_context(context) if context else None
@@ -79,7 +79,7 @@ def plan(
 
 def _machine(name: str | None, workers: list[str]) -> "Hardware":
     """The machine to plan for: this one, or a description's."""
-    from dots1_local.runtime.machine import find_hardware, this_machine
+    from dots1_local.runtime.devices.machine import find_hardware, this_machine
 
     if name is None:
         with progress_bar("looking at this machine") as report:
@@ -90,7 +90,7 @@ def _machine(name: str | None, workers: list[str]) -> "Hardware":
 
 
 def _warn(graph: "Graph", machine: "Hardware", placement: "Placement") -> None:
-    from dots1_local.runtime.speed_model import is_measured
+    from dots1_local.runtime.placing.speed_model import is_measured
 
     trained = graph.config.max_position_embeddings
     if placement.context > trained:
@@ -113,8 +113,8 @@ def _show(model: Path, graph: "Graph", machine: "Hardware", placement: "Placemen
 def _as_json(
     graph: "Graph", machine: "Hardware", placement: "Placement", shortfall: Any
 ) -> dict[str, Any]:
-    from dots1_local.runtime.flags import command_line
-    from dots1_local.runtime.forecast import forecast
+    from dots1_local.runtime.placing.flags import command_line
+    from dots1_local.runtime.placing.forecast import forecast
 
     predicted = {
         "hardware": machine.name,

@@ -19,7 +19,7 @@ from dots1_local.evaluate.scoring import Block, Ubatch, cut, open_engine, score,
 from dots1_local.evaluate.softmax import negative_log, negative_log32
 from dots1_local.progress import Progress, silent
 from dots1_local.runtime.engine import Engine
-from dots1_local.runtime.placement import Placement
+from dots1_local.runtime.placing.placement import Placement
 
 __all__ = ["Perplexity", "kl_divergence", "perplexity", "read_text"]
 

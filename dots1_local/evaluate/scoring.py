@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import UsageError
+from dots1_local.runtime.devices.hardware import physical_cores
 from dots1_local.runtime.engine import Engine, Entry
-from dots1_local.runtime.hardware import physical_cores
 from dots1_local.runtime.planned import load
 
 __all__ = ["Block", "Ubatch", "cut", "open_engine", "score", "thread_pool"]

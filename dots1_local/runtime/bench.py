@@ -7,12 +7,12 @@ from typing import Any
 
 from dots1_local.errors import Dots1Error
 from dots1_local.progress import Progress, silent
-from dots1_local.runtime.footprint import Usage, footprint
-from dots1_local.runtime.hardware import CPU, Hardware
-from dots1_local.runtime.placement import Placement
+from dots1_local.runtime.devices.hardware import CPU, Hardware
+from dots1_local.runtime.placing.footprint import Usage, footprint
+from dots1_local.runtime.placing.placement import Placement
+from dots1_local.runtime.placing.speed_model import SpeedModel, is_measured
+from dots1_local.runtime.placing.steps import Graph
 from dots1_local.runtime.report import compare
-from dots1_local.runtime.speed_model import SpeedModel, is_measured
-from dots1_local.runtime.steps import Graph
 from dots1_local.runtime.trial import Depth, Trial, try_out
 
 __all__ = ["Contender", "Outcome", "bench", "predicted_depths"]

@@ -20,7 +20,7 @@ from dots1_local.gguf_file import GGUFFile
 from dots1_local.progress import Progress, silent
 from dots1_local.runtime import engine_log
 from dots1_local.runtime.loading import Loaded, load_model
-from dots1_local.runtime.placement import Placement
+from dots1_local.runtime.placing.placement import Placement
 from dots1_local.runtime.settings import Settings, settings
 from dots1_local.runtime.vocabulary import tokenize
 from dots1_local.verify.lint import obstacle

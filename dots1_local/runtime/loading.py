@@ -13,7 +13,6 @@ from dots1_local.gguf_file import GGUFFile
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.types import quant_type
 from dots1_local.runtime import engine_log
-from dots1_local.runtime.footprint import footprint
 from dots1_local.runtime.model_params import (
     buffer_names,
     connected,
@@ -22,7 +21,8 @@ from dots1_local.runtime.model_params import (
     model_params,
     prepare,
 )
-from dots1_local.runtime.placement import Placement
+from dots1_local.runtime.placing.footprint import footprint
+from dots1_local.runtime.placing.placement import Placement
 from dots1_local.runtime.report import Report, device_of, read_report
 from dots1_local.runtime.settings import Settings, settings, trained_for
 from dots1_local.sizes import human_bytes

@@ -15,9 +15,9 @@ from llama_cpp import llama_cpp as llama
 from dots1_local.errors import UsageError
 from dots1_local.ggml import library
 from dots1_local.gguf_file import GGUFFile
-from dots1_local.runtime import backends, rpc
-from dots1_local.runtime.hardware import CPU
-from dots1_local.runtime.placement import HostMemory, Placement
+from dots1_local.runtime.devices import backends, rpc
+from dots1_local.runtime.devices.hardware import CPU
+from dots1_local.runtime.placing.placement import HostMemory, Placement
 
 __all__ = [
     "MIN_BATCH",

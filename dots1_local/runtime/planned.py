@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from dots1_local.gguf_file import GGUFFile
+from dots1_local.runtime.devices.hardware import Hardware
 from dots1_local.runtime.engine import Engine, check_loadable
-from dots1_local.runtime.hardware import Hardware
 from dots1_local.runtime.loading import OutOfMemory
-from dots1_local.runtime.placement import Placement, load_placement
+from dots1_local.runtime.placing.placement import Placement, load_placement
 from dots1_local.runtime.settings import trained_for
 from dots1_local.sizes import human_bytes
 
@@ -48,7 +48,7 @@ def load(
 def _load_planned(
     path: str | Path, workers: tuple[str, ...], tell: Callable[[str], None], options: dict[str, Any]
 ) -> Engine:
-    from dots1_local.runtime.machine import this_machine
+    from dots1_local.runtime.devices.machine import this_machine
 
     gguf = GGUFFile.open(path)
     check_loadable(gguf)
@@ -77,7 +77,7 @@ def _load_planned(
 
 
 def _plan(gguf: GGUFFile, machine: Hardware, options: dict[str, Any]) -> Placement:
-    from dots1_local.runtime.planner import place
+    from dots1_local.runtime.placing.planner import place
 
     n_ctx = options.get("n_ctx")
     return place(
@@ -100,9 +100,9 @@ def _without(machine: Hardware, reserved: dict[str, int]) -> Hardware:
 
 def _outline(gguf: GGUFFile, machine: Hardware, placement: Placement) -> Iterator[str]:
     """What it will take and how fast it will be, and what is short."""
-    from dots1_local.runtime.forecast import forecast
-    from dots1_local.runtime.shortfall import shortfall_of
-    from dots1_local.runtime.steps import Graph
+    from dots1_local.runtime.placing.forecast import forecast
+    from dots1_local.runtime.placing.shortfall import shortfall_of
+    from dots1_local.runtime.placing.steps import Graph
 
     graph = Graph.read(gguf)
     predicted = forecast(graph, machine, placement)

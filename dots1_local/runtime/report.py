@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from dots1_local.runtime.footprint import Usage
-from dots1_local.runtime.hardware import CPU
+from dots1_local.runtime.devices.hardware import CPU
+from dots1_local.runtime.placing.footprint import Usage
 
 __all__ = ["Difference", "Report", "Taken", "compare", "device_of", "read_report"]
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from dots1_local.errors import GGUFError, UsageError
 from dots1_local.gguf_file import GGUFFile
-from dots1_local.runtime.hardware import physical_cores
-from dots1_local.runtime.placement import Placement
+from dots1_local.runtime.devices.hardware import physical_cores
+from dots1_local.runtime.placing.placement import Placement
 
 __all__ = ["Settings", "settings", "trained_for"]
 

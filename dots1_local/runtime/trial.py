@@ -20,10 +20,10 @@ import numpy as np
 from dots1_local.documents import Fields
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.progress import Progress, silent
-from dots1_local.runtime import child
+from dots1_local.runtime.devices import child
 from dots1_local.runtime.engine import Engine
 from dots1_local.runtime.model_params import MIN_BATCH, buffer_names
-from dots1_local.runtime.placement import Placement, placement_from
+from dots1_local.runtime.placing.placement import Placement, placement_from
 from dots1_local.runtime.report import Taken
 
 __all__ = ["Depth", "Trial", "measure_depths", "try_out"]
@@ -194,11 +194,12 @@ def _unplaced(request: Mapping[str, Any]) -> Engine:
     from llama_cpp import llama_cpp as llama
 
     from dots1_local.gguf_file import GGUFFile
-    from dots1_local.runtime import backends, engine_log
+    from dots1_local.runtime import engine_log
+    from dots1_local.runtime.devices import backends
+    from dots1_local.runtime.devices.rpc import probe
     from dots1_local.runtime.engine import check_loadable
     from dots1_local.runtime.loading import Loaded
     from dots1_local.runtime.report import read_report
-    from dots1_local.runtime.rpc import probe
     from dots1_local.runtime.settings import settings
 
     for worker in request["workers"]:
@@ -227,7 +228,7 @@ def _unplaced(request: Mapping[str, Any]) -> Engine:
 @contextmanager
 def _limited(limit: int) -> Iterator[None]:
     """Take what GPUs have free beyond `limit`, so that more cannot be used unnoticed."""
-    from dots1_local.runtime.bench_graph import Bench
+    from dots1_local.runtime.devices.bench_graph import Bench
 
     with ExitStack() as held:
         for name, free in _local_gpus().items():
@@ -244,7 +245,7 @@ def _free(request: Mapping[str, Any]) -> dict[str, int]:
 
 def _local_gpus() -> dict[str, int]:
     """Bytes free on each GPU of this machine, as its driver says."""
-    from dots1_local.runtime import backends
+    from dots1_local.runtime.devices import backends
 
     found = backends.devices()
     return {each.name: each.free for each in found if each.kind == "gpu" and each.backend != "RPC"}

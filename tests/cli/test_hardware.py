@@ -8,8 +8,8 @@ from typer.testing import CliRunner, Result
 
 from dots1_local.cli import app
 from dots1_local.quant.types import TYPES
-from dots1_local.runtime import machine
-from dots1_local.runtime.machine import find_hardware
+from dots1_local.runtime.devices import machine
+from dots1_local.runtime.devices.machine import find_hardware
 
 
 def run(*arguments: str) -> Result:

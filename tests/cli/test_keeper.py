@@ -9,8 +9,8 @@ import pytest
 
 from dots1_local.cli.repl.keeper import Keeper, left_behind
 from dots1_local.errors import UsageError
-from dots1_local.runtime.prompt import Message
-from dots1_local.runtime.sampling import Sampling
+from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.sampling import Sampling
 
 SAID = [Message("user", "one"), Message("assistant", "A")]
 

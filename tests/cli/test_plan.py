@@ -8,9 +8,9 @@ from typer.testing import CliRunner, Result
 
 from dots1_local.cli._plan import plan
 from dots1_local.gguf_file import GGUFFile
-from dots1_local.runtime.hardware import Hardware, load_hardware
-from dots1_local.runtime.placement import load_placement
-from dots1_local.runtime.planner import place
+from dots1_local.runtime.devices.hardware import Hardware, load_hardware
+from dots1_local.runtime.placing.placement import load_placement
+from dots1_local.runtime.placing.planner import place
 from tests.helpers import write_random_gguf
 from tests.runtime.machines import machine, speed
 

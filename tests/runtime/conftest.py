@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from dots1_local.runtime.chat.sampling import Sampling
+from dots1_local.runtime.chat.session import Session
 from dots1_local.runtime.engine import Engine
-from dots1_local.runtime.sampling import Sampling
-from dots1_local.runtime.session import Session
 from tests.helpers import scripted_tensors, write_random_gguf
 
 GREEDY = Sampling(temperature=0)

@@ -10,9 +10,9 @@ from llama_cpp import llama_cpp as llama
 
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.quant.types import quant_type
-from dots1_local.runtime import backends
+from dots1_local.runtime.devices import backends
 from dots1_local.runtime.model_params import model_params
-from dots1_local.runtime.placement import Placement
+from dots1_local.runtime.placing.placement import Placement
 
 __all__ = ["Decisions", "Sizes", "placement_for", "taken"]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from dots1_local.runtime.hardware import CPU, Device, Hardware, Rate, Speed
+from dots1_local.runtime.devices.hardware import CPU, Device, Hardware, Rate, Speed
 
 __all__ = ["GB", "machine", "speed"]
 

@@ -67,7 +67,7 @@ def test_a_worker_killed_while_the_engine_computes(tmp_path: Path) -> None:
     script = """
 import os
 from dots1_local.runtime.engine import Engine
-from dots1_local.runtime.placement import Placement
+from dots1_local.runtime.placing.placement import Placement
 
 path, worker, pid = sys.argv[2:]
 placement = Placement(

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.session import Session
 from dots1_local.runtime.engine import Engine
-from dots1_local.runtime.prompt import Message
-from dots1_local.runtime.session import Session
 from tests.runtime.conftest import Talk
 
 QUESTION = "x" * 20

@@ -22,7 +22,7 @@ from dots1_local.errors import Dots1Error, GGUFError, UsageError
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.runtime.engine import Engine
 from dots1_local.runtime.loading import OutOfMemory, dry_run
-from dots1_local.runtime.placement import HostMemory, Placement
+from dots1_local.runtime.placing.placement import HostMemory, Placement
 from dots1_local.runtime.report import Report, Taken
 from tests.conftest import Converted
 from tests.helpers import write_random_gguf

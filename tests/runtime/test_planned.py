@@ -6,10 +6,10 @@ import pytest
 
 from dots1_local import load
 from dots1_local.errors import UsageError
+from dots1_local.runtime.devices.hardware import Device, Hardware
 from dots1_local.runtime.engine import Engine
-from dots1_local.runtime.hardware import Device, Hardware
 from dots1_local.runtime.loading import OutOfMemory
-from dots1_local.runtime.placement import Placement
+from dots1_local.runtime.placing.placement import Placement
 from tests.helpers import write_random_gguf
 
 GB = 10**9
@@ -47,8 +47,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
         assert (workers, measure) == ((), "cached")
         return MACHINE
 
-    monkeypatch.setattr("dots1_local.runtime.machine.this_machine", this_machine)
-    monkeypatch.setattr("dots1_local.runtime.planner.place", place)
+    monkeypatch.setattr("dots1_local.runtime.devices.machine.this_machine", this_machine)
+    monkeypatch.setattr("dots1_local.runtime.placing.planner.place", place)
     return made
 
 

@@ -1,4 +1,4 @@
-from dots1_local.runtime.footprint import Usage
+from dots1_local.runtime.placing.footprint import Usage
 from dots1_local.runtime.report import Difference, Taken, compare, read_report
 
 MIB = 1 << 20

@@ -6,12 +6,12 @@ import pytest
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.runtime.bench import bench, predicted_depths
-from dots1_local.runtime.contenders import all_on_cpu, experts_in_ram
+from dots1_local.runtime.devices.machine import find_hardware, this_machine
 from dots1_local.runtime.engine import Engine
-from dots1_local.runtime.machine import find_hardware, this_machine
-from dots1_local.runtime.placement import Placement
-from dots1_local.runtime.planner import place
-from dots1_local.runtime.steps import Graph
+from dots1_local.runtime.placing.contenders import all_on_cpu, experts_in_ram
+from dots1_local.runtime.placing.placement import Placement
+from dots1_local.runtime.placing.planner import place
+from dots1_local.runtime.placing.steps import Graph
 from dots1_local.runtime.trial import measure_depths, try_out
 from tests.helpers import write_random_gguf
 from tests.workers import local_worker

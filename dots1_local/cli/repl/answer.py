@@ -14,7 +14,7 @@ from dots1_local.errors import Dots1Error
 from dots1_local.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.session import Session, Stats
+    from dots1_local.runtime.chat.session import Session, Stats
 
 __all__ = [
     "Ask",

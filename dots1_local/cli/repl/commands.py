@@ -147,7 +147,7 @@ def _save(repl: "Repl", rest: str) -> None:
 
 
 def _load(repl: "Repl", rest: str) -> None:
-    from dots1_local.runtime.conversation import load_conversation
+    from dots1_local.runtime.chat.conversation import load_conversation
 
     path, before = conversation_path(rest), dict(values(repl))
     conversation = load_conversation(path)

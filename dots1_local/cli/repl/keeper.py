@@ -14,8 +14,8 @@ from dots1_local.cli.repl.saving import save
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.prompt import Message
-    from dots1_local.runtime.session import Session
+    from dots1_local.runtime.chat.prompt import Message
+    from dots1_local.runtime.chat.session import Session
 
 __all__ = ["Keeper", "left_behind"]
 
@@ -44,7 +44,7 @@ class Keeper:
 
         If it cannot be where it was asked for, that costs a notice, and the recovery file serves.
         """
-        from dots1_local.runtime.turns import last_turn
+        from dots1_local.runtime.chat.turns import last_turn
 
         messages = self._session.messages if messages is None else messages
         if last_turn(messages) is None:
@@ -77,7 +77,7 @@ class Keeper:
         Raises:
             UsageError: it cannot be saved there; a recovery file stays.
         """
-        from dots1_local.runtime.turns import last_turn
+        from dots1_local.runtime.chat.turns import last_turn
 
         if self._file and (self._file.exists() or last_turn(self._session.messages) is not None):
             save(self._file, self._session)
@@ -89,7 +89,7 @@ class Keeper:
 
     def _write(self, path: Path, messages: Sequence["Message"]) -> str | None:
         """What kept it from being written, if anything did."""
-        from dots1_local.runtime.conversation import save_conversation
+        from dots1_local.runtime.chat.conversation import save_conversation
 
         try:
             save_conversation(path, self._session, messages)

@@ -21,8 +21,8 @@ from dots1_local.cli.repl.settings import SETTINGS
 from dots1_local.errors import Dots1Error
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.conversation import Conversation
-    from dots1_local.runtime.session import Session, Stats
+    from dots1_local.runtime.chat.conversation import Conversation
+    from dots1_local.runtime.chat.session import Session, Stats
 
 __all__ = ["Repl"]
 
@@ -103,7 +103,7 @@ class Repl:
         Where Ctrl-C came before its first word it is not, and `unanswered` is said. `question` is
         what is asked, if it is new.
         """
-        from dots1_local.runtime.prompt import Message
+        from dots1_local.runtime.chat.prompt import Message
 
         before = list(self.session.messages)
         self.keeper.keep([*before, Message("user", question)] if question else before)

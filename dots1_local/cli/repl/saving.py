@@ -8,8 +8,8 @@ from dots1_local.cli.repl.shown import one_line
 from dots1_local.errors import Dots1Error
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.conversation import Conversation
-    from dots1_local.runtime.session import Session
+    from dots1_local.runtime.chat.conversation import Conversation
+    from dots1_local.runtime.chat.session import Session
 
 __all__ = ["resume", "save"]
 
@@ -22,7 +22,7 @@ def save(path: Path, session: "Session", *, quiet: bool = False) -> None:
     Raises:
         UsageError: the conversation cannot be written there.
     """
-    from dots1_local.runtime.conversation import save_conversation, state_path
+    from dots1_local.runtime.chat.conversation import save_conversation, state_path
 
     save_conversation(path, session)
     try:
@@ -40,7 +40,7 @@ def resume(
     path: Path, conversation: "Conversation", session: "Session", *, quiet: bool = False
 ) -> None:
     """Put the session where the conversation of `path` was, with as much KV cache as is usable."""
-    from dots1_local.runtime.conversation import state_path
+    from dots1_local.runtime.chat.conversation import state_path
 
     conversation.apply(session)
     with progress_bar("reading the KV cache"):

@@ -1,0 +1,1 @@
+"""Conversations: prompts, sampling, stopping, the KV cache, and saving all of it."""

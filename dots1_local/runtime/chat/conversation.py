@@ -1,0 +1,214 @@
+"""A conversation as a file: JSON that a person can read, and that need not be trusted."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from dots1_local.errors import UsageError
+from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.sampling import Sampling
+from dots1_local.runtime.chat.session import Overflow, Session
+
+__all__ = ["Conversation", "load_conversation", "save_conversation", "state_path"]
+
+_FORMAT, _VERSION = "dots1-conversation", 1
+_LARGEST = 1 << 26  # bytes; a full context of dots.llm1 is a few hundred thousand
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a session holds, less the tokens; `model` is the name of the file it was held with.
+
+    `unanswered` is a last question to which there is no answer yet, "" if there is none.
+    """
+
+    model: str
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    overflow: Overflow
+    unanswered: str = ""
+
+    def apply(self, session: Session) -> None:
+        """Put the session where this one was; what is unanswered is left to ask."""
+        session.messages = list(self.messages)
+        session.sampling = self.sampling
+        session.max_tokens = self.max_tokens
+        session.stop, session.overflow = self.stop, self.overflow
+
+
+def state_path(path: Path) -> Path:
+    """Where the KV cache of the conversation in `path` is kept: talk.kv for talk.json."""
+    return path.with_name(f"{path.stem if path.suffix == '.json' else path.name}.kv")
+
+
+def save_conversation(
+    path: str | Path, session: Session, messages: Sequence[Message] | None = None
+) -> None:
+    """Write the session's conversation to `path`, whole or not at all.
+
+    Other `messages` than its own may end in a question that has no answer yet.
+
+    Raises:
+        UsageError: it cannot be written there, or another kind of file would be overwritten.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        try:
+            _read(path)
+        except UsageError as error:
+            raise UsageError(f"{error}; it stays as it is, choose another name") from None
+    said = list(session.messages if messages is None else messages)
+    unanswered = said.pop().text if said and said[-1].role == "user" else None
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "model": session.model,
+        "settings": {
+            **asdict(session.sampling),
+            "max_tokens": session.max_tokens,
+            "stop": list(session.stop),
+            "overflow": session.overflow,
+        },
+        "messages": [{"role": m.role, "text": m.text} for m in said],
+        **({} if unanswered is None else {"unanswered": unanswered}),
+    }
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    try:
+        _write(path, text.encode("utf-8", errors="replace"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot write {path}: {_reason(error)}") from None
+
+
+def load_conversation(path: str | Path) -> Conversation:
+    """The conversation in a file that `save_conversation` wrote.
+
+    Raises:
+        UsageError: unreadable, no saved conversation, or one that makes no sense.
+    """
+    content = _read(Path(path))
+    try:
+        return _conversation(content)
+    except UsageError as error:
+        raise UsageError(f"{path} is a damaged conversation: {error}") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UsageError(f"{path} is not a file")
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {_reason(error)}") from None
+    if len(data) > _LARGEST:
+        raise UsageError(f"{path} is too large for a saved conversation")
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise UsageError(f"{path} is not a saved conversation")
+    return content
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _conversation(content: dict[str, Any]) -> Conversation:
+    model, version = content.get("model"), content.get("version")
+    settings = content.get("settings")
+    if version != _VERSION:
+        raise UsageError(f"its version is {_brief(version)}, and {_VERSION} is what is read here")
+    if not isinstance(model, str) or not isinstance(settings, dict):
+        raise UsageError("its model or its settings are missing")
+    return Conversation(
+        model,
+        _messages(content.get("messages")),
+        _sampling(settings),
+        _max_tokens(settings.get("max_tokens")),
+        _stop(settings.get("stop", [])),
+        _overflow(settings.get("overflow", "drop")),
+        _unanswered(content.get("unanswered", "")),
+    )
+
+
+def _messages(entries: Any) -> tuple[Message, ...]:
+    if not isinstance(entries, list):
+        raise UsageError("its messages are missing")
+    messages = tuple(_message(entry, number) for number, entry in enumerate(entries, 1))
+    skipped = sum(message.role == "system" for message in messages[:1])
+    for number, message in enumerate(messages[skipped:]):
+        due = ("user", "assistant")[number % 2]
+        if message.role != due:
+            raise UsageError(f"message {skipped + number + 1} is {message.role}'s, not {due}'s")
+    if (len(messages) - skipped) % 2:
+        raise UsageError("the last question has no answer")
+    return messages
+
+
+def _message(entry: Any, number: int) -> Message:
+    role, text = (entry.get(key) if isinstance(entry, dict) else None for key in ("role", "text"))
+    if role not in ("system", "user", "assistant") or not isinstance(text, str):
+        raise UsageError(f"message {number} is not the text of system, user or assistant")
+    return Message(role, _encodable(text))
+
+
+def _sampling(settings: dict[str, Any]) -> Sampling:
+    names = [field.name for field in fields(Sampling) if field.name in settings]
+    for name in names:
+        value = settings[name]
+        if type(value) not in (int, float) and not (name == "seed" and value is None):
+            raise UsageError(f"{name} is {_brief(value)}, not a number")
+    return Sampling(**{name: settings[name] for name in names})
+
+
+def _max_tokens(value: Any) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise UsageError(f"max_tokens is {_brief(value)}, not a number from 1 up")
+    return value
+
+
+def _stop(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(each, str) and each for each in values):
+        raise UsageError(f"stop is {_brief(values)}, not a list of texts")
+    return tuple(values)
+
+
+def _overflow(value: Any) -> Overflow:
+    if value not in get_args(Overflow):
+        raise UsageError(f"overflow is {_brief(value)}, not one of {', '.join(get_args(Overflow))}")
+    chosen: Overflow = value
+    return chosen
+
+
+def _unanswered(value: Any) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"unanswered is {_brief(value)}, not a text")
+    return _encodable(value)
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _brief(value: Any) -> str:
+    return repr(value)[:40]

@@ -1,0 +1,71 @@
+"""The turns of a conversation: a user's message and what follows up to the next one."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from dots1_local.progress import Progress
+from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.stats import StopReason
+from dots1_local.runtime.chat.stopping import AnswerText
+
+__all__ = ["Turn", "count_turns", "drop_oldest", "last_turn", "turns_to_drop"]
+
+
+@dataclass
+class Turn:
+    """An answer in the making, to the last of `messages`."""
+
+    messages: list[Message]
+    limit: int | None
+    answer: AnswerText
+    progress: Progress
+    prompt: list[int] = field(default_factory=list)
+    dropped: int = 0
+    stop: StopReason = "interrupted"
+
+    @property
+    def size(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt) + len(self.answer.tokens)
+
+
+def last_turn(messages: Sequence[Message]) -> int | None:
+    """The index of the last user's message."""
+    users = (index for index in reversed(range(len(messages))) if messages[index].role == "user")
+    return next(users, None)
+
+
+def count_turns(messages: Sequence[Message]) -> int:
+    """How many messages users wrote."""
+    return sum(message.role == "user" for message in messages)
+
+
+def drop_oldest(messages: Sequence[Message], count: int) -> list[Message]:
+    """The messages without the `count` oldest turns; system messages stay."""
+    kept, turn = [], 0
+    for message in messages:
+        turn += message.role == "user"
+        if message.role == "system" or turn > count or count == 0:
+            kept.append(message)
+    return kept
+
+
+def turns_to_drop(
+    messages: Sequence[Message], size: Callable[[Sequence[Message]], int], limit: int
+) -> int:
+    """How many to drop of a conversation of more than `limit` tokens; the last turn always stays.
+
+    So many that the others take at most half the room there is for them: all that is left is
+    computed again, which should not happen at every question.
+    """
+
+    def left(count: int) -> int:
+        return size(drop_oldest(messages, count))
+
+    droppable = count_turns(messages) - 1
+    if droppable < 1:
+        return 0
+    target = limit - max(0, limit - left(droppable)) // 2
+    counts = range(1, droppable)  # where none is enough, all of them
+    return 1 + bisect_left(counts, True, key=lambda count: left(count) <= target)

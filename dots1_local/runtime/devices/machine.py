@@ -1,0 +1,204 @@
+"""This machine as it is: its devices and memory now, their speeds measured once and kept.
+
+Others are described in files, some of which come with this package.
+"""
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+from dots1_local.errors import UsageError
+from dots1_local.progress import Progress, silent
+from dots1_local.runtime.devices.backends import build_with
+from dots1_local.runtime.devices.detect import detect
+from dots1_local.runtime.devices.disk import read_rate
+from dots1_local.runtime.devices.hardware import (
+    CPU,
+    Device,
+    Hardware,
+    load_hardware,
+    physical_cores,
+)
+from dots1_local.runtime.devices.limits import available_ram
+
+__all__ = ["Measure", "find_hardware", "hardware_names", "lacking", "this_machine"]
+
+Measure = Literal["cached", "again"] | bool
+
+_MACHINES = Path(__file__).parents[2] / "machines"
+_ROOT = Path("/")
+
+
+def this_machine(
+    workers: Sequence[str] = (), *, measure: Measure = True, progress: Progress = silent
+) -> Hardware:
+    """This machine, with the devices of `workers` (host:port).
+
+    Memory is what is free now. Speeds are measured, in a minute, where they never were; with
+    "cached" those stay unknown, with "again" all are measured, with False none is said.
+
+    Raises:
+        UsageError: a worker's address is none.
+        Dots1Error: a worker does not answer, or the engine died or hung.
+    """
+    from dots1_local.runtime.devices.rpc import parse_endpoint, probe
+
+    endpoints = [parse_endpoint(each) for each in workers]
+    for endpoint in endpoints:
+        probe(endpoint)
+    found = _present(detect({"workers": endpoints}))
+    if measure is False:
+        return found
+    path = _cache_path(found)
+    cached = _load(path)
+    known = _with_known(found, cached) if cached and measure != "again" else found
+    if measure == "cached":
+        return known
+    return _measured(known, cached, endpoints, path, progress)
+
+
+def find_hardware(text: str) -> Hardware:
+    """The machine described in a file, or by one of the descriptions that come with this package.
+
+    Raises:
+        UsageError: neither; the message lists the names there are.
+    """
+    if text in hardware_names():
+        return load_hardware(_MACHINES / f"{text}.json")
+    if not Path(text).exists():
+        raise UsageError(
+            f"{text} is no description of a machine; give a file or one of "
+            f"{', '.join(hardware_names())}"
+        )
+    return load_hardware(text)
+
+
+def hardware_names() -> tuple[str, ...]:
+    """The names of the descriptions that come with this package."""
+    return tuple(sorted(path.stem for path in _MACHINES.glob("*.json")))
+
+
+def lacking(hardware: Hardware, root: Path = _ROOT) -> tuple[str, ...]:
+    """What this machine has or could use and its engine was built without, and how to get it."""
+    built = hardware.engine.partition("(")[2].rstrip(")").split(", ")
+    sentences = []
+    for backend, flag, owner, present in _GPUS:
+        if backend in built or "Vulkan" in built or not present(root):
+            continue
+        sentences.append(
+            f"there is an {owner} GPU's driver, but this llama-cpp-python was built without "
+            f"{backend}; to use the GPU: {build_with(flag, 'GGML_RPC')}"
+        )
+    if "RPC" not in built:
+        sentences.append(
+            "this llama-cpp-python was built without RPC, which --worker needs; to get it: "
+            f"{build_with('GGML_RPC')}"
+        )
+    return tuple(sentences)
+
+
+def _has_nvidia(root: Path) -> bool:
+    return (root / "proc/driver/nvidia/version").exists() or bool(shutil.which("nvidia-smi"))
+
+
+def _has_amd(root: Path) -> bool:
+    return (root / "dev/kfd").exists()
+
+
+_GPUS = (
+    ("CUDA", "GGML_CUDA", "NVIDIA", _has_nvidia),
+    ("ROCm", "GGML_HIP", "AMD", _has_amd),
+)
+
+
+def _present(found: Hardware) -> Hardware:
+    """With what only this process knows: its share of RAM and cores."""
+    ram = available_ram()
+    cpu = found.cpu if ram is None else replace(found.cpu, free=ram.available, total=ram.total)
+    name = "".join(filter(str.isprintable, platform.node())) or "this machine"
+    return replace(found, name=name, source="measured here", cores=physical_cores(), cpu=cpu)
+
+
+def _measured(
+    known: Hardware,
+    cached: Hardware | None,
+    workers: Sequence[str],
+    path: Path,
+    progress: Progress,
+) -> Hardware:
+    """With every speed that is missing, which are kept."""
+    everything = {device.name: device for device in (known.cpu, *known.devices)}
+    missing = [name for name, device in everything.items() if device.speed is None]
+    for name in missing:
+        request = {"workers": list(workers), "measure": name, "threads": known.cores}
+        speed = detect(request, progress).device(name).speed
+        everything[name] = replace(everything[name], speed=speed)
+    disk = read_rate(_folder()) if CPU in missing else known.disk
+    cpu, *devices = everything.values()
+    hardware = replace(known, cpu=cpu, devices=tuple(devices), disk=disk)
+    if missing:
+        _save(path, hardware, cached)
+    return hardware
+
+
+def _with_known(found: Hardware, cached: Hardware) -> Hardware:
+    """With the speeds of those devices that are the ones measured before."""
+    before = {_identity(device): device.speed for device in cached.devices}
+    devices = tuple(replace(each, speed=before.get(_identity(each))) for each in found.devices)
+    if (found.cpu.description, found.cores) != (cached.cpu.description, cached.cores):
+        return replace(found, devices=devices)
+    cpu = replace(found.cpu, speed=cached.cpu.speed)
+    return replace(found, cpu=cpu, devices=devices, disk=cached.disk)
+
+
+def _identity(device: Device) -> tuple[object, ...]:
+    return device.name, device.description, device.total, device.worker
+
+
+def _folder() -> Path:
+    """Where measurements are kept, made if it can be; of a relative path the standard says no."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (base if base.is_absolute() else Path.home() / ".cache") / "dots1"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.gettempdir())
+    return folder
+
+
+def _cache_path(found: Hardware) -> Path:
+    key = sha256(f"{found.name} {found.engine}".encode()).hexdigest()[:16]
+    return _folder() / f"hardware-{key}.json"
+
+
+def _load(path: Path) -> Hardware | None:
+    """What was measured before; what cannot be read is measured again."""
+    try:
+        return load_hardware(path)
+    except UsageError:
+        return None
+
+
+def _save(path: Path, hardware: Hardware, before: Hardware | None) -> None:
+    """Keep the speeds, with those of devices that are not here this time."""
+    names = {device.name for device in hardware.devices}
+    absent = [each for each in (before.devices if before else ()) if each.name not in names]
+    kept = replace(hardware, devices=(*hardware.devices, *absent))
+    text = json.dumps(kept.to_json(), indent=1) + "\n"
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError:  # the figures are good, and next time measured again
+        pass

@@ -193,15 +193,19 @@ def _contenders(run: Run) -> Iterator[tuple[str, Placement | None]]:
     """What to measure, the most telling first."""
     gguf, machine = run.graph.gguf, run.machine
     ours = place(gguf, machine, context=run.context)
+    yield f"ours ({ours.host_memory}, ubatch {ours.ubatch})", _on_workers(run, ours)
     for name, placement in (
-        ("ours", ours),
         *compared(gguf, machine, ours),
         *((f"ours, {kind}", replace(ours, host_memory=kind)) for kind in _HOST_MEMORIES),
         *((f"ours, ubatch {n}", with_ubatch(gguf, machine, ours, n)) for n in _UBATCHES),
     ):
-        if name == "ours" or placement != ours:
-            yield name, replace(placement, workers=run.workers if placement.layers else ())
+        if placement != ours:
+            yield name, _on_workers(run, placement)
     yield "llama.cpp by itself", None
+
+
+def _on_workers(run: Run, placement: Placement) -> Placement:
+    return replace(placement, workers=run.workers if placement.layers else ())
 
 
 def _geometry(args: argparse.Namespace, machine: Hardware, seconds: float) -> dict[str, Any]:
@@ -244,6 +248,8 @@ def _arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     args.context = args.context or (2048 if args.device == "worker" else 8192)
+    if args.context < (least := _DEPTHS[-1][-1] + _ROOM):
+        parser.error(f"--context must be {least} or more")
     return args
 
 

@@ -4,12 +4,12 @@
 #   benchmarks/gpu_offload.sh pack
 #   benchmarks/gpu_offload.sh run OUT [--minutes 10] [--device worker] [option of gpu_offload.py]...
 #
-# `pack` needs a network, and makes build/gpu_offload.tar (40 MB): this program, llama.cpp's sources
+# `pack` needs a network, and makes build/gpu_offload.tar (60 MB): this program, llama.cpp's sources
 # and Python packages. Unpacked anywhere on the CUDA machine, `run` there builds llama.cpp for its
 # GPU (kept for a next run), and measures with benchmarks/gpu_offload.py until the minutes are over.
 # What is finished lies in OUT at any time.
 #
-# It needs a C++ compiler, CMake, the CUDA toolkit with cuBLAS, and Python 3.11 or 3.12 with pip.
+# It needs a C++ compiler, CMake, the CUDA toolkit with cuBLAS, and Python 3.11, 3.12 or 3.13.
 # `--device worker` takes a worker of llama.cpp's RPC backend for the GPU, and needs no CUDA.
 set -euo pipefail
 
@@ -18,6 +18,7 @@ folder=$root/build/gpu_offload
 engine=$folder/engine
 python=${PYTHON:-python3}
 packages=(diskcache gguf jinja2 numpy typing-extensions)
+pythons=(3.11 3.12 3.13)
 most_bytes=$((64 << 20))
 
 fail() {
@@ -70,7 +71,7 @@ pack_wheels() { # for Linux and each Python that is likely there
     for version in 2_28 2_27 2_17 2014 2_12 2010 2_5 1; do
         platforms+=(--platform "manylinux${version/#2_/_2_}_$(uname -m)")
     done
-    for version in 3.11 3.12; do
+    for version in "${pythons[@]}"; do
         "$python" -m pip download --quiet --only-binary :all: --constraint "$root/constraints.txt" \
             --python-version "$version" "${platforms[@]}" --dest "$folder/wheels" "${packages[@]}"
     done
@@ -108,7 +109,11 @@ step() { # OUT NAME SECONDS ARGUMENT...: one of the functions below, its output 
     ((bound > 0)) || fail "no time is left for the step $name"
     echo "gpu_offload: $name (at most $bound s)" >&2
     timeout --kill-after 10 "$bound" "${BASH:-bash}" "$root/benchmarks/gpu_offload.sh" "step-$name" \
-        "$@" >"$out/$name.log" 2>&1 || status=$?
+        "$@" >"$out/$name.log" 2>&1 &
+    child=$!
+    trap 'kill "$child"' INT TERM # a Ctrl-C does not reach what timeout started
+    wait "$child" || status=$?
+    trap - INT TERM
     echo "$name: $((SECONDS - start)) s, exit code $status" | tee -a "$out/steps.txt" >&2
     if ((status)); then tail -n 20 "$out/$name.log" >&2; fi
     return "$status"
@@ -120,15 +125,25 @@ unpack() {
         tar -xJf "$folder/sources.tar.xz" -C "$engine.partial"
         mv "$engine.partial" "$engine"
     }
-    [[ -d $folder/site ]] || {
-        "$python" -m pip install --no-index --find-links "$folder/wheels" --no-warn-conflicts \
-            --target "$folder/site.partial" "${packages[@]}"
-        local version
+    local site abi version wheel
+    site=$(site_folder)
+    abi=${site##*-}
+    [[ -d $site ]] || {
+        [[ -n $(find "$folder/wheels" -name "*-$abi-$abi-*") ]] ||
+            fail "$python is ${abi/#cp3/Python 3.}, and packed is for ${pythons[*]}; set PYTHON to one"
+        rm -rf "$site.partial"
+        for wheel in "$folder"/wheels/*-{py3-none-any,"$abi-$abi-"*}.whl; do
+            "$python" -m zipfile -e "$wheel" "$site.partial"
+        done
         version=$(sed -n 's/^Version: //p' "$engine/PKG-INFO")
-        mkdir "$folder/site.partial/llama_cpp_python-$version.dist-info"
-        cp "$engine/PKG-INFO" "$folder/site.partial/llama_cpp_python-$version.dist-info/METADATA"
-        mv "$folder/site.partial" "$folder/site"
+        mkdir "$site.partial/llama_cpp_python-$version.dist-info"
+        cp "$engine/PKG-INFO" "$site.partial/llama_cpp_python-$version.dist-info/METADATA"
+        mv "$site.partial" "$site"
     }
+}
+
+site_folder() { # of packages for this Python; they need nothing but to be unpacked
+    "$python" -c 'import sys; print(sys.argv[1] + "/site-cp%d%d" % sys.version_info[:2])' "$folder"
 }
 
 build() { # DEVICE: the libraries, into a build folder that the binding takes for its own
@@ -204,7 +219,7 @@ for each in {*site.getsitepackages(), *sys.path}: print(each)' | while read -r d
 measure() {
     cd "$root"
     export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} # llama.cpp by itself would take them all
-    PYTHONPATH=$engine:$folder/site:$root PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    PYTHONPATH=$engine:$(site_folder):$root PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
         exec "$python" -m benchmarks.gpu_offload "$@"
 }
 

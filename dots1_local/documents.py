@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ __all__ = ["Fields", "read_document", "unrepeated"]
 
 _LARGEST = 1 << 26  # bytes
 _LONGEST = 1 << 12  # characters of a text
+_LARGEST_NUMBER = 1e300  # no more than a float holds, and no NaN
 _T = TypeVar("_T", bound=str)
 
 
@@ -55,7 +55,7 @@ class Fields:
     def number(self, key: str, *, zero: bool = False) -> float:
         """A finite float above 0, or 0 where `zero` allows it."""
         value = self.take(key)
-        plain = type(value) in (int, float) and isfinite(value)
+        plain = type(value) in (int, float) and abs(value) <= _LARGEST_NUMBER
         if not plain or value < 0 or (value == 0 and not zero):
             raise self._wrong(key, value, "a positive number")
         return float(value)

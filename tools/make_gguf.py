@@ -76,7 +76,7 @@ def write_gguf(
     Raises:
         Dots1Error: no such recipe, no such model, or a disk that cannot hold it.
     """
-    path = Path(path)
+    path, rng = Path(path), np.random.default_rng(seed)
     with TemporaryDirectory() as folder:
         output = _lay_out(path, Path(folder) / path.stem, config, recipe)
     if not headers_only:
@@ -86,7 +86,7 @@ def write_gguf(
         file.truncate(output.total_bytes)
         if not headers_only:
             file.flush()
-            _write_weights(file.fileno(), output, np.random.default_rng(seed))
+            _write_weights(file.fileno(), output, rng)
     return path
 
 
@@ -154,7 +154,9 @@ def main() -> None:
     """Write the model that the command line describes."""
     args = _arguments()
     sizes = {key: getattr(args, key) for key, _ in _OPTIONS.values()}
-    sizes["num_key_value_heads"] = args.num_attention_heads
+    sizes["num_key_value_heads"] = heads = args.num_attention_heads
+    if heads > 0 and args.hidden_size % (2 * heads):
+        sys.exit(f"--heads {heads} leaves no even head dimension of --hidden {args.hidden_size}")
     try:
         config = published_config(**sizes)
         write_gguf(args.path, config, args.recipe, headers_only=args.headers_only, seed=args.seed)

@@ -61,8 +61,9 @@ MaxKLD = Annotated[
 ]  # fmt: skip
 FitMemory = Annotated[
     str | None,
-    _option("--fit-memory", "MEMORY", "Choose types to fit, e.g., '24GB gpu + 64GB ram'."),
-]
+    _option("--fit-memory", "MEMORY", "Choose types to fit: '24GB gpu + 64GB ram', or a machine "
+            "that dots1 plan --hardware takes."),
+]  # fmt: skip
 Context = Annotated[
     str | None,
     _option("--context", "TOKENS", "With --fit-memory: the context to fit, e.g. 32k.",
@@ -111,11 +112,18 @@ def read_budget(
 def _memory_budget(checkpoint: Path, memory: str, context: str | None, kv_type: str) -> "Budget":
     from dots1_local.checkpoint import Checkpoint
     from dots1_local.convert import Budget
-    from dots1_local.runtime.placing.memory import parse_context, weights_budget
+    from dots1_local.runtime.devices.machine import find_hardware, hardware_names
+    from dots1_local.runtime.placing.memory import Memory, parse_context, weights_budget
 
+    described: str | Memory = memory
+    if memory in hardware_names() or Path(memory).is_file():
+        machine = find_hardware(memory)
+        described = Memory(tuple(device.free for device in machine.devices), machine.cpu.free)
     config = Checkpoint.open(checkpoint).config
     tokens = min(_CONTEXT, config.max_position_embeddings)
-    found = weights_budget(config, memory, parse_context(context) if context else tokens, kv_type)
+    found = weights_budget(
+        config, described, parse_context(context) if context else tokens, kv_type
+    )
     notice(found.explanation)
     return Budget("weights", found.weights)
 

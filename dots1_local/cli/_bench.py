@@ -66,12 +66,14 @@ def bench(
     from dots1_local.runtime.placing.steps import Graph
     from dots1_local.sizes import parse_size
 
-    depths, ubatches = _numbers(context, "--context"), _numbers(ubatch or "", "--ubatch")
+    depths = _numbers(context, "--context")
+    ubatches = [] if ubatch is None else _numbers(ubatch, "--ubatch")
     plans = [(path.name, load_placement(path)) for path in plan or ()]
+    workers = _workers([placement for _, placement in plans], worker or [])
     gguf = GGUFFile.open(model)
     graph = Graph.read(gguf)
     with progress_bar("looking at this machine") as report:
-        machine = this_machine(worker or [], progress=report)
+        machine = this_machine(workers, progress=report)
     machine = limited(
         machine, vram=parse_size(vram) if vram else None, ram=parse_size(ram) if ram else None
     )
@@ -81,7 +83,7 @@ def bench(
     outcomes: list[Outcome] = []
     for number, contender in enumerate(contenders, 1):
         with progress_bar(f"{contender[0]} ({number} of {len(contenders)})") as report:
-            outcomes += run(graph, machine, [contender], depths, report)
+            outcomes += run(graph, machine, [contender], depths, report, threads=threads)
     if as_json:
         print_json({"machine": machine.to_json(), "outcomes": [o.to_json() for o in outcomes]})
     else:
@@ -94,9 +96,19 @@ def _numbers(text: str, option: str) -> list[int]:
     from dots1_local.runtime.placing.memory import parse_context
 
     numbers = [parse_context(part) for part in text.split(",") if part.strip()]
-    if numbers != sorted(set(numbers)) or (not numbers and text):
+    if numbers != sorted(set(numbers)) or not numbers:
         raise UsageError(f"{option} {text!r} is no ascending list such as 512,4096,16k")
     return numbers
+
+
+def _workers(plans: Sequence["Placement"], given: Sequence[str]) -> Sequence[str]:
+    """Those that plans name, or else the given ones."""
+    if plans and given:
+        raise UsageError("--plan names the workers it uses; leave out --worker")
+    named = {placement.workers for placement in plans if placement.workers}
+    if len(named) > 1:
+        raise UsageError("these plans are for different workers; try them one at a time")
+    return [*named.pop()] if named else given
 
 
 def _contenders(
@@ -117,7 +129,11 @@ def _contenders(
                     with_ubatch(graph.gguf, machine, placement, ubatch),
                 )
     if alternatives:
-        yield from compared(graph.gguf, machine, ours[0][1])
+        tried = [placement for _, placement in ours]
+        for name, placement in compared(graph.gguf, machine, ours[0][1]):
+            if placement not in tried:  # on a large device, several put all there
+                tried.append(placement)
+                yield name, placement
         yield "llama.cpp by itself", None
 
 
@@ -127,7 +143,8 @@ def _show(outcomes: Sequence["Outcome"]) -> None:
     print_table(header, rows, numbers_from=1)
     print("\ntokens a second; prefill from the context before, decode of single tokens after it\n")
     taken = [row for outcome in outcomes for row in _byte_rows(outcome)]
-    print_table(("placement", "device", "what", "bytes", "predicted"), taken, numbers_from=3)
+    if taken:
+        print_table(("placement", "device", "what", "bytes", "predicted"), taken, numbers_from=3)
     for outcome in outcomes:
         if outcome.error:
             notice(f"{outcome.name}: {outcome.error}")

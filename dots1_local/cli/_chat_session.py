@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dots1_local.cli._output import notice, progress_bar
 from dots1_local.cli._planned import chosen_placement, one_sentence
+from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.runtime.chat.conversation import Conversation
@@ -22,13 +23,17 @@ def existing(file: Path | None) -> Path | None:
     """What --session goes on with; where there is nothing yet, a file can be made.
 
     Raises:
+        UsageError: a dialogue keeps its conversation there.
         Dots1Error: it cannot.
     """
+    from dots1_local.cli.repl.keeper import in_use
     from dots1_local.output import check_target
 
     if file and not file.exists():
         check_target(file, force=True)
         return None
+    if file and in_use(file):
+        raise UsageError(f"a dialogue goes on in {file}; leave it first, or name another file")
     return file
 
 

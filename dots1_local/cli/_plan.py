@@ -1,11 +1,12 @@
 """`dots1 plan`: where a model would live on a machine, and how fast it would be."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._output import Json, Threads, notice, print_json, progress_bar
+from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ def plan(
         typer.Option("--worker", help="HOST:PORT of a dots1 worker to use; may be repeated."),
     ] = None,
     threads: Threads = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", help="Show this plan, which you may have edited, not a new one."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show where a model's parts would live, and how fast it would run.
@@ -48,25 +53,38 @@ def plan(
     dots1 plan dots1-DQ4.gguf --hardware 24gb-64gb
 
     dots1 plan dots1-DQ4.gguf --json > plan.json
+
+    dots1 plan dots1-DQ4.gguf --plan plan.json
     """
     from dots1_local.gguf_file import GGUFFile
     from dots1_local.runtime.placing.memory import parse_context
+    from dots1_local.runtime.placing.placement import check_made_for, load_placement
     from dots1_local.runtime.placing.planner import place
     from dots1_local.runtime.placing.room import limited
     from dots1_local.runtime.placing.shortfall import shortfall_of
     from dots1_local.runtime.placing.steps import Graph
-    from dots1_local.sizes import parse_size
 
+    if plan and (context or kv or threads or worker):
+        raise UsageError(
+            "--plan says all of --context, --kv, --threads and --worker; edit it, or leave them out"
+        )
     tokens = parse_context(context) if context else None
-    limits = {
-        "vram": parse_size(vram) if vram else None,
-        "ram": parse_size(ram) if ram else None,
-    }
+    limits = {"vram": _bytes(vram), "ram": _bytes(ram)}
     gguf = GGUFFile.open(model)
     graph = Graph.read(gguf)
-    machine = limited(_machine(hardware, worker or []), **limits)
-    placement = place(gguf, machine, context=tokens, kv_type=kv, threads=threads)
-    _warn(graph, machine, placement)
+    made = load_placement(plan) if plan else None
+    if made:
+        check_made_for(made, gguf)
+    workers = [*made.workers] if made and hardware is None else worker or []
+    found = _machine(hardware, workers)
+    machine = limited(found, **limits)
+    placement = made or place(gguf, machine, context=tokens, kv_type=kv, threads=threads)
+    for sentence in (
+        *_warnings(graph, found, placement),
+        *_beyond(found, limits),
+        *_unmeasured(found, described=hardware is not None),
+    ):
+        notice(sentence)
     shortfall = shortfall_of(graph, machine, placement)
     if as_json:
         print_json(_as_json(graph, machine, placement, shortfall))
@@ -75,6 +93,15 @@ def plan(
     if shortfall is not None:
         notice(f"dots1: {model.name} on {machine.name}: {shortfall}")
         raise typer.Exit(1)
+
+
+def _bytes(size: str | None) -> int | None:
+    """Of a limit, which may be 0: a GPU that is to be left alone."""
+    from dots1_local.sizes import parse_size
+
+    if size is None or size.strip() == "0":
+        return None if size is None else 0
+    return parse_size(size)
 
 
 def _machine(name: str | None, workers: list[str]) -> "Hardware":
@@ -89,18 +116,44 @@ def _machine(name: str | None, workers: list[str]) -> "Hardware":
     return find_hardware(name)
 
 
-def _warn(graph: "Graph", machine: "Hardware", placement: "Placement") -> None:
-    from dots1_local.runtime.placing.speed_model import is_measured
+def _warnings(graph: "Graph", machine: "Hardware", placement: "Placement") -> Iterator[str]:
+    """What to know of a plan beforehand."""
+    from dots1_local.runtime.placing.room import unattended
 
     trained = graph.config.max_position_embeddings
     if placement.context > trained:
-        notice(
+        yield (
             f"a context of {placement.context:,} tokens is beyond the {trained:,} that the model "
             "was trained for"
         )
-    if not is_measured(machine, placement.devices):
-        notice(
-            f"{machine.name} has not been measured: run dots1 hardware, and speeds are predicted"
+    if sentence := unattended(machine, placement):
+        yield f"{sentence}; the CPU would, and the KV cache be copied to it for every token"
+
+
+def _beyond(machine: "Hardware", limits: dict[str, int | None]) -> Iterator[str]:
+    """Which limits are none, the machine having less."""
+    gpus = [device for device in machine.devices if not device.worker]
+    asked = [("--ram", machine.cpu), *(("--vram", gpu) for gpu in gpus)]
+    for option, device in asked:
+        wanted = limits[option.removeprefix("--")]
+        if wanted is not None and wanted > device.total:
+            yield (
+                f"{option} {human_bytes(wanted)} is more than the {human_bytes(device.total)} of "
+                f"{device.name}, which is planned with"
+            )
+
+
+def _unmeasured(machine: "Hardware", *, described: bool) -> Iterator[str]:
+    """Of which devices no speeds are known, and how they would be."""
+    lacking = [each.name for each in (machine.cpu, *machine.devices) if each.speed is None]
+    if lacking and described:
+        yield f"{machine.name} gives no speeds of {', '.join(lacking)}"
+    elif lacking:
+        workers = dict.fromkeys(each.worker for each in machine.devices if each.worker)
+        command = " ".join(["dots1 hardware", *(f"--worker {worker}" for worker in workers)])
+        yield (
+            f"{machine.name} has not been measured ({', '.join(lacking)}): run {command}, and "
+            "plan again with speeds"
         )
 
 

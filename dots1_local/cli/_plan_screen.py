@@ -41,7 +41,7 @@ def show_plan(model: Path, graph: "Graph", machine: "Hardware", placement: "Plac
     predicted = forecast(graph, machine, placement)
     print(
         f"{model.name} ({human_bytes(placement.model_bytes)}) on {machine.name}, "
-        f"context of {placement.context:,} tokens\n"
+        f"context of {placement.context:,} token{'s' * (placement.context != 1)}\n"
     )
     _print_bytes(predicted)
     print()
@@ -135,9 +135,13 @@ def _print_speeds(predicted: "Forecast") -> None:
         print("Speeds are not predicted: the machine has not been measured.")
         return
     rows = [
-        (f"{at.context:,}", f"{at.prefill:,.0f}", f"{at.decode:.2f}", f"{at.cost:.3f}")
+        (f"{at.context:,}", _speed(at.prefill), f"{at.decode:.2f}", f"{at.cost:.3f}")
         for at in predicted.speeds
     ]
     header = ("context", "prefill tok/s", "decode tok/s", "1,000 more cost tok/s")
     print_table(header, rows, numbers_from=0)
-    print(f"Prefill is of a prompt of {predicted.prompt:,} tokens.")
+    print(f"Prefill is of a prompt of {predicted.prompt:,} token{'s' * (predicted.prompt != 1)}.")
+
+
+def _speed(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"

@@ -56,7 +56,7 @@ def explain(message: str, log: Sequence[str] = ()) -> str:
         return f"the worker at {match[1]} does not answer; look there, and start dots1 worker again"
     found = [match[1] for match in map(_DEVICE_ERROR.search, reversed(log)) if match]
     if found and "out of memory" in found[0]:
-        return "the GPU ran out of memory while it computed: plan again with more --margin"
+        return "the GPU ran out of memory while it computed: plan again with less --vram"
     if found:
         return f"the GPU failed ({found[0]}); nothing more can be computed there until a new start"
     details = "; ".join(filter(None, (message, *log[-1:])))
@@ -95,11 +95,13 @@ def _end(message: str) -> None:
     from dots1_local.runtime import engine_log  # there already, as the engine runs
 
     sentence = explain(message, engine_log.recent())
-    for rescue in reversed(_rescues):
-        thread = Thread(target=_attempt, args=(rescue, sentence), daemon=True)
-        thread.start()
-        thread.join(_PATIENCE)
-    os._exit(1)
+    try:
+        for rescue in reversed(_rescues):
+            thread = Thread(target=_attempt, args=(rescue, sentence), daemon=True)
+            thread.start()
+            thread.join(_PATIENCE)
+    finally:  # also where there is no thread to be had
+        os._exit(1)
 
 
 def _attempt(rescue: Rescue, sentence: str) -> None:

@@ -53,8 +53,13 @@ def bench(
     contenders: Iterable[Contender],
     depths: Sequence[int],
     progress: Progress = silent,
+    *,
+    threads: int | None = None,
 ) -> Iterator[Outcome]:
-    """Try each contender in a process of its own; one that fails does not end the others."""
+    """Try each contender in a process of its own; one that fails does not end the others.
+
+    `threads` are for llama.cpp by itself, by default one a core; a placement has its own.
+    """
     workers = [device.worker for device in machine.devices if device.worker]
     for name, placement in contenders:
         predicted: tuple[Depth, ...] = ()
@@ -65,7 +70,12 @@ def bench(
                 predicted = predicted_depths(graph, machine, placement, depths)
                 usage = footprint(graph.gguf, placement)
             trial = try_out(
-                graph.gguf.files[0], placement, depths, workers=workers, progress=progress
+                graph.gguf.files[0],
+                placement,
+                depths,
+                workers=workers,
+                threads=threads,
+                progress=progress,
             )
         except Dots1Error as failure:
             error = str(failure)

@@ -43,8 +43,9 @@ class Entry:
 class Engine:
     """A model and one context; use it in a `with` statement.
 
-    `n_ctx` is what one sequence may hold; `vocab` is a llama.cpp handle. `report` is what
-    the engine took of each device, `warnings` are sentences for whoever asked for it.
+    `n_ctx` is what one sequence may hold; `vocab` is a llama.cpp handle. `report` is what the
+    engine took of each device, and `predicted` what the placement should take, if there is one;
+    `warnings` are sentences for whoever asked for it.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Engine:
         self.gguf = gguf
         self.n_ctx, self.n_ubatch = made.n_ctx, made.n_ubatch
         self.settings, self.placement = made, placement
-        self.report, self.warnings = loaded.report, loaded.warnings
+        self.report, self.predicted = loaded.report, loaded.predicted
+        self.warnings = loaded.warnings
         self._n_outputs = made.n_outputs
         self._loaded, self.context = loaded, loaded.context
         self._memory = llama.llama_get_memory(self.context)

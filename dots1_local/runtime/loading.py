@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,19 @@ from dots1_local.gguf_file import GGUFFile
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.types import quant_type
 from dots1_local.runtime import engine_log
+from dots1_local.runtime.devices.rpc import keep_alive
 from dots1_local.runtime.model_params import (
     buffer_names,
     connected,
     devices_beside_cpu,
+    endpoints,
     free_memory,
     model_params,
     prepare,
 )
-from dots1_local.runtime.placing.footprint import footprint
+from dots1_local.runtime.placing.footprint import Usage, footprint
 from dots1_local.runtime.placing.placement import Placement
-from dots1_local.runtime.report import Report, device_of, read_report
+from dots1_local.runtime.report import Report, device_of, read_report, surprises
 from dots1_local.runtime.settings import Settings, settings, trained_for
 from dots1_local.sizes import human_bytes
 
@@ -42,17 +44,21 @@ class OutOfMemory(Dots1Error):
         self.device, self.nbytes, self.reason = device, nbytes, reason
 
     def __str__(self) -> str:
-        return f"{self.reason}; plan again with more margin, or for a shorter context"
+        return f"{self.reason}; plan again with less --vram or --ram, or a shorter context"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """llama.cpp's handles of a model and its context, what they took, and what to tell."""
+    """llama.cpp's handles of a model and its context, what they took, and what to tell.
+
+    `predicted` is what a placement should take of each device; without one, nothing.
+    """
 
     model: Any
     context: Any
     report: Report
     warnings: tuple[str, ...]
+    predicted: Mapping[str, Usage] = field(default_factory=dict)
     workers: tuple[str, ...] = ()
 
     def free(self) -> None:
@@ -81,12 +87,15 @@ def load_model(
     if placement:
         warnings += prepare(gguf, placement)
     params = model_params(placement)
+    predicted: Mapping[str, Usage] = {}
     if no_alloc:
         params.no_alloc, params.load_mode = True, _NO_LOAD_MODE  # it aborts over a mapped file
     elif placement:
-        _check_free(gguf, placement, wanted)
-    names = buffer_names(devices_beside_cpu(placement))
+        predicted = _predict(gguf, placement, wanted)
+        _check_free(predicted, devices_beside_cpu(placement))
+    names, workers = buffer_names(devices_beside_cpu(placement)), endpoints(placement)
     model, sizes = _make_model(gguf, params, names, progress)
+    keep_alive(workers)
     try:
         context, more = _make_context(gguf, model, _context_params(wanted), names)
     except BaseException:
@@ -94,9 +103,9 @@ def load_model(
         raise
     weights = sum(tensor.nbytes for tensor in gguf.tensors)
     report = read_report([*sizes, *more], names, weights)
-    workers = placement.workers if placement else ()
+    warnings += surprises(report, predicted)
     connected.update(workers)
-    return Loaded(model, context, report, tuple(warnings), workers)
+    return Loaded(model, context, report, tuple(warnings), predicted, workers)
 
 
 def dry_run(path: str | Path, placement: Placement, **options: Any) -> Report:
@@ -120,15 +129,18 @@ def _context_warnings(gguf: GGUFFile, wanted: Settings) -> list[str]:
     ]
 
 
-def _check_free(gguf: GGUFFile, placement: Placement, wanted: Settings) -> None:
-    """Find out now what would else show after minutes of loading."""
-    predicted = footprint(
+def _predict(gguf: GGUFFile, placement: Placement, wanted: Settings) -> Mapping[str, Usage]:
+    return footprint(
         gguf,
         wanted.applied_to(placement),
         n_sequences=wanted.n_sequences,
         n_outputs=wanted.n_outputs,
     )
-    for device in devices_beside_cpu(placement):
+
+
+def _check_free(predicted: Mapping[str, Usage], devices: Iterable[str]) -> None:
+    """Find out now what would else show after minutes of loading."""
+    for device in devices:
         needed, free = predicted[device].total, free_memory(device)
         if free is not None and needed > free:
             raise OutOfMemory(

@@ -17,13 +17,14 @@ from dots1_local.ggml import library
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.runtime.devices import backends, rpc
 from dots1_local.runtime.devices.hardware import CPU
-from dots1_local.runtime.placing.placement import HostMemory, Placement
+from dots1_local.runtime.placing.placement import HostMemory, Placement, check_made_for
 
 __all__ = [
     "MIN_BATCH",
     "buffer_names",
     "connected",
     "devices_beside_cpu",
+    "endpoints",
     "free_memory",
     "model_params",
     "prepare",
@@ -70,25 +71,23 @@ def prepare(gguf: GGUFFile, placement: Placement) -> list[str]:
         UsageError: it is for another file.
         Dots1Error: a worker does not answer.
     """
-    _check_made_for(gguf, placement)
+    check_made_for(placement, gguf)
     warnings = _set_min_batch(placement)
-    for worker in placement.workers:
-        if not connected[worker]:  # it serves one client at a time, which may be us already
-            rpc.probe(worker)  # the engine would end the process over a wrong address
-        backends.add_worker(rpc.parse_endpoint(worker))
+    workers = endpoints(placement)
+    # The engine would end the process over a wrong address; who serves us already answers nobody.
+    rpc.probe_all(worker for worker in workers if not connected[worker])
+    for worker in workers:
+        backends.add_worker(worker)
     return warnings
 
 
-def _check_made_for(gguf: GGUFFile, placement: Placement) -> None:
-    blocks = gguf.keys.get("dots1.block_count")
-    if (placement.model_bytes, placement.blocks) != (gguf.nbytes, blocks):
-        raise UsageError(
-            f"this placement was made for {placement.model} ({placement.model_bytes:,} bytes, "
-            f"{placement.blocks} blocks), not for {gguf.files[0]} ({gguf.nbytes:,} bytes, {blocks} "
-            "blocks); plan again"
-        )
-    if CPU in placement.layers:
-        raise UsageError(f"this placement counts layers of the {CPU}, whose are all that are left")
+def endpoints(placement: Placement | None) -> tuple[str, ...]:
+    """The placement's workers, as host:port.
+
+    Raises:
+        UsageError: one of them is no address.
+    """
+    return tuple(dict.fromkeys(map(rpc.parse_endpoint, placement.workers))) if placement else ()
 
 
 def _set_min_batch(placement: Placement) -> list[str]:
@@ -123,10 +122,10 @@ def _handle(device: str) -> int:
 def _way_to(device: str) -> str:
     backend = device.rstrip("0123456789")
     if backend in _BUILDS and backend not in backends.backend_names():
-        command = backends.BUILD_RPC.replace("GGML_RPC", _BUILDS[backend])
+        command = backends.build_with(*dict.fromkeys((_BUILDS[backend], "GGML_RPC")))
         return f"this llama-cpp-python was built without {backend}, build it anew: {command}"
     if backend == "RPC":
-        return "give the worker that has it with --worker HOST:PORT"
+        return "name the worker that has it, in the plan or with --worker HOST:PORT"
     return "plan again on this machine"
 
 

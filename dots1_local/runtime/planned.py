@@ -9,6 +9,7 @@ from dots1_local.gguf_file import GGUFFile
 from dots1_local.runtime.devices.hardware import Hardware
 from dots1_local.runtime.engine import Engine, check_loadable
 from dots1_local.runtime.loading import OutOfMemory
+from dots1_local.runtime.placing.footprint import Usage, footprint
 from dots1_local.runtime.placing.placement import Placement, load_placement
 from dots1_local.runtime.settings import trained_for
 from dots1_local.sizes import human_bytes
@@ -16,7 +17,7 @@ from dots1_local.sizes import human_bytes
 __all__ = ["load"]
 
 _ATTEMPTS = 4
-_MORE_MARGIN = 1_000_000_000  # bytes, doubled with each attempt
+_LESS = 1_000_000_000  # bytes, doubled with each attempt
 
 
 def load(
@@ -65,10 +66,11 @@ def _load_planned(
         except OutOfMemory as error:
             if attempt == _ATTEMPTS - 1:
                 raise
-            extra = _MORE_MARGIN << attempt
-            reserved[error.device] = reserved.get(error.device, 0) + extra
+            less = _LESS << attempt
+            excess = _unused(gguf, machine, placement, error.device) + less
+            reserved[error.device] = reserved.get(error.device, 0) + excess
             warnings.append(
-                f"{error.reason}; planned again with {human_bytes(extra)} more left free"
+                f"{error.reason}; planned again to take at least {human_bytes(less)} less of it"
             )
         else:
             break
@@ -87,6 +89,14 @@ def _plan(gguf: GGUFFile, machine: Hardware, options: dict[str, Any]) -> Placeme
         kv_type=options.get("kv_type"),
         threads=options.get("threads"),
     )
+
+
+def _unused(gguf: GGUFFile, machine: Hardware, placement: Placement, device: str) -> int:
+    """Bytes that the plan left of what it might have taken, and that were never there."""
+    from dots1_local.runtime.placing.room import room_of
+
+    taken = footprint(gguf, placement).get(device, Usage()).total
+    return max(room_of(machine.device(device)) - taken, 0)
 
 
 def _without(machine: Hardware, reserved: dict[str, int]) -> Hardware:

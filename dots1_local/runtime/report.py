@@ -6,10 +6,20 @@ from dataclasses import dataclass
 
 from dots1_local.runtime.devices.hardware import CPU
 from dots1_local.runtime.placing.footprint import Usage
+from dots1_local.sizes import human_bytes
 
-__all__ = ["Difference", "Report", "Taken", "compare", "device_of", "read_report"]
+__all__ = [
+    "Difference",
+    "Report",
+    "Taken",
+    "compare",
+    "device_of",
+    "read_report",
+    "surprises",
+]
 
 _MIB = 1 << 20
+_EXACT = 300 * _MIB, 0.02  # what a prediction may be wrong by, or by which part of it
 _LINE = re.compile(r"(\S+) +(model|KV|output|compute) buffer size = +(\d+\.\d+) MiB")
 _CLASSES = {"model": "weights", "KV": "kv", "output": "compute", "compute": "compute"}
 
@@ -78,6 +88,22 @@ def compare(report: Report, predicted: Mapping[str, Usage]) -> tuple[Difference,
         for what in Taken.__dataclass_fields__
     )
     return tuple(each for each in found if each.predicted or each.real)
+
+
+def surprises(report: Report, predicted: Mapping[str, Usage]) -> list[str]:
+    """A sentence for each device of which the engine took notably more or less than predicted.
+
+    Scratch space counts neither way: no log tells of it.
+    """
+    sentences = []
+    for device, usage in predicted.items():
+        expected, real = usage.total - usage.scratch, report.get(device, Taken()).total
+        if abs(real - expected) > max(_EXACT[0], _EXACT[1] * expected):
+            sentences.append(
+                f"the engine took {human_bytes(real)} of {device}, where "
+                f"{human_bytes(expected)} were predicted"
+            )
+    return sentences
 
 
 def device_of(buffer: str, devices: Mapping[str, str]) -> str:

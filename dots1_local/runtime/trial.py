@@ -64,13 +64,14 @@ def try_out(
     depths: Sequence[int],
     *,
     workers: Sequence[str] = (),
+    threads: int | None = None,
     limit: int | None = None,
     progress: Progress = silent,
 ) -> Trial:
     """Load the model as placed, or as llama.cpp does by itself (None), and time it at `depths`.
 
-    `workers` are for llama.cpp by itself; a placement names its own. `limit` bytes are left free on
-    each GPU before the model is loaded, whatever it has.
+    `workers` and `threads` (by default one a core) are for llama.cpp by itself; a placement has its
+    own. `limit` bytes are left free on each GPU before the model is loaded, whatever it has.
 
     Raises:
         Dots1Error: it cannot be loaded so, or the engine failed.
@@ -80,6 +81,7 @@ def try_out(
         "placement": None if placement is None else placement.to_json(),
         "depths": list(depths),
         "workers": list(workers),
+        "threads": threads,
         "limit": limit,
     }
     environment = {}
@@ -119,7 +121,7 @@ def measure_depths(
     found, start = [], 0
     for depth in depths:
         prefill = _read(engine, tokens, start, depth, progress)
-        found.append(Depth(depth, prefill, _write(engine, tokens, depth)))
+        found.append(Depth(depth, prefill, _write(engine, tokens, depth, progress)))
         engine.forget(depth)
         start = depth
     return tuple(found)
@@ -143,12 +145,13 @@ def _read(engine: Engine, tokens: Sequence[int], start: int, end: int, progress:
     return (end - start) / (time.perf_counter() - begin)
 
 
-def _write(engine: Engine, tokens: Sequence[int], depth: int) -> float:
+def _write(engine: Engine, tokens: Sequence[int], depth: int, progress: Progress) -> float:
     seconds = []
     for place in range(depth, depth + _WRITTEN):
         begin = time.perf_counter()
         engine.decode(tokens[place : place + 1], place)
         seconds.append(time.perf_counter() - begin)
+        progress(place + 1, len(tokens), "tokens", f"writing at {depth:,}")
     return 1 / median(seconds)
 
 
@@ -190,27 +193,30 @@ def _engine(request: Mapping[str, Any]) -> Engine:
 
 
 def _unplaced(request: Mapping[str, Any]) -> Engine:
-    """What llama.cpp's library makes of the file, told nothing but the context."""
+    """What llama.cpp's library makes of the file, told nothing but the context and threads.
+
+    Its own 4 threads would be more than some machines have cores, and fewer than most.
+    """
     from llama_cpp import llama_cpp as llama
 
     from dots1_local.gguf_file import GGUFFile
     from dots1_local.runtime import engine_log
     from dots1_local.runtime.devices import backends
-    from dots1_local.runtime.devices.rpc import probe
+    from dots1_local.runtime.devices.rpc import probe_all
     from dots1_local.runtime.engine import check_loadable
     from dots1_local.runtime.loading import Loaded
     from dots1_local.runtime.report import read_report
     from dots1_local.runtime.settings import settings
 
+    probe_all(request["workers"])
     for worker in request["workers"]:
-        probe(worker)
         backends.add_worker(worker)
     gguf = GGUFFile.open(request["path"])
     check_loadable(gguf)
     params = llama.llama_context_default_params()
     n_ctx = request["depths"][-1] + _WRITTEN
-    made = settings(gguf, None, n_ctx=n_ctx, n_ubatch=params.n_ubatch)
-    params.n_ctx = n_ctx
+    made = settings(gguf, None, n_ctx=n_ctx, n_ubatch=params.n_ubatch, threads=request["threads"])
+    params.n_ctx, params.n_threads, params.n_threads_batch = n_ctx, made.threads, made.threads
     with engine_log.errors() as log:
         model = llama.llama_model_load_from_file(
             bytes(gguf.files[0]), llama.llama_model_default_params()

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dots1_local.cli import app
+from dots1_local.errors import UsageError
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.runtime.devices import machine
 from dots1_local.runtime.devices.machine import find_hardware
@@ -66,8 +68,29 @@ def test_a_plan_that_cannot_be_carried_out_exits_with_1(model: Path, tmp_path: P
     assert "failed" in result.stdout
 
 
-@pytest.mark.parametrize("context", ["0", "64,32", "32,,x", "32,32"])
+@pytest.mark.parametrize("context", ["0", "64,32", "32,,x", "32,32", "", ","])
 def test_refuses_what_is_no_list_of_contexts(model: Path, context: str) -> None:
     result = run(model, "--context", context)
-    assert result.exit_code != 0
-    assert "Traceback" not in result.stderr
+    assert isinstance(result.exception, (UsageError, SystemExit))
+
+
+def test_a_plan_brings_its_workers(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placement = place(GGUFFile.open(model), find_hardware("cpu-96gb"), context=256, threads=1)
+    asked = []
+
+    def this_machine(workers: Any, *, progress: Any) -> Any:
+        asked.append(workers)
+        return find_hardware("cpu-96gb")
+
+    monkeypatch.setattr(machine, "this_machine", this_machine)
+    plans = [tmp_path / name for name in "abc"]
+    for plan, workers in zip(plans, [(), ("box:1",), ("box:2",)], strict=True):
+        plan.write_text(json.dumps(replace(placement, workers=workers).to_json()))
+    options = ("--context", "32", "--no-alternatives")
+    run(model, *options, "--plan", plans[0])
+    run(model, *options, "--plan", plans[0], "--plan", plans[1])
+    assert asked == [[], ["box:1"]]
+    for more in (("--worker", "box:1"), ("--plan", plans[2])):
+        assert isinstance(run(model, "--plan", plans[1], *more).exception, UsageError)

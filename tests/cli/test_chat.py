@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import re
@@ -178,6 +179,15 @@ def test_a_plan_says_how_it_runs(model: Path, tmp_path: Path) -> None:
     assert run(model, "-p", "hi", "--plan", str(path)).stdout == "中文\n"
     refused = run(model, "-p", "x" * 99, "--plan", str(path))
     assert "the context holds 64" in str(refused.exception)
+
+
+def test_a_dialogue_keeps_its_session_file_to_itself(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text("{}")
+    with file.open("rb") as dialogue:
+        fcntl.flock(dialogue, fcntl.LOCK_EX)
+        refused = run(model, "--session", str(file), "-p", "hi")
+        assert "talk.json; leave it first" in str(refused.exception)
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("1k", 1024), ("512", 512), ("0", 1024)])

@@ -240,4 +240,6 @@ def test_types_for_a_memory(tiny: Path, calibration: Path) -> None:
     assert "GB stay free" in result.stderr
     whole = convert(tiny, *options, "8GB ram")
     assert "KV cache for 2,048 tokens (f16)" in whole.stderr  # what it was trained for
+    described = convert(tiny, *options, "24gb-64gb")  # 24 GiB and 64 GiB, less what is in use
+    assert "24.9 GB gpu + " in described.stderr
     assert "is no memory such as" in refused(convert(tiny, *options, "8"))

@@ -1,14 +1,16 @@
 """Conversations kept while they go on, without a model: only what is said matters."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from dots1_local.cli.repl.keeper import Keeper, left_behind
+from dots1_local.cli.repl.keeper import Keeper, in_use, left_behind
 from dots1_local.errors import UsageError
+from dots1_local.runtime.chat.conversation import save_conversation
 from dots1_local.runtime.chat.prompt import Message
 from dots1_local.runtime.chat.sampling import Sampling
 
@@ -51,8 +53,8 @@ def test_a_good_end_leaves_nothing_of_its_own_or_of_what_it_took_over(folder: Pa
     lost.write_text(json.dumps({"format": "dots1-conversation"}))
     kept = keeper()
     kept.keep()
-    kept.adopt(lost)
     kept.adopt(folder / "elsewhere.json")
+    kept.adopt(lost)
     assert left_behind() == []
     other = keeper()
     other.adopt(lost)
@@ -91,3 +93,72 @@ def test_no_place_at_all_costs_nothing_but_the_recovery(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert keeper().keep() is None
     assert left_behind() == []
+
+
+def test_a_recovery_file_that_is_gone_on_with_in_place_stays(folder: Path) -> None:
+    lost = folder / "recovery-20250101-000000-1.json"
+    folder.mkdir(parents=True)
+    save_conversation(lost, session(SAID))
+    kept = keeper(lost)
+    kept.adopt(lost)
+    kept.keep()
+    kept.end()
+    assert list(folder.iterdir()) == [lost]
+
+
+def test_what_is_saved_in_a_recovery_file_is_no_longer_one(folder: Path) -> None:
+    lost = folder / "recovery-20250101-000000-1.json"
+    folder.mkdir(parents=True)
+    save_conversation(lost, session(SAID))
+    kept = keeper()
+    kept.adopt(lost)
+    kept.save(lost)
+    kept.end()
+    assert lost.exists()
+    assert left_behind() == [lost]
+    lost.with_suffix(".kv").touch()  # as there is if anything was computed
+    assert left_behind() == []
+
+
+def test_of_recovery_files_only_the_one_gone_on_with_is_removed(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    first, second = paths = [folder / f"recovery-20250101-000000-{n}.json" for n in (1, 2)]
+    for path in paths:
+        save_conversation(path, session(SAID))
+    kept = keeper()
+    kept.adopt(first)  # and look at it
+    kept.adopt(second)
+    assert left_behind() == [first]
+    kept.end()
+    assert list(folder.iterdir()) == [first]
+    assert not second.exists()
+
+
+def test_no_dialogue_writes_where_another_keeps_its_conversation(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "talk.json"
+    one, two = keeper(file), keeper(file)
+    assert not in_use(file)
+    for _ in range(2):  # each time it is another file
+        assert one.keep() == file
+        assert in_use(file)
+    recovery = two.keep([*SAID, Message("user", "two")])
+    assert recovery is not None
+    assert recovery.parent == folder
+    assert "another dialogue keeps its conversation in" in capsys.readouterr().err
+    for deed in (two.end, lambda: keeper().save(file)):
+        with pytest.raises(UsageError, match="choose another name"):
+            deed()
+    assert "unanswered" not in json.loads(file.read_text())
+    one.save(file)  # by name, too
+    assert in_use(file)
+    one.end()
+    assert not in_use(file)
+    for lock in two._locks.values():
+        lock.close()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "talk.json")
+    assert not in_use(tmp_path / "talk.json")

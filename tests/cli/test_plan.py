@@ -71,6 +71,78 @@ def test_json_is_a_plan_that_can_be_read_back(model: Path, a_gpu: Path, tmp_path
 def test_limits_are_taken(model: Path, a_gpu: Path) -> None:
     found = json.loads(run(model, "--hardware", a_gpu, "--vram", "1001MB", "--json").stdout)
     assert found["layers"].get("CUDA0", 0) < 4
+    without = json.loads(run(model, "--hardware", a_gpu, "--vram", "0", "--json").stdout)
+    assert (without["layers"], without["overrides"]) == ({}, [])
+    result = run(model, "--hardware", a_gpu, "--vram", "100GB", "--ram", "1TB")
+    assert "--vram 100.0 GB is more than the 2.0 GB of CUDA0" in result.stderr
+    assert "--ram 1.0 TB is more than the 4.0 GB of CPU" in result.stderr
+
+
+def test_columns_add_up_to_what_is_free(model: Path, a_gpu: Path) -> None:
+    found = json.loads(run(model, "--hardware", a_gpu, "--json").stdout)["predicted"]["devices"]
+    for name, free in (("CUDA0", 2000 * MB), ("CPU", 4000 * MB)):
+        classes = {key: value for key, value in found[name].items() if key not in ("total", "free")}
+        assert sum(classes.values()) == found[name]["total"]
+        assert found[name]["total"] + found[name]["free"] == free
+
+
+def test_shows_an_edited_plan(model: Path, a_gpu: Path, tmp_path: Path) -> None:
+    made = json.loads(run(model, "--hardware", a_gpu, "--context", "512", "--json").stdout)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(made | {"overrides": [["_exps", "CPU"]], "ubatch": 64}))
+    result = run(model, "--hardware", a_gpu, "--plan", plan)
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["routed", "experts", "0", "B", "393.2", "kB"] in lines
+    assert "routed experts  1-2 on RAM" in result.stdout
+    assert "-ub 64" in result.stdout
+    again = json.loads(run(model, "--hardware", a_gpu, "--plan", plan, "--json").stdout)
+    speeds = [found["predicted"]["speeds"][0]["decode"] for found in (again, made)]
+    assert speeds[0] < speeds[1]
+    plan.write_text(json.dumps(made | {"kv_type": "Q5_0"}))
+    assert "CUDA0 cannot attend" in run(model, "--hardware", a_gpu, "--plan", plan).stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "sentence"),
+    [
+        ({}, ["--context", "16k"], "--plan says all of --context, --kv"),
+        ({}, ["--worker", "10.0.0.1:50052"], "--plan says all of"),
+        ({"model_bytes": 5}, [], "this placement was made for model.gguf (5 bytes"),
+        ({"layers": {"CUDA1": 4}}, [], "has no device CUDA1; it has CUDA0, CPU"),
+        ({"layers": {"CPU": 4}}, [], "counts layers of the CPU"),
+    ],
+)
+def test_plans_that_cannot_be_shown(
+    model: Path,
+    a_gpu: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    options: list[str],
+    sentence: str,
+) -> None:
+    plan = tmp_path / "plan.json"
+    made = place(GGUFFile.open(model), load_hardware(a_gpu))
+    plan.write_text(json.dumps(made.to_json() | changes))
+    result = run(model, "--hardware", a_gpu, "--plan", plan, *options)
+    assert result.exit_code != 0
+    assert sentence in str(result.exception)
+
+
+def test_names_the_command_that_measures(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def here(workers: list[str], **options: Any) -> Hardware:
+        asked.append(workers)
+        return machine(workers=(4000 * MB,), cpu=speed(1e9))
+
+    monkeypatch.setattr("dots1_local.runtime.devices.machine.this_machine", here)
+    result = run(model, "--worker", "10.0.0.1:50052")
+    assert asked == [["10.0.0.1:50052"]]
+    assert "has not been measured (RPC0): run dots1 hardware --worker 10.0.0.1:50052" in (
+        result.stderr
+    )
+    assert "decode tok/s" in result.stdout  # of the plan, which does without the worker
 
 
 def test_what_does_not_fit_is_shown_and_said(model: Path, tmp_path: Path) -> None:
@@ -93,13 +165,15 @@ def test_says_when_speeds_are_unknown(model: Path, tmp_path: Path) -> None:
     unmeasured = described(tmp_path / "unmeasured.json", machine())
     result = run(model, "--hardware", unmeasured)
     assert result.exit_code == 0
-    assert "has not been measured" in result.stderr
+    assert "gives no speeds of CPU" in result.stderr
     assert "Speeds are not predicted" in result.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--context", "17m"], "no context size"),
+        (["--context", "99999k"], "a context has 1 to 16,777,216 tokens"),
         (["--context", "much"], "no context size such as 16k"),
         (["--vram", "much"], "no size such as 48G"),
         (["--kv", "q4_k"], "no KV cache is kept in q4_k"),

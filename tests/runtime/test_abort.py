@@ -121,3 +121,31 @@ library().ggml_abort(b"ggml.c", 7, b"out of luck")
     code, _, err = run(tmp_path, script)
     assert code == -6
     assert err.startswith("ggml.c:7: out of luck")
+
+
+def test_ends_once_whoever_aborts_and_even_without_threads(tmp_path: Path) -> None:
+    script = """
+from threading import Barrier, Thread
+
+together = Barrier(5)
+
+def fail():
+    together.wait()
+    library().ggml_abort(b"ggml.c", 7, b"out of luck")
+
+with handling(tell), handling(save):
+    for _ in range(4):
+        Thread(target=fail, daemon=True).start()
+    if len(sys.argv) > 2:
+        def start(self):
+            raise RuntimeError("can't start new thread")
+        Thread.start = start
+    together.wait()
+    while True:
+        sum(range(1000))
+"""
+    code, out, err = run(tmp_path, script)
+    assert (code, out) == (1, "")
+    assert err == "dots1: llama.cpp failed in a way that it cannot go on from: out of luck\n"
+    assert (tmp_path / "saved").exists()
+    assert run(tmp_path, script, "without")[0] == 1

@@ -3,7 +3,6 @@
 All that connects to a worker runs in a child process: its devices stay the engine's for good.
 """
 
-import os
 import re
 import resource
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from dots1_local.errors import Dots1Error, GGUFError, UsageError
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.runtime.engine import Engine
 from dots1_local.runtime.loading import OutOfMemory, dry_run
+from dots1_local.runtime.placing.footprint import Usage
 from dots1_local.runtime.placing.placement import HostMemory, Placement
 from dots1_local.runtime.report import Report, Taken
 from tests.conftest import Converted
@@ -193,8 +193,8 @@ def test_refuses_a_placement_for_another_file(model: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "sentence"),
     [
-        ("SYCL0", 'this .* built without SYCL, .* CMAKE_ARGS="-DGGML_SYCL=on" pip'),
-        ("RPC9", "give the worker that has it with --worker"),
+        ("SYCL0", 'this .* built without SYCL, .* CMAKE_ARGS="-DGGML_SYCL=on -DGGML_RPC=on" pip'),
+        ("RPC9", "name the worker that has it, in the plan or with --worker"),
         ("BLAS", "plan again on this machine"),
     ],
 )
@@ -247,6 +247,22 @@ def with_little_free(path: Path, decisions: Decisions) -> None:
         Engine.open(path, placement=placement_for(path, **decisions), progress=never)
 
 
+def test_what_is_taken_is_compared_with_the_prediction(model: Path) -> None:
+    with Engine.open(model, placement=placement_for(model), threads=1) as engine:
+        assert engine.warnings == ()
+        expected = engine.predicted["CPU"]
+        assert engine.report["CPU"].total == pytest.approx(
+            expected.total - expected.scratch, rel=0.02, abs=ROUNDING
+        )
+    wrong = {"CPU": Usage(routed=1 << 30)}
+    with (
+        patch("dots1_local.runtime.loading.footprint", return_value=wrong),
+        Engine.open(model, placement=placement_for(model), threads=1) as engine,
+    ):
+        (warning,) = engine.warnings
+    assert re.fullmatch(r"the engine took .* MB of CPU, where 1.1 GB were predicted", warning)
+
+
 def test_can_be_interrupted_while_loading_to_a_worker(
     model: Path, worker: Worker, run: Run
 ) -> None:
@@ -282,15 +298,3 @@ def both_runs(path: Path, decisions: Decisions) -> tuple[Report, Report]:
     placement = placement_for(path, **decisions)
     with Engine.open(path, placement=placement) as engine:
         return dict(dry_run(path, placement)), dict(engine.report)
-
-
-def test_the_batch_that_fetches_weights_is_set_before_the_engine_starts(model: Path) -> None:
-    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-        for batch, warnings in ((64, 0), (64, 0), (128, 1)):
-            assert fresh.submit(min_batch, model, batch).result() == ("64", warnings)
-
-
-def min_batch(path: Path, batch: int) -> tuple[str, int]:
-    placement = placement_for(path, offload_min_batch=batch)
-    with Engine.open(path, placement=placement) as engine:
-        return os.environ["GGML_OP_OFFLOAD_MIN_BATCH"], len(engine.warnings)

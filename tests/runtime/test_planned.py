@@ -9,6 +9,7 @@ from dots1_local.errors import UsageError
 from dots1_local.runtime.devices.hardware import Device, Hardware
 from dots1_local.runtime.engine import Engine
 from dots1_local.runtime.loading import OutOfMemory
+from dots1_local.runtime.placing.footprint import Usage
 from dots1_local.runtime.placing.placement import Placement
 from tests.helpers import write_random_gguf
 
@@ -86,10 +87,21 @@ def test_plans_again_with_more_margin(
             raise failures.pop(0)
         return real(*values, **options)
 
+    used = {"CUDA0": 23 * GB}
+
+    def footprint(gguf: Any, placement: Placement) -> dict[str, Usage]:
+        return {name: Usage(routed=size) for name, size in used.items()}
+
+    monkeypatch.setattr("dots1_local.runtime.planned.footprint", footprint)
     monkeypatch.setattr(Engine, "open", reluctant)
     with pytest.raises(OutOfMemory, match="3"):
         load(model, "auto")
     assert [free for free, _ in plans] == [24 * GB, 23 * GB, 21 * GB, 17 * GB]
     failures.append(OutOfMemory("CUDA0", 7, "CUDA0 ran out"))
+    used["CUDA0"] = 5 * GB  # which was too much: what else seemed free is of no use
+    plans.clear()
     with load(model, "auto") as engine:
-        assert engine.warnings == ("CUDA0 ran out; planned again with 1.0 GB more left free",)
+        assert engine.warnings == (
+            "CUDA0 ran out; planned again to take at least 1.0 GB less of it",
+        )
+    assert [free for free, _ in plans] == [24 * GB, 5 * GB]  # of which 1 GB is margin

@@ -1,5 +1,5 @@
 from dots1_local.runtime.placing.footprint import Usage
-from dots1_local.runtime.report import Difference, Taken, compare, read_report
+from dots1_local.runtime.report import Difference, Taken, compare, read_report, surprises
 
 MIB = 1 << 20
 # As llama.cpp logs it, less the names of its functions.
@@ -52,3 +52,18 @@ def test_compares_with_a_prediction() -> None:
         Difference("CUDA1", "kv", 16 * MIB, 16 * MIB),
         Difference("CUDA1", "compute", 3, 0),
     )
+
+
+def test_a_device_is_surprising_from_2_percent_or_300_mib_on() -> None:
+    gib = 1 << 10
+    taken = {"CPU": Taken(100 * gib * MIB), "CUDA0": Taken(gib * MIB, 0, gib * MIB)}
+    fine = {
+        "CPU": Usage(routed=102 * gib * MIB, scratch=50 * gib * MIB),
+        "CUDA0": Usage(routed=(2 * gib - 300) * MIB),
+    }
+    assert surprises(taken, fine) == []
+    wrong = {"CPU": Usage(routed=103 * gib * MIB), "CUDA0": Usage(routed=(2 * gib - 301) * MIB)}
+    assert surprises(taken, wrong) == [
+        "the engine took 107.4 GB of CPU, where 110.6 GB were predicted",
+        "the engine took 2.1 GB of CUDA0, where 1.8 GB were predicted",
+    ]

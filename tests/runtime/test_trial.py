@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llama_cpp import llama_cpp as llama
 
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.gguf_file import GGUFFile
@@ -12,7 +13,7 @@ from dots1_local.runtime.placing.contenders import all_on_cpu, experts_in_ram
 from dots1_local.runtime.placing.placement import Placement
 from dots1_local.runtime.placing.planner import place
 from dots1_local.runtime.placing.steps import Graph
-from dots1_local.runtime.trial import measure_depths, try_out
+from dots1_local.runtime.trial import _unplaced, measure_depths, try_out
 from tests.helpers import write_random_gguf
 from tests.workers import local_worker
 
@@ -69,6 +70,12 @@ def test_a_worker_and_llama_cpp_by_itself_are_tried_in_processes_of_their_own(
     assert tried.taken["RPC0"].weights > tried.taken["CPU"].weights  # the embedding
     assert alone.taken["RPC0"].weights == tried.taken["RPC0"].weights
     assert ("tokens", "reading to 100") in {step[2:] for step in steps}
+
+
+def test_llama_cpp_by_itself_has_as_many_threads_as_the_others(model: Path) -> None:
+    request = {"path": model, "workers": [], "depths": DEPTHS, "threads": 1}
+    with _unplaced(request) as engine:
+        assert llama.llama_n_threads(engine.context) == 1
 
 
 def test_a_contender_that_fails_does_not_end_the_others(model: Path, ours: Placement) -> None:

@@ -12,7 +12,7 @@ from dots1_local.gguf_file import GGUFFile
 from dots1_local.runtime.engine import Engine
 from dots1_local.verify import verify_gguf
 from tests.micro import micro_config
-from tools.make_gguf import write_gguf
+from tools.make_gguf import main, write_gguf
 from tools.make_wide import published_config
 
 
@@ -96,6 +96,22 @@ def test_what_the_disk_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Dots1Error, match=r"GB free, but huge\.gguf needs"):
         write_gguf(tmp_path / "huge.gguf", config)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_seed_that_is_none_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="non-negative"):
+        write_gguf(tmp_path / "bad.gguf", micro_config(), seed=-1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_that_the_engine_would_end_the_process_over_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "odd.gguf"
+    monkeypatch.setattr("sys.argv", ["make_gguf", str(path), "--hidden", "64", "--heads", "3"])
+    with pytest.raises(SystemExit, match="no even head dimension"):
+        main()
+    assert not path.exists()
 
 
 def _floats(tensor: Any) -> NDArray[np.float32]:

@@ -1,19 +1,21 @@
 """The commands of a dialogue: a registry of names, help and handlers."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
-from dots1_local.cli._output import notice
+from dots1_local.cli._output import human_bytes, notice
 from dots1_local.cli.repl.paths import conversation_path, read_text, typed_path
-from dots1_local.cli.repl.saving import resume, save
+from dots1_local.cli.repl.saving import resume
 from dots1_local.cli.repl.settings import change, find_setting, values
 from dots1_local.cli.repl.shown import one_line, plain
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.cli.repl.loop import Repl
+    from dots1_local.runtime.report import Difference
 
 __all__ = ["COMMANDS", "Command", "run_command"]
 
@@ -133,6 +135,7 @@ def _show(repl: "Repl", rest: str) -> None:
     _table(
         [
             ("model", session.model),
+            *_memory(session.memory),
             ("context", f"{session.n_ctx:,} tokens, {session.context_used:,} of them cached"),
             ("turns", f"{len(said) // 2}, {tokens:,} tokens of text"),
             ("attached", ", ".join(repl.attached) or "none"),
@@ -142,8 +145,17 @@ def _show(repl: "Repl", rest: str) -> None:
     )
 
 
+def _memory(found: Iterable["Difference"]) -> Iterator[tuple[str, str]]:
+    """A line for each device: what is there, and its sum as planned."""
+    for device, group in groupby(found, key=lambda each: each.device):
+        classes = list(group)
+        sizes = ", ".join(f"{human_bytes(each.real)} {each.what}" for each in classes)
+        planned = sum(each.predicted for each in classes)
+        yield f"on {device}", f"{sizes}; planned {human_bytes(planned)}" if planned else sizes
+
+
 def _save(repl: "Repl", rest: str) -> None:
-    save(conversation_path(rest), repl.session)
+    repl.keeper.save(conversation_path(rest))
 
 
 def _load(repl: "Repl", rest: str) -> None:

@@ -17,17 +17,37 @@ if TYPE_CHECKING:
     from dots1_local.runtime.chat.prompt import Message
     from dots1_local.runtime.chat.session import Session
 
-__all__ = ["Keeper", "left_behind"]
+__all__ = ["Keeper", "in_use", "left_behind"]
 
 _PATTERN = "recovery-*.json"
 
 
 def left_behind() -> list[Path]:
-    """Recovery files of dialogues that came to no good end, the latest last."""
+    """Recovery files of dialogues that came to no good end, the latest last.
+
+    One with a KV cache beside it is no longer that: a person saved in it.
+    """
+    from dots1_local.runtime.chat.conversation import state_path
+
     try:
-        return [path for path in sorted(state_folder().glob(_PATTERN)) if not _in_use(path)]
+        found = sorted(state_folder().glob(_PATTERN))
+        return [path for path in found if not state_path(path).exists() and not in_use(path)]
     except (OSError, RuntimeError):
         return []
+
+
+def in_use(path: Path) -> bool:
+    """Whether a dialogue keeps its conversation in this file."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class Keeper:
@@ -36,8 +56,10 @@ class Keeper:
     def __init__(self, session: "Session", file: Path | None = None) -> None:
         self._session, self._file = session, file
         self._recovery: Path | None = None
-        self._locks: dict[Path, BinaryIO] = {}  # recovery files that are ours
+        self._locks: dict[Path, BinaryIO] = {}  # files that are ours, by what they really are
         self._complained = False
+        if file:
+            self._own(file)
 
     def keep(self, messages: Sequence["Message"] | None = None) -> Path | None:
         """Write the conversation, or other `messages`, if anything is said in it; where to.
@@ -52,6 +74,7 @@ class Keeper:
         if self._file:
             problem = self._write(self._file, messages)
             if problem is None:
+                self._own(self._file)
                 return self._file
             if not self._complained:
                 notice(problem)
@@ -66,10 +89,27 @@ class Keeper:
         return recovery
 
     def adopt(self, path: Path) -> None:
-        """Take over a recovery file that was loaded: a good end removes it."""
-        with suppress(OSError, RuntimeError):
-            if path.resolve() in map(Path.resolve, left_behind()):
-                self._own(path.resolve())
+        """Take over a recovery file that was loaded: a good end removes it.
+
+        One that was loaded before stays, as this is another conversation now.
+        """
+        for other in self._locks.keys() - {_real(each) for each in (path, *self._ours)}:
+            self._locks.pop(other).close()
+        if _real(path) in map(_real, left_behind()):
+            self._own(path)
+
+    def save(self, path: Path) -> None:
+        """Save it where a person says, KV cache and all; no end removes that.
+
+        Raises:
+            UsageError: it cannot be saved there.
+        """
+        self._check_free(path)
+        save(path, self._session)
+        if (lock := self._locks.pop(_real(path), None)) is not None:
+            lock.close()
+        if self._file and _real(path) == _real(self._file):
+            self._own(self._file)
 
     def end(self) -> None:
         """Save in the file that was asked for, KV cache and all; there is nothing to recover.
@@ -80,10 +120,11 @@ class Keeper:
         from dots1_local.runtime.chat.turns import last_turn
 
         if self._file and (self._file.exists() or last_turn(self._session.messages) is not None):
-            save(self._file, self._session)
+            self.save(self._file)
         for path, file in self._locks.items():
-            with suppress(OSError):
-                path.unlink()
+            if not self._file or path != _real(self._file):
+                with suppress(OSError):
+                    path.unlink()
             file.close()
         self._locks.clear()
 
@@ -92,10 +133,22 @@ class Keeper:
         from dots1_local.runtime.chat.conversation import save_conversation
 
         try:
+            self._check_free(path)
             save_conversation(path, self._session, messages)
         except UsageError as error:
             return str(error)
         return None
+
+    @property
+    def _ours(self) -> list[Path]:
+        """Where this conversation is kept."""
+        return [path for path in (self._file, self._recovery) if path]
+
+    def _check_free(self, path: Path) -> None:
+        if _real(path) not in self._locks and in_use(path):
+            raise UsageError(
+                f"another dialogue keeps its conversation in {path}; choose another name"
+            )
 
     def _recovery_file(self) -> Path:
         if self._recovery is None:
@@ -106,16 +159,13 @@ class Keeper:
     def _own(self, path: Path) -> None:
         """Lock it, as a sign to other dialogues that it is in use."""
         if (file := _locked(path)) is not None:
-            before, self._locks[path] = self._locks.get(path), file
+            before, self._locks[_real(path)] = self._locks.get(_real(path)), file
             if before is not None:  # the file that was replaced
                 before.close()
 
 
-def _in_use(path: Path) -> bool:
-    if (file := _locked(path)) is None:
-        return True
-    file.close()
-    return False
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 def _locked(path: Path) -> BinaryIO | None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from dots1_local.cli._output import human_bytes, notice, progress_bar
 from dots1_local.cli.repl.shown import one_line
-from dots1_local.errors import Dots1Error
+from dots1_local.errors import Dots1Error, UsageError
 
 if TYPE_CHECKING:
     from dots1_local.runtime.chat.conversation import Conversation
@@ -15,7 +15,7 @@ __all__ = ["resume", "save"]
 
 
 def save(path: Path, session: "Session", *, quiet: bool = False) -> None:
-    """Write the conversation to `path` and its KV cache beside it.
+    """Write the conversation to `path` and its KV cache beside it, in place of another's.
 
     What keeps the cache from being written is a notice; `quiet` leaves out the one of success.
 
@@ -23,8 +23,12 @@ def save(path: Path, session: "Session", *, quiet: bool = False) -> None:
         UsageError: the conversation cannot be written there.
     """
     from dots1_local.runtime.chat.conversation import save_conversation, state_path
+    from dots1_local.runtime.chat.kv_state import drop_state
 
+    goes_on = _goes_on(path, session)
     save_conversation(path, session)
+    if not goes_on:
+        drop_state(state_path(path))
     try:
         with progress_bar("saving") as report:
             nbytes = session.save_state(state_path(path), report)
@@ -34,6 +38,18 @@ def save(path: Path, session: "Session", *, quiet: bool = False) -> None:
     cache = f" with {human_bytes(nbytes)} of KV cache in {state_path(path)}" if nbytes else ""
     if not quiet:
         notice(f"saved as {path}{cache}")
+
+
+def _goes_on(path: Path, session: "Session") -> bool:
+    """Whether the session goes on from what is in the file, so that its KV cache is of use."""
+    from dots1_local.runtime.chat.conversation import load_conversation
+
+    try:
+        before = load_conversation(path).messages
+    except UsageError:
+        return False
+    now = session.messages[: len(before)]
+    return [(each.role, each.text) for each in before] == [(each.role, each.text) for each in now]
 
 
 def resume(

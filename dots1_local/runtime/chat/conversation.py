@@ -50,7 +50,7 @@ def state_path(path: Path) -> Path:
 def save_conversation(
     path: str | Path, session: Session, messages: Sequence[Message] | None = None
 ) -> None:
-    """Write the session's conversation to `path`, whole or not at all.
+    """Write the session's conversation to `path`, whole or not at all; a link stays one.
 
     Other `messages` than its own may end in a question that has no answer yet.
 
@@ -80,7 +80,7 @@ def save_conversation(
     }
     text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
     try:
-        _write(path, text.encode("utf-8", errors="replace"))
+        _write(Path(os.path.realpath(path)), text.encode("utf-8", errors="replace"))
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot write {path}: {_reason(error)}") from None
 

@@ -18,7 +18,7 @@ from dots1_local.runtime import engine_log
 from dots1_local.runtime.chat.kv_state_file import Answers, State, begins_as_state, footer
 from dots1_local.runtime.engine import Engine
 
-__all__ = ["restore_state", "save_state"]
+__all__ = ["drop_state", "restore_state", "save_state"]
 
 _SEQUENCE = 0
 _INTERVAL = 0.2  # seconds between two reports
@@ -33,12 +33,44 @@ def save_state(
 ) -> int:
     """Write the cache of sequence 0, which is of `tokens`, whole or not at all; bytes written.
 
+    Where `path` is a link, it stays one.
+
     Raises:
         UsageError: another kind of file would be overwritten.
         Dots1Error: the disk has no room for it, or it cannot be written there.
     """
     if os.path.lexists(path) and not begins_as_state(path):
         raise UsageError(f"{path} is no saved KV cache; it stays as it is, choose another name")
+    try:
+        return _replace(Path(os.path.realpath(path)), engine, tokens, answers, progress)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Dots1Error(f"cannot write {path}: {reason}") from None
+
+
+def drop_state(path: Path) -> None:
+    """Remove such a file, as far as that is possible; another kind of file stays."""
+    if begins_as_state(path):
+        with suppress(OSError):
+            Path(os.path.realpath(path)).unlink()
+
+
+def restore_state(state: State, engine: Engine) -> bool:
+    """Put it into sequence 0 of the engine; if that fails, nothing is cached."""
+    tokens, count = (llama.llama_token * len(state.tokens))(), ctypes.c_size_t()
+    with engine_log.errors():
+        read = llama.llama_state_seq_load_file(
+            engine.context, _name(state.file), _SEQUENCE, tokens, len(tokens), ctypes.byref(count)
+        )
+    restored = read == state.nbytes and list(tokens) == state.tokens
+    if not restored:
+        engine.forget()
+    return restored
+
+
+def _replace(
+    path: Path, engine: Engine, tokens: Sequence[int], answers: Answers, progress: Progress
+) -> int:
     partial = path.with_name(f"{path.name}.partial")
     room = llama.llama_state_seq_get_size(engine.context, _SEQUENCE) + 4 * len(tokens)
     try:
@@ -53,26 +85,10 @@ def save_state(
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise Dots1Error(f"cannot write {path}: {reason}") from None
     finally:
-        with suppress(OSError, ValueError):
+        with suppress(OSError):
             partial.unlink(missing_ok=True)
     return nbytes
-
-
-def restore_state(state: State, engine: Engine) -> bool:
-    """Put it into sequence 0 of the engine; if that fails, nothing is cached."""
-    tokens, count = (llama.llama_token * len(state.tokens))(), ctypes.c_size_t()
-    with engine_log.errors():
-        read = llama.llama_state_seq_load_file(
-            engine.context, _name(state.file), _SEQUENCE, tokens, len(tokens), ctypes.byref(count)
-        )
-    restored = read == state.nbytes and list(tokens) == state.tokens
-    if not restored:
-        engine.forget()
-    return restored
 
 
 def _make_room(path: Path, nbytes: int) -> None:

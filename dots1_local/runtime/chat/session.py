@@ -17,6 +17,7 @@ from dots1_local.runtime.chat.stats import Stats, StopReason
 from dots1_local.runtime.chat.stopping import AnswerText
 from dots1_local.runtime.chat.turns import Turn, count_turns, drop_oldest, last_turn, turns_to_drop
 from dots1_local.runtime.engine import Engine
+from dots1_local.runtime.report import Difference, compare
 
 __all__ = ["SYSTEM_PROMPT", "Overflow", "Session", "Stats", "StopReason"]
 
@@ -109,6 +110,11 @@ class Session:
     def context_used(self) -> int:
         """Tokens in the KV cache now."""
         return len(self._cache)
+
+    @property
+    def memory(self) -> tuple[Difference, ...]:
+        """What the engine takes of each device; `predicted` is 0 everywhere without a plan."""
+        return compare(self._engine.report, self._engine.predicted)
 
     @property
     def so_far(self) -> list[Message]:

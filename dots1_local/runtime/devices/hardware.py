@@ -28,7 +28,7 @@ __all__ = [
 CPU = "CPU"  # llama.cpp's name of the device that RAM belongs to
 
 _FORMAT, _VERSION = "dots1-hardware", 1
-_COSTS = ("node", "split", "upload", "upload_pageable")
+_COSTS, _UPLOADS = ("node", "split"), ("upload", "upload_pageable")
 _CPUS = Path("/sys/devices/system/cpu")
 
 
@@ -157,25 +157,26 @@ def hardware_from(raw: Fields, what: str) -> Hardware:
 
 def _device(raw: Fields) -> Device:
     device = Device(
-        name=raw.text("name"),
+        name=(name := raw.text("name")),
         backend=raw.text("backend"),
         description=raw.text("description"),
         free=raw.integer("free"),
         total=raw.integer("total"),
-        speed=_speed(raw.group("speed")) if raw.given("speed") else None,
+        speed=_speed(raw.group("speed"), is_cpu=name == CPU) if raw.given("speed") else None,
         worker=raw.text("worker") if raw.given("worker") else None,
     )
     raw.end()
     return device
 
 
-def _speed(raw: Fields) -> Speed:
+def _speed(raw: Fields, *, is_cpu: bool) -> Speed:
     speed = Speed(
         bandwidth=raw.number("bandwidth"),
         matmul=_rates(raw.group("matmul")),
         attention=_rates(raw.group("attention")),
         repacked=_rates(raw.group("repacked")) if raw.given("repacked") else {},
         **{name: raw.number(name, zero=True) for name in _COSTS},
+        **{name: raw.number(name, zero=is_cpu) for name in _UPLOADS},
     )
     raw.end()
     return speed

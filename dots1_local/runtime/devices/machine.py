@@ -48,11 +48,10 @@ def this_machine(
         UsageError: a worker's address is none.
         Dots1Error: a worker does not answer, or the engine died or hung.
     """
-    from dots1_local.runtime.devices.rpc import parse_endpoint, probe
+    from dots1_local.runtime.devices.rpc import parse_endpoint, probe_all
 
-    endpoints = [parse_endpoint(each) for each in workers]
-    for endpoint in endpoints:
-        probe(endpoint)
+    endpoints = list(dict.fromkeys(map(parse_endpoint, workers)))
+    probe_all(endpoints)
     found = _present(detect({"workers": endpoints}))
     if measure is False:
         return found

@@ -12,7 +12,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from queue import Empty, Queue
@@ -22,7 +23,15 @@ from typing import Self
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.runtime.devices import rpc_server
 
-__all__ = ["DEFAULT_PORT", "WorkerDevice", "WorkerInfo", "parse_endpoint", "probe"]
+__all__ = [
+    "DEFAULT_PORT",
+    "WorkerDevice",
+    "WorkerInfo",
+    "keep_alive",
+    "parse_endpoint",
+    "probe",
+    "probe_all",
+]
 
 DEFAULT_PORT = 50052  # llama.cpp's own
 
@@ -79,21 +88,55 @@ def probe(endpoint: str, timeout: float = 5.0) -> WorkerInfo:
         UsageError: this is no address.
         Dots1Error: nobody answers in time, or not a worker that this engine can work with.
     """
-    endpoint, ours = parse_endpoint(endpoint), engine_version()
-    with _Connection.open(endpoint, timeout) as worker:
-        version = worker.version()
-        if version != ours:
-            raise Dots1Error(
-                f"the worker at {endpoint} speaks version {version} of the RPC protocol and this "
-                f"engine {ours}; install the same llama-cpp-python on both machines"
-            )
-        (count,) = struct.unpack("<I", worker.ask(_COUNT, b"", 4))
-        if not 0 < count <= _MOST_DEVICES:
-            raise Dots1Error(f"the worker at {endpoint} says it has {count:,} devices; restart it")
-        memory = [worker.ask(_MEMORY, struct.pack("<I", index), 16) for index in range(count)]
+    return probe_all([endpoint], timeout)[0]
+
+
+def probe_all(endpoints: Iterable[str], timeout: float = 5.0) -> list[WorkerInfo]:
+    """Probe workers that are to be used together, each for `timeout` seconds.
+
+    One of two names would wait for ever while the engine uses the other, so that all are held
+    here until the last has answered. The same address twice is one worker.
+
+    Raises:
+        UsageError: one of them is no address.
+        Dots1Error: as `probe` does; or two are the same worker.
+    """
+    distinct = list(dict.fromkeys(map(parse_endpoint, endpoints)))
+    found = []
+    with ExitStack() as held:
+        for number, endpoint in enumerate(distinct):
+            ours = engine_version()
+            connection = _Connection.open(endpoint, timeout, beside=distinct[:number])
+            found.append(_ask(held.enter_context(connection), endpoint, ours))
+    return found
+
+
+def _ask(worker: "_Connection", endpoint: str, ours: str) -> WorkerInfo:
+    version = worker.version()
+    if version != ours:
+        raise Dots1Error(
+            f"the worker at {endpoint} speaks version {version} of the RPC protocol and this "
+            f"engine {ours}; install the same llama-cpp-python on both machines"
+        )
+    (count,) = struct.unpack("<I", worker.ask(_COUNT, b"", 4))
+    if not 0 < count <= _MOST_DEVICES:
+        raise Dots1Error(f"the worker at {endpoint} says it has {count:,} devices; restart it")
+    memory = [worker.ask(_MEMORY, struct.pack("<I", index), 16) for index in range(count)]
     return WorkerInfo(
         endpoint, version, tuple(WorkerDevice(*struct.unpack("<QQ", each)) for each in memory)
     )
+
+
+def keep_alive(endpoints: Iterable[str]) -> None:
+    """Have the engine notice within a minute that a machine it is connected to has vanished.
+
+    By itself it would wait for that one's answer for ever, and hear no Ctrl-C meanwhile.
+    """
+    ports = {int(endpoint.rpartition(":")[2]) for endpoint in endpoints}
+    for found in rpc_server.own_sockets():
+        with suppress(OSError):  # one that listens has no peer
+            if found.getpeername()[1] in ports:
+                rpc_server.keep_alive(found)
 
 
 @cache
@@ -127,12 +170,15 @@ def engine_version() -> str:
 class _Connection:
     """A conversation with what may be a worker, all of it before `deadline`."""
 
-    def __init__(self, endpoint: str, sock: socket.socket, deadline: float) -> None:
+    def __init__(
+        self, endpoint: str, sock: socket.socket, deadline: float, beside: Sequence[str]
+    ) -> None:
         self._endpoint, self._socket, self._deadline = endpoint, sock, deadline
+        self._beside = beside  # workers that are held meanwhile
         self._answered = False
 
     @classmethod
-    def open(cls, endpoint: str, timeout: float) -> Self:
+    def open(cls, endpoint: str, timeout: float, beside: Sequence[str] = ()) -> Self:
         deadline = time.monotonic() + timeout
         host, _, port = endpoint.partition(":")
         address = _within(timeout, lambda: socket.gethostbyname(host))
@@ -151,7 +197,7 @@ class _Connection:
             ) from None
         except OSError as error:
             raise Dots1Error(f"cannot reach {endpoint}: {error.strerror or error}") from None
-        return cls(endpoint, sock, deadline)
+        return cls(endpoint, sock, deadline, beside)
 
     def __enter__(self) -> Self:
         return self
@@ -178,7 +224,7 @@ class _Connection:
         except TimeoutError:
             raise Dots1Error(
                 f"{self._endpoint} accepts the connection and does not answer: if that is a "
-                "worker, another client is using it (it serves one at a time)"
+                "worker, another client is using it (it serves one at a time)" + self._alias()
             ) from None
         except OSError as error:
             raise Dots1Error(f"lost {self._endpoint}: {error.strerror or error}") from None
@@ -194,6 +240,9 @@ class _Connection:
                 raise Dots1Error(self._closed())
             received += piece
         return bytes(received)
+
+    def _alias(self) -> str:
+        return f", or it is {' or '.join(self._beside)} by another name" if self._beside else ""
 
     def _closed(self) -> str:
         if self._answered:

@@ -23,15 +23,15 @@ from dots1_local.ggml import library
 from dots1_local.runtime.devices.backends import BUILD_RPC, DeviceInfo, backend_names, devices
 from dots1_local.runtime.devices.hardware import CPU
 
-__all__ = ["announce", "main"]
+__all__ = ["announce", "keep_alive", "main", "own_sockets"]
 
 _HELLO_SIZE = 33  # bytes of the first request of a client
 _KEEP_ALIVE = {  # a machine that gives no sign of life for a minute is gone
     "TCP_KEEPIDLE": 30,
     "TCP_KEEPINTVL": 10,
     "TCP_KEEPCNT": 3,
-    "TCP_USER_TIMEOUT": 60_000,
 }
+_USER_TIMEOUT = 60_000  # milliseconds for what was sent and never arrived
 
 
 def main(request: str) -> None:
@@ -94,7 +94,7 @@ def _watch(endpoint: str, patience: float) -> None:
     A client's machine that vanished is noticed by keep-alive, a client that says nothing here.
     """
     port = int(endpoint.rpartition(":")[2])
-    while not any(_keep_alive(found) for found in _sockets(port)):
+    while not any(_listens(found) for found in _sockets(port)):
         time.sleep(0.01)
     _say(listening=True)
     occupied = False
@@ -105,26 +105,46 @@ def _watch(endpoint: str, patience: float) -> None:
             _say(occupied=occupied)
 
 
-def _sockets(port: int) -> Iterator[socket.socket]:
-    """The engine's own sockets, which it hands to nobody: the listening one and its client's."""
+def own_sockets() -> Iterator[socket.socket]:
+    """All internet sockets of this process, the engine's among them, which it hands to nobody."""
     for name in os.listdir("/dev/fd"):
         try:
-            found = socket.socket(fileno=os.dup(int(name)))
-        except OSError:  # no socket, or closed since
+            copy = os.dup(int(name))
+        except OSError:  # closed since
             continue
-        with found, suppress(OSError):
-            if found.getsockname()[1:2] == (port,):
+        try:
+            found = socket.socket(fileno=copy)
+        except OSError:  # no socket
+            os.close(copy)
+            continue
+        with found:
+            if found.family in (socket.AF_INET, socket.AF_INET6):
                 yield found
 
 
-def _keep_alive(found: socket.socket) -> bool:
-    """Whether this one listens; what it accepts takes over how it asks for signs of life."""
-    if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        return False
+def _sockets(port: int) -> Iterator[socket.socket]:
+    """The server's: the listening one and its client's."""
+    for found in own_sockets():
+        with suppress(OSError):
+            if found.getsockname()[1] == port:
+                yield found
+
+
+def keep_alive(found: socket.socket) -> None:
+    """Have the system ask for signs of life where nothing else is sent."""
     found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEP_ALIVE.items():
         if hasattr(socket, name):
             found.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _listens(found: socket.socket) -> bool:
+    """Whether this one does; what it accepts takes over how it asks for signs of life."""
+    if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return False
+    keep_alive(found)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT)
     return True
 
 

@@ -16,7 +16,7 @@ from dots1_local.runtime.placing.layout import Layout, Sizes, Wish, fill
 from dots1_local.runtime.placing.memory import kv_bytes
 from dots1_local.runtime.placing.overrides import EXPERTS
 from dots1_local.runtime.placing.placement import Placement
-from dots1_local.runtime.placing.room import fetches_weights, room_of
+from dots1_local.runtime.placing.room import fetches_weights, lacking, room_of
 from dots1_local.runtime.placing.speed_model import SpeedModel, break_even, is_measured
 from dots1_local.runtime.placing.steps import Graph
 
@@ -25,6 +25,7 @@ __all__ = ["Candidate", "Search", "reference_turn", "seconds_of_turn"]
 _UBATCH, _UBATCHES = 512, (1024, 2048, 4096, 256, 128)
 _LONG_UBATCH = 2048
 _PROMPT, _ANSWER = 2048, 512
+_LEAST_BATCH = 64  # that weights are fetched for, at the least
 _STEPS = 4  # in which layers are moved between devices
 _TRIES = 9  # at buffers and what lies beside them
 
@@ -67,6 +68,9 @@ class Search:
         self._graph, self._hardware, self._margin = graph, hardware, margin
         gpus = [device.name for device in hardware.devices if not device.worker]
         self._measured = is_measured(hardware, gpus)
+        # llama.cpp counts rows, and what is normalised by head has a row a head: with fewer it
+        # would go to the GPU and back for every token that is written.
+        self._least_batch = max(_LEAST_BATCH, 2 * graph.config.num_attention_heads)
         self._first = Placement(
             model=graph.gguf.files[0].name,
             model_bytes=graph.gguf.nbytes,
@@ -88,8 +92,9 @@ class Search:
         for other in others:
             best = _best([best, *self._candidates(best.wish, other, near=True)])
         if best.placement.host_memory == "pinned":
-            unfetched = replace(best.placement, host_memory="repacked", offload_min_batch=None)
-            best = _best([best, self._timed(best.wish, unfetched, best.short)])
+            repacked = replace(best.placement, host_memory="repacked")
+            if self._fits(repacked, best.short):
+                best = _best([best, self._timed(best.wish, repacked, best.short)])
         return best
 
     def keeps_kv(self, kv_type: str) -> bool:
@@ -104,13 +109,10 @@ class Search:
         return not wishes or any(not way.moved for way in found)
 
     def least_short(self, kv_type: str) -> int:
-        """Bytes that RAM lacks at the least, however small the buffers; 0 or less if it fits."""
-        short = []
-        for ubatch in (_UBATCH, _UBATCHES[-1]):
-            first = replace(self._first, kv_type=kv_type, ubatch=ubatch)
-            for wish in _wishes(self._hardware, first.blocks):
-                short += [lacks[CPU] for _, _, lacks in self._placements(wish, first)]
-        return min(short)
+        """Bytes that RAM lacks at the least, with the smallest buffers; 0 or less if it fits."""
+        first = replace(self._first, kv_type=kv_type, ubatch=_UBATCHES[-1])
+        wishes = _wishes(self._hardware, first.blocks)
+        return min(lacks[CPU] for wish in wishes for _, _, lacks in self._placements(wish, first))
 
     def _sizes(self, first: Placement) -> Sizes:
         kv = kv_bytes(self._graph.config, first.context, first.kv_type)
@@ -180,18 +182,36 @@ class Search:
             first,
             layers=layers,
             host_memory="pinned" if fetching else "repacked",
+            offload_min_batch=self._least_batch if fetching else None,
             workers=tuple(dict.fromkeys(worker for worker in workers if worker)),
         )
 
     def _timed(self, wish: Wish, placement: Placement, short: int) -> Candidate:
+        model = SpeedModel(self._graph, self._hardware, placement)
+        if not model.fetches:
+            placement = replace(placement, offload_min_batch=None)
         if not (self._measured and is_measured(self._hardware, placement.devices)):
             return Candidate(wish, placement, short, None)
-        model = SpeedModel(self._graph, self._hardware, placement)
         if model.fetches:
-            placement = replace(placement, offload_min_batch=break_even(model))
+            placement = self._fetching(placement, break_even(model), short)
             model = model.placed_as(placement)
         seconds = seconds_of_turn(model, placement.context)
         return Candidate(wish, placement, short, seconds)
+
+    def _fetching(self, placement: Placement, least: int, short: int) -> Placement:
+        """With weights fetched from so many tokens on; for whole ubatches if it only fits so.
+
+        Buffers were chosen for that, and may be larger where nothing is fetched.
+        """
+        wanted = replace(placement, offload_min_batch=max(self._least_batch, least))
+        if self._fits(wanted, short):
+            return wanted
+        return replace(placement, offload_min_batch=max(self._least_batch, placement.ubatch))
+
+    def _fits(self, placement: Placement, short: int) -> bool:
+        """Whether devices have room, and RAM lacks no more than `short` bytes."""
+        lacks = lacking(self._graph, self._hardware, placement, self._margin)
+        return all(lack <= (max(0, short) if name == CPU else 0) for name, lack in lacks.items())
 
 
 def _best(candidates: Iterable[Candidate]) -> Candidate:

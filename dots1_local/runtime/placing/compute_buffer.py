@@ -17,7 +17,7 @@ from dots1_local.runtime.placing.graph_splits import assign_devices, split_graph
 from dots1_local.runtime.placing.placement import Placement
 from dots1_local.runtime.placing.ubatch_graph import Layer, Ubatch, Weight, build_graph
 
-__all__ = ["compute_buffers", "kv_cells", "layers_of", "reserved"]
+__all__ = ["REPACKED", "compute_buffers", "kv_cells", "layers_of", "reserved"]
 
 _IN_BLOCK = re.compile(r"blk\.(\d{1,4})\.(\w+)")
 _CELLS = 256  # llama.cpp rounds the context of a sequence up to a multiple of this
@@ -27,7 +27,7 @@ _SMALL = 32  # ubatches of fewer tokens leave norms to the device of their layer
 # Backends that fetch weights from RAM for large batches (have an `offload_op`); RPC is not one.
 _FETCHING = ("CUDA", "ROCm", "MUSA", "Vulkan", "SYCL", "MTL", "CANN")
 # What the CPU's kernels may have repacked, so that no GPU can read it (ggml-cpu/repack.cpp).
-_REPACKED = ("Q4_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4")
+REPACKED = ("Q4_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4")
 _EQUAL_LAYERS = 3  # so many of a row of equal layers show the memory that all of them need
 
 
@@ -126,7 +126,7 @@ def _weights(
     lasting = {device: Weight(device) for device in devices.values()}
     for tensor in tensors:
         device = devices[tensor.name]
-        if fetches and device == CPU and not (repacks and tensor.type in _REPACKED):
+        if fetches and device == CPU and not (repacks and tensor.type in REPACKED):
             yield tensor.name, Weight(CPU, tensor.nbytes, fetched=True)
         else:
             yield tensor.name, lasting[device]

@@ -25,7 +25,7 @@ def compared(gguf: GGUFFile, machine: Hardware, ours: Placement) -> Iterator[tup
         yield "all routed experts in RAM", experts_in_ram(machine, ours, range(ours.blocks))
         by_count = [experts_in_ram(machine, ours, range(n)) for n in range(ours.blocks + 1)]
         count = _least(gguf, machine, by_count)
-        if count is not None:
+        if count:  # with none in RAM it would be all on the device
             yield f"experts of the first {count} layers in RAM", by_count[count]
         bare = experts_in_ram(machine, ours, ())
         wholes = [replace(bare, layers={device.name: n}) for n in range(ours.blocks + 1, 0, -1)]

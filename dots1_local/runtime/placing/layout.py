@@ -118,6 +118,8 @@ class Layout:
 
 def fill(sizes: Sizes, wish: Wish, room: Mapping[str, int]) -> Layout | None:
     """Give devices as much as there is `room` for; None where the least does not fit."""
+    if wish.moved > sizes.blocks + 1:
+        return None
     left, sizes = dict(room), sizes.bare(wish.bare_layers)
     tails, end = _tails(sizes, wish, left)
     start = wish.cpu_layers if wish.homes else end

@@ -14,17 +14,31 @@ from typing import Any, Literal, get_args
 
 from dots1_local.documents import Fields, read_document
 from dots1_local.errors import UsageError
+from dots1_local.gguf_file import GGUFFile
+from dots1_local.quant.types import quant_type
 from dots1_local.runtime.devices.hardware import CPU
 
-__all__ = ["KV_TYPES", "HostMemory", "Placement", "load_placement", "placement_from"]
+__all__ = [
+    "KV_TYPES",
+    "MAX_CONTEXT",
+    "HostMemory",
+    "Placement",
+    "check_made_for",
+    "load_placement",
+    "placement_from",
+]
 
 # Weights in RAM: allocated ("plain"), allocated where a GPU can fetch them itself ("pinned"),
 # allocated in the order the CPU's kernels like best ("repacked"), or the file itself ("mapped").
 HostMemory = Literal["plain", "pinned", "repacked", "mapped"]
 
 KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
+MAX_CONTEXT = 1 << 24  # tokens, more than any model was trained for
 _FORMAT, _VERSION = "dots1-placement", 1
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+_LONGEST = 1 << 11  # characters of a pattern, some times what naming each layer by itself takes
+# What Python's re has and std::regex has not: groups but (?: (?= (?!, possessive repeats, \A \Z.
+_PYTHON_ONLY = re.compile(r"\(\?(?![:=!])|[*+?}]\+|\\[AZ]")
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,7 @@ def placement_from(raw: Fields, what: str) -> Placement:
         model=raw.text("model"),
         model_bytes=raw.integer("model_bytes"),
         blocks=blocks,
-        context=raw.integer("context", 1, 1 << 24),
+        context=raw.integer("context", 1, MAX_CONTEXT),
         kv_type=raw.choice("kv_type", KV_TYPES),
         flash_attention=raw.boolean("flash_attention"),
         ubatch=raw.integer("ubatch", 1, 1 << 20),
@@ -148,7 +162,28 @@ def placement_from(raw: Fields, what: str) -> Placement:
         raise UsageError(
             f"{what} gives devices {placement.gpu_layers} layers of the {blocks + 1} there are"
         )
+    if not placement.flash_attention and quant_type(placement.kv_type).block > 1:
+        raise UsageError(
+            f"{what} has a KV cache in {placement.kv_type} and no flash attention, which needs it"
+        )
     return placement
+
+
+def check_made_for(placement: Placement, gguf: GGUFFile) -> None:
+    """See that a placement, perhaps an edited one, is for that file.
+
+    Raises:
+        UsageError: it is for another file, or counts layers of the CPU.
+    """
+    blocks = gguf.keys.get("dots1.block_count")
+    if (placement.model_bytes, placement.blocks) != (gguf.nbytes, blocks):
+        raise UsageError(
+            f"this placement was made for {placement.model} ({placement.model_bytes:,} bytes, "
+            f"{placement.blocks} blocks), not for {gguf.files[0]} ({gguf.nbytes:,} bytes, {blocks} "
+            "blocks); plan again"
+        )
+    if CPU in placement.layers:
+        raise UsageError(f"this placement counts layers of the {CPU}, whose are all that are left")
 
 
 def _layers(raw: Fields) -> dict[str, int]:
@@ -159,10 +194,15 @@ def _override(what: str, item: Any) -> tuple[str, str]:
     pair = isinstance(item, list) and len(item) == 2 and all(isinstance(s, str) for s in item)
     if not pair:
         raise UsageError(f'{what} has {item!r:.60} as an override, not ["pattern", "device"]')
+    pattern = f"{what} has the pattern {item[0]!r:.60}"
+    if len(item[0]) > _LONGEST:
+        raise UsageError(f"{pattern} of {len(item[0]):,} characters; {_LONGEST:,} are enough")
+    if other := _PYTHON_ONLY.search(item[0]):
+        raise UsageError(f"{pattern}, of which llama.cpp's std::regex does not know {other[0]!r}")
     try:
         re.compile(item[0])
-    except re.error as error:
-        raise UsageError(f"{what} has the pattern {item[0]!r:.60}: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(f"{pattern}: {error}") from None
     return item[0], item[1]
 
 

@@ -4,8 +4,8 @@ from dots1_local.errors import UsageError
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.runtime.devices.hardware import Hardware
 from dots1_local.runtime.placing.candidates import Search
-from dots1_local.runtime.placing.placement import KV_TYPES, Placement
-from dots1_local.runtime.placing.room import limited
+from dots1_local.runtime.placing.placement import KV_TYPES, MAX_CONTEXT, Placement
+from dots1_local.runtime.placing.room import limited, unattended
 from dots1_local.runtime.placing.steps import Graph
 
 __all__ = ["place"]
@@ -33,15 +33,20 @@ def place(
 
     Raises:
         GGUFError: no dots1 model, or one that lacks numbers or tensors.
-        UsageError: no such KV type.
+        UsageError: no such KV type, or none that the GPUs can do; a context that is no context.
     """
     if kv_type is not None and kv_type.upper() not in KV_TYPES:
         raise UsageError(f"no KV cache is kept in {kv_type}; there are {', '.join(KV_TYPES)}")
+    if context is not None and not 0 < context <= MAX_CONTEXT:
+        raise UsageError(f"a context has 1 to {MAX_CONTEXT:,} tokens, not {context:,}")
     graph, machine = Graph.read(gguf), limited(hardware, vram=vram, ram=ram)
     tokens = context or min(_USUAL_CONTEXT, graph.config.max_position_embeddings)
     search = Search(graph, machine, tokens, threads or machine.cores, margin)
     if kv_type is not None:
-        return search.best(kv_type.upper()).placement
+        placement = search.best(kv_type.upper()).placement
+        if unable := unattended(machine, placement):
+            raise UsageError(unable)
+        return placement
     if not search.keeps_kv("F16"):
         return search.best("Q8_0").placement
     precise = search.best("F16")

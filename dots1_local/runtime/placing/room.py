@@ -14,8 +14,11 @@ __all__ = [
     "lacking",
     "limited",
     "room_of",
+    "unattended",
 ]
 
+_CUDA = ("CUDA", "ROCm", "MUSA")
+_CUDA_LACKS = ("IQ4_NL",)  # flash attention over it (ggml_cuda_fattn_kv_type_supported)
 # Left free on each GPU: the engine's own context on it, a desktop's windows.
 GPU_MARGIN = 1_000_000_000
 # Left free in RAM: 1 GB to this program beside the model, 1 GB to what else wakes up.
@@ -55,3 +58,21 @@ def lacking(
 def fetches_weights(device: Device) -> bool:
     """Whether a device takes weights from RAM for large batches (`offload_op` in ggml)."""
     return not device.worker and device.backend not in ("CPU", "BLAS", "RPC")
+
+
+def unattended(hardware: Hardware, placement: Placement) -> str | None:
+    """A sentence where a GPU has a KV cache that its flash attention does not do; None else.
+
+    The engine would attend on the CPU then, and copy the KV cache there for every token.
+    """
+    kind = placement.kv_type
+    holders = {placement.device_of_layer(layer) for layer in range(placement.blocks)}
+    for device in hardware.devices:
+        known = list(device.speed.attention) if device.speed else []
+        unable = kind not in known if known else device.backend in _CUDA and kind in _CUDA_LACKS
+        # a worker is asked for a few types only
+        if device.name in holders and not device.worker and placement.flash_attention and unable:
+            return f"{device.name} cannot attend to a KV cache in {kind}" + (
+                f", only in {', '.join(known)}" if known else "; take F16 or Q8_0"
+            )
+    return None

@@ -4,9 +4,10 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dots1_local.quant.types import TYPES, quant_type
+from dots1_local.quant.types import TYPES
 from dots1_local.runtime.devices.hardware import CPU, Hardware
 from dots1_local.runtime.placing.candidates import Search
+from dots1_local.runtime.placing.memory import kv_bytes
 from dots1_local.runtime.placing.placement import Placement
 from dots1_local.runtime.placing.room import lacking
 from dots1_local.runtime.placing.speed_model import UNMEASURED_DISK, SpeedModel, is_measured
@@ -71,12 +72,13 @@ def shortfall_of(
 
     least = short(placement.context, placement.kv_type)
     model = None
-    if is_measured(hardware, placement.devices) and placement.host_memory == "mapped":
+    if is_measured(hardware, list(lacks)) and placement.host_memory == "mapped":
         model = SpeedModel(graph, hardware, placement)
+    kv = kv_bytes(graph.config, placement.context, placement.kv_type)
     fitting = (
         kind
         for kind in _NARROWER
-        if quant_type(kind).bpw < quant_type(placement.kv_type).bpw
+        if kv - kv_bytes(graph.config, placement.context, kind) >= max(1, least)
         and short(placement.context, kind) <= 0
     )
     return Shortfall(

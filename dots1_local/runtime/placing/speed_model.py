@@ -16,6 +16,7 @@ from itertools import groupby
 
 from dots1_local.quant.types import TYPES, quant_type
 from dots1_local.runtime.devices.hardware import CPU, Hardware, Rate, Speed
+from dots1_local.runtime.placing.compute_buffer import REPACKED
 from dots1_local.runtime.placing.placement import Placement
 from dots1_local.runtime.placing.room import fetches_weights, lacking
 from dots1_local.runtime.placing.steps import ATTENTION, HEAD, Graph, Step, is_routed
@@ -26,6 +27,7 @@ ENGINE_MIN_BATCH = 32  # from which llama.cpp fetches weights, where nothing els
 UNMEASURED_DISK = 1e9  # bytes a second that a mapped file is read at, where nobody has measured it
 
 _USES, _DENSE_USES = 24, 256  # of each weight, where the speeds of prefill are measured
+_BY_HEAD = ("attn_q_norm", "attn_k_norm")  # each with a row a head and token
 _NEVER = 1 << 20  # a ubatch that none reaches
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 
@@ -112,10 +114,11 @@ class SpeedModel:
         return self._missing
 
     def _ubatch(self, n_tokens: int, n_past: int) -> float:
-        fetches = self._fetches_to and n_tokens >= (
-            self._placement.offload_min_batch or ENGINE_MIN_BATCH
-        )
-        return self._seconds(self._fetching if fetches else self._in_place, n_tokens, n_past)
+        least = self._placement.offload_min_batch or ENGINE_MIN_BATCH
+        work = self._in_place
+        if self._fetches_to and n_tokens * self._config.num_attention_heads >= least:
+            work = self._fetching if n_tokens >= least else self._fetching_norms
+        return self._seconds(work, n_tokens, n_past)
 
     def _seconds(self, work: _Pass, n_tokens: int, n_past: int) -> float:
         seconds = sum(
@@ -180,19 +183,30 @@ class SpeedModel:
     def _fetching(self) -> _Pass:
         return self._pass(self._fetches_to)
 
-    def _pass(self, fetching: str | None) -> _Pass:
-        """The work where `fetching` takes over what has its weights in RAM."""
+    @cached_property
+    def _fetching_norms(self) -> _Pass:
+        """That of ubatches in which only norms by head have rows enough to be fetched."""
+        return self._pass(self._fetches_to, _BY_HEAD)
+
+    def _pass(self, fetching: str | None, parts: Sequence[str] = ()) -> _Pass:
+        """The work where `fetching` takes over what has weights in RAM, or but `parts` of that.
+
+        It cannot read repacked weights; the head has too few rows.
+        """
+        repacked = REPACKED if self._placement.host_memory == "repacked" else ()
         products: Counter[_Product] = Counter()
         nodes: Counter[str] = Counter()
         attention: Counter[tuple[str, bool]] = Counter()
         runs: list[tuple[str, Step]] = []
         for place, (step, home) in enumerate(zip(self._graph.steps, self._devices, strict=True)):
             if step.part == ATTENTION:
-                device, copied = self._attends_on(step, self._devices[place + 1], fetching)
+                output, to = self._devices[place + 1], None if parts else fetching
+                device, copied = self._attends_on(step, output, to)
                 attention[device, copied] += 1
             else:
                 in_ram = home == CPU
-                fetched = in_ram and fetching is not None and step.part != HEAD
+                moves = step.part in parts if parts else step.part != HEAD
+                fetched = in_ram and moves and step.type not in repacked and fetching is not None
                 device = fetching if fetched and fetching else home
                 if step.weights and step.part != HEAD:
                     routed = is_routed(step.part)
@@ -220,10 +234,8 @@ class SpeedModel:
         return device, device != CPU
 
     def _fetching_device(self, hardware: Hardware) -> str | None:
-        """The first GPU that fetches weights: workers do not, and repacked weights cannot be."""
-        if self._placement.host_memory == "repacked":
-            return None
-        names = self._placement.devices
+        """The first GPU that fetches weights, which workers do not."""
+        names = (*self._placement.devices, *(name for _, name in self._placement.overrides))
         return next((n for n in names if fetches_weights(hardware.device(n))), None)
 
     def _share_on_disk(self, hardware: Hardware) -> float:

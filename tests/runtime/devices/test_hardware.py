@@ -50,6 +50,8 @@ def test_a_rate_of_plain_matrices_may_be_left_out(tmp_path: Path) -> None:
         (("cpu", "speed", "bandwidth"), 0, "as 'bandwidth', not a positive number"),
         (("cpu", "speed", "node"), -1, "as 'node', not a positive number"),
         (("cpu", "speed", "matmul", "Q8_0", "dense"), "fast", "as 'dense'"),
+        (("cpu", "speed", "split"), 10**400, "as 'split', not a positive number"),
+        (("devices", 0, "speed", "upload"), 0, "as 'upload', not a positive number"),
         (("cpu", "free"), 1.5, "as 'free', not an integer"),
         (("cpu", "name"), "GPU", "must call the CPU 'CPU'"),
         (("cores",), 0, "as 'cores'"),
@@ -58,10 +60,10 @@ def test_a_rate_of_plain_matrices_may_be_left_out(tmp_path: Path) -> None:
     ],
 )
 def test_a_figure_that_makes_no_sense_is_named(
-    tmp_path: Path, place: tuple[str, ...], value: Any, sentence: str
+    tmp_path: Path, place: tuple[Any, ...], value: Any, sentence: str
 ) -> None:
-    content = MACHINE.to_json()
-    target = content
+    worker = replace(MACHINE.devices[0], speed=SPEED)
+    target = content = replace(MACHINE, devices=(worker,)).to_json()
     for key in place[:-1]:
         target = target[key]
     target[place[-1]] = value

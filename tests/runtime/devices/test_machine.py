@@ -32,7 +32,7 @@ class Engine:
         if (name := request.get("measure")) is None:
             return self.found
         self.measured.append(name)
-        speed = machines.speed(len(self.measured))
+        speed = machines.speed(len(self.measured), upload=1.0, upload_pageable=1.0)
         if name == CPU:
             return replace(self.found, cpu=replace(self.found.cpu, speed=speed))
         devices = (replace(each, speed=speed) for each in self.found.devices)

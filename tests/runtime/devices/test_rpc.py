@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.runtime.devices.rpc import parse_endpoint, probe
+from dots1_local.runtime.devices.rpc import parse_endpoint, probe, probe_all
 from tests.workers import Worker, free_port, local_worker
 
 HELLO = struct.pack("<QBBBB24x", 28, 7, 0, 0, 0)  # as llama.cpp's rpc_msg_hello_rsp, 7.0.0
@@ -157,3 +157,12 @@ def test_a_worker_that_others_use_and_then_leave(worker: Worker) -> None:
         with pytest.raises(Dots1Error, match="another client is using it"):
             probe(worker.endpoint, timeout=0.2)
     assert probe(worker.endpoint).devices
+
+
+def test_one_worker_by_two_names_is_refused(worker: Worker) -> None:
+    names = [worker.endpoint, f"localhost:{worker.port}"]
+    with pytest.raises(Dots1Error, match=rf"localhost:.*, or it is {worker.endpoint} by another"):
+        probe_all(names, timeout=0.5)
+    with local_worker() as other:
+        found = probe_all([worker.endpoint, other.endpoint, f" {worker.endpoint} "])
+    assert [info.endpoint for info in found] == [worker.endpoint, other.endpoint]

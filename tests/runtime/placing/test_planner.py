@@ -166,7 +166,7 @@ def test_without_a_gpu_ram_holds_everything(model: GGUFFile) -> None:
 def test_an_unmeasured_machine_gets_a_placement_of_the_same_order(model: GGUFFile) -> None:
     placement = place(model, gpus(24, cpu=None, gpu=None))
     assert set(held(model, placement)["CPU"]) == {"embedding", "routed"}
-    assert (placement.ubatch, placement.offload_min_batch) == (512, None)
+    assert (placement.ubatch, placement.offload_min_batch) == (512, 64)
 
 
 def test_a_slow_bus_and_a_fast_cpu_leave_experts_where_they_are(model: GGUFFile) -> None:

@@ -126,7 +126,28 @@ def test_long_batches_fetch_experts(graph: Graph, held: HostMemory, rate: float)
 
 def test_repacked_weights_are_not_fetched(graph: Graph) -> None:
     repacked = replace(EXPERTS_IN_RAM, host_memory="repacked", offload_min_batch=1)
-    assert SpeedModel(graph, one_gpu(), repacked).prefill(200) > 2 * ROUTED / 1e6
+    steps = tuple(replace(step, type="Q8_0") for step in graph.steps)
+    model = SpeedModel(replace(graph, steps=steps), one_gpu(), repacked)
+    assert model.prefill(200) > 2 * ROUTED / 1e6
+    # llama.cpp has no other form of F32, whose experts lie in plain memory then
+    model = SpeedModel(graph, one_gpu(), repacked)
+    assert model.prefill(200) == pytest.approx(2 * ROUTED / 2e6, rel=0.1)
+
+
+def test_a_gpu_that_has_no_layer_fetches_too(graph: Graph) -> None:
+    head = replace(CPU_ONLY, overrides=(("^output.weight", "CUDA0"),), offload_min_batch=64)
+    model = SpeedModel(graph, one_gpu(upload=1e18), replace(head, host_memory="pinned"))
+    # all but the KV cache, which is copied, as that of layers in RAM is
+    assert model.prefill(200) == pytest.approx(200 * CELL / 2e6, rel=0.02)
+
+
+def test_a_head_is_a_row_where_norms_are_fetched(graph: Graph) -> None:
+    # 2 heads: up to a minimum of 2 each token's q and k go to the GPU and back, in 3 layers
+    hardware = one_gpu(split=1.0, upload=1e18)
+    placement = replace(CPU_ONLY, layers={"CUDA0": 1}, offload_min_batch=3)
+    before = SpeedModel(graph, hardware, placement).decode(0)
+    fetching = SpeedModel(graph, hardware, replace(placement, offload_min_batch=2))
+    assert fetching.decode(0) == pytest.approx(before + 3 * 2 * 1.0, rel=1e-3)
 
 
 def test_repacked_weights_have_rates_of_their_own(graph: Graph) -> None:

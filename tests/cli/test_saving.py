@@ -1,0 +1,116 @@
+"""Conversations in files, their KV cache beside them, and what /show tells of memory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dots1_local.cli.repl.commands import run_command
+from dots1_local.cli.repl.loop import Repl
+from dots1_local.cli.repl.saving import resume, save
+from dots1_local.runtime.chat.conversation import load_conversation
+from dots1_local.runtime.chat.session import Session
+from dots1_local.runtime.engine import Engine
+from dots1_local.runtime.placing.placement import Placement
+from tests.helpers import write_random_gguf
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    model = write_random_gguf(tmp_path / "model.gguf")
+    with Engine.open(model, n_ctx=128, threads=1) as engine, Session(engine) as session:
+        yield session
+
+
+def say(session: Session, text: str) -> None:
+    for _ in session.ask(text, 4):
+        pass
+
+
+def test_a_cache_never_stays_beside_another_conversation(session: Session, tmp_path: Path) -> None:
+    path, state = tmp_path / "talk.json", tmp_path / "talk.kv"
+    say(session, "secret")
+    save(path, session)
+    assert state.exists()
+    session.system = ""
+    session.clear()
+    save(path, session)  # nothing said, so nothing cached
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["model.gguf", "talk.json"]
+
+
+def test_a_cache_without_its_conversation_goes_when_another_takes_the_name(
+    session: Session, tmp_path: Path
+) -> None:
+    path, state = tmp_path / "talk.json", tmp_path / "talk.kv"
+    say(session, "secret")
+    save(path, session)
+    path.rename(tmp_path / "renamed.json")
+    session.messages = []
+    save(path, session)
+    assert not state.exists()
+    state.write_text("dear diary")
+    save(path, session)
+    assert state.read_text() == "dear diary"
+
+
+def test_a_look_at_a_conversation_costs_it_no_cache(session: Session, tmp_path: Path) -> None:
+    path, state = tmp_path / "talk.json", tmp_path / "talk.kv"
+    say(session, "hello")
+    save(path, session)
+    before = state.read_bytes()
+    model = tmp_path / "model.gguf"
+    with Engine.open(model, n_ctx=64, threads=1) as engine, Session(engine) as other:
+        resume(path, load_conversation(path), other)
+        assert other.context_used == 0  # it is of another context
+        save(path, other)
+    assert state.read_bytes() == before
+
+
+def test_links_lead_to_what_is_written(session: Session, tmp_path: Path) -> None:
+    far = tmp_path / "far"
+    far.mkdir()
+    say(session, "one")
+    save(far / "talk.json", session)
+    for name in ("talk.json", "talk.kv"):
+        (tmp_path / name).symlink_to(far / name)
+    say(session, "two")
+    save(tmp_path / "talk.json", session)
+    assert all((tmp_path / name).is_symlink() for name in ("talk.json", "talk.kv"))
+    assert sorted(each.name for each in far.iterdir()) == ["talk.json", "talk.kv"]
+    session.messages = []
+    resume(far / "talk.json", load_conversation(far / "talk.json"), session)
+    assert [each.text for each in session.messages if each.role == "user"] == ["one", "two"]
+    assert session.context_used > 0
+
+
+def test_show_tells_where_the_model_lives(
+    session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_command(Repl(session), "/show")
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("on CPU")]
+    assert " kB weights, " in line
+    assert "planned" not in line
+    model = tmp_path / "model.gguf"
+    placement = Placement(
+        model=model.name,
+        model_bytes=model.stat().st_size,
+        blocks=3,
+        context=64,
+        kv_type="F16",
+        flash_attention=True,
+        ubatch=16,
+        threads=1,
+        host_memory="mapped",
+    )
+    with (
+        Engine.open(model, placement=placement, n_ctx=256) as engine,  # which wins over the plan's
+        Session(engine) as planned,
+    ):
+        run_command(Repl(planned), "/show")
+        kv = next(each for each in planned.memory if each.what == "kv")
+    assert kv.device == "CPU"
+    # Keys and values of 3 layers, each 64 wide at 2 bytes, for 256 tokens.
+    assert kv.predicted == pytest.approx(3 * 2 * 64 * 2 * 256, abs=5000)
+    assert kv.real == pytest.approx(kv.predicted, abs=5000)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("on CPU")]
+    assert "; planned " in line

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from dots1_local.errors import UsageError
 
-__all__ = ["Fields", "read_document", "unrepeated"]
+__all__ = ["Fields", "read_document", "read_object", "unrepeated"]
 
 _LARGEST = 1 << 26  # bytes
 _LONGEST = 1 << 12  # characters of a text
@@ -106,6 +106,20 @@ def read_document(path: str | Path, kind: str, name: str, version: int = 1) -> F
     Raises:
         UsageError: missing, too large, no JSON, another format or a newer version.
     """
+    raw = read_object(path, name)
+    if raw.pop("format", None) != kind:
+        raise UsageError(f"{path} is no {name}")
+    if raw.pop("version", None) != version:
+        raise UsageError(f"{path} is a {name} of another version of dots1-local")
+    return Fields(raw, str(path))
+
+
+def read_object(path: str | Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file; `name` says what such a file is.
+
+    Raises:
+        UsageError: missing, too large, or no JSON object.
+    """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
@@ -115,12 +129,7 @@ def read_document(path: str | Path, kind: str, name: str, version: int = 1) -> F
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot read {path}: {reason}") from None
-    raw = _parse(path, data, name)
-    if raw.pop("format", None) != kind:
-        raise UsageError(f"{path} is no {name}")
-    if raw.pop("version", None) != version:
-        raise UsageError(f"{path} is a {name} of another version of dots1-local")
-    return Fields(raw, str(path))
+    return _parse(path, data, name)
 
 
 def _parse(path: Path, data: bytes, name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
+from dots1_local.cli._planned import Workers
 from dots1_local.cli._table import print_table
 from dots1_local.errors import UsageError
 
@@ -44,10 +45,7 @@ def bench(
     ram: Annotated[
         str | None, typer.Option("--ram", help="Plan with so much RAM, such as 60GB.")
     ] = None,
-    worker: Annotated[
-        list[str] | None,
-        typer.Option("--worker", help="HOST:PORT of a dots1 worker to use; may be repeated."),
-    ] = None,
+    worker: Workers = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
+from dots1_local.cli._planned import Workers
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,10 +36,7 @@ def plan(
         str | None,
         typer.Option("--hardware", help="Another machine: a description's file or name."),
     ] = None,
-    worker: Annotated[
-        list[str] | None,
-        typer.Option("--worker", help="HOST:PORT of a dots1 worker to use; may be repeated."),
-    ] = None,
+    worker: Workers = None,
     threads: Threads = None,
     plan: Annotated[
         Path | None,

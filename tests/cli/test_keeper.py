@@ -78,7 +78,7 @@ def test_a_file_that_cannot_be_written_is_told_once_and_stood_in_for(
     file.write_text("dear diary")
     kept = keeper(file)
     paths = {kept.keep(), kept.keep()}
-    assert capsys.readouterr().err.count("diary.json is not a saved conversation") == 1
+    assert capsys.readouterr().err.count("diary.json is no saved conversation") == 1
     with pytest.raises(UsageError, match="it stays as it is"):
         kept.end()
     assert paths == set(folder.iterdir())

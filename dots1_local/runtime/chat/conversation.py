@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from dots1_local.documents import read_object
 from dots1_local.errors import UsageError
 from dots1_local.runtime.chat.prompt import Message
 from dots1_local.runtime.chat.sampling import Sampling
@@ -16,7 +17,6 @@ from dots1_local.runtime.chat.session import Overflow, Session
 __all__ = ["Conversation", "load_conversation", "save_conversation", "state_path"]
 
 _FORMAT, _VERSION = "dots1-conversation", 1
-_LARGEST = 1 << 26  # bytes; a full context of dots.llm1 is a few hundred thousand
 
 
 @dataclass(frozen=True)
@@ -111,21 +111,9 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise UsageError(f"{path} is not a file")
-        with path.open("rb") as file:
-            data = file.read(_LARGEST + 1)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {_reason(error)}") from None
-    if len(data) > _LARGEST:
-        raise UsageError(f"{path} is too large for a saved conversation")
-    try:
-        content = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise UsageError(f"{path} is not a saved conversation")
+    content = read_object(path, "saved conversation")
+    if content.get("format") != _FORMAT:
+        raise UsageError(f"{path} is no saved conversation")
     return content
 
 

@@ -102,7 +102,7 @@ def test_saving_again_replaces_but_nothing_else_is_overwritten(talk: Talk, tmp_p
     assert len(load_conversation(path).messages) == 3
     for name, content in (("notes.txt", "dear diary"), ("other.json", '{"format": "x"}')):
         (tmp_path / name).write_text(content)
-        with pytest.raises(UsageError, match="not a saved conversation; it stays as it is"):
+        with pytest.raises(UsageError, match="no saved conversation; it stays as it is"):
             save_conversation(tmp_path / name, session)
         assert (tmp_path / name).read_text() == content
     with pytest.raises(UsageError, match="is not a file; it stays"):
@@ -147,7 +147,7 @@ def test_reads_what_it_should(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": "other"}, "is not a saved conversation"),
+        ({"format": "other"}, "is no saved conversation"),
         ({"version": 2}, "its version is 2, and 1"),
         ({"model": None}, "its model or its settings are missing"),
         ({"settings": []}, "its model or its settings are missing"),
@@ -189,7 +189,7 @@ def test_a_damaged_conversation_is_one_sentence(
 )
 def test_what_is_no_conversation_at_all_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "f").write_bytes(data)
-    with pytest.raises(UsageError, match="not a saved conversation"):
+    with pytest.raises(UsageError, match="no saved conversation"):
         load_conversation(tmp_path / "f")
 
 

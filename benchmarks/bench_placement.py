@@ -1,8 +1,8 @@
 """Ours against every placement by layer counts, all measured: how much faster could it have been?
 
-    python -m tools.make_gguf build/mid.gguf --layers 6 --vocab 32000
-    python -m benchmarks.bench_placement build/mid.gguf --ram 6GB              with a GPU or
-    python -m benchmarks.bench_placement build/mid.gguf --ram 6GB --worker 127.0.0.1:50052
+    python -m tools.make_gguf build/three.gguf --layers 3 --vocab 16000
+    python -m benchmarks.bench_placement build/three.gguf --vram 2GB           with a GPU, or
+    python -m benchmarks.bench_placement build/three.gguf --ram 4.1GB --worker 127.0.0.1:50052
 
 For the machine's first device: so many whole layers on it, the first or the last; so many layers'
 experts on it, the first or the last, with all else. What does not fit is left out. All are measured

@@ -55,7 +55,7 @@ def open_engine(
     n_ctx = _context(context)
     placement = chosen_placement(plan, workers)
     with progress_bar("loading") as report, one_sentence():
-        engine = load(
+        return load(
             model,
             placement,
             workers=tuple(workers),
@@ -64,9 +64,6 @@ def open_engine(
             threads=threads,
             progress=report,
         )
-    for warning in engine.warnings:
-        notice(warning)
-    return engine
 
 
 @contextmanager

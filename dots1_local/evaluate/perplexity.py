@@ -90,7 +90,6 @@ def perplexity(
     with ExitStack() as stack:
         where = {"placement": placement, "workers": workers, "tell": tell}
         engine = stack.enter_context(open_engine(path, n_ctx, threads, **where))
-        _tell_warnings(engine, tell)
         chunks = cut(engine, text, n_ctx, n_chunks)
         writer = None
         if target is not None:
@@ -186,7 +185,6 @@ def _beside_file(
     if n_ctx not in (None, layout.n_ctx):
         raise UsageError(f"{base.path} has chunks of {layout.n_ctx} tokens, not {n_ctx}")
     engine = stack.enter_context(open_engine(path, layout.n_ctx, threads, **where))
-    _tell_warnings(engine, where["tell"])
     if engine.n_vocab != layout.n_vocab:
         raise UsageError(
             f"{base.path} is of a vocabulary of {layout.n_vocab}, {path} has {engine.n_vocab}"
@@ -209,17 +207,11 @@ def _open_both(
 ) -> tuple[Engine, Engine]:
     model = stack.enter_context(open_engine(path, n_ctx, threads, **where))
     base = stack.enter_context(open_engine(reference, n_ctx, threads))
-    _tell_warnings(model, where["tell"])
     if model.n_vocab != base.n_vocab:
         raise UsageError(
             f"{reference} has a vocabulary of {base.n_vocab}, {path} one of {model.n_vocab}"
         )
     return model, base
-
-
-def _tell_warnings(engine: Engine, tell: Callable[[str], None]) -> None:
-    for warning in engine.warnings:
-        tell(warning)
 
 
 def _beside_model(

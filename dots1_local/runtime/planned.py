@@ -32,7 +32,8 @@ def load(
 
     That plans for this machine and the `workers` (host:port), as measured before, and where memory
     turns out to be short three times more with less of it; the engine's `warnings` tell of that.
-    `tell` hears what such a plan takes and how fast it will be, before it is carried out.
+    `tell` hears what such a plan takes and how fast it will be, before it is carried out, and the
+    engine's warnings.
     `options` are those of `Engine.open`.
 
     Raises:
@@ -40,10 +41,13 @@ def load(
         Dots1Error: whatever else `Engine.open` and `place` raise.
     """
     if placement == "auto":
-        return _load_planned(path, workers, tell, options)
-    if isinstance(placement, str | Path):
-        placement = load_placement(placement)
-    return Engine.open(path, placement=placement, **options)
+        engine = _load_planned(path, workers, tell, options)
+    else:
+        known = load_placement(placement) if isinstance(placement, str | Path) else placement
+        engine = Engine.open(path, placement=known, **options)
+    for warning in engine.warnings:
+        tell(warning)
+    return engine
 
 
 def _load_planned(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from dots1_local.errors import UsageError
 
-__all__ = ["Fields", "read_document", "read_object", "unrepeated"]
+__all__ = ["Fields", "brief", "read_document", "read_object", "unrepeated"]
 
 _LARGEST = 1 << 26  # bytes
 _LONGEST = 1 << 12  # characters of a text
@@ -24,7 +24,7 @@ class Fields:
 
     def __init__(self, raw: Any, what: str) -> None:
         if not isinstance(raw, dict):
-            raise UsageError(f"{what} is {_brief(raw)}, not a JSON object")
+            raise UsageError(f"{what} is {brief(raw)}, not a JSON object")
         self._raw, self._what = dict(raw), what
 
     def given(self, key: str) -> bool:
@@ -97,7 +97,7 @@ class Fields:
             raise UsageError(f"{self._what} has an unknown key {next(iter(self._raw))!r}")
 
     def _wrong(self, key: str, value: Any, wanted: str) -> UsageError:
-        return UsageError(f"{self._what} has {_brief(value)} as {key!r}, not {wanted}")
+        return UsageError(f"{self._what} has {brief(value)} as {key!r}, not {wanted}")
 
 
 def read_document(path: str | Path, kind: str, name: str, version: int = 1) -> Fields:
@@ -154,5 +154,6 @@ def unrepeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A value as an error can quote it."""
     return f"{value!r:.40}"

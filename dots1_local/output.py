@@ -2,12 +2,13 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from dots1_local.errors import Dots1Error
 
-__all__ = ["check_space", "check_target", "write_all"]
+__all__ = ["check_space", "check_target", "write_all", "write_whole"]
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -62,3 +63,20 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(fd, data, offset)
         data, offset = data[count:], offset + count
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A small file, on disk as a whole or not at all.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)

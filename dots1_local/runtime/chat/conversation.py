@@ -2,14 +2,14 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from dots1_local.documents import read_object
+from dots1_local.documents import brief, read_object
 from dots1_local.errors import UsageError
+from dots1_local.output import write_whole
 from dots1_local.runtime.chat.prompt import Message
 from dots1_local.runtime.chat.sampling import Sampling
 from dots1_local.runtime.chat.session import Overflow, Session
@@ -80,7 +80,7 @@ def save_conversation(
     }
     text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
     try:
-        _write(Path(os.path.realpath(path)), text.encode("utf-8", errors="replace"))
+        write_whole(Path(os.path.realpath(path)), text.encode("utf-8", errors="replace"))
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot write {path}: {_reason(error)}") from None
 
@@ -98,18 +98,6 @@ def load_conversation(path: str | Path) -> Conversation:
         raise UsageError(f"{path} is a damaged conversation: {error}") from None
 
 
-def _write(path: Path, data: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def _read(path: Path) -> dict[str, Any]:
     content = read_object(path, "saved conversation")
     if content.get("format") != _FORMAT:
@@ -125,7 +113,7 @@ def _conversation(content: dict[str, Any]) -> Conversation:
     model, version = content.get("model"), content.get("version")
     settings = content.get("settings")
     if version != _VERSION:
-        raise UsageError(f"its version is {_brief(version)}, and {_VERSION} is what is read here")
+        raise UsageError(f"its version is {brief(version)}, and {_VERSION} is what is read here")
     if not isinstance(model, str) or not isinstance(settings, dict):
         raise UsageError("its model or its settings are missing")
     return Conversation(
@@ -165,38 +153,34 @@ def _sampling(settings: dict[str, Any]) -> Sampling:
     for name in names:
         value = settings[name]
         if type(value) not in (int, float) and not (name == "seed" and value is None):
-            raise UsageError(f"{name} is {_brief(value)}, not a number")
+            raise UsageError(f"{name} is {brief(value)}, not a number")
     return Sampling(**{name: settings[name] for name in names})
 
 
 def _max_tokens(value: Any) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
-        raise UsageError(f"max_tokens is {_brief(value)}, not a number from 1 up")
+        raise UsageError(f"max_tokens is {brief(value)}, not a number from 1 up")
     return value
 
 
 def _stop(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(each, str) and each for each in values):
-        raise UsageError(f"stop is {_brief(values)}, not a list of texts")
+        raise UsageError(f"stop is {brief(values)}, not a list of texts")
     return tuple(values)
 
 
 def _overflow(value: Any) -> Overflow:
     if value not in get_args(Overflow):
-        raise UsageError(f"overflow is {_brief(value)}, not one of {', '.join(get_args(Overflow))}")
+        raise UsageError(f"overflow is {brief(value)}, not one of {', '.join(get_args(Overflow))}")
     chosen: Overflow = value
     return chosen
 
 
 def _unanswered(value: Any) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"unanswered is {_brief(value)}, not a text")
+        raise UsageError(f"unanswered is {brief(value)}, not a text")
     return _encodable(value)
 
 
 def _encodable(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8")
-
-
-def _brief(value: Any) -> str:
-    return repr(value)[:40]

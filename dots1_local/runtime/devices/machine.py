@@ -9,12 +9,14 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
 from dots1_local.errors import UsageError
+from dots1_local.output import write_whole
 from dots1_local.progress import Progress, silent
 from dots1_local.runtime.devices.backends import build_with
 from dots1_local.runtime.devices.detect import detect
@@ -191,13 +193,5 @@ def _save(path: Path, hardware: Hardware, before: Hardware | None) -> None:
     absent = [each for each in (before.devices if before else ()) if each.name not in names]
     kept = replace(hardware, devices=(*hardware.devices, *absent))
     text = json.dumps(kept.to_json(), indent=1) + "\n"
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError:  # the figures are good, and next time measured again
-        pass
+    with suppress(OSError):  # the figures are good, and next time measured again
+        write_whole(path, text.encode())

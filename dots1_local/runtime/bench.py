@@ -7,7 +7,7 @@ from typing import Any
 
 from dots1_local.errors import Dots1Error
 from dots1_local.progress import Progress, silent
-from dots1_local.runtime.devices.hardware import CPU, Hardware
+from dots1_local.runtime.devices.hardware import Hardware
 from dots1_local.runtime.placing.footprint import Usage, footprint
 from dots1_local.runtime.placing.placement import Placement
 from dots1_local.runtime.placing.speed_model import SpeedModel, is_measured
@@ -86,9 +86,7 @@ def predicted_depths(
     graph: Graph, machine: Hardware, placement: Placement, depths: Sequence[int]
 ) -> tuple[Depth, ...]:
     """What `try_out` should measure; nothing where a device's speed is unknown."""
-    overridden = (device for _, device in placement.overrides)
-    devices = [name for name in (*placement.devices, *overridden) if name != CPU]
-    if not is_measured(machine, devices):
+    if not is_measured(machine, placement.used_devices):
         return ()
     model = SpeedModel(graph, machine, placement)
     return tuple(

@@ -17,7 +17,6 @@ from dots1_local.runtime.devices.rpc import keep_alive
 from dots1_local.runtime.model_params import (
     buffer_names,
     connected,
-    devices_beside_cpu,
     endpoints,
     free_memory,
     model_params,
@@ -92,8 +91,9 @@ def load_model(
         params.no_alloc, params.load_mode = True, _NO_LOAD_MODE  # it aborts over a mapped file
     elif placement:
         predicted = _predict(gguf, placement, wanted)
-        _check_free(predicted, devices_beside_cpu(placement))
-    names, workers = buffer_names(devices_beside_cpu(placement)), endpoints(placement)
+        _check_free(predicted, placement.used_devices)
+    used = placement.used_devices if placement else ()
+    names, workers = buffer_names(used), endpoints(placement)
     model, sizes = _make_model(gguf, params, names, progress)
     keep_alive(workers)
     try:

@@ -16,21 +16,22 @@ from dots1_local.errors import UsageError
 from dots1_local.ggml import library
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.runtime.devices import backends, rpc
-from dots1_local.runtime.devices.hardware import CPU
-from dots1_local.runtime.placing.placement import HostMemory, Placement, check_made_for
+from dots1_local.runtime.placing.placement import (
+    MIN_BATCH,
+    HostMemory,
+    Placement,
+    check_made_for,
+)
 
 __all__ = [
-    "MIN_BATCH",
     "buffer_names",
     "connected",
-    "devices_beside_cpu",
     "endpoints",
     "free_memory",
     "model_params",
     "prepare",
 ]
 
-MIN_BATCH = "GGML_OP_OFFLOAD_MIN_BATCH"
 _NONE, _MMAP = 0, 1  # enum llama_load_mode
 _SIZE = ctypes.POINTER(ctypes.c_size_t)
 _DEVICE: backends.Signatures = {
@@ -104,14 +105,6 @@ def _set_min_batch(placement: Placement) -> list[str]:
     return []
 
 
-def devices_beside_cpu(placement: Placement | None) -> list[str]:
-    """All that the placement names, whether they have whole layers or single tensors."""
-    if placement is None:
-        return []
-    named = (device for _, device in placement.overrides if device != CPU)
-    return list(dict.fromkeys((*placement.devices, *named)))
-
-
 def _handle(device: str) -> int:
     try:
         return backends.device_handle(device)
@@ -161,7 +154,7 @@ def model_params(placement: Placement | None) -> Any:
     global _started  # noqa: PLW0603 -- as is the registry of backends
     _started = True
     params = llama.llama_model_default_params()
-    devices = devices_beside_cpu(placement)
+    devices = placement.used_devices if placement else ()
     # Never NULL: then llama.cpp would take all devices there are, lost workers too, and abort.
     handles = (ctypes.c_void_p * (len(devices) + 1))(*map(_handle, devices), None)
     params.devices = ctypes.cast(handles, ctypes.c_void_p)

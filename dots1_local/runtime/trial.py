@@ -22,8 +22,8 @@ from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.progress import Progress, silent
 from dots1_local.runtime.devices import child
 from dots1_local.runtime.engine import Engine
-from dots1_local.runtime.model_params import MIN_BATCH, buffer_names
-from dots1_local.runtime.placing.placement import Placement, placement_from
+from dots1_local.runtime.model_params import buffer_names
+from dots1_local.runtime.placing.placement import MIN_BATCH, Placement, placement_from
 from dots1_local.runtime.report import Taken
 
 __all__ = ["Depth", "Trial", "measure_depths", "try_out"]

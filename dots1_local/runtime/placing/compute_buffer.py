@@ -52,9 +52,8 @@ def compute_buffers(
     and by what has to be fetched; if they do so in a new order, this takes a millisecond for each
     few, and half of one where only their numbers are new.
     """
-    overriding = (device for _, device in placement.overrides)
-    named = (*placement.devices, *overriding)
-    fetcher = next((name for name in named if name.startswith(_FETCHING)), None)
+    used = placement.used_devices
+    fetcher = next((name for name in used if name.startswith(_FETCHING)), None)
     weights = _weights(placement, tensors, devices, fetches=fetcher is not None)
     layers = layers_of(weights, [placement.device_of_layer(i) for i in range(placement.blocks + 1)])
     tokens = min(placement.ubatch, placement.context * n_sequences)

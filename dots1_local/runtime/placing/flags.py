@@ -4,11 +4,10 @@ import shlex
 from collections.abc import Iterator
 
 from dots1_local.runtime.devices.hardware import CPU, Hardware
-from dots1_local.runtime.placing.placement import Placement
+from dots1_local.runtime.placing.placement import MIN_BATCH, Placement
 
 __all__ = ["command_line", "llama_flags"]
 
-_MIN_BATCH = "GGML_OP_OFFLOAD_MIN_BATCH"
 # Host memory by flags: GPUs' pinned buffers come first where nothing is mapped, repacked ones next.
 _HOST_MEMORY = {
     "pinned": ("-lm", "none"),
@@ -38,7 +37,7 @@ def command_line(placement: Placement, hardware: Hardware, model: str) -> str:
     command = ["llama-server", "-m", model, *llama_flags(placement, hardware)]
     environment = ""
     if placement.offload_min_batch is not None:
-        environment = f"{_MIN_BATCH}={placement.offload_min_batch} "
+        environment = f"{MIN_BATCH}={placement.offload_min_batch} "
     return environment + shlex.join(command)
 
 

@@ -75,7 +75,8 @@ def footprint(
             f"{config.num_hidden_layers}; plan again"
         )
     devices = devices_of(gguf.tensors, placement)
-    usage = {name: dict.fromkeys((f.name for f in fields(Usage)), 0) for name in _names(placement)}
+    names = (*placement.used_devices, CPU)
+    usage = {name: dict.fromkeys((f.name for f in fields(Usage)), 0) for name in names}
     for tensor in gguf.tensors:
         usage[devices[tensor.name]][role_of(tensor.name) or "norm"] += tensor.nbytes
     layer_kv = kv_bytes(config, placement.context, placement.kv_type) // config.num_hidden_layers
@@ -106,8 +107,3 @@ def _scratch(config: Dots1Config, device: str, tokens: int, *, computes: bool) -
         rows = chosen * config.moe_intermediate_size * 34 // 32
         return rows + 8 * chosen * config.n_routed_experts
     return 0
-
-
-def _names(placement: Placement) -> list[str]:
-    named = (device for _, device in placement.overrides)
-    return list(dict.fromkeys((*placement.devices, *named, CPU)))

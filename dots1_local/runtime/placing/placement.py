@@ -21,6 +21,7 @@ from dots1_local.runtime.devices.hardware import CPU
 __all__ = [
     "KV_TYPES",
     "MAX_CONTEXT",
+    "MIN_BATCH",
     "HostMemory",
     "Placement",
     "check_made_for",
@@ -32,6 +33,7 @@ __all__ = [
 # allocated in the order the CPU's kernels like best ("repacked"), or the file itself ("mapped").
 HostMemory = Literal["plain", "pinned", "repacked", "mapped"]
 
+MIN_BATCH = "GGML_OP_OFFLOAD_MIN_BATCH"  # where the engine's backends read `offload_min_batch`
 KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
 MAX_CONTEXT = 1 << 24  # tokens, more than any model was trained for
 _FORMAT, _VERSION = "dots1-placement", 1
@@ -80,6 +82,12 @@ class Placement:
     def devices(self) -> tuple[str, ...]:
         """The devices that the engine is to use beside the CPU, in its order."""
         return tuple(self.layers)
+
+    @property
+    def used_devices(self) -> tuple[str, ...]:
+        """The same, and those beside the CPU that have single tensors only."""
+        overriding = (device for _, device in self.overrides if device != CPU)
+        return tuple(dict.fromkeys((*self.devices, *overriding)))
 
     def device_of_layer(self, layer: int) -> str:
         """Where the KV cache of block `layer` lives; `blocks` is the output layer."""

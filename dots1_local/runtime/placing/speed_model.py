@@ -72,8 +72,7 @@ class SpeedModel:
         self._graph, self._placement = graph, placement
         self._config = graph.config
         self._speeds: dict[str, Speed] = {}
-        overridden = (device for _, device in placement.overrides)
-        for name in (*placement.devices, *overridden, CPU):
+        for name in (*placement.used_devices, CPU):
             if speed := hardware.device(name).speed:
                 self._speeds[name] = speed
         names = (step.name for step in graph.steps)
@@ -235,8 +234,8 @@ class SpeedModel:
 
     def _fetching_device(self, hardware: Hardware) -> str | None:
         """The first GPU that fetches weights, which workers do not."""
-        names = (*self._placement.devices, *(name for _, name in self._placement.overrides))
-        return next((n for n in names if fetches_weights(hardware.device(n))), None)
+        used = self._placement.used_devices
+        return next((n for n in used if fetches_weights(hardware.device(n))), None)
 
     def _share_on_disk(self, hardware: Hardware) -> float:
         tensors, placement = self._graph.tensors.values(), self._placement

@@ -51,5 +51,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --no-binary llama-cpp-python --editable '.[torch,dev]'
+	$(BIN)/pip install --quiet --no-binary llama-cpp-python --editable '.[hub,serve,torch,dev]'
 	touch $@

@@ -82,6 +82,7 @@ class Engine:
         flash_attention: bool | None = None,
         kv_type: str | None = None,
         all_logits: bool = False,
+        shared_cache: bool = False,
         progress: Progress = silent,
     ) -> Self:
         """Load the model and make a context of `n_sequences` × `n_ctx` tokens.
@@ -89,7 +90,8 @@ class Engine:
         All on the CPU, or as `placement` says; what is given besides wins over what that says.
         `n_ctx` is by default what the model was trained for, but at most 4096; 0 is all of it.
         `all_logits` makes room for the logits of a whole ubatch (512 tokens); without it, one row a
-        sequence can be asked for. `flash_attention` None leaves the choice to llama.cpp.
+        sequence can be asked for. `flash_attention` None leaves the choice to llama.cpp. With a
+        `shared_cache` sequences can `share` what they begin with.
 
         Raises:
             GGUFError: unreadable, another architecture, or something llama.cpp refuses.
@@ -109,6 +111,7 @@ class Engine:
             flash_attention=flash_attention,
             kv_type=kv_type,
             all_logits=all_logits,
+            shared_cache=shared_cache,
         )
         return cls(gguf, load_model(gguf, placement, wanted, progress), wanted, placement)
 
@@ -208,6 +211,15 @@ class Engine:
     def forget(self, position: int = 0, sequence: int = -1) -> None:
         """Drop what is cached from `position` on, of one sequence or (-1) of all."""
         llama.llama_memory_seq_rm(self._memory, sequence, position, -1)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Have an empty sequence begin with the first `length` tokens of another, not computed anew.
+
+        Both use the same cells, which stay as long as one of them does; needs `shared_cache`.
+        """
+        if not self.settings.shared_cache:  # llama.cpp would abort
+            raise UsageError("open the engine with shared_cache to let sequences share tokens")
+        llama.llama_memory_seq_cp(self._memory, source, target, 0, length)
 
 
 def check_loadable(gguf: GGUFFile) -> None:

@@ -157,6 +157,7 @@ def _context_params(wanted: Settings) -> Any:
     params.n_seq_max = wanted.n_sequences
     params.n_batch = params.n_ubatch = wanted.n_ubatch
     params.n_outputs_max = wanted.n_outputs
+    params.kv_unified = wanted.shared_cache
     params.n_threads = params.n_threads_batch = wanted.threads
     params.flash_attn_type = _FLASH_ATTENTION[wanted.flash_attention]
     params.type_k = params.type_v = quant_type(wanted.kv_type).ggml

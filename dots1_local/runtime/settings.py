@@ -16,7 +16,10 @@ _MOST_TOKENS = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class Settings:
-    """How the context is made: `n_sequences` × `n_ctx` tokens, `n_outputs` logits a ubatch."""
+    """How the context is made: `n_sequences` × `n_ctx` tokens, `n_outputs` logits a ubatch.
+
+    In a `shared_cache` sequences may hold the same cells, and a ubatch may mix them at will.
+    """
 
     n_ctx: int
     n_ubatch: int
@@ -25,6 +28,7 @@ class Settings:
     threads: int
     flash_attention: bool | None
     kv_type: str
+    shared_cache: bool = False
 
     def applied_to(self, placement: Placement) -> Placement:
         """The placement as it will be: what was asked for explicitly has replaced its own."""
@@ -49,6 +53,7 @@ def settings(
     flash_attention: bool | None = None,
     kv_type: str | None = None,
     all_logits: bool = False,
+    shared_cache: bool = False,
 ) -> Settings:
     """What was asked for, else what the placement says, else what is usual.
 
@@ -73,6 +78,7 @@ def settings(
         threads=_threads(threads),
         flash_attention=flash_attention,
         kv_type=kv_type or "F16",
+        shared_cache=shared_cache,
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
-from dots1_local.cli._planned import Workers
+from dots1_local.cli._planned import Ram, Vram, Workers, limits
 from dots1_local.cli._table import print_table
 from dots1_local.errors import UsageError
 
@@ -39,12 +39,8 @@ def bench(
         bool, typer.Option("--alternatives/--no-alternatives", help="Try other placements too.")
     ] = True,
     kv: Annotated[str | None, typer.Option("--kv", help="KV cache type.")] = None,
-    vram: Annotated[
-        str | None, typer.Option("--vram", help="Plan with so much of each GPU, such as 20GB.")
-    ] = None,
-    ram: Annotated[
-        str | None, typer.Option("--ram", help="Plan with so much RAM, such as 60GB.")
-    ] = None,
+    vram: Vram = None,
+    ram: Ram = None,
     worker: Workers = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -62,19 +58,17 @@ def bench(
     from dots1_local.runtime.placing.planner import place
     from dots1_local.runtime.placing.room import limited
     from dots1_local.runtime.placing.steps import Graph
-    from dots1_local.sizes import parse_size
 
     depths = _numbers(context, "--context")
     ubatches = [] if ubatch is None else _numbers(ubatch, "--ubatch")
     plans = [(path.name, load_placement(path)) for path in plan or ()]
     workers = _workers([placement for _, placement in plans], worker or [])
+    bounds = limits(vram, ram)
     gguf = GGUFFile.open(model)
     graph = Graph.read(gguf)
     with progress_bar("looking at this machine") as report:
         machine = this_machine(workers, progress=report)
-    machine = limited(
-        machine, vram=parse_size(vram) if vram else None, ram=parse_size(ram) if ram else None
-    )
+    machine = limited(machine, **bounds)
     tokens = depths[-1] + _MARGIN
     ours = plans or [("ours", place(gguf, machine, context=tokens, kv_type=kv, threads=threads))]
     contenders = list(_contenders(graph, machine, ours, ubatches, alternatives and not plans))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
-from dots1_local.cli._planned import Workers
+from dots1_local.cli._planned import Ram, Vram, Workers, limits
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ def plan(
         str | None,
         typer.Option("--kv", help="KV cache type; f16 if unset, or q8_0 if only that fits."),
     ] = None,
-    vram: Annotated[
-        str | None, typer.Option("--vram", help="Use so much of each GPU, such as 20GB.")
-    ] = None,
-    ram: Annotated[str | None, typer.Option("--ram", help="Use so much RAM, such as 60GB.")] = None,
+    parallel: Annotated[
+        int, typer.Option("--parallel", help="For so many answers at once, with a context each.")
+    ] = 1,
+    vram: Vram = None,
+    ram: Ram = None,
     hardware: Annotated[
         str | None,
         typer.Option("--hardware", help="Another machine: a description's file or name."),
@@ -48,6 +49,8 @@ def plan(
 
     dots1 plan dots1-DQ4.gguf --context 16k
 
+    dots1 plan dots1-DQ4.gguf --context 8k --parallel 4
+
     dots1 plan dots1-DQ4.gguf --hardware 24gb-64gb
 
     dots1 plan dots1-DQ4.gguf --json > plan.json
@@ -62,12 +65,13 @@ def plan(
     from dots1_local.runtime.placing.shortfall import shortfall_of
     from dots1_local.runtime.placing.steps import Graph
 
-    if plan and (context or kv or threads or worker):
+    if plan and (context or kv or parallel != 1 or threads or worker):
         raise UsageError(
-            "--plan says all of --context, --kv, --threads and --worker; edit it, or leave them out"
+            "--plan says all of --context, --kv, --parallel, --threads and --worker; edit it, or "
+            "leave them out"
         )
     tokens = parse_context(context) if context else None
-    limits = {"vram": _bytes(vram), "ram": _bytes(ram)}
+    bounds = limits(vram, ram)
     gguf = GGUFFile.open(model)
     graph = Graph.read(gguf)
     made = load_placement(plan) if plan else None
@@ -75,11 +79,13 @@ def plan(
         check_made_for(made, gguf)
     workers = [*made.workers] if made and hardware is None else worker or []
     found = _machine(hardware, workers)
-    machine = limited(found, **limits)
-    placement = made or place(gguf, machine, context=tokens, kv_type=kv, threads=threads)
+    machine = limited(found, **bounds)
+    placement = made or place(
+        gguf, machine, context=tokens, sequences=parallel, kv_type=kv, threads=threads
+    )
     for sentence in (
         *_warnings(graph, found, placement),
-        *_beyond(found, limits),
+        *_beyond(found, bounds),
         *_unmeasured(found, described=hardware is not None),
     ):
         notice(sentence)
@@ -91,15 +97,6 @@ def plan(
     if shortfall is not None:
         notice(f"dots1: {model.name} on {machine.name}: {shortfall}")
         raise typer.Exit(1)
-
-
-def _bytes(size: str | None) -> int | None:
-    """Of a limit, which may be 0: a GPU that is to be left alone."""
-    from dots1_local.sizes import parse_size
-
-    if size is None or size.strip() == "0":
-        return None if size is None else 0
-    return parse_size(size)
 
 
 def _machine(name: str | None, workers: list[str]) -> "Hardware":
@@ -128,12 +125,12 @@ def _warnings(graph: "Graph", machine: "Hardware", placement: "Placement") -> It
         yield f"{sentence}; the CPU would, and the KV cache be copied to it for every token"
 
 
-def _beyond(machine: "Hardware", limits: dict[str, int | None]) -> Iterator[str]:
+def _beyond(machine: "Hardware", bounds: dict[str, int | None]) -> Iterator[str]:
     """Which limits are none, the machine having less."""
     gpus = [device for device in machine.devices if not device.worker]
     asked = [("--ram", machine.cpu), *(("--vram", gpu) for gpu in gpus)]
     for option, device in asked:
-        wanted = limits[option.removeprefix("--")]
+        wanted = bounds[option.removeprefix("--")]
         if wanted is not None and wanted > device.total:
             yield (
                 f"{option} {human_bytes(wanted)} is more than the {human_bytes(device.total)} of "

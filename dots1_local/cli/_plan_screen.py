@@ -37,11 +37,13 @@ def show_plan(model: Path, graph: "Graph", machine: "Hardware", placement: "Plac
     """Print it."""
     from dots1_local.runtime.placing.flags import command_line
     from dots1_local.runtime.placing.forecast import forecast
+    from dots1_local.runtime.placing.placement import human_context
 
     predicted = forecast(graph, machine, placement)
     print(
         f"{model.name} ({human_bytes(placement.model_bytes)}) on {machine.name}, "
-        f"context of {placement.context:,} token{'s' * (placement.context != 1)}\n"
+        f"context of {human_context(placement.context, placement.sequences)} "
+        f"token{'s' * (placement.tokens != 1)}\n"
     )
     _print_bytes(predicted)
     print()
@@ -49,6 +51,8 @@ def show_plan(model: Path, graph: "Graph", machine: "Hardware", placement: "Plac
         print(line)
     print()
     _print_speeds(predicted)
+    if placement.sequences > 1 and predicted.speeds:
+        print("All speeds are those of one answer alone.")
     print("\nThe same with llama.cpp's own programs:")
     print(command_line(placement, machine, str(graph.gguf.files[0])))
 

@@ -10,7 +10,7 @@ import typer
 from dots1_local.cli._output import notice
 from dots1_local.errors import UsageError
 
-__all__ = ["Plan", "Workers", "chosen_placement", "one_sentence"]
+__all__ = ["Plan", "Ram", "Vram", "Workers", "chosen_placement", "limits", "one_sentence"]
 
 Plan = Annotated[
     Path | None, typer.Option("--plan", help="Run it as a file of dots1 plan --json says.")
@@ -19,6 +19,27 @@ Workers = Annotated[
     list[str] | None,
     typer.Option("--worker", help="HOST:PORT of a dots1 worker to use; may be repeated."),
 ]
+
+Vram = Annotated[
+    str | None, typer.Option("--vram", help="Plan with so much of each GPU, such as 20GB.")
+]
+Ram = Annotated[str | None, typer.Option("--ram", help="Plan with so much RAM, such as 60GB.")]
+
+
+def limits(vram: str | None, ram: str | None) -> dict[str, int | None]:
+    """For `limited`: the bytes to plan with, which may be 0, of a GPU that is to be left alone.
+
+    Raises:
+        UsageError: one of them is no size.
+    """
+    from dots1_local.sizes import parse_size
+
+    def nbytes(size: str | None) -> int | None:
+        if size is None or size.strip() == "0":
+            return None if size is None else 0
+        return parse_size(size)
+
+    return {"vram": nbytes(vram), "ram": nbytes(ram)}
 
 
 def chosen_placement(plan: Path | None, workers: Sequence[str]) -> Path | Literal["auto"] | None:

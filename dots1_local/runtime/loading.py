@@ -13,6 +13,8 @@ from dots1_local.gguf_file import GGUFFile
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.types import quant_type
 from dots1_local.runtime import engine_log
+from dots1_local.runtime.devices.hardware import CPU
+from dots1_local.runtime.devices.limits import available_ram
 from dots1_local.runtime.devices.rpc import keep_alive
 from dots1_local.runtime.model_params import (
     buffer_names,
@@ -23,10 +25,12 @@ from dots1_local.runtime.model_params import (
     prepare,
 )
 from dots1_local.runtime.placing.footprint import Usage, footprint
-from dots1_local.runtime.placing.placement import Placement
+from dots1_local.runtime.placing.memory import kv_bytes
+from dots1_local.runtime.placing.placement import Placement, human_context
 from dots1_local.runtime.report import Report, device_of, read_report, surprises
 from dots1_local.runtime.settings import Settings, settings, trained_for
 from dots1_local.sizes import human_bytes
+from dots1_local.verify.numbers import config_of
 
 __all__ = ["Loaded", "OutOfMemory", "dry_run", "load_model"]
 
@@ -43,7 +47,7 @@ class OutOfMemory(Dots1Error):
         self.device, self.nbytes, self.reason = device, nbytes, reason
 
     def __str__(self) -> str:
-        return f"{self.reason}; plan again with less --vram or --ram, or a shorter context"
+        return f"{self.reason}; take a shorter context, or plan again with less --vram or --ram"
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ def load_model(
     elif placement:
         predicted = _predict(gguf, placement, wanted)
         _check_free(predicted, placement.used_devices)
+    if not no_alloc:
+        _check_ram(wanted, predicted[CPU].kv if placement else _kv_cache(gguf, wanted))
     used = placement.used_devices if placement else ()
     names, workers = buffer_names(used), endpoints(placement)
     model, sizes = _make_model(gguf, params, names, progress)
@@ -133,7 +139,7 @@ def _predict(gguf: GGUFFile, placement: Placement, wanted: Settings) -> Mapping[
     return footprint(
         gguf,
         wanted.applied_to(placement),
-        n_sequences=wanted.n_sequences,
+        n_sequences=1 if wanted.shared_cache else wanted.n_sequences,
         n_outputs=wanted.n_outputs,
     )
 
@@ -149,6 +155,32 @@ def _check_free(predicted: Mapping[str, Usage], devices: Iterable[str]) -> None:
                 f"{device} has {human_bytes(free)} free where the placement takes "
                 f"{human_bytes(needed)}",
             )
+
+
+def _kv_cache(gguf: GGUFFile, wanted: Settings) -> int:
+    """Bytes that all sequences' KV caches take; 0 of a file that lacks numbers of the model."""
+    config = config_of(gguf)
+    if config is None:
+        return 0
+    if wanted.shared_cache:
+        return kv_bytes(config, wanted.n_ctx * wanted.n_sequences, wanted.kv_type)
+    return wanted.n_sequences * kv_bytes(config, wanted.n_ctx, wanted.kv_type)
+
+
+def _check_ram(wanted: Settings, cache: int) -> None:
+    """The same of RAM, which a system may give away and then end the process over.
+
+    The weights do not count: where they are mapped they need not all be there.
+    """
+    ram = available_ram()
+    if ram is not None and cache > ram.available:
+        tokens = human_context(wanted.n_ctx, wanted.n_sequences)
+        raise OutOfMemory(
+            CPU,
+            cache - ram.available,
+            f"RAM has {human_bytes(ram.available)} free where a KV cache of {tokens} tokens takes "
+            f"{human_bytes(cache)}",
+        )
 
 
 def _context_params(wanted: Settings) -> Any:

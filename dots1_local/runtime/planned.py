@@ -10,7 +10,7 @@ from dots1_local.runtime.devices.hardware import Hardware
 from dots1_local.runtime.engine import Engine, check_loadable
 from dots1_local.runtime.loading import OutOfMemory
 from dots1_local.runtime.placing.footprint import Usage, footprint
-from dots1_local.runtime.placing.placement import Placement, load_placement
+from dots1_local.runtime.placing.placement import Placement, human_context, load_placement
 from dots1_local.runtime.settings import trained_for
 from dots1_local.sizes import human_bytes
 
@@ -34,7 +34,9 @@ def load(
     turns out to be short three times more with less of it; the engine's `warnings` tell of that.
     `tell` hears what such a plan takes and how fast it will be, before it is carried out, and the
     engine's warnings.
-    `options` are those of `Engine.open`.
+    `options` are those of `Engine.open`. With a `shared_cache` and no `n_sequences` there are as
+    many as the plan is for; for more of them its context is shared out, unless `n_ctx` says what
+    each may have, and `tell` hears of that.
 
     Raises:
         OutOfMemory: a device has too little, for "auto" after all attempts.
@@ -44,7 +46,7 @@ def load(
         engine = _load_planned(path, workers, tell, options)
     else:
         known = load_placement(placement) if isinstance(placement, str | Path) else placement
-        engine = Engine.open(path, placement=known, **options)
+        engine = Engine.open(path, placement=known, **_shared_out(known, options, tell))
     for warning in engine.warnings:
         tell(warning)
     return engine
@@ -57,6 +59,7 @@ def _load_planned(
 
     gguf = GGUFFile.open(path)
     check_loadable(gguf)
+    options = _shared_out(None, options, tell)
     reserved: dict[str, int] = {}
     warnings: list[str] = []
     for attempt in range(_ATTEMPTS):
@@ -82,6 +85,25 @@ def _load_planned(
     return engine
 
 
+def _shared_out(
+    known: Placement | None, options: dict[str, Any], tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """The options with numbers of sequences and of tokens for each, as the placement has them."""
+    shared = known if options.get("shared_cache") else None
+    planned = shared.sequences if shared else 1
+    asked = options.get("n_sequences")
+    sequences = planned if asked is None else asked
+    options = {**options, "n_sequences": sequences}
+    if shared and sequences > planned and options.get("n_ctx") is None:
+        share = max(1, shared.tokens // sequences)
+        tell(
+            f"the plan's context of {human_context(shared.context, planned)} tokens is shared out: "
+            f"{human_context(share, sequences)}"
+        )
+        options["n_ctx"] = share
+    return options
+
+
 def _plan(gguf: GGUFFile, machine: Hardware, options: dict[str, Any]) -> Placement:
     from dots1_local.runtime.placing.planner import place
 
@@ -90,6 +112,7 @@ def _plan(gguf: GGUFFile, machine: Hardware, options: dict[str, Any]) -> Placeme
         gguf,
         machine,
         context=trained_for(gguf) if n_ctx == 0 else n_ctx,
+        sequences=options["n_sequences"],
         kv_type=options.get("kv_type"),
         threads=options.get("threads"),
     )

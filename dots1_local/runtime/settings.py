@@ -3,15 +3,14 @@
 import os
 from dataclasses import dataclass, replace
 
-from dots1_local.errors import GGUFError, UsageError
+from dots1_local.errors import GGUFError
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.runtime.devices.hardware import physical_cores
-from dots1_local.runtime.placing.placement import Placement
+from dots1_local.runtime.placing.placement import Placement, check_context
 
 __all__ = ["Settings", "settings", "trained_for"]
 
 _USUAL_CONTEXT = 4096  # 4 GB of KV cache in dots.llm1
-_MOST_TOKENS = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Settings:
         return replace(
             placement,
             context=self.n_ctx,
+            sequences=self.n_sequences if self.shared_cache else 1,
             ubatch=self.n_ubatch,
             threads=self.threads,
             kv_type=self.kv_type.upper(),
@@ -59,7 +59,7 @@ def settings(
 
     Raises:
         GGUFError: the file does not say what context the model was trained for.
-        UsageError: a context that llama.cpp cannot count.
+        UsageError: a context that llama.cpp cannot count, or too many sequences.
     """
     if placement:
         n_ctx = placement.context if n_ctx is None else n_ctx
@@ -85,8 +85,7 @@ def settings(
 def _context_length(gguf: GGUFFile, wanted: int | None, n_sequences: int) -> int:
     trained = trained_for(gguf)
     n_ctx = min(trained, _USUAL_CONTEXT) if wanted is None else wanted or trained
-    if not 0 < n_ctx * n_sequences <= _MOST_TOKENS:
-        raise UsageError(f"llama.cpp can make no context of {n_ctx} tokens")
+    check_context(n_ctx, n_sequences)
     return n_ctx
 
 

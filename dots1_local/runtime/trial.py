@@ -189,7 +189,13 @@ def _engine(request: Mapping[str, Any]) -> Engine:
         return _unplaced(request)
     body = {key: value for key, value in raw.items() if key not in ("format", "version")}
     placement = placement_from(Fields(body, "the placement"), "the placement")
-    return Engine.open(request["path"], placement=placement, progress=child.report_progress)
+    return Engine.open(
+        request["path"],
+        placement=placement,
+        n_sequences=placement.sequences,
+        shared_cache=placement.sequences > 1,
+        progress=child.report_progress,
+    )
 
 
 def _unplaced(request: Mapping[str, Any]) -> Engine:

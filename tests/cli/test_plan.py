@@ -68,6 +68,21 @@ def test_json_is_a_plan_that_can_be_read_back(model: Path, a_gpu: Path, tmp_path
     assert predicted["shortfall"] is None
 
 
+def test_plans_for_several_answers_at_once(model: Path, a_gpu: Path, tmp_path: Path) -> None:
+    options = ["--hardware", a_gpu, "--context", "512", "--parallel", "4"]
+    result = run(model, *options)
+    assert result.exit_code == 0, result.output
+    assert "context of 4 × 512 tokens" in result.stdout
+    assert "-c 2048 -b 512 -ub 512 -np 4 -kvu" in result.stdout
+    assert "of one answer alone" in result.stdout
+    found = json.loads(run(model, *options, "--json").stdout)
+    assert (found["context"], found["sequences"]) == (512, 4)
+    assert found["predicted"]["devices"]["CUDA0"]["kv"] == 4 * 512 * 3 * 2 * 64 * 2
+    (tmp_path / "plan.json").write_text(json.dumps(found))
+    assert load_placement(tmp_path / "plan.json").sequences == 4
+    assert run(model, "--hardware", a_gpu, "--plan", tmp_path / "plan.json").stdout == result.stdout
+
+
 def test_limits_are_taken(model: Path, a_gpu: Path) -> None:
     found = json.loads(run(model, "--hardware", a_gpu, "--vram", "1001MB", "--json").stdout)
     assert found["layers"].get("CUDA0", 0) < 4
@@ -107,6 +122,7 @@ def test_shows_an_edited_plan(model: Path, a_gpu: Path, tmp_path: Path) -> None:
     ("changes", "options", "sentence"),
     [
         ({}, ["--context", "16k"], "--plan says all of --context, --kv"),
+        ({}, ["--parallel", "2"], "--plan says all of --context, --kv, --parallel"),
         ({}, ["--worker", "10.0.0.1:50052"], "--plan says all of"),
         ({"model_bytes": 5}, [], "this placement was made for model.gguf (5 bytes"),
         ({"layers": {"CUDA1": 4}}, [], "has no device CUDA1; it has CUDA0, CPU"),
@@ -175,6 +191,7 @@ def test_says_when_speeds_are_unknown(model: Path, tmp_path: Path) -> None:
         (["--context", "17m"], "no context size"),
         (["--context", "99999k"], "a context has 1 to 16,777,216 tokens"),
         (["--context", "much"], "no context size such as 16k"),
+        (["--parallel", "0"], "1 to 256 sequences at once, not 0"),
         (["--vram", "much"], "no size such as 48G"),
         (["--kv", "q4_k"], "no KV cache is kept in q4_k"),
         (["--worker", "10.0.0.1:50052"], "--worker is for this machine"),

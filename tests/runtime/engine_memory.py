@@ -63,7 +63,9 @@ def taken(
 
 
 def _context_params(decisions: Decisions) -> Any:
-    params, sequences = llama.llama_context_default_params(), decisions.get("n_sequences", 1)
+    params = llama.llama_context_default_params()
+    params.kv_unified = "sequences" in decisions  # which share a KV cache then
+    sequences = decisions.get("sequences", decisions.get("n_sequences", 1))
     params.n_seq_max, params.n_ctx = sequences, sequences * decisions["context"]
     params.n_batch = params.n_ubatch = decisions.get("ubatch", 512)
     params.n_outputs_max = decisions.get("n_outputs", sequences)

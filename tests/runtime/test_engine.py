@@ -67,8 +67,8 @@ def test_refuses_repeated_tokens_that_would_abort(model: Path, tmp_path: Path) -
 
 
 def test_says_why_a_context_cannot_be_made(model: Path) -> None:
-    with pytest.raises(Dots1Error, match="n_seq_max must be <= 256"):
-        Engine.open(model, n_ctx=8, n_sequences=1000, threads=1)
+    with pytest.raises(Dots1Error, match="quantized V cache requires flash_attn"):
+        Engine.open(model, kv_type="Q8_0", flash_attention=False, threads=1)
 
 
 def test_warns_of_a_context_beyond_training(model: Path) -> None:
@@ -84,8 +84,17 @@ def test_warns_of_a_context_beyond_training(model: Path) -> None:
 
 @pytest.mark.parametrize("n_ctx", [-1, 1 << 31, 1 << 40])
 def test_refuses_contexts_that_cannot_be_counted(model: Path, n_ctx: int) -> None:
-    with pytest.raises(UsageError, match=f"no context of {n_ctx} tokens"):
+    with pytest.raises(UsageError, match=f"no context of {n_ctx:,} tokens"):
         Engine.open(model, n_ctx=n_ctx, threads=1)
+
+
+def test_refuses_more_sequences_than_llama_cpp_has(model: Path) -> None:
+    for n_sequences in (0, 257):
+        with pytest.raises(UsageError, match=f"has 1 to 256 sequences at once, not {n_sequences}"):
+            Engine.open(model, n_ctx=8, n_sequences=n_sequences, threads=1)
+    with pytest.raises(UsageError, match="no context of 256 × 8,388,608 tokens"):
+        Engine.open(model, n_ctx=1 << 23, n_sequences=256, threads=1)
+    Engine.open(model, n_ctx=8, n_sequences=256, shared_cache=True, threads=1).close()
 
 
 def test_reports_what_it_took(model: Path) -> None:

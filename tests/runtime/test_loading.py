@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error, GGUFError, UsageError
 from dots1_local.gguf_file import GGUFFile
+from dots1_local.runtime.devices.limits import RAM
 from dots1_local.runtime.engine import Engine
 from dots1_local.runtime.loading import OutOfMemory, dry_run
 from dots1_local.runtime.placing.footprint import Usage
@@ -245,6 +246,27 @@ def with_little_free(path: Path, decisions: Decisions) -> None:
 
     with patch("dots1_local.runtime.loading.free_memory", return_value=1000):
         Engine.open(path, placement=placement_for(path, **decisions), progress=never)
+
+
+def test_a_kv_cache_that_ram_has_no_room_for_is_noticed_before_loading(model: Path) -> None:
+    # 3 layers, keys and values of 64 numbers in F16, 4 x 256 tokens
+    needed = 3 * 2 * 64 * 2 * 1024
+    options: dict[str, Any] = {"n_ctx": 256, "n_sequences": 4, "threads": 1}
+    sentence = r"RAM has 786\.4 kB free where a KV cache of 4 × 256 tokens takes 786\.4 kB; take"
+    with patch("dots1_local.runtime.loading.available_ram") as ram:
+        for shared in (False, True):
+            ram.return_value = RAM(needed - 1, 1 << 30)
+            with pytest.raises(OutOfMemory, match=sentence) as error:
+                Engine.open(model, shared_cache=shared, **options)
+            assert (error.value.device, error.value.nbytes) == ("CPU", 1)
+            ram.return_value = RAM(needed, 1 << 30)
+            Engine.open(model, shared_cache=shared, **options).close()
+        ram.return_value = None  # on a system that does not tell
+        Engine.open(model, **options).close()
+        ram.return_value = RAM(0, 1 << 30)
+        with pytest.raises(OutOfMemory, match="a KV cache of 256 tokens"):
+            Engine.open(model, placement=placement_for(model))
+        dry_run(model, placement_for(model))
 
 
 def test_what_is_taken_is_compared_with_the_prediction(model: Path) -> None:

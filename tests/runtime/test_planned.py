@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,47 @@ def test_plans_for_what_is_asked(model: Path, plans: list[Any]) -> None:
         assert engine.warnings == ()
     load(model, "auto", n_ctx=256).close()
     assert plans == [
-        (24 * GB, {"context": 1024, "kv_type": "Q8_0", "threads": 1}),
-        (24 * GB, {"context": 256, "kv_type": None, "threads": None}),
+        (24 * GB, {"context": 1024, "sequences": 1, "kv_type": "Q8_0", "threads": 1}),
+        (24 * GB, {"context": 256, "sequences": 1, "kv_type": None, "threads": None}),
     ]
+    plans.clear()
+    load(model, "auto", n_sequences=4, shared_cache=True).close()
+    assert plans == [(24 * GB, {"context": None, "sequences": 4, "kv_type": None, "threads": None})]
+
+
+@pytest.mark.parametrize(
+    ("planned", "options", "each", "sentence"),
+    [
+        ((512, 1), {"n_sequences": 4}, 128, "context of 512 tokens is shared out: 4 × 128"),
+        ((512, 2), {"n_sequences": 4}, 256, "context of 2 × 512 tokens is shared out: 4 × 256"),
+        ((512, 4), {"n_sequences": None}, 512, None),
+        ((512, 4), {"n_sequences": 2}, 512, None),
+        ((512, 1), {"n_sequences": 4, "n_ctx": 384}, 384, None),
+        ((512, 1), {"n_sequences": 4, "n_ctx": 0}, 1024, None),  # all that it was trained for
+    ],
+)
+def test_sequences_share_the_context_of_a_plan(
+    model: Path, planned: tuple[int, int], options: dict[str, Any], each: int, sentence: str | None
+) -> None:
+    plan = replace(in_ram(model), context=planned[0], sequences=planned[1])
+    told: list[str] = []
+    with load(model, plan, tell=told.append, shared_cache=True, threads=1, **options) as engine:
+        sequences = options["n_sequences"] or planned[1]
+        assert (engine.settings.n_sequences, engine.n_ctx) == (sequences, each)
+        # 3 layers, keys and values of 64 numbers in F16
+        kv = sequences * each * 3 * 2 * 64 * 2
+        assert engine.predicted["CPU"].kv == kv
+        assert engine.report["CPU"].kv == pytest.approx(kv, abs=10_000)
+        assert engine.report["CPU"].compute == pytest.approx(
+            engine.predicted["CPU"].compute + sequences * 268 * 4, abs=20_000
+        )  # to which the log adds what logits are put in
+    assert [sentence] == [s.removeprefix("the plan's ") for s in told] if sentence else not told
+
+
+def test_a_plan_for_several_serves_one(model: Path) -> None:
+    with load(model, replace(in_ram(model), sequences=4), threads=1) as engine:
+        assert (engine.settings.n_sequences, engine.n_ctx) == (1, 512)
+        assert engine.predicted["CPU"].kv == 512 * 3 * 2 * 64 * 2
 
 
 def test_plans_again_with_more_margin(

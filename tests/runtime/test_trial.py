@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,12 @@ def test_depths_must_ascend(engine: Engine, depths: tuple[int, ...]) -> None:
 def test_depths_must_leave_room_to_write(engine: Engine) -> None:
     with pytest.raises(UsageError, match="context of 128 tokens has no room to write 24 after 105"):
         measure_depths(engine, [105])
+
+
+def test_a_plan_for_several_takes_what_they_need(model: Path, ours: Placement) -> None:
+    trial = try_out(model, replace(ours, context=128, sequences=4), DEPTHS)
+    assert trial.taken["CPU"].kv == pytest.approx(512 * 3 * 2 * 64 * 2, abs=10_000)
+    assert trial.warnings == ()
 
 
 def test_a_worker_and_llama_cpp_by_itself_are_tried_in_processes_of_their_own(

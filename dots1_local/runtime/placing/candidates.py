@@ -26,6 +26,7 @@ _UBATCH, _UBATCHES = 512, (1024, 2048, 4096, 256, 128)
 _LONG_UBATCH = 2048
 _PROMPT, _ANSWER = 2048, 512
 _LEAST_BATCH = 64  # that weights are fetched for, at the least
+_MOST_ROWS = 512  # of what sequences write at once, for which that is raised
 _STEPS = 4  # in which layers are moved between devices
 _TRIES = 9  # at buffers and what lies beside them
 
@@ -60,22 +61,30 @@ class Candidate:
 
 
 class Search:
-    """The search for one model, machine and context."""
+    """The search for one model and machine, and a context for each of so many sequences."""
 
     def __init__(
-        self, graph: Graph, hardware: Hardware, context: int, threads: int, margin: int | None
+        self,
+        graph: Graph,
+        hardware: Hardware,
+        context: int,
+        threads: int,
+        margin: int | None,
+        sequences: int = 1,
     ) -> None:
         self._graph, self._hardware, self._margin = graph, hardware, margin
         gpus = [device.name for device in hardware.devices if not device.worker]
         self._measured = is_measured(hardware, gpus)
         # llama.cpp counts rows, and what is normalised by head has a row a head: with fewer it
-        # would go to the GPU and back for every token that is written.
-        self._least_batch = max(_LEAST_BATCH, 2 * graph.config.num_attention_heads)
+        # would go to the GPU and back for every token that each sequence writes.
+        rows = (sequences + 1) * graph.config.num_attention_heads
+        self._least_batch = max(_LEAST_BATCH, min(rows, _MOST_ROWS))
         self._first = Placement(
             model=graph.gguf.files[0].name,
             model_bytes=graph.gguf.nbytes,
             blocks=graph.config.num_hidden_layers,
             context=context,
+            sequences=sequences,
             kv_type="F16",
             flash_attention=True,
             ubatch=_UBATCH,
@@ -88,7 +97,7 @@ class Search:
         first = replace(self._first, kv_type=kv_type)
         wishes = list(_wishes(self._hardware, first.blocks))
         best = _best(each for wish in wishes for each in self._candidates(wish, first))
-        others = [replace(first, ubatch=n) for n in _UBATCHES if n < 2 * first.context]
+        others = [replace(first, ubatch=n) for n in _UBATCHES if n < 2 * first.tokens]
         for other in others:
             best = _best([best, *self._candidates(best.wish, other, near=True)])
         if best.placement.host_memory == "pinned":
@@ -115,7 +124,7 @@ class Search:
         return min(lacks[CPU] for wish in wishes for _, _, lacks in self._placements(wish, first))
 
     def _sizes(self, first: Placement) -> Sizes:
-        kv = kv_bytes(self._graph.config, first.context, first.kv_type)
+        kv = kv_bytes(self._graph.config, first.tokens, first.kv_type)
         return Sizes.of(self._graph, kv // first.blocks)
 
     def _candidates(

@@ -47,21 +47,23 @@ def compute_buffers(
 ) -> dict[str, int]:
     """The compute buffer of each device; `devices` is where the tensors are, by name.
 
-    `n_sequences` have a context each, `n_outputs` tokens of a ubatch have logits. Weights that a
-    GPU fetches from RAM for large batches lie there too. Layers differ by where their weights are,
-    and by what has to be fetched; if they do so in a new order, this takes a millisecond for each
-    few, and half of one where only their numbers are new.
+    There are so many KV caches (`n_sequences`) as the placement has one; `n_outputs` tokens of a
+    ubatch have logits, or at least one for each sequence. Weights that a GPU fetches from RAM for
+    large batches lie there too. Layers differ by where their weights are, and by what has to be
+    fetched; if they do so in a new order, this takes a millisecond for each few, and half of one
+    where only their numbers are new.
     """
     used = placement.used_devices
     fetcher = next((name for name in used if name.startswith(_FETCHING)), None)
     weights = _weights(placement, tensors, devices, fetches=fetcher is not None)
     layers = layers_of(weights, [placement.device_of_layer(i) for i in range(placement.blocks + 1)])
-    tokens = min(placement.ubatch, placement.context * n_sequences)
+    tokens = min(placement.ubatch, placement.tokens * n_sequences)
+    sequences = placement.sequences * n_sequences
     ubatch = Ubatch(
-        tokens=-(-tokens // n_sequences) * n_sequences,
-        outputs=min(tokens, n_outputs),
-        sequences=n_sequences,
-        cells=kv_cells(placement.context),
+        tokens=-(-tokens // sequences) * sequences,
+        outputs=min(tokens, max(n_outputs, sequences)),
+        streams=n_sequences,
+        cells=kv_cells(placement.tokens),
         kv_type=placement.kv_type,
         flash_attention=placement.flash_attention,
     )

@@ -66,7 +66,11 @@ def with_ubatch(gguf: GGUFFile, machine: Hardware, ours: Placement, ubatch: int)
         for device in machine.devices
     )
     planned = place(
-        gguf, replace(machine, devices=devices), context=ours.context, kv_type=ours.kv_type
+        gguf,
+        replace(machine, devices=devices),
+        context=ours.context,
+        sequences=ours.sequences,
+        kv_type=ours.kv_type,
     )
     return replace(placement, layers=planned.layers, overrides=planned.overrides)
 

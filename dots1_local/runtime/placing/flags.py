@@ -26,7 +26,9 @@ def llama_flags(placement: Placement, hardware: Hardware) -> list[str]:
     if placement.overrides:
         flags += ["-ot", ",".join(_overrides(placement, hardware))]
     ubatch, kv_type = str(placement.ubatch), placement.kv_type.lower()
-    flags += ["-c", str(placement.context), "-b", ubatch, "-ub", ubatch]
+    flags += ["-c", str(placement.tokens), "-b", ubatch, "-ub", ubatch]
+    if placement.sequences > 1:
+        flags += ["-np", str(placement.sequences), "-kvu"]
     flags += ["-ctk", kv_type, "-ctv", kv_type, "-fa", "on" if placement.flash_attention else "off"]
     flags += ["-t", str(placement.threads), *_HOST_MEMORY[placement.host_memory], "-fit", "off"]
     return flags

@@ -60,7 +60,8 @@ def footprint(
 ) -> dict[str, Usage]:
     """What the devices of a placement hold, the CPU included.
 
-    `n_sequences` have a context each; `n_outputs` tokens of a ubatch have logits.
+    There are so many KV caches (`n_sequences`) as the placement has one; `n_outputs` tokens of a
+    ubatch have logits, or at least one for each sequence.
 
     Raises:
         GGUFError: no dots1 model, or one that lacks something.
@@ -79,7 +80,7 @@ def footprint(
     usage = {name: dict.fromkeys((f.name for f in fields(Usage)), 0) for name in names}
     for tensor in gguf.tensors:
         usage[devices[tensor.name]][role_of(tensor.name) or "norm"] += tensor.nbytes
-    layer_kv = kv_bytes(config, placement.context, placement.kv_type) // config.num_hidden_layers
+    layer_kv = kv_bytes(config, placement.tokens, placement.kv_type) // config.num_hidden_layers
     for layer in range(placement.blocks):
         usage[placement.device_of_layer(layer)]["kv"] += layer_kv * n_sequences
     buffers = compute_buffers(
@@ -87,10 +88,11 @@ def footprint(
     )
     for name, size in buffers.items():
         usage[name]["compute"] = size
-    tokens = min(placement.ubatch, placement.context * n_sequences)
+    tokens = min(placement.ubatch, placement.tokens * n_sequences)
     for name, sizes in usage.items():
         sizes["scratch"] = _scratch(config, name, tokens, computes=bool(sizes["routed"]))
-    usage[CPU]["scratch"] += 4 * config.vocab_size * max(min(n_outputs, tokens), n_sequences)
+    rows = max(min(n_outputs, tokens), placement.sequences * n_sequences)
+    usage[CPU]["scratch"] += 4 * config.vocab_size * rows
     return {name: Usage(**sizes) for name, sizes in usage.items()}
 
 

@@ -21,10 +21,13 @@ from dots1_local.runtime.devices.hardware import CPU
 __all__ = [
     "KV_TYPES",
     "MAX_CONTEXT",
+    "MAX_SEQUENCES",
     "MIN_BATCH",
     "HostMemory",
     "Placement",
+    "check_context",
     "check_made_for",
+    "human_context",
     "load_placement",
     "placement_from",
 ]
@@ -36,6 +39,8 @@ HostMemory = Literal["plain", "pinned", "repacked", "mapped"]
 MIN_BATCH = "GGML_OP_OFFLOAD_MIN_BATCH"  # where the engine's backends read `offload_min_batch`
 KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
 MAX_CONTEXT = 1 << 24  # tokens, more than any model was trained for
+MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+_MOST_TOKENS = (1 << 31) - 1  # of all sequences together
 _FORMAT, _VERSION = "dots1-placement", 1
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _LONGEST = 1 << 11  # characters of a pattern, some times what naming each layer by itself takes
@@ -53,7 +58,8 @@ class Placement:
     `overrides`, (regular expression, device) pairs of which the first that matches counts. Batches
     of at least `offload_min_batch` tokens fetch weights from RAM to the first GPU; None leaves that
     to the engine. `workers` are the host:port whose devices are named in it. `model` and
-    `model_bytes` name the file it was made for. The embedding is always in RAM.
+    `model_bytes` name the file it was made for. The embedding is always in RAM. So many `sequences`
+    of `context` tokens each share one KV cache.
     """
 
     model: str
@@ -69,9 +75,15 @@ class Placement:
     layers: Mapping[str, int] = field(default_factory=dict)
     overrides: tuple[tuple[str, str], ...] = ()
     workers: tuple[str, ...] = ()
+    sequences: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+
+    @property
+    def tokens(self) -> int:
+        """Those that the KV cache is for, of all sequences."""
+        return self.context * self.sequences
 
     @property
     def gpu_layers(self) -> int:
@@ -163,6 +175,7 @@ def placement_from(raw: Fields, what: str) -> Placement:
         layers=_layers(raw.group("layers")),
         overrides=tuple(_override(what, item) for item in raw.items("overrides")),
         workers=tuple(_worker(what, item) for item in raw.items("workers", 16)),
+        sequences=raw.integer("sequences", 1) if raw.given("sequences") else 1,
     )
     raw.ignore("predicted")  # what `dots1 plan --json` says of it beside
     raw.end()
@@ -170,6 +183,7 @@ def placement_from(raw: Fields, what: str) -> Placement:
         raise UsageError(
             f"{what} gives devices {placement.gpu_layers} layers of the {blocks + 1} there are"
         )
+    check_context(placement.context, placement.sequences)
     if not placement.flash_attention and quant_type(placement.kv_type).block > 1:
         raise UsageError(
             f"{what} has a KV cache in {placement.kv_type} and no flash attention, which needs it"
@@ -192,6 +206,24 @@ def check_made_for(placement: Placement, gguf: GGUFFile) -> None:
         )
     if CPU in placement.layers:
         raise UsageError(f"this placement counts layers of the {CPU}, whose are all that are left")
+
+
+def check_context(context: int, sequences: int = 1) -> None:
+    """See that llama.cpp can make a context of so many tokens for each sequence.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not 0 < sequences <= MAX_SEQUENCES:
+        raise UsageError(f"llama.cpp has 1 to {MAX_SEQUENCES} sequences at once, not {sequences:,}")
+    if not 0 < context * sequences <= _MOST_TOKENS:
+        tokens = human_context(context, sequences)
+        raise UsageError(f"llama.cpp can make no context of {tokens} tokens")
+
+
+def human_context(context: int, sequences: int = 1) -> str:
+    """'16,384' tokens, or '4 × 16,384' of sequences that have as many each."""
+    return f"{sequences} × {context:,}" if sequences > 1 else f"{context:,}"
 
 
 def _layers(raw: Fields) -> dict[str, int]:

@@ -8,7 +8,7 @@ from dots1_local.quant.types import TYPES
 from dots1_local.runtime.devices.hardware import CPU, Hardware
 from dots1_local.runtime.placing.candidates import Search
 from dots1_local.runtime.placing.memory import kv_bytes
-from dots1_local.runtime.placing.placement import Placement
+from dots1_local.runtime.placing.placement import Placement, human_context
 from dots1_local.runtime.placing.room import lacking
 from dots1_local.runtime.placing.speed_model import UNMEASURED_DISK, SpeedModel, is_measured
 from dots1_local.runtime.placing.steps import Graph
@@ -24,6 +24,8 @@ _STEP = 1024  # tokens, in which contexts are tried
 class Shortfall:
     """What a device lacks, in bytes, and what would fit: a context, a KV type, a file (or 0).
 
+    The context is that of each of so many `sequences`.
+
     `share_on_disk` of the weights in RAM would be read from `disk` (bytes a second) again and
     again, which leaves `decode` tokens a second; None where the machine has not been measured.
     """
@@ -37,10 +39,13 @@ class Shortfall:
     decode: float | None
     disk: float
     disk_measured: bool
+    sequences: int = 1
 
     def __str__(self) -> str:
         where = "RAM" if self.device == CPU else self.device
-        ways = [f"a context of {self.context:,} tokens"] if self.context else []
+        ways = []
+        if self.context:
+            ways += [f"a context of {human_context(self.context, self.sequences)} tokens"]
         ways += [f"a KV cache in {self.kv_type}"] if self.kv_type else []
         ways += [f"a file of at most {human_bytes(self.file_bytes)}"] if self.file_bytes else []
         text = f"it does not fit: {where} lacks {human_bytes(self.lacks)}"
@@ -67,18 +72,18 @@ def shortfall_of(
         return None
 
     def short(context: int, kv_type: str) -> int:
-        search = Search(graph, hardware, context, placement.threads, margin)
+        search = Search(graph, hardware, context, placement.threads, margin, placement.sequences)
         return search.least_short(kv_type)
 
     least = short(placement.context, placement.kv_type)
     model = None
     if is_measured(hardware, list(lacks)) and placement.host_memory == "mapped":
         model = SpeedModel(graph, hardware, placement)
-    kv = kv_bytes(graph.config, placement.context, placement.kv_type)
+    kv = kv_bytes(graph.config, placement.tokens, placement.kv_type)
     fitting = (
         kind
         for kind in _NARROWER
-        if kv - kv_bytes(graph.config, placement.context, kind) >= max(1, least)
+        if kv - kv_bytes(graph.config, placement.tokens, kind) >= max(1, least)
         and short(placement.context, kind) <= 0
     )
     return Shortfall(
@@ -91,6 +96,7 @@ def shortfall_of(
         decode=1 / model.decode(placement.context // 2) if model else None,
         disk=hardware.disk or UNMEASURED_DISK,
         disk_measured=hardware.disk is not None,
+        sequences=placement.sequences,
     )
 
 

@@ -39,11 +39,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Ubatch:
-    """Tokens of all sequences together, those of them with logits, and KV cells a sequence."""
+    """Tokens of all sequences together, those of them with logits, and KV cells.
+
+    There are `cells` in each of `streams`: sequences have one each, or share a single one.
+    """
 
     tokens: int
     outputs: int
-    sequences: int
+    streams: int
     cells: int
     kv_type: str
     flash_attention: bool
@@ -196,7 +199,7 @@ class _Builder:
         key = self._rotate(self._position(norm, "attn_k"), "k")
         self._op(0, key, self._k_slots, on=kv)
         self._op(0, value, self._v_slots, on=kv)
-        cached = quant_type(ubatch.kv_type).row_bytes(self._inner) * ubatch.cells * ubatch.sequences
+        cached = quant_type(ubatch.kv_type).row_bytes(self._inner) * ubatch.cells * ubatch.streams
         keys, values = Node(cached, device=kv), Node(cached, device=kv)
         if ubatch.flash_attention:
             result = self._flash_attention(query, keys, values)
@@ -220,7 +223,7 @@ class _Builder:
 
     def _flash_attention(self, query: Node, keys: Node, values: Node) -> Node:
         ubatch = self._ubatch
-        as_f16 = 2 * self._inner * ubatch.cells * ubatch.sequences
+        as_f16 = 2 * self._inner * ubatch.cells * ubatch.streams
         if ubatch.kv_type == "F32":
             keys, values = self._op(as_f16, keys), self._op(as_f16, values)
         result = self._op(query.size, query, keys, values, self._mask)

@@ -32,6 +32,11 @@ def test_cpu_only() -> None:
     )
 
 
+def test_sequences_share_the_context_of_all() -> None:
+    flags = " ".join(llama_flags(replace(CPU_ONLY, sequences=4), machine()))
+    assert "-c 65536 -b 2048 -ub 2048 -np 4 -kvu -ctk q8_0" in flags
+
+
 def test_two_gpus() -> None:
     placement = replace(
         CPU_ONLY,

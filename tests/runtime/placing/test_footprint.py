@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -81,12 +82,28 @@ SHAPES: tuple[Decisions, ...] = (
     {"context": 512, "ubatch": 64, "n_outputs": 64},
     {"context": 512, "n_outputs": 512, "n_sequences": 4},
 )
+# Sequences that share a KV cache.
+SHARED: tuple[Decisions, ...] = (
+    {"context": 4096, "sequences": 4},
+    {"context": 8192, "sequences": 8, "ubatch": 2048, "kv_type": "Q8_0"},
+    {"context": 1000, "sequences": 2, "flash_attention": False},
+    {"context": 700, "sequences": 3, "ubatch": 100, "kv_type": "F32"},
+    {"context": 2048, "sequences": 8, "ubatch": 64, "flash_attention": False, "n_outputs": 64},
+    {"context": 100, "sequences": 2, "ubatch": 1024},
+)
 
 
 @pytest.fixture(scope="module")
 def endpoints() -> Iterator[list[str]]:
     with local_worker() as one, local_worker() as other:
+        # They say something of each client, and would wait for a reader once the pipe is full.
+        readers = [Thread(target=list, args=[each.process.stdout]) for each in (one, other)]
+        for reader in readers:
+            reader.start()
         yield [one.endpoint, other.endpoint]
+        for worker, reader in zip((one, other), readers, strict=True):
+            worker.kill()
+            reader.join()
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +137,7 @@ def assert_computes_as_predicted(
         assert compute == pytest.approx(real[device][2], abs=ROUNDING + slack), device
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *SHARED], ids=str)
 @pytest.mark.parametrize("place", PLACES)
 def test_compute_buffers_are_the_engines(six: Path, run: Run, place: str, shape: Decisions) -> None:
     decisions = {**PLACES[place], **shape}
@@ -137,6 +154,9 @@ def test_everything_is_as_predicted_after_a_real_load(tmp_path: Path, run: Run, 
         {"context": 2048},
         {"context": 1024, "kv_type": "Q8_0"},
         {"context": 300, "n_sequences": 3, "n_outputs": 512},
+        {"context": 300, "sequences": 4},
+        {"context": 100, "sequences": 8, "ubatch": 64, "kv_type": "Q8_0"},
+        {"context": 200, "sequences": 2, "flash_attention": False},
         {"context": 512, "flash_attention": False},
     ):
         real = run(taken, path, {**decisions, **shape}, False)
@@ -155,7 +175,7 @@ def test_all_62_layers(tmp_path: Path, run: Run, place: Decisions) -> None:
     assert_computes_as_predicted(path, decisions, run(taken, path, decisions))
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[:3], *SHARED[:3]], ids=str)
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "two devices"])
 def test_fetched_weights_lie_on_the_first_device(
     six: Path, run: Run, monkeypatch: pytest.MonkeyPatch, place: str, shape: Decisions
@@ -173,18 +193,20 @@ def taken_by_a_gpu(workers: Sequence[str], path: Path, decisions: Decisions) -> 
 
 
 @pytest.mark.parametrize("place", ["all on a device", "experts in RAM", "late layers on a device"])
+@pytest.mark.parametrize("sequences", [1, 4])
 @pytest.mark.parametrize(
     ("context", "ubatch", "kv_type"),
     [(32768, 512, "Q8_0"), (16384, 2048, "Q4_0"), (8192, 4096, "BF16"), (8192, 512, "F16")],
 )
 def test_cuda_computes_in_more(
     six: Path, run: Run, monkeypatch: pytest.MonkeyPatch, place: str, context: int, ubatch: int,
-    kv_type: str,
+    kv_type: str, sequences: int,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(compute_buffer, "_FETCHING", ("RPC",))
     monkeypatch.setattr(graph_memory, "CUDA", ("RPC",))
     compute_buffer.reserved.cache_clear()
-    decisions = {**PLACES[place], "context": context, "ubatch": ubatch, "kv_type": kv_type}
+    decisions = {**PLACES[place], "context": context // sequences, "sequences": sequences}
+    decisions |= {"ubatch": ubatch, "kv_type": kv_type}
     # Keys and values beside the result as F16, unless they are.
     more = 0 if kv_type == "F16" else 2 * context * 4096 * 2
     real = run(taken_by_cuda, six, decisions, more)

@@ -21,6 +21,7 @@ PLACEMENT = Placement(
     layers={"CUDA0": 1, "RPC0": 2},
     overrides=((r"blk\.[0-2]\.ffn_.*_exps", "CPU"), (r"blk\.0\.(?!attn_output)", "CUDA0")),
     workers=("10.0.0.1:50052",),
+    sequences=4,
 )
 
 
@@ -32,6 +33,13 @@ def write(path: Path, **changes: Any) -> Path:
 def test_reads_what_it_writes(tmp_path: Path) -> None:
     assert load_placement(write(tmp_path / "plan.json")) == PLACEMENT
     assert load_placement(write(tmp_path / "plan.json", predicted={"x": 1})) == PLACEMENT
+
+
+def test_one_that_says_nothing_of_sequences_is_for_one(tmp_path: Path) -> None:
+    content = PLACEMENT.to_json()
+    del content["sequences"]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    assert load_placement(tmp_path / "plan.json").sequences == 1
 
 
 def test_layers_are_counted_from_the_end() -> None:
@@ -79,6 +87,9 @@ def test_finds_the_device_of_a_tensor(tensor: str, device: str) -> None:
         ({"host_memory": "swapped"}, "not one of plain, pinned"),
         ({"threads": 0}, "not an integer from 1"),
         ({"workers": [1]}, "not HOST:PORT"),
+        ({"sequences": 0}, "not an integer from 1"),
+        ({"sequences": 257}, "has 1 to 256 sequences at once, not 257"),
+        ({"sequences": 200, "context": 1 << 24}, "no context of 200 × 16,777,216 tokens"),
         ({"ubatches": 512}, "unknown key 'ubatches'"),
         ({"format": "dots1-hardware"}, "is no placement"),
         ({"version": 2}, "another version"),

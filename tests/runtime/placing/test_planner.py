@@ -13,6 +13,7 @@ from dots1_local.architecture import Dots1Config
 from dots1_local.errors import UsageError
 from dots1_local.gguf_file import GGUFFile, role_of
 from dots1_local.runtime.devices.hardware import Hardware, Rate, Speed
+from dots1_local.runtime.placing.footprint import footprint
 from dots1_local.runtime.placing.memory import kv_bytes
 from dots1_local.runtime.placing.placement import Placement, load_placement
 from dots1_local.runtime.placing.planner import place
@@ -212,6 +213,41 @@ def test_limits_and_margin(model: GGUFFile) -> None:
     assert place(model, gpus(24), threads=3).threads == 3
 
 
+def test_sequences_have_room_for_a_context_each(model: GGUFFile) -> None:
+    placement = place(model, gpus(24), sequences=4, context=4096)
+    assert (placement.sequences, placement.context, placement.tokens) == (4, 4096, 16384)
+    usage, alone = footprint(model, placement), footprint(model, place(model, gpus(24)))
+    assert placement.kv_type == "Q8_0"
+    assert usage["CUDA0"].kv == alone["CUDA0"].kv == 16384 * 539_648
+    assert usage["CUDA0"].total <= 24 * GB - GPU_MARGIN
+    # a row of logits for each of them, where one has one
+    same = footprint(model, replace(placement, sequences=1, context=16384))
+    assert usage["CPU"].scratch - same["CPU"].scratch == 3 * 4 * 152_064
+
+
+@pytest.mark.parametrize(("sequences", "context"), [(1, 16384), (2, 8192), (4, 4096), (16, 4096)])
+def test_the_usual_context_is_shared_out(model: GGUFFile, sequences: int, context: int) -> None:
+    placement = place(model, gpus(ram=512), sequences=sequences)
+    assert (placement.sequences, placement.context) == (sequences, context)
+
+
+def test_heads_of_all_sequences_are_too_few_to_fetch_norms_for(model: GGUFFile) -> None:
+    # 4 tokens have 128 rows of heads, so that with 64 those of layers in RAM would be fetched
+    unmeasured = gpus(12, cpu=None, gpu=None)
+    assert place(model, unmeasured).offload_min_batch == 64
+    assert place(model, unmeasured, sequences=4).offload_min_batch == 160
+    assert place(model, unmeasured, sequences=64).offload_min_batch == 512
+
+
+@pytest.mark.parametrize(("sequences", "sentence"), [
+    (0, "1 to 256 sequences at once, not 0"), (257, "not 257"),
+    (256, "no context of 256 × 16,777,216 tokens"),
+])  # fmt: skip
+def test_more_sequences_than_there_can_be(model: GGUFFile, sequences: int, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        place(model, gpus(24), context=1 << 24, sequences=sequences)
+
+
 def test_a_plan_can_be_kept_in_a_file(model: GGUFFile, tmp_path: Path) -> None:
     placement = place(model, gpus(24, 12))
     (tmp_path / "plan.json").write_text(json.dumps(placement.to_json()))
@@ -252,6 +288,17 @@ def test_says_what_is_short_and_what_would_fit(model: GGUFFile) -> None:
     assert disk_seconds < 1 / found.decode < disk_seconds + 0.5
     assert f"RAM lacks {found.lacks / 1e9:.1f} GB; a context of" in str(found)
     assert "of what RAM has to hold read from disk at 2.0 GB/s, it would write" in str(found)
+
+
+def test_says_what_would_fit_of_sequences(model: GGUFFile) -> None:
+    hardware = gpus(ram=96)
+    found = short(model, hardware, sequences=4, context=4096)
+    alone = short(model, hardware, context=16384)
+    assert found.lacks == pytest.approx(alone.lacks, abs=10_000_000)  # logits and more of a ubatch
+    assert found.context == pytest.approx((alone.context or 0) / 4, abs=1024)
+    assert f"; a context of 4 × {found.context:,} tokens" in str(found)
+    placement = place(model, hardware, context=found.context, sequences=4, kv_type="Q8_0")
+    assert placement.host_memory == "repacked"
 
 
 def test_names_a_narrower_kv_type_that_would_fit(model: GGUFFile) -> None:

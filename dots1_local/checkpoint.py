@@ -1,17 +1,15 @@
 """A Hugging Face checkpoint, read lazily: headers first, rows when they are asked for.
 
-What is missing or corrupt is known before any work starts. Headers are parsed here rather than
-through `safetensors.safe_open` so that a truncated or hostile file gets a sentence naming the
-tensor, 24,000 tensors cost no mappings, and reads go into buffers the caller owns.
+What is missing or corrupt is known before any work starts. Headers are parsed by this package
+rather than through `safetensors.safe_open` so that a truncated or hostile file gets a sentence
+naming the tensor, 24,000 tensors cost no mappings, and reads go into buffers the caller owns.
 """
 
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,34 +20,15 @@ from numpy.typing import NDArray
 from dots1_local.architecture import Dots1Config, TensorSpec
 from dots1_local.errors import CheckpointError
 from dots1_local.quant.encode import to_float32
+from dots1_local.safetensors_header import Slice, read_header
 
-__all__ = ["Checkpoint", "Slice"]
+__all__ = [
+    "INDEX", "SINGLE", "Checkpoint", "Slice", "load_json", "promised_tensors", "read_exactly",
+    "read_index",
+]  # fmt: skip
 
-_DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_MAX_HEADER = 100 << 20  # the safetensors format's own limit
-_INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Where one tensor's bytes lie: contiguous, row-major, at `offset` in `file`."""
-
-    file: Path
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def item_bytes(self) -> int:
-        return _DTYPE_BYTES[self.dtype]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.item_bytes
-
-    def part(self, start: int, shape: tuple[int, ...]) -> "Slice":
-        """The `shape`d tensor that begins `start` elements into this one."""
-        return Slice(self.file, self.offset + start * self.item_bytes, self.dtype, shape)
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
 class Checkpoint:
@@ -80,6 +59,22 @@ class Checkpoint:
         Dots1Config.from_json(raw_config)  # another architecture is said before a missing shard
         return cls(folder, raw_config, _read_headers(folder))
 
+    @property
+    def name(self) -> str:
+        """What the model's publisher calls it, as far as the folder's name tells."""
+        return self.path.resolve().name
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, as errors call it."""
+        return str(self.path)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the weights do; sizes and times stand for the shards' contents."""
+        stats = ((path.name, path.stat()) for path in self.shards)
+        return ";".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)
+
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json, or nothing where there is none."""
@@ -106,7 +101,7 @@ class Checkpoint:
         try:
             return self._slices[name]
         except KeyError:
-            raise CheckpointError(f"{self.path} has no tensor {name}") from None
+            raise CheckpointError(f"{self.source} has no tensor {name}") from None
 
     def check(self, tensors: Iterable[TensorSpec]) -> None:
         """Make sure that every source of `tensors` is there, in the shape config.json promises.
@@ -143,11 +138,11 @@ class Checkpoint:
         prefix = f"model.layers.{layer}."
         if layer is not None and not any(name.startswith(prefix) for name in self._slices):
             return (
-                f"{self.path} has no layer {layer}, though config.json says there are "
+                f"{self.source} has no layer {layer}, though config.json says there are "
                 f"{self.config.num_hidden_layers} layers; fetch the missing shards"
             )
-        where = f"is in no shard that {_INDEX} lists" if (self.path / _INDEX).exists() else "is not"
-        return f"tensor {source} {where} in {self.path}; the checkpoint is incomplete"
+        where = f"is in no shard that {INDEX} lists" if (self.path / INDEX).exists() else "is not"
+        return f"tensor {source} {where} in {self.source}; the checkpoint is incomplete"
 
     def read(self, name: str) -> NDArray[np.float32]:
         """One whole tensor as float32, in its checkpoint shape."""
@@ -192,84 +187,46 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def _read_headers(folder: Path) -> dict[str, Slice]:
-    if (folder / _INDEX).exists():
-        return _read_indexed(folder)
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise CheckpointError(f"{folder} has neither {_INDEX} nor model.safetensors")
-    return _read_header(single)
-
-
-def _read_indexed(folder: Path) -> dict[str, Slice]:
-    weight_map = load_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / _INDEX} has no weight_map")
-    slices: dict[str, Slice] = {}
-    headers: dict[str, dict[str, Slice]] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{folder / _INDEX} maps {name} to {shard!r}, not a file name")
-        if shard not in headers:
+    if (folder / INDEX).exists():
+        weight_map = read_index(folder / INDEX)
+        for shard in dict.fromkeys(weight_map.values()):
             if not os.path.isfile(folder / shard):  # unlike Path's, never raises
                 raise CheckpointError(f"shard {folder / shard} is missing; fetch it again")
-            headers[shard] = _read_header(folder / shard)
+        headers = {name: read_header(folder / name) for name in dict.fromkeys(weight_map.values())}
+        return promised_tensors(weight_map, headers)
+    single = folder / SINGLE
+    if not single.exists():
+        raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE}")
+    return read_header(single)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The shard of every tensor; each is a plain file name.
+
+    Raises:
+        CheckpointError: it says something else.
+    """
+    weight_map = load_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{path} maps {name} to {shard!r}, not a file name")
+    return weight_map
+
+
+def promised_tensors(
+    weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, Slice]]
+) -> dict[str, Slice]:
+    """Every tensor of the index where its shard's header has it.
+
+    Raises:
+        CheckpointError: naming the first that it does not have.
+    """
+    for name, shard in weight_map.items():
         if name not in headers[shard]:
-            raise CheckpointError(f"{_INDEX} promises {name} in {shard}, which does not have it")
-        slices[name] = headers[shard][name]
-    return slices
-
-
-def _read_header(path: Path) -> dict[str, Slice]:
-    """The tensor table of one safetensors file, every range checked against the file's size."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(_MAX_HEADER, size - 8):
-                raise CheckpointError(f"{path} is no safetensors file, or is truncated")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} has a garbled safetensors header") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a garbled safetensors header")
-    slices = {
-        name: _slice(path, name, entry, 8 + length, size)
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-    _check_overlap(path, slices)
-    return slices
-
-
-def _check_overlap(path: Path, slices: Mapping[str, Slice]) -> None:
-    by_place = sorted(slices.items(), key=lambda item: (item[1].offset, item[1].nbytes))
-    for (first, left), (second, right) in pairwise(by_place):
-        if left.offset + left.nbytes > right.offset:
-            raise CheckpointError(f"{path} is corrupt: {first} and {second} share bytes")
-
-
-def _slice(path: Path, name: str, entry: Any, base: int, size: int) -> Slice:
-    try:
-        dtype, (start, end) = str(entry["dtype"]), entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
-    except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise CheckpointError(f"{path} describes tensor {name} in a garbled way")
-    if dtype not in _DTYPE_BYTES:
-        raise CheckpointError(
-            f"{name} in {path.name} is {dtype!r}; dots1-local reads F32, F16 and BF16"
-        )
-    if end - start != prod(shape) * _DTYPE_BYTES[dtype]:
-        raise CheckpointError(f"{name} in {path.name} has {end - start} bytes for shape {shape}")
-    if base + end > size:
-        raise CheckpointError(
-            f"{path} is truncated: {name} ends at byte {base + end} of {size}; fetch it again"
-        )
-    return Slice(path, base + start, dtype, shape)
+            raise CheckpointError(f"{INDEX} promises {name} in {shard}, which does not have it")
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
 def _is_derived(name: str, config: Dots1Config) -> bool:

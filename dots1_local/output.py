@@ -1,5 +1,6 @@
 """Places to write results to: free to take, on a disk that holds them, and written whole."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from dots1_local.errors import Dots1Error
 
-__all__ = ["check_space", "check_target", "write_all", "write_whole"]
+__all__ = ["check_space", "check_target", "disk_error", "write_all", "write_whole"]
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -56,6 +57,16 @@ def check_space(
             f"{path.parent} has {free / 1e9:.1f} GB free, but {what or path.name} needs "
             f"{nbytes / 1e9:.1f} GB; free some or write elsewhere"
         )
+
+
+def disk_error(path: Path, error: OSError) -> Dots1Error:
+    """What to say of work on `path` that can be gone on with."""
+    if error.errno == errno.ENOSPC:
+        return Dots1Error(
+            f"the disk is full; what is written of {path} is kept: free some space and run the "
+            "same command again"
+        )
+    return Dots1Error(f"cannot write {path}: {error.strerror or error}")
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -1,6 +1,6 @@
 """Budgets on the command line of `dots1 convert`, and why the types are what they are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +10,7 @@ import typer
 from dots1_local.cli._output import human_bytes, notice
 
 if TYPE_CHECKING:
+    from dots1_local.architecture import Dots1Config
     from dots1_local.convert import Budget, Conversion
     from dots1_local.quant.allocation import Allocation, Move, Part
 
@@ -75,7 +76,7 @@ KVType = Annotated[
 
 
 def read_budget(
-    checkpoint: Path,
+    config: "Callable[[], Dots1Config]",
     calibration: Path | None,
     *,
     size: str | None,
@@ -105,12 +106,13 @@ def read_budget(
     if max_kld is not None:
         return Budget("kld", max_kld)
     if fit_memory is not None:
-        return _memory_budget(checkpoint, fit_memory, context, kv_type or "f16")
+        return _memory_budget(config(), fit_memory, context, kv_type or "f16")
     return None
 
 
-def _memory_budget(checkpoint: Path, memory: str, context: str | None, kv_type: str) -> "Budget":
-    from dots1_local.checkpoint import Checkpoint
+def _memory_budget(
+    config: "Dots1Config", memory: str, context: str | None, kv_type: str
+) -> "Budget":
     from dots1_local.convert import Budget
     from dots1_local.runtime.devices.machine import find_hardware, hardware_names
     from dots1_local.runtime.placing.memory import Memory, parse_context, weights_budget
@@ -119,7 +121,6 @@ def _memory_budget(checkpoint: Path, memory: str, context: str | None, kv_type: 
     if memory in hardware_names() or Path(memory).is_file():
         machine = find_hardware(memory)
         described = Memory(tuple(device.free for device in machine.devices), machine.cpu.free)
-    config = Checkpoint.open(checkpoint).config
     tokens = min(_CONTEXT, config.max_position_embeddings)
     found = weights_budget(
         config, described, parse_context(context) if context else tokens, kv_type

@@ -1,4 +1,4 @@
-"""`dots1 convert`: a Hugging Face checkpoint to one GGUF file."""
+"""`dots1 convert`: a Hugging Face checkpoint, here or on the hub, to one GGUF file."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +20,7 @@ from dots1_local.cli._allocation import (
     warn_of_budget,
     warn_of_importance,
 )
+from dots1_local.cli._hub import LowDisk, Revision, hub_json, open_source, print_shards
 from dots1_local.cli._output import (
     Json,
     Threads,
@@ -31,6 +32,7 @@ from dots1_local.cli._output import (
 )
 
 if TYPE_CHECKING:
+    from dots1_local.checkpoint import Checkpoint
     from dots1_local.convert import Budget, Conversion
 
 __all__ = ["convert"]
@@ -39,7 +41,13 @@ _TYPES = "Types"
 
 
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="Folder with config.json and safetensors, or organisation/model on the Hugging "
+            "Face hub."
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The GGUF file to write.")
     ] = None,
@@ -90,6 +98,8 @@ def convert(
     split_max_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Write shards of at most SIZE, e.g. 48G.")
     ] = None,
+    revision: Revision = None,
+    low_disk: LowDisk = False,
     threads: Threads = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the table of types and sizes; write nothing.")
@@ -113,7 +123,11 @@ def convert(
       dots1 convert dots.llm1.inst -o 48.gguf --size 48GB --calibration calibrated
 
       dots1 convert dots.llm1.inst --type Q4_K_M --dry-run
+
+      dots1 convert rednote-hilab/dots.llm1.inst -o dots.gguf --low-disk
     """
+    from functools import cache
+
     from dots1_local.sizes import parse_size
 
     if output is None and not dry_run:
@@ -121,8 +135,9 @@ def convert(
     if plan and (type_ is not None or tensor_type or pad_experts != "auto"):
         raise typer.BadParameter("a plan sets all types and the padding", param_hint="--plan")
     split = None if split_max_size is None else parse_size(split_max_size)
+    source = cache(lambda: open_source(checkpoint, revision, low_disk))
     budget = read_budget(
-        checkpoint,
+        lambda: source().config,
         calibration,
         size=size,
         bpw=bpw,
@@ -132,7 +147,7 @@ def convert(
         kv_type=kv_type,
     )
     conversion = _prepare(
-        checkpoint,
+        source(),
         budget,
         type_,
         plan,
@@ -148,8 +163,12 @@ def convert(
     warn_of_budget(conversion, budget, file_bytes)
     if dry_run or output is None:
         _show(conversion, tensors, json, file_bytes)
+        if not json:
+            print_shards(conversion, file_bytes)
         return
-    result = _run(conversion, output, split, threads, force)
+    result = _run(
+        conversion, output, split_max_size=split, threads=threads, force=force, low_disk=low_disk
+    )
     if json:
         print_json({**_summary(conversion, file_bytes), "files": [str(path) for path in result]})
     else:
@@ -158,7 +177,7 @@ def convert(
 
 
 def _prepare(
-    checkpoint: Path,
+    checkpoint: "Checkpoint",
     budget: "Budget | None",
     type_: str | None,
     plan: Path | None,
@@ -197,19 +216,10 @@ def _prepare(
     return conversion
 
 
-def _run(
-    conversion: "Conversion", output: Path, split: int | None, threads: int | None, force: bool
-) -> tuple[Path, ...]:
+def _run(conversion: "Conversion", output: Path, **options: Any) -> tuple[Path, ...]:
     try:
         with progress_bar(output.name) as progress:
-            result = conversion.run(
-                output,
-                split_max_size=split,
-                threads=threads,
-                force=force,
-                progress=progress,
-                on_resume=notice_resumed,
-            )
+            result = conversion.run(output, **options, progress=progress, on_resume=notice_resumed)
     except KeyboardInterrupt:
         notice("stopped; run the same command again to go on from here")
         raise typer.Exit(130) from None
@@ -282,4 +292,5 @@ def _summary(conversion: "Conversion", file_bytes: int) -> dict[str, Any]:
         "bpw": conversion.nbytes * 8 / parameters,
         "predicted_kl": conversion.predicted_kl,
         **({"allocation": allocation_json(conversion, allocation)} if allocation else {}),
+        **hub_json(conversion),
     }

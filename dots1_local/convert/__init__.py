@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
@@ -16,8 +17,10 @@ from gguf import GGUFWriter
 from dots1_local.checkpoint import Checkpoint
 from dots1_local.convert.budget import Budget
 from dots1_local.convert.calibration import load_calibration, predicted_kl
+from dots1_local.convert.from_hub import provide_shards
 from dots1_local.convert.metadata import end_tokens, write_metadata
 from dots1_local.convert.pipeline import Pipeline
+from dots1_local.convert.shard_supply import clear
 from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
 from dots1_local.convert.verify import verify_layout
 from dots1_local.convert.writer import ALIGNMENT, Journal, Output, lay_out
@@ -63,7 +66,7 @@ class Conversion:
     @classmethod
     def prepare(
         cls,
-        checkpoint: str | Path,
+        checkpoint: str | Path | Checkpoint,
         recipe: str | QuantPlan = "DQ4",
         *,
         imatrix: str | Path | None = None,
@@ -73,13 +76,14 @@ class Conversion:
     ) -> "Conversion":
         """Choose every tensor's type and make sure the checkpoint holds what it promises.
 
-        The importance is `imatrix`, or else that in the folder `calibration`.
+        The importance is `imatrix`, or else that in the folder `calibration`. A checkpoint on the
+        hub is given as what `open_hub` returns.
 
         Raises:
             CheckpointError: the checkpoint is incomplete or corrupt, or of another architecture.
             UsageError: an unknown recipe or type, or one that lacks the importance it needs.
         """
-        source = Checkpoint.open(checkpoint)
+        source = _opened(checkpoint)
         if calibration is not None and imatrix is None:
             imatrix = Path(calibration) / "imatrix.gguf"
         importance = load_importance(imatrix) if imatrix else None
@@ -103,7 +107,7 @@ class Conversion:
     @classmethod
     def allocate(
         cls,
-        checkpoint: str | Path,
+        checkpoint: str | Path | Checkpoint,
         budget: Budget,
         *,
         calibration: str | Path,
@@ -123,7 +127,7 @@ class Conversion:
             Dots1Error: the folder lacks a file, or holds another model's, or files that do not
                 belong together; with an `imatrix` the latter is taken as meant.
         """
-        source = Checkpoint.open(checkpoint)
+        source = _opened(checkpoint)
         sensitivity, importance = load_calibration(Path(calibration), imatrix)
         allocator = Allocator(
             source.config,
@@ -189,16 +193,21 @@ class Conversion:
         split_max_size: int | None = None,
         threads: int | None = None,
         force: bool = False,
+        low_disk: bool = False,
         progress: Progress = silent,
         on_resume: Progress = silent,
     ) -> Result:
         """Write the file, going on where a former run of the same conversion stopped.
 
-        `on_resume` is called once, with tensors done and in all, if there was such a run.
+        `on_resume` is called once, with tensors done and in all, if there was such a run. The
+        shards of a checkpoint on the hub are fetched into its cache first; with `low_disk` they
+        come to the output's folder one after another, and go when they are converted.
 
         Raises:
             Dots1Error: the output exists, cannot be written or does not fit the disk, a weight
-                is not finite. What is written so far stays for the next run.
+                is not finite, the hub cannot be reached or sends damaged files. What is written
+                and fetched so far stays for the next run.
+            UsageError: `low_disk` of a folder, which is on the disk already.
         """
         path = Path(output)
         # What a link points to is written, not the link.
@@ -208,12 +217,19 @@ class Conversion:
             _check_target(laid_out, force, self.checkpoint.shards)
         except OSError as error:
             raise Dots1Error(f"cannot write {path}: {error.strerror}") from None
-        with Journal(laid_out, self._fingerprint(), progress) as journal:
+        source = self.checkpoint
+        low = provide_shards(source, laid_out, self.tensors, low_disk, progress)
+        with (
+            Journal(laid_out, self._fingerprint(), progress, source.fingerprint) as journal,
+            low.supply(journal.done) if low else nullcontext() as supply,
+        ):
             if journal.done:
                 on_resume(len(journal.done), len(self.tensors), "tensors", "")
-            Pipeline(self.checkpoint, journal, self.importance, threads).run(progress)
+            source = low.checkpoint if low else source
+            Pipeline(source, journal, self.importance, threads, supply).run(progress)
             verify_layout(laid_out)
             journal.publish()
+        clear(laid_out)
         return Result(laid_out.paths, laid_out.total_bytes, len(journal.done))
 
     def _lay_out(self, path: Path, split_max_size: int | None) -> Output:
@@ -223,15 +239,14 @@ class Conversion:
         return lay_out(path, writer, self.tensors, split_max_size)
 
     def _fingerprint(self) -> str:
-        """Changes when an input does; sizes and times stand for the shards' contents."""
-        stats = ((path.name, path.stat()) for path in self.checkpoint.shards)
-        shards = ";".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)
+        """Changes when an input does."""
+        shards = self.checkpoint.fingerprint
         # Another encoder may choose other bytes: a file never mixes two.
         return f"{shards} {self.importance and self.importance.sha256} {_encoder_version()}"
 
 
 def convert_checkpoint(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     output: str | Path,
     recipe: str | QuantPlan = "DQ4",
     *,
@@ -241,6 +256,7 @@ def convert_checkpoint(
     split_max_size: int | None = None,
     threads: int | None = None,
     force: bool = False,
+    low_disk: bool = False,
     progress: Progress = silent,
 ) -> Result:
     """Convert a Hugging Face dots1 checkpoint to GGUF; see `Conversion` for the steps."""
@@ -248,8 +264,17 @@ def convert_checkpoint(
         checkpoint, recipe, imatrix=imatrix, padding=padding, overrides=overrides
     )
     return conversion.run(
-        output, split_max_size=split_max_size, threads=threads, force=force, progress=progress
+        output,
+        split_max_size=split_max_size,
+        threads=threads,
+        force=force,
+        low_disk=low_disk,
+        progress=progress,
     )
+
+
+def _opened(checkpoint: str | Path | Checkpoint) -> Checkpoint:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
 
 
 def _aligned_bytes(tensor: PlannedTensor) -> int:
@@ -262,6 +287,10 @@ def _encoder_version() -> str:
 
 def _check_target(output: Output, force: bool, sources: Sequence[Path]) -> None:
     for path in output.paths:
-        if path.is_file() and any(path.samefile(source) for source in sources):
+        if path.is_file() and any(_same(path, source) for source in sources):
             raise Dots1Error(f"{path} is part of the checkpoint; write to another file")
         check_target(path, force=force)
+
+
+def _same(path: Path, source: Path) -> bool:
+    return source.exists() and path.samefile(source)

@@ -1,5 +1,8 @@
 """config.json, model card and recipe to GGUF keys."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 from gguf import ExpertGatingFuncType, GGUFWriter, Metadata
 
 from dots1_local.architecture import Dots1Config
@@ -34,13 +37,24 @@ def _general(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     """Name, licence, languages and the like, as gguf-py reads them off the model card."""
     writer.add_type("model")
     try:
-        metadata = Metadata.load(None, checkpoint.path.resolve(), None, 0)
+        metadata = _card(checkpoint)
     except Exception as error:  # gguf-py checks nothing: a bad card fails in any way there is
         raise CheckpointError(
             f"the model card {checkpoint.path / 'README.md'} is not readable: {error}"
         ) from None
-    metadata.name = metadata.name or checkpoint.path.resolve().name
+    metadata.name = metadata.name or checkpoint.name
     metadata.set_gguf_meta_model(writer)
+
+
+def _card(checkpoint: Checkpoint) -> Metadata:
+    """gguf-py makes the model's name of the folder's, which in the hub's cache is a commit."""
+    folder = checkpoint.path.resolve()
+    if folder.name == checkpoint.name:
+        return Metadata.load(None, folder, None, 0)
+    with TemporaryDirectory() as temporary:
+        named = Path(temporary) / checkpoint.name
+        named.symlink_to(folder)
+        return Metadata.load(None, named, None, 0)
 
 
 def _architecture(writer: GGUFWriter, config: Dots1Config, expert_width: int) -> None:

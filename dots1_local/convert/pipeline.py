@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
 from dots1_local.checkpoint import Checkpoint, Slice, read_exactly
+from dots1_local.convert.shard_supply import ShardSupply
 from dots1_local.convert.writer import Journal, Slot
 from dots1_local.errors import CheckpointError
 from dots1_local.progress import Progress, silent
@@ -42,7 +44,10 @@ class _Piece:
 
 
 class Pipeline:
-    """Carries a laid-out conversion to its end; `run` may be called once."""
+    """Carries a laid-out conversion to its end; `run` may be called once.
+
+    With a `supply`, shards come and go while tensors are converted in its order.
+    """
 
     def __init__(
         self,
@@ -50,11 +55,13 @@ class Pipeline:
         journal: Journal,
         importance: Importance | None = None,
         threads: int | None = None,
+        supply: ShardSupply | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._journal = journal
         self._importance = importance
         self._threads = threads or _cores()
+        self._supply = supply
         self._local = threading.local()
         self._sources: dict[Path, int] = {}
 
@@ -67,18 +74,21 @@ class Pipeline:
         """
         slots = self._journal.output.slots
         total = sum(slot.tensor.nbytes for slot in slots)
-        done = sum(s.tensor.nbytes for s in slots if s.tensor.spec.name in self._journal.done)
+        left = [slot for slot in slots if slot.tensor.spec.name not in self._journal.done]
+        done = total - sum(slot.tensor.nbytes for slot in left)
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="encode")
         try:
-            for slot in slots:
-                if slot.tensor.spec.name in self._journal.done:
-                    continue
+            for slot in self._supply.arranged(left) if self._supply else left:
+                if self._supply:
+                    self._supply.wait(slot, partial(progress, done, total, "bytes"))
                 pieces = []
                 for size, crc in self._tensor(pool, slot):
                     pieces.append((size, crc))
                     done += size
                     progress(done, total, "bytes", slot.tensor.spec.name)
                 self._journal.finish(slot, pieces)
+                if self._supply:
+                    self._supply.finished(slot, self._close)
         finally:
             pool.shutdown(cancel_futures=True)
             for fd in self._sources.values():
@@ -166,6 +176,11 @@ class Pipeline:
             if fd != opened:
                 os.close(opened)
         return fd
+
+    def _close(self, path: Path) -> None:
+        fd = self._sources.pop(path, None)
+        if fd is not None:
+            os.close(fd)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: type[_Scalar]) -> NDArray[_Scalar]:
         """Scratch memory that a thread keeps from piece to piece."""

@@ -13,10 +13,10 @@ from gguf import GGUFWriter, TokenType
 from dots1_local.checkpoint import load_json
 from dots1_local.errors import CheckpointError
 
-__all__ = ["Tokenizer", "read_tokenizer"]
+__all__ = ["QWEN2_SPLIT", "Tokenizer", "read_tokenizer"]
 
 # The split pattern of Qwen2's tokenizer.json, which llama.cpp calls "qwen2".
-_QWEN2_SPLIT = (
+QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -96,7 +96,7 @@ def _has_qwen2_split(pre_tokenizer: Any) -> bool:
         patterns = [s["pattern"]["Regex"] for s in steps if s.get("type") == "Split"]
     except (AttributeError, KeyError, TypeError):
         return False
-    return patterns == [_QWEN2_SPLIT]
+    return patterns == [QWEN2_SPLIT]
 
 
 def _table(

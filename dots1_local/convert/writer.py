@@ -5,7 +5,6 @@ of its pieces. A killed run finds both, checks what the journal promises, and go
 The file gets its name only when it is complete.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -24,13 +23,14 @@ from gguf.gguf_writer import SHARD_NAME_FORMAT
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
-from dots1_local.output import check_space, write_all
+from dots1_local.output import check_space, disk_error, write_all
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.plan import PlannedTensor
 
-__all__ = ["ALIGNMENT", "Journal", "Output", "Slot", "lay_out"]
+__all__ = ["ALIGNMENT", "Journal", "Output", "Slot", "interrupted_source", "lay_out"]
 
 ALIGNMENT = 32
+_LONGEST_FIRST_LINE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _headers(path: Path, writer: GGUFWriter) -> tuple[bytes, ...]:
             writer.close()
             return tuple(_aligned(name.read_bytes()) for name in sorted(Path(folder).iterdir()))
     except OSError as error:
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
 
 
 def _aligned(data: bytes) -> bytes:
@@ -115,11 +115,14 @@ class Journal:
     read back with the checksums it recorded.
     """
 
-    def __init__(self, output: Output, fingerprint: str, progress: Progress = silent) -> None:
+    def __init__(
+        self, output: Output, fingerprint: str, progress: Progress = silent, source: str = ""
+    ) -> None:
         self.output = output
+        self._source = source  # for those who find the journal
         self._progress = progress  # of checking what a former run wrote
         self.done: set[str] = set()
-        self._path = output.target.with_name(output.target.name + ".journal")
+        self._path = _journal_path(output)
         digest = hashlib.sha256(fingerprint.encode())
         for header in output.headers:
             digest.update(header)
@@ -132,7 +135,7 @@ class Journal:
             check_space(self.output.path, self.output.total_bytes, self.output.partials)
             self._journal = open(self._path, "a+b")
         except OSError as error:
-            raise _disk_error(self.output.path, error) from error
+            raise disk_error(self.output.path, error) from error
         try:
             self._lock()
             lines = self._recorded()
@@ -148,7 +151,7 @@ class Journal:
                 self._begin()
         except OSError as error:
             self.__exit__()
-            raise _disk_error(self.output.path, error) from error
+            raise disk_error(self.output.path, error) from error
         except BaseException:
             self.__exit__()
             raise
@@ -168,7 +171,7 @@ class Journal:
     def _begin(self) -> None:
         self._journal.truncate(0)
         partials = [partial.name for partial in self.output.partials]
-        self._record({"identity": self._identity, "partials": partials})
+        self._record({"identity": self._identity, "partials": partials, "source": self._source})
         for fd, header, size in zip(
             self._files, self.output.headers, self.output.sizes, strict=True
         ):
@@ -238,7 +241,7 @@ class Journal:
         try:
             write_all(self._files[slot.file], view, slot.offset + offset)
         except OSError as error:
-            raise _disk_error(self.output.path, error) from error
+            raise disk_error(self.output.path, error) from error
         return len(view), zlib.crc32(view)
 
     def finish(self, slot: Slot, pieces: Sequence[tuple[int, int]]) -> None:
@@ -250,7 +253,7 @@ class Journal:
             self._journal.write(json.dumps(line).encode() + b"\n")
             self._journal.flush()
         except OSError as error:
-            raise _disk_error(self.output.path, error) from error
+            raise disk_error(self.output.path, error) from error
 
     def publish(self) -> None:
         """Give the complete files their names and forget the journal."""
@@ -261,7 +264,20 @@ class Journal:
                 os.replace(partial, path)
             self._path.unlink()
         except OSError as error:
-            raise _disk_error(self.output.path, error) from error
+            raise disk_error(self.output.path, error) from error
+
+
+def interrupted_source(output: Output) -> str:
+    """What an unfinished conversion to this output was from; nothing where there is none."""
+    try:
+        with open(_journal_path(output), "rb") as journal:
+            return str(_parsed(journal.readline(_LONGEST_FIRST_LINE)).get("source", ""))
+    except OSError:
+        return ""
+
+
+def _journal_path(output: Output) -> Path:
+    return output.target.with_name(output.target.name + ".journal")
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
@@ -271,12 +287,3 @@ def _parsed(line: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _disk_error(path: Path, error: OSError) -> Dots1Error:
-    if error.errno == errno.ENOSPC:
-        return Dots1Error(
-            f"the disk is full; what is written of {path} is kept: free some space and run the "
-            "same command again"
-        )
-    return Dots1Error(f"cannot write {path}: {error.strerror or error}")

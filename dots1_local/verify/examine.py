@@ -3,24 +3,21 @@
 All cores take pieces of a few megabytes; memory holds a handful of them per core.
 """
 
-import os
-import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import inf, prod, sqrt
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
 from dots1_local.checkpoint import Checkpoint, Slice, read_exactly
-from dots1_local.errors import GGUFError
 from dots1_local.gguf_file import GGUFFile, GGUFTensor, role_of
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import decode, to_float32
 from dots1_local.quant.types import TYPES
+from dots1_local.reading import OpenFiles, cores
 from dots1_local.verify.blocks import bad_blocks, block_bytes
 from dots1_local.verify.findings import TensorCheck
 
@@ -64,8 +61,7 @@ def examine(
         CheckpointError: the same of a shard of the checkpoint.
     """
     total, done, checks = sum(tensor.nbytes for tensor in gguf.tensors), 0, []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = ThreadPoolExecutor(threads or cores, thread_name_prefix="examine")
+    pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="examine")
     with _Files() as files:
         try:
             for tensor in gguf.tensors:
@@ -185,55 +181,15 @@ def _relative(parts: list[_Part]) -> float:
     return sqrt(error / norm)
 
 
-class _Files:
-    """Files held open, and read by many threads into buffers each of them keeps."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-        self._local = threading.local()
-
-    def __enter__(self) -> "_Files":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-
-    def read(self, path: Path, offset: int, count: int) -> NDArray[np.uint8]:
-        """Bytes of the GGUF file, valid until the thread reads again."""
-        buffer = self._buffer("stored", count)
-        done = 0
-        try:
-            fd = self._descriptor(path)
-            while done < count:
-                got = os.preadv(fd, [buffer[done:].data], offset + done)
-                if not got:
-                    raise GGUFError(f"{path} ended early; it was truncated while being read")
-                done += got
-        except OSError as error:
-            raise GGUFError(f"cannot read {path}: {error.strerror}") from None
-        return buffer
+class _Files(OpenFiles):
+    """The GGUF's files and the checkpoint's."""
 
     def rows(self, source: Slice, start: int, count: int) -> NDArray[np.float32]:
         """Rows of a checkpoint's tensor as float32, valid until the thread reads again."""
         width = source.shape[-1]
-        raw = self._buffer("source", count * width * source.item_bytes)
+        raw = self.buffer("source", count * width * source.item_bytes)
         offset = source.offset + start * width * source.item_bytes
-        read_exactly(self._descriptor(source.file), raw, offset, source.file)
-        out = self._buffer("rows", count * width * 4).view(np.float32).reshape(count, width)
+        read_exactly(self.descriptor(source.file), raw, offset, source.file)
+        out = self.buffer("rows", count * width * 4).view(np.float32).reshape(count, width)
         to_float32(raw, source.dtype, out)
         return out
-
-    def _descriptor(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY)
-            return self._open[path]
-
-    def _buffer(self, name: str, size: int) -> NDArray[np.uint8]:
-        held: NDArray[np.uint8] | None = getattr(self._local, name, None)
-        if held is None or held.size < size:
-            held = np.empty(size, np.uint8)
-            setattr(self._local, name, held)
-        return held[:size]

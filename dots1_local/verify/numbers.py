@@ -132,7 +132,7 @@ def config_of(gguf: GGUFFile) -> Dots1Config | None:
     told: Numbers = {"vocab_size": len(tokens)} if isinstance(tokens, list) else {}
     for key in _KEYS:
         value = _number(key, gguf)
-        if key.kind == "u32" and _is_sane(key, value):
+        if _is_sane(key, value):
             told[key.field] = value
     counted = {field: told[field] for field in _COUNTED if field in told}
     known = told | shown | counted

@@ -18,13 +18,13 @@ from dots1_local.verify.template import MARKER
 if TYPE_CHECKING:
     from dots1_local.convert.tokenizer import Tokenizer
 
-__all__ = ["lint_tokenizer"]
+__all__ = ["QWEN2_NAMES", "lint_tokenizer"]
 
 _PREFIX = "tokenizer.ggml."
 _CONTROL, _USER_DEFINED = 3, 4  # enum llama_token_type
 _END_OF_RESPONSE, _END_OF_TEXT = "<|endofresponse|>", "<|endoftext|>"
 # llama.cpp's names of Qwen2's way to split text.
-_QWEN2 = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")
+QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")
 
 
 def lint_tokenizer(
@@ -122,7 +122,7 @@ def _vocabulary(gguf: GGUFFile, tokens: list[str]) -> Iterator[str]:
 
 def _pre(gguf: GGUFFile) -> Iterator[Finding]:
     pre = gguf.keys.get(_PREFIX + "pre")
-    if pre not in _QWEN2:
+    if pre not in QWEN2_NAMES:
         found, unknown = "missing", ""
         if pre is not None:  # maybe a name that another version of llama.cpp has
             found, unknown = brief(pre), ", or refuses to load the file"

@@ -1,0 +1,174 @@
+"""The folder an export writes: `DIR.partial` until all is there, with finished shards kept.
+
+`DIR.journal` says what the shards in `DIR.partial` are made of. A shard has its name when it is
+complete and on disk, so a killed run loses the one it was at.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Self
+
+from dots1_local.errors import Dots1Error
+from dots1_local.export.layout import Shard
+from dots1_local.output import check_space, disk_error
+
+__all__ = ["Folder"]
+
+_WRITTEN = re.compile(
+    r"model-\d{5,}-of-\d{5,}\.safetensors(\.partial)?|model\.safetensors\.index\.json"
+    r"|(generation_|tokenizer_)?config\.json|tokenizer\.json"
+)
+
+
+class Folder:
+    """The place of one export; use it in a `with` statement.
+
+    `done` are the shards that a former run of the same export finished, which is one that had the
+    same `identity`.
+
+    Raises:
+        Dots1Error: `output` is no free place for a folder (without `force`), holds anything that
+            no export writes, or its disk cannot hold it.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        shards: Sequence[Shard],
+        documents: Mapping[str, bytes],
+        identity: str,
+        *,
+        force: bool,
+    ) -> None:
+        self._path = Path(os.path.realpath(output)) if output.is_symlink() else output
+        if self._path.name in ("", ".."):
+            raise Dots1Error(f"{output} cannot be replaced as a whole; name a folder in it")
+        self._partial = self._path.with_name(f"{self._path.name}.partial")
+        self._shards, self._documents, self._identity = shards, documents, identity.encode()
+        self.done: set[str] = set()
+        self._journal: IO[bytes]
+        try:
+            self._check(force)
+        except OSError as error:
+            raise disk_error(output, error) from None
+
+    def __enter__(self) -> Self:
+        try:
+            self._journal = open(self._path.with_name(f"{self._path.name}.journal"), "a+b")
+        except OSError as error:
+            raise disk_error(self._path, error) from None
+        try:
+            self._begin()
+        except OSError as error:
+            self._journal.close()
+            raise disk_error(self._path, error) from None
+        except BaseException:
+            self._journal.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._journal.close()
+
+    def write(self, shard: Shard, fill: Callable[[int], None]) -> None:
+        """Make a shard: `fill` writes its tensors to the descriptor it is given.
+
+        Raises:
+            Dots1Error: the disk is full; or whatever `fill` raises.
+        """
+        path = self._partial / shard.name
+        unfinished = path.with_name(f"{path.name}.partial")
+        try:
+            with open(unfinished, "wb") as file:
+                file.write(shard.header)
+                file.truncate(shard.nbytes)
+                file.flush()
+                fill(file.fileno())
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except OSError as error:
+            raise disk_error(self._path, error) from None
+
+    def publish(self) -> None:
+        """Write the small files, and give the complete folder its name.
+
+        Raises:
+            Dots1Error: the disk is full, or the name was taken meanwhile.
+        """
+        try:
+            for name, data in self._documents.items():
+                (self._partial / name).write_bytes(data)
+            if self._path.exists():
+                self._clear(self._path)
+            os.replace(self._partial, self._path)
+            Path(self._journal.name).unlink()
+        except OSError as error:
+            raise disk_error(self._path, error) from None
+
+    def _check(self, force: bool) -> None:
+        path = self._path
+        if not path.parent.is_dir():
+            raise Dots1Error(f"no such folder: {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise Dots1Error(f"cannot write {path}: its folder may not be written to")
+        if os.path.lexists(path):
+            self._check_replaceable(force)
+        if os.path.lexists(self._partial):
+            _check_written(self._partial)
+        nbytes = sum(shard.nbytes for shard in self._shards)
+        nbytes += sum(map(len, self._documents.values()))
+        check_space(path, nbytes, self._partial.glob("*"))
+
+    def _check_replaceable(self, force: bool) -> None:
+        if not self._path.is_dir():
+            raise Dots1Error(f"{self._path} is no folder; name another")
+        if os.path.ismount(self._path):
+            raise Dots1Error(f"{self._path} is where a disk is mounted; name a folder in it")
+        if any(self._path.iterdir()):
+            if not force:
+                raise Dots1Error(f"{self._path} is not empty; give --force to replace it")
+            _check_written(self._path)
+
+    def _begin(self) -> None:
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Dots1Error(f"another export is writing {self._path}") from None
+        self._journal.seek(0)
+        if self._journal.read() == self._identity and self._partial.is_dir():
+            self.done = {shard.name for shard in self._shards if self._holds(shard)}
+            return
+        if self._partial.exists():
+            self._clear(self._partial)
+        self._journal.truncate(0)
+        self._journal.write(self._identity)
+        self._journal.flush()
+        self._partial.mkdir()
+
+    def _holds(self, shard: Shard) -> bool:
+        path = self._partial / shard.name
+        if not path.is_file() or path.stat().st_size != shard.nbytes:
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(shard.header)) == shard.header
+
+    def _clear(self, folder: Path) -> None:
+        """Remove a folder of ours, with a last look at what is in it."""
+        _check_written(folder)
+        shutil.rmtree(folder)
+
+
+def _check_written(folder: Path) -> None:
+    """Refuse to remove a folder that holds anything an export does not write."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise Dots1Error(f"{folder} is in the way; move it elsewhere")
+    for entry in folder.iterdir():
+        if not _WRITTEN.fullmatch(entry.name) or entry.is_dir():
+            raise Dots1Error(
+                f"{folder} holds {entry.name}, which no export writes, and is not removed; write "
+                "to another folder"
+            )

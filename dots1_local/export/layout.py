@@ -1,0 +1,151 @@
+"""Which tensors an exported checkpoint holds, in which shard and where, from headers alone."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+from math import prod
+
+from dots1_local.architecture import Dots1Config, Role, TensorSpec
+from dots1_local.errors import GGUFError
+from dots1_local.gguf_file import GGUFFile, GGUFTensor
+from dots1_local.quant.types import TYPES, QuantType
+from dots1_local.verify.tensors import expected_tensors
+
+__all__ = ["ExportedTensor", "Shard", "index_json", "lay_out", "model_tensors", "tensors_of"]
+
+_ALIGNMENT = 8  # of a safetensors header
+_BIAS = "e_score_correction_bias"
+
+
+@dataclass(frozen=True)
+class ExportedTensor:
+    """One tensor of the checkpoint, and the rows of the GGUF's that it is made of.
+
+    They begin at `first_row`, counted over all experts; where `stored` is wider, the rest of each
+    row is padding.
+    """
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    stored: GGUFTensor
+    first_row: int
+
+    @property
+    def dtype(self) -> str:
+        """Published checkpoints keep the bias that experts are chosen by in F32; so does this."""
+        return "F32" if self.name.endswith(_BIAS) else "BF16"
+
+    @property
+    def kind(self) -> QuantType:
+        """The type it has in the checkpoint."""
+        return TYPES[self.dtype]
+
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.kind.bytes
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file; a tensor's place is counted from the file's beginning."""
+
+    name: str
+    header: bytes
+    tensors: tuple[tuple[ExportedTensor, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.nbytes for tensor, _ in self.tensors)
+
+
+def model_tensors(gguf: GGUFFile, config: Dots1Config) -> dict[str, GGUFTensor]:
+    """The tensors of a file that llama.cpp can load, by name.
+
+    Raises:
+        GGUFError: one has no place in a checkpoint, or a type that is not decoded here.
+    """
+    specs = expected_tensors(config, gguf, config.moe_intermediate_size)
+    wanted = {spec.name for spec in specs}
+    for tensor in gguf.tensors:
+        if tensor.name not in wanted:
+            raise GGUFError(
+                f"{tensor.file} has {tensor.name}, which has no place in a Hugging Face checkpoint "
+                "of dots1"
+            )
+        if tensor.type not in TYPES:
+            raise GGUFError(
+                f"{tensor.file} stores {tensor.name} as {tensor.type}, which dots1-local does not "
+                f"decode; it does {', '.join(TYPES)}"
+            )
+    return {tensor.name: tensor for tensor in gguf.tensors}
+
+
+def tensors_of(gguf: GGUFFile, config: Dots1Config, stored_width: int) -> list[ExportedTensor]:
+    """Every tensor in the published order: layer by layer, and in a layer expert by expert.
+
+    `config` has the true expert width; `stored_width` may be a padded one.
+    """
+    stored = {tensor.name: tensor for tensor in gguf.tensors}
+    specs = expected_tensors(config, gguf, stored_width)
+    ordered: list[ExportedTensor] = []
+    for (_, role), group in groupby(specs, key=lambda spec: (spec.layer, spec.role)):
+        parts = [list(_parts(spec, stored[spec.name])) for spec in group]
+        by_expert = zip(*parts, strict=True) if role == "routed" else parts
+        ordered += chain.from_iterable(by_expert)
+    return ordered
+
+
+def _parts(spec: TensorSpec, stored: GGUFTensor) -> Iterator[ExportedTensor]:
+    rows = spec.rows // len(spec.sources)
+    for index, source in enumerate(spec.sources):
+        yield ExportedTensor(source, spec.role, spec.source_shape, stored, index * rows)
+
+
+def lay_out(tensors: Iterable[ExportedTensor], shard_size: int) -> tuple[Shard, ...]:
+    """Shards of at most `shard_size` bytes of tensors; a larger tensor has one for itself."""
+    groups: list[list[ExportedTensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not groups or tensor.nbytes > room:
+            groups.append([])
+            room = shard_size
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    count = len(groups)
+    return tuple(
+        _shard(f"model-{number:05}-of-{count:05}.safetensors", group)
+        for number, group in enumerate(groups, 1)
+    )
+
+
+def _shard(name: str, tensors: Sequence[ExportedTensor]) -> Shard:
+    """F32 comes first, so that every number is aligned."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places, end = [], 0
+    for tensor in sorted(tensors, key=lambda tensor: -tensor.kind.bytes):
+        start, end = end, end + tensor.nbytes
+        places.append((tensor, start))
+        header[tensor.name] = {
+            "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end),
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    whole = len(text).to_bytes(8, "little") + text
+    return Shard(name, whole, tuple((tensor, len(whole) + start) for tensor, start in places))
+
+
+def index_json(shards: Sequence[Shard]) -> dict[str, object]:
+    """What model.safetensors.index.json says."""
+    weight_map = {tensor.name: shard.name for shard in shards for tensor, _ in shard.tensors}
+    total = sum(tensor.nbytes for shard in shards for tensor, _ in shard.tensors)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,0 +1,189 @@
+"""Checkpoints that lie on the Hugging Face hub, opened by their id.
+
+Configuration and tokenizer come into the hub's own cache, and of the shards at first their headers
+alone. `Conversion.prepare` takes what `open_hub` returns in place of a folder. huggingface_hub
+(the extra `hub`) is loaded only where something is opened.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dots1_local.architecture import Dots1Config
+from dots1_local.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    load_json,
+    promised_tensors,
+    read_index,
+)
+from dots1_local.errors import CheckpointError, UsageError
+from dots1_local.hub.client import HubFile, HubRepo, resolve
+from dots1_local.hub.small_files import fetch_small
+from dots1_local.safetensors_header import Slice, header_length, tensor_table
+
+__all__ = ["HubCheckpoint", "open_checkpoint", "open_hub"]
+
+_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
+_REQUIRED = ("config.json", "tokenizer.json")
+_OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
+_AT_ONCE = 8  # headers
+_LIKELY_HEADER = 1 << 17  # bytes; what dots.llm1's shards need, and a request less each
+
+
+class HubCheckpoint(Checkpoint):
+    """A checkpoint of which `path` holds everything but the shards.
+
+    They are to be fetched there, or elsewhere: see `with_shards_in`.
+    """
+
+    def __init__(
+        self, repo: HubRepo, path: Path, raw_config: dict[str, Any], slices: dict[str, Slice]
+    ) -> None:
+        super().__init__(path, raw_config, slices)
+        self.repo = repo
+
+    @property
+    def name(self) -> str:
+        return self.repo.name.partition("/")[2]
+
+    @property
+    def source(self) -> str:
+        return str(self.repo)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.repo.name}@{self.repo.commit}"  # a commit settles every byte
+
+    @property
+    def shard_files(self) -> tuple[HubFile, ...]:
+        """The shards as the hub lists them; none where the cache is all there is."""
+        names = (path.name for path in self.shards)
+        return tuple(self.repo.files[name] for name in names if name in self.repo.files)
+
+    def with_shards_in(self, folder: Path, names: Sequence[str]) -> "HubCheckpoint":
+        """The same where these shards lie in another folder."""
+        moved = {name: folder / name for name in names}
+        slices = {
+            tensor: replace(place, file=moved.get(place.file.name, place.file))
+            for tensor, place in self._slices.items()
+        }
+        return HubCheckpoint(self.repo, self.path, self.raw_config, slices)
+
+
+def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
+    """A folder, or else a model on the hub, named organisation/model.
+
+    Raises:
+        CheckpointError: it is neither, or is incomplete, corrupt, or of another architecture.
+        UsageError: the extra `hub` is not installed, or a folder is to have a revision.
+    """
+    if os.path.lexists(path):
+        if revision is not None:
+            raise UsageError(f"{path} is a folder here; --revision goes with an id of the hub")
+        return Checkpoint.open(path)
+    if not _ID.fullmatch(path):
+        raise CheckpointError(
+            f"no such folder: {path}; nor is that an id of the hub, organisation/model"
+        )
+    return _open(path, revision, None, unless=f"there is no folder {path}, and ")
+
+
+def open_hub(
+    name: str, revision: str | None = None, *, endpoint: str | None = None
+) -> HubCheckpoint:
+    """A model on the hub at a branch, tag or commit, with every tensor's place known.
+
+    `endpoint` is another server that speaks the hub's API; unset, HF_ENDPOINT is. With
+    HF_HUB_OFFLINE the hub's cache must hold all of it.
+
+    Raises:
+        CheckpointError: it is not there or not for you, the hub cannot be reached, or the
+            checkpoint is incomplete, corrupt, or of another architecture.
+        UsageError: the extra `hub` is not installed.
+    """
+    return _open(name, revision, endpoint, unless="")
+
+
+def _open(name: str, revision: str | None, endpoint: str | None, unless: str) -> HubCheckpoint:
+    """`unless` is what errors begin with as long as the name itself may be what is wrong."""
+    try:
+        from huggingface_hub import is_offline_mode
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    except ImportError:
+        raise UsageError(
+            f"{unless}fetching from the hub needs pip install 'dots1-local[hub]'"
+        ) from None
+    try:
+        validate_repo_id(name)
+        if is_offline_mode():
+            return _open_cached(name, revision)
+        repo = resolve(name, revision, endpoint)
+    except HFValidationError:
+        raise CheckpointError(f"{unless}{name} is no id of the hub, organisation/model") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{unless}{error}") from error
+    return _open_at(repo)
+
+
+def _open_at(repo: HubRepo) -> HubCheckpoint:
+    wanted = [*_REQUIRED, *(name for name in (*_OPTIONAL, INDEX) if name in repo.files)]
+    folder = fetch_small(repo, [repo.file(name) for name in wanted])
+    raw_config = load_json(folder / "config.json")
+    Dots1Config.from_json(raw_config)
+    return HubCheckpoint(repo, folder, raw_config, _read_headers(repo, folder))
+
+
+def _open_cached(name: str, revision: str | None) -> HubCheckpoint:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(config, str):
+        wanted = f"revision {revision} of {name}" if revision else name
+        raise CheckpointError(
+            f"with HF_HUB_OFFLINE there is only the cache {constants.HF_HUB_CACHE}, which lacks "
+            f"{wanted}"
+        )
+    folder = Path(config).parent
+    found = Checkpoint.open(folder)
+    slices = {tensor: found.locate(tensor) for tensor in found}
+    repo = HubRepo(name, folder.name, folder.name, {}, constants.ENDPOINT)
+    return HubCheckpoint(repo, folder, found.raw_config, slices)
+
+
+def _read_headers(repo: HubRepo, folder: Path) -> dict[str, Slice]:
+    """The places of all tensors, by requests for the shards' first bytes."""
+    if INDEX not in repo.files:
+        if SINGLE not in repo.files:
+            raise CheckpointError(f"{repo} has neither {INDEX} nor {SINGLE}")
+        return _read_header(repo, SINGLE, folder)
+    weight_map = read_index(folder / INDEX)
+    shards = list(dict.fromkeys(weight_map.values()))
+    for shard in shards:
+        if not _SHARD.fullmatch(shard):
+            raise CheckpointError(
+                f"{INDEX} of {repo} names {shard!r}, which is no safetensors file"
+            )
+        if shard not in repo.files:
+            raise CheckpointError(f"{INDEX} of {repo} names {shard}, which is not there")
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        headers = list(pool.map(lambda shard: _read_header(repo, shard, folder), shards))
+    return promised_tensors(weight_map, dict(zip(shards, headers, strict=True)))
+
+
+def _read_header(repo: HubRepo, shard: str, folder: Path) -> dict[str, Slice]:
+    file, path = repo.file(shard), folder / shard
+    if file.size < 8:
+        raise CheckpointError(f"{shard} of {repo} is no safetensors file")
+    start = repo.read(file, 0, min(_LIKELY_HEADER, file.size))
+    end = 8 + header_length(path, start, file.size)
+    if end > len(start):
+        start += repo.read(file, len(start), end)
+    return tensor_table(path, start[8:end], file.size)

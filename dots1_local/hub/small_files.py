@@ -1,0 +1,68 @@
+"""Configuration, tokenizer and the like: into the hub's own cache, by its own library."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dots1_local.errors import CheckpointError
+from dots1_local.hub.client import HubFile, HubRepo, patiently
+from dots1_local.hub.download import has_digest
+
+__all__ = ["fetch_small", "into_cache"]
+
+_LARGEST = 100 << 20  # bytes; more is no configuration
+
+
+def fetch_small(repo: HubRepo, files: Sequence[HubFile]) -> Path:
+    """The folder of the cache in which these files lie, each with the hash the hub lists.
+
+    Raises:
+        CheckpointError: one cannot be had, is damaged or far too large.
+    """
+    folders = [_fetch(repo, file).parent for file in files]
+    return folders[0]
+
+
+def _fetch(repo: HubRepo, file: HubFile) -> Path:
+    if file.size > _LARGEST:
+        raise CheckpointError(f"{file.name} of {repo} is {file.size:,} bytes; that is no model's")
+    path = into_cache(repo, file.name)
+    if has_digest(path, file):
+        return path
+    path = into_cache(repo, file.name, force_download=True)
+    if has_digest(path, file):
+        return path
+    raise CheckpointError(f"{file.name} of {repo} came with another hash than the hub lists")
+
+
+def into_cache(repo: HubRepo, name: str, revision: str | None = None, **options: Any) -> Path:
+    """Where a file lies in the cache, fetched if it is not there; a blob that is, is linked.
+
+    Raises:
+        CheckpointError: it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    class Quiet(tqdm):  # the library prints nothing
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **{**settings, "disable": True})
+
+    def once() -> str:
+        path: str = hf_hub_download(
+            repo.name,
+            name,
+            revision=revision or repo.commit,
+            endpoint=repo.endpoint,
+            tqdm_class=Quiet,
+            **options,
+        )
+        return path
+
+    try:
+        with repo.asking(name):
+            return Path(patiently(once))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot fetch {name} of {repo}: {error.strerror or ' '.join(str(error).split())}"
+        ) from error

@@ -1,0 +1,77 @@
+"""A conversion shard by shard is killed or interrupted: it goes on, and asks for nothing twice."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Converted
+from tests.hub_server import NAME, HubServer
+
+MB = 10**6
+
+
+def program(hub: HubServer, output: Path) -> "subprocess.Popen[str]":
+    """The command, in a process of its own."""
+    dots1 = Path(sys.executable).with_name("dots1")
+    return subprocess.Popen(
+        [dots1, "convert", NAME, "-o", output, "--type", "Q8_0", "--low-disk", "-t", "1"],
+        env=hub.environment(output.parent / "home"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(  # noqa: PLW1509 -- nothing but a signal is set
+            signal.SIGINT, signal.default_int_handler
+        ),
+    )
+
+
+def strike(hub: HubServer, process: "subprocess.Popen[str]", number: int, after: int) -> None:
+    """Send it a signal when the hub has sent it so many bytes of shards."""
+    struck = False
+
+    def watch() -> None:
+        nonlocal struck
+        if not struck and sum(hub.shard_bytes().values()) >= after:
+            struck = True
+            process.send_signal(number)
+
+    hub.watch = watch
+
+
+@pytest.mark.parametrize("after", [6 * MB, 15 * MB, 30 * MB])
+def test_killed_and_gone_on_with(
+    hub: HubServer, tiny: Path, converted: Converted, tmp_path: Path, after: int
+) -> None:
+    output = tmp_path / "out.gguf"
+    with program(hub, output) as process:
+        strike(hub, process, signal.SIGKILL, after)
+        assert process.wait(timeout=60) == -signal.SIGKILL
+    hub.watch = lambda: None
+    assert not output.exists()
+    left = {path.name: path.stat().st_size for path in tmp_path.glob("out.gguf.shards/*/*")}
+    asked = len(hub.shard_requests())
+    with program(hub, output) as process:
+        said, complaints = process.communicate(timeout=60)
+    assert process.returncode == 0, complaints
+    assert "wrote" in said
+    assert output.read_bytes() == converted("Q8_0").read_bytes()
+    again = hub.shard_requests()[asked:]
+    begun = {name.removesuffix(".incomplete") for name in left if name.endswith(".incomplete")}
+    assert len(again) == len({request.file for request in again})
+    for request in again:
+        assert request.start == left.get(f"{request.file}.incomplete", 0)
+        assert request.file in begun or request.file > max([*left, ""])  # not yet fetched at all
+    assert {path.name for path in tmp_path.iterdir()} == {"out.gguf", "home"}
+
+
+def test_ctrl_c_leaves_what_can_be_gone_on_with(hub: HubServer, tmp_path: Path) -> None:
+    output = tmp_path / "out.gguf"
+    with program(hub, output) as process:
+        strike(hub, process, signal.SIGINT, 20 * MB)
+        _, complaints = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert complaints == "stopped; run the same command again to go on from here\n"
+    assert list(tmp_path.glob("out.gguf.shards/*/*"))

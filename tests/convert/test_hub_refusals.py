@@ -1,0 +1,209 @@
+"""What goes wrong between here and the hub: a sentence each, and nothing is lost."""
+
+import errno
+import shutil
+import sys
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from huggingface_hub import constants
+
+from dots1_local.checkpoint import INDEX
+from dots1_local.convert import Conversion
+from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.hub import download, open_checkpoint, open_hub
+from tests.conftest import Converted
+from tests.convert.hub import SECOND, prepare, refusal, sizes
+from tests.hub_server import NAME, HubServer
+from tests.micro import edit_json
+
+
+def test_a_line_that_stays_dead_ends_it_and_nothing_is_lost(
+    hub: HubServer, tiny: Path, tmp_path: Path
+) -> None:
+    hub.cuts[SECOND] = [4_000_000, *[0] * 6]
+    said = refusal(lambda: prepare(hub).run(tmp_path / "out.gguf"))
+    assert "cannot be reached" in said
+    assert "run the same command again" in said
+    prepare(hub).run(tmp_path / "out.gguf")
+    assert hub.shard_bytes()[SECOND] == sizes(tiny)[SECOND]
+
+
+def test_a_wrong_hash_twice_is_refused(hub: HubServer, cache: Path, tmp_path: Path) -> None:
+    hub.damaged[SECOND] = 2
+    said = refusal(lambda: prepare(hub).run(tmp_path / "out.gguf"))
+    assert SECOND in said
+    assert "another hash" in said
+    assert not (tmp_path / "out.gguf").exists()
+    left = [path for path in cache.glob("*/blobs/*") if path.suffix == ""]
+    assert all(
+        sha256(path.read_bytes()).hexdigest() == path.name for path in left if len(path.name) == 64
+    )
+
+
+def test_a_run_that_goes_on_from_another_commit_is_refused(
+    hub: HubServer, tiny: Path, converted: Converted, tmp_path: Path
+) -> None:
+    output, first = tmp_path / "out.gguf", hub.main
+
+    def stop(done: int, total: int, unit: str, what: str) -> None:
+        if what.startswith("blk.2"):
+            raise KeyboardInterrupt
+
+    checkpoint = open_hub(NAME, endpoint=hub.endpoint)
+    with pytest.raises(KeyboardInterrupt):
+        Conversion.prepare(checkpoint, "Q8_0").run(output, progress=stop)
+    hub.commit(shutil.copytree(tiny, tmp_path / "moved"))
+    said = refusal(lambda: prepare(hub).run(output))
+    assert f"--revision {first}" in said
+    assert f"main is {hub.main[:12]} now" in said
+    again = open_hub(NAME, first, endpoint=hub.endpoint)
+    assert Conversion.prepare(again, "Q8_0").run(output).resumed_tensors > 0
+    assert output.read_bytes() == converted("Q8_0").read_bytes()
+
+
+class Case(NamedTuple):
+    """What the server answers for what, and words of the sentence."""
+
+    where: str
+    statuses: list[int]
+    says: tuple[str, ...]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("api", [401], ("has no repository", "HF_TOKEN", "hf auth login")),
+        Case("api", [403], ("accept its terms", "HF_TOKEN", "hf auth login")),
+        Case("api", [404], ("has no repository",)),
+        Case("api", [429] * 4, ("too many requests", "wait some minutes")),
+        Case("api", [503] * 4, ("status 503", "run the same command again")),
+        Case("config.json", [404], ("has no file config.json",)),
+        Case(SECOND, [403], ("accept its terms",)),
+        Case(SECOND, [404], (f"has no file {SECOND}",)),
+        Case(SECOND, [500] * 4, ("status 500", SECOND)),
+    ],
+    ids=str,
+)
+def test_what_the_hub_refuses(hub: HubServer, tmp_path: Path, case: Case) -> None:
+    hub.statuses[case.where] = list(case.statuses)
+    said = refusal(lambda: prepare(hub).run(tmp_path / "out.gguf"))
+    for words in case.says:
+        assert words in said
+    assert hub.endpoint in said or NAME in said
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_passing_failure_is_asked_again(hub: HubServer, tmp_path: Path, status: int) -> None:
+    hub.statuses["api"] = [status]
+    hub.statuses[SECOND] = [status, status]
+    prepare(hub).run(tmp_path / "out.gguf")
+
+
+def test_names_that_are_neither(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("dots.llm1.inst", "./some/where", "a/b/c", "/no/where", "a--b/c", "a/.."):
+        said = refusal(partial(open_checkpoint, text))
+        assert f"folder: {text}" in said or f"folder {text}" in said
+        assert "id of the hub, organisation/model" in said
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    said = refusal(lambda: open_checkpoint("models/dots"))
+    assert "no folder models/dots" in said
+    assert "has no repository models/dots" in said
+    assert "no revision v9" in refusal(lambda: open_hub(NAME, "v9", endpoint=hub.endpoint))
+
+
+def test_a_folder_has_no_revision(tiny: Path) -> None:
+    assert "folder" in refusal(lambda: open_checkpoint(str(tiny), "main"), UsageError)
+
+
+def test_no_server_there(cache: Path) -> None:
+    said = refusal(lambda: open_hub(NAME, endpoint="http://127.0.0.1:9"))
+    assert "cannot be reached" in said
+
+
+def test_something_else_than_a_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "main", "no commit")
+    hub.commits["no commit"] = hub.commits[next(iter(hub.commits))]
+    assert "HF_ENDPOINT" in refusal(lambda: open_hub(NAME, endpoint=hub.endpoint))
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    said = refusal(lambda: open_checkpoint("some/model"), UsageError)
+    assert "pip install 'dots1-local[hub]'" in said
+    assert "no folder some/model" in said
+
+
+@pytest.mark.parametrize(
+    ("shard", "says"),
+    [
+        ("../config.json", "not a file name"),
+        ("pytorch_model.bin", "no safetensors file"),
+        ("model-00009-of-00003.safetensors", "is not there"),
+        (".safetensors", "no safetensors file"),
+    ],
+)
+def test_an_index_that_names_something_else(
+    hub: HubServer, tiny: Path, tmp_path: Path, shard: str, says: str
+) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "hf")
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update({"model.x": shard}))
+    hub.commit(folder)
+    assert says in refusal(lambda: open_hub(NAME, endpoint=hub.endpoint))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "no safetensors file"),
+        (b"\xff" * 100, "no safetensors file, or is truncated"),
+        ((5).to_bytes(8, "little") + b"{{{{{", "garbled"),
+        ((1 << 40).to_bytes(8, "little") + b"{}", "truncated"),
+    ],
+)
+def test_headers_are_not_trusted(
+    hub: HubServer, tiny: Path, tmp_path: Path, content: bytes, says: str
+) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "hf")
+    (folder / SECOND).write_bytes(content)
+    hub.commit(folder)
+    assert says in refusal(lambda: open_hub(NAME, endpoint=hub.endpoint))
+
+
+def test_a_truncated_shard_is_known_beforehand(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "hf")
+    with open(folder / SECOND, "r+b") as file:
+        file.truncate(10**6)
+    hub.commit(folder)
+    said = refusal(lambda: open_hub(NAME, endpoint=hub.endpoint))
+    assert SECOND in said
+    assert "truncated" in said
+    assert hub.shard_requests() == []
+
+
+def test_a_full_disk_is_known_beforehand(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"free": 50_000_000}
+    usage = type("Usage", (), free)
+    monkeypatch.setattr("dots1_local.output.shutil.disk_usage", lambda folder: usage)
+    said = refusal(lambda: prepare(hub).run(tmp_path / "out.gguf"), Dots1Error)
+    assert "0.1 GB free" in said
+    assert "--low-disk, which needs 25.9 MB" in said
+    assert hub.shard_requests() == []
+
+
+def test_a_disk_that_fills_up_meanwhile(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download._Hashed, "write", full)
+        said = refusal(lambda: prepare(hub).run(tmp_path / "out.gguf"), Dots1Error)
+    assert "the disk is full" in said
+    prepare(hub).run(tmp_path / "out.gguf")

@@ -1,0 +1,107 @@
+"""The order of tensors that keeps few shards on disk, at the real model's size among others."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+
+from dots1_local.architecture import inventory
+from dots1_local.checkpoint import Checkpoint
+from dots1_local.convert.shard_order import Peak, ShardOrder, order_tensors
+from tools.make_wide import published_config, write_checkpoint
+
+GB = 10**9
+
+
+def at_once(order: ShardOrder, ahead: int) -> int:
+    """The most shards between their first and last use, counted from the steps alone."""
+    fetched: list[str] = []
+    for step in order.steps:
+        fetched += sorted(step.shards - set(fetched))
+    most = 0
+    for at, step in enumerate(order.steps):
+        needed = set().union(*(each.shards for each in order.steps[: at + 1]))
+        later = set().union(*(each.shards for each in order.steps[at + 1 :]))
+        early = set(fetched[len(needed) : len(needed) + ahead])
+        most = max(most, len((needed & later) | step.shards | early))
+    return most
+
+
+def chain(links: Sequence[tuple[str, ...]]) -> dict[str, set[str]]:
+    return {f"tensor {index}": set(shards) for index, shards in enumerate(links)}
+
+
+def test_every_tensor_once_and_every_shard_until_its_last() -> None:
+    needs = chain([("a",), ("c", "d"), ("a", "b"), ("d",), ("b", "c"), ("b",)])
+    order = order_tensors(needs, dict.fromkeys("abcd", 10))
+    assert sorted(t for step in order.steps for t in step.tensors) == sorted(needs)
+    assert all(needs[tensor] == step.shards for step in order.steps for tensor in step.tensors)
+    assert order.fetches == ("a", "b", "c", "d")
+    dropped = [shard for at in range(len(order.steps)) for shard in order.dropped_after(at)]
+    assert dropped == ["a", "b", "c", "d"]
+    assert order.peak(0) == Peak(2, 20)
+    assert order.peak(1) == Peak(3, 30)
+
+
+@pytest.mark.parametrize("first", [0, 5, 9])
+def test_a_chain_is_walked_from_an_end(first: int) -> None:
+    links: list[tuple[str, ...]] = [(f"{at}", f"{at + 1}") for at in range(10)]
+    links = [links[first], *links[:first], *links[first + 1 :]]
+    order = order_tensors(chain(links), {str(at): 1 for at in range(11)})
+    assert order.peak(0).shards == 2
+    assert all(len(a.shards & b.shards) == 1 for a, b in pairwise(order.steps))
+
+
+def test_chains_without_a_link_do_not_wait_for_each_other() -> None:
+    links = [("a", "b"), ("x", "y"), ("b", "c"), ("y", "z")]
+    order = order_tensors(chain(links), dict.fromkeys("abcxyz", 1))
+    assert order.peak(0) == Peak(2, 2)
+
+
+def test_what_is_left_needs_no_more_than_all() -> None:
+    needs = chain([("a",), ("a", "b"), ("b",), ("b", "c"), ("c",), ("c", "d")])
+    order = order_tensors(needs, {"a": 3, "b": 9, "c": 4, "d": 1})
+    names = [tensor for step in order.steps for tensor in step.tensors]
+    for count in range(len(names) + 1):
+        left = order.without(set(names[:count]))
+        assert left.peak(0).nbytes <= order.peak(0).nbytes
+        assert [tensor for step in left.steps for tensor in step.tensors] == names[count:]
+    assert order.without(set(names)).peak() == Peak(0, 0)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """dots.llm1's own geometry in 60 shards of 4.8 GB, in layer order."""
+    folder = tmp_path_factory.mktemp("full")
+    return Checkpoint.open(write_checkpoint(folder, published_config(), 60, headers_only=True))
+
+
+def test_dots_llm1_needs_two_shards_at_once(full: Checkpoint) -> None:
+    needs = {
+        spec.name: {full.locate(source).file.name for source in spec.sources}
+        for spec in inventory(full.config)
+    }
+    sizes = {shard.name: shard.stat().st_size for shard in full.shards}
+    assert sum(sizes.values()) > 285 * GB
+    order = order_tensors(needs, sizes)
+    assert (at_once(order, 0), at_once(order, 1)) == (2, 3)
+    assert order.peak(0).shards == 2
+    assert order.peak(1).shards == 3
+    assert 9.5 * GB < order.peak(0).nbytes < 9.6 * GB
+    assert 14.2 * GB < order.peak(1).nbytes < 14.4 * GB
+
+
+def test_layers_in_the_order_of_their_names_as_text(full: Checkpoint) -> None:
+    """1, 10, 11, ... 2, 20: file order would keep 14 shards; the same cuts are made as above."""
+    sources = sorted(source for spec in inventory(full.config) for source in spec.sources)
+    share = sum(full.locate(source).nbytes for source in sources) / 60
+    shard_of, start = {}, 0
+    for source in sources:
+        shard_of[source] = f"{int(start // share):02}"
+        start += full.locate(source).nbytes
+    needs = {spec.name: {shard_of[s] for s in spec.sources} for spec in inventory(full.config)}
+    sizes = dict.fromkeys(shard_of.values(), 4_800_000_000)
+    assert len(sizes) == 60
+    order = order_tensors(needs, sizes)
+    assert (at_once(order, 0), at_once(order, 1)) == (2, 3)
+    assert order.peak(1) == Peak(3, 3 * 4_800_000_000)

@@ -1,0 +1,248 @@
+"""A server of this machine that speaks as much of the Hugging Face hub's API as is used.
+
+Large files are answered by way of another host name, as the hub's are. It can cut connections,
+send other bytes than it lists, refuse, and move its branch; and it remembers what was asked for.
+"""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
+
+__all__ = ["HEADER", "NAME", "HubServer", "Request"]
+
+NAME = "someone/dots1-tiny"
+HEADER = 1 << 17  # bytes that are asked for as a shard's header, which no fault strikes
+_CHUNK = 1 << 14
+
+
+@dataclass
+class Request:
+    """Bytes of a file that were asked for from `start`, and how many of them were sent."""
+
+    file: str
+    start: int
+    count: int = 0
+
+
+class HubServer:
+    """Serves the files of folders as commits of one repository, `main` being the last of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.commits: dict[str, Path] = {}
+        self.main = self.commit(folder)
+        self.requests: list[Request] = []
+        self.cuts: dict[str, list[int]] = defaultdict(list)  # bytes after which a request ends
+        self.damaged: dict[str, int] = {}  # how often a file is sent with wrong bytes
+        self.statuses: dict[str, list[int]] = defaultdict(list)  # by file, or "api"
+        self.ignores_ranges = False
+        self.tokens: set[tuple[str, str]] = set()  # host names, and what they were shown
+        self.watch: Callable[[], object] = lambda: None  # called at every request and chunk
+        self._lock = Lock()
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.hub = self
+        self.port = self._server.server_address[1]
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def commit(self, folder: Path) -> str:
+        """Make this the newest commit."""
+        digest = hashlib.sha1(f"{len(self.commits)}{folder}".encode()).hexdigest()
+        self.commits[digest] = folder
+        self.main = digest
+        return digest
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """What a process needs that is to take it for the hub."""
+        here = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_TOKEN": "", "NO_PROXY": "*"}
+        return {**os.environ, **here}
+
+    def find(self, revision: str) -> str | None:
+        """The commit that a revision names."""
+        revision = self.main if revision == "main" else revision
+        return revision if revision in self.commits else None
+
+    def began(self, file: str, start: int) -> Request:
+        request = Request(file, start)
+        with self._lock:
+            self.requests.append(request)
+        return request
+
+    def take(self, faults: dict[str, list[int]], key: str) -> int | None:
+        with self._lock:
+            return faults[key].pop(0) if faults[key] else None
+
+    def spoils(self, file: str) -> bool:
+        """Whether this answer is to be a damaged one."""
+        with self._lock:
+            left = self.damaged.get(file, 0)
+            self.damaged[file] = max(left - 1, 0)
+        return left > 0
+
+    def shard_requests(self) -> list[Request]:
+        """Those for more of a shard than its header."""
+        with self._lock:
+            return [r for r in self.requests if is_shard(r.file) and (r.start or r.count > HEADER)]
+
+    def shard_bytes(self) -> dict[str, int]:
+        """Bytes sent of each shard, headers not counted."""
+        total: dict[str, int] = defaultdict(int)
+        for request in self.shard_requests():
+            total[request.file] += request.count
+        return dict(total)
+
+
+def is_shard(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def is_large(name: str) -> bool:
+    return is_shard(name) or name == "tokenizer.json"
+
+
+def listed(path: Path) -> dict[str, Any]:
+    """A file as the API lists it."""
+    return _listed(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _listed(path: Path, time: int) -> dict[str, Any]:
+    content = path.read_bytes()
+    sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    entry: dict[str, Any] = {"rfilename": path.name, "size": len(content), "blobId": sha1}
+    if is_large(path.name):
+        sha256 = hashlib.sha256(content).hexdigest()
+        entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
+    return entry
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    hub: HubServer
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.server.hub.watch()
+        shown = (self.headers["Host"].partition(":")[0], self.headers.get("Authorization", ""))
+        self.server.hub.tokens.add(shown)
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        try:
+            if parts[:2] == ["api", "models"]:
+                self._api("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
+            elif parts[0] == "cdn":
+                self._content(self.server.hub.commits[parts[1]] / parts[2])
+            elif parts[2:3] == ["resolve"]:
+                self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+            else:
+                self._refuse(404, "")
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def _api(self, name: str, revision: str) -> None:
+        commit = self.server.hub.find(revision)
+        if status := self.server.hub.take(self.server.hub.statuses, "api"):
+            self._refuse(status, "GatedRepo" if status == 403 else "")
+        elif name != NAME:
+            self._refuse(404, "RepoNotFound")
+        elif commit is None:
+            self._refuse(404, "RevisionNotFound")
+        else:
+            files = sorted(self.server.hub.commits[commit].iterdir())
+            siblings = [listed(path) for path in files if path.is_file()]
+            body = json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()
+            self._answer(200, {"Content-Length": str(len(body))}, body)
+
+    def _resolve(self, name: str, revision: str, file: str) -> None:
+        commit = self.server.hub.find(revision)
+        if name != NAME or commit is None:
+            self._refuse(404, "RevisionNotFound")
+            return
+        path = self.server.hub.commits[commit] / file
+        if status := self.server.hub.take(self.server.hub.statuses, file):
+            self._refuse(status, "EntryNotFound" if status == 404 else "")
+        elif not path.is_file():
+            self._refuse(404, "EntryNotFound")
+        elif is_large(file):
+            entry = listed(path)["lfs"] if self.command == "HEAD" else {}
+            elsewhere = {"X-Linked-Etag": f'"{entry["sha256"]}"'} if entry else {}
+            self._answer(302, {
+                "Location": f"http://localhost:{self.server.hub.port}/cdn/{commit}/{file}",
+                "X-Repo-Commit": commit,
+                "X-Linked-Size": str(path.stat().st_size),
+                "Content-Length": "0",
+                **elsewhere,
+            })  # fmt: skip
+        else:
+            etag = f'"{listed(path)["blobId"]}"'
+            self._content(path, {"X-Repo-Commit": commit, "ETag": etag})
+
+    def _content(self, path: Path, headers: dict[str, str] | None = None) -> None:
+        content, (start, stop) = path.read_bytes(), (0, path.stat().st_size)
+        wanted = self.headers.get("Range", "").removeprefix("bytes=")
+        if wanted and not self.server.hub.ignores_ranges:
+            first, last = wanted.split("-")
+            start, stop = int(first), min(int(last) + 1 if last else stop, stop)
+        if start >= len(content):
+            self._answer(416, {"Content-Length": "0"})
+            return
+        partial = {}
+        if wanted and not self.server.hub.ignores_ranges:
+            partial = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+        status = 206 if partial else 200
+        length = {"Content-Length": str(stop - start)}
+        self._answer(status, {**length, **partial, **(headers or {})})
+        if self.command == "HEAD":
+            return
+        if stop - start > HEADER and self.server.hub.spoils(path.name):
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        self._send(path.name, content, start, stop)
+
+    def _send(self, name: str, content: bytes, start: int, stop: int) -> None:
+        cut = self.server.hub.take(self.server.hub.cuts, name) if stop - start > HEADER else None
+        end = stop if cut is None else min(start + cut, stop)
+        request = self.server.hub.began(name, start)
+        for at in range(start, end, _CHUNK):
+            piece = content[at : min(at + _CHUNK, end)]
+            self.wfile.write(piece)
+            request.count += len(piece)
+            self.server.hub.watch()
+        if end < stop:
+            self.close_connection = True
+
+    def _refuse(self, status: int, code: str) -> None:
+        body = json.dumps({"error": "no"}).encode()
+        headers = {"X-Error-Code": code} if code else {}
+        self._answer(status, {"Content-Length": str(len(body)), **headers}, body)
+
+    def _answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)

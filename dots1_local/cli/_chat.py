@@ -6,18 +6,18 @@ from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._chat_session import existing, kept, open_engine, open_session
+from dots1_local.cli._chat_session import Opened, existing, kept, on_engine, on_server, open_session
 from dots1_local.cli._output import Json, Threads, notice, print_json
 from dots1_local.cli._planned import Plan, Workers
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.runtime.chat.conversation import Conversation
-    from dots1_local.runtime.chat.session import Session
+    from dots1_local.runtime.chat.dialogue import Dialogue
 
 __all__ = ["chat"]
 
@@ -28,7 +28,18 @@ class _Overflow(StrEnum):
 
 
 def chat(
-    model: Annotated[Path, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")],
+    file: Annotated[
+        Path | None, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url", help="Talk to an OpenAI-compatible server: http://HOST:8000/v1, no FILE."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The server's model, if it has several.")
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", help="Ask this once. Else a pipe's text, or a dialogue."),
@@ -107,7 +118,14 @@ def chat(
     dots1 chat dots1-Q4_K_M.gguf -p "Why is the sky blue?" --temp 0
 
     dots1 chat dots1-Q4_K_M.gguf < question.txt
+
+    dots1 chat --url http://127.0.0.1:8000/v1
+
+    A server's key is read from DOTS1_API_KEY, or else OPENAI_API_KEY.
     """
+    opened = _partner(
+        file, url, model, context=context, threads=threads, plan=plan, workers=worker or ()
+    )
     if not all(stop or ()):
         raise UsageError("--stop is empty; it would stop every answer at once")
     if load and session_file:
@@ -127,9 +145,8 @@ def chat(
         "stop": tuple(stop) if stop else None,
         "overflow": overflow,
     }
-    engine = partial(open_engine, model, context, threads, plan, worker or ())
     source = load or existing(session_file)
-    with open_session(engine, source, raw, sampling, others) as (session, conversation):
+    with open_session(opened, source, raw, sampling, others) as (session, conversation):
         markdown = not (plain or raw)
         if question is None:
             _converse(session, markdown, session_file, source, conversation)
@@ -139,6 +156,27 @@ def chat(
                 _answer_as_json(session, question)
             else:
                 _answer(session, question, markdown)
+
+
+def _partner(file: Path | None, url: str | None, model: str | None, **options: Any) -> Opened:
+    """Whom to talk to: the model in the file, or that of a server.
+
+    Raises:
+        UsageError: none or both are named, or options are given that the other takes.
+    """
+    if url is None:
+        if file is None:
+            raise UsageError("name a GGUF file to talk to, or a server with --url")
+        if model is not None:
+            raise UsageError("--model chooses a model of a server; name the server with --url")
+        return partial(on_engine, model=file, **options)
+    if file is not None:
+        raise UsageError(f"--url talks to a server, which has its model; leave out {file}")
+    for name, value in options.items():
+        if value:
+            option = f"--{name.removesuffix('s') if name == 'workers' else name}"
+            raise UsageError(f"{option} is for an engine here; give it to the server at --url")
+    return partial(on_server, url=url, model=model)
 
 
 def _question(prompt: str | None, as_json: bool) -> str | None:
@@ -163,7 +201,7 @@ def _piped_text() -> str:
 
 
 def _converse(
-    session: "Session",
+    session: "Dialogue",
     markdown: bool,
     file: Path | None,
     source: Path | None,
@@ -176,14 +214,15 @@ def _converse(
     if source and conversation:
         repl.take_up(source, conversation)
     if sys.stderr.isatty():
-        notice(f"{session.model}, context of {session.n_ctx:,} tokens. /help lists commands.")
+        size = "" if session.n_ctx is None else f", context of {session.n_ctx:,} tokens"
+        notice(f"{session.title}{size}. /help lists commands.")
         if found := left_behind():
             more = f"{len(found)} conversations were" if len(found) > 1 else "a conversation was"
             notice(f"{more} cut off; the last goes on with /load {found[-1]}")
     repl.run()
 
 
-def _answer(session: "Session", question: str, markdown: bool) -> None:
+def _answer(session: "Dialogue", question: str, markdown: bool) -> None:
     """One answer to stdout, then its figures to a terminal's stderr."""
     from dots1_local.cli.repl.answer import show, tell, tell_status
 
@@ -194,7 +233,7 @@ def _answer(session: "Session", question: str, markdown: bool) -> None:
         tell_status(session)
 
 
-def _answer_as_json(session: "Session", question: str) -> None:
+def _answer_as_json(session: "Dialogue", question: str) -> None:
     from dots1_local.cli.repl.answer import stream
 
     pieces: list[str] = []
@@ -202,6 +241,7 @@ def _answer_as_json(session: "Session", question: str) -> None:
         stream(lambda progress: session.ask(question, progress=progress), pieces.append)
         stats = session.stats
         if stats is not None:
+            speed = stats.prompt_speed
             print_json(
                 {
                     "text": "".join(pieces),
@@ -209,9 +249,9 @@ def _answer_as_json(session: "Session", question: str) -> None:
                     "seed": session.sampling.seed,
                     "prompt_tokens": stats.prompt_tokens,
                     "reused_tokens": stats.reused_tokens,
-                    "generated_tokens": stats.generated_tokens,
+                    "generated_tokens": None if stats.estimate else stats.generated_tokens,
                     "dropped_turns": stats.dropped_turns,
-                    "prompt_tokens_per_second": round(stats.prompt_speed, 2),
+                    "prompt_tokens_per_second": speed and round(speed, 2),
                     "generated_tokens_per_second": round(stats.generation_speed, 2),
                     "model": session.model,
                 }
@@ -219,7 +259,7 @@ def _answer_as_json(session: "Session", question: str) -> None:
 
 
 @contextmanager
-def _ending_at_interrupt(session: "Session") -> Iterator[None]:
+def _ending_at_interrupt(session: "Dialogue") -> Iterator[None]:
     """Exit as programs do that Ctrl-C stopped, whether before or in the answer."""
     from dots1_local.cli.repl.answer import NotAnswered
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,12 @@ from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.runtime.chat.conversation import Conversation
-    from dots1_local.runtime.chat.session import Session
-    from dots1_local.runtime.engine import Engine
+    from dots1_local.runtime.chat.dialogue import Dialogue
+    from dots1_local.runtime.chat.sampling import Sampling
 
-__all__ = ["existing", "kept", "open_engine", "open_session"]
+__all__ = ["Opened", "existing", "kept", "on_engine", "on_server", "open_session"]
+
+Opened = Callable[["Sampling", bool], AbstractContextManager["Dialogue"]]  # given whether raw
 
 
 def existing(file: Path | None) -> Path | None:
@@ -37,25 +39,30 @@ def existing(file: Path | None) -> Path | None:
     return file
 
 
-def open_engine(
+@contextmanager
+def on_engine(
+    sampling: "Sampling",
+    raw: bool,
+    *,
     model: Path,
     context: str | None,
     threads: int | None,
     plan: Path | None,
     workers: Sequence[str],
-) -> "Engine":
-    """The engine to talk with, run by a plan where there is a choice.
+) -> Iterator["Dialogue"]:
+    """A conversation with a model here, run by a plan where there is a choice.
 
     Raises:
         UsageError: no context or plan as it should be.
         Dots1Error: whatever keeps the model from being loaded.
     """
+    from dots1_local.runtime.chat.session import Session
     from dots1_local.runtime.planned import load
 
     n_ctx = _context(context)
     placement = chosen_placement(plan, workers)
     with progress_bar("loading") as report, one_sentence():
-        return load(
+        engine = load(
             model,
             placement,
             workers=tuple(workers),
@@ -64,16 +71,38 @@ def open_engine(
             threads=threads,
             progress=report,
         )
+    with engine, Session(engine, sampling=sampling, raw=raw) as session:
+        yield session
+
+
+@contextmanager
+def on_server(
+    sampling: "Sampling", raw: bool, *, url: str, model: str | None
+) -> Iterator["Dialogue"]:
+    """A conversation with the model of an OpenAI-compatible server.
+
+    Raises:
+        UsageError: no address as it should be, or several models to choose from.
+        Dots1Error: there is no such server.
+    """
+    from dots1_local.cli.repl.shown import plain
+    from dots1_local.runtime.remote.address import key_from
+    from dots1_local.runtime.remote.server import Server
+    from dots1_local.runtime.remote.session import RemoteSession
+
+    server = Server.open(url, model, key_from(), lambda message: notice(plain(message)))
+    with RemoteSession(server, sampling=sampling, raw=raw) as session:
+        yield session
 
 
 @contextmanager
 def open_session(
-    engine: Callable[[], "Engine"],
+    opened: Opened,
     source: Path | None,
     raw: bool,
     sampling: Mapping[str, Any],
     others: Mapping[str, Any],
-) -> Iterator[tuple["Session", "Conversation | None"]]:
+) -> Iterator[tuple["Dialogue", "Conversation | None"]]:
     """A session, with the conversation in `source`.
 
     What is None of the others stays as it is by default or in that file.
@@ -84,12 +113,11 @@ def open_session(
     from dots1_local.cli.repl.saving import resume
     from dots1_local.runtime.chat.conversation import load_conversation
     from dots1_local.runtime.chat.sampling import Sampling
-    from dots1_local.runtime.chat.session import Session
 
     given = {name: value for name, value in sampling.items() if value is not None}
     chosen = Sampling(**given)  # a bad value is told before a long load
     conversation = load_conversation(source) if source else None
-    with engine() as opened, Session(opened, sampling=chosen, raw=raw) as session:
+    with opened(chosen, raw) as session:
         if source and conversation:
             resume(source, conversation, session, quiet=not sys.stderr.isatty())
             session.sampling = replace(session.sampling, **given)
@@ -100,7 +128,7 @@ def open_session(
 
 
 @contextmanager
-def kept(session: "Session", file: Path | None) -> Iterator[None]:
+def kept(session: "Dialogue", file: Path | None) -> Iterator[None]:
     """Save what is answered within, if only in part, even where the engine ends the process."""
     from dots1_local.cli.repl.saving import save
     from dots1_local.runtime.abort import handling

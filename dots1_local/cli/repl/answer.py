@@ -14,7 +14,8 @@ from dots1_local.errors import Dots1Error
 from dots1_local.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.chat.session import Session, Stats
+    from dots1_local.runtime.chat.dialogue import Dialogue
+    from dots1_local.runtime.chat.stats import AnswerStats
 
 __all__ = [
     "Ask",
@@ -174,14 +175,15 @@ def _write(text: str) -> None:
         raise Dots1Error(f"cannot write the answer: {error.strerror}") from None
 
 
-def tell(stats: "Stats", n_ctx: int) -> None:
+def tell(stats: "AnswerStats", n_ctx: int | None) -> None:
     """Notices about an answer that did not simply end, or that lost older turns."""
     if stats.dropped_turns == 1:
         notice("the oldest turn no longer fits and was dropped")
     elif stats.dropped_turns:
         notice(f"the {stats.dropped_turns} oldest turns no longer fit and were dropped")
     if stats.stop == "context":
-        notice(f"the context of {n_ctx:,} tokens is full; the answer is cut off")
+        size = f" of {n_ctx:,} tokens" if n_ctx else ""
+        notice(f"the context{size} is full; the answer is cut off")
     elif stats.stop == "length" and sys.stderr.isatty():  # else it is what a script asked for
         notice(f"the answer is cut off after {stats.generated_tokens:,} tokens (max_tokens)")
     elif stats.stop == "interrupted":
@@ -190,17 +192,33 @@ def tell(stats: "Stats", n_ctx: int) -> None:
         notice("the model ended its answer at once")
 
 
-def tell_status(session: "Session") -> None:
+def tell_status(session: "Dialogue") -> None:
     """Tokens and speeds of the last answer, dim, on a terminal's stderr; a line of 80 columns."""
     stats = session.stats
     if stats is None or not sys.stderr.isatty():
         return
-    line = (
-        f"read {stats.prompt_tokens - stats.reused_tokens:,} at {stats.prompt_speed:,.1f} tok/s · "
-        f"wrote {stats.generated_tokens:,} at {stats.generation_speed:,.1f} tok/s · "
-        f"context {session.context_used:,} of {session.n_ctx:,}"
-    )
+    line = " · ".join([_reading(stats), _writing(stats), *_context(session)])
     notice(f"\033[2m{line}\033[0m" if _is_colourful(sys.stderr) else line)
+
+
+def _reading(stats: "AnswerStats") -> str:
+    """How fast the prompt was read, or how long it took where part of it may have been cached."""
+    if stats.read_tokens is not None:
+        return f"read {stats.read_tokens:,} at {stats.prompt_speed:,.1f} tok/s"
+    prompt = "" if stats.prompt_tokens is None else f"prompt {stats.prompt_tokens:,}, "
+    return f"{prompt}first word after {stats.prompt_seconds:,.1f} s"
+
+
+def _writing(stats: "AnswerStats") -> str:
+    about = "about " if stats.estimate else ""
+    return f"wrote {about}{stats.generated_tokens:,} at {stats.generation_speed:,.1f} tok/s"
+
+
+def _context(session: "Dialogue") -> Iterator[str]:
+    """How full it is, as far as that is known."""
+    if session.context_used is not None:
+        size = f" of {session.n_ctx:,}" if session.n_ctx else ""
+        yield f"context {session.context_used:,}{size}"
 
 
 def _is_colourful(stream: TextIO) -> bool:

@@ -1,7 +1,7 @@
 """The commands of a dialogue: a registry of names, help and handlers."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +15,8 @@ from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.cli.repl.loop import Repl
+    from dots1_local.runtime.chat.dialogue import Dialogue
+    from dots1_local.runtime.chat.stats import AnswerStats
     from dots1_local.runtime.report import Difference
 
 __all__ = ["COMMANDS", "Command", "run_command"]
@@ -131,18 +133,32 @@ def _set(repl: "Repl", rest: str) -> None:
 def _show(repl: "Repl", rest: str) -> None:
     session = repl.session
     said = [message.text for message in session.messages if message.role != "system"]
-    tokens = sum(map(session.count, said))
     _table(
         [
-            ("model", session.model),
+            ("model", session.title),
             *_memory(session.memory),
-            ("context", f"{session.n_ctx:,} tokens, {session.context_used:,} of them cached"),
-            ("turns", f"{len(said) // 2}, {tokens:,} tokens of text"),
+            ("context", _context(session)),
+            ("turns", f"{len(said) // 2}, {_size(session, *said)} of text"),
             ("attached", ", ".join(repl.attached) or "none"),
             ("system", one_line(session.system) or "none"),
             *values(repl),
         ]
     )
+
+
+def _context(session: "Dialogue") -> str:
+    size = "unknown" if session.n_ctx is None else f"{session.n_ctx:,} tokens"
+    used = session.context_used
+    return size if used is None else f"{size}, {used:,} of them used"
+
+
+def _size(session: "Dialogue", *texts: str) -> str:
+    """In tokens, or in characters where nobody counts tokens."""
+    counts = [session.count(text) for text in texts]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
+        return f"{sum(map(len, texts)):,} characters"
+    return f"{sum(known):,} tokens"
 
 
 def _memory(found: Iterable["Difference"]) -> Iterator[tuple[str, str]]:
@@ -178,28 +194,40 @@ def _read(repl: "Repl", rest: str) -> None:
     path = typed_path(rest)
     text = f"{path.name}:\n\n{read_text(path)}"
     count, room = repl.session.count(text), repl.session.n_ctx
-    if count >= room:
+    if count is not None and room is not None and count >= room:
         raise UsageError(f"{path} is {count:,} tokens long; the context holds {room:,}")
     repl.attached[str(path)] = text
-    notice(f"{path}: {count:,} tokens, which go with your next message")
+    notice(f"{path}: {_size(repl.session, text)}, which go with your next message")
 
 
 def _stats(repl: "Repl", rest: str) -> None:
     if not repl.answers:
         raise UsageError("there is no answer yet")
-    last, every = repl.answers[-1], repl.answers
-    read = sum(each.prompt_tokens - each.reused_tokens for each in every)
+    _table([*_figures(repl.answers[-1]), ("all answers", _all(repl.answers))])
+
+
+def _figures(last: "AnswerStats") -> Iterator[tuple[str, str]]:
+    """Of one answer; what a server does not tell is left out."""
+    if last.prompt_tokens is not None:
+        cached = "" if last.reused_tokens is None else f", {last.reused_tokens:,} of them cached"
+        yield "prompt", f"{last.prompt_tokens:,} tokens{cached}"
+    if last.prompt_speed is None:
+        yield "first word", f"after {last.prompt_seconds:,.1f} s"
+    else:
+        yield "read at", f"{last.prompt_speed:,.1f} tok/s"
+    about = "about " if last.estimate else ""
+    yield "answer", f"{about}{last.generated_tokens:,} tokens, stop reason: {last.stop}"
+    yield "written at", f"{last.generation_speed:,.1f} tok/s"
+
+
+def _all(every: Sequence["AnswerStats"]) -> str:
+    counts = [each.read_tokens for each in every]
+    known = [count for count in counts if count is not None]
+    read = f"{sum(known):,} read, " if len(known) == len(counts) else ""
+    about = "about " if any(each.estimate for each in every) else ""
     written = sum(each.generated_tokens for each in every)
     seconds = sum(each.prompt_seconds + each.generation_seconds for each in every)
-    _table(
-        [
-            ("prompt", f"{last.prompt_tokens:,} tokens, {last.reused_tokens:,} of them cached"),
-            ("read at", f"{last.prompt_speed:,.1f} tok/s"),
-            ("answer", f"{last.generated_tokens:,} tokens, stop reason: {last.stop}"),
-            ("written at", f"{last.generation_speed:,.1f} tok/s"),
-            ("all answers", f"{len(every)}: {read:,} read, {written:,} written, {seconds:,.1f} s"),
-        ]
-    )
+    return f"{len(every)}: {read}{about}{written:,} written, {seconds:,.1f} s"
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> None:

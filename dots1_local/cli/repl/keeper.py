@@ -14,8 +14,8 @@ from dots1_local.cli.repl.saving import save
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
+    from dots1_local.runtime.chat.dialogue import Dialogue
     from dots1_local.runtime.chat.prompt import Message
-    from dots1_local.runtime.chat.session import Session
 
 __all__ = ["Keeper", "in_use", "left_behind"]
 
@@ -53,7 +53,7 @@ def in_use(path: Path) -> bool:
 class Keeper:
     """Keeps a dialogue's conversation in `file`, or else in a recovery file until a good end."""
 
-    def __init__(self, session: "Session", file: Path | None = None) -> None:
+    def __init__(self, session: "Dialogue", file: Path | None = None) -> None:
         self._session, self._file = session, file
         self._recovery: Path | None = None
         self._locks: dict[Path, BinaryIO] = {}  # files that are ours, by what they really are

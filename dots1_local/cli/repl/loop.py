@@ -22,7 +22,8 @@ from dots1_local.errors import Dots1Error
 
 if TYPE_CHECKING:
     from dots1_local.runtime.chat.conversation import Conversation
-    from dots1_local.runtime.chat.session import Session, Stats
+    from dots1_local.runtime.chat.dialogue import Dialogue
+    from dots1_local.runtime.chat.stats import AnswerStats
 
 __all__ = ["Repl"]
 
@@ -35,11 +36,11 @@ class Repl:
     what the next line begins with.
     """
 
-    session: "Session"
+    session: "Dialogue"
     markdown: bool = True
     file: Path | None = None
     attached: dict[str, str] = field(default_factory=dict)
-    answers: list["Stats"] = field(default_factory=list)
+    answers: list["AnswerStats"] = field(default_factory=list)
     draft: str = ""
     done: bool = False
 

@@ -9,12 +9,12 @@ from dots1_local.errors import Dots1Error, UsageError
 
 if TYPE_CHECKING:
     from dots1_local.runtime.chat.conversation import Conversation
-    from dots1_local.runtime.chat.session import Session
+    from dots1_local.runtime.chat.dialogue import Dialogue
 
 __all__ = ["resume", "save"]
 
 
-def save(path: Path, session: "Session", *, quiet: bool = False) -> None:
+def save(path: Path, session: "Dialogue", *, quiet: bool = False) -> None:
     """Write the conversation to `path` and its KV cache beside it, in place of another's.
 
     What keeps the cache from being written is a notice; `quiet` leaves out the one of success.
@@ -40,7 +40,7 @@ def save(path: Path, session: "Session", *, quiet: bool = False) -> None:
         notice(f"saved as {path}{cache}")
 
 
-def _goes_on(path: Path, session: "Session") -> bool:
+def _goes_on(path: Path, session: "Dialogue") -> bool:
     """Whether the session goes on from what is in the file, so that its KV cache is of use."""
     from dots1_local.runtime.chat.conversation import load_conversation
 
@@ -53,7 +53,7 @@ def _goes_on(path: Path, session: "Session") -> bool:
 
 
 def resume(
-    path: Path, conversation: "Conversation", session: "Session", *, quiet: bool = False
+    path: Path, conversation: "Conversation", session: "Dialogue", *, quiet: bool = False
 ) -> None:
     """Put the session where the conversation of `path` was, with as much KV cache as is usable."""
     from dots1_local.runtime.chat.conversation import state_path
@@ -65,7 +65,7 @@ def resume(
         notice(f"{path}: {_summary(conversation, session, cached)}")
 
 
-def _summary(conversation: "Conversation", session: "Session", cached: int) -> str:
+def _summary(conversation: "Conversation", session: "Dialogue", cached: int) -> str:
     """How far it is, and of another model it was held with."""
     turns = [message.text for message in conversation.messages if message.role == "user"]
     parts = [f"{len(turns)} turn{'s' * (len(turns) != 1)}"]

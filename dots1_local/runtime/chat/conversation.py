@@ -10,9 +10,9 @@ from typing import Any, get_args
 from dots1_local.documents import brief, read_object
 from dots1_local.errors import UsageError
 from dots1_local.output import write_whole
+from dots1_local.runtime.chat.dialogue import Dialogue, Overflow
 from dots1_local.runtime.chat.prompt import Message
 from dots1_local.runtime.chat.sampling import Sampling
-from dots1_local.runtime.chat.session import Overflow, Session
 
 __all__ = ["Conversation", "load_conversation", "save_conversation", "state_path"]
 
@@ -34,7 +34,7 @@ class Conversation:
     overflow: Overflow
     unanswered: str = ""
 
-    def apply(self, session: Session) -> None:
+    def apply(self, session: Dialogue) -> None:
         """Put the session where this one was; what is unanswered is left to ask."""
         session.messages = list(self.messages)
         session.sampling = self.sampling
@@ -48,7 +48,7 @@ def state_path(path: Path) -> Path:
 
 
 def save_conversation(
-    path: str | Path, session: Session, messages: Sequence[Message] | None = None
+    path: str | Path, session: Dialogue, messages: Sequence[Message] | None = None
 ) -> None:
     """Write the session's conversation to `path`, whole or not at all; a link stays one.
 
@@ -149,12 +149,28 @@ def _message(entry: Any, number: int) -> Message:
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:
-    names = [field.name for field in fields(Sampling) if field.name in settings]
-    for name in names:
-        value = settings[name]
-        if type(value) not in (int, float) and not (name == "seed" and value is None):
+    known = {
+        field.name: settings[field.name] for field in fields(Sampling) if field.name in settings
+    }
+    biases = _logit_bias(known.pop("logit_bias", []))
+    for name, value in known.items():
+        if not _number(value) and not (name == "seed" and value is None):
             raise UsageError(f"{name} is {brief(value)}, not a number")
-    return Sampling(**{name: settings[name] for name in names})
+    return Sampling(**known, logit_bias=biases)
+
+
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, list) or not all(map(_pair, value)):
+        raise UsageError(f"logit_bias is {brief(value)}, not a list of tokens and numbers")
+    return tuple((token, bias) for token, bias in value)
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_number, value))
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _max_tokens(value: Any) -> int | None:

@@ -1,6 +1,8 @@
 """Which tokens the engine has in its KV cache, so that only what is new is computed."""
 
 from collections.abc import Sequence
+from itertools import compress, count
+from operator import ne
 from pathlib import Path
 
 import numpy as np
@@ -88,5 +90,5 @@ class KVCache:
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """How many tokens they begin with alike."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
+    differing = compress(count(), map(ne, left, right))  # no Python loop: they may be long
+    return next(differing, min(len(left), len(right)))

@@ -8,6 +8,8 @@ from typing import Any, Self
 from llama_cpp import llama_cpp as llama
 
 from dots1_local.errors import UsageError
+from dots1_local.runtime.chat.constraint import Constraint
+from dots1_local.runtime.chat.grammar import Grammar
 from dots1_local.runtime.engine import Engine
 
 __all__ = ["Sampler", "Sampling"]
@@ -20,7 +22,10 @@ _COLDEST = 1e-6  # below, logits divided by the temperature overflow
 class Sampling:
     """The knobs; temperature 0 always takes the likeliest token, seed None is another each time.
 
-    Top-k 0, top-p 1, min-p 0 and repeat penalty 1 are off.
+    Top-k 0, top-p 1, min-p 0, repeat penalty 1 and frequency and presence penalty 0 are off. The
+    repeat penalty weakens what was said in the last 64 tokens, prompt included; the other two,
+    which are OpenAI's, lower the logits of what the answer has said so far: by so much for each
+    time, and once. `logit_bias` adds to the logits of tokens; ids that the model lacks do nothing.
     """
 
     temperature: float = 0.7
@@ -29,6 +34,9 @@ class Sampling:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < 100:
@@ -41,17 +49,42 @@ class Sampling:
             raise UsageError(f"repeat penalty is {self.repeat_penalty}; it goes from 0.1 to 10")
         if self.seed is not None and not isinstance(self.seed, int):
             raise UsageError(f"seed is {self.seed}; it is a whole number")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                said = name.replace("_", " ")
+                raise UsageError(f"{said} is {getattr(self, name)}; it goes from -2 to 2")
+        for token, bias in self.logit_bias:
+            if not isinstance(token, int) or not 0 <= token < 1 << 31:
+                raise UsageError(f"logit bias is for token {token}; tokens are numbers from 0 up")
+            if not -100 <= bias <= 100:
+                raise UsageError(f"logit bias of token {token} is {bias}; it goes from -100 to 100")
 
 
 class Sampler:
-    """A chain made from `Sampling`, with its random state; `close` it after use."""
+    """A chain made from `Sampling`, with its random state; `close` it after use.
 
-    def __init__(self, sampling: Sampling, n_vocab: int) -> None:
+    With a `grammar` only tokens that continue a text of it are chosen, and an end token only
+    where the text is complete.
+
+    Raises:
+        Dots1Error: the engine's file is not fit for grammars.
+    """
+
+    def __init__(self, sampling: Sampling, engine: Engine, grammar: Grammar | None = None) -> None:
+        self._constraint = Constraint(grammar, engine) if grammar else None
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        self._penalties = llama.llama_sampler_init_penalties(
-            n_vocab, _REMEMBERED, sampling.repeat_penalty, 0.0, 0.0
+        self._prompted = llama.llama_sampler_init_penalties(
+            engine.n_vocab, _REMEMBERED, sampling.repeat_penalty, 0.0, 0.0
         )
-        for step in (self._penalties, *_steps(sampling)):
+        self._written = llama.llama_sampler_init_penalties(
+            engine.n_vocab,
+            engine.n_ctx,
+            1.0,
+            sampling.frequency_penalty,
+            sampling.presence_penalty,
+        )
+        bias = _bias(sampling.logit_bias, engine.n_vocab)
+        for step in (*bias, self._prompted, self._written, *_steps(sampling)):
             llama.llama_sampler_chain_add(self._chain, step)
 
     def __enter__(self) -> Self:
@@ -64,18 +97,38 @@ class Sampler:
         """Free the chain; a second call does nothing."""
         if self._chain is not None:
             llama.llama_sampler_free(self._chain)
-            self._chain = self._penalties = None
+            self._chain = self._prompted = self._written = None
+        if self._constraint:
+            self._constraint.close()
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Start an answer; as in llama.cpp's server, the prompt counts as said."""
-        llama.llama_sampler_reset(self._penalties)
+        llama.llama_sampler_reset(self._prompted)
+        llama.llama_sampler_reset(self._written)
         for token in prompt[-_REMEMBERED:]:
-            llama.llama_sampler_accept(self._penalties, token)
+            llama.llama_sampler_accept(self._prompted, token)
+        if self._constraint:
+            self._constraint.begin()
 
-    def next(self, engine: Engine) -> int:
-        """Choose from the logits of the last token the engine was given, and remember it."""
-        token: int = llama.llama_sampler_sample(self._chain, engine.context, -1)
+    def next(self, engine: Engine, index: int = -1) -> int:
+        """Choose from the logits of one token the engine was last given, and remember it.
+
+        `index` is the token's place in the ubatch, -1 the last whose logits were wanted.
+
+        Raises:
+            Dots1Error: no token at all continues the grammar's text.
+        """
+        if self._constraint:
+            return self._constraint.next(self._chain, engine, index)
+        token: int = llama.llama_sampler_sample(self._chain, engine.context, index)
         return token
+
+
+def _bias(biases: Sequence[tuple[int, float]], n_vocab: int) -> list[Any]:
+    if not biases:
+        return []
+    entries = (llama.llama_logit_bias * len(biases))(*biases)
+    return [llama.llama_sampler_init_logit_bias(n_vocab, len(biases), entries)]
 
 
 def _steps(sampling: Sampling) -> list[Any]:

@@ -1,40 +1,33 @@
-"""One conversation with a model: turns in, streamed answers out."""
+"""One conversation with a model on an engine: turns in, streamed answers out."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Literal, Self
-from weakref import ref
 
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.progress import Progress, silent
 from dots1_local.runtime.chat.answer_tokens import with_tokens
+from dots1_local.runtime.chat.dialogue import SYSTEM_PROMPT, Dialogue, Overflow
 from dots1_local.runtime.chat.kv_cache import KVCache, common_prefix
 from dots1_local.runtime.chat.kv_state_file import opened_state
 from dots1_local.runtime.chat.prompt import Message, Prompter, RawPrompter
 from dots1_local.runtime.chat.sampling import Sampler, Sampling
 from dots1_local.runtime.chat.stats import Stats, StopReason
 from dots1_local.runtime.chat.stopping import AnswerText
-from dots1_local.runtime.chat.turns import Turn, count_turns, drop_oldest, last_turn, turns_to_drop
+from dots1_local.runtime.chat.turns import EngineTurn, blame, drop_oldest, turns_to_drop
 from dots1_local.runtime.engine import Engine
 from dots1_local.runtime.report import Difference, compare
 
 __all__ = ["SYSTEM_PROMPT", "Overflow", "Session", "Stats", "StopReason"]
 
-# With an empty system prompt the model is reported to drift off topic; this is what others use.
-SYSTEM_PROMPT = "You are a helpful assistant."
 
-Overflow = Literal["drop", "stop"]
-
-
-class Session:
+class Session(Dialogue):
     """A conversation on one engine; use it in a `with` statement.
 
-    The KV cache keeps what turns have in common: only what is new is computed. `raw` completes
-    texts without the chat template; the conversation is then one document, and `system`, which is
-    `SYSTEM_PROMPT` for a chat unless given, none. Where the context is full, `overflow` "drop"
-    gives up whole oldest turns, and "stop" ends the answer or refuses the question.
+    The KV cache keeps what turns have in common: only what is new is computed.
     """
+
+    stats: Stats | None
 
     def __init__(
         self,
@@ -50,35 +43,13 @@ class Session:
         self._engine = engine
         self._prompter = RawPrompter(engine) if raw else Prompter(engine)
         self._cache = KVCache(engine)
-        self._sampling = sampling or Sampling()
-        self._sampler = Sampler(self._sampling, engine.n_vocab)
-        self._raw = raw
-        self.overflow: Overflow = overflow
-        self.stop = stop
-        self.max_tokens = max_tokens
-        self.messages: list[Message] = []
-        self.stats: Stats | None = None
-        self._turn: Turn | None = None
-        self._latest: Callable[[], Generator[str, None, None] | None] = lambda: None
-        default = "" if raw else SYSTEM_PROMPT
-        self.system = default if system is None else system
-
-    def __enter__(self) -> Self:
-        return self
+        super().__init__(
+            system, sampling, raw=raw, overflow=overflow, stop=stop, max_tokens=max_tokens
+        )
+        self._sampler = Sampler(self._sampling, engine)
 
     def __exit__(self, *exception: object) -> None:
         self._sampler.close()
-
-    @property
-    def system(self) -> str:
-        """The system message at the beginning of the conversation, "" for none."""
-        first = self.messages[:1]
-        return first[0].text if first and first[0].role == "system" else ""
-
-    @system.setter
-    def system(self, text: str) -> None:
-        others = [message for message in self.messages if message.role != "system"]
-        self.messages = [Message("system", text), *others] if text else others
 
     @property
     def sampling(self) -> Sampling:
@@ -87,14 +58,9 @@ class Session:
 
     @sampling.setter
     def sampling(self, sampling: Sampling) -> None:
-        before, self._sampler = self._sampler, Sampler(sampling, self._engine.n_vocab)
+        before, self._sampler = self._sampler, Sampler(sampling, self._engine)
         self._sampling = sampling
         before.close()
-
-    @property
-    def raw(self) -> bool:
-        """Whether texts are completed without the chat template."""
-        return self._raw
 
     @property
     def model(self) -> str:
@@ -116,63 +82,9 @@ class Session:
         """What the engine takes of each device; `predicted` is 0 everywhere without a plan."""
         return compare(self._engine.report, self._engine.predicted)
 
-    @property
-    def so_far(self) -> list[Message]:
-        """The messages, with a turn in the making: its question and what is answered by now."""
-        turn = self._turn
-        if turn is None:
-            return self.messages
-        return [*turn.messages, turn.answer.message()] if turn.answer.tokens else turn.messages
-
     def count(self, text: str) -> int:
         """How many tokens a text is."""
         return len(self._prompter.content(Message("user", text)))
-
-    def clear(self) -> None:
-        """Drop all turns; the system message stays."""
-        self._end_latest()
-        self.messages = [message for message in self.messages if message.role == "system"]
-
-    def undo(self) -> Message | None:
-        """Drop the last turn; the user's message of it, None if there is none."""
-        self._end_latest()
-        index = last_turn(self.messages)
-        if index is None:
-            return None
-        asked, self.messages = self.messages[index], self.messages[:index]
-        return asked
-
-    def ask(
-        self, text: str, max_tokens: int | None = None, *, progress: Progress = silent
-    ) -> Generator[str, None, None]:
-        """Say `text` and stream the answer, whole characters at a time.
-
-        There is a piece for every token, empty where its text is not certain yet. The turn becomes
-        part of the conversation when the answer ends, also where it is cut off by `max_tokens`, the
-        context, the caller closing the stream, or the next question; `stats` tells which.
-        `progress` hears of the prompt's new tokens after every ubatch; an exception from it leaves
-        the conversation as it was.
-
-        Raises:
-            Dots1Error: the question does not fit into the context.
-            UsageError: there is nothing to complete, or a stop string is empty.
-            GGUFError: the chat template fails.
-        """
-        self._end_latest()
-        limit = self.max_tokens if max_tokens is None else max_tokens
-        return self._answer([*self.messages, Message("user", text)], limit, progress)
-
-    def regenerate(self, *, progress: Progress = silent) -> Generator[str, None, None]:
-        """Answer the last question again, in place of the last answer; as `ask`.
-
-        Raises:
-            UsageError: there is no answer yet.
-        """
-        self._end_latest()
-        index = last_turn(self.messages)
-        if index is None:
-            raise UsageError("there is no answer to make again; ask something first")
-        return self._answer(self.messages[: index + 1], self.max_tokens, progress)
 
     def save_state(self, path: str | Path, progress: Progress = silent) -> int:
         """Write the KV cache of the messages; the bytes written, 0 where the file is up to date.
@@ -204,41 +116,22 @@ class Session:
     def _answer(
         self, asked: list[Message], limit: int | None, progress: Progress
     ) -> Generator[str, None, None]:
-        if limit is not None and limit < 1:
-            raise UsageError(f"an answer of at most {limit} tokens is none; give 1 or more")
-        turn = Turn(asked, limit, AnswerText(self.stop), progress)
+        turn = EngineTurn(asked, limit, progress, AnswerText(self.stop))
         self._fit(turn)
         if not turn.prompt:
             raise UsageError("there is nothing to complete; give the beginning of a text")
         if turn.size >= self.n_ctx:
             raise Dots1Error(self._refusal(turn))
-        stream = self._stream(turn)
-        self._latest = ref(stream)  # who drops the stream closes it
-        return stream
+        return self._streamed(turn, self._computed(turn))
 
-    def _end_latest(self) -> None:
-        """End an answer that is still open; later it would write over what came after it."""
-        if (stream := self._latest()) is not None:
-            stream.close()
-
-    def _refusal(self, turn: Turn) -> str:
-        if count_turns(turn.messages) > 1:
-            what, remedy = "with this question the conversation", "set overflow to drop"
-        else:
-            what, remedy = "the prompt alone", "shorten it"
+    def _refusal(self, turn: EngineTurn) -> str:
+        what, remedy = blame(turn.messages)
         return (
             f"{what} is {turn.size:,} tokens long and the context holds {self.n_ctx:,}; {remedy}, "
             "or choose a larger context with --context"
         )
 
-    def _stream(self, turn: Turn) -> Generator[str, None, None]:
-        self._turn = turn
-        try:
-            yield from self._computed(turn)
-        finally:
-            self._turn = None
-
-    def _computed(self, turn: Turn) -> Generator[str, None, None]:
+    def _computed(self, turn: EngineTurn) -> Generator[str, None, None]:
         start = time.perf_counter()
         prompt_tokens, reused = len(turn.prompt), self._cache.hold(turn.prompt, turn.progress)
         self._sampler.begin(turn.prompt)
@@ -257,7 +150,7 @@ class Session:
                 turn.dropped,
             )
 
-    def _generate(self, turn: Turn) -> Generator[str, None, None]:
+    def _generate(self, turn: EngineTurn) -> Generator[str, None, None]:
         answer = turn.answer
         while turn.stop == "interrupted" and not answer.stopped:
             token = self._sampler.next(self._engine)
@@ -272,7 +165,7 @@ class Session:
         if held := answer.finish():
             yield held
 
-    def _go_on(self, turn: Turn, token: int) -> bool:
+    def _go_on(self, turn: EngineTurn, token: int) -> bool:
         """Compute the token that was written last; False where the context has no room for it."""
         if turn.size < self.n_ctx:
             self._cache.add(token)
@@ -283,7 +176,7 @@ class Session:
         self._cache.hold([*turn.prompt, *turn.answer.tokens], turn.progress)
         return True
 
-    def _fit(self, turn: Turn) -> None:
+    def _fit(self, turn: EngineTurn) -> None:
         """Make the prompt, without as many turns as leaves room for the answer to go on."""
         turn.prompt = self._prompter.tokens(turn.messages)
         quarter, written = self.n_ctx // 4, len(turn.answer.tokens)

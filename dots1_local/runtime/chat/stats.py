@@ -3,32 +3,58 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Stats", "StopReason"]
+__all__ = ["AnswerStats", "Stats", "StopReason"]
 
 StopReason = Literal["end", "stop", "length", "context", "interrupted"]
 
 
 @dataclass(frozen=True)
-class Stats:
-    """How the last answer went; `reused_tokens` of the prompt were still in the KV cache.
+class AnswerStats:
+    """How the last answer went; what nobody told is None, or an `estimate` of generated tokens.
 
     Of `stop`, "end" is the model's own, "stop" a stop string. `dropped_turns` had to make room.
     """
 
-    prompt_tokens: int
-    reused_tokens: int
+    prompt_tokens: int | None
+    reused_tokens: int | None
     generated_tokens: int
     prompt_seconds: float
     generation_seconds: float
     stop: StopReason
     dropped_turns: int = 0
+    estimate: bool = False
 
     @property
-    def prompt_speed(self) -> float:
+    def read_tokens(self) -> int | None:
+        """Tokens of the prompt that had to be computed."""
+        if self.prompt_tokens is None or self.reused_tokens is None:
+            return None
+        return self.prompt_tokens - self.reused_tokens
+
+    @property
+    def prompt_speed(self) -> float | None:
         """Tokens a second over what had to be computed."""
-        return (self.prompt_tokens - self.reused_tokens) / max(self.prompt_seconds, 1e-9)
+        read = self.read_tokens
+        return None if read is None else _speed(read, self.prompt_seconds)
 
     @property
     def generation_speed(self) -> float:
         """Tokens a second."""
-        return self.generated_tokens / max(self.generation_seconds, 1e-9)
+        return _speed(self.generated_tokens, self.generation_seconds)
+
+
+@dataclass(frozen=True)
+class Stats(AnswerStats):
+    """The same of an engine of our own, which knows it all; reused tokens were in its KV cache."""
+
+    prompt_tokens: int
+    reused_tokens: int
+
+    @property
+    def prompt_speed(self) -> float:
+        """Tokens a second over what had to be computed."""
+        return _speed(self.prompt_tokens - self.reused_tokens, self.prompt_seconds)
+
+
+def _speed(tokens: int, seconds: float) -> float:
+    return tokens / max(seconds, 1e-9)

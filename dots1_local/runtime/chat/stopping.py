@@ -25,7 +25,7 @@ class AnswerText:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self._given: list[str] = []
-        self._length = 0  # characters decoded
+        self.length = 0  # characters decoded so far, given out or not
         self._whole = {0: 0}  # how many tokens make exactly so many characters
         self.tokens: list[int] = []
         self.stopped = False
@@ -34,9 +34,9 @@ class AnswerText:
         """The text that is certain with this token; sets `stopped` after a stop string."""
         text = self._decoder.decode(piece)
         self.tokens.append(token)
-        self._length += len(text)
+        self.length += len(text)
         if not self._decoder.getstate()[0]:
-            self._whole[self._length] = len(self.tokens)
+            self._whole[self.length] = len(self.tokens)
         return self._give(self._held + text, ended=False)
 
     def finish(self) -> str:

@@ -3,13 +3,29 @@
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from dots1_local.progress import Progress
 from dots1_local.runtime.chat.prompt import Message
 from dots1_local.runtime.chat.stats import StopReason
 from dots1_local.runtime.chat.stopping import AnswerText
 
-__all__ = ["Turn", "count_turns", "drop_oldest", "last_turn", "turns_to_drop"]
+__all__ = [
+    "Answer",
+    "EngineTurn",
+    "Turn",
+    "blame",
+    "count_turns",
+    "drop_oldest",
+    "last_turn",
+    "turns_to_drop",
+]
+
+
+class Answer(Protocol):
+    """An answer's text as it comes."""
+
+    def message(self) -> Message: ...
 
 
 @dataclass
@@ -18,11 +34,23 @@ class Turn:
 
     messages: list[Message]
     limit: int | None
-    answer: AnswerText
     progress: Progress
+    answer: Answer
+    dropped: int = field(default=0, kw_only=True)
+    stop: StopReason = field(default="interrupted", kw_only=True)
+
+    def answered(self) -> Message | None:
+        """What is said by now, if anything."""
+        message = self.answer.message()
+        return message if message.text else None
+
+
+@dataclass
+class EngineTurn(Turn):
+    """One that an engine computes, of the tokens in `prompt`."""
+
+    answer: AnswerText
     prompt: list[int] = field(default_factory=list)
-    dropped: int = 0
-    stop: StopReason = "interrupted"
 
     @property
     def size(self) -> int:
@@ -39,6 +67,13 @@ def last_turn(messages: Sequence[Message]) -> int | None:
 def count_turns(messages: Sequence[Message]) -> int:
     """How many messages users wrote."""
     return sum(message.role == "user" for message in messages)
+
+
+def blame(messages: Sequence[Message]) -> tuple[str, str]:
+    """What is too long for the context if these messages are, and what to do about it."""
+    if count_turns(messages) > 1:
+        return "with this question the conversation", "set overflow to drop"
+    return "the prompt alone", "shorten it"
 
 
 def drop_oldest(messages: Sequence[Message], count: int) -> list[Message]:

@@ -38,7 +38,7 @@ def written(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_a_conversation_comes_back_and_goes_on(talk: Talk, tmp_path: Path) -> None:
-    sampling = Sampling(0, top_k=7, top_p=0.5, min_p=0.25, repeat_penalty=1.5, seed=3)
+    sampling = Sampling(0, 7, 0.5, 0.25, 1.5, 3, 0.5, -0.5, ((5, -100), (6, 1.5)))
     settings = {"sampling": sampling, "max_tokens": 4, "stop": ("zz", "中z"), "overflow": "stop"}
     session = talk([*tokens_of("中文"), EOS], system="S", **settings)
     "".join(session.ask("hi"))
@@ -158,6 +158,11 @@ def test_reads_what_it_should(tmp_path: Path) -> None:
         ({"settings": {"temperature": 10**400}}, "temperature is 1"),
         ({"settings": {"top_k": 1.5}}, "top-k is 1.5"),
         ({"settings": {"seed": 1.5}}, "seed is 1.5"),
+        ({"settings": {"presence_penalty": 3}}, "presence penalty is 3"),
+        ({"settings": {"logit_bias": 1}}, "logit_bias is 1, not a list"),
+        ({"settings": {"logit_bias": [[1]]}}, "logit_bias is [[1]], not a list"),
+        ({"settings": {"logit_bias": [[1, True]]}}, "logit_bias is [[1, True]], not a list"),
+        ({"settings": {"logit_bias": [[1.5, 1]]}}, "logit bias is for token 1.5"),
         ({"settings": {"max_tokens": 0}}, "max_tokens is 0"),
         ({"settings": {"max_tokens": True}}, "max_tokens is True"),
         ({"settings": {"stop": "abc"}}, "stop is 'abc', not a list"),

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from dots1_local.errors import UsageError
 from dots1_local.runtime.chat.prompt import Prompter
 from dots1_local.runtime.chat.sampling import Sampler, Sampling
-from dots1_local.runtime.engine import Engine
+from dots1_local.runtime.engine import Engine, Entry
 from tests.helpers import write_random_gguf
 from tests.runtime.conftest import Talk
 
@@ -26,7 +27,7 @@ def drawn(engine: Engine, chosen: Sampling, count: int = 3000) -> set[int]:
     """What comes up in so many draws after the same text."""
     engine.forget()
     engine.decode(list(b"the quick brown fox"), 0)
-    with Sampler(chosen, engine.n_vocab) as sampler:
+    with Sampler(chosen, engine) as sampler:
         sampler.begin([])
         return {sampler.next(engine) for _ in range(count)}
 
@@ -94,13 +95,65 @@ def test_a_repeat_penalty_looks_back_on_64_tokens_of_one_answer(engine: Engine) 
     logits = engine.decode(list(b"the quick brown fox"), 0).copy()
     likeliest, worst = int(logits.argmax()), int(logits.argmin())
     assert logits[likeliest] > 0
-    with Sampler(Sampling(0, repeat_penalty=10), engine.n_vocab) as sampler:
+    with Sampler(Sampling(0, repeat_penalty=10), engine) as sampler:
         for before in (63, 64):
             sampler.begin([likeliest, *[worst] * before])
             assert (sampler.next(engine) == likeliest) == (before == 64)
         sampler.begin([likeliest])
         sampler.begin([])
         assert sampler.next(engine) == likeliest
+
+
+@pytest.mark.parametrize(("frequency", "presence"), [(0.3, 0), (0, 1.5), (-0.2, 2), (1, -0.5)])
+def test_openais_penalties_weaken_what_the_answer_has_said(
+    engine: Engine, frequency: float, presence: float
+) -> None:
+    prompt = list(b"the quick brown fox")
+    engine.forget()
+    logits = engine.decode(prompt, 0)
+    counts = np.zeros(engine.n_vocab)
+    sampling = Sampling(0, frequency_penalty=frequency, presence_penalty=presence)
+    with Sampler(sampling, engine) as sampler:
+        sampler.begin([*prompt, int(logits.argmax())])  # a prompt does not count
+        for position in range(len(prompt), 120):
+            token = int((logits - frequency * counts - presence * (counts > 0)).argmax())
+            assert sampler.next(engine) == token
+            counts[token] += 1
+            logits = engine.decode([token], position)
+        sampler.begin([])
+        assert sampler.next(engine) == logits.argmax()
+
+
+def test_a_bias_is_added_before_penalties(engine: Engine) -> None:
+    engine.forget()
+    logits = engine.decode(list(b"the quick brown fox"), 0).copy()
+    best, second = (int(token) for token in np.argsort(-logits)[:2])
+    gap = float(logits[best] - logits[second])
+    lifted, lowered = ((second, 1.01 * gap),), ((best, -1.01 * gap), (1 << 30, 5.0))
+    for bias, token in (((), best), (lifted, second), (lowered, second)):
+        assert drawn(engine, Sampling(0, logit_bias=bias), 3) == {token}
+    # A repeat penalty of 10 divides what the bias has made of it.
+    with Sampler(Sampling(0, repeat_penalty=10, logit_bias=((second, 99),)), engine) as sampler:
+        sampler.begin([second])
+        assert logits[best] < (logits[second] + 99) / 10
+        assert sampler.next(engine) == second
+
+
+def test_any_token_of_a_ubatch_can_be_gone_on_from(tmp_path: Path) -> None:
+    path = write_random_gguf(tmp_path / "model.gguf")
+    with (
+        Engine.open(path, n_ctx=64, n_sequences=2, threads=1) as engine,
+        Sampler(Sampling(0), engine) as sampler,
+    ):
+        prompts = [*enumerate(b"quick")], [*enumerate(b"fox")]
+        rows = engine.submit(
+            [
+                Entry(token, place, sequence, place == len(prompt) - 1)
+                for sequence, prompt in enumerate(prompts)
+                for place, token in prompt
+            ]
+        ).copy()
+        assert [sampler.next(engine, 4), sampler.next(engine, 7)] == rows.argmax(axis=1).tolist()
 
 
 def test_a_seed_repeats_an_answer_and_a_second_one_is_another(talk: Talk) -> None:
@@ -133,7 +186,9 @@ def test_setting_the_sampling_frees_the_chain_before(
     [
         {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"min_p": 1.5},
         {"top_k": -1}, {"top_k": 1 << 31}, {"top_k": 0.5}, {"repeat_penalty": 0},
-        {"repeat_penalty": float("inf")}, {"seed": 1.5},
+        {"repeat_penalty": float("inf")}, {"seed": 1.5}, {"frequency_penalty": 2.1},
+        {"presence_penalty": float("nan")}, {"logit_bias": ((1.5, 0),)},
+        {"logit_bias": ((-1, 0),)}, {"logit_bias": ((1, 101),)},
     ],
 )  # fmt: skip
 def test_refuses_senseless_sampling(values: dict[str, Any]) -> None:

@@ -1,0 +1,212 @@
+"""What a conversation is, whoever answers: its messages, its settings, one open answer at most."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Literal, Self
+from weakref import ref
+
+from dots1_local.errors import UsageError
+from dots1_local.progress import Progress, silent
+from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.sampling import Sampling
+from dots1_local.runtime.chat.stats import AnswerStats
+from dots1_local.runtime.chat.turns import Turn, last_turn
+from dots1_local.runtime.report import Difference
+
+__all__ = ["SYSTEM_PROMPT", "Dialogue", "Overflow"]
+
+# With an empty system prompt the model is reported to drift off topic; this is what others use.
+SYSTEM_PROMPT = "You are a helpful assistant."
+
+Overflow = Literal["drop", "stop"]
+
+
+class Dialogue(ABC):
+    """A conversation with a model somewhere; use it in a `with` statement.
+
+    `raw` completes texts without the chat template; the conversation is then one document, and
+    `system`, which is `SYSTEM_PROMPT` for a chat unless given, none. Where the context is full,
+    `overflow` "drop" gives up whole oldest turns, and "stop" ends the answer or refuses the
+    question.
+    """
+
+    def __init__(
+        self,
+        system: str | None,
+        sampling: Sampling | None,
+        *,
+        raw: bool,
+        overflow: Overflow,
+        stop: tuple[str, ...],
+        max_tokens: int | None,
+    ) -> None:
+        self._sampling = sampling or Sampling()
+        self._raw = raw
+        self.overflow: Overflow = overflow
+        self.stop = stop
+        self.max_tokens = max_tokens
+        self.messages: list[Message] = []
+        self.stats: AnswerStats | None = None  # of the last answer
+        self._turn: Turn | None = None
+        self._latest: Callable[[], Generator[str, None, None] | None] = lambda: None
+        default = "" if raw else SYSTEM_PROMPT
+        self.system = default if system is None else system
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end_latest()
+
+    @property
+    @abstractmethod
+    def model(self) -> str:
+        """What the model is called where it runs."""
+
+    @property
+    def title(self) -> str:
+        """The model, and where it is if that is not this machine."""
+        return self.model
+
+    @property
+    @abstractmethod
+    def n_ctx(self) -> int | None:
+        """Tokens the context holds; None where nobody tells."""
+
+    @property
+    @abstractmethod
+    def context_used(self) -> int | None:
+        """Tokens in the context after the last answer; None where nobody tells."""
+
+    @property
+    def memory(self) -> tuple[Difference, ...]:
+        """What the model takes of each device here."""
+        return ()
+
+    @property
+    def system(self) -> str:
+        """The system message at the beginning of the conversation, "" for none."""
+        first = self.messages[:1]
+        return first[0].text if first and first[0].role == "system" else ""
+
+    @system.setter
+    def system(self, text: str) -> None:
+        others = [message for message in self.messages if message.role != "system"]
+        self.messages = [Message("system", text), *others] if text else others
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; setting it starts the random numbers anew."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+
+    @property
+    def raw(self) -> bool:
+        """Whether texts are completed without the chat template."""
+        return self._raw
+
+    @property
+    def so_far(self) -> list[Message]:
+        """The messages, with a turn in the making: its question and what is answered by now."""
+        if self._turn is None:
+            return self.messages
+        answer = self._turn.answered()
+        return [*self._turn.messages, answer] if answer else self._turn.messages
+
+    @abstractmethod
+    def count(self, text: str) -> int | None:
+        """How many tokens a text is; None where nobody tells."""
+
+    def clear(self) -> None:
+        """Drop all turns; the system message stays."""
+        self._end_latest()
+        self.messages = [message for message in self.messages if message.role == "system"]
+
+    def undo(self) -> Message | None:
+        """Drop the last turn; the user's message of it, None if there is none."""
+        self._end_latest()
+        index = last_turn(self.messages)
+        if index is None:
+            return None
+        asked, self.messages = self.messages[index], self.messages[:index]
+        return asked
+
+    def ask(
+        self, text: str, max_tokens: int | None = None, *, progress: Progress = silent
+    ) -> Generator[str, None, None]:
+        """Say `text` and stream the answer, whole characters at a time.
+
+        There is a piece for every token, empty where its text is not certain yet. The turn becomes
+        part of the conversation when the answer ends, also where it is cut off by `max_tokens`, the
+        context, the caller closing the stream, or the next question; `stats` tells which.
+        `progress` hears of the prompt's new tokens after every ubatch, or often while a server is
+        waited for; an exception from it before the first word leaves the conversation as it was.
+
+        Raises:
+            Dots1Error: the question does not fit into the context, or the server fails.
+            UsageError: there is nothing to complete, or a stop string is empty.
+            GGUFError: the chat template fails.
+        """
+        self._end_latest()
+        limit = self.max_tokens if max_tokens is None else max_tokens
+        return self._open([*self.messages, Message("user", text)], limit, progress)
+
+    def regenerate(self, *, progress: Progress = silent) -> Generator[str, None, None]:
+        """Answer the last question again, in place of the last answer; as `ask`.
+
+        Raises:
+            UsageError: there is no answer yet.
+        """
+        self._end_latest()
+        index = last_turn(self.messages)
+        if index is None:
+            raise UsageError("there is no answer to make again; ask something first")
+        return self._open(self.messages[: index + 1], self.max_tokens, progress)
+
+    def save_state(self, path: str | Path, progress: Progress = silent) -> int:
+        """Write what spares reading the messages again; the bytes written, 0 for nothing.
+
+        Raises:
+            Dots1Error: it cannot be written there.
+        """
+        self._end_latest()
+        return 0
+
+    def load_state(self, path: str | Path) -> int:
+        """Take up what `save_state` wrote: how many of the messages' tokens it spares."""
+        self._end_latest()
+        return 0
+
+    @abstractmethod
+    def _answer(
+        self, asked: list[Message], limit: int | None, progress: Progress
+    ) -> Generator[str, None, None]:
+        """The stream of an answer to the last of `asked`; see `_streamed`."""
+
+    def _open(
+        self, asked: list[Message], limit: int | None, progress: Progress
+    ) -> Generator[str, None, None]:
+        if limit is not None and limit < 1:
+            raise UsageError(f"an answer of at most {limit} tokens is none; give 1 or more")
+        stream = self._answer(asked, limit, progress)
+        self._latest = ref(stream)  # who drops the stream closes it
+        return stream
+
+    def _streamed(
+        self, turn: Turn, pieces: Generator[str, None, None]
+    ) -> Generator[str, None, None]:
+        """The pieces of an answer; meanwhile `so_far` has its turn."""
+        self._turn = turn
+        try:
+            yield from pieces
+        finally:
+            self._turn = None
+
+    def _end_latest(self) -> None:
+        """End an answer that is still open; later it would write over what came after it."""
+        if (stream := self._latest()) is not None:
+            stream.close()

@@ -1,0 +1,52 @@
+"""What an answer must be: JSON, of a schema or any object, as a grammar in llama.cpp's notation."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Self
+
+from dots1_local.errors import UsageError
+from dots1_local.runtime.chat.json_schema.deterministic import deterministic
+from dots1_local.runtime.chat.json_schema.gbnf import gbnf
+from dots1_local.runtime.chat.json_schema.schema import Compiler
+
+__all__ = ["Grammar"]
+
+_LONGEST = 1 << 18
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A grammar whose rule `root` is a whole answer, in GBNF.
+
+    What it takes llama.cpp to follow it is bounded by how these are made; others are not.
+    """
+
+    gbnf: str
+
+    @classmethod
+    def of_json_schema(cls, schema: Any) -> Self:
+        """Documents that a JSON schema allows; of its properties, in the order it names them.
+
+        Takes up to a second for the largest schema that is allowed.
+
+        Raises:
+            UsageError: it is no schema, uses what is not supported, or is too large.
+        """
+        try:
+            length = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
+        except (TypeError, ValueError, RecursionError):
+            raise UsageError("the schema is not JSON, or nested too deeply") from None
+        if length > _LONGEST:
+            raise UsageError(f"the schema has {length:,} bytes; at most {_LONGEST:,} are supported")
+        compiler = Compiler()
+        try:
+            root = compiler.compile(schema)
+        except RecursionError:
+            raise UsageError("the schema is nested too deeply, or allOf in it never ends") from None
+        return cls(gbnf(deterministic(compiler.rules, root)))
+
+    @classmethod
+    def json_object(cls) -> Self:
+        """Any JSON object."""
+        compiler = Compiler()
+        return cls(gbnf(deterministic(compiler.rules, compiler.any_object)))

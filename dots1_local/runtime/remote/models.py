@@ -1,0 +1,59 @@
+"""What servers tell of their models: names, and how much the context holds."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ServedModel", "find_model", "listed"]
+
+_LONGEST_NAME = 1 << 10  # characters
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model by all its names; `n_ctx` is in tokens, None where the server does not say."""
+
+    names: tuple[str, ...]
+    n_ctx: int | None
+
+
+def listed(answer: Any) -> list[ServedModel] | None:
+    """The models in the answer to a look at /models; None for another kind of answer."""
+    entries = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(entries, list):
+        return None
+    return list(_models(entries))
+
+
+def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel | None:
+    """The one with this name, or else the only one, which many servers take for any name."""
+    for model in models:
+        if name in model.names:
+            return model
+    return models[0] if len(models) == 1 else None
+
+
+def _models(entries: Sequence[Any]) -> Iterator[ServedModel]:
+    for entry in entries:
+        if isinstance(entry, dict):
+            aliases = entry.get("aliases")
+            others = aliases if isinstance(aliases, list) else []
+            names = [name for name in (entry.get("id"), *others) if _is_name(name)]
+            if names:
+                yield ServedModel(tuple(names), _context(entry))
+
+
+def _context(entry: dict[str, Any]) -> int | None:
+    """As vLLM and SGLang tell it, or llama.cpp's server."""
+    meta = entry.get("meta")
+    for value in (
+        entry.get("max_model_len"),
+        meta.get("n_ctx") if isinstance(meta, dict) else None,
+    ):
+        if type(value) is int and 0 < value < 1 << 40:
+            return value
+    return None
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= _LONGEST_NAME

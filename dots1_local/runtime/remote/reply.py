@@ -1,0 +1,126 @@
+"""An answer as a server streams it: text, why it ended, and what it counted."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.stats import AnswerStats, StopReason
+
+__all__ = ["Reply"]
+
+_NEAR = 16  # tokens of a context that servers keep to themselves, some one, SGLang a few
+
+
+class Reply:
+    """Takes chunks of chat or text completions, or a whole one of a server that does not stream.
+
+    Figures come from `usage`, and those of llama.cpp's server from `timings`; what neither tells
+    stays unknown. Of text other than the answer's (reasoning, tool calls) nothing is kept.
+    """
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        self._first: float | None = None
+        self._text: list[str] = []
+        self._finish = ""
+        self._stopped = False
+        self._usage: Mapping[str, Any] = {}
+        self._timings: Mapping[str, Any] = {}
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is an answer, if an empty one."""
+        return bool(self._text or self._finish)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the server said that this is all."""
+        return bool(self._finish)
+
+    def take(self, chunk: Mapping[str, Any]) -> str:
+        """The text in a chunk; what has another shape than it should is passed over."""
+        self._usage = _object(chunk.get("usage")) or self._usage
+        self._timings = _object(chunk.get("timings")) or self._timings
+        choices = chunk.get("choices")
+        choice = _object(choices[0]) if isinstance(choices, list) and choices else {}
+        if isinstance(reason := choice.get("finish_reason"), str):
+            self._finish = reason
+            # The stop string, where vLLM and SGLang tell; a token is named by its number.
+            told = choice.get("stop_reason") or choice.get("matched_stop")
+            self._stopped = isinstance(told, str)
+        return self._add(_text(choice))
+
+    def message(self) -> Message:
+        """The answer so far."""
+        return Message("assistant", "".join(self._text))
+
+    def stats(self, limit: int | None, n_ctx: int | None, dropped: int) -> AnswerStats:
+        """How it went; asked for at its end."""
+        now = time.perf_counter()
+        first = self._first or now
+        prompt, told = (self._counted(name) for name in ("prompt_tokens", "completion_tokens"))
+        written = len(self._text) if told is None else told
+        return AnswerStats(
+            prompt,
+            self._reused(prompt),
+            written,
+            _seconds(self._timings.get("prompt_ms"), first - self._begun),
+            _seconds(self._timings.get("predicted_ms"), now - first),
+            self._stop(written, limit, None if prompt is None else prompt + written, n_ctx),
+            dropped,
+            estimate=told is None,
+        )
+
+    def _add(self, text: str) -> str:
+        if text:
+            self._first = self._first or time.perf_counter()
+            self._text.append(text)
+        return text
+
+    def _counted(self, name: str) -> int | None:
+        return _count(self._usage.get(name))
+
+    def _reused(self, prompt: int | None) -> int | None:
+        details = _object(self._usage.get("prompt_tokens_details"))
+        for value in (details.get("cached_tokens"), self._timings.get("cache_n")):
+            if (count := _count(value)) is not None and count <= (prompt or 0):
+                return count
+        return None
+
+    def _stop(
+        self, written: int, limit: int | None, used: int | None, n_ctx: int | None
+    ) -> StopReason:
+        match self._finish:
+            case "":
+                return "interrupted"
+            case "length":
+                full = used is not None and n_ctx is not None and used + _NEAR >= n_ctx
+                reached = limit is not None and written >= limit
+                return "context" if full and not reached else "length"
+            case _:
+                return "stop" if self._stopped else "end"
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    """A choice's text: of a chat, a text completion, or a chat that was not streamed."""
+    found = (
+        _object(choice.get("delta")).get("content"),
+        choice.get("text"),
+        _object(choice.get("message")).get("content"),
+    )
+    text = next((each for each in found if isinstance(each, str)), "")
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value < 1 << 53 else None
+
+
+def _seconds(milliseconds: Any, otherwise: float) -> float:
+    plain = type(milliseconds) in (int, float) and 0 < milliseconds < 1e12
+    return milliseconds / 1000 if plain else otherwise

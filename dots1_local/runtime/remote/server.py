@@ -1,0 +1,196 @@
+"""An OpenAI-compatible server: the models it has, and requests to one of them."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
+from urllib.request import Request
+
+from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.runtime.remote.address import Address, Key
+from dots1_local.runtime.remote.events import events
+from dots1_local.runtime.remote.exchange import Exchange, Head, Wake
+from dots1_local.runtime.remote.models import find_model, listed
+from dots1_local.runtime.remote.refusals import Refusal, complaint, refusal_of
+
+__all__ = ["Server"]
+
+Tell = Callable[[str], None]
+
+_LARGEST = 1 << 22  # bytes of what is no stream
+_PATIENCE = 30  # seconds for what takes no computing
+_LOADING_STEPS, _STEP_SECONDS = 10, 0.1  # between looks at a model that loads
+
+
+class Server:
+    """A server at `address`, asked for `model`; `n_ctx` is its context in tokens, None if unknown.
+
+    `tell` hears what a person should know: that a model is loading, or what is left out of
+    requests because the server does not take it.
+    """
+
+    def __init__(self, address: Address, model: str, key: Key | None, tell: Tell) -> None:
+        self.address, self.model = address, model
+        self.n_ctx: int | None = None
+        self._key, self._tell = key, tell
+        self._models: list[str] = []
+        self._left_out: set[str] = set()
+
+    @classmethod
+    def open(
+        cls, url: str, model: str | None = None, key: Key | None = None, tell: Tell = lambda _: None
+    ) -> Self:
+        """Find the server and its model; of several, `model` says which.
+
+        Raises:
+            UsageError: the address is none, or one of several models is to be named.
+            Dots1Error: there is no such server there.
+        """
+        address = Address.parse(url)
+        if key and address.exposed:
+            tell(
+                f"the key in {key.variable} goes to {address.host} unencrypted; use https if it can"
+            )
+        server = cls(address, model or "", key, tell)
+        server._look_around(given=model)
+        return server
+
+    def stream(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        wake: Wake,
+        optional: Iterable[tuple[str, ...]] = (),
+    ) -> Iterator[dict[str, Any]]:
+        """The chunks of an answer; closing it closes the connection.
+
+        `optional` parameters are left out, a group at once, where the server knows one of them not.
+
+        Raises:
+            Refusal: the server's error.
+            Dots1Error: the connection breaks, or what comes is no answer.
+        """
+        while True:
+            sent = {name: value for name, value in body.items() if name not in self._left_out}
+            try:
+                yield from self._chunks(path, {"model": self.model, **sent}, wake)
+                return
+            except Refusal as refusal:
+                groups = [group for group in optional if refusal.knows_not(group)]
+                unknown = {name for group in groups for name in group} & sent.keys()
+                if not unknown:
+                    raise
+                self._left_out |= unknown
+                names = ", ".join(sorted(unknown))
+                self._tell(f"the server refuses {names}, which is left out now: {refusal.said}")
+
+    def _look_around(self, given: str | None) -> None:
+        try:
+            found = listed(self._object("models"))
+        except Refusal as refusal:
+            if refusal.status not in (404, 405):
+                raise
+            found = self._of_version(given)
+        if found is None:
+            raise Dots1Error(f"what answers at {self.address.url} is no OpenAI-compatible server")
+        self._models = [model.names[0] for model in found]
+        chosen = find_model(found, given)
+        if chosen is None and given is None:
+            names = ", ".join(self._models) or "none that it tells of"
+            raise UsageError(f"choose one of the server's models with --model: {names}")
+        if chosen is not None:
+            self.model, self.n_ctx = given or chosen.names[0], chosen.n_ctx
+
+    def _of_version(self, given: str | None) -> Any:
+        """The models, where the address does not say that the API is under /v1."""
+        before, self.address = self.address, self.address.versioned
+        if before != self.address:
+            try:
+                found = listed(self._object("models"))
+            except Refusal as refusal:
+                if refusal.status not in (404, 405):
+                    raise
+            else:
+                self._tell(f"using {self.address.url}")
+                return found
+        self.address = before
+        return [] if given else None  # a server may list no models and yet have this one
+
+    def _chunks(self, path: str, body: Mapping[str, Any], wake: Wake) -> Iterator[dict[str, Any]]:
+        with self._answered(path, wake, body=body) as (exchange, head):
+            if head.kind == "text/event-stream":
+                yield from map(self._parsed, events(exchange.pieces()))
+            else:  # it does not stream
+                yield self._parsed(exchange.body(_LARGEST).decode("utf-8", errors="replace"))
+
+    def _object(self, path: str) -> dict[str, Any] | None:
+        """The JSON object there; None for anything else."""
+        with self._answered(path, lambda: None, patience=_PATIENCE) as (exchange, _):
+            try:
+                found = json.loads(exchange.body(_LARGEST))
+            except (ValueError, RecursionError):
+                return None
+        return found if isinstance(found, dict) else None
+
+    def _parsed(self, text: str) -> dict[str, Any]:
+        try:
+            chunk = json.loads(text)
+        except (ValueError, RecursionError):
+            chunk = None
+        if not isinstance(chunk, dict):
+            raise Dots1Error(f"what {self.address.url} sends as an answer is none")
+        if "error" in chunk or chunk.get("object") == "error":
+            said, detail = complaint(chunk)
+            code = detail.get("code")
+            status = code if type(code) is int else 500
+            url = self.address.url
+            raise Refusal(f"{url} reports an error: {said}", status, said, detail)
+        return chunk
+
+    @contextmanager
+    def _answered(
+        self,
+        path: str,
+        wake: Wake,
+        *,
+        body: Mapping[str, Any] | None = None,
+        patience: float | None = None,
+    ) -> Iterator[tuple[Exchange, Head]]:
+        """An answer that begins well, with the rest of it to come; a model may have to load."""
+        told = False
+        while True:
+            request = self._request(path, body)
+            url = self.address.url
+            far = not self.address.is_loopback  # a proxy would take that for itself
+            with Exchange(request, wake, patience, url=url, proxies=far) as exchange:
+                head = exchange.head()
+                if head.status == 200:
+                    yield exchange, head
+                    return
+                refusal = refusal_of(
+                    head,
+                    exchange.body(_LARGEST),
+                    url=url,
+                    key=self._key,
+                    model=self.model,
+                    models=self._models,
+                )
+            if not refusal.loading:
+                raise refusal
+            if not told:
+                self._tell("the server is loading its model; Ctrl-C ends the waiting")
+                told = True
+            for _ in range(_LOADING_STEPS):
+                wake()
+                time.sleep(_STEP_SECONDS)
+
+    def _request(self, path: str, body: Mapping[str, Any] | None) -> Request:
+        headers = {"User-Agent": "dots1-local", "Accept": "application/json, text/event-stream"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key.text}"
+        data = None
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            data = json.dumps(body).encode()
+        return Request(f"{self.address.url}/{path}", data, headers)

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from dots1_local.convert import Budget, Conversion, convert_checkpoint
     from dots1_local.errors import Dots1Error
     from dots1_local.evaluate.perplexity import kl_divergence, perplexity
+    from dots1_local.export import export_checkpoint
     from dots1_local.gguf_file import GGUFFile
+    from dots1_local.hub import open_hub
     from dots1_local.quant.plan import QuantPlan
+    from dots1_local.runtime.chat.sampling import Sampling
     from dots1_local.runtime.chat.session import Session
     from dots1_local.runtime.devices.hardware import Hardware
     from dots1_local.runtime.devices.machine import find_hardware, this_machine
@@ -41,13 +44,16 @@ __all__ = [
     "Hardware",
     "Placement",
     "QuantPlan",
+    "Sampling",
     "Session",
     "convert_checkpoint",
+    "export_checkpoint",
     "find_hardware",
     "inventory",
     "kl_divergence",
     "load",
     "load_placement",
+    "open_hub",
     "perplexity",
     "place",
     "this_machine",
@@ -65,13 +71,16 @@ _HOME = {
     "Hardware": "runtime.devices.hardware",
     "Placement": "runtime.placing.placement",
     "QuantPlan": "quant.plan",
+    "Sampling": "runtime.chat.sampling",
     "Session": "runtime.chat.session",
     "convert_checkpoint": "convert",
+    "export_checkpoint": "export",
     "find_hardware": "runtime.devices.machine",
     "inventory": "architecture",
     "kl_divergence": "evaluate.perplexity",
     "load": "runtime.planned",
     "load_placement": "runtime.placing.placement",
+    "open_hub": "hub",
     "perplexity": "evaluate.perplexity",
     "place": "runtime.placing.planner",
     "this_machine": "runtime.devices.machine",

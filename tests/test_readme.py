@@ -13,7 +13,8 @@ from tools import command_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^(?:\$ )?dots1 (.+)$", README, re.MULTILINE)
+PAGES = [README, *(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))]
+COMMANDS = re.findall(r"^(?:\$ )?dots1 (.+)$", "\n".join(PAGES), re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))

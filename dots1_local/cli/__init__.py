@@ -13,10 +13,12 @@ from dots1_local.cli._bench import bench
 from dots1_local.cli._calibrate import calibrate
 from dots1_local.cli._chat import chat
 from dots1_local.cli._convert import convert
+from dots1_local.cli._export import export
 from dots1_local.cli._hardware import hardware
 from dots1_local.cli._inspect import inspect
 from dots1_local.cli._perplexity import perplexity
 from dots1_local.cli._plan import plan
+from dots1_local.cli._serve import serve
 from dots1_local.cli._verify import verify
 from dots1_local.cli._worker import worker
 from dots1_local.errors import Dots1Error
@@ -33,10 +35,12 @@ app = typer.Typer(
 )
 app.command("convert")(convert)
 app.command("calibrate")(calibrate)
+app.command("export")(export)
 app.command("inspect")(inspect)
 app.command("verify")(verify)
 app.command("perplexity")(perplexity)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("hardware")(hardware)
 app.command("plan")(plan)
 app.command("bench")(bench)

@@ -61,3 +61,8 @@ def test_convert_loads_neither_torch_nor_the_engine(tmp_path: Path) -> None:
     found = loaded_by("convert", source, "-o", tmp_path / "out.gguf")
     assert "gguf" in found
     assert not found & {"torch", "transformers", "llama_cpp"}
+
+
+def test_export_loads_neither_torch_nor_the_engine(model: Path, tmp_path: Path) -> None:
+    found = loaded_by("export", model, "-o", tmp_path / "out")
+    assert not found & {"torch", "transformers", "llama_cpp"}

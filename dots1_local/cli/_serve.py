@@ -1,0 +1,146 @@
+"""`dots1 serve`: answer OpenAI's API over HTTP."""
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dots1_local.cli._output import Threads, notice, progress_bar
+from dots1_local.cli._planned import Plan, Workers, chosen_placement, one_sentence
+from dots1_local.errors import UsageError
+
+if TYPE_CHECKING:
+    from dots1_local.runtime.engine import Engine
+
+__all__ = ["serve"]
+
+_PATIENCE = 10  # seconds that answers may go on for when the server is to end
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")],
+    host: Annotated[
+        str, typer.Option("--host", help="Listen at this address; 0.0.0.0 is all there are.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Listen at this port; 0 is a free one.")
+    ] = 8000,
+    name: Annotated[
+        str, typer.Option("--served-model-name", help="What clients call the model.")
+    ] = "dots1",
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="DOTS1_API_KEY",
+            help="Ask clients for this key. Every user sees it in the list of processes: better "
+            "set the variable.",
+        ),
+    ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option("--parallel", min=1, max=256, help="So many answers at once; 1 if unset."),
+    ] = None,
+    queue: Annotated[
+        int, typer.Option("--queue", min=0, help="Let so many more wait; others are turned away.")
+    ] = 64,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cors", help="Let web pages of this origin in, '*' for all; may be repeated."
+        ),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            "--context",
+            "-c",
+            help="Tokens a request may have, such as 16k; 4096 if unset, or 16k where it is "
+            "planned; 0 is all.",
+        ),
+    ] = None,
+    plan: Plan = None,
+    worker: Workers = None,
+    threads: Threads = None,
+) -> None:
+    """Serve a model over OpenAI's API; Ctrl-C ends it.
+
+    dots1 serve dots1-DQ4.gguf --parallel 4 -c 16k
+
+    curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json"
+    -d '{"model": "dots1", "messages": [{"role": "user", "content": "Hello"}]}'
+    """
+    _check(name, api_key)
+    from dots1_local.serve.run import Server, bind, is_loopback, url_of
+
+    with closing(bind(host, port)) as listener:
+        url = url_of(listener)
+        if not (api_key or is_loopback(listener)):
+            notice(f"warning: whoever reaches {url} may use the model; set an --api-key")
+        with (
+            one_sentence(),
+            Server(listener, name, api_key=api_key, origins=cors or ()) as server,
+            _engine(model, context, threads, plan, worker or (), parallel) as engine,
+        ):
+            try:
+                server.open(engine, queue)
+                at_once = engine.settings.n_sequences
+                notice(
+                    f"listening on {url} as {name}, context of {engine.n_ctx:,} tokens, "
+                    f"{at_once} {'answer' if at_once == 1 else 'answers'} at once"
+                )
+                server.wait()
+                server.close(_PATIENCE)
+            except KeyboardInterrupt:  # a second time: the engine may be far from a stop
+                os._exit(130)
+
+
+def _check(name: str, api_key: str | None) -> None:
+    """Refuse before anything is loaded.
+
+    Raises:
+        UsageError: the web server is not installed, or a name or key that nobody could send.
+    """
+    if not (find_spec("starlette") and find_spec("uvicorn")):
+        raise UsageError("dots1 serve needs a web server: pip install 'dots1-local[serve]'")
+    if not name.strip() or not name.isprintable():
+        raise UsageError("--served-model-name is empty; give what clients are to call the model")
+    if api_key is not None and not (
+        api_key.isascii() and api_key.isprintable() and api_key.strip()
+    ):
+        raise UsageError("--api-key is empty or has characters that no HTTP header may have")
+
+
+def _engine(
+    model: Path,
+    context: str | None,
+    threads: int | None,
+    plan: Path | None,
+    workers: Sequence[str],
+    parallel: int | None,
+) -> "Engine":
+    from dots1_local.runtime.placing.memory import parse_context
+    from dots1_local.runtime.planned import load
+
+    options: dict[str, Any] = {"n_sequences": parallel} if parallel else {}
+    if context is not None:
+        options["n_ctx"] = 0 if context.strip() == "0" else parse_context(context)
+    placement = chosen_placement(plan, workers)
+    try:
+        with progress_bar("loading") as report:
+            return load(
+                model,
+                placement,
+                workers=tuple(workers),
+                tell=notice,
+                shared_cache=True,
+                threads=threads,
+                progress=report,
+                **options,
+            )
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None

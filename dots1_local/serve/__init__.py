@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: HTTP on one side, one engine thread on the other."""

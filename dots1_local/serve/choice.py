@@ -1,0 +1,127 @@
+"""One choice being written: what of it is computed, what comes next, when it ends."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dots1_local.errors import Dots1Error
+from dots1_local.runtime.chat.kv_cache import common_prefix
+from dots1_local.runtime.chat.sampling import Sampler
+from dots1_local.runtime.engine import Engine, Entry
+from dots1_local.serve.answer import Answer
+from dots1_local.serve.generation import Event, Finished
+from dots1_local.serve.logprobs import token_logprob
+from dots1_local.serve.slots import Slot, Slots
+from dots1_local.serve.waiting import Waiting
+
+__all__ = ["Choice"]
+
+_WORTH_WAITING = 32  # tokens; fewer are read sooner than waited for
+
+
+class Choice:
+    """An order with a slot. It reads its prompt, then writes, a token a ubatch, until it is done.
+
+    What its slot holds is always a beginning of its tokens. `close` it.
+    """
+
+    def __init__(self, waiting: Waiting, slot: Slot, engine: Engine) -> None:
+        self.ticket, self._index, self._order = waiting.ticket, waiting.index, waiting.order
+        self.prompt = waiting.order.prompt
+        self.slot, self._engine = slot, engine
+        self._tokens = list(self.prompt)  # and what was written
+        room = engine.n_ctx - len(self.prompt)
+        self._limit = len(self.prompt) + min(self._order.max_tokens or room, room)
+        self._answer = Answer(self._index, self._order.stop)
+        self._computed = 0  # prompt tokens
+        self._leader: Self | None = None
+        self._awaited = 0  # tokens that the leader will have computed for both
+        self.begun = time.monotonic()
+        self.done = False
+        self._sampler = Sampler(self._order.sampling, engine, self._order.grammar)
+        self._sampler.begin(self.prompt)
+
+    def close(self) -> None:
+        """Free the sampler; the choice is over, whether or not it came to its end."""
+        self.done = True
+        self._sampler.close()
+
+    @property
+    def reading(self) -> bool:
+        """Whether prompt tokens are to be computed for it."""
+        return not self.done and len(self.slot.tokens) < len(self.prompt)
+
+    def ready(self, slots: Slots, older: Sequence[Self]) -> bool:
+        """Whether it has nothing to wait for; what was waited for is then in its slot."""
+        leader = self._leader
+        if leader is None:
+            return True
+        if leader.reading and len(leader.slot.tokens) < self._awaited:
+            return False
+        slots.fill(self.slot, self.prompt)
+        self.follow(older)
+        return self._leader is None
+
+    def follow(self, older: Sequence[Self]) -> None:
+        """Wait for the one of these that will read most of what this one would read too.
+
+        It reads no later for that, as older choices read first anyhow, and no two wait for each
+        other. Should the one waited for go, what it did read is there, and the rest read here.
+        """
+        known, self._leader = self.prompt[:-1], None
+        self._awaited = len(self.slot.tokens) + _WORTH_WAITING - 1
+        for choice in older:
+            common = common_prefix(choice.prompt, known) if choice.reading else 0
+            if common > self._awaited:
+                self._leader, self._awaited = choice, common
+
+    def entries(self, limit: int) -> list[Entry]:
+        """The next of its tokens to compute: the one just written, or so much of the prompt."""
+        start = len(self.slot.tokens)
+        last = len(self._tokens) - 1
+        return [
+            Entry(token, position, self.slot.number, wanted=position == last)
+            for position, token in enumerate(self._tokens[start : start + limit], start)
+        ]
+
+    def computed(self, entries: Sequence[Entry]) -> None:
+        """These were."""
+        if self.reading:
+            self._computed += len(entries)
+        self.slot.tokens += [entry.token for entry in entries]
+
+    def choose(self, logits: NDArray[np.float32], place: int) -> Iterator[Event]:
+        """Choose what comes after its tokens, from their logits (n_vocab,) in the ubatch's `place`.
+
+        Raises:
+            Dots1Error: the logits are no numbers.
+        """
+        if not np.isfinite(logits.max()):
+            raise Dots1Error("the model computes logits that are no numbers; is its file damaged?")
+        token = self._sampler.next(self._engine, place)
+        self._tokens.append(token)
+        if self._engine.is_end(token):
+            yield from self._end("stop")
+            return
+        top = self._order.top_logprobs
+        logprob = None if top is None else token_logprob(logits, token, top, self._engine.piece)
+        if piece := self._answer.add(token, self._engine.piece(token), logprob):
+            yield piece
+        if self._answer.stopped or len(self._tokens) == self._limit:
+            yield from self._end("length")
+
+    def _end(self, reason: Literal["stop", "length"]) -> Iterator[Event]:
+        self.done = True
+        if piece := self._answer.finish():
+            yield piece
+        yield Finished(
+            self._index,
+            "stop" if self._answer.stopped else reason,
+            prompt_tokens=len(self.prompt),
+            cached_tokens=len(self.prompt) - self._computed,
+            # As others count, the end token is one, though it is no text.
+            completion_tokens=len(self._tokens) - len(self.prompt),
+        )

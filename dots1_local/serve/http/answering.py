@@ -1,0 +1,115 @@
+"""An answer on its way to the client, whole or as a stream; who leaves gets no more of it."""
+
+import asyncio
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from dots1_local.serve.generation import Event, Failed, Finished, Order, Piece
+from dots1_local.serve.http.errors import ApiError
+from dots1_local.serve.http.writer import Collected, Document, Writer
+from dots1_local.serve.scheduler import Scheduler
+
+__all__ = ["PING_SECONDS", "Answering"]
+
+PING_SECONDS = 5.0  # proxies and clients give up on streams that are silent for a minute or so
+_PING = b": still at work\n\n"
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Answering(Response):
+    """The response to a request whose orders the scheduler has taken.
+
+    Raises:
+        QueueFull: the scheduler has not.
+        Dots1Error: it takes no more.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, scheduler: Scheduler, orders: Sequence[Order], writer: Writer, ping: float
+    ) -> None:
+        super().__init__(headers=_STREAM_HEADERS)
+        del self.headers["content-length"]  # nobody knows yet
+        self._writer, self._ping = writer, ping
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(event: Event) -> None:  # in the engine's thread
+            with suppress(RuntimeError):  # the loop may have ended
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self._ticket = scheduler.submit(orders, deliver)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = (
+            self._stream(send) if self._writer.options.stream else self._whole(scope, receive, send)
+        )
+        tasks = [asyncio.create_task(answer), asyncio.create_task(_left(receive))]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._ticket.cancel()
+            for task in tasks:
+                task.cancel()
+            done = await asyncio.gather(*tasks, return_exceptions=True)
+        if isinstance(done[0], Exception):
+            raise done[0]
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        choices = [Collected() for _ in range(self._writer.choices)]
+        while not all(choice.finished for choice in choices):
+            event = await self._events.get()
+            if isinstance(event, Failed):
+                raise ApiError(500, event.message)
+            choices[event.index].add(event)
+        await JSONResponse(self._writer.whole(choices))(scope, receive, send)
+
+    async def _stream(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await _say(send, self._writer.begin())
+        finished: list[Finished] = []
+        while len(finished) < self._writer.choices:
+            event = await self._next(send)
+            if isinstance(event, Failed):
+                await _say(send, [ApiError(500, event.message).body])
+                break
+            if isinstance(event, Piece):
+                await _say(send, self._writer.piece(event))
+            else:
+                await _say(send, self._writer.finish(event))
+                finished.append(event)
+        else:
+            await _say(send, self._writer.end(finished))
+            await _send(send, b"data: [DONE]\n\n")
+        await send({"type": "http.response.body"})
+
+    async def _next(self, send: Send) -> Event:
+        """The next event; as long as there is none, signs of life are sent."""
+        while True:
+            try:
+                async with asyncio.timeout(self._ping):
+                    return await self._events.get()
+            except TimeoutError:
+                await _send(send, _PING)
+
+
+async def _say(send: Send, documents: Iterable[Document]) -> None:
+    # In ASCII, as some clients take U+2028 and its like for the end of a line.
+    lines = [f"data: {json.dumps(document, separators=(',', ':'))}\n\n" for document in documents]
+    if lines:
+        await _send(send, "".join(lines).encode())
+
+
+async def _send(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _left(receive: Receive) -> None:
+    """Return when the client is there no more."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,100 @@
+"""The endpoints of OpenAI's API that there are, and who may use them."""
+
+import hmac
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from dots1_local.serve.http.body import read
+from dots1_local.serve.http.errors import HANDLERS, ApiError
+from dots1_local.serve.http.service import Service
+
+__all__ = ["make_app"]
+
+
+def make_app(
+    service: Service, *, api_key: str | None = None, origins: Sequence[str] = ()
+) -> Starlette:
+    """The ASGI application; web pages of `origins` may use it too, "*" for all."""
+
+    async def health(request: Request) -> Response:
+        status = service.status
+        return JSONResponse(
+            {"status": status, **service.load},
+            200 if status == "ok" else 503,
+            None if status == "ok" else {"Retry-After": "5"},
+        )
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [_entry(service)]})
+
+    async def model(request: Request) -> Response:
+        service.check_name(request.path_params["name"])
+        return JSONResponse(_entry(service))
+
+    async def chat(request: Request) -> Response:
+        service.opened()  # or else refuse before all of the body has come
+        return await service.answer("chat", await read(request))
+
+    async def completions(request: Request) -> Response:
+        service.opened()
+        return await service.answer("completion", await read(request))
+
+    middleware = [Middleware(_Guard, key=api_key)] if api_key else []
+    if origins:  # outermost, so that errors can be read there too
+        cors: Any = CORSMiddleware
+        middleware.insert(
+            0, Middleware(cors, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        )
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
+        ],
+        middleware=middleware,
+        exception_handlers=HANDLERS,
+    )
+
+
+class _Guard:
+    """Lets only those in who know the key; /health is open to all."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app, self._key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+            known = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
+            if scheme.lower() != "bearer" or not known:
+                response = ApiError(
+                    401,
+                    "the API key is missing or wrong; send Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                ).response()
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _entry(service: Service) -> dict[str, Any]:
+    """The model as lists have it; `max_model_len` is vLLM's name for the context."""
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "dots1-local",
+        "max_model_len": service.opened()[0].n_ctx,
+    }

@@ -1,0 +1,117 @@
+"""The body of POST /v1/chat/completions."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dots1_local.runtime.chat.dialogue import SYSTEM_PROMPT
+from dots1_local.runtime.chat.prompt import Message
+from dots1_local.serve.http.errors import invalid
+from dots1_local.serve.http.fields import Fields
+from dots1_local.serve.http.options import MOST_TOKENS, Options, refuse_unsupported, take_options
+
+__all__ = ["ChatRequest", "take_chat"]
+
+_MOST_MESSAGES = 1 << 14
+_MOST_PARTS = 1 << 10
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "web_search_options": (),
+}
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A conversation to answer; its first message is the system's, if it has any."""
+
+    messages: tuple[Message, ...]
+    options: Options
+
+
+def take_chat(fields: Fields, n_vocab: int) -> ChatRequest:
+    """The request in a body.
+
+    Raises:
+        ApiError: a field is not what it must be.
+    """
+    refuse_unsupported(fields, _UNSUPPORTED)
+    _refuse_tools(fields)
+    messages = tuple(_messages(fields))
+    if not any(message.role == "system" for message in messages):
+        messages = (Message("system", SYSTEM_PROMPT), *messages)
+    messages = tuple(message for message in messages if message.role != "system" or message.text)
+    if not messages:
+        raise invalid("messages has nothing to answer", "messages")
+    max_tokens = fields.integer("max_completion_tokens", 1, MOST_TOKENS)
+    older = fields.integer("max_tokens", 1, MOST_TOKENS)
+    options = take_options(
+        fields, n_vocab, older if max_tokens is None else max_tokens, _top_logprobs(fields)
+    )
+    return ChatRequest(messages, options)
+
+
+def _messages(fields: Fields) -> Iterator[Message]:
+    """What people and the model said; an empty system message says that there is to be none."""
+    raw = fields.items("messages", _MOST_MESSAGES)
+    if not raw:
+        raise fields.required("messages", "a list of at least one message")
+    for index, each in enumerate(raw):
+        message = Fields(each, f"messages[{index}].")
+        role = message.choice("role", _ROLES)
+        if role is None:
+            raise message.required("role", f"one of {', '.join(_ROLES)}")
+        if role == "tool" or message.any("tool_calls") or message.any("function_call"):
+            raise invalid(
+                f"messages[{index}] is of a tool, and the model's chat template knows none",
+                f"messages[{index}]",
+            )
+        text = _content(message)
+        if role == "assistant":
+            yield Message("assistant", text)
+        else:
+            yield Message("user" if role == "user" else "system", text)
+
+
+def _content(message: Fields) -> str:
+    """The text of a message, its parts one below the other."""
+    content = message.any("content")
+    if content is None:
+        raise message.required("content", "a string or a list of text parts")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or len(content) > _MOST_PARTS:
+        raise message.wrong("content", f"a string or a list of at most {_MOST_PARTS:,} text parts")
+    name = message.name("content")
+    return "\n".join(_part(Fields(part, f"{name}[{i}].")) for i, part in enumerate(content))
+
+
+def _part(part: Fields) -> str:
+    kind = part.text("type")
+    if kind not in ("text", "refusal"):
+        raise invalid(
+            f"{part.name('type')} is {kind}; this model reads text only", part.name("type")
+        )
+    text = part.text(kind)
+    if text is None:
+        raise part.required(kind, "a string")
+    return text
+
+
+def _top_logprobs(fields: Fields) -> int | None:
+    """How many likeliest tokens are wanted beside each; None for no logprobs at all."""
+    top = fields.integer("top_logprobs", 0, 20)
+    if fields.boolean("logprobs"):
+        return top or 0
+    if top:
+        raise invalid("top_logprobs needs logprobs; set that to true", "top_logprobs")
+    return None
+
+
+def _refuse_tools(fields: Fields) -> None:
+    if fields.any("tools"):
+        raise invalid("the model's chat template knows no tools; leave out tools", "tools")

@@ -1,0 +1,82 @@
+"""The body of POST /v1/completions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dots1_local.documents import brief
+from dots1_local.serve.http.errors import ApiError, invalid
+from dots1_local.serve.http.fields import Fields
+from dots1_local.serve.http.options import (
+    MOST_CHOICES,
+    MOST_TOKENS,
+    Options,
+    refuse_unsupported,
+    take_options,
+)
+
+__all__ = ["CompletionRequest", "take_completion"]
+
+_USUAL_LENGTH = 16  # tokens, OpenAI's
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"suffix": ("",)}
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """Texts to go on with, each a string or token ids; with `echo` they begin the answers."""
+
+    prompts: tuple[str | tuple[int, ...], ...]
+    echo: bool
+    options: Options
+
+
+def take_completion(fields: Fields, n_vocab: int) -> CompletionRequest:
+    """The request in a body.
+
+    Raises:
+        ApiError: a field is not what it must be.
+    """
+    refuse_unsupported(fields, _UNSUPPORTED)
+    echo, logprobs = fields.boolean("echo"), fields.integer("logprobs", 0, 5)
+    if echo and logprobs is not None:
+        raise invalid("echo with logprobs is not supported; leave out one of them", "echo")
+    max_tokens = fields.integer("max_tokens", 1, MOST_TOKENS)
+    options = take_options(
+        fields, n_vocab, _USUAL_LENGTH if max_tokens is None else max_tokens, logprobs
+    )
+    if (fields.integer("best_of", 1, MOST_CHOICES) or options.n) != options.n:
+        raise invalid("best_of other than n is not supported; leave it out", "best_of")
+    prompts = tuple(_prompts(fields, n_vocab))
+    if len(prompts) * options.n > MOST_CHOICES:
+        message = f"{len(prompts)} prompts with n {options.n} are more than {MOST_CHOICES} choices"
+        raise invalid(f"{message}; send them apart", "prompt")
+    return CompletionRequest(prompts, echo, options)
+
+
+def _prompts(fields: Fields, n_vocab: int) -> Sequence[str | tuple[int, ...]]:
+    raw = fields.any("prompt")
+    if raw is None:
+        raise fields.required("prompt", "the beginning of a text")
+    prompts = raw if isinstance(raw, list) and not _of_tokens(raw) else [raw]
+    if not prompts or not all(prompts):
+        raise invalid("prompt is empty; give the beginning of a text", "prompt")
+    return [_prompt(prompt, fields, n_vocab) for prompt in prompts]
+
+
+def _of_tokens(raw: list[Any]) -> bool:
+    return bool(raw) and type(raw[0]) in (int, float, bool)
+
+
+def _prompt(prompt: Any, fields: Fields, n_vocab: int) -> str | tuple[int, ...]:
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list):
+        raise fields.wrong("prompt", "a string, token ids, or a list of either")
+    for token in prompt:
+        if type(token) is not int or not 0 <= token < n_vocab:
+            raise _no_token(token, n_vocab)
+    return tuple(prompt)
+
+
+def _no_token(token: Any, n_vocab: int) -> ApiError:
+    return invalid(f"prompt has {brief(token)}, not a token's id from 0 to {n_vocab - 1}", "prompt")

@@ -1,0 +1,83 @@
+"""The loaded model as requests see it: prompts become tokens, and orders for the engine."""
+
+from dots1_local.errors import GGUFError
+from dots1_local.runtime.chat.prompt import Prompter
+from dots1_local.runtime.engine import Engine
+from dots1_local.serve.generation import Order
+from dots1_local.serve.http.chat_request import take_chat
+from dots1_local.serve.http.chat_writer import ChatWriter
+from dots1_local.serve.http.completion_request import take_completion
+from dots1_local.serve.http.completion_writer import CompletionWriter
+from dots1_local.serve.http.errors import ApiError, invalid
+from dots1_local.serve.http.fields import Fields
+from dots1_local.serve.http.writer import Writer
+
+__all__ = ["Model"]
+
+
+class Model:
+    """A model under the name it is served by; all of it may be used by several threads."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine, self.name = engine, name
+        self.n_ctx = engine.n_ctx
+        self._prompter: Prompter | None = None
+        self._no_chat = ""
+        try:
+            self._prompter = Prompter(engine, name)
+        except GGUFError as error:  # a base model; its texts can be completed
+            self._no_chat = str(error)
+
+    def chat(self, fields: Fields) -> tuple[list[Order], Writer]:
+        """What a body of /v1/chat/completions asks for.
+
+        Raises:
+            ApiError: it cannot be had.
+        """
+        if self._prompter is None:
+            raise invalid(f"{self._no_chat}; use /v1/completions", "messages")
+        request = take_chat(fields, self._engine.n_vocab)
+        try:
+            tokens = self._prompter.tokens(request.messages)
+        except GGUFError as error:  # the template's refusal of these messages
+            raise invalid(str(error), "messages") from None
+        orders = list(request.options.orders(self._fitting(tokens, "messages")))
+        return orders, ChatWriter(self.name, request.options, len(orders))
+
+    def completion(self, fields: Fields) -> tuple[list[Order], Writer]:
+        """What a body of /v1/completions asks for.
+
+        Raises:
+            ApiError: it cannot be had.
+        """
+        request = take_completion(fields, self._engine.n_vocab)
+        orders: list[Order] = []
+        echoes: list[str] = []
+        for prompt in request.prompts:
+            tokens = self._tokens(prompt) if isinstance(prompt, str) else list(prompt)
+            orders += request.options.orders(self._fitting(tokens, "prompt"))
+            echo = (prompt if isinstance(prompt, str) else self._text(prompt)) * request.echo
+            echoes += [echo] * request.options.n
+        return orders, CompletionWriter(self.name, request.options, echoes)
+
+    def _tokens(self, text: str) -> list[int]:
+        """Clients that complete texts render templates themselves: markers in them are meant."""
+        return self._engine.tokenize(text, special=True, add_bos=True)
+
+    def _text(self, tokens: tuple[int, ...]) -> str:
+        return b"".join(map(self._engine.piece, tokens)).decode("utf-8", errors="replace")
+
+    def _fitting(self, tokens: list[int], param: str) -> tuple[int, ...]:
+        """The tokens, which leave room for one more at least."""
+        if len(tokens) >= self.n_ctx:
+            raise too_long(len(tokens), self.n_ctx, param)
+        return tuple(tokens)
+
+
+def too_long(count: int, n_ctx: int, param: str) -> ApiError:
+    """Worded as OpenAI does: clients look for it, to shorten what they send."""
+    message = (
+        f"This model's maximum context length is {n_ctx} tokens, and the prompt is {count} tokens "
+        "long; shorten it, or serve with a larger --context"
+    )
+    return invalid(message, param, "context_length_exceeded")

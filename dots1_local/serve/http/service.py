@@ -1,0 +1,110 @@
+"""What the endpoints serve: one model, once it is loaded and until the server ends."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Literal
+
+from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.serve.generation import Order, QueueFull
+from dots1_local.serve.http.answering import PING_SECONDS, Answering
+from dots1_local.serve.http.body import parse
+from dots1_local.serve.http.errors import ApiError, invalid
+from dots1_local.serve.http.fields import Fields
+from dots1_local.serve.http.model import Model
+from dots1_local.serve.http.writer import Writer
+from dots1_local.serve.scheduler import Scheduler
+
+__all__ = ["Kind", "Service"]
+
+Kind = Literal["chat", "completion"]
+
+_READERS = 2  # threads that parse requests and tokenise prompts
+_SOON = {"Retry-After": "5"}  # seconds
+
+
+class Service:
+    """One model under one name; `ping` is how many seconds of silence a stream may have."""
+
+    def __init__(self, name: str, *, ping: float = PING_SECONDS) -> None:
+        self.name, self.created = name, int(time.time())
+        self._ping = ping
+        self._opened: tuple[Model, Scheduler] | None = None
+        self._closing = False
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="dots1-request")
+
+    def open(self, model: Model, scheduler: Scheduler) -> None:
+        """Begin to answer."""
+        self._opened = model, scheduler
+
+    def close(self) -> None:
+        """Answer no more; what is being answered goes on."""
+        self._closing = True
+
+    def join(self) -> None:
+        """Wait for requests that are being read: they use the model's vocabulary."""
+        self._readers.shutdown()
+
+    @property
+    def status(self) -> Literal["loading", "ok", "closing"]:
+        """How far it is."""
+        return "closing" if self._closing else "ok" if self._opened else "loading"
+
+    @property
+    def load(self) -> dict[str, int]:
+        """How many choices are being written and wait, of so many that can be written at once."""
+        return asdict(self._opened[1].state) if self._opened else {}
+
+    def opened(self) -> tuple[Model, Scheduler]:
+        """What answers requests now.
+
+        Raises:
+            ApiError: nothing yet, or no more.
+        """
+        if self._opened is None or self._closing:
+            state = "shutting down" if self._closing else "loading the model"
+            raise ApiError(503, f"the server is {state}; try again later", headers=_SOON)
+        return self._opened
+
+    def check_name(self, name: str | None) -> None:
+        """Refuse requests for other models.
+
+        Raises:
+            ApiError: it is another.
+        """
+        if name is not None and name != self.name:
+            message = f"there is no model {name!r:.80} here, only {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def answer(self, kind: Kind, body: bytes) -> Answering:
+        """The answer to a body, on its way.
+
+        Raises:
+            ApiError: the request cannot be carried out, or not now.
+        """
+        model, scheduler = self.opened()
+        make = model.chat if kind == "chat" else model.completion
+        loop = asyncio.get_running_loop()
+        orders, writer = await loop.run_in_executor(self._readers, self._read, body, make)
+        try:
+            return Answering(scheduler, orders, writer, self._ping)
+        except QueueFull as error:
+            wait = {"Retry-After": str(error.retry_after)}
+            raise ApiError(429, str(error), code="queue_full", headers=wait) from None
+        except UsageError as error:
+            raise invalid(str(error)) from None
+        except Dots1Error as error:  # it takes no more
+            raise ApiError(503, str(error), headers=_SOON) from None
+
+    def _read(
+        self, body: bytes, make: Callable[[Fields], tuple[list[Order], Writer]]
+    ) -> tuple[list[Order], Writer]:
+        """What a body asks for; takes a while for long prompts."""
+        try:
+            fields = Fields(parse(body))
+            self.check_name(fields.text("model"))
+            return make(fields)
+        except RecursionError:
+            raise invalid("the body is nested too deeply") from None

@@ -1,0 +1,148 @@
+"""A server from its port on: HTTP in one thread, the engine in another, signals in the main one."""
+
+import ipaddress
+import os
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import ceil
+from threading import Event, Thread
+from typing import Any, Self
+
+import uvicorn
+
+from dots1_local.errors import Dots1Error
+from dots1_local.runtime.engine import Engine
+from dots1_local.serve.http.app import make_app
+from dots1_local.serve.http.model import Model
+from dots1_local.serve.http.service import Service
+from dots1_local.serve.scheduler import Scheduler
+
+__all__ = ["Server", "bind", "is_loopback", "url_of"]
+
+_BACKLOG = 128
+_IDLE = 60  # seconds that a connection may wait for a request; clients give up their own sooner
+_LEFT_OVER = 5  # seconds that connections may take to end when there is nothing more to answer
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; port 0 is any free one.
+
+    Raises:
+        Dots1Error: it cannot be had.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except socket.gaierror as error:
+        reason = error.strerror
+    except UnicodeError:
+        reason = "no such name"
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+    raise Dots1Error(f"cannot listen at {host}, port {port}: {reason}")
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only programs on this machine reach it."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def url_of(listener: socket.socket) -> str:
+    """What clients call the base URL."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
+class Server:
+    """HTTP in a thread of its own, also while the model is loaded; use it in a `with` statement."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        name: str,
+        *,
+        api_key: str | None = None,
+        origins: Sequence[str] = (),
+    ) -> None:
+        self._over = Event()
+        self._listener = listener
+        self._service = Service(name)
+        app = make_app(self._service, api_key=api_key, origins=origins)
+        self._http = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",  # all else is about what clients do wrong
+                access_log=False,
+                timeout_keep_alive=_IDLE,
+                server_header=False,
+                headers=[("X-Content-Type-Options", "nosniff")],
+                proxy_headers=False,
+            )
+        )
+        self._thread = Thread(target=self._run, name="dots1-http", daemon=True)
+        self._scheduler: Scheduler | None = None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close(0)
+
+    def open(self, engine: Engine, queue_size: int) -> None:
+        """Begin to answer, with an engine that is the server's until `close`."""
+        self._scheduler = Scheduler(engine, queue_size=queue_size)
+        self._service.open(Model(engine, self._service.name), self._scheduler)
+
+    def wait(self) -> None:
+        """Until Ctrl-C or SIGTERM, which do nothing else meanwhile.
+
+        Raises:
+            Dots1Error: the HTTP thread has ended by itself.
+        """
+        with _signalled(self._over):
+            self._over.wait()
+        if not self._thread.is_alive():
+            raise Dots1Error("the HTTP side of the server has failed; start it again")
+
+    def close(self, patience: float) -> None:
+        """Take no more requests, finish what can be in so many seconds, and end the rest.
+
+        The engine is free then. A second call does nothing.
+        """
+        self._service.close()
+        self._http.config.timeout_graceful_shutdown = ceil(patience) + _LEFT_OVER
+        self._http.should_exit = True
+        if self._scheduler:
+            self._scheduler.close(patience)
+        self._thread.join(patience + 2 * _LEFT_OVER)
+        self._service.join()
+
+    def _run(self) -> None:
+        try:
+            self._http.run([self._listener])
+        finally:
+            self._over.set()
+
+
+@contextmanager
+def _signalled(event: Event) -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM set an event within, instead of ending the process."""
+
+    def hear(number: int, frame: Any) -> None:
+        event.set()
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,94 @@
+"""Orders that wait for a slot: first in, first out, bounded, and closed in the end."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from threading import Condition
+
+from dots1_local.errors import Dots1Error
+from dots1_local.serve.generation import Order, QueueFull
+from dots1_local.serve.pace import Turnover
+from dots1_local.serve.ticket import Ticket
+
+__all__ = ["Queue", "Waiting"]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """An order in the queue: the choice `index` of a request."""
+
+    ticket: Ticket
+    index: int
+    order: Order
+
+
+class Queue:
+    """Any thread puts in, the engine's takes out, and sleeps here when there is nothing to do."""
+
+    def __init__(self, size: int, slots: int) -> None:
+        self._size, self._slots = size, slots
+        self._waiting: deque[Waiting] = deque()
+        self._refusal = ""  # why it takes no more
+        self._deadline = math.inf  # of time.monotonic()
+        self._changed = Condition()
+        self.turnover = Turnover()
+
+    def __len__(self) -> int:
+        with self._changed:
+            return sum(not each.ticket.over for each in self._waiting)
+
+    def put(self, ticket: Ticket, orders: Sequence[Order], running: int) -> None:
+        """Add a request's choices, all or none; `running` ones have a slot now.
+
+        What comes when there is nothing else is taken, however much it is.
+
+        Raises:
+            QueueFull: with them, more would wait than the queue holds.
+            Dots1Error: it is closed.
+        """
+        with self._changed:
+            if self._refusal:
+                raise Dots1Error(self._refusal)
+            waiting = len(self)
+            over = running + waiting + len(orders) - self._slots - self._size
+            if running + waiting and over > 0:
+                raise QueueFull(waiting, self.turnover.seconds(over, self._slots))
+            self._waiting += (Waiting(ticket, index, order) for index, order in enumerate(orders))
+            self._changed.notify()
+
+    def pop(self) -> Waiting | None:
+        """Take out who waits longest, if anybody does."""
+        with self._changed:
+            return self._waiting.popleft() if self._waiting else None
+
+    def next_in_line(self, count: int) -> list[Waiting]:
+        """So many as will be popped next, or all."""
+        with self._changed:
+            return list(islice(self._waiting, count))
+
+    def work_to_do(self, busy: bool) -> bool:
+        """Whether there is some, beside what keeps a caller `busy`; sleeps until there is.
+
+        False when it is closed and nothing is left, or no more time to do it.
+        """
+        with self._changed:
+            while True:
+                if any(each.ticket.over for each in self._waiting):
+                    self._waiting = deque(each for each in self._waiting if not each.ticket.over)
+                if time.monotonic() >= self._deadline:
+                    return False
+                if busy or self._waiting:
+                    return True
+                if self._refusal:
+                    return False
+                self._changed.wait()
+
+    def close(self, reason: str, patience: float) -> None:
+        """Refuse what comes from now on; after so many seconds there is no more work to do."""
+        with self._changed:
+            self._refusal = self._refusal or reason
+            self._deadline = min(self._deadline, time.monotonic() + patience)
+            self._changed.notify()

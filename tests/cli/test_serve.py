@@ -1,0 +1,207 @@
+import json
+import os
+import re
+import signal
+import socket
+from contextlib import closing
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dots1_local.cli import app
+from tests.cli.terminal import ABORTS
+from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
+from tests.serve.served import DOTS1, Served, connect
+from tests.workers import Program, free_port
+
+BODY = json.dumps({"messages": [{"role": "user", "content": "hi"}], "temperature": 0})
+JSON = {"Content-Type": "application/json"}
+# Loading that takes until it is stopped.
+LOADING = (
+    "-c",
+    "import threading, dots1_local.runtime.planned as planned; "
+    "planned.load = lambda *a, **k: print('loads', flush=True) or threading.Event().wait(); "
+    "from dots1_local.cli import main; main()",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("serve")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
+    """It answers 中文 to everything."""
+    path = folder / "model.gguf"
+    return write_random_gguf(path, tensors=scripted_tensors([*tokens_of("中文"), EOS]))
+
+
+@pytest.fixture(scope="module")
+def endless(folder: Path) -> Path:
+    """It never ends an answer by itself."""
+    path = folder / "endless.gguf"
+    return write_random_gguf(path, tensors=scripted_tensors(tokens_of("abca")), context=1 << 20)
+
+
+def post(connection: HTTPConnection, body: str = BODY, **headers: str) -> tuple[int, Any]:
+    connection.request("POST", "/v1/chat/completions", body, {**JSON, **headers})
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+def begin_stream(connection: HTTPConnection) -> Any:
+    """The response to a request for a stream, of which the first text has come."""
+    asked = json.dumps({**json.loads(BODY), "stream": True})
+    connection.request("POST", "/v1/chat/completions", asked, JSON)
+    response = connection.getresponse()
+    while b'"content":"a"' not in response.readline():
+        pass
+    return response
+
+
+def reachable(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serves_until_a_signal_and_ends_well(model: Path, number: signal.Signals) -> None:
+    with Served(model, "--served-model-name", "org/my", "-c", "512") as server:
+        assert "as org/my, context of 512 tokens, 1 answer at once" in server.told
+        connection = server.connect()
+        status, answer = post(connection)
+        assert (status, answer["choices"][0]["message"]["content"]) == (200, "中文")
+        assert server.get("/v1/models/org/my")[0] == 200
+        os.kill(server.process.pid, number)
+        assert server.wait_for_end() == 0
+        assert server.process.stdout
+        assert server.process.stdout.read() == ""
+        with socket.socket() as again:
+            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            again.bind(("127.0.0.1", server.port))
+
+
+def test_a_running_answer_is_finished_before_the_end(endless: Path) -> None:
+    with Served(endless, "-c", "1k") as server:
+        connection = server.connect()
+        stream = begin_stream(connection)
+        os.kill(server.process.pid, signal.SIGTERM)
+        assert stream.read().endswith(b"data: [DONE]\n\n")
+        assert server.wait_for_end() == 0
+
+
+def test_a_second_interrupt_ends_it_at_once(endless: Path) -> None:
+    with Served(endless, "-c", "1024k") as server:
+        begin_stream(server.connect())
+        idle = server.connect()
+        idle.request("GET", "/health")
+        idle.getresponse().read()
+        os.kill(server.process.pid, signal.SIGINT)
+        assert idle.sock.recv(1) == b""  # it has heard of it
+        os.kill(server.process.pid, signal.SIGINT)
+        assert server.wait_for_end() == 130
+
+
+def test_a_client_that_leaves_makes_room_for_the_next(endless: Path) -> None:
+    with Served(endless, "-c", "1024k", "--queue", "1") as server:
+        first = server.connect()
+        stream = begin_stream(first)
+        second, third = server.connect(), server.connect()
+        second.request("POST", "/v1/chat/completions", BODY, JSON)
+        while json.loads(server.get("/health")[1])["waiting"] < 1:
+            pass
+        status, refusal = post(third)
+        assert (status, refusal["error"]["type"]) == (429, "rate_limit_error")
+        stream.close()
+        first.close()
+        second.close()
+        while json.loads(server.get("/health")[1])["running"]:
+            pass
+        assert begin_stream(third).status == 200
+
+
+def test_what_is_refused_does_not_end_the_connection(model: Path) -> None:
+    with Served(model) as server:
+        connection = server.connect()
+        status, error = post(connection, " " * (9 << 20))
+        assert (status, error["error"]["type"]) == (413, "invalid_request_error")
+        socket_before = connection.sock
+        assert post(connection)[0] == 200
+        assert connection.sock is socket_before
+
+
+def test_a_lost_worker_is_one_sentence(endless: Path) -> None:
+    program = ("-c", f"{ABORTS.replace('decode', 'submit')}\n{DOTS1[1]}")
+    with Served(endless, program=program) as server:
+        with pytest.raises((OSError, HTTPException)):
+            post(server.connect())
+        assert server.wait_for("").startswith("dots1: the connection to a worker was lost")
+        assert server.wait_for_end() == 1
+
+
+def test_while_the_model_is_loaded_it_can_be_asked_and_stopped(model: Path) -> None:
+    free = free_port()
+    with Program(*LOADING, "serve", str(model), "--port", str(free)) as program:
+        program.wait_for("loads")
+        while not reachable(free):
+            pass
+        with closing(connect(free)) as connection:
+            status, error = post(connection)
+        assert (status, error["error"]["type"]) == (503, "service_unavailable_error")
+        os.kill(program.process.pid, signal.SIGINT)
+        assert program.wait_for_end() == 130
+        assert program.process.stdout
+        assert program.process.stdout.read() == ""
+
+
+def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
+    with Program(*DOTS1, "serve", str(tmp_path / "none.gguf"), "--port", "0") as program:
+        assert program.wait_for("none.gguf").startswith("dots1: ")
+        assert program.wait_for_end() == 1
+
+
+def test_a_port_that_is_taken_is_one_sentence(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(app, ["serve", str(model), "--port", port])
+        assert str(result.exception).startswith(f"cannot listen at 127.0.0.1, port {port}: ")
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "x" * 70 + ".invalid", ""])
+def test_an_address_that_is_not_ours_is_one_sentence(model: Path, host: str) -> None:
+    with Program(*DOTS1, "serve", str(model), "--host", host, "--port", "0") as program:
+        assert program.wait_for("").startswith("dots1: cannot listen at ")
+        assert program.wait_for_end() == 1
+
+
+def test_a_key_from_the_environment_is_asked_for(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOTS1_API_KEY", "secret")
+    with Served(model) as server:
+        connection = server.connect()
+        assert post(connection)[0] == 401
+        assert post(connection, Authorization="Bearer secret")[0] == 200
+        assert server.get("/health")[0] == 200
+
+
+def test_an_open_address_without_a_key_is_warned_of(model: Path) -> None:
+    with Program(*DOTS1, "serve", str(model), "--port", "0", "--host", "0.0.0.0") as program:
+        assert "--api-key" in program.wait_for("warning")
+        found = re.search(r":(\d+)/v1", program.wait_for("listening"))
+        assert found
+        with closing(connect(int(found[1]))) as connection:
+            assert post(connection)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "options", [("--api-key", ""), ("--api-key", "a\nb"), ("--served-model-name", " ")]
+)
+def test_what_nobody_could_send_is_a_usage_error(model: Path, options: tuple[str, str]) -> None:
+    result = CliRunner().invoke(app, ["serve", str(model), *options])
+    assert getattr(result.exception, "exit_code", None) == 2
+    assert options[0] in str(result.exception)

@@ -4,6 +4,7 @@ It may run for five seconds and write 16 million characters. That ends its loops
 does not end a single step of Python's own, such as padding a text to a billion characters.
 """
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -28,6 +29,8 @@ _LARGEST_POWER = 64
 class ChatTemplate:
     """The template in `source`; `file` is what errors call it by.
 
+    `variables` are the names it reads and does not set itself, such as "tools".
+
     Raises:
         GGUFError: it does not parse.
     """
@@ -39,14 +42,18 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _raise
+        environment.filters["tojson"] = _json
         try:
             with _limited_time():  # Jinja computes what is constant while it compiles
                 self._template = environment.from_string(source)
+                self.variables = frozenset(
+                    meta.find_undeclared_variables(environment.parse(source))
+                )
         except (Exception, _TooLongError) as error:
             problem = _in_a_line(error)
             raise GGUFError(f"the chat template of {file} does not parse: {problem}") from error
 
-    def render(self, messages: Sequence[Mapping[str, str]], **variables: str) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt that asks for the next assistant message.
 
         Raises:
@@ -112,6 +119,23 @@ def _limited_time() -> Iterator[None]:
 
 def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
+
+
+def _json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it; Jinja's own filter of this name writes < and & as for a web page."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -140,18 +140,26 @@ def answer(
 
 
 @contextmanager
-def playing(*answers: Played, models: Played | None = None, base: str = "/v1") -> Iterator[Playing]:
-    """Serve `answers` in turn to POST requests, and `models` to a look at them under `base`."""
+def playing(
+    *answers: Played,
+    models: Played | None = None,
+    base: str = "/v1",
+    elsewhere: Played | None = None,
+) -> Iterator[Playing]:
+    """Serve `answers` in turn to POST requests, and `models` to a look at them under `base`.
+
+    Other places have `elsewhere`, or else a 404.
+    """
     found = Playing("")
     left = iter(answers)
     listed = models or as_json(VLLM_MODELS)
+    others = elsewhere or refused("Not Found", 404, kind="NotFound")
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            known = self.path == f"{base}/models"
-            self._play(listed if known else refused("Not Found", 404, kind="NotFound"), None)
+            self._play(listed if self.path == f"{base}/models" else others, None)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

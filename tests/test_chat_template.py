@@ -59,6 +59,21 @@ def test_ordinary_arithmetic_stays() -> None:
     assert ChatTemplate(source, "f.gguf").render(MESSAGES) == "    [0, 0]83.01"
 
 
+def test_json_is_written_as_transformers_does() -> None:
+    source = "{{ it | tojson }}{{ it | tojson(indent=1) }}{{ it | tojson(separators=(',', ':')) }}"
+    it = {"b": "<é> & '", "a": None}
+    assert ChatTemplate(source, "f.gguf").render(MESSAGES, it=it) == (
+        '{"b": "<é> & \'", "a": null}{\n "b": "<é> & \'",\n "a": null\n}{"b":"<é> & \'","a":null}'
+    )
+
+
+def test_knows_which_variables_a_template_reads() -> None:
+    source = (
+        "{# a #}{% set b = 1 %}{% if c is defined %}{{ messages[0].d }}{{ 'e' ~ b }}{% endif %}"
+    )
+    assert ChatTemplate(source, "f.gguf").variables == {"c", "messages"}
+
+
 def test_a_templates_own_words_reach_a_terminal_as_one_harmless_line() -> None:
     with pytest.raises(GGUFError) as error:
         ChatTemplate("{{ raise_exception('a\x1b[2J\\nb') }}", "f.gguf").render(MESSAGES)

@@ -19,7 +19,8 @@ from dots1_local.convert.metadata import end_tokens
 from dots1_local.convert.vocabulary import write_vocabulary
 from dots1_local.errors import CheckpointError, UsageError
 from dots1_local.evaluate.perplexity import read_text
-from dots1_local.runtime.chat.prompt import Message, Prompter
+from dots1_local.runtime.chat.message import Message
+from dots1_local.runtime.chat.prompt import Prompter
 from dots1_local.runtime.vocabulary import Vocabulary
 
 __all__ = ["Texts"]

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._output import human_bytes
+from dots1_local.cli._output import human_bytes, notice
 
 if TYPE_CHECKING:
     from dots1_local.checkpoint import Checkpoint
@@ -41,6 +41,7 @@ def open_source(checkpoint: str, revision: str | None, low_disk: bool) -> "Check
     try:
         source = open_checkpoint(checkpoint, revision)
     except KeyboardInterrupt:
+        notice("stopped")
         raise typer.Exit(130) from None
     if low_disk and not isinstance(source, HubCheckpoint):
         raise typer.BadParameter("a folder is on the disk already", param_hint="--low-disk")

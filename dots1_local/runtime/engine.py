@@ -23,7 +23,7 @@ from dots1_local.runtime.loading import Loaded, load_model
 from dots1_local.runtime.placing.placement import Placement
 from dots1_local.runtime.settings import Settings, settings
 from dots1_local.runtime.vocabulary import tokenize
-from dots1_local.verify.lint import obstacle
+from dots1_local.verify.lint import check_loadable
 
 __all__ = ["Engine", "Entry"]
 
@@ -220,13 +220,3 @@ class Engine:
         if not self.settings.shared_cache:  # llama.cpp would abort
             raise UsageError("open the engine with shared_cache to let sequences share tokens")
         llama.llama_memory_seq_cp(self._memory, source, target, 0, length)
-
-
-def check_loadable(gguf: GGUFFile) -> None:
-    """Refuse what llama.cpp would load wrong, or abort the process over.
-
-    Raises:
-        GGUFError: another architecture, no model at all, or something is wrong with it.
-    """
-    if found := obstacle(gguf):
-        raise GGUFError(f"dots1 verify finds in {gguf.files[0]}: {found.message}")

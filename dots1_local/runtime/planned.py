@@ -7,12 +7,13 @@ from typing import Any
 
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.runtime.devices.hardware import Hardware
-from dots1_local.runtime.engine import Engine, check_loadable
+from dots1_local.runtime.engine import Engine
 from dots1_local.runtime.loading import OutOfMemory
 from dots1_local.runtime.placing.footprint import Usage, footprint
 from dots1_local.runtime.placing.placement import Placement, human_context, load_placement
 from dots1_local.runtime.settings import trained_for
 from dots1_local.sizes import human_bytes
+from dots1_local.verify.lint import check_loadable
 
 __all__ = ["load"]
 

@@ -209,10 +209,10 @@ def _unplaced(request: Mapping[str, Any]) -> Engine:
     from dots1_local.runtime import engine_log
     from dots1_local.runtime.devices import backends
     from dots1_local.runtime.devices.rpc import probe_all
-    from dots1_local.runtime.engine import check_loadable
     from dots1_local.runtime.loading import Loaded
     from dots1_local.runtime.report import read_report
     from dots1_local.runtime.settings import settings
+    from dots1_local.verify.lint import check_loadable
 
     probe_all(request["workers"])
     for worker in request["workers"]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
 from dots1_local.runtime.chat.kv_cache import common_prefix
-from dots1_local.runtime.chat.sampling import Sampler
+from dots1_local.runtime.chat.sampler import Sampler
 from dots1_local.runtime.engine import Engine, Entry
 from dots1_local.serve.answer import Answer
 from dots1_local.serve.generation import Event, Finished

@@ -148,7 +148,7 @@ class Terminal:
         except OSError:  # Linux says so when the other end is closed
             return False
         self.seen += output
-        self._stream.feed(output)
+        self._stream.feed(output.replace(CTRL_C.encode(), b""))  # echoed; pyte drops what follows
         return bool(output)
 
 

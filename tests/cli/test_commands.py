@@ -11,7 +11,7 @@ from dots1_local.cli.repl.commands import COMMANDS, run_command
 from dots1_local.cli.repl.loop import Repl
 from dots1_local.errors import UsageError
 from dots1_local.runtime.chat.conversation import save_conversation
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.session import Session
 from dots1_local.runtime.engine import Engine
 from tests.helpers import EOS, scripted_tensors, write_random_gguf

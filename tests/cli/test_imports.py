@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers import EOS, scripted_tensors, write_random_gguf
 from tests.micro import micro_checkpoint
+from tests.openai_server import answer, playing
 
 SCRIPT = """
 import sys
@@ -54,6 +55,12 @@ def test_one_answer_loads_neither_torch_nor_an_editor(model: Path) -> None:
     found = loaded_by("chat", model, "-p", "hi", "--temp", "0", "-t", "1")
     assert "llama_cpp" in found
     assert not found & {"torch", "transformers", "gguf", "prompt_toolkit"}
+
+
+def test_talking_to_a_server_loads_no_engine() -> None:
+    with playing(answer("hi")) as server:
+        found = loaded_by("chat", "--url", server.url, "-p", "hi")
+    assert not found & {"llama_cpp", "numpy", "jinja2", "prompt_toolkit"}
 
 
 def test_convert_loads_neither_torch_nor_the_engine(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from dots1_local.cli.repl.keeper import Keeper, in_use, left_behind
 from dots1_local.errors import UsageError
 from dots1_local.runtime.chat.conversation import save_conversation
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.sampling import Sampling
 
 SAID = [Message("user", "one"), Message("assistant", "A")]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.session import Session
 from dots1_local.runtime.engine import Engine
 from tests.runtime.conftest import Talk

@@ -15,7 +15,7 @@ from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.runtime.chat.dialogue import Dialogue
-    from dots1_local.runtime.chat.prompt import Message
+    from dots1_local.runtime.chat.message import Message
 
 __all__ = ["Keeper", "in_use", "left_behind"]
 

@@ -104,7 +104,7 @@ class Repl:
         Where Ctrl-C came before its first word it is not, and `unanswered` is said. `question` is
         what is asked, if it is new.
         """
-        from dots1_local.runtime.chat.prompt import Message
+        from dots1_local.runtime.chat.message import Message
 
         before = list(self.session.messages)
         self.keeper.keep([*before, Message("user", question)] if question else before)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.engine import Engine
 
 __all__ = ["with_tokens"]

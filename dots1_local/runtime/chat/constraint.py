@@ -151,8 +151,9 @@ def _array(candidates: NDArray[np.void]) -> Any:
 def _opening(engine: Engine) -> NDArray[np.bool_]:
     """Tokens (n_vocab,) with an opening bracket in their text."""
     found = np.zeros(engine.n_vocab, np.bool_)
-    for token, text in enumerate(engine.gguf.keys["tokenizer.ggml.tokens"][: engine.n_vocab]):
-        found[token] = "[" in text or "{" in text
+    tokens = engine.gguf.keys.get("tokenizer.ggml.tokens")
+    for token, text in enumerate(tokens[: engine.n_vocab] if isinstance(tokens, list) else ()):
+        found[token] = "[" in str(text) or "{" in str(text)
     return found
 
 

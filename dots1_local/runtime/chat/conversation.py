@@ -11,7 +11,7 @@ from dots1_local.documents import brief, read_object
 from dots1_local.errors import UsageError
 from dots1_local.output import write_whole
 from dots1_local.runtime.chat.dialogue import Dialogue, Overflow
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.sampling import Sampling
 
 __all__ = ["Conversation", "load_conversation", "save_conversation", "state_path"]

@@ -3,16 +3,18 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 from weakref import ref
 
 from dots1_local.errors import UsageError
 from dots1_local.progress import Progress, silent
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.sampling import Sampling
 from dots1_local.runtime.chat.stats import AnswerStats
 from dots1_local.runtime.chat.turns import Turn, last_turn
-from dots1_local.runtime.report import Difference
+
+if TYPE_CHECKING:
+    from dots1_local.runtime.report import Difference
 
 __all__ = ["SYSTEM_PROMPT", "Dialogue", "Overflow"]
 
@@ -80,7 +82,7 @@ class Dialogue(ABC):
         """Tokens in the context after the last answer; None where nobody tells."""
 
     @property
-    def memory(self) -> tuple[Difference, ...]:
+    def memory(self) -> tuple["Difference", ...]:
         """What the model takes of each device here."""
         return ()
 

@@ -2,34 +2,28 @@
 
 Only the template's own text can become special tokens: "<|endofresponse|>" typed by a person
 stays text. So the template is rendered with a placeholder for each message, and the pieces between
-placeholders are tokenised apart from what people wrote.
+placeholders are tokenised apart from what people wrote. Tools are written by the template itself,
+so what is said of them must not contain the text of a special token.
 """
 
 import re
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 from dots1_local.chat_template import ChatTemplate
-from dots1_local.errors import GGUFError
+from dots1_local.errors import GGUFError, UsageError
+from dots1_local.runtime.chat.message import Message
+from dots1_local.runtime.chat.tools import as_variable, refuse_markers
 from dots1_local.runtime.engine import Engine
 from dots1_local.runtime.vocabulary import Vocabulary
 
-__all__ = ["Message", "Prompter", "RawPrompter"]
+__all__ = ["Prompter", "RawPrompter"]
 
-_USER_DEFINED = 4  # enum llama_token_type
+_CONTROL, _USER_DEFINED = 3, 4  # of enum llama_token_type
+_TOOL_CALL = "<tool_call>"
 _REPEATS = 8  # a template may write each message so often, on average
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn; `tokens` are those the model itself wrote, which text may not reproduce."""
-
-    role: Literal["system", "user", "assistant"]
-    text: str
-    tokens: tuple[int, ...] | None = None
 
 
 class RawPrompter:
@@ -69,17 +63,17 @@ class RawPrompter:
     @cached_property
     def _markers(self) -> re.Pattern[str] | None:
         """The template's markers among the user-defined tokens."""
+        names = [name for name in self._names(_USER_DEFINED) if name in (self._source or "")]
+        # Only looked ahead to, so that of markers that overlap each is found.
+        return re.compile(f"(?={'|'.join(map(re.escape, names))})") if names else None
+
+    def _names(self, *kinds: int) -> list[str]:
+        """The texts of the tokens of some kinds."""
         keys = self._engine.gguf.keys
         tokens, types = keys.get("tokenizer.ggml.tokens"), keys.get("tokenizer.ggml.token_type")
         if not isinstance(tokens, list) or not isinstance(types, list):
-            return None
-        names = [
-            str(token)
-            for token, kind in zip(tokens, types, strict=False)
-            if kind == _USER_DEFINED and str(token) in (self._source or "")
-        ]
-        # Only looked ahead to, so that of markers that overlap each is found.
-        return re.compile(f"(?={'|'.join(map(re.escape, names))})") if names else None
+            return []
+        return [str(token) for token, kind in zip(tokens, types, strict=False) if kind in kinds]
 
 
 class Prompter(RawPrompter):
@@ -99,30 +93,67 @@ class Prompter(RawPrompter):
             )
         self._template = ChatTemplate(self._source, self._file)
 
-    def tokens(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template tells the model of tools."""
+        return "tools" in self._template.variables
+
+    @property
+    def writes_tool_calls(self) -> bool:
+        """Whether the model calls tools as JSON between <tool_call> tags, which are text."""
+        return self.takes_tools and _TOOL_CALL in self._template.source and not self._hidden
+
+    def tokens(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """The prompt that makes the model write the next assistant message.
+
+        `tools` are told to it as OpenAI's API has them, if its template takes any.
 
         Raises:
             GGUFError: the template fails on these messages, garbles them or leaves the last out.
+            UsageError: it takes no tools, or what is said of them is not to be told to a model.
         """
         mark = secrets.token_hex(8)
         names = [f"{mark}.{index}." for index in range(len(messages))]
         rendered = self._template.render(
-            [{"role": m.role, "content": name} for m, name in zip(messages, names, strict=True)],
+            [as_variable(m, name) for m, name in zip(messages, names, strict=True)],
             bos_token=self._special("bos"),
             eos_token=self._special("eos"),
+            **self._tools(messages, tools),
         )
-        if names[-1] not in rendered:
+        if names[-1] not in rendered and not messages[-1].tool_calls:
             raise GGUFError(f"the chat template of {self._file} leaves out the last message")
         pieces = re.split(rf"{mark}\.(\d{{1,9}})\.", rendered)
         indices = [int(index) for index in pieces[1::2]]
-        if len(indices) > _REPEATS * len(messages) or max(indices) >= len(messages):
+        if len(indices) > _REPEATS * len(messages) or max(indices, default=0) >= len(messages):
             raise GGUFError(f"the chat template of {self._file} garbles the messages")
         tokens = self._engine.tokenize(pieces[0], special=True)
         for index, literal in zip(indices, pieces[2::2], strict=True):
             tokens += self.content(messages[index])
             tokens += self._engine.tokenize(literal, special=True)
         return tokens
+
+    def _tools(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+    ) -> dict[str, Any]:
+        """The template's variable for tools, after a look at all that is said of them."""
+        if not tools and not any(m.role == "tool" or m.tool_calls for m in messages):
+            return {}
+        if not self.takes_tools:
+            raise UsageError(f"the chat template of {self._file} knows no tools")
+        refuse_markers([*(tools or ()), *map(as_variable, messages)], self._marking)
+        return {"tools": list(tools)} if tools else {}
+
+    @cached_property
+    def _marking(self) -> list[str]:
+        """The texts that could become special tokens."""
+        return [name for name in self._names(_CONTROL, _USER_DEFINED) if name.strip()]
+
+    @cached_property
+    def _hidden(self) -> bool:
+        """Whether the tags are control tokens, of which an answer shows nothing."""
+        return _TOOL_CALL in self._names(_CONTROL)
 
     def _special(self, name: str) -> str:
         """What a template that writes `eos_token` or the like means by it."""

@@ -10,8 +10,10 @@ from dots1_local.runtime.chat.answer_tokens import with_tokens
 from dots1_local.runtime.chat.dialogue import SYSTEM_PROMPT, Dialogue, Overflow
 from dots1_local.runtime.chat.kv_cache import KVCache, common_prefix
 from dots1_local.runtime.chat.kv_state_file import opened_state
-from dots1_local.runtime.chat.prompt import Message, Prompter, RawPrompter
-from dots1_local.runtime.chat.sampling import Sampler, Sampling
+from dots1_local.runtime.chat.message import Message
+from dots1_local.runtime.chat.prompt import Prompter, RawPrompter
+from dots1_local.runtime.chat.sampler import Sampler
+from dots1_local.runtime.chat.sampling import Sampling
 from dots1_local.runtime.chat.stats import Stats, StopReason
 from dots1_local.runtime.chat.stopping import AnswerText
 from dots1_local.runtime.chat.turns import EngineTurn, blame, drop_oldest, turns_to_drop

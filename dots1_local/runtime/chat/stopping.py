@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Iterator
 
 from dots1_local.errors import UsageError
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 
 __all__ = ["AnswerText"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from dots1_local.progress import Progress
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.stats import StopReason
 from dots1_local.runtime.chat.stopping import AnswerText
 

@@ -26,11 +26,13 @@ class Address:
         """The address as it is typed, less slashes at its end.
 
         Raises:
-            UsageError: it is none, or has more in it than a place.
+            UsageError: it is none, or has more in it than a place; a password is not shown.
         """
         example = "give it as http://HOST:8000/v1"
         if not text.isprintable() or " " in text:
             raise UsageError(f"--url has blanks or control characters in it; {example}")
+        if "@" in text.partition("://")[2].partition("/")[0]:
+            raise UsageError(f"--url has a password in it; put the key into {KEY_VARIABLES[0]}")
         try:
             parts = urlsplit(text)
             port, host = parts.port, (parts.hostname or "").encode("idna").decode()
@@ -38,8 +40,6 @@ class Address:
             raise UsageError(f"--url is {text!r}, which is no address; {example}") from None
         if parts.scheme not in ("http", "https") or not host:
             raise UsageError(f"--url is {text!r}, which is no http or https address; {example}")
-        if parts.username is not None or parts.password is not None:
-            raise UsageError(f"--url has a password in it; put the key into {KEY_VARIABLES[0]}")
         if parts.query or parts.fragment:
             raise UsageError(f"--url has more than a path in it; {example}")
         place = f"[{host}]" if ":" in host else host

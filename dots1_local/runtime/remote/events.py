@@ -27,7 +27,7 @@ def events(pieces: Iterable[bytes]) -> Iterator[str]:
         name, _, value = line.partition(":")
         if name in _DATA:
             data.append(value.removeprefix(" "))
-            size += len(value)
+            size += 1 + len(value)
             _check(size)
         elif not line:
             text, data, size = "\n".join(data), [], 0

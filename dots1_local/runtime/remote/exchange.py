@@ -153,7 +153,7 @@ class Exchange:
     def _opener(self) -> OpenerDirector:
         """It follows no redirect: those would take a key along to another host."""
         others = [] if self._proxies else [ProxyHandler({})]
-        return build_opener(_Http(self._connected), _Https(self._connected), _NoRedirect(), *others)
+        return build_opener(_Connecting(self._connected), _NoRedirect(), *others)
 
     def _connected(self, connection: HTTPConnection) -> None:
         """Take note of a new connection, which may be silent for as long as a prompt takes."""
@@ -175,6 +175,8 @@ Noted = Callable[[HTTPConnection], None]
 
 
 class _Connection(HTTPConnection):
+    """One that is noted as soon as it is made."""
+
     def __init__(self, noted: Noted, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._noted = noted
@@ -184,29 +186,17 @@ class _Connection(HTTPConnection):
         self._noted(self)
 
 
-class _TlsConnection(HTTPSConnection):
-    def __init__(self, noted: Noted, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._noted = noted
-
-    def connect(self) -> None:
-        super().connect()
-        self._noted(self)
+class _TlsConnection(_Connection, HTTPSConnection):
+    """The same, noted when TLS is spoken."""
 
 
-class _Http(HTTPHandler):
+class _Connecting(HTTPHandler, HTTPSHandler):
     def __init__(self, noted: Noted) -> None:
         super().__init__()
         self._noted = noted
 
     def http_open(self, req: Request) -> HTTPResponse:
         return self.do_open(partial(_Connection, self._noted), req)
-
-
-class _Https(HTTPSHandler):
-    def __init__(self, noted: Noted) -> None:
-        super().__init__()
-        self._noted = noted
 
     def https_open(self, req: Request) -> HTTPResponse:
         return self.do_open(partial(_TlsConnection, self._noted), req)

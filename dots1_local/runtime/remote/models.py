@@ -1,12 +1,13 @@
 """What servers tell of their models: names, and how much the context holds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ServedModel", "find_model", "listed"]
+__all__ = ["ServedModel", "find_model", "listed", "some"]
 
-_LONGEST_NAME = 1 << 10  # characters
+_LONGEST_NAME = 200  # characters
+_SHOWN = 20  # names
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,16 @@ class ServedModel:
     n_ctx: int | None
 
 
-def listed(answer: Any) -> list[ServedModel] | None:
-    """The models in the answer to a look at /models; None for another kind of answer."""
-    entries = answer.get("data") if isinstance(answer, dict) else None
-    if not isinstance(entries, list):
-        return None
-    return list(_models(entries))
+def listed(answer: Mapping[str, Any]) -> list[ServedModel]:
+    """The models in the answer to a look at /models; none in another kind of answer."""
+    entries = answer.get("data")
+    return list(_models(entries)) if isinstance(entries, list) else []
+
+
+def some(names: Sequence[str]) -> str:
+    """Those of a list that make a sentence; resellers serve hundreds of models."""
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel | None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.sampling import Sampling
 
 __all__ = ["GROUPS", "prompt_of", "sampling_of"]
@@ -39,7 +39,7 @@ def sampling_of(sampling: Sampling) -> Mapping[str, Any]:
     if sampling.repeat_penalty != 1:
         wanted["repetition_penalty"] = wanted["repeat_penalty"] = sampling.repeat_penalty
     if sampling.seed is not None:
-        wanted["seed"] = sampling.seed
+        wanted["seed"] = sampling.seed % (1 << 32)  # what they all take, and an engine here makes
     if sampling.frequency_penalty or sampling.presence_penalty:
         wanted["frequency_penalty"] = sampling.frequency_penalty
         wanted["presence_penalty"] = sampling.presence_penalty

@@ -10,6 +10,7 @@ from dots1_local.errors import Dots1Error
 from dots1_local.runtime.remote.address import KEY_VARIABLES, Key
 from dots1_local.runtime.remote.connection import readable
 from dots1_local.runtime.remote.exchange import Head
+from dots1_local.runtime.remote.models import some
 
 __all__ = ["Refusal", "TooLong", "complaint", "refusal_of"]
 
@@ -89,11 +90,9 @@ def refusal_of(
 ) -> Refusal:
     """What a server answers in place of what it was asked for, at `url` and of `model`."""
     try:
-        said, detail = complaint(json.loads(body))
+        said, detail = complaint(json.loads(body), key)
     except (ValueError, RecursionError):
         said, detail = "", {}
-    if key:
-        said = key.hidden_in(said)
     because = f": {said}" if said else ""
     match head.status:
         case 401 | 403 if key:
@@ -101,14 +100,14 @@ def refusal_of(
         case 401 | 403:
             sentence = f"{url} wants a key; set {KEY_VARIABLES[0]} to it{because}"
         case 404 if model and model in said:
-            known = f"it has {', '.join(models)}" if models else "it tells of none"
+            known = f"it has {some(models)}" if models else "it tells of none"
             sentence = f"{url} has no model {model}; {known}"
         case 404:
             sentence = f"{url} is not where the server's API is; check --url{because}"
         case 429 | 503:
             sentence = f"{url} is busy{because}; try again {_later(head)}"
         case status if 300 <= status < 400:
-            place = readable(head.headers.get("Location", "elsewhere"))
+            place = _shown(head.headers.get("Location", "elsewhere"), key)
             sentence = f"{url} sends on to {place}; give --url the address that is meant"
         case status:
             sentence = f"{url} answers with error {status}{because}"
@@ -120,8 +119,8 @@ def _later(head: Head) -> str:
     return f"in {wait} s" if wait.isascii() and wait.isdigit() and len(wait) < 6 else "later"
 
 
-def complaint(value: Any) -> tuple[str, dict[str, Any]]:
-    """The words of an error object as servers shape it, and the object with its details.
+def complaint(value: Any, key: Key | None) -> tuple[str, dict[str, Any]]:
+    """The words of an error object as servers shape it, less the key, and its details.
 
     OpenAI's and most have it under "error", older vLLM and SGLang bare, FastAPI under "detail".
     """
@@ -131,10 +130,15 @@ def complaint(value: Any) -> tuple[str, dict[str, Any]]:
     detail = inner if isinstance(inner, dict) else value
     for words in (detail.get("message"), inner, value.get("detail")):
         if isinstance(words, str):
-            return readable(words), detail
+            return _shown(words, key), detail
         if isinstance(words, list):
-            return readable("; ".join(map(_of_one, words))), detail
+            return _shown("; ".join(map(_of_one, words)), key), detail
     return "", detail
+
+
+def _shown(words: str, key: Key | None) -> str:
+    """Without the key, of which cutting words short could leave a part to be seen."""
+    return readable(key.hidden_in(words) if key else words)
 
 
 def _of_one(entry: Any) -> str:

@@ -4,11 +4,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.stats import AnswerStats, StopReason
 
 __all__ = ["Reply"]
 
+_GIVEN_UP = ("abort", "error")  # reasons of vLLM and SGLang, which are no end
 _NEAR = 16  # tokens of a context that servers keep to themselves, some one, SGLang a few
 
 
@@ -42,9 +43,9 @@ class Reply:
         """The text in a chunk; what has another shape than it should is passed over."""
         self._usage = _object(chunk.get("usage")) or self._usage
         self._timings = _object(chunk.get("timings")) or self._timings
-        choices = chunk.get("choices")
-        choice = _object(choices[0]) if isinstance(choices, list) and choices else {}
-        if isinstance(reason := choice.get("finish_reason"), str):
+        choice = _first(chunk.get("choices"))
+        reason = choice.get("finish_reason")
+        if isinstance(reason, str) and reason not in _GIVEN_UP:
             self._finish = reason
             # The stop string, where vLLM and SGLang tell; a token is named by its number.
             told = choice.get("stop_reason") or choice.get("matched_stop")
@@ -59,6 +60,7 @@ class Reply:
         """How it went; asked for at its end."""
         now = time.perf_counter()
         first = self._first or now
+        written_from = first if len(self._text) > 1 else self._begun  # one piece has no pace
         prompt, told = (self._counted(name) for name in ("prompt_tokens", "completion_tokens"))
         written = len(self._text) if told is None else told
         return AnswerStats(
@@ -66,7 +68,7 @@ class Reply:
             self._reused(prompt),
             written,
             _seconds(self._timings.get("prompt_ms"), first - self._begun),
-            _seconds(self._timings.get("predicted_ms"), now - first),
+            _seconds(self._timings.get("predicted_ms"), now - written_from),
             self._stop(written, limit, None if prompt is None else prompt + written, n_ctx),
             dropped,
             estimate=told is None,
@@ -100,6 +102,12 @@ class Reply:
                 return "context" if full and not reached else "length"
             case _:
                 return "stop" if self._stopped else "end"
+
+
+def _first(choices: Any) -> Mapping[str, Any]:
+    """The one that was asked for, of however many."""
+    found = map(_object, choices) if isinstance(choices, list) else ()
+    return next((choice for choice in found if not choice.get("index")), {})
 
 
 def _text(choice: Mapping[str, Any]) -> str:

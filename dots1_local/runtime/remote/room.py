@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.turns import count_turns, turns_to_drop
 
 __all__ = ["Room"]

@@ -11,7 +11,7 @@ from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.runtime.remote.address import Address, Key
 from dots1_local.runtime.remote.events import events
 from dots1_local.runtime.remote.exchange import Exchange, Head, Wake
-from dots1_local.runtime.remote.models import find_model, listed
+from dots1_local.runtime.remote.models import ServedModel, find_model, listed, some
 from dots1_local.runtime.remote.refusals import Refusal, complaint, refusal_of
 
 __all__ = ["Server"]
@@ -86,36 +86,41 @@ class Server:
                 self._tell(f"the server refuses {names}, which is left out now: {refusal.said}")
 
     def _look_around(self, given: str | None) -> None:
+        found = self._listed_by_version() or self._listed()
+        if not found and given is None:
+            raise Dots1Error(
+                f"what answers at {self.address.url} tells of no models, as OpenAI-compatible "
+                "servers do; check --url, or name the model with --model"
+            )
+        self._models = [model.names[0] for model in found]
+        chosen = find_model(found, given)
+        if chosen is not None:
+            self.model, self.n_ctx = given or chosen.names[0], chosen.n_ctx
+        elif given is None:
+            names = some(self._models)
+            raise UsageError(f"choose one of the server's models with --model: {names}")
+
+    def _listed(self) -> list[ServedModel]:
+        """The models that the server tells of, none where its API is not."""
         try:
-            found = listed(self._object("models"))
+            return listed(self._object("models"))
         except Refusal as refusal:
             if refusal.status not in (404, 405):
                 raise
-            found = self._of_version(given)
-        if found is None:
-            raise Dots1Error(f"what answers at {self.address.url} is no OpenAI-compatible server")
-        self._models = [model.names[0] for model in found]
-        chosen = find_model(found, given)
-        if chosen is None and given is None:
-            names = ", ".join(self._models) or "none that it tells of"
-            raise UsageError(f"choose one of the server's models with --model: {names}")
-        if chosen is not None:
-            self.model, self.n_ctx = given or chosen.names[0], chosen.n_ctx
+            return []
 
-    def _of_version(self, given: str | None) -> Any:
-        """The models, where the address does not say that the API is under /v1."""
+    def _listed_by_version(self) -> list[ServedModel]:
+        """The same, where the address does not say that the API is under /v1.
+
+        This comes first: llama.cpp's server tells of its models elsewhere too, but completes texts
+        there in a way of its own.
+        """
         before, self.address = self.address, self.address.versioned
-        if before != self.address:
-            try:
-                found = listed(self._object("models"))
-            except Refusal as refusal:
-                if refusal.status not in (404, 405):
-                    raise
-            else:
-                self._tell(f"using {self.address.url}")
-                return found
+        if before != self.address and (found := self._listed()):
+            self._tell(f"using {self.address.url}")
+            return found
         self.address = before
-        return [] if given else None  # a server may list no models and yet have this one
+        return []
 
     def _chunks(self, path: str, body: Mapping[str, Any], wake: Wake) -> Iterator[dict[str, Any]]:
         with self._answered(path, wake, body=body) as (exchange, head):
@@ -124,14 +129,14 @@ class Server:
             else:  # it does not stream
                 yield self._parsed(exchange.body(_LARGEST).decode("utf-8", errors="replace"))
 
-    def _object(self, path: str) -> dict[str, Any] | None:
-        """The JSON object there; None for anything else."""
+    def _object(self, path: str) -> dict[str, Any]:
+        """The JSON object there, an empty one for anything else."""
         with self._answered(path, lambda: None, patience=_PATIENCE) as (exchange, _):
             try:
                 found = json.loads(exchange.body(_LARGEST))
             except (ValueError, RecursionError):
-                return None
-        return found if isinstance(found, dict) else None
+                return {}
+        return found if isinstance(found, dict) else {}
 
     def _parsed(self, text: str) -> dict[str, Any]:
         try:
@@ -140,12 +145,12 @@ class Server:
             chunk = None
         if not isinstance(chunk, dict):
             raise Dots1Error(f"what {self.address.url} sends as an answer is none")
-        if "error" in chunk or chunk.get("object") == "error":
-            said, detail = complaint(chunk)
+        if chunk.get("error") or chunk.get("object") == "error":
+            said, detail = complaint(chunk, self._key)
             code = detail.get("code")
             status = code if type(code) is int else 500
-            url = self.address.url
-            raise Refusal(f"{url} reports an error: {said}", status, said, detail)
+            because = f": {said}" if said else ""
+            raise Refusal(f"{self.address.url} reports an error{because}", status, said, detail)
         return chunk
 
     @contextmanager
@@ -192,5 +197,5 @@ class Server:
         data = None
         if body is not None:
             headers["Content-Type"] = "application/json"
-            data = json.dumps(body).encode()
+            data = json.dumps(body, ensure_ascii=False).encode("utf-8", errors="replace")
         return Request(f"{self.address.url}/{path}", data, headers)

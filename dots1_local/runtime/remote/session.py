@@ -8,7 +8,7 @@ from typing import Any
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.progress import Progress
 from dots1_local.runtime.chat.dialogue import Dialogue, Overflow
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.sampling import Sampling
 from dots1_local.runtime.chat.turns import Turn, blame, count_turns, drop_oldest
 from dots1_local.runtime.remote.parameters import GROUPS, prompt_of, sampling_of

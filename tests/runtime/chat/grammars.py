@@ -3,6 +3,7 @@
 import ctypes
 import random
 import re
+from itertools import pairwise
 from typing import Any
 
 from llama_cpp import llama_cpp as llama
@@ -62,7 +63,7 @@ def _point(text: str) -> int:
     return int(text[2:], 16) if len(text) > 1 else ord(text)
 
 
-def derived(rules: dict[str, list[Symbols]], rng: random.Random, patience: int = 400) -> str | None:
+def derived(rules: dict[str, list[Symbols]], rng: random.Random, patience: int = 400) -> str:
     """A random text of the grammar, which after so many symbols takes the shortest ways out."""
     shortest = _shortest(rules)
     written: list[str] = []
@@ -78,8 +79,6 @@ def derived(rules: dict[str, list[Symbols]], rng: random.Random, patience: int =
             low, high = rng.choice(symbol)
             # Where there are many, those near the ends tell most.
             written.append(chr(rng.choice((low, high, rng.randint(low, high)))))
-        if len(written) > 20_000:
-            return None
     return "".join(written)
 
 
@@ -161,9 +160,7 @@ def _firsts(rules: dict[str, list[Symbols]], empty: set[str]) -> dict[str, list[
     return first
 
 
-def _starts(
-    way: Symbols, first: dict[str, list[Set]], empty: set[str]
-) -> tuple[list[Set], bool]:
+def _starts(way: Symbols, first: dict[str, list[Set]], empty: set[str]) -> tuple[list[Set], bool]:
     sets: list[Set] = []
     for symbol in way:
         sets += first[symbol] if isinstance(symbol, str) else [symbol]
@@ -183,7 +180,7 @@ def _reached(edges: dict[str, set[str]], name: str) -> set[str]:
 
 def _overlapping(sets: list[Set]) -> bool:
     ranges = sorted(each for some in sets for each in some)
-    return any(low <= before for (_, before), (low, _) in zip(ranges, ranges[1:], strict=False))
+    return any(low <= before for (_, before), (low, _) in pairwise(ranges))
 
 
 def _meeting(some: list[Set], others: list[Set]) -> bool:

@@ -13,13 +13,14 @@ from jsonschema import Draft202012Validator
 
 from dots1_local.errors import Dots1Error
 from dots1_local.runtime.chat.grammar import Grammar
-from dots1_local.runtime.chat.sampling import Sampler, Sampling
+from dots1_local.runtime.chat.sampler import Sampler
+from dots1_local.runtime.chat.sampling import Sampling
 from dots1_local.runtime.engine import Engine
 from tests.helpers import EOS, EOT, TYPES, scripted_tensors, write_random_gguf
 
 PROMPT = list(b"say:")
 # So that texts of random bytes come to an end.
-BRIEF = tuple((ord(each), 4.0) for each in '"]}0,') + ((EOS, 4.0),)
+BRIEF = tuple((token, 4.0) for token in (*b'"]}0,', EOS))
 SPLIT = Grammar.of_json_schema({"enum": ["中文", "中国", "é"]})
 
 

@@ -13,7 +13,7 @@ from dots1_local.runtime.chat.conversation import (
     save_conversation,
     state_path,
 )
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.sampling import Sampling
 from tests.helpers import EOS, tokens_of
 from tests.runtime.conftest import Talk

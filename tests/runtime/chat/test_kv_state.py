@@ -15,7 +15,7 @@ import pytest
 
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.runtime.chat.kv_state_file import opened_state
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.session import Session
 from dots1_local.runtime.engine import Engine
 from tests.helpers import EOS, TOKENS, random_tensors, tokens_of, write_random_gguf

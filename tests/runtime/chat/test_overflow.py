@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from dots1_local.errors import Dots1Error, GGUFError
-from dots1_local.runtime.chat.prompt import Message, Prompter
+from dots1_local.runtime.chat.message import Message
+from dots1_local.runtime.chat.prompt import Prompter
 from dots1_local.runtime.chat.session import Session, Stats
 from dots1_local.runtime.engine import Engine
 from tests.helpers import EOS, TEMPLATE, tokens_of

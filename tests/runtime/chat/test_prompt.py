@@ -7,7 +7,8 @@ import pytest
 from gguf import TokenType
 
 from dots1_local.errors import GGUFError
-from dots1_local.runtime.chat.prompt import Message, Prompter, RawPrompter
+from dots1_local.runtime.chat.message import Message
+from dots1_local.runtime.chat.prompt import Prompter, RawPrompter
 from dots1_local.runtime.engine import Engine
 from tests.helpers import EOS, EOT, TOKENS, TYPES, tokens_of, write_random_gguf
 

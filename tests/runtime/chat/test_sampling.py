@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from dots1_local.errors import UsageError
 from dots1_local.runtime.chat.prompt import Prompter
-from dots1_local.runtime.chat.sampling import Sampler, Sampling
+from dots1_local.runtime.chat.sampler import Sampler
+from dots1_local.runtime.chat.sampling import Sampling
 from dots1_local.runtime.engine import Engine, Entry
 from tests.helpers import write_random_gguf
 from tests.runtime.conftest import Talk

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dots1_local.errors import GGUFError, UsageError
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.session import SYSTEM_PROMPT, Session, Stats
 from tests.helpers import EOS, EOT, TOKENS, tokens_of
 from tests.runtime.conftest import Talk

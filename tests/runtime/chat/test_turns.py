@@ -1,4 +1,4 @@
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.turns import drop_oldest, last_turn, turns_to_drop
 
 SYSTEM, NOTE = Message("system", "s"), Message("system", "note")

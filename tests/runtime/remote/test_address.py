@@ -14,6 +14,7 @@ from dots1_local.runtime.remote.address import Address, Key, key_from
         ("HTTPS://Example.org", "https://example.org"),
         ("http://[::1]:8000/v1", "http://[::1]:8000/v1"),
         ("http://bücher.example/a b".replace(" ", "%20"), "http://xn--bcher-kva.example/a%20b"),
+        ("http://host/@cf/v1", "http://host/%40cf/v1"),
         ("http://host/中/v1", "http://host/%E4%B8%AD/v1"),
     ],
 )
@@ -34,6 +35,9 @@ def test_an_address_is_taken_as_it_is_meant(typed: str, url: str) -> None:
         ("http://" + "a" * 99 + "/v1", "which is no address"),
         ("http://host/v1?key=secret", "more than a path"),
         ("http://me:secret@host/v1", "put the key into DOTS1_API_KEY"),
+        ("http://me:secret@host:port/v1", "put the key into DOTS1_API_KEY"),
+        ("ftp://secret@host/v1", "put the key into DOTS1_API_KEY"),
+        ("http://me:secret@[::1/v1", "put the key into DOTS1_API_KEY"),
         ("http://host/v1\r\nX: y", "blanks or control characters"),
         ("http://ho st/v1", "blanks or control characters"),
     ],

@@ -43,7 +43,9 @@ def test_streams_end_and_break_off_in_many_ways(stream: bytes, found: list[str])
     assert list(events([stream])) == found
 
 
-@pytest.mark.parametrize("piece", [b"x" * 65536, b"data: " + b"x" * 65536 + b"\n"])
+@pytest.mark.parametrize(
+    "piece", [b"x" * 65536, b"data: " + b"x" * 65536 + b"\n", b"data:\n" * 65536]
+)
 def test_an_event_without_end_is_not_waited_for(piece: bytes) -> None:
     with pytest.raises(Dots1Error, match="an event without end"):
         list(events(repeat(piece)))

@@ -173,9 +173,15 @@ def test_an_error_is_one_sentence(
     assert str(refusal(status, body, headers)) == sentence
 
 
-def test_a_refused_key_is_named_by_its_variable_alone() -> None:
-    key = Key("s3cret", "OPENAI_API_KEY")
-    shown = str(refusal(401, error("Incorrect API key provided: s3cret."), key=key))
-    assert shown == (
-        f"{URL} does not take the key in OPENAI_API_KEY: Incorrect API key provided: (the key)"
-    )
+@pytest.mark.parametrize(
+    ("status", "said", "sentence"),
+    [
+        (401, "Incorrect API key provided: s3cret.",
+         "does not take the key in OPENAI_API_KEY: Incorrect API key provided: (the key)"),
+        (400, "x" * 296 + "s3cret", f"answers with error 400: {'x' * 296}(the…"),
+        (302, "", "sends on to http://other/?key=(the key); give --url the address that is meant"),
+    ],
+)  # fmt: skip
+def test_a_key_is_named_by_its_variable_alone(status: int, said: str, sentence: str) -> None:
+    key, onwards = Key("s3cret", "OPENAI_API_KEY"), {"Location": "http://other/?key=s3cret"}
+    assert str(refusal(status, error(said), onwards, key)) == f"{URL} {sentence}"

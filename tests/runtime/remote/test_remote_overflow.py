@@ -3,7 +3,7 @@
 import pytest
 
 from dots1_local.errors import Dots1Error
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from tests.openai_server import answer, as_json, refused
 from tests.runtime.remote.conftest import Talk, say, texts
 

@@ -7,8 +7,9 @@ import pytest
 
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.runtime.chat.conversation import load_conversation, save_conversation
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.sampling import Sampling
+from dots1_local.runtime.remote.address import Key
 from tests.openai_server import Played, answer, as_json, chunk, refused, sse, usage
 from tests.runtime.remote.conftest import Talk, say, texts
 
@@ -31,7 +32,9 @@ def test_turns_go_back_and_forth(talk: Talk) -> None:
 
 
 def test_what_is_asked_for_is_what_vllm_sglang_and_llama_cpp_take(talk: Talk) -> None:
-    sampling = Sampling(0.5, 0, 0.9, 0.1, 1.1, 7, presence_penalty=0.5, logit_bias=((3, -100),))
+    sampling = Sampling(
+        0.5, 0, 0.9, 0.1, 1.1, (1 << 64) + 7, presence_penalty=0.5, logit_bias=((3, -100),)
+    )
     session, server = talk(answer("a"), sampling=sampling, stop=("END",), max_tokens=9)
     say(session, "hi")
     assert server.bodies == [
@@ -152,6 +155,31 @@ def test_only_the_answers_own_text_is_taken(talk: Talk) -> None:
     assert say(session, "hi") == "a?"
 
 
+def test_of_several_choices_the_first_is_the_answer(talk: Talk) -> None:
+    both = {"choices": [{"index": 1, "delta": {"content": "B"}}, *chunk("A")["choices"]]}
+    other = {"choices": [{"index": 1, "delta": {"content": "B"}, "finish_reason": "stop"}]}
+    session, _ = talk(Played([sse(both, other, chunk("a"), chunk(finish="stop"))]))
+    assert say(session, "hi") == "Aa"
+
+
+def test_text_that_is_no_unicode_is_sent_as_unicode(talk: Talk) -> None:
+    session, server = talk(answer("a"))
+    say(session, "caf\udce9 中")  # as the command line gives a byte that is no UTF-8
+    assert server.bodies[0]["messages"][1]["content"] == "caf? 中"
+
+
+def test_no_error_is_none(talk: Talk) -> None:
+    session, _ = talk(Played([sse({**chunk("a"), "error": None}, chunk(finish="stop"))]))
+    assert say(session, "hi") == "a"
+
+
+def test_a_key_is_not_shown_by_an_error_in_mid_answer(talk: Talk) -> None:
+    key = Key("s3cret", "DOTS1_API_KEY")
+    session, _ = talk(Played([sse(chunk("a"), {"error": "s3cret is no key"})]), key=key)
+    with pytest.raises(Dots1Error, match=r"reports an error: \(the key\) is no key"):
+        say(session, "hi")
+
+
 def test_an_answer_without_done_or_in_one_piece_is_one(talk: Talk) -> None:
     whole = {"choices": [{"message": {"role": "assistant", "content": "all"},
                           "finish_reason": "stop"}], **{"usage": usage(5, 1)["usage"]}}  # fmt: skip
@@ -159,6 +187,8 @@ def test_an_answer_without_done_or_in_one_piece_is_one(talk: Talk) -> None:
     assert say(session, "one") == "a"
     assert say(session, "two") == "all"
     assert session.context_used == 6
+    assert session.stats is not None  # with no piece to begin from, all the waiting counts
+    assert session.stats.generation_seconds >= session.stats.prompt_seconds
 
 
 @pytest.mark.parametrize(
@@ -166,6 +196,7 @@ def test_an_answer_without_done_or_in_one_piece_is_one(talk: Talk) -> None:
     [
         (Played([sse(chunk("par"), done=False)], cut=True), "the connection to .* was cut"),
         (Played([sse(chunk("par"), done=False)]), "stopped in the middle of the answer"),
+        (Played([sse(chunk("par"), chunk(finish="abort"))]), "stopped in the middle of the answer"),
         (Played([sse(chunk("par"), {"error": {"message": "EngineDead", "code": 500}})]),
          "reports an error: EngineDead"),
         (Played([sse(chunk("par"), {"object": "error", "message": "out of memory"})]),
@@ -191,6 +222,7 @@ def test_what_breaks_off_is_kept_and_told(talk: Talk, played: Played, sentence: 
         (Played([b"<html>"], kind="text/html"), "sends as an answer is none"),
         (Played([b"\xff\xfe\x00"], kind="application/octet-stream"), "sends as an answer is none"),
         (Played([sse({"error": {"message": "no"}})]), "reports an error: no"),
+        (Played([sse({"error": {"code": 500}})]), "reports an error$"),
         (refused("EngineCore encountered an issue.", 500), "answers with error 500: EngineCore"),
         (Played([], headers={f"X{n}": "y" for n in range(200)}), "speaks no HTTP"),
         (Played([], headers={"X": "y" * 70_000}), "speaks no HTTP"),

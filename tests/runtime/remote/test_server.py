@@ -93,12 +93,9 @@ def listening(reply: bytes | None) -> Iterator[str]:
         (b"SSH-2.0-OpenSSH_9.2\r\n", "speaks no HTTP"),
         (b"\x00" * 100_000, "speaks no HTTP"),
         (b"", "was cut"),
-        (
-            b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html>",
-            "no OpenAI-compatible server",
-        ),
-        (b'HTTP/1.1 200 OK\r\n\r\n{"data": 7}', "no OpenAI-compatible server"),
-        (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, "no OpenAI-compatible server"),
+        (b"HTTP/1.1 200 OK\r\n\r\n<html>", "tells of no models"),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"data": 7}', "tells of no models"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, "tells of no models"),
         (None, "does not answer within 0.2 seconds"),
     ],
 )
@@ -126,8 +123,17 @@ def test_where_nobody_is_that_is_told(
         Server.open(url)
 
 
-def test_an_address_without_v1_is_completed(told: list[str]) -> None:
-    with playing() as server:
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        refused("Not Found", 404),
+        as_json({"error": "Unexpected endpoint or method. (GET /models)"}),  # LM Studio
+        Played([b"<html>"], kind="text/html"),  # a page for whatever is asked for
+        as_json(VLLM_MODELS),  # llama.cpp's server, whose /completions is another API
+    ],
+)
+def test_an_address_without_v1_is_completed(elsewhere: Played, told: list[str]) -> None:
+    with playing(elsewhere=elsewhere) as server:
         found = Server.open(server.url.removesuffix("/v1"), tell=told.append)
         assert (found.address.url, found.model, found.n_ctx) == (server.url, "dots1", 2048)
         assert told == [f"using {server.url}"]
@@ -147,6 +153,14 @@ def test_of_several_models_one_is_chosen() -> None:
             Server.open(server.url)
         assert Server.open(server.url, "dots1").n_ctx == 2048
         assert Server.open(server.url, "lora").n_ctx is None
+
+
+def test_of_very_many_models_some_are_told() -> None:
+    models = {"data": [{"id": f"m{number}"} for number in range(400)]}
+    with playing(models=as_json(models)) as server:
+        with pytest.raises(UsageError, match=r": m0, m1, .* m19 and 380 more$"):
+            Server.open(server.url)
+        assert Server.open(server.url, "m399").model == "m399"
 
 
 def test_a_model_that_is_not_there_is_told_with_those_that_are() -> None:

@@ -117,7 +117,7 @@ class Compiler:
 
     def _listed(self, schema: _Schema, place: str) -> Iterator[Sequence]:
         if others := [key for key in schema if key not in ("enum", "const", "type")]:
-            raise unsupported([*others, "enum or const"], place)
+            raise unsupported([f"{others[0]} with enum or const"], place)
         lists = [schema["enum"]] if "enum" in schema else []
         lists += [[schema["const"]]] if "const" in schema else []
         if not all(isinstance(each, list) for each in lists):
@@ -146,7 +146,7 @@ class Compiler:
 
     def _string(self, keywords: _Schema, place: str) -> list[Sequence]:
         if len(keywords) > 1 and ("pattern" in keywords or "format" in keywords):
-            raise unsupported(keywords, place)
+            raise unsupported([" with ".join(sorted(keywords))], place)
         if "pattern" in keywords:
             source = keywords["pattern"]
             if not isinstance(source, str):

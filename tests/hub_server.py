@@ -17,7 +17,7 @@ from threading import Lock, Thread
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["HEADER", "NAME", "HubServer", "Request"]
+__all__ = ["HEADER", "NAME", "HubServer", "Request", "is_shard"]
 
 NAME = "someone/dots1-tiny"
 HEADER = 1 << 17  # bytes that are asked for as a shard's header, which no fault strikes
@@ -43,6 +43,11 @@ class HubServer:
         self.cuts: dict[str, list[int]] = defaultdict(list)  # bytes after which a request ends
         self.damaged: dict[str, int] = {}  # how often a file is sent with wrong bytes
         self.statuses: dict[str, list[int]] = defaultdict(list)  # by file, or "api"
+        self.starts: dict[
+            str, bytes
+        ] = {}  # sent in place of a shard's, where its header is asked for
+        self.page: bytes | None = None  # what the API answers
+        self.etags = ""  # before the hash
         self.ignores_ranges = False
         self.tokens: set[tuple[str, str]] = set()  # host names, and what they were shown
         self.watch: Callable[[], object] = lambda: None  # called at every request and chunk
@@ -167,6 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self.server.hub.find(revision)
         if status := self.server.hub.take(self.server.hub.statuses, "api"):
             self._refuse(status, "GatedRepo" if status == 403 else "")
+        elif (page := self.server.hub.page) is not None:
+            self._answer(200, {"Content-Length": str(len(page))}, page)
         elif name != NAME:
             self._refuse(404, "RepoNotFound")
         elif commit is None:
@@ -189,7 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound")
         elif is_large(file):
             entry = listed(path)["lfs"] if self.command == "HEAD" else {}
-            elsewhere = {"X-Linked-Etag": f'"{entry["sha256"]}"'} if entry else {}
+            elsewhere = (
+                {"X-Linked-Etag": f'"{self.server.hub.etags}{entry["sha256"]}"'} if entry else {}
+            )
             self._answer(302, {
                 "Location": f"http://localhost:{self.server.hub.port}/cdn/{commit}/{file}",
                 "X-Repo-Commit": commit,
@@ -218,6 +227,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, {**length, **partial, **(headers or {})})
         if self.command == "HEAD":
             return
+        if stop - start <= HEADER and path.name in self.server.hub.starts:
+            begin = self.server.hub.starts[path.name]
+            content = begin + content[len(begin) :]
         if stop - start > HEADER and self.server.hub.spoils(path.name):
             content = content[:-1] + bytes([content[-1] ^ 1])
         self._send(path.name, content, start, stop)

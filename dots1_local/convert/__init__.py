@@ -201,7 +201,8 @@ class Conversion:
 
         `on_resume` is called once, with tensors done and in all, if there was such a run. The
         shards of a checkpoint on the hub are fetched into its cache first; with `low_disk` they
-        come to the output's folder one after another, and go when they are converted.
+        come to the output's folder one after another, and go when they are converted: `progress`
+        counts both what is fetched and what is written.
 
         Raises:
             Dots1Error: the output exists, cannot be written or does not fit the disk, a weight
@@ -212,13 +213,12 @@ class Conversion:
         path = Path(output)
         # What a link points to is written, not the link.
         path = path.resolve() if os.path.islink(path) else path
-        laid_out = self._lay_out(path, split_max_size)
+        laid_out, source = self._lay_out(path, split_max_size), self.checkpoint
         try:
-            _check_target(laid_out, force, self.checkpoint.shards)
+            _check_target(laid_out, force, source.shards)
+            low = provide_shards(source, laid_out, self.tensors, low_disk, progress)
         except OSError as error:
-            raise Dots1Error(f"cannot write {path}: {error.strerror}") from None
-        source = self.checkpoint
-        low = provide_shards(source, laid_out, self.tensors, low_disk, progress)
+            raise Dots1Error(f"cannot use {error.filename or path}: {error.strerror}") from None
         with (
             Journal(laid_out, self._fingerprint(), progress, source.fingerprint) as journal,
             low.supply(journal.done) if low else nullcontext() as supply,

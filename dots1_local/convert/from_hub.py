@@ -47,6 +47,7 @@ def provide_shards(
             revision names another commit than when this output was begun.
         Dots1Error: a disk has no room for what it is to hold.
         UsageError: `low_disk` of a folder.
+        OSError: the hub's cache cannot be used.
     """
     if not isinstance(checkpoint, HubCheckpoint):
         if low_disk:
@@ -88,22 +89,23 @@ def _fetch_all(
         nbytes = sum(file.size for file in missing)
         parts = cache.working_files()
         place = cache.path(missing[0])
+        check_space(output.path, output.total_bytes, output.partials)
+        what = "the checkpoint"
+        if place.parent.stat().st_dev == output.path.parent.stat().st_dev:
+            place = output.path
+            nbytes += output.total_bytes
+            parts += output.partials
+            what = f"{output.path.name} with the checkpoint"
         try:
-            if place.parent.stat().st_dev == output.path.parent.stat().st_dev:
-                what = f"{output.path.name} with the checkpoint"
-                working = [*parts, *output.partials]
-                check_space(output.path, nbytes + output.total_bytes, working, what=what)
-            else:
-                check_space(place, nbytes, parts, what="the checkpoint")
-                check_space(output.path, output.total_bytes, output.partials)
-        except OSError as error:
-            raise Dots1Error(f"cannot write {place.parent}: {error.strerror}") from error
+            check_space(place, nbytes, parts, what=what)
         except Dots1Error as error:
             peak = human_bytes(order_of(checkpoint, tensors).peak(0).nbytes)
             raise Dots1Error(
                 f"{error}, or give --low-disk, which needs {peak} beside the output"
             ) from None
     cache.fetch(progress)
+    for file in cache.files:
+        checkpoint.check_start(cache.path(file))
 
 
 def _refuse_other_commit(checkpoint: HubCheckpoint, output: Output) -> None:
@@ -122,6 +124,7 @@ def _held(checkpoint: HubCheckpoint, progress: Progress) -> list[str]:
     cache, held = ShardCache(checkpoint), []
     for index, file in enumerate(cache.files):
         if cache.holds(file):
+            checkpoint.check_start(cache.path(file))
             held.append(file.name)
             progress(index + 1, len(cache.files), "shards", "checking the hub's cache")
     return held
@@ -137,9 +140,6 @@ def _fits(output: Output, order: ShardOrder, checkpoint: HubCheckpoint, ahead: i
 
 def _check_room(output: Output, order: ShardOrder, checkpoint: HubCheckpoint, ahead: int) -> None:
     peak = order.peak(ahead)
-    working = [*output.partials, *working_folder(output, checkpoint).glob("*")]
+    working = [*output.partials, *working_folder(output, checkpoint).parent.glob("*/*")]
     what = f"{output.path.name} with {peak.shards} shards"
-    try:
-        check_space(output.path, output.total_bytes + peak.nbytes, working, what=what)
-    except OSError as error:
-        raise Dots1Error(f"cannot write {output.path}: {error.strerror}") from error
+    check_space(output.path, output.total_bytes + peak.nbytes, working, what=what)

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +25,7 @@ from dots1_local.errors import CheckpointError
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import encode, is_valid, to_float32
 from dots1_local.quant.importance import Importance
+from dots1_local.reading import cores
 
 __all__ = ["Pipeline"]
 
@@ -60,7 +60,7 @@ class Pipeline:
         self._checkpoint = checkpoint
         self._journal = journal
         self._importance = importance
-        self._threads = threads or _cores()
+        self._threads = threads or cores()
         self._supply = supply
         self._local = threading.local()
         self._sources: dict[Path, int] = {}
@@ -76,19 +76,25 @@ class Pipeline:
         total = sum(slot.tensor.nbytes for slot in slots)
         left = [slot for slot in slots if slot.tensor.spec.name not in self._journal.done]
         done = total - sum(slot.tensor.nbytes for slot in left)
+        supply = self._supply
+
+        def report(what: str) -> None:
+            fetched, to_fetch = (supply.received, supply.nbytes) if supply else (0, 0)
+            progress(done + fetched, total + to_fetch, "bytes", what)
+
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="encode")
         try:
-            for slot in self._supply.arranged(left) if self._supply else left:
-                if self._supply:
-                    self._supply.wait(slot, partial(progress, done, total, "bytes"))
+            for slot in supply.arranged(left) if supply else left:
+                if supply:
+                    supply.wait(slot, report)
                 pieces = []
                 for size, crc in self._tensor(pool, slot):
                     pieces.append((size, crc))
                     done += size
-                    progress(done, total, "bytes", slot.tensor.spec.name)
+                    report(slot.tensor.spec.name)
                 self._journal.finish(slot, pieces)
-                if self._supply:
-                    self._supply.finished(slot, self._close)
+                if supply:
+                    supply.finished(slot, self._close)
         finally:
             pool.shutdown(cancel_futures=True)
             for fd in self._sources.values():
@@ -190,11 +196,6 @@ class Pipeline:
             held = np.empty(size, np.uint8)
             setattr(self._local, name, held)
         return held[:size].view(dtype).reshape(shape)
-
-
-def _cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _row_count(source: Slice) -> int:

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +18,6 @@ from dots1_local.hub.client import HubFile
 from dots1_local.hub.download import Stopped, download, incomplete
 from dots1_local.output import disk_error
 from dots1_local.quant.plan import PlannedTensor
-from dots1_local.sizes import human_bytes
 
 __all__ = ["ShardSupply", "clear", "order_of", "working_folder"]
 
@@ -46,11 +46,7 @@ def working_folder(output: Output, checkpoint: HubCheckpoint) -> Path:
 
 def clear(output: Output) -> None:
     """Remove every shard that conversions to this output have left."""
-    for folder in _folder(output).glob("*"):
-        if _COMMIT.fullmatch(folder.name):
-            _keep(folder, ())
-            with suppress(OSError):
-                folder.rmdir()
+    _clear(_folder(output))
     with suppress(OSError):
         _folder(output).rmdir()
 
@@ -65,12 +61,13 @@ class ShardSupply:
     def __init__(
         self, checkpoint: HubCheckpoint, order: ShardOrder, folder: Path, ahead: int
     ) -> None:
-        self._repo, self._order = checkpoint.repo, order
+        self._checkpoint, self._order = checkpoint, order
         self._folder, self._ahead = folder, ahead
         self._step_of = {name: at for at, step in enumerate(order.steps) for name in step.tensors}
         self._changed = threading.Condition()
         self._allowed = 0  # how many of the order's fetches
         self._there: set[str] = set()
+        self._received = dict.fromkeys(order.fetches, 0)  # bytes
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self._what = ""
@@ -79,6 +76,7 @@ class ShardSupply:
     def __enter__(self) -> Self:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            _clear(self._folder.parent, besides=self._folder)
             _keep(self._folder, next(self._order.on_disk(self._ahead), ()))
         except OSError as error:
             raise disk_error(self._folder, error) from error
@@ -91,6 +89,16 @@ class ShardSupply:
         with self._changed:
             self._changed.notify_all()
         self._thread.join(_PATIENCE)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards that it brings."""
+        return sum(self._order.sizes[shard] for shard in self._order.fetches)
+
+    @property
+    def received(self) -> int:
+        """Bytes of them that are there, or were."""
+        return sum(self._received.values())
 
     def arranged(self, slots: Sequence[Slot]) -> list[Slot]:
         """The order in which to convert what these slots are for."""
@@ -133,7 +141,7 @@ class ShardSupply:
             for index, shard in enumerate(self._order.fetches):
                 with self._changed:
                     self._changed.wait_for(lambda: self._stop.is_set() or index < self._allowed)  # noqa: B023
-                self._fetch(self._repo.file(shard))
+                self._fetch(self._checkpoint.repo.file(shard))
         except BaseException as error:
             with self._changed:
                 self._error = error
@@ -143,12 +151,13 @@ class ShardSupply:
         if self._stop.is_set():
             raise Stopped
 
-        def received(count: int) -> None:
-            self._what = f"fetching {file.name}, {human_bytes(count)} of {human_bytes(file.size)}"
-
+        self._what = f"fetching {file.name}"
+        received = partial(self._received.__setitem__, file.name)
         path = self._folder / file.name
         if not path.is_file():
-            download(self._repo, file, path, received=received, stop=self._stop)
+            download(self._checkpoint.repo, file, path, received=received, stop=self._stop)
+        self._checkpoint.check_start(path)
+        received(file.size)
         with self._changed:
             self._there.add(file.name)
             self._changed.notify_all()
@@ -156,6 +165,15 @@ class ShardSupply:
 
 def _folder(output: Output) -> Path:
     return output.target.with_name(output.target.name + ".shards")
+
+
+def _clear(parent: Path, besides: Path | None = None) -> None:
+    """Remove the shards of all commits, or of all but one."""
+    for folder in parent.glob("*"):
+        if _COMMIT.fullmatch(folder.name) and folder != besides:
+            _keep(folder, ())
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _keep(folder: Path, shards: Iterable[str]) -> None:

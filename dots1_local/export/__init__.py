@@ -30,7 +30,7 @@ from dots1_local.export.tokenizer import (
 )
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.progress import Progress, silent
-from dots1_local.verify.lint import obstacle
+from dots1_local.verify.lint import check_loadable
 from dots1_local.verify.numbers import config_of
 
 __all__ = ["SHARD_SIZE", "Export", "Exported", "export_checkpoint"]
@@ -156,11 +156,9 @@ def export_checkpoint(
 
 def _config(gguf: GGUFFile) -> Dots1Config:
     """The model's numbers, experts as wide as they are stored."""
-    found = obstacle(gguf)
-    if found is not None:
-        raise GGUFError(f"dots1 verify finds in {gguf.files[0]}: {found.message}")
+    check_loadable(gguf)
     config = config_of(gguf)
-    if config is None:  # which is an obstacle
+    if config is None:  # in which case it is not loadable
         raise GGUFError(f"{gguf.files[0]} does not say what model it holds")
     return config
 

@@ -30,6 +30,9 @@ def why_none(gguf: GGUFFile) -> str | None:
     pre = gguf.keys.get(f"{_PREFIX}pre")
     if pre not in QWEN2_NAMES:
         return f"{_PREFIX}pre is {pre!r:.40}, not 'qwen2'"
+    for end in ("bos", "eos"):
+        if gguf.keys.get(f"{_PREFIX}add_{end}_token"):
+            return f"{_PREFIX}add_{end}_token adds a token to every text"
     vocab = _vocab(gguf)
     for merge in _merges(gguf):
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():

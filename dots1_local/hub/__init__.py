@@ -7,8 +7,7 @@ alone. `Conversion.prepare` takes what `open_hub` returns in place of a folder. 
 
 import os
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from dots1_local.checkpoint import (
 from dots1_local.errors import CheckpointError, UsageError
 from dots1_local.hub.client import HubFile, HubRepo, resolve
 from dots1_local.hub.small_files import fetch_small
+from dots1_local.hub.together import together
 from dots1_local.safetensors_header import Slice, header_length, tensor_table
 
 __all__ = ["HubCheckpoint", "open_checkpoint", "open_hub"]
@@ -40,14 +40,21 @@ _LIKELY_HEADER = 1 << 17  # bytes; what dots.llm1's shards need, and a request l
 class HubCheckpoint(Checkpoint):
     """A checkpoint of which `path` holds everything but the shards.
 
-    They are to be fetched there, or elsewhere: see `with_shards_in`.
+    They are to be fetched there, or elsewhere: see `with_shards_in`. `starts` are the bytes of each
+    up to the end of its header, where that is all there is yet.
     """
 
     def __init__(
-        self, repo: HubRepo, path: Path, raw_config: dict[str, Any], slices: dict[str, Slice]
+        self,
+        repo: HubRepo,
+        path: Path,
+        raw_config: dict[str, Any],
+        slices: dict[str, Slice],
+        starts: Mapping[str, bytes],
     ) -> None:
         super().__init__(path, raw_config, slices)
         self.repo = repo
+        self._starts = starts
 
     @property
     def name(self) -> str:
@@ -74,7 +81,22 @@ class HubCheckpoint(Checkpoint):
             tensor: replace(place, file=moved.get(place.file.name, place.file))
             for tensor, place in self._slices.items()
         }
-        return HubCheckpoint(self.repo, self.path, self.raw_config, slices)
+        return HubCheckpoint(self.repo, self.path, self.raw_config, slices, self._starts)
+
+    def check_start(self, shard: Path) -> None:
+        """Make sure that a shard has the header everything was decided by.
+
+        Raises:
+            CheckpointError: it has another: the hub lists a hash of the whole file alone.
+            OSError: it cannot be read.
+        """
+        start = self._starts.get(shard.name, b"")
+        with open(shard, "rb") as file:
+            if file.read(len(start)) != start:
+                raise CheckpointError(
+                    f"{shard.name} of {self.repo} has another header than was sent first; that was "
+                    "damaged on the way: run the same command again"
+                )
 
 
 def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
@@ -114,6 +136,7 @@ def open_hub(
 def _open(name: str, revision: str | None, endpoint: str | None, unless: str) -> HubCheckpoint:
     """`unless` is what errors begin with as long as the name itself may be what is wrong."""
     try:
+        import huggingface_hub.hf_api  # noqa: F401 -- by way of the package it prints its errors
         from huggingface_hub import is_offline_mode
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -121,6 +144,8 @@ def _open(name: str, revision: str | None, endpoint: str | None, unless: str) ->
         raise UsageError(
             f"{unless}fetching from the hub needs pip install 'dots1-local[hub]'"
         ) from None
+    except ValueError as error:
+        raise _of_settings(unless, error) from error
     try:
         validate_repo_id(name)
         if is_offline_mode():
@@ -130,7 +155,18 @@ def _open(name: str, revision: str | None, endpoint: str | None, unless: str) ->
         raise CheckpointError(f"{unless}{name} is no id of the hub, organisation/model") from None
     except CheckpointError as error:
         raise CheckpointError(f"{unless}{error}") from error
+    except ValueError as error:
+        raise _of_settings(unless, error) from error
+    except OSError as error:  # of the token
+        raise CheckpointError(f"{unless}cannot read {error.filename}: {error.strerror}") from error
     return _open_at(repo)
+
+
+def _of_settings(unless: str, error: ValueError) -> UsageError:
+    return UsageError(
+        f"{unless}the hub cannot be asked with the HF_ and proxy variables of the environment: "
+        f"{error}"
+    )
 
 
 def _open_at(repo: HubRepo) -> HubCheckpoint:
@@ -138,7 +174,7 @@ def _open_at(repo: HubRepo) -> HubCheckpoint:
     folder = fetch_small(repo, [repo.file(name) for name in wanted])
     raw_config = load_json(folder / "config.json")
     Dots1Config.from_json(raw_config)
-    return HubCheckpoint(repo, folder, raw_config, _read_headers(repo, folder))
+    return HubCheckpoint(repo, folder, raw_config, *_read_headers(repo, folder))
 
 
 def _open_cached(name: str, revision: str | None) -> HubCheckpoint:
@@ -155,15 +191,16 @@ def _open_cached(name: str, revision: str | None) -> HubCheckpoint:
     found = Checkpoint.open(folder)
     slices = {tensor: found.locate(tensor) for tensor in found}
     repo = HubRepo(name, folder.name, folder.name, {}, constants.ENDPOINT)
-    return HubCheckpoint(repo, folder, found.raw_config, slices)
+    return HubCheckpoint(repo, folder, found.raw_config, slices, {})
 
 
-def _read_headers(repo: HubRepo, folder: Path) -> dict[str, Slice]:
-    """The places of all tensors, by requests for the shards' first bytes."""
+def _read_headers(repo: HubRepo, folder: Path) -> tuple[dict[str, Slice], dict[str, bytes]]:
+    """The places of all tensors, by requests for the shards' first bytes, and these."""
     if INDEX not in repo.files:
         if SINGLE not in repo.files:
             raise CheckpointError(f"{repo} has neither {INDEX} nor {SINGLE}")
-        return _read_header(repo, SINGLE, folder)
+        slices, start = _read_header(repo, SINGLE, folder)
+        return slices, {SINGLE: start}
     weight_map = read_index(folder / INDEX)
     shards = list(dict.fromkeys(weight_map.values()))
     for shard in shards:
@@ -173,12 +210,13 @@ def _read_headers(repo: HubRepo, folder: Path) -> dict[str, Slice]:
             )
         if shard not in repo.files:
             raise CheckpointError(f"{INDEX} of {repo} names {shard}, which is not there")
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        headers = list(pool.map(lambda shard: _read_header(repo, shard, folder), shards))
-    return promised_tensors(weight_map, dict(zip(shards, headers, strict=True)))
+    read = together(lambda shard, _: _read_header(repo, shard, folder), shards, _AT_ONCE)
+    headers = {shard: slices for shard, (slices, _) in zip(shards, read, strict=True)}
+    starts = {shard: start for shard, (_, start) in zip(shards, read, strict=True)}
+    return promised_tensors(weight_map, headers), starts
 
 
-def _read_header(repo: HubRepo, shard: str, folder: Path) -> dict[str, Slice]:
+def _read_header(repo: HubRepo, shard: str, folder: Path) -> tuple[dict[str, Slice], bytes]:
     file, path = repo.file(shard), folder / shard
     if file.size < 8:
         raise CheckpointError(f"{shard} of {repo} is no safetensors file")
@@ -186,4 +224,4 @@ def _read_header(repo: HubRepo, shard: str, folder: Path) -> dict[str, Slice]:
     end = 8 + header_length(path, start, file.size)
     if end > len(start):
         start += repo.read(file, len(start), end)
-    return tensor_table(path, start[8:end], file.size)
+    return tensor_table(path, start[8:end], file.size), start[:end]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dots1_local import __version__
@@ -26,6 +27,9 @@ _PAUSE = 1.0  # seconds before the second try, twice as many before each further
 _LONGEST_PAUSE = 60.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_GARBLED = (
+    AttributeError, JSONDecodeError, KeyError, RecursionError, TypeError, UnicodeDecodeError,
+)  # fmt: skip
 _Result = TypeVar("_Result")
 
 
@@ -132,7 +136,7 @@ def resolve(name: str, revision: str | None, endpoint: str | None = None) -> Hub
         try:
             timeout = constants.HF_HUB_ETAG_TIMEOUT
             return api.model_info(name, revision=revision, files_metadata=True, timeout=timeout)
-        except (AttributeError, KeyError, TypeError) as error:
+        except _GARBLED as error:
             raise _no_hub(endpoint) from error
 
     wanted = f"revision {revision}" if revision else "model"

@@ -16,7 +16,8 @@ def is_passing(error: BaseException) -> bool:
 
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _PASSING
-    return isinstance(error, httpx.TransportError)
+    hopeless = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
+    return isinstance(error, httpx.TransportError) and not isinstance(error, hopeless)
 
 
 def pause_asked_for(error: BaseException) -> float | None:

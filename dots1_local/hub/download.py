@@ -81,11 +81,11 @@ def _fetch(repo: HubRepo, file: HubFile, out: BinaryIO, received: Received, stop
     out.seek(0)
     hashed = _Hashed(file, out)
     received(hashed.size)
-    failures = 0
+    failures, furthest = 0, hashed.size
     while hashed.size < file.size:
-        before = hashed.size
         problem = _receive(repo, file, hashed, received, stop)
-        failures = 0 if hashed.size > before else failures + 1
+        failures = 0 if hashed.size > furthest else failures + 1
+        furthest = max(furthest, hashed.size)
         if problem is None or not failures:
             continue
         if failures == _TRIES:

@@ -2,16 +2,17 @@
 
 import json
 import os
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 
+from dots1_local.errors import CheckpointError
 from dots1_local.hub import HubCheckpoint
 from dots1_local.hub.client import HubFile, HubRepo
 from dots1_local.hub.download import Received, download, has_digest, incomplete
 from dots1_local.hub.small_files import into_cache
+from dots1_local.hub.together import together
 from dots1_local.output import write_whole
 from dots1_local.progress import Progress, silent
 
@@ -57,42 +58,42 @@ class ShardCache:
         Raises:
             CheckpointError: a file is refused or comes damaged, or the hub cannot be reached.
             Dots1Error: the disk fills up.
+            OSError: the cache cannot be used.
         """
         left = [file for file in self.files if not self._is_known(file)]
         there = {file.name: 0 if file in left else file.size for file in self.files}
         total = sum(file.size for file in self.files)
-        stop = Event()
-        pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
-        try:
-            waiting = {
-                pool.submit(self._provide, file, partial(there.__setitem__, file.name), stop)
-                for file in left
-            }
-            while waiting:
-                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                progress(sum(there.values()), total, "bytes", f"fetching {self.repo.name}")
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+
+        def provide(file: HubFile, stop: Event) -> None:
+            self._provide(file, partial(there.__setitem__, file.name), stop)
+
+        def report() -> None:
+            progress(sum(there.values()), total, "bytes", f"fetching {self.repo.name}")
+
+        together(provide, left, _AT_ONCE, report)
         if left:  # so that the branch is known without a network
-            into_cache(self.repo, "config.json", self.repo.revision)
+            with suppress(CheckpointError):
+                into_cache(self.repo, "config.json", self.repo.revision)
 
     def _provide(self, file: HubFile, received: Received, stop: Event) -> None:
-        content = self._content(file)
+        content, path = self._content(file), self.path(file)
         if content.is_file() and not self._is_whole(content, file):
             content.unlink()
+            content = self._content(file)
         if not content.is_file():
             content.unlink(missing_ok=True)  # a link that leads nowhere
             download(self.repo, file, content, received=received, stop=stop)
             self._note(content, file)
-        if not self.path(file).is_file():
-            into_cache(self.repo, file.name)
+        if not path.is_file():
+            path.unlink(missing_ok=True)
+            with suppress(FileExistsError):
+                path.symlink_to(os.path.relpath(content, path.parent))
         received(file.size)
 
     def _content(self, file: HubFile) -> Path:
         """Where the bytes lie: the cache names them by hash and links to them, where it can."""
+        if self.path(file).is_file():
+            return Path(os.path.realpath(self.path(file)))
         sibling = self._snapshot / "config.json"
         if not sibling.is_symlink():
             return self.path(file)

@@ -1,5 +1,6 @@
 """Configuration, tokenizer and the like: into the hub's own cache, by its own library."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def into_cache(repo: HubRepo, name: str, revision: str | None = None, **options:
         return path
 
     try:
-        with repo.asking(name):
+        with repo.asking(name), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a disk without room, which is an error then
             return Path(patiently(once))
     except OSError as error:
         raise CheckpointError(

@@ -213,7 +213,7 @@ class Engine:
         llama.llama_memory_seq_rm(self._memory, sequence, position, -1)
 
     def share(self, source: int, target: int, length: int) -> None:
-        """Have an empty sequence begin with the first `length` tokens of another, as computed there.
+        """Have an empty sequence begin with the first `length` tokens of another, computed once.
 
         Both use the same cells, which stay as long as one of them does; needs `shared_cache`.
         """

@@ -5,6 +5,7 @@ from itertools import chain
 from reprlib import repr as brief
 
 from dots1_local.checkpoint import Checkpoint
+from dots1_local.errors import GGUFError
 from dots1_local.gguf_file import GGUFFile
 from dots1_local.verify.findings import Finding
 from dots1_local.verify.numbers import config_of, lint_numbers
@@ -13,7 +14,7 @@ from dots1_local.verify.template import lint_template
 from dots1_local.verify.tensors import lint_tensors
 from dots1_local.verify.tokens import lint_tokenizer
 
-__all__ = ["lint", "obstacle"]
+__all__ = ["check_loadable", "lint"]
 
 
 def lint(gguf: GGUFFile, checkpoint: Checkpoint | None = None) -> list[Finding]:
@@ -31,13 +32,20 @@ def lint(gguf: GGUFFile, checkpoint: Checkpoint | None = None) -> list[Finding]:
     return sorted(findings, key=lambda found: ("error", "warning", "note").index(found.severity))
 
 
-def obstacle(gguf: GGUFFile) -> Finding | None:
-    """The first thing for which llama.cpp would not load the model, abort, or compute another.
+def check_loadable(gguf: GGUFFile) -> None:
+    """Refuse what llama.cpp would not load, load wrong, or abort the process over.
 
     What only a chat needs is not looked at: its markers, its ends and its template.
+
+    Raises:
+        GGUFError: another architecture, no model at all, or something is wrong with it.
     """
-    if other := _other(gguf):
-        return other
+    found = _other(gguf) or _obstacle(gguf)
+    if found:
+        raise GGUFError(f"dots1 verify finds in {gguf.files[0]}: {found.message}")
+
+
+def _obstacle(gguf: GGUFFile) -> Finding | None:
     kinds = RawHeader.read(gguf.files[0]).kinds
     findings = chain(
         lint_numbers(gguf, kinds, None),

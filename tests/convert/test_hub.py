@@ -83,6 +83,27 @@ def test_what_another_program_fetched_is_checked_and_used(
     assert hub.shard_bytes() == {SECOND: sizes(tiny)[SECOND]}
 
 
+def test_a_mirror_with_other_etags_sends_nothing_twice(
+    hub: HubServer, tiny: Path, cache: Path, tmp_path: Path
+) -> None:
+    hub.etags = "mirrored-"
+    prepare(hub).run(tmp_path / "out.gguf")
+    assert hub.shard_bytes() == sizes(tiny)
+    assert len(contents(cache)) == 3
+
+
+def test_what_another_program_fetched_of_a_mirror_is_used(
+    hub: HubServer, tiny: Path, converted: Converted, tmp_path: Path
+) -> None:
+    hub.etags = "mirrored-"
+    for name in sizes(tiny):
+        huggingface_hub.hf_hub_download(NAME, name, endpoint=hub.endpoint)
+    hub.requests.clear()
+    prepare(hub).run(tmp_path / "out.gguf")
+    assert hub.shard_requests() == []
+    assert (tmp_path / "out.gguf").read_bytes() == converted("Q8_0").read_bytes()
+
+
 def test_what_was_hashed_once_is_not_read_again(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

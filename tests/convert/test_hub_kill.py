@@ -4,11 +4,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from tests.conftest import Converted
-from tests.hub_server import NAME, HubServer
+from tests.hub_server import NAME, HubServer, is_shard
 
 MB = 10**6
 
@@ -65,6 +66,23 @@ def test_killed_and_gone_on_with(
         assert request.start == left.get(f"{request.file}.incomplete", 0)
         assert request.file in begun or request.file > max([*left, ""])  # not yet fetched at all
     assert {path.name for path in tmp_path.iterdir()} == {"out.gguf", "home"}
+
+
+def test_ctrl_c_waits_for_no_answer(hub: HubServer, tmp_path: Path) -> None:
+    asked, given_up = Event(), Event()
+
+    def stall() -> None:
+        if any(is_shard(request.file) for request in hub.requests):
+            asked.set()
+            given_up.wait(60)
+
+    hub.watch = stall
+    with program(hub, tmp_path / "out.gguf") as process:
+        asked.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, complaints = process.communicate(timeout=20)
+        given_up.set()
+    assert (process.returncode, complaints) == (130, "stopped\n")
 
 
 def test_ctrl_c_leaves_what_can_be_gone_on_with(hub: HubServer, tmp_path: Path) -> None:

@@ -67,12 +67,28 @@ def test_the_next_shard_is_fetched_while_one_is_encoded(hub: HubServer, tmp_path
             another.set()
 
     def encoding(done: int, total: int, unit: str, what: str) -> None:
-        if done and not in_time:
+        if not what.startswith("fetching") and not in_time:
             in_time.append(another.wait(60))
 
     hub.watch = watch
     prepare(hub).run(tmp_path / "out.gguf", low_disk=True, progress=encoding)
     assert in_time == [True]
+
+
+def test_progress_counts_what_is_fetched_and_what_is_written(
+    hub: HubServer, tiny: Path, tmp_path: Path
+) -> None:
+    conversion = prepare(hub)
+    total = conversion.nbytes + sum(sizes(tiny).values())
+    heard: list[tuple[int, int]] = []
+
+    def note(done: int, total: int, unit: str, what: str) -> None:
+        heard.append((done, total))
+
+    conversion.run(tmp_path / "out.gguf", low_disk=True, progress=note)
+    assert heard == sorted(heard)
+    assert {of for _, of in heard} == {total}
+    assert heard[-1] == (total, total)
 
 
 def test_split_output(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
@@ -188,7 +204,13 @@ def test_another_commit_is_refused_and_its_shards_never_used(
     with pytest.raises(CheckpointError, match="--revision"):
         prepare(hub).run(output, low_disk=True)
     output.with_name("out.gguf.journal").unlink()
-    prepare(hub).run(output, low_disk=True)
+    shards, seen = output.with_name("out.gguf.shards"), set()
+
+    def look(done: int, total: int, unit: str, what: str) -> None:
+        seen.update(os.listdir(shards))
+
+    prepare(hub).run(output, low_disk=True, progress=look)
+    assert seen == {hub.main}
     Conversion.prepare(changed, "Q8_0").run(tmp_path / "expected.gguf")
     assert output.read_bytes() == (tmp_path / "expected.gguf").read_bytes()
     assert not output.with_name("out.gguf.shards").exists()

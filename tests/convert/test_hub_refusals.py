@@ -1,7 +1,10 @@
 """What goes wrong between here and the hub: a sentence each, and nothing is lost."""
 
 import errno
+import json
+import re
 import shutil
+import subprocess
 import sys
 from functools import partial
 from hashlib import sha256
@@ -19,6 +22,34 @@ from tests.conftest import Converted
 from tests.convert.hub import SECOND, prepare, refusal, sizes
 from tests.hub_server import NAME, HubServer
 from tests.micro import edit_json
+
+
+def test_a_header_that_is_not_the_files(
+    hub: HubServer, tiny: Path, converted: Converted, tmp_path: Path
+) -> None:
+    """One that came damaged may still make sense: here two experts have changed places."""
+    begin = (tiny / SECOND).read_bytes()
+    end = 8 + int.from_bytes(begin[:8], "little")
+    table = json.loads(begin[8:end])
+    first, second = [name for name in table if re.search(r"experts\.\d+\.up_proj", name)][:2]
+    table[first], table[second] = table[second], table[first]
+    text = json.dumps(table, separators=(",", ":")).encode().ljust(end - 8)
+    hub.starts[SECOND] = begin[:8] + text
+    for low_disk in (False, True):
+        output = tmp_path / f"{low_disk}.gguf"
+        wrong = prepare(hub)
+        said = refusal(partial(wrong.run, output, low_disk=low_disk))
+        assert f"{SECOND} of {NAME}" in said
+        assert "another header" in said
+    hub.starts.clear()
+    prepare(hub).run(output, low_disk=True)
+    assert output.read_bytes() == converted("Q8_0").read_bytes()
+
+
+def test_a_server_without_ranges_that_cuts_all_answers(hub: HubServer, tmp_path: Path) -> None:
+    hub.ignores_ranges = True
+    hub.cuts[SECOND] = [100_000, *[4_000_000, 3_000_000] * 10]  # of its header, and of all
+    assert "cannot be reached" in refusal(lambda: prepare(hub).run(tmp_path / "out.gguf"))
 
 
 def test_a_line_that_stays_dead_ends_it_and_nothing_is_lost(
@@ -130,6 +161,33 @@ def test_something_else_than_a_hub(hub: HubServer, monkeypatch: pytest.MonkeyPat
     assert "HF_ENDPOINT" in refusal(lambda: open_hub(NAME, endpoint=hub.endpoint))
 
 
+@pytest.mark.parametrize("page", [b"<html>Log in</html>", b"\xff\xfe", b"[" * 10**5, b"[]", b"{}"])
+def test_a_page_that_is_no_answer(hub: HubServer, page: bytes) -> None:
+    hub.page = page
+    assert "HF_ENDPOINT" in refusal(lambda: open_hub(NAME, endpoint=hub.endpoint))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("HF_ENDPOINT", "http://[::"), ("HTTP_PROXY", "ftp://x"), ("HF_TOKEN", "hf_\N{BULLET}")],
+)
+def test_an_environment_that_is_garbled(
+    hub: HubServer, tmp_path: Path, variable: str, value: str
+) -> None:
+    environment = hub.environment(tmp_path) | {"NO_PROXY": "", variable: value}
+    dots1 = Path(sys.executable).with_name("dots1")
+    command = [str(dots1), "convert", NAME, "--dry-run"]
+    found = subprocess.run(command, env=environment, capture_output=True, check=False, text=True)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert re.fullmatch(r"dots1: .* variables of the environment: .*\n", found.stderr)
+    assert "hf_" not in found.stderr
+
+
+def test_a_home_that_is_a_file(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", f"{__file__}/token")
+    assert "token: Not a directory" in refusal(lambda: open_hub(NAME, endpoint=hub.endpoint))
+
+
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     said = refusal(lambda: open_checkpoint("some/model"), UsageError)
@@ -194,6 +252,35 @@ def test_a_full_disk_is_known_beforehand(
     assert "0.1 GB free" in said
     assert "--low-disk, which needs 25.9 MB" in said
     assert hub.shard_requests() == []
+
+
+@pytest.mark.parametrize("low_disk", [False, True])
+def test_a_cache_that_cannot_be_read(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low_disk: bool
+) -> None:
+    def denied(path: Path, file: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    prepare(hub).run(tmp_path / "out.gguf")
+    next(tmp_path.glob("cache/*/.dots1-verified.json")).unlink()
+    monkeypatch.setattr("dots1_local.hub.shards.has_digest", denied)
+    again = partial(prepare(hub).run, tmp_path / "again.gguf", low_disk=low_disk)
+    assert re.fullmatch("cannot use .*/blobs/[0-9a-f]{64}: .*", refusal(again, Dots1Error))
+
+
+def test_no_advice_where_the_output_alone_is_too_large(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 10_000_000})
+    monkeypatch.setattr("dots1_local.output.shutil.disk_usage", lambda folder: usage)
+    assert "--low-disk" not in refusal(lambda: prepare(hub).run(tmp_path / "out.gguf"), Dots1Error)
+
+
+def test_the_hubs_library_says_nothing_of_a_full_disk(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1}))
+    open_hub(NAME, endpoint=hub.endpoint)  # its warning would be an error here
 
 
 def test_a_disk_that_fills_up_meanwhile(

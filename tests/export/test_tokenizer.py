@@ -106,6 +106,7 @@ def test_converting_again_gives_the_same_keys(
         ({PRE: "llama-bpe"}, "pre is 'llama-bpe', not 'qwen2'"),
         ({MERGES: ["h e", "zz yy"]}, "the merge 'zz yy'"),
         ({MERGES: ["h e", "hello"]}, "the merge 'hello'"),
+        ({"tokenizer.ggml.add_bos_token": True}, "adds a token to every text"),
     ],
 )
 def test_a_tokenizer_that_would_split_otherwise_is_left_out(

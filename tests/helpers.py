@@ -59,6 +59,7 @@ def write_random_gguf(
     *,
     without: Sequence[str] = (),
     template: str | None = TEMPLATE,
+    tokens: Sequence[str] = TOKENS,
     types: Sequence[int] = TYPES,
     tensors: Tensors | None = None,
     architecture: str = "dots1",
@@ -74,7 +75,7 @@ def write_random_gguf(
     writer = GGUFWriter(path, architecture, split_max_tensors=shard_tensors)
     _add_keys(writer, architecture, gating, context, without)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", rms_norm_eps)
-    _add_tokenizer(writer, types, template, without)
+    _add_tokenizer(writer, tokens[: len(types)], types, template, without)
     for name, value in (random_tensors() | (tensors or {})).items():
         if name not in without:
             writer.add_tensor(name, value)
@@ -156,11 +157,15 @@ def _add_keys(
 
 
 def _add_tokenizer(
-    writer: GGUFWriter, types: Sequence[int], template: str | None, without: Sequence[str]
+    writer: GGUFWriter,
+    tokens: Sequence[str],
+    types: Sequence[int],
+    template: str | None,
+    without: Sequence[str],
 ) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(TOKENS[: len(types)])
+    writer.add_token_list(list(tokens))
     writer.add_token_types([int(kind) for kind in types])
     writer.add_token_merges(list(MERGES))
     if "eos_token_id" not in without:

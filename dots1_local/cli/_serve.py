@@ -94,6 +94,8 @@ def serve(
                     f"{at_once} {'answer' if at_once == 1 else 'answers'} at once"
                 )
                 server.wait()
+                if server.busy:
+                    notice(f"answers have {_PATIENCE} seconds to end; Ctrl-C ends them at once")
                 server.close(_PATIENCE)
             except KeyboardInterrupt:  # a second time: the engine may be far from a stop
                 os._exit(130)
@@ -110,9 +112,11 @@ def _check(name: str, api_key: str | None) -> None:
     if not name.strip() or not name.isprintable():
         raise UsageError("--served-model-name is empty; give what clients are to call the model")
     if api_key is not None and not (
-        api_key.isascii() and api_key.isprintable() and api_key.strip()
+        api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""
     ):
-        raise UsageError("--api-key is empty or has characters that no HTTP header may have")
+        raise UsageError(
+            "--api-key is empty, or has characters that no HTTP header may have, or space around it"
+        )
 
 
 def _engine(

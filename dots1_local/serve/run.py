@@ -15,14 +15,14 @@ import uvicorn
 from dots1_local.errors import Dots1Error
 from dots1_local.runtime.engine import Engine
 from dots1_local.serve.http.app import make_app
+from dots1_local.serve.http.connection import BACKLOG, IDLE_SECONDS, Connection, allow_files
 from dots1_local.serve.http.model import Model
 from dots1_local.serve.http.service import Service
 from dots1_local.serve.scheduler import Scheduler
 
 __all__ = ["Server", "bind", "is_loopback", "url_of"]
 
-_BACKLOG = 128
-_IDLE = 60  # seconds that a connection may wait for a request; clients give up their own sooner
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, and probes
 _LEFT_OVER = 5  # seconds that connections may take to end when there is nothing more to answer
 
 
@@ -35,14 +35,25 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except socket.gaierror as error:
         reason = error.strerror
     except UnicodeError:
         reason = "no such name"
     except OSError as error:
         reason = os.strerror(error.errno or 0)
+    else:
+        _keep_alive(listener)
+        return listener
     raise Dots1Error(f"cannot listen at {host}, port {port}: {reason}")
+
+
+def _keep_alive(listener: socket.socket) -> None:
+    """Have the system find out which clients have vanished; connections inherit it."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE.items():
+        if option := getattr(socket, name, None):
+            listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def is_loopback(listener: socket.socket) -> bool:
@@ -75,13 +86,14 @@ class Server:
             uvicorn.Config(
                 app,
                 loop="asyncio",
-                http="h11",
+                http=Connection,
+                backlog=BACKLOG,
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 log_level="critical",  # all else is about what clients do wrong
                 access_log=False,
-                timeout_keep_alive=_IDLE,
+                timeout_keep_alive=IDLE_SECONDS,
                 server_header=False,
                 headers=[("X-Content-Type-Options", "nosniff")],
                 proxy_headers=False,
@@ -91,6 +103,7 @@ class Server:
         self._scheduler: Scheduler | None = None
 
     def __enter__(self) -> Self:
+        allow_files()
         self._thread.start()
         return self
 
@@ -99,19 +112,26 @@ class Server:
 
     def open(self, engine: Engine, queue_size: int) -> None:
         """Begin to answer, with an engine that is the server's until `close`."""
-        self._scheduler = Scheduler(engine, queue_size=queue_size)
+        self._scheduler = Scheduler(engine, queue_size=queue_size, on_end=self._over.set)
         self._service.open(Model(engine, self._service.name), self._scheduler)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being answered, or waits for that."""
+        return any(map(self._service.load.get, ("running", "waiting")))
 
     def wait(self) -> None:
         """Until Ctrl-C or SIGTERM, which do nothing else meanwhile.
 
         Raises:
-            Dots1Error: the HTTP thread has ended by itself.
+            Dots1Error: the HTTP or the engine's thread has ended by itself.
         """
         with _signalled(self._over):
             self._over.wait()
         if not self._thread.is_alive():
             raise Dots1Error("the HTTP side of the server has failed; start it again")
+        if self._scheduler and self._scheduler.failed:
+            raise Dots1Error("the engine has failed and cannot go on; start the server again")
 
     def close(self, patience: float) -> None:
         """Take no more requests, finish what can be in so many seconds, and end the rest.

@@ -45,8 +45,10 @@ class Scheduler:
     turns where there are more of them than slots.
     """
 
-    def __init__(self, engine: Engine, *, queue_size: int = 64) -> None:
-        """Start the thread; `queue_size` is how many choices may wait for a slot.
+    def __init__(
+        self, engine: Engine, *, queue_size: int = 64, on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        """Start the thread, which calls `on_end` last; so many choices may wait for a slot.
 
         Raises:
             UsageError: the engine has several sequences but no shared cache, or a ubatch too small
@@ -58,6 +60,8 @@ class Scheduler:
         self._queue = Queue(queue_size, len(self._slots))
         self._pace = Pace(engine.n_ubatch)
         self._running: list[Choice] = []  # oldest first
+        self._on_end = on_end
+        self.failed = False  # it ended without being closed
         self._thread = Thread(target=self._run, name="dots1-engine", daemon=True)
         self._thread.start()
 
@@ -93,7 +97,7 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        reason = "the engine failed and cannot go on; start the server anew"
+        reason = "the engine has failed and cannot go on"
         try:
             while self._work_to_do():
                 try:
@@ -104,8 +108,10 @@ class Scheduler:
             reason = _SHUTDOWN
         except Exception:
             _log.exception("the engine's thread cannot go on")
+            self.failed = True
         finally:
             self._end(reason)
+            self._on_end()
 
     def _end(self, reason: str) -> None:
         self._queue.close(reason, 0)

@@ -90,6 +90,7 @@ def test_a_running_answer_is_finished_before_the_end(endless: Path) -> None:
         connection = server.connect()
         stream = begin_stream(connection)
         os.kill(server.process.pid, signal.SIGTERM)
+        assert server.wait_for("answers have 10 seconds")
         assert stream.read().endswith(b"data: [DONE]\n\n")
         assert server.wait_for_end() == 0
 
@@ -140,6 +141,17 @@ def test_a_lost_worker_is_one_sentence(endless: Path) -> None:
         with pytest.raises((OSError, HTTPException)):
             post(server.connect())
         assert server.wait_for("").startswith("dots1: the connection to a worker was lost")
+        assert server.wait_for_end() == 1
+
+
+def test_an_engine_that_cannot_go_on_ends_the_server(model: Path) -> None:
+    broken = (
+        "-c",
+        "from dots1_local.serve.scheduler import Scheduler; "
+        f"Scheduler._work_to_do = lambda self: 1 / 0; {DOTS1[1]}",
+    )
+    with Served(model, program=broken) as server:
+        assert "the engine has failed" in server.wait_for("dots1: ")
         assert server.wait_for_end() == 1
 
 
@@ -199,7 +211,8 @@ def test_an_open_address_without_a_key_is_warned_of(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [("--api-key", ""), ("--api-key", "a\nb"), ("--served-model-name", " ")]
+    "options",
+    [("--api-key", ""), ("--api-key", "a\nb"), ("--api-key", " a"), ("--served-model-name", " ")],
 )
 def test_what_nobody_could_send_is_a_usage_error(model: Path, options: tuple[str, str]) -> None:
     result = CliRunner().invoke(app, ["serve", str(model), *options])

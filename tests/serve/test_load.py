@@ -173,9 +173,6 @@ def test_nothing_is_lost_or_mixed_up_and_memory_stays_flat(
             list(pool.map(clients.one, range(REQUESTS // 5)))
             before = resident(server.process.pid)
             list(pool.map(clients.one, range(REQUESTS // 5, REQUESTS)))
-        import sys
-
-        print(before, resident(server.process.pid), clients.seen, file=sys.stderr)
         assert resident(server.process.pid) < before + GROWTH
         assert sum(clients.seen.values()) == REQUESTS
         assert len(clients.seen) == 5

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import chain
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -73,29 +74,32 @@ class Answering(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await _say(send, self._writer.begin())
         finished: list[Finished] = []
-        while len(finished) < self._writer.choices:
-            event = await self._next(send)
-            if isinstance(event, Failed):
-                await _say(send, [ApiError(500, event.message).body])
-                break
-            if isinstance(event, Piece):
-                await _say(send, self._writer.piece(event))
-            else:
-                await _say(send, self._writer.finish(event))
-                finished.append(event)
-        else:
+        failed = False
+        while not failed and len(finished) < self._writer.choices:
+            events = await self._next(send)
+            await _say(send, chain.from_iterable(map(self._documents, events)))
+            finished += [event for event in events if isinstance(event, Finished)]
+            failed = isinstance(events[-1], Failed)
+        if not failed:
             await _say(send, self._writer.end(finished))
             await _send(send, b"data: [DONE]\n\n")
         await send({"type": "http.response.body"})
 
-    async def _next(self, send: Send) -> Event:
-        """The next event; as long as there is none, signs of life are sent."""
+    def _documents(self, event: Event) -> list[Document]:
+        if isinstance(event, Failed):
+            return [ApiError(500, event.message).body]
+        return self._writer.piece(event) if isinstance(event, Piece) else self._writer.finish(event)
+
+    async def _next(self, send: Send) -> list[Event]:
+        """The events that have come; as long as there are none, signs of life are sent."""
         while True:
             try:
                 async with asyncio.timeout(self._ping):
-                    return await self._events.get()
+                    first = await self._events.get()
             except TimeoutError:
                 await _send(send, _PING)
+            else:
+                return [first, *(self._events.get_nowait() for _ in range(self._events.qsize()))]
 
 
 async def _say(send: Send, documents: Iterable[Document]) -> None:

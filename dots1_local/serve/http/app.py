@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dots1_local.serve.http.body import read
 from dots1_local.serve.http.errors import HANDLERS, ApiError
+from dots1_local.serve.http.model import Model
 from dots1_local.serve.http.service import Service
 
 __all__ = ["make_app"]
@@ -41,12 +41,10 @@ def make_app(
         return JSONResponse(_entry(service))
 
     async def chat(request: Request) -> Response:
-        service.opened()  # or else refuse before all of the body has come
-        return await service.answer("chat", await read(request))
+        return await service.answer(request, Model.chat)
 
     async def completions(request: Request) -> Response:
-        service.opened()
-        return await service.answer("completion", await read(request))
+        return await service.answer(request, Model.completion)
 
     middleware = [Middleware(_Guard, key=api_key)] if api_key else []
     if origins:  # outermost, so that errors can be read there too
@@ -54,7 +52,7 @@ def make_app(
         middleware.insert(
             0, Middleware(cors, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         )
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/health", health),
             Route("/v1/models", models),
@@ -65,6 +63,9 @@ def make_app(
         middleware=middleware,
         exception_handlers=HANDLERS,
     )
+    # A redirect would name the scheme and host that a proxy in front hides: perhaps without TLS.
+    app.router.redirect_slashes = False
+    return app
 
 
 class _Guard:

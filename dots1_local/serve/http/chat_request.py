@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dots1_local.runtime.chat.dialogue import SYSTEM_PROMPT
-from dots1_local.runtime.chat.prompt import Message
+from dots1_local.runtime.chat.message import Message
+from dots1_local.serve.http.chat_tools import take_calls, take_tools
 from dots1_local.serve.http.errors import invalid
 from dots1_local.serve.http.fields import Fields
 from dots1_local.serve.http.options import MOST_TOKENS, Options, refuse_unsupported, take_options
@@ -27,9 +28,10 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A conversation to answer; its first message is the system's, if it has any."""
+    """A conversation to answer, and the tools that may be called for it."""
 
     messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...]
     options: Options
 
 
@@ -40,7 +42,7 @@ def take_chat(fields: Fields, n_vocab: int) -> ChatRequest:
         ApiError: a field is not what it must be.
     """
     refuse_unsupported(fields, _UNSUPPORTED)
-    _refuse_tools(fields)
+    tools = take_tools(fields)
     messages = tuple(_messages(fields))
     if not any(message.role == "system" for message in messages):
         messages = (Message("system", SYSTEM_PROMPT), *messages)
@@ -52,7 +54,9 @@ def take_chat(fields: Fields, n_vocab: int) -> ChatRequest:
     options = take_options(
         fields, n_vocab, older if max_tokens is None else max_tokens, _top_logprobs(fields)
     )
-    return ChatRequest(messages, options)
+    if tools and options.grammar:  # which would let no call be written
+        raise invalid("response_format does not go together with tools", "response_format")
+    return ChatRequest(messages, tools, options)
 
 
 def _messages(fields: Fields) -> Iterator[Message]:
@@ -65,16 +69,25 @@ def _messages(fields: Fields) -> Iterator[Message]:
         role = message.choice("role", _ROLES)
         if role is None:
             raise message.required("role", f"one of {', '.join(_ROLES)}")
-        if role == "tool" or message.any("tool_calls") or message.any("function_call"):
+        if message.any("function_call"):
             raise invalid(
-                f"messages[{index}] is of a tool, and the model's chat template knows none",
-                f"messages[{index}]",
+                "function_call is not supported; use tool_calls", message.name("function_call")
             )
-        text = _content(message)
-        if role == "assistant":
-            yield Message("assistant", text)
-        else:
-            yield Message("user" if role == "user" else "system", text)
+        yield _message(message, role)
+
+
+def _message(message: Fields, role: str) -> Message:
+    if role == "assistant":
+        calls = take_calls(message)
+        said = _content(message) if not calls or message.any("content") is not None else ""
+        return Message("assistant", said, tool_calls=calls)
+    text = _content(message)
+    if role == "tool":
+        call = message.text("tool_call_id")
+        if call is None:
+            raise message.required("tool_call_id", "the id of the call that it answers")
+        return Message("tool", text, tool_call_id=call)
+    return Message("user" if role == "user" else "system", text)
 
 
 def _content(message: Fields) -> str:
@@ -110,8 +123,3 @@ def _top_logprobs(fields: Fields) -> int | None:
     if top:
         raise invalid("top_logprobs needs logprobs; set that to true", "top_logprobs")
     return None
-
-
-def _refuse_tools(fields: Fields) -> None:
-    if fields.any("tools"):
-        raise invalid("the model's chat template knows no tools; leave out tools", "tools")

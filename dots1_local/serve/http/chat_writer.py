@@ -1,18 +1,26 @@
 """The responses of POST /v1/chat/completions."""
 
+import secrets
 from collections.abc import Sequence
 
+from dots1_local.runtime.chat.message import ToolCall
 from dots1_local.serve.generation import Finished, Piece, TokenLogprob
+from dots1_local.serve.http.options import Options
 from dots1_local.serve.http.writer import Collected, Document, Writer, logprob, token_name
+from dots1_local.serve.tool_calls import ToolCallText
 
 __all__ = ["ChatWriter"]
 
 
 class ChatWriter(Writer):
-    """A message a choice, or what is added to it."""
+    """A message a choice, or what is added to it; where there are `tools`, with calls of them."""
 
     prefix = "chatcmpl"
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model: str, options: Options, choices: int, *, tools: bool) -> None:
+        super().__init__(model, options, choices)
+        self._messages = [_Message(tools) for _ in range(choices)]
 
     def begin(self) -> list[Document]:
         """Who speaks, in every choice."""
@@ -20,18 +28,42 @@ class ChatWriter(Writer):
         return [self._chunk(index, delta=delta, logprobs=None) for index in range(self.choices)]
 
     def piece(self, piece: Piece) -> list[Document]:
-        delta = {"content": piece.text}
-        return [self._chunk(piece.index, delta=delta, logprobs=self._logprobs(piece.logprobs))]
+        text, calls = self._messages[piece.index].add(piece.text)
+        return self._deltas(piece.index, text, calls, piece.logprobs)
 
     def finish(self, finished: Finished) -> list[Document]:
-        return [self._chunk(finished.index, finished.reason, delta={}, logprobs=None)]
+        message = self._messages[finished.index]
+        deltas = self._deltas(finished.index, *message.finish())
+        reason = message.reason(finished)
+        return [*deltas, self._chunk(finished.index, reason, delta={}, logprobs=None)]
+
+    def _deltas(
+        self,
+        index: int,
+        text: str,
+        calls: Sequence[Document],
+        logprobs: Sequence[TokenLogprob] = (),
+    ) -> list[Document]:
+        deltas: list[Document] = [{"content": text}] if text or logprobs else []
+        deltas += [{"tool_calls": [call]} for call in calls]
+        found = [self._logprobs(logprobs), *[None] * len(deltas)]
+        return [
+            self._chunk(index, delta=delta, logprobs=each)
+            for delta, each in zip(deltas, found, strict=False)
+        ]
 
     def _choice(self, index: int, answer: Collected) -> Document:
+        message = self._messages[index]
+        text, calls = message.add(answer.text)
+        rest, more = message.finish()
+        said: Document = {"role": "assistant", "content": text + rest, "refusal": None}
+        if calls or more:
+            said |= {"content": text + rest or None, "tool_calls": calls + more}
         return {
             "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": said,
             "logprobs": self._logprobs(answer.logprobs),
-            "finish_reason": answer.finished and answer.finished.reason,
+            "finish_reason": answer.finished and message.reason(answer.finished),
         }
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> Document | None:
@@ -45,6 +77,41 @@ class ChatWriter(Writer):
             for token in tokens
         ]
         return {"content": content, "refusal": None}
+
+
+class _Message:
+    """A choice's text, with calls told from it if there are tools."""
+
+    def __init__(self, tools: bool) -> None:
+        self._reader = ToolCallText() if tools else None
+        self._calls = 0
+
+    def add(self, text: str) -> tuple[str, list[Document]]:
+        """The content and the calls that are certain with this piece."""
+        if self._reader is None:
+            return text, []
+        content, calls = self._reader.add(text)
+        return content, [self._call(call) for call in calls]
+
+    def finish(self) -> tuple[str, list[Document]]:
+        """Those that were held back."""
+        if self._reader is None:
+            return "", []
+        content, calls = self._reader.finish()
+        return content, [self._call(call) for call in calls]
+
+    def reason(self, finished: Finished) -> str:
+        """Why it ended."""
+        return "tool_calls" if self._calls and finished.reason == "stop" else finished.reason
+
+    def _call(self, call: ToolCall) -> Document:
+        self._calls += 1
+        return {
+            "index": self._calls - 1,
+            "id": f"call_{secrets.token_hex(12)}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
 
 
 def _entry(piece: bytes, value: float) -> Document:

@@ -1,7 +1,7 @@
 """The loaded model as requests see it: prompts become tokens, and orders for the engine."""
 
-from dots1_local.errors import GGUFError
-from dots1_local.runtime.chat.prompt import Prompter
+from dots1_local.errors import GGUFError, UsageError
+from dots1_local.runtime.chat.prompt import Prompter, RawPrompter
 from dots1_local.runtime.engine import Engine
 from dots1_local.serve.generation import Order
 from dots1_local.serve.http.chat_request import take_chat
@@ -21,8 +21,8 @@ class Model:
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine, self.name = engine, name
         self.n_ctx = engine.n_ctx
+        self._document, self._no_chat = RawPrompter(engine), ""
         self._prompter: Prompter | None = None
-        self._no_chat = ""
         try:
             self._prompter = Prompter(engine, name)
         except GGUFError as error:  # a base model; its texts can be completed
@@ -37,12 +37,18 @@ class Model:
         if self._prompter is None:
             raise invalid(f"{self._no_chat}; use /v1/completions", "messages")
         request = take_chat(fields, self._engine.n_vocab)
+        if request.tools and not self._prompter.writes_tool_calls:
+            message = "the model's chat template knows no tools, or not with calls in <tool_call>"
+            raise invalid(f"{message}; leave out tools", "tools")
         try:
-            tokens = self._prompter.tokens(request.messages)
+            tokens = self._prompter.tokens(request.messages, request.tools)
+        except UsageError as error:  # what cannot be told of tools, or of calls of them
+            raise invalid(str(error), "tools" if request.tools else "messages") from None
         except GGUFError as error:  # the template's refusal of these messages
             raise invalid(str(error), "messages") from None
         orders = list(request.options.orders(self._fitting(tokens, "messages")))
-        return orders, ChatWriter(self.name, request.options, len(orders))
+        tools = bool(request.tools)
+        return orders, ChatWriter(self.name, request.options, len(orders), tools=tools)
 
     def completion(self, fields: Fields) -> tuple[list[Order], Writer]:
         """What a body of /v1/completions asks for.
@@ -54,15 +60,12 @@ class Model:
         orders: list[Order] = []
         echoes: list[str] = []
         for prompt in request.prompts:
-            tokens = self._tokens(prompt) if isinstance(prompt, str) else list(prompt)
+            # Clients that complete texts render templates themselves: markers in them are meant.
+            tokens = self._document.marked(prompt) if isinstance(prompt, str) else list(prompt)
             orders += request.options.orders(self._fitting(tokens, "prompt"))
             echo = (prompt if isinstance(prompt, str) else self._text(prompt)) * request.echo
             echoes += [echo] * request.options.n
         return orders, CompletionWriter(self.name, request.options, echoes)
-
-    def _tokens(self, text: str) -> list[int]:
-        """Clients that complete texts render templates themselves: markers in them are meant."""
-        return self._engine.tokenize(text, special=True, add_bos=True)
 
     def _text(self, tokens: tuple[int, ...]) -> str:
         return b"".join(map(self._engine.piece, tokens)).decode("utf-8", errors="replace")

@@ -7,19 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Literal
 
+from starlette.requests import Request
+
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.serve.generation import Order, QueueFull
 from dots1_local.serve.http.answering import PING_SECONDS, Answering
-from dots1_local.serve.http.body import parse
+from dots1_local.serve.http.body import parse, read
 from dots1_local.serve.http.errors import ApiError, invalid
 from dots1_local.serve.http.fields import Fields
 from dots1_local.serve.http.model import Model
 from dots1_local.serve.http.writer import Writer
 from dots1_local.serve.scheduler import Scheduler
 
-__all__ = ["Kind", "Service"]
+__all__ = ["Service"]
 
-Kind = Literal["chat", "completion"]
+Reader = Callable[[Model, Fields], tuple[list[Order], Writer]]  # of what a body asks for
 
 _READERS = 2  # threads that parse requests and tokenise prompts
 _SOON = {"Retry-After": "5"}  # seconds
@@ -45,7 +47,7 @@ class Service:
 
     def join(self) -> None:
         """Wait for requests that are being read: they use the model's vocabulary."""
-        self._readers.shutdown()
+        self._readers.shutdown(cancel_futures=True)
 
     @property
     def status(self) -> Literal["loading", "ok", "closing"]:
@@ -78,16 +80,17 @@ class Service:
             message = f"there is no model {name!r:.80} here, only {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def answer(self, kind: Kind, body: bytes) -> Answering:
-        """The answer to a body, on its way.
+    async def answer(self, request: Request, reader: Reader) -> Answering:
+        """The answer to a request, on its way.
 
         Raises:
             ApiError: the request cannot be carried out, or not now.
         """
+        self.opened()  # or else refuse before all of the body has come
+        body = await read(request)
         model, scheduler = self.opened()
-        make = model.chat if kind == "chat" else model.completion
         loop = asyncio.get_running_loop()
-        orders, writer = await loop.run_in_executor(self._readers, self._read, body, make)
+        orders, writer = await loop.run_in_executor(self._readers, self._read, body, model, reader)
         try:
             return Answering(scheduler, orders, writer, self._ping)
         except QueueFull as error:
@@ -98,13 +101,11 @@ class Service:
         except Dots1Error as error:  # it takes no more
             raise ApiError(503, str(error), headers=_SOON) from None
 
-    def _read(
-        self, body: bytes, make: Callable[[Fields], tuple[list[Order], Writer]]
-    ) -> tuple[list[Order], Writer]:
+    def _read(self, body: bytes, model: Model, reader: Reader) -> tuple[list[Order], Writer]:
         """What a body asks for; takes a while for long prompts."""
         try:
             fields = Fields(parse(body))
             self.check_name(fields.text("model"))
-            return make(fields)
+            return reader(model, fields)
         except RecursionError:
             raise invalid("the body is nested too deeply") from None

@@ -108,3 +108,17 @@ def test_a_document_begins_with_bos_where_the_file_says_so(
         assert RawPrompter(engine).tokens([]) == []
         monkeypatch.setattr(engine, "bos", EOT)
         assert RawPrompter(engine).tokens([Message("user", "a")]) == [EOT, *b"a"]
+
+
+@pytest.mark.parametrize("text", ["", "hello", "<|system|>", "a<|system|>hello<|response|>" * 1500])
+def test_in_a_document_markers_can_be_meant(tmp_path: Path, text: str) -> None:
+    with ExitStack() as stack:
+        engine = opened(tmp_path, stack)
+        assert RawPrompter(engine).marked(text) == engine.tokenize(text, special=True)
+
+
+def test_very_many_markers_come_to_an_end(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        prompter = RawPrompter(opened(tmp_path, stack))
+        # llama.cpp alone takes minutes.
+        assert prompter.marked("<|system|>" * 300_000) == [MARKER["<|system|>"]] * 300_000

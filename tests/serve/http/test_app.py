@@ -72,6 +72,23 @@ def test_a_silent_stream_is_kept_alive(engine: Engine) -> None:
     assert asyncio.run(run()).events[-1] == "[DONE]"
 
 
+def test_what_comes_together_is_sent_together(app: Any, scheduler: FakeScheduler) -> None:
+    def script(orders: Sequence[Order], deliver: Deliver) -> None:
+        for _ in range(100):
+            deliver(Piece(0, "a"))
+        deliver(finished())
+
+    async def run() -> tuple[int, Reply]:
+        request = exchange(app, CHAT, STREAM)
+        await asyncio.wait([request.task])
+        return request.sent.qsize(), await request.reply()
+
+    scheduler.script = script
+    messages, reply = asyncio.run(run())
+    assert messages < 10
+    assert len(reply.events) == 1 + 100 + 1 + 1
+
+
 @pytest.mark.parametrize("asked", [HI, STREAM])
 def test_who_leaves_cancels_at_once(app: Any, scheduler: FakeScheduler, asked: Any) -> None:
     async def run() -> bool:
@@ -205,6 +222,7 @@ def test_models_are_listed_with_their_context(app: Any) -> None:
         (CHAT, None, 405),
         ("/v1/models", {}, 405),
         ("/health", {}, 405),
+        (CHAT + "/", HI, 404),
     ],
 )
 def test_what_there_is_not_is_an_error_of_that_shape(

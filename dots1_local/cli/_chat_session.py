@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dots1_local.cli._output import notice, progress_bar
-from dots1_local.cli._planned import chosen_placement, one_sentence
+from dots1_local.cli._output import notice
+from dots1_local.cli._planned import one_sentence, open_engine
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,20 +57,9 @@ def on_engine(
         Dots1Error: whatever keeps the model from being loaded.
     """
     from dots1_local.runtime.chat.session import Session
-    from dots1_local.runtime.planned import load
 
-    n_ctx = _context(context)
-    placement = chosen_placement(plan, workers)
-    with progress_bar("loading") as report, one_sentence():
-        engine = load(
-            model,
-            placement,
-            workers=tuple(workers),
-            tell=notice,
-            n_ctx=n_ctx,
-            threads=threads,
-            progress=report,
-        )
+    with one_sentence():
+        engine = open_engine(model, context, plan, workers, threads=threads)
     with engine, Session(engine, sampling=sampling, raw=raw) as session:
         yield session
 
@@ -145,12 +134,3 @@ def kept(session: "Dialogue", file: Path | None) -> Iterator[None]:
         finally:
             if file and session.stats is not None:
                 save(file, session, quiet=not sys.stderr.isatty())
-
-
-def _context(text: str | None) -> int | None:
-    """Tokens; 0 is all that the model was trained for."""
-    from dots1_local.runtime.placing.memory import parse_context
-
-    if text is None:
-        return None
-    return 0 if text.strip() == "0" else parse_context(text)

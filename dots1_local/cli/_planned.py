@@ -3,14 +3,26 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dots1_local.cli._output import notice
+from dots1_local.cli._output import notice, progress_bar
 from dots1_local.errors import UsageError
 
-__all__ = ["Plan", "Ram", "Vram", "Workers", "chosen_placement", "limits", "one_sentence"]
+if TYPE_CHECKING:
+    from dots1_local.runtime.engine import Engine
+
+__all__ = [
+    "Plan",
+    "Ram",
+    "Vram",
+    "Workers",
+    "chosen_placement",
+    "limits",
+    "one_sentence",
+    "open_engine",
+]
 
 Plan = Annotated[
     Path | None, typer.Option("--plan", help="Run it as a file of dots1 plan --json says.")
@@ -53,6 +65,29 @@ def chosen_placement(plan: Path | None, workers: Sequence[str]) -> Path | Litera
     if plan and workers:
         raise UsageError("--plan names the workers it uses; leave out --worker")
     return plan or ("auto" if workers or gpu_backends() else None)
+
+
+def open_engine(
+    model: Path, context: str | None, plan: Path | None, workers: Sequence[str], **options: Any
+) -> "Engine":
+    """The engine that options ask for, run by a plan where there is a choice.
+
+    A `context` of "0" is all that the model was trained for; `options` are those of `Engine.open`.
+
+    Raises:
+        UsageError: no context or plan as it should be.
+        Dots1Error: whatever keeps the model from being loaded.
+    """
+    from dots1_local.runtime.placing.memory import parse_context
+    from dots1_local.runtime.planned import load
+
+    if context is not None:
+        options["n_ctx"] = 0 if context.strip() == "0" else parse_context(context)
+    placement = chosen_placement(plan, workers)
+    with progress_bar("loading") as report:
+        return load(
+            model, placement, workers=tuple(workers), tell=notice, progress=report, **options
+        )
 
 
 @contextmanager

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dots1_local.cli._output import Threads, notice, progress_bar
-from dots1_local.cli._planned import Plan, Workers, chosen_placement, one_sentence
+from dots1_local.cli._output import Threads, notice
+from dots1_local.cli._planned import Plan, Workers, one_sentence, open_engine
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
@@ -127,24 +127,10 @@ def _engine(
     workers: Sequence[str],
     parallel: int | None,
 ) -> "Engine":
-    from dots1_local.runtime.placing.memory import parse_context
-    from dots1_local.runtime.planned import load
-
-    options: dict[str, Any] = {"n_sequences": parallel} if parallel else {}
-    if context is not None:
-        options["n_ctx"] = 0 if context.strip() == "0" else parse_context(context)
-    placement = chosen_placement(plan, workers)
+    options = {"n_sequences": parallel} if parallel else {}
     try:
-        with progress_bar("loading") as report:
-            return load(
-                model,
-                placement,
-                workers=tuple(workers),
-                tell=notice,
-                shared_cache=True,
-                threads=threads,
-                progress=report,
-                **options,
-            )
+        return open_engine(
+            model, context, plan, workers, shared_cache=True, threads=threads, **options
+        )
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

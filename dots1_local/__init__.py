@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dots1_local.runtime.placing.placement import Placement, load_placement
     from dots1_local.runtime.placing.planner import place
     from dots1_local.runtime.planned import load
+    from dots1_local.runtime.remote.session import RemoteSession
     from dots1_local.verify import verify_gguf
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "Hardware",
     "Placement",
     "QuantPlan",
+    "RemoteSession",
     "Sampling",
     "Session",
     "convert_checkpoint",
@@ -71,6 +73,7 @@ _HOME = {
     "Hardware": "runtime.devices.hardware",
     "Placement": "runtime.placing.placement",
     "QuantPlan": "quant.plan",
+    "RemoteSession": "runtime.remote.session",
     "Sampling": "runtime.chat.sampling",
     "Session": "runtime.chat.session",
     "convert_checkpoint": "convert",

@@ -1,4 +1,4 @@
-"""Reading large files with all cores: descriptors they share, buffers each thread keeps."""
+"""Reading large files in many threads: shared descriptors, and buffers that each thread keeps."""
 
 import os
 import threading
@@ -53,14 +53,14 @@ class OpenFiles:
         return buffer
 
     def descriptor(self, path: Path) -> int:
-        """The open file's, for any thread."""
+        """The file's descriptor, opened at first use."""
         with self._lock:
             if path not in self._open:
                 self._open[path] = os.open(path, os.O_RDONLY)
             return self._open[path]
 
     def buffer(self, name: str, size: int) -> NDArray[np.uint8]:
-        """Scratch memory of the thread, by name."""
+        """The calling thread's scratch memory of this name; contents are undefined."""
         held: NDArray[np.uint8] | None = getattr(self._local, name, None)
         if held is None or held.size < size:
             held = np.empty(size, np.uint8)

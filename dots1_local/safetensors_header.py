@@ -1,4 +1,4 @@
-"""The header of a safetensors file, not trusted: what tensors there are, and where they lie."""
+"""Headers of safetensors files, checked as untrusted: what tensors there are, and where."""
 
 import json
 from collections.abc import Mapping

@@ -17,9 +17,10 @@ from threading import Lock, Thread
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["HEADER", "NAME", "HubServer", "Request", "is_shard"]
+__all__ = ["FORMER_NAME", "HEADER", "NAME", "HubServer", "Request", "is_shard"]
 
 NAME = "someone/dots1-tiny"
+FORMER_NAME = "before/dots1-tiny"  # which answers as a renamed repository does
 HEADER = 1 << 17  # bytes that are asked for as a shard's header, which no fault strikes
 _CHUNK = 1 << 14
 
@@ -157,7 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.hub.tokens.add(shown)
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         try:
-            if parts[:2] == ["api", "models"]:
+            if f"/{FORMER_NAME}" in self.path:
+                moved = self.path.replace(FORMER_NAME, NAME)
+                self._answer(307, {"Location": moved, "Content-Length": "0"})
+            elif parts[:2] == ["api", "models"]:
                 self._api("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
             elif parts[0] == "cdn":
                 self._content(self.server.hub.commits[parts[1]] / parts[2])

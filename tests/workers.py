@@ -1,19 +1,36 @@
-"""Real workers for tests: other processes, with a CPU device of their own."""
+"""Programs in processes of their own, and real workers with a CPU device of their own."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Timer
 from typing import Self
 
 from dots1_local.runtime.devices import rpc_server
 
-__all__ = ["Program", "Worker", "free_port", "local_worker"]
+__all__ = ["Program", "Worker", "free_port", "local_worker", "start_dots1"]
 
 _DEADLINE = 60  # seconds; only a failing test waits so long
+
+
+def start_dots1(*arguments: str, env: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
+    """The command in a process of its own, which can be interrupted; its outputs are pipes."""
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("dots1"), *arguments],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite run in the background ignores the signal, and so would what it starts.
+        preexec_fn=lambda: signal.signal(  # noqa: PLW1509 -- nothing but a signal is set
+            signal.SIGINT, signal.default_int_handler
+        ),
+    )
 
 
 class Program:

@@ -75,12 +75,12 @@ def on_server(
         Dots1Error: there is no such server.
     """
     from dots1_local.cli.repl.shown import plain
-    from dots1_local.runtime.remote.address import key_from
-    from dots1_local.runtime.remote.server import Server
     from dots1_local.runtime.remote.session import RemoteSession
 
-    server = Server.open(url, model, key_from(), lambda message: notice(plain(message)))
-    with RemoteSession(server, sampling=sampling, raw=raw) as session:
+    def tell(sentence: str) -> None:
+        notice(plain(sentence))
+
+    with RemoteSession.open(url, model, tell=tell, sampling=sampling, raw=raw) as session:
         yield session
 
 

@@ -97,7 +97,7 @@ def serve(
                 if server.busy:
                     notice(f"answers have {_PATIENCE} seconds to end; Ctrl-C ends them at once")
                 server.close(_PATIENCE)
-            except KeyboardInterrupt:  # a second time: the engine may be far from a stop
+            except KeyboardInterrupt:  # the second one: the engine may be in a long ubatch
                 os._exit(130)
 
 
@@ -127,10 +127,8 @@ def _engine(
     workers: Sequence[str],
     parallel: int | None,
 ) -> "Engine":
-    options = {"n_sequences": parallel} if parallel else {}
+    options = {"shared_cache": True, "threads": threads, "n_sequences": parallel}
     try:
-        return open_engine(
-            model, context, plan, workers, shared_cache=True, threads=threads, **options
-        )
+        return open_engine(model, context, plan, workers, **options)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -20,7 +20,7 @@ __all__ = ["LowDisk", "provide_shards"]
 
 @dataclass(frozen=True)
 class LowDisk:
-    """How shards come and go; `checkpoint` looks for them where they will lie."""
+    """A plan by which shards come and go; `checkpoint` reads them from where they will lie."""
 
     checkpoint: HubCheckpoint
     order: ShardOrder
@@ -28,7 +28,7 @@ class LowDisk:
     ahead: int
 
     def supply(self, done: Set[str]) -> ShardSupply:
-        """Of the shards that all tensors but these need."""
+        """Brings the shards that tensors other than `done` need."""
         folder = working_folder(self.output, self.checkpoint)
         return ShardSupply(self.checkpoint, self.order.without(done), folder, self.ahead)
 
@@ -40,13 +40,13 @@ def provide_shards(
     low_disk: bool,
     progress: Progress,
 ) -> LowDisk | None:
-    """Have all shards on disk, or with `low_disk` the plan by which they come and go.
+    """Fetch all shards; or with `low_disk` fetch none, and plan how they come and go.
 
     Raises:
         CheckpointError: a shard is refused or comes damaged, the hub cannot be reached, or the
             revision names another commit than when this output was begun.
-        Dots1Error: a disk has no room for what it is to hold.
-        UsageError: `low_disk` of a folder.
+        Dots1Error: a disk is too small.
+        UsageError: `low_disk` for a folder.
         OSError: the hub's cache cannot be used.
     """
     if not isinstance(checkpoint, HubCheckpoint):
@@ -66,14 +66,17 @@ def _plan_low_disk(
     tensors: Sequence[PlannedTensor],
     progress: Progress,
 ) -> LowDisk:
-    """A shard is fetched ahead where the disk has room; what the hub's cache holds stays there."""
+    """One shard is fetched ahead if the disk has room; those in the hub's cache are read there."""
     held = _held(checkpoint, progress)
     order = order_of(checkpoint, tensors, held)
     folder = working_folder(output, checkpoint)
     moved = checkpoint.with_shards_in(folder, list(order.sizes))
-    ahead = 1 if _fits(output, order, checkpoint, ahead=1) else 0
-    if not ahead:
-        _check_room(output, order, checkpoint, ahead=0)
+    ahead = 1
+    try:
+        _check_room(output, order, checkpoint, ahead)
+    except Dots1Error:
+        ahead = 0
+        _check_room(output, order, checkpoint, ahead)
     return LowDisk(moved, order, output, ahead)
 
 
@@ -83,7 +86,7 @@ def _fetch_all(
     tensors: Sequence[PlannedTensor],
     progress: Progress,
 ) -> None:
-    """Have every shard in the hub's cache, whole; the disks are looked at before the first byte."""
+    """Fetch every shard into the hub's cache, after a look at the disks."""
     cache = ShardCache(checkpoint)
     if missing := cache.missing():
         nbytes = sum(file.size for file in missing)
@@ -128,14 +131,6 @@ def _held(checkpoint: HubCheckpoint, progress: Progress) -> list[str]:
             held.append(file.name)
             progress(index + 1, len(cache.files), "shards", "checking the hub's cache")
     return held
-
-
-def _fits(output: Output, order: ShardOrder, checkpoint: HubCheckpoint, ahead: int) -> bool:
-    try:
-        _check_room(output, order, checkpoint, ahead)
-    except Dots1Error:
-        return False
-    return True
 
 
 def _check_room(output: Output, order: ShardOrder, checkpoint: HubCheckpoint, ahead: int) -> None:

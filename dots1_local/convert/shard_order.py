@@ -1,8 +1,8 @@
-"""In which order tensors are converted so that few shards lie on disk at once, and how many do.
+"""The order of conversion in which few shards lie on disk at once, and how many those are.
 
 A shard is needed from the first tensor that reads from it to the last. Tensors may be written in
-any order, so the next is always, of those that read from a shard which is there, the one that
-needs the fewest bytes besides.
+any order. So of those that read from a shard on disk, the next is always the one for which the
+fewest bytes have to be fetched.
 """
 
 from collections import defaultdict
@@ -65,7 +65,7 @@ class ShardOrder:
         return [each for each in sorted(self.steps[step].shards) if self._last[each] == step]
 
     def on_disk(self, ahead: int) -> Iterator[set[str]]:
-        """What may lie on disk during each step, with `ahead` shards fetched before their time."""
+        """The shards that may lie on disk during each step, with `ahead` fetched in advance."""
         there: set[str] = set()
         for at, step in enumerate(self.steps):
             there |= step.shards
@@ -73,7 +73,7 @@ class ShardOrder:
             there -= set(self.dropped_after(at))
 
     def peak(self, ahead: int = 1) -> Peak:
-        """The most that lies on disk at once."""
+        """The most that lies on disk at once, with `ahead` shards fetched in advance."""
         moments = list(self.on_disk(ahead))
         return Peak(
             max(map(len, moments), default=0),
@@ -81,7 +81,7 @@ class ShardOrder:
         )
 
     def without(self, done: Set[str]) -> "ShardOrder":
-        """What is left where the tensors in `done` are converted; no step needs more than here."""
+        """What is left once the tensors in `done` are converted; its peak is no higher."""
         left = (
             Step(tuple(each for each in step.tensors if each not in done), step.shards)
             for step in self.steps
@@ -90,10 +90,10 @@ class ShardOrder:
 
 
 def order_tensors(needs: Mapping[str, Set[str]], sizes: Mapping[str, int]) -> ShardOrder:
-    """The order for tensors that read from these shards, given in file order.
+    """The order for tensors, given in file order with the shards that each needs.
 
-    Where each shard shares tensors with the next, the chain is best walked from an end: so every
-    walk is done once from its first tensor, and once more from where that one ended.
+    Where each shard shares tensors with the next, they form a chain, which is best walked from an
+    end. So there are two walks, one from the first tensor and one from where that walk ended.
     """
     grouped: dict[frozenset[str], list[str]] = defaultdict(list)
     for tensor, shards in needs.items():
@@ -110,7 +110,7 @@ def order_tensors(needs: Mapping[str, Set[str]], sizes: Mapping[str, int]) -> Sh
 
 
 def _walk(steps: Sequence[Step], sizes: Mapping[str, int], start: int) -> list[int]:
-    """Indices of the `steps` that are linked to one of them by shards, in the order of a walk."""
+    """Indices of all steps that `start` reaches over shared shards, in the order of the walk."""
     readers: dict[str, list[int]] = defaultdict(list)
     for index, step in enumerate(steps):
         for shard in step.shards:

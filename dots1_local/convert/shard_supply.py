@@ -1,6 +1,6 @@
-"""Shards of a hub checkpoint beside the output: fetched ahead of the conversion, dropped behind it.
+"""Shards of a hub checkpoint beside the output: fetched before they are needed, removed after.
 
-They lie in NAME.shards/COMMIT, and never more of them than the order's peak says.
+They lie in NAME.shards/COMMIT, and there are never more of them than the order's peak.
 """
 
 import re
@@ -28,7 +28,7 @@ _PATIENCE = 1.0  # seconds for the fetching thread to notice that it is stopped
 def order_of(
     checkpoint: HubCheckpoint, tensors: Iterable[PlannedTensor], held: Iterable[str] = ()
 ) -> ShardOrder:
-    """How to convert these tensors with few shards on disk; those that are `held` do not count."""
+    """How to convert tensors with few shards on disk, not counting those `held` in the cache."""
     sizes = {file.name: file.size for file in checkpoint.shard_files if file.name not in set(held)}
     needs = {
         tensor.spec.name: {
@@ -52,10 +52,9 @@ def clear(output: Output) -> None:
 
 
 class ShardSupply:
-    """Brings the shards that each step needs; use as a context manager.
+    """Brings the shards that each step needs; use it in a `with` statement.
 
-    `ahead` shards may be there before their time. Leaving it stops the fetching, and what is
-    fetched stays.
+    `ahead` shards are fetched in advance. Leaving the block stops fetching; what is fetched stays.
     """
 
     def __init__(
@@ -92,20 +91,20 @@ class ShardSupply:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards that it brings."""
+        """Bytes of all shards that are to be fetched."""
         return sum(self._order.sizes[shard] for shard in self._order.fetches)
 
     @property
     def received(self) -> int:
-        """Bytes of them that are there, or were."""
+        """Bytes that have been fetched so far."""
         return sum(self._received.values())
 
     def arranged(self, slots: Sequence[Slot]) -> list[Slot]:
-        """The order in which to convert what these slots are for."""
+        """The slots in the order in which to convert their tensors."""
         return sorted(slots, key=lambda slot: self._step_of[slot.tensor.spec.name])
 
     def wait(self, slot: Slot, waiting: Callable[[str], None]) -> None:
-        """Return when the slot's shards are there; until then tell `waiting` what comes.
+        """Return when the slot's shards are there; until then tell `waiting` what is fetched.
 
         Raises:
             Dots1Error: one of them cannot be fetched.
@@ -119,7 +118,7 @@ class ShardSupply:
                 self._changed.wait(0.2)
 
     def finished(self, slot: Slot, close: Callable[[Path], None]) -> None:
-        """Remove the shards that no later tensor needs, each when it is closed."""
+        """Close and remove the shards that no later tensor needs."""
         name = slot.tensor.spec.name
         at = self._step_of[name]
         if name != self._order.steps[at].tensors[-1]:
@@ -140,7 +139,8 @@ class ShardSupply:
         try:
             for index, shard in enumerate(self._order.fetches):
                 with self._changed:
-                    self._changed.wait_for(lambda: self._stop.is_set() or index < self._allowed)  # noqa: B023
+                    while index >= self._allowed and not self._stop.is_set():
+                        self._changed.wait()
                 self._fetch(self._checkpoint.repo.file(shard))
         except BaseException as error:
             with self._changed:
@@ -150,7 +150,6 @@ class ShardSupply:
     def _fetch(self, file: HubFile) -> None:
         if self._stop.is_set():
             raise Stopped
-
         self._what = f"fetching {file.name}"
         received = partial(self._received.__setitem__, file.name)
         path = self._folder / file.name

@@ -13,11 +13,7 @@ from typing import Any
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.errors import GGUFError
-from dots1_local.export.configuration import (
-    check_computes_the_same,
-    config_json,
-    generation_config_json,
-)
+from dots1_local.export.configuration import check_computes_the_same, config_json
 from dots1_local.export.expert_width import true_width
 from dots1_local.export.folder import Folder
 from dots1_local.export.layout import Shard, index_json, lay_out, model_tensors, tensors_of
@@ -50,11 +46,10 @@ class Exported:
 
 @dataclass(frozen=True)
 class Export:
-    """An export that is decided and checked, and not yet done.
+    """An export that is decided and checked, but not yet written.
 
     Weights are BF16, as published, and the bias that experts are chosen by is F32. `stored_width`
-    is how wide experts are in the GGUF, padding and all; `notices` are sentences for whoever asked
-    for it.
+    is how wide experts are in the GGUF, padding included. `notices` are sentences for the user.
     """
 
     gguf: GGUFFile
@@ -73,7 +68,7 @@ class Export:
         threads: int | None = None,
         progress: Progress = silent,
     ) -> "Export":
-        """Look at a file's header (any shard of a split one), and for padding at its experts.
+        """Read a file's header (any shard of a split one), and find out whether experts are padded.
 
         Raises:
             GGUFError: not a dots1 GGUF that llama.cpp loads, or one that holds what a checkpoint
@@ -155,7 +150,7 @@ def export_checkpoint(
 
 
 def _config(gguf: GGUFFile) -> Dots1Config:
-    """The model's numbers, experts as wide as they are stored."""
+    """The model's configuration, with experts as wide as they are stored."""
     check_loadable(gguf)
     config = config_of(gguf)
     if config is None:  # in which case it is not loadable
@@ -164,11 +159,11 @@ def _config(gguf: GGUFFile) -> Dots1Config:
 
 
 def _documents(gguf: GGUFFile, config: Dots1Config) -> tuple[dict[str, Any], list[str]]:
-    """The small files as JSON, and what to say of them."""
+    """The small files as JSON, and notices about them."""
     notices, ends = [], end_tokens(gguf)
     documents: dict[str, Any] = {"config.json": config_json(config, ends)}
     if ends:
-        documents["generation_config.json"] = generation_config_json(ends)
+        documents["generation_config.json"] = {"eos_token_id": ends}  # config.json has the first
     else:
         notices.append(
             "generation_config.json is left out: the file names no token that ends a response"

@@ -1,4 +1,4 @@
-"""config.json and generation_config.json, from a GGUF's keys."""
+"""config.json, from a GGUF's keys."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from dots1_local.architecture import Dots1Config
 from dots1_local.errors import GGUFError
 from dots1_local.gguf_file import GGUFFile
 
-__all__ = ["check_computes_the_same", "config_json", "generation_config_json"]
+__all__ = ["check_computes_the_same", "config_json"]
 
 # Keys that change RoPE in llama.cpp, and the values with which they don't.
 _HARMLESS: dict[str, tuple[str | int, ...]] = {
@@ -21,7 +21,7 @@ _HARMLESS: dict[str, tuple[str | int, ...]] = {
 
 
 def check_computes_the_same(gguf: GGUFFile) -> None:
-    """Refuse keys by which llama.cpp computes what a dots1 checkpoint has no word for.
+    """Refuse keys with which llama.cpp computes something that no dots1 config.json can say.
 
     Raises:
         GGUFError: RoPE is scaled.
@@ -38,7 +38,7 @@ def config_json(config: Dots1Config, ends: list[int]) -> dict[str, Any]:
     """What transformers of any version, vLLM and SGLang read of a dots1 model.
 
     Where published configs differ (how experts are scored, where RoPE's base stands, what may be
-    absent), every form is there.
+    left out), all their forms are written.
     """
     theta = _shortest(config.rope_theta)
     return {
@@ -82,11 +82,6 @@ def config_json(config: Dots1Config, ends: list[int]) -> dict[str, Any]:
     }
 
 
-def generation_config_json(ends: list[int]) -> dict[str, Any]:
-    """The tokens that end a response, all of them; config.json has room for the first."""
-    return {"eos_token_id": ends}
-
-
 def _shortest(value: float) -> float:
-    """1e-05 for the 32-bit float next to it, which is what the file holds."""
+    """The shortest number that is the same float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))

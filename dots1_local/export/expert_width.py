@@ -1,8 +1,8 @@
 """How wide the experts of a file really are: padding is zeros at the end of all of them.
 
-No key records it. A unit whose rows of gate and up are zero adds exactly nothing to an expert's
-output, whatever its column of down decodes to, so the model without it computes the same; that is
-asked of every expert in every layer.
+No key records the width. A unit whose rows of gate and up are zero adds exactly nothing to an
+expert's output, whatever its column of down decodes to, so the model without it computes the same.
+It is padding only if that holds for every expert in every layer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,7 +40,7 @@ def true_width(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> int:
-    """The width without padding; `config` has the width that experts are stored in.
+    """The experts' width without padding; `config` has the width they are stored in.
 
     Raises:
         GGUFError: the file cannot be read.
@@ -76,7 +76,7 @@ def _all_units(tensors: Mapping[str, GGUFTensor], config: Dots1Config) -> Iterat
 
 
 def _needed(files: OpenFiles, units: _Units, least: int) -> int:
-    """Units up to the last that is not zero; `least` where those from there on all are."""
+    """How many units come up to the last one that is not zero, `least` or more."""
     tensor, kind = units.tensor, TYPES[units.tensor.type]
     columns = tensor.shape[-1]
     row_bytes = kind.row_bytes(columns)

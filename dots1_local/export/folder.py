@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Self
 
@@ -25,14 +26,13 @@ _WRITTEN = re.compile(
 
 
 class Folder:
-    """The place of one export; use it in a `with` statement.
+    """Where one export is written; use it in a `with` statement.
 
-    `done` are the shards that a former run of the same export finished, which is one that had the
-    same `identity`.
+    `done` are the shards that a former run with the same `identity` has finished.
 
     Raises:
-        Dots1Error: `output` is no free place for a folder (without `force`), holds anything that
-            no export writes, or its disk cannot hold it.
+        Dots1Error: `output` exists (without `force`), cannot be a folder, holds a file that no
+            export writes, or is on a disk without enough room.
     """
 
     def __init__(
@@ -57,18 +57,14 @@ class Folder:
             raise disk_error(output, error) from None
 
     def __enter__(self) -> Self:
+        journal = self._path.with_name(f"{self._path.name}.journal")
         try:
-            self._journal = open(self._path.with_name(f"{self._path.name}.journal"), "a+b")
+            with ExitStack() as failed:
+                self._journal = failed.enter_context(open(journal, "a+b"))
+                self._begin()
+                failed.pop_all()
         except OSError as error:
             raise disk_error(self._path, error) from None
-        try:
-            self._begin()
-        except OSError as error:
-            self._journal.close()
-            raise disk_error(self._path, error) from None
-        except BaseException:
-            self._journal.close()
-            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -103,7 +99,7 @@ class Folder:
             for name, data in self._documents.items():
                 (self._partial / name).write_bytes(data)
             if self._path.exists():
-                self._clear(self._path)
+                _remove(self._path)
             os.replace(self._partial, self._path)
             Path(self._journal.name).unlink()
         except OSError as error:
@@ -143,7 +139,7 @@ class Folder:
             self.done = {shard.name for shard in self._shards if self._holds(shard)}
             return
         if self._partial.exists():
-            self._clear(self._partial)
+            _remove(self._partial)
         self._journal.truncate(0)
         self._journal.write(self._identity)
         self._journal.flush()
@@ -156,10 +152,11 @@ class Folder:
         with open(path, "rb") as file:
             return file.read(len(shard.header)) == shard.header
 
-    def _clear(self, folder: Path) -> None:
-        """Remove a folder of ours, with a last look at what is in it."""
-        _check_written(folder)
-        shutil.rmtree(folder)
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that an export wrote; what is in it may have changed since `_check`."""
+    _check_written(folder)
+    shutil.rmtree(folder)
 
 
 def _check_written(folder: Path) -> None:

@@ -20,10 +20,10 @@ _BIAS = "e_score_correction_bias"
 
 @dataclass(frozen=True)
 class ExportedTensor:
-    """One tensor of the checkpoint, and the rows of the GGUF's that it is made of.
+    """One tensor of the checkpoint, and the rows of the GGUF's tensor that hold it.
 
-    They begin at `first_row`, counted over all experts; where `stored` is wider, the rest of each
-    row is padding.
+    They begin at `first_row`, counted over all experts. Where the `stored` rows are longer, the
+    rest of each is padding.
     """
 
     name: str
@@ -57,7 +57,7 @@ class ExportedTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file; a tensor's place is counted from the file's beginning."""
+    """One safetensors file: its tensors, each with its offset from the file's beginning."""
 
     name: str
     header: bytes

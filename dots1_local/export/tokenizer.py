@@ -1,7 +1,7 @@
 """tokenizer.json and tokenizer_config.json, from a GGUF's vocabulary.
 
-GGUF names the way text is split; dots1 models have Qwen2's, and with another name no tokenizer is
-written: one that splits text differently would do it without a word.
+GGUF only names the way text is split. dots1 models have Qwen2's; for any other name no tokenizer
+is written, as one that splits text differently would go unnoticed.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def end_tokens(gguf: GGUFFile) -> list[int]:
 
 
 def why_none(gguf: GGUFFile) -> str | None:
-    """Why there is no tokenizer.json that does what the file's tokenizer does, if so."""
+    """Why no tokenizer.json can do what the file's tokenizer does; None if one can."""
     pre = gguf.keys.get(f"{_PREFIX}pre")
     if pre not in QWEN2_NAMES:
         return f"{_PREFIX}pre is {pre!r:.40}, not 'qwen2'"
@@ -41,9 +41,9 @@ def why_none(gguf: GGUFFile) -> str | None:
 
 
 def tokenizer_json(gguf: GGUFFile) -> dict[str, Any]:
-    """What the tokenizers library reads; rows that are no tokens are left out.
+    """What the tokenizers library reads; ids without a token are left out.
 
-    Added tokens stand in the vocabulary too: the library numbers others by their place.
+    Added tokens stand in the vocabulary too, or else the library would number them anew.
     """
     byte_level = {
         "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False,
@@ -76,7 +76,7 @@ def tokenizer_json(gguf: GGUFFile) -> dict[str, Any]:
 
 
 def tokenizer_config_json(gguf: GGUFFile, context: int) -> dict[str, Any]:
-    """What transformers reads beside it; `context` is the most tokens the model takes."""
+    """What transformers reads besides; `context` is the most tokens the model takes."""
     template = gguf.keys.get("tokenizer.chat_template")
     tokens = _strings(gguf, "tokens")
     named = {name: _token_id(gguf, key) for name, key in (("eos", "eos"), ("pad", "padding"))}
@@ -122,7 +122,7 @@ def _merges(gguf: GGUFFile) -> list[list[str]]:
 
 
 def _token_id(gguf: GGUFFile, name: str) -> int | None:
-    """The id under a key, if it is that of a token."""
+    """The id of a special token such as "eos", if the file names one that exists."""
     index = gguf.keys.get(f"{_PREFIX}{name}_token_id")
     types = _types(gguf)
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(types):

@@ -1,8 +1,8 @@
 """Checkpoints that lie on the Hugging Face hub, opened by their id.
 
-Configuration and tokenizer come into the hub's own cache, and of the shards at first their headers
-alone. `Conversion.prepare` takes what `open_hub` returns in place of a folder. huggingface_hub
-(the extra `hub`) is loaded only where something is opened.
+Opening one fetches configuration and tokenizer into the hub's own cache, and of the shards only
+the headers. `Conversion.prepare` takes what `open_hub` returns in place of a folder. Nothing here
+imports huggingface_hub (the extra `hub`) before something is opened.
 """
 
 import os
@@ -34,14 +34,14 @@ _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
 _REQUIRED = ("config.json", "tokenizer.json")
 _OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
 _AT_ONCE = 8  # headers
-_LIKELY_HEADER = 1 << 17  # bytes; what dots.llm1's shards need, and a request less each
+_LIKELY_HEADER = 1 << 17  # bytes; holds any of dots.llm1's headers, so one request is enough
 
 
 class HubCheckpoint(Checkpoint):
-    """A checkpoint of which `path` holds everything but the shards.
+    """A checkpoint on the hub; the folder `path` in the cache holds everything but the shards.
 
-    They are to be fetched there, or elsewhere: see `with_shards_in`. `starts` are the bytes of each
-    up to the end of its header, where that is all there is yet.
+    Shards are fetched to there, or elsewhere: see `with_shards_in`. `starts` holds each shard's
+    first bytes up to the end of its header, as they were fetched to open it.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class HubCheckpoint(Checkpoint):
         return tuple(self.repo.files[name] for name in names if name in self.repo.files)
 
     def with_shards_in(self, folder: Path, names: Sequence[str]) -> "HubCheckpoint":
-        """The same where these shards lie in another folder."""
+        """The same checkpoint with these shards read from another folder."""
         moved = {name: folder / name for name in names}
         slices = {
             tensor: replace(place, file=moved.get(place.file.name, place.file))
@@ -84,10 +84,12 @@ class HubCheckpoint(Checkpoint):
         return HubCheckpoint(self.repo, self.path, self.raw_config, slices, self._starts)
 
     def check_start(self, shard: Path) -> None:
-        """Make sure that a shard has the header everything was decided by.
+        """Make sure that a shard has the header that was fetched first, and all plans rest on.
+
+        A damaged header is found only here, as the hub lists hashes of whole files alone.
 
         Raises:
-            CheckpointError: it has another: the hub lists a hash of the whole file alone.
+            CheckpointError: it has another.
             OSError: it cannot be read.
         """
         start = self._starts.get(shard.name, b"")
@@ -100,11 +102,11 @@ class HubCheckpoint(Checkpoint):
 
 
 def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
-    """A folder, or else a model on the hub, named organisation/model.
+    """The checkpoint in a folder, or else that of a model on the hub, organisation/model.
 
     Raises:
         CheckpointError: it is neither, or is incomplete, corrupt, or of another architecture.
-        UsageError: the extra `hub` is not installed, or a folder is to have a revision.
+        UsageError: the extra `hub` is not installed, or a revision is given for a folder.
     """
     if os.path.lexists(path):
         if revision is not None:
@@ -114,7 +116,7 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
         raise CheckpointError(
             f"no such folder: {path}; nor is that an id of the hub, organisation/model"
         )
-    return _open(path, revision, None, unless=f"there is no folder {path}, and ")
+    return _open(path, revision, None, prefix=f"there is no folder {path}, and ")
 
 
 def open_hub(
@@ -122,19 +124,19 @@ def open_hub(
 ) -> HubCheckpoint:
     """A model on the hub at a branch, tag or commit, with every tensor's place known.
 
-    `endpoint` is another server that speaks the hub's API; unset, HF_ENDPOINT is. With
-    HF_HUB_OFFLINE the hub's cache must hold all of it.
+    `endpoint` is the URL of a server with the hub's API; if it is None, HF_ENDPOINT is used. With
+    HF_HUB_OFFLINE set, the hub's cache must hold everything.
 
     Raises:
-        CheckpointError: it is not there or not for you, the hub cannot be reached, or the
+        CheckpointError: there is no such model that you may read, the hub cannot be reached, or the
             checkpoint is incomplete, corrupt, or of another architecture.
         UsageError: the extra `hub` is not installed.
     """
-    return _open(name, revision, endpoint, unless="")
+    return _open(name, revision, endpoint, prefix="")
 
 
-def _open(name: str, revision: str | None, endpoint: str | None, unless: str) -> HubCheckpoint:
-    """`unless` is what errors begin with as long as the name itself may be what is wrong."""
+def _open(name: str, revision: str | None, endpoint: str | None, prefix: str) -> HubCheckpoint:
+    """`prefix` begins the errors that a mistyped name may be the cause of."""
     try:
         import huggingface_hub.hf_api  # noqa: F401 -- by way of the package it prints its errors
         from huggingface_hub import is_offline_mode
@@ -142,29 +144,29 @@ def _open(name: str, revision: str | None, endpoint: str | None, unless: str) ->
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
     except ImportError:
         raise UsageError(
-            f"{unless}fetching from the hub needs pip install 'dots1-local[hub]'"
+            f"{prefix}fetching from the hub needs pip install 'dots1-local[hub]'"
         ) from None
     except ValueError as error:
-        raise _of_settings(unless, error) from error
+        raise _garbled_settings(prefix, error) from error
     try:
         validate_repo_id(name)
         if is_offline_mode():
             return _open_cached(name, revision)
         repo = resolve(name, revision, endpoint)
     except HFValidationError:
-        raise CheckpointError(f"{unless}{name} is no id of the hub, organisation/model") from None
+        raise CheckpointError(f"{prefix}{name} is no id of the hub, organisation/model") from None
     except CheckpointError as error:
-        raise CheckpointError(f"{unless}{error}") from error
+        raise CheckpointError(f"{prefix}{error}") from error
     except ValueError as error:
-        raise _of_settings(unless, error) from error
-    except OSError as error:  # of the token
-        raise CheckpointError(f"{unless}cannot read {error.filename}: {error.strerror}") from error
+        raise _garbled_settings(prefix, error) from error
+    except OSError as error:  # reading the token
+        raise CheckpointError(f"{prefix}cannot read {error.filename}: {error.strerror}") from error
     return _open_at(repo)
 
 
-def _of_settings(unless: str, error: ValueError) -> UsageError:
+def _garbled_settings(prefix: str, error: ValueError) -> UsageError:
     return UsageError(
-        f"{unless}the hub cannot be asked with the HF_ and proxy variables of the environment: "
+        f"{prefix}the hub cannot be asked with the HF_ and proxy variables of the environment: "
         f"{error}"
     )
 
@@ -195,7 +197,7 @@ def _open_cached(name: str, revision: str | None) -> HubCheckpoint:
 
 
 def _read_headers(repo: HubRepo, folder: Path) -> tuple[dict[str, Slice], dict[str, bytes]]:
-    """The places of all tensors, by requests for the shards' first bytes, and these."""
+    """The places of all tensors, and the first bytes of every shard, which say so."""
     if INDEX not in repo.files:
         if SINGLE not in repo.files:
             raise CheckpointError(f"{repo} has neither {INDEX} nor {SINGLE}")

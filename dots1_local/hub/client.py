@@ -1,7 +1,7 @@
 """One commit of a model repository on the Hugging Face hub: what files it has, and bytes of them.
 
-Everything is asked for at the commit that the revision named when it was resolved, so that a
-branch which moves meanwhile mixes nothing.
+All requests name the commit that the revision stood for when it was resolved. So files of two
+commits never mix, even when a branch moves meanwhile.
 """
 
 import re
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HubFile", "HubRepo", "resolve"]
 
-_NAME = "dots1-local"  # as the hub's statistics call this library
+_NAME = "dots1-local"  # for the hub's download statistics
 _TRIES = 4
 _PAUSE = 1.0  # seconds before the second try, twice as many before each further one
 _LONGEST_PAUSE = 60.0
@@ -35,7 +35,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of the repository. `digest` is its sha256, or git's sha1 where it is not in LFS."""
+    """A file of the repository; `digest` is its SHA-256, or git's SHA-1 if it is not in LFS."""
 
     name: str
     size: int
@@ -44,7 +44,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class HubRepo:
-    """`name` is organisation/model, `commit` the full hash of what `revision` named."""
+    """`name` is organisation/model; `commit` is the full hash that `revision` stands for."""
 
     name: str
     revision: str
@@ -68,7 +68,7 @@ class HubRepo:
 
     @contextmanager
     def open(self, file: HubFile, start: int, stop: int) -> Iterator["httpx.Response"]:
-        """The answer to a request for bytes [start, stop); where its status is 200, all bytes.
+        """The response to a request for bytes [start, stop); with status 200 it has all bytes.
 
         Raises:
             CheckpointError: the file has another size than the hub listed.
@@ -81,7 +81,7 @@ class HubRepo:
         headers = {
             **_headers(),
             "Range": f"bytes={start}-{stop - 1}",
-            "Accept-Encoding": "identity",  # what is hashed and counted is the file itself
+            "Accept-Encoding": "identity",  # bytes are counted and hashed as they come
         }
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
@@ -122,7 +122,7 @@ class HubRepo:
 
 
 def resolve(name: str, revision: str | None, endpoint: str | None = None) -> HubRepo:
-    """The commit that a revision (the default branch if None) names now, and its files.
+    """The commit that a revision (the default branch if None) stands for now, and its files.
 
     Raises:
         CheckpointError: no such repository or revision, no access, or no connection.
@@ -149,7 +149,7 @@ def resolve(name: str, revision: str | None, endpoint: str | None = None) -> Hub
 
 
 def patiently(ask: Callable[[], _Result]) -> _Result:
-    """The answer, asked for again where the server or the network failed for a moment."""
+    """What `ask` returns; it is called again where the server or network failed for a moment."""
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     for attempt in range(_TRIES - 1):
@@ -163,7 +163,7 @@ def patiently(ask: Callable[[], _Result]) -> _Result:
 
 
 def _file(sibling: Any) -> HubFile | None:
-    """What is told of a file; None where that is not enough to fetch it by."""
+    """A file as the hub lists it; None if its size or hash is missing."""
     name = sibling.rfilename
     size, digest = sibling.size, sibling.blob_id
     if sibling.lfs is not None:
@@ -174,7 +174,7 @@ def _file(sibling: Any) -> HubFile | None:
 
 
 def _check_size(repo: HubRepo, file: HubFile, response: "httpx.Response") -> None:
-    """Before any of it is written: a file of another size is another file."""
+    """Refuse a file of another size before any of it is written."""
     if response.status_code == 206:
         size = response.headers.get("Content-Range", "").rpartition("/")[2]
     else:

@@ -1,4 +1,4 @@
-"""What goes wrong between here and the hub, in one sentence each that says what to do."""
+"""Errors on the way to the hub, each as one sentence that says what to do."""
 
 from dots1_local.errors import CheckpointError
 
@@ -35,7 +35,7 @@ def complaint(
 ) -> CheckpointError | None:
     """The sentence for an error while `what` of the repository `name` was asked for.
 
-    `where` is the repository as errors call it. None for what is no matter of the hub.
+    `where` is what to call the repository. None for an error that has nothing to do with the hub.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,

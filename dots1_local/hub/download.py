@@ -1,4 +1,4 @@
-"""One file from the hub to disk: gone on with where it was cut off, and checked by its hash.
+"""One file from the hub to disk: resumed where it was cut off, and checked by its hash.
 
 huggingface_hub's own download begins a file anew after a kill or a reset connection, and looks at
 sizes only. This one asks for the bytes that are missing, through that library's HTTP session.
@@ -28,7 +28,7 @@ Received = Callable[[int], None]
 
 
 class Stopped(Exception):
-    """The one who wanted the file wants it no more; what is fetched stays."""
+    """The download was called off; what is fetched stays."""
 
 
 def incomplete(path: Path) -> Path:
@@ -39,9 +39,10 @@ def incomplete(path: Path) -> Path:
 def download(
     repo: HubRepo, file: HubFile, path: Path, *, received: Received, stop: Event | None = None
 ) -> None:
-    """Fetch a file to `path`, which it gets only when it is whole and has the hash it should have.
+    """Fetch a file; it is renamed to `path` only when it is whole and has the listed hash.
 
-    `received` hears how many of its bytes are there. A file with another hash is fetched once more.
+    `received` is called with how many of its bytes are there. A file with another hash is fetched
+    once more.
 
     Raises:
         CheckpointError: the hub refuses it, cannot be reached, or sends another file.
@@ -71,7 +72,8 @@ def download(
 def has_digest(path: Path, file: HubFile) -> bool:
     """Whether a file on disk is the one the hub lists."""
     with open(path, "rb") as found:
-        return os.fstat(found.fileno()).st_size == file.size and _hash(found, file) == file.digest
+        same_size = os.fstat(found.fileno()).st_size == file.size
+        return same_size and _Hashed(file, found).digest == file.digest
 
 
 def _fetch(repo: HubRepo, file: HubFile, out: BinaryIO, received: Received, stop: Event) -> str:
@@ -99,7 +101,7 @@ def _fetch(repo: HubRepo, file: HubFile, out: BinaryIO, received: Received, stop
 def _receive(
     repo: HubRepo, file: HubFile, hashed: "_Hashed", received: Received, stop: Event
 ) -> Exception | None:
-    """Take what one request brings; returns what ended it early and may have passed."""
+    """Write what one request brings; returns the passing failure that ended it early, if any."""
     try:
         with repo.open(file, hashed.size, file.size) as response:
             if response.status_code == 200:
@@ -119,7 +121,7 @@ def _receive(
 
 
 class _Hashed:
-    """A file that is hashed as it grows; what it holds at first is read."""
+    """A file that is hashed as it grows, beginning with what it already holds."""
 
     def __init__(self, file: HubFile, out: BinaryIO) -> None:
         self._file, self._out = file, out
@@ -149,10 +151,6 @@ def _hasher(file: HubFile) -> "hashlib._Hash":
     if len(file.digest) == 64:
         return hashlib.sha256()
     return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)  # as git names contents
-
-
-def _hash(found: BinaryIO, file: HubFile) -> str:
-    return _Hashed(file, found).digest
 
 
 def _lock(out: BinaryIO, part: Path) -> None:

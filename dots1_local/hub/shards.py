@@ -25,8 +25,8 @@ _VERIFIED = ".dots1-verified.json"
 class ShardCache:
     """The shards of one checkpoint in the cache.
 
-    What has once been hashed is remembered by size and time, so that a run which goes on does not
-    read 286 GB first.
+    A shard that was hashed is remembered by its size and modification time, so that a resumed run
+    does not have to read 286 GB first.
     """
 
     def __init__(self, checkpoint: HubCheckpoint) -> None:
@@ -37,19 +37,19 @@ class ShardCache:
         self._lock = Lock()
 
     def path(self, file: HubFile) -> Path:
-        """Where it is read from."""
+        """Where the shard is read from."""
         return self._snapshot / file.name
 
     def missing(self) -> list[HubFile]:
-        """Those that are not there; those that are may be damaged."""
+        """The shards that are not in the cache; those that are may be damaged."""
         return [file for file in self.files if not self._content(file).is_file()]
 
     def working_files(self) -> list[Path]:
-        """What interrupted runs have left."""
+        """The unfinished downloads that interrupted runs have left."""
         return [incomplete(self._content(file)) for file in self.missing()]
 
     def holds(self, file: HubFile) -> bool:
-        """Whether it is there and has the hash it should have."""
+        """Whether the shard is there and has the listed hash."""
         return self.path(file).is_file() and self._is_whole(self._content(file), file)
 
     def fetch(self, progress: Progress = silent) -> None:
@@ -71,7 +71,7 @@ class ShardCache:
             progress(sum(there.values()), total, "bytes", f"fetching {self.repo.name}")
 
         together(provide, left, _AT_ONCE, report)
-        if left:  # so that the branch is known without a network
+        if left:  # with this the cache knows the branch too, for runs without a network
             with suppress(CheckpointError):
                 into_cache(self.repo, "config.json", self.repo.revision)
 
@@ -91,7 +91,7 @@ class ShardCache:
         received(file.size)
 
     def _content(self, file: HubFile) -> Path:
-        """Where the bytes lie: the cache names them by hash and links to them, where it can."""
+        """Where the bytes lie: where links work, the cache keeps files under their hashes."""
         if self.path(file).is_file():
             return Path(os.path.realpath(self.path(file)))
         sibling = self._snapshot / "config.json"
@@ -123,7 +123,7 @@ class ShardCache:
         return value if isinstance(value, dict) else {}
 
     def _note(self, content: Path, file: HubFile) -> None:
-        """Remember that it is whole; where that cannot be written, it will be hashed again."""
+        """Remember that it is whole; if that cannot be written, it is hashed again next time."""
         found = content.stat()
         with self._lock, suppress(OSError):
             noted = self._noted() | {file.digest: [found.st_size, found.st_mtime_ns]}

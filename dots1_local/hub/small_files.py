@@ -11,11 +11,11 @@ from dots1_local.hub.download import has_digest
 
 __all__ = ["fetch_small", "into_cache"]
 
-_LARGEST = 100 << 20  # bytes; more is no configuration
+_LARGEST = 100 << 20  # bytes; no configuration or tokenizer is larger
 
 
 def fetch_small(repo: HubRepo, files: Sequence[HubFile]) -> Path:
-    """The folder of the cache in which these files lie, each with the hash the hub lists.
+    """Fetch these files, each with the listed hash; returns the cache's folder that has them.
 
     Raises:
         CheckpointError: one cannot be had, is damaged or far too large.
@@ -37,7 +37,7 @@ def _fetch(repo: HubRepo, file: HubFile) -> Path:
 
 
 def into_cache(repo: HubRepo, name: str, revision: str | None = None, **options: Any) -> Path:
-    """Where a file lies in the cache, fetched if it is not there; a blob that is, is linked.
+    """The path of a file in the cache, where it is fetched to if it is not there yet.
 
     Raises:
         CheckpointError: it cannot be had.
@@ -62,7 +62,7 @@ def into_cache(repo: HubRepo, name: str, revision: str | None = None, **options:
 
     try:
         with repo.asking(name), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a disk without room, which is an error then
+            warnings.simplefilter("ignore")  # a full disk is warned of, and then an error
             return Path(patiently(once))
     except OSError as error:
         raise CheckpointError(

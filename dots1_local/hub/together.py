@@ -1,6 +1,6 @@
 """Requests made several at once, by threads that nobody has to wait for.
 
-Those of a pool are waited for when Python ends: Ctrl-C would take as long as a dead line.
+Python waits for a pool's threads when it exits, so Ctrl-C would hang on a dead connection.
 """
 
 from collections import deque
@@ -23,9 +23,9 @@ def together(
     count: int,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> list[_Result]:
-    """What `work` makes of every item, `count` at once; `meanwhile` is called now and then.
+    """The results of `work` for every item, `count` at once; `meanwhile` is called now and then.
 
-    When one of them raises, or the caller is interrupted, the others find their event set.
+    When one call raises, or the caller is interrupted, the event that the others hold is set.
     """
     futures: list[Future[_Result]] = [Future() for _ in items]
     waiting = deque(zip(futures, items, strict=True))

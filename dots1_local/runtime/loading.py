@@ -1,7 +1,7 @@
 """A model and its context made by llama.cpp, and what is raised where that fails."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def load_model(
         OutOfMemory: a device has not enough.
         Dots1Error: a worker does not answer, or llama.cpp cannot make the context.
     """
-    warnings = _context_warnings(gguf, wanted)
+    warnings = list(_context_warnings(gguf, wanted))
     if placement:
         warnings += prepare(gguf, placement)
     params = model_params(placement)
@@ -125,14 +125,18 @@ def dry_run(path: str | Path, placement: Placement, **options: Any) -> Report:
     return loaded.report
 
 
-def _context_warnings(gguf: GGUFFile, wanted: Settings) -> list[str]:
+def _context_warnings(gguf: GGUFFile, wanted: Settings) -> Iterator[str]:
     trained = trained_for(gguf)
-    if wanted.n_ctx <= trained:
-        return []
-    return [
-        f"{gguf.files[0]} was trained for contexts of {trained:,} tokens; beyond them, in one of "
-        f"{wanted.n_ctx:,}, answers fall apart"
-    ]
+    if wanted.n_ctx > trained:
+        yield (
+            f"{gguf.files[0]} was trained for contexts of {trained:,} tokens; beyond them, in one "
+            f"of {wanted.n_ctx:,}, answers fall apart"
+        )
+    if wanted.shared_cache and wanted.n_sequences > 1 and wanted.flash_attention is False:
+        yield (  # masked tokens are computed too
+            "without flash attention each answer is slowed down by all that the others have in the "
+            "KV cache, also when they are over; set flash_attention to true"
+        )
 
 
 def _predict(gguf: GGUFFile, placement: Placement, wanted: Settings) -> Mapping[str, Usage]:

@@ -9,11 +9,11 @@ __all__ = ["Answer"]
 
 
 class Answer:
-    """Tokens in, pieces out.
+    """Takes tokens and gives pieces.
 
-    A token's logprobs go out with the first of its text, so with tokens whose text is held back
-    they wait; at the end come those of tokens without text. Tokens that begin at or after a stop
-    string are never spoken of; one that the stop string begins inside of is, as part of it is text.
+    A token's logprobs go out with the first of its text, so they wait while that is held back.
+    Tokens without text get theirs at the end. A token that begins at or after a stop string has
+    none; one that a stop string begins inside has, as part of it is text.
 
     Raises:
         UsageError: a stop string is empty.
@@ -27,11 +27,11 @@ class Answer:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Whether a stop string has ended the text."""
         return self._text.stopped
 
     def add(self, token: int, piece: bytes, logprob: TokenLogprob | None) -> Piece | None:
-        """What is certain with this token, if anything."""
+        """What becomes certain with this token, if anything."""
         if logprob:
             self._held.append((self._text.length, logprob))
         text = self._text.add(token, piece)

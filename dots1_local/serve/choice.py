@@ -1,4 +1,4 @@
-"""One choice being written: what of it is computed, what comes next, when it ends."""
+"""One choice while it is written: what of it is computed, what comes next, when it ends."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,43 +19,43 @@ from dots1_local.serve.waiting import Waiting
 
 __all__ = ["Choice"]
 
-_WORTH_WAITING = 32  # tokens; fewer are read sooner than waited for
+_WORTH_WAITING = 32  # tokens; to read fewer takes less time than to wait for them
 
 
 class Choice:
-    """An order with a slot. It reads its prompt, then writes, a token a ubatch, until it is done.
+    """An order with a slot: it reads its prompt, then writes one token in every ubatch.
 
-    What its slot holds is always a beginning of its tokens. `close` it.
+    Its slot always holds a prefix of its tokens. `close` it at the end.
     """
 
     def __init__(self, waiting: Waiting, slot: Slot, engine: Engine) -> None:
         self.ticket, self._index, self._order = waiting.ticket, waiting.index, waiting.order
         self.prompt = waiting.order.prompt
         self.slot, self._engine = slot, engine
-        self._tokens = list(self.prompt)  # and what was written
+        self._tokens = list(self.prompt)  # what is written is added
         room = engine.n_ctx - len(self.prompt)
         self._limit = len(self.prompt) + min(self._order.max_tokens or room, room)
         self._answer = Answer(self._index, self._order.stop)
         self._computed = 0  # prompt tokens
         self._leader: Self | None = None
-        self._awaited = 0  # tokens that the leader will have computed for both
+        self._awaited = 0  # tokens that both begin with, and the leader computes
         self.begun = time.monotonic()
         self.done = False
         self._sampler = Sampler(self._order.sampling, engine, self._order.grammar)
         self._sampler.begin(self.prompt)
 
     def close(self) -> None:
-        """Free the sampler; the choice is over, whether or not it came to its end."""
+        """Free the sampler, whether or not the choice has come to its end."""
         self.done = True
         self._sampler.close()
 
     @property
     def reading(self) -> bool:
-        """Whether prompt tokens are to be computed for it."""
+        """Whether prompt tokens are left to compute."""
         return not self.done and len(self.slot.tokens) < len(self.prompt)
 
     def ready(self, slots: Slots, older: Sequence[Self]) -> bool:
-        """Whether it has nothing to wait for; what was waited for is then in its slot."""
+        """Whether it has nothing to wait for; what it waited for is then copied to its slot."""
         leader = self._leader
         if leader is None:
             return True
@@ -66,10 +66,10 @@ class Choice:
         return self._leader is None
 
     def follow(self, older: Sequence[Self]) -> None:
-        """Wait for the one of these that will read most of what this one would read too.
+        """Wait for the one of the `older` choices with which this one shares the longest prefix.
 
-        It reads no later for that, as older choices read first anyhow, and no two wait for each
-        other. Should the one waited for go, what it did read is there, and the rest read here.
+        Waiting delays nothing, as older choices read first anyway, and no two wait for each other.
+        Should the leader be cancelled, this one takes what it has read, and reads the rest itself.
         """
         known, self._leader = self.prompt[:-1], None
         self._awaited = len(self.slot.tokens) + _WORTH_WAITING - 1
@@ -79,7 +79,7 @@ class Choice:
                 self._leader, self._awaited = choice, common
 
     def entries(self, limit: int) -> list[Entry]:
-        """The next of its tokens to compute: the one just written, or so much of the prompt."""
+        """The next tokens to compute: the one just written, or up to `limit` of the prompt."""
         start = len(self.slot.tokens)
         last = len(self._tokens) - 1
         return [
@@ -88,16 +88,16 @@ class Choice:
         ]
 
     def computed(self, entries: Sequence[Entry]) -> None:
-        """These were."""
+        """Take note that these entries have been computed."""
         if self.reading:
             self._computed += len(entries)
         self.slot.tokens += [entry.token for entry in entries]
 
     def choose(self, logits: NDArray[np.float32], place: int) -> Iterator[Event]:
-        """Choose what comes after its tokens, from their logits (n_vocab,) in the ubatch's `place`.
+        """Choose the next token from the last one's logits (n_vocab,), at `place` in the ubatch.
 
         Raises:
-            Dots1Error: the logits are no numbers.
+            Dots1Error: the logits are not finite.
         """
         if not np.isfinite(logits.max()):
             raise Dots1Error("the model computes logits that are no numbers; is its file damaged?")
@@ -122,6 +122,6 @@ class Choice:
             "stop" if self._answer.stopped else reason,
             prompt_tokens=len(self.prompt),
             cached_tokens=len(self.prompt) - self._computed,
-            # As others count, the end token is one, though it is no text.
+            # OpenAI and others count the end token too, though it is no text.
             completion_tokens=len(self._tokens) - len(self.prompt),
         )

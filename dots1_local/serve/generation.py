@@ -1,4 +1,4 @@
-"""What is asked of the engine's thread, and what it says: the contract between it and HTTP."""
+"""The contract between HTTP and the engine's thread: orders go in, events come out."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,10 +12,10 @@ __all__ = ["Event", "Failed", "Finished", "Order", "Piece", "QueueFull", "TokenL
 
 @dataclass(frozen=True)
 class Order:
-    """One choice to be written: what comes after `prompt`.
+    """One choice to be written: a continuation of `prompt`.
 
-    `max_tokens` None is as many as the context holds. `top_logprobs` None asks for no logprobs,
-    a number for each token's own and those of so many likeliest.
+    `max_tokens` None means as many as the context holds. `top_logprobs` None asks for no logprobs;
+    a number asks for each token's own and those of that many likeliest tokens.
     """
 
     prompt: tuple[int, ...]
@@ -28,9 +28,9 @@ class Order:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token and its natural logarithm of probability, with the likeliest there, best first.
+    """A token's log-probability, and `top`, the likeliest tokens in its place with theirs.
 
-    They are the model's own: before temperature, penalties and grammar.
+    All are natural logarithms, before temperature, penalties and grammar.
     """
 
     token: int
@@ -41,7 +41,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of the choice `index` that is certain now; "" where only logprobs come."""
+    """Text of the choice `index` that has become certain; "" where there are only logprobs."""
 
     index: int
     text: str
@@ -50,7 +50,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """A choice's last event; `cached_tokens` of the prompt were not computed for it."""
+    """A choice's last event; `cached_tokens` of its prompt were in the KV cache already."""
 
     index: int
     reason: Literal["stop", "length"]
@@ -70,7 +70,7 @@ Event = Piece | Finished | Failed
 
 
 class QueueFull(Dots1Error):
-    """There is no room in the queue; in about `retry_after` seconds there may be."""
+    """The queue is full; in about `retry_after` seconds there may be room."""
 
     def __init__(self, waiting: int, retry_after: int) -> None:
         super().__init__(waiting, retry_after)  # all of it, so that it can be pickled

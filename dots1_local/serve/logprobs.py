@@ -1,4 +1,4 @@
-"""How likely the model found a token, and which it found likeliest."""
+"""Log-probabilities of a token and of its likeliest alternatives."""
 
 from collections.abc import Callable
 

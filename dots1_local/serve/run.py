@@ -1,4 +1,4 @@
-"""A server from its port on: HTTP in one thread, the engine in another, signals in the main one."""
+"""The whole server: HTTP in one thread, the engine in another, signals in the main one."""
 
 import ipaddress
 import os
@@ -27,10 +27,10 @@ _LEFT_OVER = 5  # seconds that connections may take to end when there is nothing
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address; port 0 is any free one.
+    """A socket that listens at an address; port 0 takes any free one.
 
     Raises:
-        Dots1Error: it cannot be had.
+        Dots1Error: there is no such address here, or the port is taken or not allowed.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -49,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _keep_alive(listener: socket.socket) -> None:
-    """Have the system find out which clients have vanished; connections inherit it."""
+    """Have the system probe for clients that have vanished; connections inherit the setting."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEP_ALIVE.items():
         if option := getattr(socket, name, None):
@@ -57,18 +57,18 @@ def _keep_alive(listener: socket.socket) -> None:
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Whether only programs on this machine reach it."""
+    """Whether only programs on this machine can reach it."""
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def url_of(listener: socket.socket) -> str:
-    """What clients call the base URL."""
+    """The base URL for clients."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 class Server:
-    """HTTP in a thread of its own, also while the model is loaded; use it in a `with` statement."""
+    """Serves HTTP from a thread of its own, even while the model loads; use it with `with`."""
 
     def __init__(
         self,
@@ -111,17 +111,18 @@ class Server:
         self.close(0)
 
     def open(self, engine: Engine, queue_size: int) -> None:
-        """Begin to answer, with an engine that is the server's until `close`."""
+        """Begin to answer with an engine, which nothing else may use until `close` returns."""
         self._scheduler = Scheduler(engine, queue_size=queue_size, on_end=self._over.set)
         self._service.open(Model(engine, self._service.name), self._scheduler)
 
     @property
     def busy(self) -> bool:
-        """Whether something is being answered, or waits for that."""
-        return any(map(self._service.load.get, ("running", "waiting")))
+        """Whether anything is being answered or is waiting."""
+        state = self._scheduler and self._scheduler.state
+        return bool(state and (state.running or state.waiting))
 
     def wait(self) -> None:
-        """Until Ctrl-C or SIGTERM, which do nothing else meanwhile.
+        """Return at Ctrl-C or SIGTERM, which do nothing else meanwhile.
 
         Raises:
             Dots1Error: the HTTP or the engine's thread has ended by itself.
@@ -134,9 +135,9 @@ class Server:
             raise Dots1Error("the engine has failed and cannot go on; start the server again")
 
     def close(self, patience: float) -> None:
-        """Take no more requests, finish what can be in so many seconds, and end the rest.
+        """Refuse new requests, finish what can be in `patience` seconds, and end the rest.
 
-        The engine is free then. A second call does nothing.
+        When it returns, the engine is free. A second call does nothing.
         """
         self._service.close()
         self._http.config.timeout_graceful_shutdown = ceil(patience) + _LEFT_OVER

@@ -1,7 +1,8 @@
-"""Continuous batching: the one thread that has the engine.
+"""Continuous batching, in the one thread that uses the engine.
 
-Every step computes one ubatch: a token of each choice that writes, and beside them prompts, oldest
-first. How much of them is in `pace`, what is read only once in `slots` and `choice`.
+Every step computes one ubatch: the last token of each choice that is writing, and beside them parts
+of prompts, oldest first. `pace` decides how much of the prompts; `slots` and `choice` see to it
+that what prompts have in common is read once.
 """
 
 import logging
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.runtime.chat.stopping import check_stop
 from dots1_local.runtime.engine import Engine, Entry
 from dots1_local.serve.choice import Choice
 from dots1_local.serve.generation import Event, Failed, Order
@@ -23,7 +25,7 @@ from dots1_local.serve.slots import Slots
 from dots1_local.serve.ticket import Ticket
 from dots1_local.serve.waiting import Queue, Waiting
 
-__all__ = ["Scheduler", "State", "Ticket"]
+__all__ = ["Scheduler", "State"]
 
 _SHUTDOWN = "the server is shutting down"
 _log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """How many choices have a slot and how many wait for one, of so many slots."""
+    """How many choices have a slot, how many wait for one, and how many slots there are."""
 
     running: int
     waiting: int
@@ -39,16 +41,16 @@ class State:
 
 
 class Scheduler:
-    """Carries out orders, first in, first out; until `close` has returned the engine is its alone.
+    """Carries out orders, first in, first out; nothing else may use the engine until `close`.
 
-    Each of the engine's sequences is a slot for one choice at a time. A request's choices take
-    turns where there are more of them than slots.
+    Each of the engine's sequences is a slot for one choice at a time. Where a request has more
+    choices than there are slots, they take turns.
     """
 
     def __init__(
         self, engine: Engine, *, queue_size: int = 64, on_end: Callable[[], None] = lambda: None
     ) -> None:
-        """Start the thread, which calls `on_end` last; so many choices may wait for a slot.
+        """Start the thread, which calls `on_end` last; up to `queue_size` choices may wait.
 
         Raises:
             UsageError: the engine has several sequences but no shared cache, or a ubatch too small
@@ -67,19 +69,19 @@ class Scheduler:
 
     @property
     def state(self) -> State:
-        """What it has to do now."""
+        """The load at this moment."""
         running = sum(not choice.ticket.over for choice in list(self._running))
         return State(running, len(self._queue), len(self._slots))
 
     def submit(self, orders: Sequence[Order], deliver: Callable[[Event], None]) -> Ticket:
-        """Queue a request's choices, together or not at all.
+        """Queue a request's choices, all or none.
 
-        `deliver` is told of them in the engine's thread, so it must be quick and wait for nothing.
+        `deliver` is called with their events in the engine's thread, so it must not block.
 
         Raises:
             QueueFull: too many are waiting.
-            UsageError: an order that cannot be carried out.
-            Dots1Error: a prompt that fills the context, or the scheduler is closed.
+            UsageError: an order cannot be carried out.
+            Dots1Error: a prompt fills the context, or the scheduler is closed.
         """
         for order in orders:
             _check_order(order, self._engine)
@@ -88,10 +90,10 @@ class Scheduler:
         return ticket
 
     def close(self, patience: float) -> None:
-        """Take no more, finish what can be in so many seconds, and fail the rest.
+        """Refuse new orders, finish what can be in `patience` seconds, and fail the rest.
 
         Returns when the thread has ended, at most a ubatch later; the engine is free then. It may
-        be called again, with less patience too.
+        be called again, also with less patience.
         """
         self._queue.close(_SHUTDOWN, patience)
         self._thread.join()
@@ -104,7 +106,7 @@ class Scheduler:
                     self._step()
                 except Exception as error:
                     self._fail_running(_sentence(error))
-                    self._slots.forget()  # who knows what is in them now
+                    self._slots.forget()  # their contents are unknown now
             reason = _SHUTDOWN
         except Exception:
             _log.exception("the engine's thread cannot go on")
@@ -129,7 +131,7 @@ class Scheduler:
     def _step(self) -> None:
         self._admit()
         parts = self._compose()
-        if not parts:  # who was admitted could not begin
+        if not parts:  # no choice that was admitted could begin
             return
         read = sum(len(entries) for choice, entries in parts if choice.reading)
         start = time.perf_counter()
@@ -180,7 +182,7 @@ class Scheduler:
         except Exception as error:
             self._slots.empty(choice.slot)
             events = [Failed(_sentence(error))]
-        if choice.done:  # who hears that finds its place free
+        if choice.done:  # before the client hears of it, so that its next request finds a slot
             self._queue.turnover.took(time.monotonic() - choice.begun)
             self._leave(choice)
         for event in events:
@@ -210,15 +212,14 @@ def _check_engine(engine: Engine) -> None:
 
 
 def _check_order(order: Order, engine: Engine) -> None:
-    """Refuse what would fail later, and fail others with it."""
+    """Refuse what would fail later and take other requests along."""
     if not order.prompt:
         raise UsageError("there is nothing to complete; give the beginning of a text")
     if not all(0 <= token < engine.n_vocab for token in order.prompt):
         raise UsageError(f"a prompt's tokens are numbers from 0 to {engine.n_vocab - 1}")
     if order.max_tokens is not None and order.max_tokens < 1:
         raise UsageError(f"an answer of at most {order.max_tokens} tokens is none; ask for 1")
-    if not all(order.stop):
-        raise UsageError("a stop string is empty; it would stop every answer at once")
+    check_stop(order.stop)
     if len(order.prompt) >= engine.n_ctx:
         raise Dots1Error(
             f"the prompt is {len(order.prompt):,} tokens long and the context holds "
@@ -227,7 +228,7 @@ def _check_order(order: Order, engine: Engine) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """What a client is told: what is wrong with the model or the request, but not our bugs."""
+    """What a client is told of an error: all that it can do something about, but no bugs."""
     if isinstance(error, Dots1Error):
         return str(error)
     _log.error("the engine's thread met a bug", exc_info=error)

@@ -1,4 +1,4 @@
-"""The engine's sequences: what each holds, and what a new prompt finds there already computed."""
+"""The engine's sequences: what each holds, and how much of a new prompt is computed already."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ __all__ = ["Slot", "Slots"]
 
 @dataclass
 class Slot:
-    """A sequence of the engine and the tokens in its cache, which stay there when it is free."""
+    """A sequence of the engine and the tokens in its KV cache, which are kept when it is free."""
 
     number: int
     tokens: list[int] = field(default_factory=list)
@@ -20,12 +20,12 @@ class Slot:
     used: int = 0  # the higher, the later it was released
 
     def common(self, tokens: Sequence[int]) -> int:
-        """How many tokens it holds of those that these begin with."""
+        """How many tokens these and the slot's have in common at the beginning."""
         return common_prefix(self.tokens, tokens)
 
 
 class Slots:
-    """All sequences of an engine; they begin empty."""
+    """All sequences of an engine, at first empty."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -42,10 +42,11 @@ class Slots:
         return any(slot.free for slot in self._slots)
 
     def take(self, prompt: Sequence[int], next_in_line: Sequence[Sequence[int]]) -> Slot:
-        """A free sequence, there must be one, that then holds what is known of a prompt.
+        """Take a free sequence (there must be one) and fill it with what is known of a prompt.
 
-        What the prompt goes on from is gone on with. For anything else the free sequence goes that
-        the prompts next in line have least use for, and of equals the one not used for longest.
+        It is the one that shares most with the prompt, if that is half of what it holds or more.
+        Otherwise it is the one that the prompts next in line have least use for, and of equals the
+        least recently used.
         """
         free = [slot for slot in self._slots if slot.free]
         slot = max(free, key=lambda slot: slot.common(prompt))
@@ -56,9 +57,9 @@ class Slots:
         return slot
 
     def fill(self, slot: Slot, prompt: Sequence[int]) -> None:
-        """Let a sequence hold what any of them holds of a prompt, and nothing else.
+        """Make a sequence hold the longest prefix of a prompt that any sequence holds, and no more.
 
-        The last token is left out: it is computed always, for the logits of what comes next.
+        The last token is left out: it is always computed, for the logits of the next one.
         """
         known = prompt[:-1]
         source = max(self._slots, key=lambda each: (each.common(known), each is slot))
@@ -71,7 +72,7 @@ class Slots:
         slot.tokens = list(known[:length])
 
     def release(self, slot: Slot) -> None:
-        """Let others take it; what it holds stays until one does."""
+        """Make it free; what it holds stays until it is taken."""
         slot.free, slot.used = True, next(self._releases)
 
     def empty(self, slot: Slot) -> None:

@@ -1,4 +1,4 @@
-"""A request in the scheduler's hands: who is told, and whether anybody still listens."""
+"""A request that the scheduler has taken: who is told of it, and whether they still listen."""
 
 import logging
 from collections.abc import Callable
@@ -12,7 +12,7 @@ _log = logging.getLogger(__name__)
 
 
 class Ticket:
-    """What `Scheduler.submit` gives; `over` once nothing more will be delivered."""
+    """What `Scheduler.submit` returns; `over` once nothing more will be delivered."""
 
     def __init__(self, deliver: Callable[[Event], None]) -> None:
         self._deliver = deliver
@@ -20,15 +20,15 @@ class Ticket:
         self.over = False
 
     def cancel(self) -> None:
-        """Want no more of it, from any thread; when this returns, nothing more is delivered.
+        """Give the request up, from any thread; nothing is delivered after this returns.
 
-        Its sequences are free before the next ubatch.
+        Its sequences become free before the next ubatch.
         """
         with self._delivering:
             self.over = True
 
     def tell(self, event: Event) -> None:
-        """Deliver an event, if anybody listens. A listener that fails is no more told anything."""
+        """Deliver an event, if anybody listens; a listener that raises gets no further ones."""
         with self._delivering:
             if self.over:
                 return

@@ -1,4 +1,4 @@
-"""Calls of tools in an answer, as models of the Hermes and Qwen families write them.
+"""Tool calls in an answer, as models of the Hermes and Qwen families write them.
 
 <tool_call>
 {"name": "weather", "arguments": {"city": "Paris"}}
@@ -6,6 +6,7 @@
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from dots1_local.runtime.chat.message import ToolCall
@@ -16,9 +17,10 @@ _START, _END = "<tool_call>", "</tool_call>"
 
 
 class ToolCallText:
-    """Text in pieces in, content and whole calls out; what may become a call is held back.
+    """Takes an answer's text in pieces, and gives content and whole calls.
 
-    Space before a call is no content. What is between the tags and no call stays text.
+    What may become a call is held back. White space before a call is left out of the content. Tags
+    around anything but a call are content.
     """
 
     def __init__(self) -> None:
@@ -30,11 +32,9 @@ class ToolCallText:
         self._held += text
         if self._inside and ">" not in text:
             return "", []
-        given: list[str] = []
-        calls: list[ToolCall] = []
-        while self._step(given, calls):
-            pass
-        return "".join(given), calls
+        found = list(self._certain())
+        content = "".join(each for each in found if isinstance(each, str))
+        return content, [each for each in found if isinstance(each, ToolCall)]
 
     def finish(self) -> tuple[str, list[ToolCall]]:
         """What was held back, now that no more comes; a call need not be closed."""
@@ -42,36 +42,29 @@ class ToolCallText:
         call = _call(held.partition(_START)[2]) if self._inside else None
         return ("", [call]) if call else (held, [])
 
-    def _step(self, given: list[str], calls: list[ToolCall]) -> bool:
-        """Give what is certain; whether there may be more."""
-        if self._inside:
+    def _certain(self) -> Iterator[str | ToolCall]:
+        """Content and calls in turn, taken from what is held."""
+        while True:
+            content, start, _ = self._held.partition(_START)
+            if not start:
+                content = content[: len(content) - _beginning(content)]
+            content = content.rstrip()
+            yield content
+            self._held, self._inside = self._held[len(content) :], bool(start)
             whole, end, rest = self._held.partition(_END)
-            if not end:
-                return False
-            call = _call(whole.partition(_START)[2])
-            if call:
-                calls.append(call)
-            else:
-                given.append(whole + end)
+            if not (start and end):
+                return
+            yield _call(whole.partition(_START)[2]) or whole + end
             self._held, self._inside = rest, False
-            return True
-        content, start, rest = self._held.partition(_START)
-        self._inside = bool(start)
-        if not start:
-            size = _beginning(content)
-            content, rest = content[: len(content) - size], content[len(content) - size :]
-        given.append(content.rstrip())
-        self._held = content[len(given[-1]) :] + start + rest
-        return self._inside
 
 
 def _beginning(text: str) -> int:
-    """How many characters at the end may be those of a tag that is not whole yet."""
+    """How many characters at the end may be the beginning of a tag."""
     return next((n for n in range(len(_START) - 1, 0, -1) if text.endswith(_START[:n])), 0)
 
 
 def _call(text: str) -> ToolCall | None:
-    """The call that a JSON object says; None if it says none."""
+    """The call that a JSON object describes; None if it is no such object."""
     try:
         said = json.loads(text, parse_constant=_refuse)
         name, arguments = said["name"], said.get("arguments", {})

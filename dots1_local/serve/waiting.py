@@ -1,4 +1,4 @@
-"""Orders that wait for a slot: first in, first out, bounded, and closed in the end."""
+"""The queue of orders that wait for a slot: bounded, first in, first out."""
 
 import math
 import time
@@ -26,7 +26,7 @@ class Waiting:
 
 
 class Queue:
-    """Any thread puts in, the engine's takes out, and sleeps here when there is nothing to do."""
+    """Any thread puts orders in; the engine's takes them out, and sleeps here while idle."""
 
     def __init__(self, size: int, slots: int) -> None:
         self._size, self._slots = size, slots
@@ -41,12 +41,12 @@ class Queue:
             return sum(not each.ticket.over for each in self._waiting)
 
     def put(self, ticket: Ticket, orders: Sequence[Order], running: int) -> None:
-        """Add a request's choices, all or none; `running` ones have a slot now.
+        """Add a request's choices, all or none, where `running` others have a slot now.
 
-        What comes when there is nothing else is taken, however much it is.
+        A request that finds nothing else to do is taken, however many choices it has.
 
         Raises:
-            QueueFull: with them, more would wait than the queue holds.
+            QueueFull: more would wait than the queue holds.
             Dots1Error: it is closed.
         """
         with self._changed:
@@ -60,19 +60,19 @@ class Queue:
             self._changed.notify()
 
     def pop(self) -> Waiting | None:
-        """Take out who waits longest, if anybody does."""
+        """Take out the one that has waited longest, if any."""
         with self._changed:
             return self._waiting.popleft() if self._waiting else None
 
     def next_in_line(self, count: int) -> list[Waiting]:
-        """So many as will be popped next, or all."""
+        """Up to `count` of those that will be popped next."""
         with self._changed:
             return list(islice(self._waiting, count))
 
     def work_to_do(self, busy: bool) -> bool:
-        """Whether there is some, beside what keeps a caller `busy`; sleeps until there is.
+        """True as soon as there is work: at once for a caller that is `busy`, else when some comes.
 
-        False when it is closed and nothing is left, or no more time to do it.
+        False when the queue is closed, and no work is left or no time to do it.
         """
         with self._changed:
             while True:
@@ -87,7 +87,7 @@ class Queue:
                 self._changed.wait()
 
     def close(self, reason: str, patience: float) -> None:
-        """Refuse what comes from now on; after so many seconds there is no more work to do."""
+        """Refuse new orders from now on; `work_to_do` is False after `patience` seconds."""
         with self._changed:
             self._refusal = self._refusal or reason
             self._deadline = min(self._deadline, time.monotonic() + patience)

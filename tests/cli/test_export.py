@@ -1,8 +1,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from dots1_local.cli import app
 from dots1_local.convert import convert_checkpoint
 from tests.helpers import write_random_gguf
 from tests.micro import micro_checkpoint
+from tests.workers import start_dots1
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +44,9 @@ def test_the_table_says_what_was_cut_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["-o", "out", "--shard-size", "many"]])
 def test_usage(model: Path, arguments: list[str]) -> None:
-    command = [str(Path(sys.executable).with_name("dots1")), "export", str(model), *arguments]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 2
+    with start_dots1("export", str(model), *arguments) as process:
+        process.communicate()
+    assert process.returncode == 2
 
 
 def test_ctrl_c_leaves_what_can_be_resumed(tmp_path: Path) -> None:
@@ -54,15 +54,7 @@ def test_ctrl_c_leaves_what_can_be_resumed(tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "m.gguf", "Q8_0")
     output = tmp_path / "out"
     command = ["export", str(tmp_path / "m.gguf"), "-o", str(output), "--shard-size", "1MB"]
-    process = subprocess.Popen(
-        [str(Path(sys.executable).with_name("dots1")), *command, "--threads", "1"],
-        stderr=subprocess.PIPE,
-        text=True,
-        # A suite run in the background ignores the signal, and so would what it starts.
-        preexec_fn=lambda: signal.signal(  # noqa: PLW1509 -- nothing but a signal is set
-            signal.SIGINT, signal.default_int_handler
-        ),
-    )
+    process = start_dots1(*command, "--threads", "1")
     partial = tmp_path / "out.partial"
     while process.poll() is None and not list(partial.glob("*.safetensors")):
         time.sleep(0.01)

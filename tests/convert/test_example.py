@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from dots1_local.runtime.engine import Engine
 from tests.conftest import Converted
 from tests.micro import micro_checkpoint
 from tests.quant.stock_llama import read_bytes, stock_quantise, tensors_of
+from tests.workers import start_dots1
 
 
 @pytest.mark.parametrize(
@@ -58,17 +57,8 @@ def test_shards_load_as_one_model(tiny: Path, converted: Converted, tmp_path: Pa
 def test_ctrl_c_leaves_what_can_be_resumed(tmp_path: Path) -> None:
     source = micro_checkpoint(tmp_path / "hf", hidden_size=1024, vocab_size=60_000)
     output = tmp_path / "out.gguf"
-    command = [str(Path(sys.executable).with_name("dots1")), "convert", str(source), "-o",
-               str(output), "--type", "Q2_K", "--threads", "1"]  # fmt: skip
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A suite run in the background ignores the signal, and so would what it starts.
-        preexec_fn=lambda: signal.signal(  # noqa: PLW1509 -- nothing but a signal is set
-            signal.SIGINT, signal.default_int_handler
-        ),
-    )
+    options = ("-o", str(output), "--type", "Q2_K", "--threads", "1")
+    process = start_dots1("convert", str(source), *options)
     journal = output.with_name(output.name + ".journal")
     while process.poll() is None and not (journal.exists() and journal.stat().st_size > 200):
         time.sleep(0.01)

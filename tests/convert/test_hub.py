@@ -16,7 +16,7 @@ from dots1_local.hub import open_checkpoint, open_hub
 from dots1_local.hub.client import HubFile
 from tests.conftest import Converted
 from tests.convert.hub import SECOND, prepare, refusal, sizes
-from tests.hub_server import HEADER, NAME, HubServer
+from tests.hub_server import FORMER_NAME, HEADER, NAME, HubServer
 from tests.micro import micro_checkpoint
 
 
@@ -33,6 +33,12 @@ def test_the_same_bytes_as_from_a_folder(
     assert hub.shard_bytes() == sizes(tiny)
     assert {path.name for path in tmp_path.iterdir()} == {"out.gguf", "cache"}
     prepare(hub).run(tmp_path / "again.gguf")
+    assert hub.shard_bytes() == sizes(tiny)
+
+
+def test_a_renamed_repository_is_found(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    checkpoint = open_hub(FORMER_NAME, endpoint=hub.endpoint)
+    Conversion.prepare(checkpoint, "Q8_0").run(tmp_path / "out.gguf", low_disk=True)
     assert hub.shard_bytes() == sizes(tiny)
 
 

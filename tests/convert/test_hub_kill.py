@@ -2,7 +2,6 @@
 
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from threading import Event
 
@@ -10,23 +9,15 @@ import pytest
 
 from tests.conftest import Converted
 from tests.hub_server import NAME, HubServer, is_shard
+from tests.workers import start_dots1
 
 MB = 10**6
 
 
 def program(hub: HubServer, output: Path) -> "subprocess.Popen[str]":
     """The command, in a process of its own."""
-    dots1 = Path(sys.executable).with_name("dots1")
-    return subprocess.Popen(
-        [dots1, "convert", NAME, "-o", output, "--type", "Q8_0", "--low-disk", "-t", "1"],
-        env=hub.environment(output.parent / "home"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(  # noqa: PLW1509 -- nothing but a signal is set
-            signal.SIGINT, signal.default_int_handler
-        ),
-    )
+    options = ("-o", str(output), "--type", "Q8_0", "--low-disk", "-t", "1")
+    return start_dots1("convert", NAME, *options, env=hub.environment(output.parent / "home"))
 
 
 def strike(hub: HubServer, process: "subprocess.Popen[str]", number: int, after: int) -> None:

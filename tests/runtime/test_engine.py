@@ -82,6 +82,26 @@ def test_warns_of_a_context_beyond_training(model: Path) -> None:
         assert "trained for contexts of 1,024 tokens" in warning
 
 
+@pytest.mark.parametrize(
+    ("sequences", "flash_attention", "warnings"),
+    [(2, False, 1), (1, False, 0), (2, None, 0), (2, True, 0)],
+)
+def test_warns_of_a_shared_cache_without_flash_attention(
+    model: Path, sequences: int, flash_attention: bool | None, warnings: int
+) -> None:
+    """It computes masked tokens too, where flash attention passes over them."""
+    with Engine.open(
+        model,
+        n_ctx=256,
+        n_sequences=sequences,
+        shared_cache=True,
+        flash_attention=flash_attention,
+        threads=1,
+    ) as engine:
+        assert len(engine.warnings) == warnings
+        assert all("without flash attention" in each for each in engine.warnings)
+
+
 @pytest.mark.parametrize("n_ctx", [-1, 1 << 31, 1 << 40])
 def test_refuses_contexts_that_cannot_be_counted(model: Path, n_ctx: int) -> None:
     with pytest.raises(UsageError, match=f"no context of {n_ctx:,} tokens"):

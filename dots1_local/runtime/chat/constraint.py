@@ -1,8 +1,8 @@
-"""Keeping an answer to a grammar: llama.cpp tells which tokens may come next.
+"""Keeping an answer to a grammar: llama.cpp says which tokens may come next.
 
-A token is chosen first and then tested; only where the grammar refuses it are all tokens tested,
-which takes milliseconds. C++ exceptions end the process, so nothing that was not tested is given
-to the grammar for good.
+A token is chosen first and then tested; only if the grammar refuses it are all tokens tested, which
+takes milliseconds. llama.cpp throws where a grammar accepts a token it does not allow, and that
+ends the process: so only tested tokens are given to it.
 """
 
 import codecs
@@ -22,13 +22,13 @@ from dots1_local.runtime.engine import Engine
 __all__ = ["Constraint"]
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-_UNWRITTEN = (2, 3, 5)  # UNKNOWN, CONTROL and UNUSED of enum llama_token_type: no text of answers
-_DEEPEST = 500  # brackets in brackets: what a test of all tokens takes grows with them
+_UNWRITTEN = (2, 3, 5)  # UNKNOWN, CONTROL and UNUSED of enum llama_token_type: no visible text
+_DEEPEST = 500  # nested brackets: testing all tokens takes longer with each
 
 
 @dataclass(frozen=True)
 class _Nesting:
-    """How deep in brackets a JSON text is at some place."""
+    """How deep in brackets a JSON text is at one place."""
 
     depth: int = 0
     in_string: bool = False
@@ -81,7 +81,7 @@ class Constraint:
         self._nesting = _Nesting()
 
     def next(self, chain: Any, engine: Engine, index: int) -> int:
-        """What the chain chooses of the tokens that may come next; both remember it.
+        """The chain's choice among the tokens that may come next, accepted by both.
 
         Raises:
             Dots1Error: there is no such token.
@@ -119,14 +119,14 @@ class Constraint:
         self._candidates["logit"] = logits
 
     def _accept(self, token: int, engine: Engine) -> bool:
-        """Take the token for the text's next, if it may be that."""
+        """Accept the token as the text's next; False if the grammar refuses it."""
         if self._banned[token]:
             return False
         single = np.array([(token, 1, 0)], _CANDIDATE)
         llama.llama_sampler_apply(self._grammar, ctypes.byref(_array(single)))
         if single["logit"][0] == -np.inf:
             return False
-        if engine.is_end(token):  # of those only what llama.cpp too takes for an end was tested
+        if engine.is_end(token):  # only its own end tokens were tested as such
             return bool(llama.llama_vocab_is_eog(engine.vocab, token))
         piece, before = engine.piece(token), self._decoder.getstate()
         nesting = self._nesting.after(piece)
@@ -134,7 +134,7 @@ class Constraint:
             return False
         try:
             self._decoder.decode(piece)
-        except UnicodeDecodeError:  # llama.cpp lets characters pass that take too many bytes
+        except UnicodeDecodeError:  # llama.cpp accepts overlong UTF-8
             self._decoder.setstate(before)
             return False
         self._nesting = nesting
@@ -143,7 +143,7 @@ class Constraint:
 
 
 def _array(candidates: NDArray[np.void]) -> Any:
-    """llama.cpp's view of them; valid as long as they are."""
+    """llama.cpp's view of the candidates, valid as long as they are."""
     data = candidates.ctypes.data_as(ctypes.POINTER(llama.llama_token_data))
     return llama.llama_token_data_array(data, len(candidates), -1, False)
 
@@ -158,12 +158,12 @@ def _opening(engine: Engine) -> NDArray[np.bool_]:
 
 
 def _banned(engine: Engine) -> NDArray[np.bool_]:
-    """Tokens (n_vocab,) that no grammar can judge.
+    """Tokens (n_vocab,) that llama.cpp's grammars misjudge.
 
-    llama.cpp's takes control tokens for the text of their names, which answers do not show, and has
-    its own idea of what ends an answer.
+    It takes control tokens for the text of their names, which answers do not show. Those that it
+    takes for an end of the answer are fine.
     """
-    if "tokenizer.ggml.eos_token_id" not in engine.gguf.keys:  # it would end answers at a comma
+    if "tokenizer.ggml.eos_token_id" not in engine.gguf.keys:  # llama.cpp would take id 11 for it
         raise Dots1Error(
             f"{engine.gguf.files[0]} does not say which token ends an answer, so no answer of it "
             "can be kept to a schema"

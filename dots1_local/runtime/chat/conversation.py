@@ -21,9 +21,9 @@ _FORMAT, _VERSION = "dots1-conversation", 1
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a session holds, less the tokens; `model` is the name of the file it was held with.
+    """What a session holds, without the tokens; `model` is the name of the model it was held with.
 
-    `unanswered` is a last question to which there is no answer yet, "" if there is none.
+    `unanswered` is a last question that has no answer yet, "" if there is none.
     """
 
     model: str
@@ -35,7 +35,7 @@ class Conversation:
     unanswered: str = ""
 
     def apply(self, session: Dialogue) -> None:
-        """Put the session where this one was; what is unanswered is left to ask."""
+        """Put a session where this one was; an unanswered question is left to ask."""
         session.messages = list(self.messages)
         session.sampling = self.sampling
         session.max_tokens = self.max_tokens

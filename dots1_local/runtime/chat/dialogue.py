@@ -1,4 +1,4 @@
-"""What a conversation is, whoever answers: its messages, its settings, one open answer at most."""
+"""A conversation, whoever answers: its messages, its settings, and at most one open answer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
@@ -25,11 +25,11 @@ Overflow = Literal["drop", "stop"]
 
 
 class Dialogue(ABC):
-    """A conversation with a model somewhere; use it in a `with` statement.
+    """A conversation with a model, here or elsewhere; use it in a `with` statement.
 
-    `raw` completes texts without the chat template; the conversation is then one document, and
-    `system`, which is `SYSTEM_PROMPT` for a chat unless given, none. Where the context is full,
-    `overflow` "drop" gives up whole oldest turns, and "stop" ends the answer or refuses the
+    With `raw` texts are completed without the chat template, and the conversation is one document.
+    `system` is by default `SYSTEM_PROMPT`, or with `raw` none. Where the context is full,
+    `overflow` "drop" drops whole turns, oldest first, and "stop" ends the answer or refuses the
     question.
     """
 
@@ -74,12 +74,12 @@ class Dialogue(ABC):
     @property
     @abstractmethod
     def n_ctx(self) -> int | None:
-        """Tokens the context holds; None where nobody tells."""
+        """Tokens the context holds; None if unknown."""
 
     @property
     @abstractmethod
     def context_used(self) -> int | None:
-        """Tokens in the context after the last answer; None where nobody tells."""
+        """Tokens in the context after the last answer; None if unknown."""
 
     @property
     def memory(self) -> tuple["Difference", ...]:
@@ -113,7 +113,7 @@ class Dialogue(ABC):
 
     @property
     def so_far(self) -> list[Message]:
-        """The messages, with a turn in the making: its question and what is answered by now."""
+        """The messages, with the question and the unfinished answer of an open turn."""
         if self._turn is None:
             return self.messages
         answer = self._turn.answered()
@@ -121,7 +121,7 @@ class Dialogue(ABC):
 
     @abstractmethod
     def count(self, text: str) -> int | None:
-        """How many tokens a text is; None where nobody tells."""
+        """How many tokens a text is; None if unknown."""
 
     def clear(self) -> None:
         """Drop all turns; the system message stays."""
@@ -129,7 +129,7 @@ class Dialogue(ABC):
         self.messages = [message for message in self.messages if message.role == "system"]
 
     def undo(self) -> Message | None:
-        """Drop the last turn; the user's message of it, None if there is none."""
+        """Drop the last turn and return its user's message; None if there is no turn."""
         self._end_latest()
         index = last_turn(self.messages)
         if index is None:
@@ -145,8 +145,8 @@ class Dialogue(ABC):
         There is a piece for every token, empty where its text is not certain yet. The turn becomes
         part of the conversation when the answer ends, also where it is cut off by `max_tokens`, the
         context, the caller closing the stream, or the next question; `stats` tells which.
-        `progress` hears of the prompt's new tokens after every ubatch, or often while a server is
-        waited for; an exception from it before the first word leaves the conversation as it was.
+        `progress` is called after every ubatch of the prompt, or often while waiting for a server;
+        an exception from it before the first piece leaves the conversation as it was.
 
         Raises:
             Dots1Error: the question does not fit into the context, or the server fails.
@@ -170,7 +170,7 @@ class Dialogue(ABC):
         return self._open(self.messages[: index + 1], self.max_tokens, progress)
 
     def save_state(self, path: str | Path, progress: Progress = silent) -> int:
-        """Write what spares reading the messages again; the bytes written, 0 for nothing.
+        """Write state that spares reading the messages again; returns bytes written, 0 if none.
 
         Raises:
             Dots1Error: it cannot be written there.
@@ -179,7 +179,7 @@ class Dialogue(ABC):
         return 0
 
     def load_state(self, path: str | Path) -> int:
-        """Take up what `save_state` wrote: how many of the messages' tokens it spares."""
+        """Load what `save_state` wrote; returns how many of the messages' tokens it spares."""
         self._end_latest()
         return 0
 
@@ -195,7 +195,7 @@ class Dialogue(ABC):
         if limit is not None and limit < 1:
             raise UsageError(f"an answer of at most {limit} tokens is none; give 1 or more")
         stream = self._answer(asked, limit, progress)
-        self._latest = ref(stream)  # who drops the stream closes it
+        self._latest = ref(stream)  # weak: a caller who drops the stream closes it
         return stream
 
     def _streamed(
@@ -209,6 +209,6 @@ class Dialogue(ABC):
             self._turn = None
 
     def _end_latest(self) -> None:
-        """End an answer that is still open; later it would write over what came after it."""
+        """End an answer that is still open; if it ended later, it would undo what follows."""
         if (stream := self._latest()) is not None:
             stream.close()

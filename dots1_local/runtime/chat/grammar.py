@@ -1,4 +1,4 @@
-"""What an answer must be: JSON, of a schema or any object, as a grammar in llama.cpp's notation."""
+"""What an answer must be, a JSON document of some schema, as a grammar in llama.cpp's notation."""
 
 import json
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ _LONGEST = 1 << 18
 
 @dataclass(frozen=True)
 class Grammar:
-    """A grammar whose rule `root` is a whole answer, in GBNF.
+    """A grammar in GBNF; its rule `root` is a whole answer.
 
-    What it takes llama.cpp to follow it is bounded by how these are made; others are not.
+    Those made here cost llama.cpp a bounded time for each token. One written by hand may not.
     """
 
     gbnf: str
 
     @classmethod
     def of_json_schema(cls, schema: Any) -> Self:
-        """Documents that a JSON schema allows; of its properties, in the order it names them.
+        """The documents that a JSON schema allows, with properties in the order it names them.
 
-        Takes up to a second for the largest schema that is allowed.
+        The largest schemas take about a second.
 
         Raises:
             UsageError: it is no schema, uses what is not supported, or is too large.
@@ -38,9 +38,9 @@ class Grammar:
             raise UsageError("the schema is not JSON, or nested too deeply") from None
         if length > _LONGEST:
             raise UsageError(f"the schema has {length:,} bytes; at most {_LONGEST:,} are supported")
-        compiler = Compiler()
+        compiler = Compiler(schema)
         try:
-            root = compiler.compile(schema)
+            root = compiler.compile()
         except RecursionError:
             raise UsageError("the schema is nested too deeply, or allOf in it never ends") from None
         return cls(gbnf(deterministic(compiler.rules, root)))
@@ -48,5 +48,4 @@ class Grammar:
     @classmethod
     def json_object(cls) -> Self:
         """Any JSON object."""
-        compiler = Compiler()
-        return cls(gbnf(deterministic(compiler.rules, compiler.any_object)))
+        return cls.of_json_schema({"type": "object"})

@@ -8,7 +8,7 @@ __all__ = ["Message", "ToolCall"]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """What the model wants of a tool; `arguments` is a JSON object as text."""
+    """The model's call of a tool; `arguments` is a JSON object as text."""
 
     name: str
     arguments: str
@@ -17,9 +17,9 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `tokens` are those the model itself wrote, which text may not reproduce.
+    """One message; `tokens` are those the model wrote, which its text may not tokenise to again.
 
-    The assistant's may end in `tool_calls`; a tool's tells what one of them came to.
+    An assistant's may end in `tool_calls`. A tool's is the result of the call `tool_call_id`.
     """
 
     role: Literal["system", "user", "assistant", "tool"]

@@ -25,7 +25,7 @@ __all__ = ["Prompter", "RawPrompter"]
 _CONTROL, _USER_DEFINED = 3, 4  # of enum llama_token_type
 _TOOL_CALL = "<tool_call>"
 _AT_ONCE = 1000  # markers
-_REPEATS = 8  # a template may write each message so often, on average
+_REPEATS = 8  # times that a template may write each message, on average
 
 
 class RawPrompter:
@@ -51,9 +51,10 @@ class RawPrompter:
         return [token for part in parts for token in self._engine.tokenize(part, special=False)]
 
     def marked(self, text: str) -> list[int]:
-        """The tokens of a document whose markers are meant; it begins with BOS if the model's do.
+        """The tokens of a document in which markers count; it begins with BOS if the model's do.
 
-        It is cut where markers begin, as llama.cpp's time grows with the square of their number.
+        It is cut at every thousandth marker, as llama.cpp's time grows with the square of their
+        number.
         """
         tokens: list[int] = []
         found = re.finditer("|".join(map(re.escape, self._marking)) or "(?!)", text)
@@ -84,7 +85,7 @@ class RawPrompter:
     def _markers(self) -> re.Pattern[str] | None:
         """The template's markers among the user-defined tokens."""
         names = [name for name in self._names(_USER_DEFINED) if name in (self._source or "")]
-        # Only looked ahead to, so that of markers that overlap each is found.
+        # A lookahead, so that markers that overlap are all found.
         return re.compile(f"(?={'|'.join(map(re.escape, names))})") if names else None
 
     def _names(self, *kinds: int) -> list[str]:
@@ -115,7 +116,7 @@ class Prompter(RawPrompter):
 
     @property
     def takes_tools(self) -> bool:
-        """Whether the template tells the model of tools."""
+        """Whether the template has a place for tools."""
         return "tools" in self._template.variables
 
     @property
@@ -128,11 +129,11 @@ class Prompter(RawPrompter):
     ) -> list[int]:
         """The prompt that makes the model write the next assistant message.
 
-        `tools` are told to it as OpenAI's API has them, if its template takes any.
+        `tools` are described as in OpenAI's API, if the template takes any.
 
         Raises:
             GGUFError: the template fails on these messages, garbles them or leaves the last out.
-            UsageError: it takes no tools, or what is said of them is not to be told to a model.
+            UsageError: it takes no tools, or they are malformed or contain a marker.
         """
         mark = secrets.token_hex(8)
         names = [f"{mark}.{index}." for index in range(len(messages))]
@@ -157,7 +158,7 @@ class Prompter(RawPrompter):
     def _tools(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     ) -> dict[str, Any]:
-        """The template's variable for tools, after a look at all that is said of them."""
+        """The template's variable for tools, checked for markers together with their calls."""
         if not tools and not any(m.role == "tool" or m.tool_calls for m in messages):
             return {}
         if not self.takes_tools:
@@ -167,11 +168,11 @@ class Prompter(RawPrompter):
 
     @cached_property
     def _hidden(self) -> bool:
-        """Whether the tags are control tokens, of which an answer shows nothing."""
+        """Whether the tags are control tokens, which answers do not show."""
         return _TOOL_CALL in self._names(_CONTROL)
 
     def _special(self, name: str) -> str:
-        """What a template that writes `eos_token` or the like means by it."""
+        """The text of a special token, for templates that write `eos_token` or the like."""
         keys = self._engine.gguf.keys
         names, token = (keys.get(f"tokenizer.ggml.{key}") for key in ("tokens", f"{name}_token_id"))
         if isinstance(names, list) and isinstance(token, int) and 0 <= token < len(names):

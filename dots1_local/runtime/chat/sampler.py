@@ -24,7 +24,7 @@ class Sampler:
     where the text is complete.
 
     Raises:
-        Dots1Error: the engine's file is not fit for grammars.
+        Dots1Error: the model cannot be kept to a grammar.
     """
 
     def __init__(self, sampling: Sampling, engine: Engine, grammar: Grammar | None = None) -> None:
@@ -59,7 +59,7 @@ class Sampler:
             self._constraint.close()
 
     def begin(self, prompt: Sequence[int]) -> None:
-        """Start an answer; as in llama.cpp's server, the prompt counts as said."""
+        """Start an answer; as in llama.cpp's server, the repeat penalty sees the prompt."""
         llama.llama_sampler_reset(self._prompted)
         llama.llama_sampler_reset(self._written)
         for token in prompt[-_REMEMBERED:]:
@@ -68,12 +68,12 @@ class Sampler:
             self._constraint.begin()
 
     def next(self, engine: Engine, index: int = -1) -> int:
-        """Choose from the logits of one token the engine was last given, and remember it.
+        """Choose a token from the logits of the one at `index` in the last ubatch, and accept it.
 
-        `index` is the token's place in the ubatch, -1 the last whose logits were wanted.
+        An `index` of -1 is the last token whose logits were wanted.
 
         Raises:
-            Dots1Error: no token at all continues the grammar's text.
+            Dots1Error: the grammar allows no token of the model.
         """
         if self._constraint:
             return self._constraint.next(self._chain, engine, index)

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the knobs, and what they may be set to."""
+"""How the next token is chosen: the parameters and their ranges."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,13 @@ __all__ = ["Sampling"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """The knobs; temperature 0 always takes the likeliest token, seed None is another each time.
+    """Temperature 0 always takes the likeliest token; with seed None every answer is another.
 
     Top-k 0, top-p 1, min-p 0, repeat penalty 1 and frequency and presence penalty 0 are off. The
-    repeat penalty weakens what was said in the last 64 tokens, prompt included; the other two,
-    which are OpenAI's, lower the logits of what the answer has said so far: by so much for each
-    time, and once. `logit_bias` adds to the logits of tokens; ids that the model lacks do nothing.
+    repeat penalty weakens tokens among the last 64, prompt included. The other two, which are
+    OpenAI's, lower the logits of tokens in the answer so far: by the frequency penalty for each
+    time, and once by the presence penalty. `logit_bias` adds to the logits of tokens; ids that the
+    model lacks have no effect.
     """
 
     temperature: float = 0.7

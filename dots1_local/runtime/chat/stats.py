@@ -10,9 +10,10 @@ StopReason = Literal["end", "stop", "length", "context", "interrupted"]
 
 @dataclass(frozen=True)
 class AnswerStats:
-    """How the last answer went; what nobody told is None, or an `estimate` of generated tokens.
+    """How the last answer went; unknown figures are None.
 
-    Of `stop`, "end" is the model's own, "stop" a stop string. `dropped_turns` had to make room.
+    With `estimate`, `generated_tokens` is one. A `stop` of "end" is the model's own end, "stop" a
+    stop string. `dropped_turns` were dropped to make room.
     """
 
     prompt_tokens: int | None
@@ -45,7 +46,7 @@ class AnswerStats:
 
 @dataclass(frozen=True)
 class Stats(AnswerStats):
-    """The same of an engine of our own, which knows it all; reused tokens were in its KV cache."""
+    """The same for an engine here, which knows every figure; reused tokens were in its KV cache."""
 
     prompt_tokens: int
     reused_tokens: int

@@ -6,11 +6,21 @@ from collections.abc import Iterator
 from dots1_local.errors import UsageError
 from dots1_local.runtime.chat.message import Message
 
-__all__ = ["AnswerText"]
+__all__ = ["AnswerText", "check_stop"]
+
+
+def check_stop(stop: tuple[str, ...]) -> None:
+    """Refuse stop strings that every answer has.
+
+    Raises:
+        UsageError: one of them is empty.
+    """
+    if not all(stop):
+        raise UsageError("a stop string is empty; it would stop every answer at once")
 
 
 class AnswerText:
-    """Bytes in, text out; what may be the beginning of a stop string is held back.
+    """Takes bytes and gives text; what may be the beginning of a stop string is held back.
 
     The text ends before the stop string that begins first, wherever tokens are cut.
 
@@ -19,8 +29,7 @@ class AnswerText:
     """
 
     def __init__(self, stop: tuple[str, ...] = ()) -> None:
-        if not all(stop):
-            raise UsageError("a stop string is empty; it would stop every answer at once")
+        check_stop(stop)
         self._stop = stop
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""

@@ -1,4 +1,4 @@
-"""Tools and calls of them, as chat templates are told of them."""
+"""Tools and tool calls in the form that chat templates take."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,9 @@ __all__ = ["as_variable", "refuse_markers"]
 
 
 def as_variable(message: Message, text: str = "") -> dict[str, Any]:
-    """A message as templates expect it; `text` stands for its own, unless that is empty.
+    """A message as templates expect it, with `text` in place of its own.
+
+    The content stays empty where a message with tool calls has no text: templates test for that.
 
     Raises:
         UsageError: the arguments of a call are no JSON object.
@@ -27,10 +29,10 @@ def as_variable(message: Message, text: str = "") -> dict[str, Any]:
 
 
 def refuse_markers(said: Sequence[Any], markers: Sequence[str]) -> None:
-    """Make sure that in what a template writes of tools there is no marker of its own.
+    """Make sure that what a template writes about tools contains none of its markers.
 
     Raises:
-        UsageError: there is one, or it is not JSON.
+        UsageError: it contains one, or is not JSON.
     """
     try:
         texts = list(_texts(json.loads(json.dumps(said))))

@@ -30,27 +30,27 @@ class Answer(Protocol):
 
 @dataclass
 class Turn:
-    """An answer in the making, to the last of `messages`."""
+    """An answer that is being written, to the last of `messages`."""
 
     messages: list[Message]
     limit: int | None
     progress: Progress
     answer: Answer
     dropped: int = field(default=0, kw_only=True)
-    stop: StopReason = field(default="interrupted", kw_only=True)
 
     def answered(self) -> Message | None:
-        """What is said by now, if anything."""
+        """The answer so far, if there is any text."""
         message = self.answer.message()
         return message if message.text else None
 
 
 @dataclass
 class EngineTurn(Turn):
-    """One that an engine computes, of the tokens in `prompt`."""
+    """A turn that an engine computes from the tokens in `prompt`."""
 
     answer: AnswerText
     prompt: list[int] = field(default_factory=list)
+    stop: StopReason = "interrupted"
 
     @property
     def size(self) -> int:
@@ -70,7 +70,7 @@ def count_turns(messages: Sequence[Message]) -> int:
 
 
 def blame(messages: Sequence[Message]) -> tuple[str, str]:
-    """What is too long for the context if these messages are, and what to do about it."""
+    """What to call messages that the context does not hold, and what to do about them."""
     if count_turns(messages) > 1:
         return "with this question the conversation", "set overflow to drop"
     return "the prompt alone", "shorten it"
@@ -89,10 +89,10 @@ def drop_oldest(messages: Sequence[Message], count: int) -> list[Message]:
 def turns_to_drop(
     messages: Sequence[Message], size: Callable[[Sequence[Message]], int], limit: int
 ) -> int:
-    """How many to drop of a conversation of more than `limit` tokens; the last turn always stays.
+    """How many turns to drop from a conversation of more than `limit` tokens; the last one stays.
 
-    So many that the others take at most half the room there is for them: all that is left is
-    computed again, which should not happen at every question.
+    What is left has to be computed again. So that this does not happen at every question, the older
+    turns that stay take at most half of what the last one leaves.
     """
 
     def left(count: int) -> int:

@@ -1,4 +1,4 @@
-"""Where a server is, and the key it wants: what a person gives, checked before anything is sent."""
+"""A server's address and API key as the user gives them, checked before anything is sent."""
 
 import os
 from collections.abc import Mapping
@@ -23,10 +23,11 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """The address as it is typed, less slashes at its end.
+        """The address in a text, without slashes at its end.
 
         Raises:
-            UsageError: it is none, or has more in it than a place; a password is not shown.
+            UsageError: it is no http or https URL, or has a password, query or fragment. The
+                sentence does not repeat a password.
         """
         example = "give it as http://HOST:8000/v1"
         if not text.isprintable() or " " in text:
@@ -49,12 +50,12 @@ class Address:
 
     @property
     def versioned(self) -> "Address":
-        """The same with /v1 at its end."""
+        """The same address, ending in /v1."""
         return self if self.url.endswith("/v1") else Address(f"{self.url}/v1")
 
     @property
     def host(self) -> str:
-        """The name or number in it."""
+        """The host's name or IP address."""
         return urlsplit(self.url).hostname or ""
 
     @property
@@ -69,7 +70,7 @@ class Address:
 
     @property
     def exposed(self) -> bool:
-        """Whether what is sent there, a key among it, can be read on its way."""
+        """Whether others on the way there can read what is sent, such as a key."""
         if self.url.startswith("https:"):
             return False
         try:
@@ -81,18 +82,18 @@ class Address:
 
 @dataclass(frozen=True, repr=False)
 class Key:
-    """A key and the `variable` it was found in; nothing shows it."""
+    """An API key and the `variable` it was found in; its repr does not show it."""
 
     text: str
     variable: str
 
     def hidden_in(self, text: str) -> str:
-        """`text` without it."""
+        """`text` with the key blotted out."""
         return text.replace(self.text, "(the key)")
 
 
 def key_from(environment: Mapping[str, str] = os.environ) -> Key | None:
-    """The key that servers are sent, if there is one.
+    """The API key in the environment, if there is one.
 
     Raises:
         UsageError: it has characters that no header can have.

@@ -1,4 +1,4 @@
-"""Why there is no connection, or none any more: one sentence, and what to do."""
+"""Why a connection failed, as one sentence that says what to do."""
 
 import socket
 import ssl
@@ -11,11 +11,11 @@ __all__ = ["CONNECT_SECONDS", "connection_failure", "readable"]
 
 CONNECT_SECONDS = 10
 
-_LONGEST = 300  # characters of anyone's words in a sentence of ours
+_LONGEST = 300  # characters that a sentence of ours quotes
 
 
 def connection_failure(error: Exception, url: str) -> Dots1Error:
-    """What kept a request to `url` from being made or its answer from coming."""
+    """The error to raise where a request to `url` or its answer failed."""
     while isinstance(error, URLError) and isinstance(error.reason, OSError):
         error = error.reason
     return Dots1Error(_reason(error, url))
@@ -48,7 +48,7 @@ def _reason(error: Exception, url: str) -> str:
 
 
 def readable(text: str) -> str:
-    """Words from elsewhere on one line, not too many, with nothing that steers a terminal."""
+    """Words from elsewhere, cut to one short line without terminal control characters."""
     harmless = "".join(each if each.isprintable() else " " for each in text[: 4 * _LONGEST])
     line = " ".join(harmless.split()).rstrip(".")
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

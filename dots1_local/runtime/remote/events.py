@@ -1,4 +1,4 @@
-"""Server-sent events: bytes as they arrive, cut anywhere, to the data of each event."""
+"""Server-sent events: from bytes in pieces, cut anywhere, to the data of each event."""
 
 import codecs
 import re
@@ -16,7 +16,7 @@ _END = "[DONE]"
 
 
 def events(pieces: Iterable[bytes]) -> Iterator[str]:
-    """The data of each event, up to [DONE] or the end of the stream, which may be missing.
+    """The data of each event, up to [DONE] or the end of the stream.
 
     Raises:
         Dots1Error: an event has no end.
@@ -38,7 +38,7 @@ def events(pieces: Iterable[bytes]) -> Iterator[str]:
 
 
 def _lines(pieces: Iterable[bytes]) -> Iterator[str]:
-    """Whole lines, without their ends; what is cut off in a line is left out."""
+    """Whole lines, without their ends; a line that is cut off is left out."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
     rest = ""
     for piece in pieces:

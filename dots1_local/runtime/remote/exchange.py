@@ -1,7 +1,7 @@
-"""One HTTP request and its answer, which a thread waits for: whoever asked can always turn away.
+"""One HTTP request and its answer, in a thread of its own so that waiting can always be given up.
 
-Names are looked up, connections made and prompts read for longer than Ctrl-C may take to be heard,
-and none of that can be interrupted where it happens.
+Looking up a name, connecting and a server's reading of a prompt may all take long, and cannot be
+interrupted where they happen; Ctrl-C should be heard at once all the same.
 """
 
 import socket
@@ -35,11 +35,11 @@ Wake = Callable[[], None]  # called while nothing comes; an exception from it en
 
 _WAKE_SECONDS = 0.1
 _PIECE = 1 << 16  # bytes
-_PIECES_AHEAD = 64  # a server faster than its reader has to wait
+_PIECES_AHEAD = 64  # a server that is faster than its reader has to wait
 
 
 class _Left(Exception):
-    """Nobody waits for the answer any more."""
+    """The `with` block was left; nobody waits for the answer any more."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Head:
 class Exchange:
     """A request under way; leaving its `with` block closes the connection.
 
-    `wake` is called ten times a second of waiting. With `patience`, so many seconds are all that
-    is waited for any one thing. Proxies of the environment are used if `proxies`. `url` is what
-    errors call the place.
+    While waiting, `wake` is called ten times a second. With `patience`, waiting for the head or for
+    one piece of the body ends after so many seconds. `proxies` allows the environment's proxies.
+    Errors name the server by `url`.
 
     Raises:
-        Dots1Error: the connection cannot be made or breaks, nothing comes, or what comes is no
-            HTTP.
+        Dots1Error: the connection cannot be made or breaks, nothing comes in time, or what comes is
+            no HTTP.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Exchange:
                 connected.shutdown(socket.SHUT_RDWR)  # wakes the thread, which closes it
 
     def head(self) -> Head:
-        """Status and headers, once they are there."""
+        """Status and headers, once they have come."""
         head = self._next()
         assert isinstance(head, Head)
         return head
@@ -129,7 +129,7 @@ class Exchange:
             return found
 
     def _run(self) -> None:
-        """What the thread does; its exceptions are raised where they are waited for."""
+        """What the thread does; `_next` raises its exceptions."""
         with suppress(_Left):
             try:
                 self._receive()
@@ -144,19 +144,19 @@ class Exchange:
         self._hand_over(b"")
 
     def _response(self) -> Any:
-        """An `HTTPResponse`, or what stands for one of an unlucky status."""
+        """An `HTTPResponse`, or the `HTTPError` that stands for one with an error status."""
         try:
             return self._opener().open(self._request, timeout=CONNECT_SECONDS)
         except HTTPError as error:
             return error
 
     def _opener(self) -> OpenerDirector:
-        """It follows no redirect: those would take a key along to another host."""
+        """An opener that follows no redirect, which would take a key along to another host."""
         others = [] if self._proxies else [ProxyHandler({})]
         return build_opener(_Connecting(self._connected), _NoRedirect(), *others)
 
     def _connected(self, connection: HTTPConnection) -> None:
-        """Take note of a new connection, which may be silent for as long as a prompt takes."""
+        """Note a new connection, and let it be silent for as long as a prompt takes to read."""
         self._socket = connection.sock
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -175,7 +175,7 @@ Noted = Callable[[HTTPConnection], None]
 
 
 class _Connection(HTTPConnection):
-    """One that is noted as soon as it is made."""
+    """A connection that calls `noted` as soon as it is made."""
 
     def __init__(self, noted: Noted, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -187,7 +187,7 @@ class _Connection(HTTPConnection):
 
 
 class _TlsConnection(_Connection, HTTPSConnection):
-    """The same, noted when TLS is spoken."""
+    """The same over TLS, which calls `noted` after the handshake."""
 
 
 class _Connecting(HTTPHandler, HTTPSHandler):

@@ -1,10 +1,10 @@
-"""What servers tell of their models: names, and how much the context holds."""
+"""The models a server lists: their names, and how much their context holds."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ServedModel", "find_model", "listed", "some"]
+__all__ = ["ServedModel", "find_model", "models_in", "name_list"]
 
 _LONGEST_NAME = 200  # characters
 _SHOWN = 20  # names
@@ -12,26 +12,26 @@ _SHOWN = 20  # names
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model by all its names; `n_ctx` is in tokens, None where the server does not say."""
+    """A model with all its names; `n_ctx` is in tokens, None where the server does not say."""
 
     names: tuple[str, ...]
     n_ctx: int | None
 
 
-def listed(answer: Mapping[str, Any]) -> list[ServedModel]:
-    """The models in the answer to a look at /models; none in another kind of answer."""
+def models_in(answer: Mapping[str, Any]) -> list[ServedModel]:
+    """The models that the answer to GET /models lists; none where it has another shape."""
     entries = answer.get("data")
     return list(_models(entries)) if isinstance(entries, list) else []
 
 
-def some(names: Sequence[str]) -> str:
-    """Those of a list that make a sentence; resellers serve hundreds of models."""
+def name_list(names: Sequence[str]) -> str:
+    """Names for a sentence, cut short: resellers serve hundreds of models."""
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 
 def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel | None:
-    """The one with this name, or else the only one, which many servers take for any name."""
+    """The model of this name, or else the only one, as many servers accept any name for it."""
     for model in models:
         if name in model.names:
             return model
@@ -49,7 +49,7 @@ def _models(entries: Sequence[Any]) -> Iterator[ServedModel]:
 
 
 def _context(entry: dict[str, Any]) -> int | None:
-    """As vLLM and SGLang tell it, or llama.cpp's server."""
+    """The context as vLLM and SGLang give it, or as llama.cpp's server does."""
     meta = entry.get("meta")
     for value in (
         entry.get("max_model_len"),

@@ -1,4 +1,4 @@
-"""What a server is asked for, in OpenAI's parameters and the few that open engines add to them."""
+"""The body of a request, in OpenAI's parameters and the few that open engines add to them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from dots1_local.runtime.chat.sampling import Sampling
 
 __all__ = ["GROUPS", "prompt_of", "sampling_of"]
 
-# What a server may not know; it can do without each group as a whole.
+# Parameters that a server may not know; each group may be left out as a whole.
 GROUPS = (
     ("top_k", "min_p", "repetition_penalty", "repeat_penalty"),
     ("stream_options",),
@@ -16,9 +16,10 @@ GROUPS = (
 
 
 def prompt_of(messages: Sequence[Message], *, raw: bool) -> tuple[str, dict[str, Any]]:
-    """The path that completes them, and what it takes: messages, or one document.
+    """The endpoint's path that answers the messages, and the parameters that hold them.
 
-    No system prompt is sent as an empty one: servers and templates put their own where none is.
+    Where there is no system prompt, an empty one is sent, as servers and templates else put in
+    their own.
     """
     if raw:
         return "completions", {"prompt": "".join(message.text for message in messages)}
@@ -29,7 +30,7 @@ def prompt_of(messages: Sequence[Message], *, raw: bool) -> tuple[str, dict[str,
 
 
 def sampling_of(sampling: Sampling) -> Mapping[str, Any]:
-    """The knobs, by the names that vLLM, SGLang and llama.cpp's server share, or each of theirs."""
+    """The sampling parameters under the names of vLLM, SGLang and llama.cpp's server."""
     wanted: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -39,7 +40,9 @@ def sampling_of(sampling: Sampling) -> Mapping[str, Any]:
     if sampling.repeat_penalty != 1:
         wanted["repetition_penalty"] = wanted["repeat_penalty"] = sampling.repeat_penalty
     if sampling.seed is not None:
-        wanted["seed"] = sampling.seed % (1 << 32)  # what they all take, and an engine here makes
+        wanted["seed"] = sampling.seed % (
+            1 << 32
+        )  # they all take this, and `Sampler` does the same
     if sampling.frequency_penalty or sampling.presence_penalty:
         wanted["frequency_penalty"] = sampling.frequency_penalty
         wanted["presence_penalty"] = sampling.presence_penalty

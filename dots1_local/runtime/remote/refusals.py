@@ -1,4 +1,4 @@
-"""A server's own errors, in the shapes servers give them, and what can be read out of them."""
+"""Errors that servers answer with, in their various shapes, and what can be learnt from them."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from dots1_local.errors import Dots1Error
 from dots1_local.runtime.remote.address import KEY_VARIABLES, Key
 from dots1_local.runtime.remote.connection import readable
 from dots1_local.runtime.remote.exchange import Head
-from dots1_local.runtime.remote.models import some
+from dots1_local.runtime.remote.models import name_list
 
 __all__ = ["Refusal", "TooLong", "complaint", "refusal_of"]
 
@@ -36,14 +36,14 @@ _UNKNOWN = re.compile(
 
 @dataclass(frozen=True)
 class TooLong:
-    """A prompt that the context does not hold, in tokens; None is what was not told."""
+    """Tokens of a prompt that the context does not hold, and of the context; None if unknown."""
 
     prompt: int | None
     n_ctx: int | None
 
 
 class Refusal(Dots1Error):
-    """A server's error: its HTTP `status`, what it `said`, and the `detail` it said it in."""
+    """A server's error: its HTTP `status`, the message it `said`, and the JSON `detail` around."""
 
     def __init__(self, sentence: str, status: int, said: str, detail: Mapping[str, Any]) -> None:
         super().__init__(sentence)
@@ -51,12 +51,12 @@ class Refusal(Dots1Error):
 
     @property
     def loading(self) -> bool:
-        """Whether the server only has no model yet."""
+        """Whether the server is only loading its model."""
         return self.status == 503 and "loading" in self.said.lower()
 
     @property
     def too_long(self) -> TooLong | None:
-        """What it says of a prompt that is too long, if that is what it says."""
+        """The numbers, if the server complains of a prompt that is too long."""
         coded = {self.detail.get("code"), self.detail.get("type")} & set(_OVERFLOW_CODES)
         found = _CONTEXT.search(self.said)
         if not coded and (found is None or self.status not in (400, 413, 422)):
@@ -70,14 +70,14 @@ class Refusal(Dots1Error):
         )
 
     def knows_not(self, names: Sequence[str]) -> bool:
-        """Whether it is about one of these parameters, which the server does not know."""
+        """Whether the server complains that it does not know one of these parameters."""
         if self.status not in (400, 422) or not _UNKNOWN.search(self._words):
             return False
         return any(re.search(rf"\b{name}\b", self._words) for name in names)
 
     @property
     def is_about_length(self) -> bool:
-        """Whether it is about how long the answer may get."""
+        """Whether the server complains of max_tokens."""
         return self.status in (400, 422) and "max_tokens" in self._words
 
     @property
@@ -88,7 +88,7 @@ class Refusal(Dots1Error):
 def refusal_of(
     head: Head, body: bytes, *, url: str, key: Key | None, model: str, models: Sequence[str]
 ) -> Refusal:
-    """What a server answers in place of what it was asked for, at `url` and of `model`."""
+    """The error for an answer that is not what `url` was asked for."""
     try:
         said, detail = complaint(json.loads(body), key)
     except (ValueError, RecursionError):
@@ -100,7 +100,7 @@ def refusal_of(
         case 401 | 403:
             sentence = f"{url} wants a key; set {KEY_VARIABLES[0]} to it{because}"
         case 404 if model and model in said:
-            known = f"it has {some(models)}" if models else "it tells of none"
+            known = f"it has {name_list(models)}" if models else "it tells of none"
             sentence = f"{url} has no model {model}; {known}"
         case 404:
             sentence = f"{url} is not where the server's API is; check --url{because}"
@@ -120,9 +120,10 @@ def _later(head: Head) -> str:
 
 
 def complaint(value: Any, key: Key | None) -> tuple[str, dict[str, Any]]:
-    """The words of an error object as servers shape it, less the key, and its details.
+    """The message in a server's error object, without the key, and the object it is in.
 
-    OpenAI's and most have it under "error", older vLLM and SGLang bare, FastAPI under "detail".
+    OpenAI and most others put it under "error", older vLLM and SGLang at the top, FastAPI under
+    "detail".
     """
     if not isinstance(value, dict):
         return "", {}
@@ -137,12 +138,12 @@ def complaint(value: Any, key: Key | None) -> tuple[str, dict[str, Any]]:
 
 
 def _shown(words: str, key: Key | None) -> str:
-    """Without the key, of which cutting words short could leave a part to be seen."""
+    """Readable words, the key removed first: cutting them short could leave a part of it."""
     return readable(key.hidden_in(words) if key else words)
 
 
 def _of_one(entry: Any) -> str:
-    """Of FastAPI's list, what is wrong where."""
+    """One entry of FastAPI's list: what is wrong, and where."""
     if not isinstance(entry, dict):
         return str(entry)
     place = entry.get("loc")

@@ -1,4 +1,4 @@
-"""An answer as a server streams it: text, why it ended, and what it counted."""
+"""An answer as a server streams it: its text, why it ended, and the server's figures."""
 
 import time
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ from dots1_local.runtime.chat.stats import AnswerStats, StopReason
 
 __all__ = ["Reply"]
 
-_GIVEN_UP = ("abort", "error")  # reasons of vLLM and SGLang, which are no end
-_NEAR = 16  # tokens of a context that servers keep to themselves, some one, SGLang a few
+_GIVEN_UP = ("abort", "error")  # finish reasons of vLLM and SGLang for answers that broke off
+_NEAR = 16  # tokens that servers may leave free in a full context; SGLang leaves a few
 
 
 class Reply:
-    """Takes chunks of chat or text completions, or a whole one of a server that does not stream.
+    """Takes the chunks of a completion, or a whole one from a server that does not stream.
 
-    Figures come from `usage`, and those of llama.cpp's server from `timings`; what neither tells
-    stays unknown. Of text other than the answer's (reasoning, tool calls) nothing is kept.
+    Figures are taken from `usage`, and from the `timings` of llama.cpp's server; others stay
+    unknown. Reasoning and tool calls are not kept.
     """
 
     def __init__(self) -> None:
@@ -31,23 +31,23 @@ class Reply:
 
     @property
     def begun(self) -> bool:
-        """Whether there is an answer, if an empty one."""
+        """Whether an answer has begun, even an empty one."""
         return bool(self._text or self._finish)
 
     @property
     def finished(self) -> bool:
-        """Whether the server said that this is all."""
+        """Whether the server said that the answer is complete."""
         return bool(self._finish)
 
     def take(self, chunk: Mapping[str, Any]) -> str:
-        """The text in a chunk; what has another shape than it should is passed over."""
+        """The text in a chunk; fields of an unexpected shape are ignored."""
         self._usage = _object(chunk.get("usage")) or self._usage
         self._timings = _object(chunk.get("timings")) or self._timings
         choice = _first(chunk.get("choices"))
         reason = choice.get("finish_reason")
         if isinstance(reason, str) and reason not in _GIVEN_UP:
             self._finish = reason
-            # The stop string, where vLLM and SGLang tell; a token is named by its number.
+            # vLLM and SGLang say what stopped it: a stop string, or a token by its number.
             told = choice.get("stop_reason") or choice.get("matched_stop")
             self._stopped = isinstance(told, str)
         return self._add(_text(choice))
@@ -57,11 +57,12 @@ class Reply:
         return Message("assistant", "".join(self._text))
 
     def stats(self, limit: int | None, n_ctx: int | None, dropped: int) -> AnswerStats:
-        """How it went; asked for at its end."""
+        """How the answer went; call this at its end."""
         now = time.perf_counter()
         first = self._first or now
         written_from = first if len(self._text) > 1 else self._begun  # one piece has no pace
-        prompt, told = (self._counted(name) for name in ("prompt_tokens", "completion_tokens"))
+        prompt = _count(self._usage.get("prompt_tokens"))
+        told = _count(self._usage.get("completion_tokens"))
         written = len(self._text) if told is None else told
         return AnswerStats(
             prompt,
@@ -79,9 +80,6 @@ class Reply:
             self._first = self._first or time.perf_counter()
             self._text.append(text)
         return text
-
-    def _counted(self, name: str) -> int | None:
-        return _count(self._usage.get(name))
 
     def _reused(self, prompt: int | None) -> int | None:
         details = _object(self._usage.get("prompt_tokens_details"))
@@ -105,13 +103,13 @@ class Reply:
 
 
 def _first(choices: Any) -> Mapping[str, Any]:
-    """The one that was asked for, of however many."""
+    """The choice with index 0, which is all that was asked for."""
     found = map(_object, choices) if isinstance(choices, list) else ()
     return next((choice for choice in found if not choice.get("index")), {})
 
 
 def _text(choice: Mapping[str, Any]) -> str:
-    """A choice's text: of a chat, a text completion, or a chat that was not streamed."""
+    """A choice's text: of a streamed chat, a text completion, or a chat in one piece."""
     found = (
         _object(choice.get("delta")).get("content"),
         choice.get("text"),

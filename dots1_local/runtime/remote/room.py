@@ -1,4 +1,4 @@
-"""How much of a context a conversation takes, where only the server can count its tokens."""
+"""How much of the context a conversation takes, where only the server can count tokens."""
 
 from collections.abc import Sequence
 
@@ -7,24 +7,24 @@ from dots1_local.runtime.chat.turns import count_turns, turns_to_drop
 
 __all__ = ["Room"]
 
-_AROUND = 8  # bytes that stand for what a chat template puts around each message
+_AROUND = 8  # bytes for what a chat template puts around each message
 
 
 class Room:
-    """An estimate by what the server counted last: so many tokens a byte."""
+    """Estimates sizes by the tokens per byte of what the server counted last."""
 
     def __init__(self) -> None:
         self._rate: float | None = None
 
     def learn(self, messages: Sequence[Message], tokens: int) -> None:
-        """The server found so many tokens in these messages."""
+        """Take note that the server counted so many tokens in these messages."""
         self._rate = tokens / _bytes(messages) if messages else None
 
     def to_drop(self, messages: Sequence[Message], n_ctx: int | None, limit: int | None) -> int:
         """How many of the oldest turns to drop for an answer of up to `limit` tokens.
 
-        As in a `Session`, a quarter of the context is enough for any answer to begin with. None
-        are to go where there is no estimate.
+        As in a `Session`, an answer gets at most a quarter of the context at first. Without an
+        estimate no turns are dropped.
         """
         if self._rate is None or n_ctx is None:
             return 0
@@ -35,7 +35,7 @@ class Room:
         return turns_to_drop(messages, self._size, most)
 
     def must_drop(self, messages: Sequence[Message], n_ctx: int | None, limit: int | None) -> int:
-        """The same when the server has refused them all; half the turns where nothing is known."""
+        """The same once the server has refused the messages; half the turns if unknown."""
         estimated = self.to_drop(messages, n_ctx, limit)
         droppable = count_turns(messages) - 1
         return max(1, estimated if self._rate and n_ctx else (droppable + 1) // 2)

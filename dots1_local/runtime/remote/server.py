@@ -11,23 +11,23 @@ from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.runtime.remote.address import Address, Key
 from dots1_local.runtime.remote.events import events
 from dots1_local.runtime.remote.exchange import Exchange, Head, Wake
-from dots1_local.runtime.remote.models import ServedModel, find_model, listed, some
+from dots1_local.runtime.remote.models import ServedModel, find_model, models_in, name_list
 from dots1_local.runtime.remote.refusals import Refusal, complaint, refusal_of
 
 __all__ = ["Server"]
 
 Tell = Callable[[str], None]
 
-_LARGEST = 1 << 22  # bytes of what is no stream
-_PATIENCE = 30  # seconds for what takes no computing
+_LARGEST = 1 << 22  # bytes of an answer that is not streamed
+_PATIENCE = 30  # seconds for answers without computing
 _LOADING_STEPS, _STEP_SECONDS = 10, 0.1  # between looks at a model that loads
 
 
 class Server:
-    """A server at `address`, asked for `model`; `n_ctx` is its context in tokens, None if unknown.
+    """A server at `address` and its `model`; `n_ctx` is its context in tokens, None if unknown.
 
-    `tell` hears what a person should know: that a model is loading, or what is left out of
-    requests because the server does not take it.
+    `tell` is called with what the user should know: that the model is loading, or which parameters
+    are left out because the server refuses them.
     """
 
     def __init__(self, address: Address, model: str, key: Key | None, tell: Tell) -> None:
@@ -41,11 +41,11 @@ class Server:
     def open(
         cls, url: str, model: str | None = None, key: Key | None = None, tell: Tell = lambda _: None
     ) -> Self:
-        """Find the server and its model; of several, `model` says which.
+        """Find the server and its model, which `model` has to name if there are several.
 
         Raises:
-            UsageError: the address is none, or one of several models is to be named.
-            Dots1Error: there is no such server there.
+            UsageError: the address is malformed, or there are several models and none is named.
+            Dots1Error: no OpenAI-compatible server answers there.
         """
         address = Address.parse(url)
         if key and address.exposed:
@@ -63,9 +63,9 @@ class Server:
         wake: Wake,
         optional: Iterable[tuple[str, ...]] = (),
     ) -> Iterator[dict[str, Any]]:
-        """The chunks of an answer; closing it closes the connection.
+        """The chunks of an answer; closing the iterator closes the connection.
 
-        `optional` parameters are left out, a group at once, where the server knows one of them not.
+        Of `optional` parameters, a group is left out as soon as the server refuses one in it.
 
         Raises:
             Refusal: the server's error.
@@ -97,23 +97,23 @@ class Server:
         if chosen is not None:
             self.model, self.n_ctx = given or chosen.names[0], chosen.n_ctx
         elif given is None:
-            names = some(self._models)
+            names = name_list(self._models)
             raise UsageError(f"choose one of the server's models with --model: {names}")
 
     def _listed(self) -> list[ServedModel]:
-        """The models that the server tells of, none where its API is not."""
+        """The models that the server lists; none where there is no such endpoint."""
         try:
-            return listed(self._object("models"))
+            return models_in(self._object("models"))
         except Refusal as refusal:
             if refusal.status not in (404, 405):
                 raise
             return []
 
     def _listed_by_version(self) -> list[ServedModel]:
-        """The same, where the address does not say that the API is under /v1.
+        """The same under /v1, where the address does not end in it.
 
-        This comes first: llama.cpp's server tells of its models elsewhere too, but completes texts
-        there in a way of its own.
+        This is tried first: llama.cpp's server lists its models without /v1 too, but completes
+        texts there in a format of its own.
         """
         before, self.address = self.address, self.address.versioned
         if before != self.address and (found := self._listed()):
@@ -130,7 +130,7 @@ class Server:
                 yield self._parsed(exchange.body(_LARGEST).decode("utf-8", errors="replace"))
 
     def _object(self, path: str) -> dict[str, Any]:
-        """The JSON object there, an empty one for anything else."""
+        """The JSON object at a path, an empty one for anything else."""
         with self._answered(path, lambda: None, patience=_PATIENCE) as (exchange, _):
             try:
                 found = json.loads(exchange.body(_LARGEST))
@@ -162,12 +162,12 @@ class Server:
         body: Mapping[str, Any] | None = None,
         patience: float | None = None,
     ) -> Iterator[tuple[Exchange, Head]]:
-        """An answer that begins well, with the rest of it to come; a model may have to load."""
+        """An answer with status 200, its body still to come; waits for a model that is loading."""
         told = False
         while True:
             request = self._request(path, body)
             url = self.address.url
-            far = not self.address.is_loopback  # a proxy would take that for itself
+            far = not self.address.is_loopback  # to a proxy, localhost is the proxy itself
             with Exchange(request, wake, patience, url=url, proxies=far) as exchange:
                 head = exchange.head()
                 if head.status == 200:

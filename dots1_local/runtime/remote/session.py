@@ -1,16 +1,18 @@
-"""One conversation with a model on a server: what a `Session` is for an engine of one's own."""
+"""One conversation with a model on a server, as a `Session` is one with an engine here."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.progress import Progress
 from dots1_local.runtime.chat.dialogue import Dialogue, Overflow
 from dots1_local.runtime.chat.message import Message
 from dots1_local.runtime.chat.sampling import Sampling
+from dots1_local.runtime.chat.stopping import check_stop
 from dots1_local.runtime.chat.turns import Turn, blame, count_turns, drop_oldest
+from dots1_local.runtime.remote.address import key_from
 from dots1_local.runtime.remote.parameters import GROUPS, prompt_of, sampling_of
 from dots1_local.runtime.remote.refusals import Refusal
 from dots1_local.runtime.remote.reply import Reply
@@ -19,22 +21,22 @@ from dots1_local.runtime.remote.server import Server
 
 __all__ = ["RemoteSession"]
 
-_USUAL_CONTEXT = 2048  # tokens, where nobody tells
+_USUAL_CONTEXT = 2048  # tokens, where the server does not say
 
 
 @dataclass
 class _RemoteTurn(Turn):
-    """A turn that a server answers; `ceiling` is what the context leaves to the answer, if told."""
+    """A turn that a server answers; `ceiling` is what the context leaves it, if known."""
 
     answer: Reply
     ceiling: int | None = field(default=None, kw_only=True)
 
 
 class RemoteSession(Dialogue):
-    """A conversation with the model of a server; use it in a `with` statement.
+    """A conversation with a server's model; use it in a `with` statement.
 
-    What the server does not tell is None. An answer that breaks off stays in the conversation as
-    far as it came.
+    Figures that the server does not give are None. An answer that breaks off stays in the
+    conversation as far as it came.
     """
 
     def __init__(
@@ -54,6 +56,26 @@ class RemoteSession(Dialogue):
         self._server = server
         self._room = Room()
         self._last: tuple[list[Message], int] | None = None  # a conversation and its tokens
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        model: str | None = None,
+        *,
+        tell: Callable[[str], None] = lambda sentence: None,
+        **options: Any,
+    ) -> Self:
+        """A conversation with the server at `url`; of several models, `model` says which.
+
+        A key is taken from the environment: DOTS1_API_KEY, or else OPENAI_API_KEY. `tell` hears
+        what `Server` tells, and `options` are those of the class.
+
+        Raises:
+            UsageError: the address is none, or one of several models is to be named.
+            Dots1Error: there is no such server there.
+        """
+        return cls(Server.open(url, model, key_from(), tell), **options)
 
     @property
     def model(self) -> str:
@@ -77,13 +99,12 @@ class RemoteSession(Dialogue):
         return self._last[1] if self._last and known else None
 
     def count(self, text: str) -> None:
-        """Only the server knows, and there is no common way to ask."""
+        """None: only the server could count, and there is no common way to ask."""
 
     def _answer(
         self, asked: list[Message], limit: int | None, progress: Progress
     ) -> Generator[str, None, None]:
-        if not all(self.stop):
-            raise UsageError("a stop string is empty; it would stop every answer at once")
+        check_stop(self.stop)
         if self.raw and not any(message.text for message in asked):
             raise UsageError("there is nothing to complete; give the beginning of a text")
         turn = _RemoteTurn(asked, limit, progress, Reply())
@@ -124,20 +145,20 @@ class RemoteSession(Dialogue):
                     raise
 
     def _bounds(self, turn: _RemoteTurn) -> dict[str, Any]:
-        """Where the answer ends, and that it is streamed up to there."""
+        """The parameters for the answer's length, stop strings and streaming."""
         most = min(filter(None, (turn.limit, turn.ceiling)), default=None)
         if most is None and self.raw:
-            most = self.n_ctx  # not told, text completions end after OpenAI's 16 tokens
+            most = self.n_ctx  # unless told, text completions end after OpenAI's 16 tokens
         bounds: dict[str, Any] = {"max_tokens": most} if most or self.raw else {}
         if self.stop:
             bounds["stop"] = list(self.stop)
         return {**bounds, "stream": True, "stream_options": {"include_usage": True}}
 
     def _adapt(self, turn: _RemoteTurn, refusal: Refusal) -> bool:
-        """Whether another try makes sense, with a shorter answer or less of the conversation.
+        """Ask for a shorter answer or drop turns; False if that would not help.
 
         Raises:
-            Dots1Error: the context does not hold it, and nothing can be given up.
+            Dots1Error: the context does not hold the conversation, and no turn may be dropped.
         """
         too_long = refusal.too_long
         prompt = too_long.prompt if too_long else None
@@ -156,7 +177,7 @@ class RemoteSession(Dialogue):
         return True
 
     def _lower(self, turn: _RemoteTurn, refusal: Refusal, prompt: int | None) -> bool:
-        """Ask for a shorter answer, if it is the length of that which the server refuses."""
+        """Ask for a shorter answer, if its length is what the server refuses."""
         n_ctx = self.n_ctx or _USUAL_CONTEXT
         if turn.ceiling is not None:
             return False
@@ -181,5 +202,5 @@ class RemoteSession(Dialogue):
 
 
 def _wait(turn: _RemoteTurn) -> None:
-    """Let whoever asked turn away; how far the server has read it does not say."""
+    """Let the caller give up; the server does not say how far it has read."""
     turn.progress(0, 0, "tokens", "reading")

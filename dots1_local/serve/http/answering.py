@@ -1,4 +1,4 @@
-"""An answer on its way to the client, whole or as a stream; who leaves gets no more of it."""
+"""An answer on its way to the client, whole or as a stream, cancelled when the client leaves."""
 
 import asyncio
 import json
@@ -22,11 +22,11 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Answering(Response):
-    """The response to a request whose orders the scheduler has taken.
+    """Submits a request's orders to the scheduler, and is the response to it.
 
     Raises:
-        QueueFull: the scheduler has not.
-        Dots1Error: it takes no more.
+        QueueFull: the scheduler's queue is full.
+        Dots1Error: the scheduler is closed, or refuses an order.
     """
 
     media_type = "text/event-stream"
@@ -35,7 +35,7 @@ class Answering(Response):
         self, scheduler: Scheduler, orders: Sequence[Order], writer: Writer, ping: float
     ) -> None:
         super().__init__(headers=_STREAM_HEADERS)
-        del self.headers["content-length"]  # nobody knows yet
+        del self.headers["content-length"]  # not known yet
         self._writer, self._ping = writer, ping
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -91,7 +91,7 @@ class Answering(Response):
         return self._writer.piece(event) if isinstance(event, Piece) else self._writer.finish(event)
 
     async def _next(self, send: Send) -> list[Event]:
-        """The events that have come; as long as there are none, signs of life are sent."""
+        """The events that have come; while there are none, comments keep the stream alive."""
         while True:
             try:
                 async with asyncio.timeout(self._ping):
@@ -114,6 +114,6 @@ async def _send(send: Send, body: bytes) -> None:
 
 
 async def _left(receive: Receive) -> None:
-    """Return when the client is there no more."""
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""The endpoints of OpenAI's API that there are, and who may use them."""
+"""The endpoints, which are those of OpenAI's API, and who may use them."""
 
 import hmac
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dots1_local.serve.http.errors import HANDLERS, ApiError
 from dots1_local.serve.http.model import Model
-from dots1_local.serve.http.service import Service
+from dots1_local.serve.http.service import RETRY_SOON, Service
 
 __all__ = ["make_app"]
 
@@ -23,15 +23,13 @@ __all__ = ["make_app"]
 def make_app(
     service: Service, *, api_key: str | None = None, origins: Sequence[str] = ()
 ) -> Starlette:
-    """The ASGI application; web pages of `origins` may use it too, "*" for all."""
+    """The ASGI application; web pages from `origins` may use it too, "*" for any."""
 
     async def health(request: Request) -> Response:
-        status = service.status
-        return JSONResponse(
-            {"status": status, **service.load},
-            200 if status == "ok" else 503,
-            None if status == "ok" else {"Retry-After": "5"},
-        )
+        document = {"status": service.status, **service.load}
+        if service.status == "ok":
+            return JSONResponse(document)
+        return JSONResponse(document, 503, RETRY_SOON)
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_entry(service)]})
@@ -69,7 +67,7 @@ def make_app(
 
 
 class _Guard:
-    """Lets only those in who know the key; /health is open to all."""
+    """Asks for the key everywhere but at /health."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app, self._key = app, key.encode()
@@ -91,7 +89,7 @@ class _Guard:
 
 
 def _entry(service: Service) -> dict[str, Any]:
-    """The model as lists have it; `max_model_len` is vLLM's name for the context."""
+    """The model's entry in a list; `max_model_len` is vLLM's name for the context."""
     return {
         "id": service.name,
         "object": "model",

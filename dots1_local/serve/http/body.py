@@ -1,4 +1,4 @@
-"""A request's body: bounded in size and time, and JSON without anything doubtful in it."""
+"""A request's body: bounded in size and time, and strict JSON."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ async def read(request: Request) -> bytes:
     """
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
-        # Browsers let any page send other kinds here; for this one they ask first (CORS).
+        # Browsers let any web page post other types; for this one they ask first (CORS).
         raise ApiError(415, "the body must be JSON; send Content-Type: application/json")
     body = bytearray()
     try:
@@ -42,7 +42,8 @@ def parse(body: bytes) -> Any:
     """The JSON value in a body.
 
     Raises:
-        ApiError: it is malformed, not finite, too deep, or has a key twice or half a character.
+        ApiError: it is malformed or nested too deeply, or has NaN, a key twice, or half a
+            surrogate pair.
     """
     try:
         value = json.loads(

@@ -28,7 +28,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A conversation to answer, and the tools that may be called for it."""
+    """A conversation to answer, and the tools that the model may call."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...]
@@ -60,7 +60,7 @@ def take_chat(fields: Fields, n_vocab: int) -> ChatRequest:
 
 
 def _messages(fields: Fields) -> Iterator[Message]:
-    """What people and the model said; an empty system message says that there is to be none."""
+    """The messages as given; an empty system message means that there is to be none."""
     raw = fields.items("messages", _MOST_MESSAGES)
     if not raw:
         raise fields.required("messages", "a list of at least one message")
@@ -69,7 +69,7 @@ def _messages(fields: Fields) -> Iterator[Message]:
         role = message.choice("role", _ROLES)
         if role is None:
             raise message.required("role", f"one of {', '.join(_ROLES)}")
-        if message.any("function_call"):
+        if message.value("function_call"):
             raise invalid(
                 "function_call is not supported; use tool_calls", message.name("function_call")
             )
@@ -79,7 +79,7 @@ def _messages(fields: Fields) -> Iterator[Message]:
 def _message(message: Fields, role: str) -> Message:
     if role == "assistant":
         calls = take_calls(message)
-        said = _content(message) if not calls or message.any("content") is not None else ""
+        said = _content(message) if not calls or message.value("content") is not None else ""
         return Message("assistant", said, tool_calls=calls)
     text = _content(message)
     if role == "tool":
@@ -91,8 +91,8 @@ def _message(message: Fields, role: str) -> Message:
 
 
 def _content(message: Fields) -> str:
-    """The text of a message, its parts one below the other."""
-    content = message.any("content")
+    """The text of a message, with a line break between its parts."""
+    content = message.value("content")
     if content is None:
         raise message.required("content", "a string or a list of text parts")
     if isinstance(content, str):
@@ -116,7 +116,7 @@ def _part(part: Fields) -> str:
 
 
 def _top_logprobs(fields: Fields) -> int | None:
-    """How many likeliest tokens are wanted beside each; None for no logprobs at all."""
+    """How many likeliest tokens to give for each; None for no logprobs at all."""
     top = fields.integer("top_logprobs", 0, 20)
     if fields.boolean("logprobs"):
         return top or 0

@@ -1,4 +1,4 @@
-"""Tools in a chat request: those there are, and the calls of them that messages tell of."""
+"""Tools in a chat request, and the tool calls in its messages."""
 
 from typing import Any
 
@@ -12,25 +12,25 @@ _MOST = 128  # as OpenAI's
 
 
 def take_tools(fields: Fields) -> tuple[dict[str, Any], ...]:
-    """The tools that the model is to be told of.
+    """The tools that the model may call.
 
     Raises:
-        ApiError: they are not what they must be, or one of them is demanded.
+        ApiError: one is malformed, or tool_choice demands a call.
     """
     tools = fields.items("tools", _MOST) or []
     for index, each in enumerate(tools):
         _check_tool(Fields(each, f"tools[{index}]."))
-    choice = fields.any("tool_choice")
+    choice = fields.value("tool_choice")
     if choice not in (None, "auto", "none"):
         raise invalid("tool_choice is auto or none here: a model cannot be made to", "tool_choice")
     return () if choice == "none" else tuple(tools)
 
 
 def take_calls(message: Fields) -> tuple[ToolCall, ...]:
-    """The calls that a message of the assistant ends in.
+    """The tool calls at the end of an assistant's message.
 
     Raises:
-        ApiError: one is not what it must be.
+        ApiError: one is malformed.
     """
     calls, name = message.items("tool_calls", _MOST) or [], message.name("tool_calls")
     return tuple(_call(Fields(each, f"{name}[{index}].")) for index, each in enumerate(calls))
@@ -51,7 +51,7 @@ def _call(call: Fields) -> ToolCall:
 
 
 def _function(tool: Fields) -> Fields:
-    """The function that a tool is, which has a name."""
+    """The function of a tool or of a call, which must have a name."""
     tool.choice("type", ("function",))
     function = tool.group("function")
     if function is None:

@@ -13,7 +13,7 @@ __all__ = ["ChatWriter"]
 
 
 class ChatWriter(Writer):
-    """A message a choice, or what is added to it; where there are `tools`, with calls of them."""
+    """One message for each choice; with `tools`, calls of them are taken out of its text."""
 
     prefix = "chatcmpl"
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
@@ -46,10 +46,9 @@ class ChatWriter(Writer):
     ) -> list[Document]:
         deltas: list[Document] = [{"content": text}] if text or logprobs else []
         deltas += [{"tool_calls": [call]} for call in calls]
-        found = [self._logprobs(logprobs), *[None] * len(deltas)]
         return [
-            self._chunk(index, delta=delta, logprobs=each)
-            for delta, each in zip(deltas, found, strict=False)
+            self._chunk(index, delta=delta, logprobs=None if at else self._logprobs(logprobs))
+            for at, delta in enumerate(deltas)
         ]
 
     def _choice(self, index: int, answer: Collected) -> Document:
@@ -80,7 +79,7 @@ class ChatWriter(Writer):
 
 
 class _Message:
-    """A choice's text, with calls told from it if there are tools."""
+    """One choice's text, split into content and tool calls if there are tools."""
 
     def __init__(self, tools: bool) -> None:
         self._reader = ToolCallText() if tools else None
@@ -94,7 +93,7 @@ class _Message:
         return content, [self._call(call) for call in calls]
 
     def finish(self) -> tuple[str, list[Document]]:
-        """Those that were held back."""
+        """What was held back, now that no more comes."""
         if self._reader is None:
             return "", []
         content, calls = self._reader.finish()

@@ -23,7 +23,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"suffix": ("",)}
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """Texts to go on with, each a string or token ids; with `echo` they begin the answers."""
+    """Texts to complete, each a string or token ids; with `echo` the answers begin with them."""
 
     prompts: tuple[str | tuple[int, ...], ...]
     echo: bool
@@ -54,7 +54,7 @@ def take_completion(fields: Fields, n_vocab: int) -> CompletionRequest:
 
 
 def _prompts(fields: Fields, n_vocab: int) -> Sequence[str | tuple[int, ...]]:
-    raw = fields.any("prompt")
+    raw = fields.value("prompt")
     if raw is None:
         raise fields.required("prompt", "the beginning of a text")
     prompts = raw if isinstance(raw, list) and not _of_tokens(raw) else [raw]

@@ -11,7 +11,7 @@ __all__ = ["CompletionWriter"]
 
 
 class CompletionWriter(Writer):
-    """Text a choice; `echoes` are what each choice begins with, its prompt or nothing."""
+    """One text for each choice; `echoes` are what they begin with, a prompt or nothing."""
 
     prefix = "cmpl"
     kind = chunk_kind = "text_completion"
@@ -22,7 +22,7 @@ class CompletionWriter(Writer):
         self._offsets = [_Offset(len(echo)) for echo in echoes]
 
     def begin(self) -> list[Document]:
-        """The prompts, where they are wanted."""
+        """The prompts, where they are to be echoed."""
         return [
             self._chunk(index, text=echo, logprobs=None)
             for index, echo in enumerate(self._echoes)
@@ -45,7 +45,7 @@ class CompletionWriter(Writer):
         }
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> Document | None:
-        """OpenAI's older layout: a list for each property, and the token itself among the top."""
+        """OpenAI's older layout: one list per property; the token itself is among the top."""
         if self.options.top_logprobs is None:
             return None
         return {

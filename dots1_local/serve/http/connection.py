@@ -1,4 +1,4 @@
-"""uvicorn's connections, bounded: so many, and only so long without a request."""
+"""uvicorn's connections, bounded in number and in how long they may be without a request."""
 
 import asyncio
 import resource
@@ -9,14 +9,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 __all__ = ["BACKLOG", "IDLE_SECONDS", "Connection", "allow_files"]
 
 BACKLOG = 128  # connections that asyncio accepts at once
-IDLE_SECONDS = 60  # clients give up their own sooner
+IDLE_SECONDS = 60  # clients close idle connections sooner
 _MOST, _FEWEST = 1000, 32
 _FILES = 2048
-_SPARE = 4 * BACKLOG  # file descriptors: of connections not yet closed, and all else
+_SPARE = 4 * BACKLOG  # file descriptors for connections not yet closed, and everything else
 
 
 def allow_files() -> None:
-    """Have the system allow the process enough open files for its connections, if it may."""
+    """Raise the process's limit of open files to what its connections need, as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -24,9 +24,9 @@ def allow_files() -> None:
 
 
 class Connection(H11Protocol):
-    """One connection; beyond the bound it is closed at once.
+    """One connection; one too many is closed at once.
 
-    uvicorn lets a new connection be silent for ever, and a header come byte by byte.
+    uvicorn itself lets a new connection be silent for ever, and a header come byte by byte.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -60,6 +60,6 @@ class Connection(H11Protocol):
 
 
 def _most() -> int:
-    """How many there may be; without descriptors asyncio accepts none, and fills the log."""
+    """How many there may be; out of descriptors, asyncio fails to accept any and fills the log."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST if files == resource.RLIM_INFINITY else min(_MOST, max(_FEWEST, files - _SPARE))

@@ -1,4 +1,4 @@
-"""What a request can be refused for, in the shape of OpenAI's errors."""
+"""Errors that a request is refused with, in the shape of OpenAI's."""
 
 import logging
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """A refusal: the HTTP status, a sentence, and the request's parameter that it is about."""
+    """A refusal: the HTTP status, a sentence, and the parameter that is to blame."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """What the client is sent."""
+        """The JSON that the client gets."""
         general = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
             "error": {
@@ -53,7 +53,7 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that makes no sense, or asks for what there is not."""
+    """The refusal of a request that is malformed, or asks for something unsupported."""
     return ApiError(400, message, param=param, code=code)
 
 
@@ -63,23 +63,25 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 async def _refuse_path(request: Request, error: Exception) -> Response:
-    """A path or method that there is not."""
+    """A path or method that does not exist."""
     assert isinstance(error, HTTPException)
     path = f"{request.url.path:.80}"
     if error.status_code == 405:
         message = f"{path} does not know {request.method}"
     else:
-        message = f"there is no {path} here; there are /v1/models and /v1/chat/completions"
+        message = (
+            f"there is no {path} here, but /v1/chat/completions, /v1/completions and /v1/models"
+        )
     return ApiError(error.status_code, message, headers=error.headers).response()
 
 
 async def _drop(request: Request, error: Exception) -> Response:
-    """A client that left while it was sending; nobody hears this."""
+    """A client that left while it was sending; nobody will read this."""
     return Response(status_code=400)
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    """A bug: the client hears no more than that, the log all of it."""
+    """A bug: the details are for the log alone."""
     logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
     return ApiError(500, "something went wrong in the server; its log says what").response()
 

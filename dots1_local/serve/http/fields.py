@@ -1,4 +1,4 @@
-"""The fields of a request, each taken with the type and the range it must have."""
+"""The fields of a request, read with checks of their type and range."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ __all__ = ["Fields"]
 
 
 class Fields:
-    """A JSON object of a request; null is as good as not given, and None is returned for it.
+    """A JSON object in a request; a field that is null or missing reads as None.
 
-    `where` is what errors put before a field's name: "messages[0].".
+    `where` comes before field names in errors, such as "messages[0].".
     """
 
     def __init__(self, raw: Any, where: str = "") -> None:
@@ -26,8 +26,8 @@ class Fields:
         """What the field is called in errors."""
         return self._where + key
 
-    def any(self, key: str) -> Any:
-        """Whatever it is."""
+    def value(self, key: str) -> Any:
+        """The field's value, unchecked."""
         return self._raw.get(key)
 
     def text(self, key: str) -> str | None:
@@ -75,7 +75,7 @@ class Fields:
         return None if value is None else Fields(value, f"{self.name(key)}.")
 
     def required(self, key: str, what: str) -> ApiError:
-        """For a field that must be given."""
+        """The error for a field that is missing."""
         return invalid(f"{self.name(key)} is missing; give {what}", self.name(key))
 
     def wrong(self, key: str, wanted: str) -> ApiError:

@@ -1,4 +1,4 @@
-"""The loaded model as requests see it: prompts become tokens, and orders for the engine."""
+"""The loaded model as requests see it: their prompts become tokens, and orders for the engine."""
 
 from dots1_local.errors import GGUFError, UsageError
 from dots1_local.runtime.chat.prompt import Prompter, RawPrompter
@@ -16,7 +16,7 @@ __all__ = ["Model"]
 
 
 class Model:
-    """A model under the name it is served by; all of it may be used by several threads."""
+    """A model under the name it is served by; several threads may use it at once."""
 
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine, self.name = engine, name
@@ -32,7 +32,7 @@ class Model:
         """What a body of /v1/chat/completions asks for.
 
         Raises:
-            ApiError: it cannot be had.
+            ApiError: it is malformed, too long, or asks for something unsupported.
         """
         if self._prompter is None:
             raise invalid(f"{self._no_chat}; use /v1/completions", "messages")
@@ -42,7 +42,7 @@ class Model:
             raise invalid(f"{message}; leave out tools", "tools")
         try:
             tokens = self._prompter.tokens(request.messages, request.tools)
-        except UsageError as error:  # what cannot be told of tools, or of calls of them
+        except UsageError as error:  # tools, or calls of them, that the template cannot take
             raise invalid(str(error), "tools" if request.tools else "messages") from None
         except GGUFError as error:  # the template's refusal of these messages
             raise invalid(str(error), "messages") from None
@@ -54,7 +54,7 @@ class Model:
         """What a body of /v1/completions asks for.
 
         Raises:
-            ApiError: it cannot be had.
+            ApiError: it is malformed, too long, or asks for something unsupported.
         """
         request = take_completion(fields, self._engine.n_vocab)
         orders: list[Order] = []
@@ -71,7 +71,7 @@ class Model:
         return b"".join(map(self._engine.piece, tokens)).decode("utf-8", errors="replace")
 
     def _fitting(self, tokens: list[int], param: str) -> tuple[int, ...]:
-        """The tokens, which leave room for one more at least."""
+        """The tokens, if they leave room for at least one more."""
         if len(tokens) >= self.n_ctx:
             raise too_long(len(tokens), self.n_ctx, param)
         return tuple(tokens)

@@ -1,4 +1,4 @@
-"""What both kinds of completion can be asked for: sampling, length, ends, format, streaming."""
+"""The options of both endpoints: sampling, length, stop strings, format, streaming."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ _MOST_STOPS = 16
 _LONGEST_STOP = 1 << 10
 _MOST_BIASES = 1 << 10
 _SEEDS = 1 << 63
-_SMALLEST_SHARE = 1e-6  # a top_p of 0 means the likeliest token, and this is that too
+_SMALLEST_SHARE = 1e-6  # for a top_p of 0: the likeliest token alone
 
-# Fields that would change the answer and are not supported, with what they may be all the same.
+# Fields that are not supported and would change the answer, with the values that would not.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "bad_words": ([],),
@@ -51,7 +51,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """How a request wants its choices written and sent; `n` of them for each prompt."""
+    """How a request's choices are to be written and sent; there are `n` for each prompt."""
 
     sampling: Sampling
     max_tokens: int | None
@@ -63,7 +63,7 @@ class Options:
     top_logprobs: int | None
 
     def orders(self, prompt: tuple[int, ...]) -> Iterator[Order]:
-        """The choices of one prompt; with a seed, each has its own that follows from it."""
+        """One prompt's choices; if there is a seed, each choice has its own: seed + index."""
         for index in range(self.n):
             seed = self.sampling.seed
             sampling = self.sampling if seed is None else replace(self.sampling, seed=seed + index)
@@ -97,13 +97,13 @@ def take_options(
 
 
 def refuse_unsupported(fields: Fields, more: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse what would change the answer if it were not ignored.
+    """Refuse fields that would have to change the answer, but are not supported.
 
     Raises:
-        ApiError: it is asked for.
+        ApiError: one is set, and not to a value without effect.
     """
     for name, harmless in {**_UNSUPPORTED, **more}.items():
-        value = fields.any(name)
+        value = fields.value(name)
         if value is not None and value not in harmless:
             raise invalid(f"{name} is not supported here; leave it out", name, "unsupported")
 
@@ -127,7 +127,7 @@ def _sampling(fields: Fields, n_vocab: int) -> Sampling:
 
 
 def _repeat_penalty(fields: Fields) -> float | None:
-    """It has two names: vLLM's, and llama.cpp's."""
+    """The penalty under its two names, vLLM's and llama.cpp's."""
     first, second = "repetition_penalty", "repeat_penalty"
     one, other = (fields.number(name, 0.1, 10) for name in (first, second))
     if one is not None and other is not None and one != other:
@@ -136,7 +136,7 @@ def _repeat_penalty(fields: Fields) -> float | None:
 
 
 def _logit_bias(fields: Fields, n_vocab: int) -> tuple[tuple[int, float], ...] | None:
-    raw = fields.any("logit_bias")
+    raw = fields.value("logit_bias")
     if raw is None:
         return None
     biases = Fields(raw, "logit_bias.")
@@ -151,7 +151,7 @@ def _logit_bias(fields: Fields, n_vocab: int) -> tuple[tuple[int, float], ...] |
 
 
 def _stop(fields: Fields) -> tuple[str, ...]:
-    raw = fields.any("stop")
+    raw = fields.value("stop")
     stops = [] if raw is None else [raw] if isinstance(raw, str) else raw
     if not isinstance(stops, list) or len(stops) > _MOST_STOPS:
         raise fields.wrong("stop", f"a string, or a list of at most {_MOST_STOPS}")
@@ -181,7 +181,7 @@ def _schema_grammar(wanted: Fields) -> Grammar:
     described = wanted.group("json_schema")
     if described is None:
         raise wanted.required("json_schema", "an object with a name and a schema")
-    schema = described.any("schema")
+    schema = described.value("schema")
     if schema is None:
         raise described.required("schema", "a JSON schema")
     return Grammar.of_json_schema(schema)

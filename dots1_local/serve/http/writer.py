@@ -1,4 +1,4 @@
-"""What responses have in common, whichever their kind: a head, choices, usage."""
+"""What responses of both endpoints have in common: a head, choices, usage."""
 
 import secrets
 import time
@@ -14,12 +14,12 @@ __all__ = ["Collected", "Document", "Writer", "logprob", "token_name"]
 
 Document = dict[str, Any]  # a JSON object that a client is sent
 
-_UNLIKELY = -9999.0  # what OpenAI says for minus infinity, which JSON has not
+_UNLIKELY = -9999.0  # OpenAI's for minus infinity, which JSON cannot say
 
 
 @dataclass
 class Collected:
-    """One choice, as far as it is written; whole when it is `finished`."""
+    """One choice as far as it is written; `finished` is set at its end."""
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Collected:
 
 
 class Writer(ABC):
-    """The documents of one response, in chunks or whole."""
+    """Makes the JSON documents of one response, in chunks or whole."""
 
     prefix: ClassVar[str]
     kind: ClassVar[str]
@@ -54,7 +54,7 @@ class Writer(ABC):
 
     @abstractmethod
     def piece(self, piece: Piece) -> list[Document]:
-        """The chunks of some text."""
+        """The chunks for a piece of text."""
 
     @abstractmethod
     def finish(self, finished: Finished) -> list[Document]:
@@ -88,7 +88,7 @@ class Writer(ABC):
         return {**self._head, "object": self.chunk_kind, "choices": [choice], **usage}
 
     def _usage(self, answers: Sequence[Finished]) -> Document:
-        """What was read and written; a prompt counts once, however many choices it has."""
+        """Token counts; a prompt counts once, however many choices it has."""
         firsts = [each for each in answers if each.index % self.options.n == 0]
         prompt = sum(each.prompt_tokens for each in firsts)
         completion = sum(each.completion_tokens for each in answers)
@@ -102,10 +102,10 @@ class Writer(ABC):
 
 
 def logprob(value: float) -> float:
-    """As JSON has it."""
+    """A log-probability that JSON can hold."""
     return max(value, _UNLIKELY)
 
 
 def token_name(piece: bytes) -> str:
-    """A token's text; bytes that are part of a character only are named as \\x and their value."""
+    """A token's text, with \\x escapes for bytes that make up only part of a character."""
     return piece.decode("utf-8", errors="backslashreplace")

@@ -19,6 +19,11 @@ _ELEMENT = re.compile(r'\[((?:\\.|[^\]])*)\]|([a-z]\w*)|""')
 _RANGE = re.compile(r"(\\x..|\\U.{8}|.)(?:-(\\x..|\\U.{8}|.))?")
 
 
+def thing(required: list[str] | None = None, /, **properties: Any) -> dict[str, Any]:
+    """The schema of an object."""
+    return {"type": "object", "properties": properties, "required": required or []}
+
+
 def accepts(engine: Engine, grammar: Grammar, text: str) -> bool:
     """Whether llama.cpp takes all the bytes one after another, and then the end."""
     sampler = llama.llama_sampler_init_grammar(engine.vocab, grammar.gbnf.encode(), b"root")

@@ -8,14 +8,10 @@ from jsonschema import Draft202012Validator
 
 from dots1_local.runtime.chat.grammar import Grammar
 from tests.runtime.chat.conftest import Judge
-from tests.runtime.chat.grammars import ambiguous, parsed
+from tests.runtime.chat.grammars import ambiguous, parsed, thing
 
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
 NODE, ZERO = {"$ref": "#/$defs/node"}, {"const": 0}
-
-
-def thing(required: list[str] | None = None, /, **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": required or []}
 
 
 @pytest.mark.parametrize(

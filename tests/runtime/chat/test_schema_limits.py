@@ -6,13 +6,9 @@ import pytest
 
 from dots1_local.errors import UsageError
 from dots1_local.runtime.chat.grammar import Grammar
-from tests.runtime.chat.grammars import ambiguous, parsed
+from tests.runtime.chat.grammars import ambiguous, parsed, thing
 
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
-
-
-def thing(required: list[str] | None = None, /, **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": required or []}
 
 
 @pytest.mark.parametrize(

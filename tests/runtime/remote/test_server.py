@@ -169,3 +169,18 @@ def test_a_model_that_is_not_there_is_told_with_those_that_are() -> None:
         session = RemoteSession(Server.open(server.url, "dots2"))
         with pytest.raises(Dots1Error, match="has no model dots2; it has dots1"):
             say(session, "hi")
+
+
+def test_a_session_is_opened_by_its_address_with_the_key_at_hand(
+    monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
+    monkeypatch.setenv("DOTS1_API_KEY", "s3cret")
+    monkeypatch.setattr(Address, "exposed", True)
+    with (
+        playing(answer("hi")) as server,
+        RemoteSession.open(server.url, tell=told.append, system="") as session,
+    ):
+        assert say(session, "hello") == "hi"
+        assert server.bodies[0]["messages"][0] == {"role": "system", "content": ""}
+        assert {each.headers["Authorization"] for each in server.asked} == {"Bearer s3cret"}
+    assert "DOTS1_API_KEY goes to 127.0.0.1 unencrypted" in told[0]

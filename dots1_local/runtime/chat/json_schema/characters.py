@@ -2,20 +2,20 @@
 
 from collections.abc import Iterable
 
-__all__ = ["EVERY", "Characters", "characters", "escaped", "of", "without"]
+__all__ = ["EVERY", "Characters", "characters", "charset", "escaped", "without"]
 
 Characters = tuple[tuple[int, int], ...]
 
-EVERY: Characters = ((0, 0xD7FF), (0xE000, 0x10FFFF))  # halves of surrogate pairs are none
+EVERY: Characters = ((0, 0xD7FF), (0xE000, 0x10FFFF))  # all but surrogates
 
 
-def of(text: str) -> Characters:
-    """Each character of a text."""
+def charset(text: str) -> Characters:
+    """The characters of a text."""
     return characters((ord(each), ord(each)) for each in text)
 
 
 def characters(ranges: Iterable[tuple[int, int]]) -> Characters:
-    """Any ranges, both ends included, as one set."""
+    """The union of ranges, both ends included, in any order."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
         if merged and low <= merged[-1][1] + 1:

@@ -1,22 +1,22 @@
-"""JSON objects and arrays as rules, with the whitespace that a document may have.
+"""JSON objects and arrays as rules, with the white space that a document may have.
 
-That is at most one space, or a new line and its indentation: after a bracket that opens and a
-comma, and before a bracket that closes. A colon may be followed by a space.
+After an opening bracket or a comma, and before a closing bracket, there may be one space, or a line
+break and indentation. After a colon there may be one space.
 """
 
 import json
-from collections.abc import Sequence as List
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dots1_local.runtime.chat.json_schema.characters import of
-from dots1_local.runtime.chat.json_schema.rules import Rules, Sequence, text
+from dots1_local.runtime.chat.json_schema.characters import charset
+from dots1_local.runtime.chat.json_schema.rules import Rules, Symbols, text
 from dots1_local.runtime.chat.json_schema.strings import Strings, literal, other_name
 
 __all__ = ["Containers", "Property"]
 
 _INDENTATION = 32
-_COMMA, _COLON = of(","), of(":")
+_COMMA, _COLON = charset(","), charset(":")
 
 
 @dataclass(frozen=True)
@@ -29,29 +29,29 @@ class Property:
 
 
 class Containers:
-    """`gap` is the rule for whitespace, `anything` that for any value."""
+    """The rules that objects and arrays share: `gap` is white space, `anything` any value."""
 
     def __init__(self, rules: Rules, strings: Strings) -> None:
         self._rules = rules
         indentation = rules.add(())
         for _ in range(_INDENTATION):
-            indentation = rules.add((), (of(" \t"), indentation))
-        self.gap = rules.add((), (of(" "),), (of("\n"), indentation))
-        self._colon = rules.add((_COLON,), (_COLON, of(" ")))
+            indentation = rules.add((), (charset(" \t"), indentation))
+        self.gap = rules.add((), (charset(" "),), (charset("\n"), indentation))
+        self._colon = rules.add((_COLON,), (_COLON, charset(" ")))
         name = rules.add(strings.sized())
         self.anything = rules.reserve()
         self.any_object = rules.add(*self.members(name, self.anything))
         self.any_array = rules.add(*self.array((), self.anything))
 
-    def members(self, name: int, value: int) -> list[Sequence]:
-        """An object of any number of properties, of whose names the rule is `name`."""
+    def members(self, name: int, value: int) -> list[Symbols]:
+        """An object of any number of properties, with rules for their names and values."""
         more = self._rules.reserve()
         member = self._rules.add((name, self._colon, value, more))
-        self._rules.extend(more, [(_COMMA, self.gap, member), (self.gap, of("}"))])
-        return [(of("{"), self.gap, self._rules.add((member,), (of("}"),)))]
+        self._rules.extend(more, [(_COMMA, self.gap, member), (self.gap, charset("}"))])
+        return [(charset("{"), self.gap, self._rules.add((member,), (charset("}"),)))]
 
-    def object(self, properties: List[Property], further: int | None) -> list[Sequence]:
-        """Properties in this order, the optional ones or not, and further ones of other names."""
+    def object(self, properties: Sequence[Property], further: int | None) -> list[Symbols]:
+        """Properties in this order, where optional ones may be missing, then further ones."""
         rules, last = self._rules, len(properties)
         required = [at for at, each in enumerate(properties) if each.required]
         complete = required[-1] + 1 if required else 0  # from here on the object may end
@@ -60,7 +60,7 @@ class Containers:
         for at, more in enumerate(mores):
             rules.extend(more, [(_COMMA, self.gap, nexts[at])])
             if at >= complete:
-                rules.extend(more, [(self.gap, of("}"))])
+                rules.extend(more, [(self.gap, charset("}"))])
         for at, each in enumerate(properties):
             name = rules.add(literal(each.name))
             rules.extend(nexts[at], [(name, self._colon, each.value, mores[at + 1])])
@@ -69,14 +69,14 @@ class Containers:
         if further is not None:
             name = rules.add(other_name(rules, [each.name for each in properties]))
             rules.extend(nexts[last], [(name, self._colon, further, mores[last])])
-        ends: list[Sequence] = [] if complete else [(of("}"),)]
-        return [(of("{"), self.gap, rules.add((nexts[0],), *ends))]
+        ends: list[Symbols] = [] if complete else [(charset("}"),)]
+        return [(charset("{"), self.gap, rules.add((nexts[0],), *ends))]
 
     def array(
-        self, first: List[int], rest: int, least: int = 0, most: int | None = None
-    ) -> list[Sequence]:
-        """`least` to `most` items, the first few of them with rules of their own."""
-        rules, end = self._rules, (self.gap, of("]"))
+        self, first: Sequence[int], rest: int, least: int = 0, most: int | None = None
+    ) -> list[Symbols]:
+        """`least` to `most` items; the `first` ones have rules of their own."""
+        rules, end = self._rules, (self.gap, charset("]"))
         if most is None:
             reach = max(least, len(first))
             following = rules.reserve()
@@ -88,13 +88,13 @@ class Containers:
             item = first[at] if at < len(first) else rest
             ends = [end] if at >= least else []
             following = rules.add((_COMMA, self.gap, item, following), *ends)
-        start: list[Sequence] = [] if least else [(of("]"),)]
+        start: list[Symbols] = [] if least else [(charset("]"),)]
         if most != 0:
             start.append((first[0] if first else rest, following))
-        return [(of("["), self.gap, rules.add(*start))]
+        return [(charset("["), self.gap, rules.add(*start))]
 
-    def constant(self, value: Any) -> Sequence:
-        """A fixed value, an object's properties in their order."""
+    def constant(self, value: Any) -> Symbols:
+        """A fixed value, with an object's properties in their order."""
         if isinstance(value, dict) and value:
             parts = [
                 (*literal(name), self._colon, *self.constant(each)) for name, each in value.items()
@@ -104,6 +104,6 @@ class Containers:
             return self._enclosed("[", [self.constant(each) for each in value], "]")
         return text(json.dumps(value, ensure_ascii=False))
 
-    def _enclosed(self, start: str, parts: List[Sequence], end: str) -> Sequence:
+    def _enclosed(self, start: str, parts: Sequence[Symbols], end: str) -> Symbols:
         inside = [symbol for part in parts for symbol in (_COMMA, self.gap, *part)]
-        return (of(start), *inside[1:], self.gap, of(end))
+        return (charset(start), *inside[1:], self.gap, charset(end))

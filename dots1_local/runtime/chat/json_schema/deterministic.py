@@ -1,8 +1,8 @@
-"""The same grammar so written that each character leaves one way to go on.
+"""A grammar rewritten so that each character leaves only one way to go on.
 
 llama.cpp follows all ways at once, and where a grammar is ambiguous their number may double with
-every character. So alternatives that begin alike are made one up to where they differ (the subset
-construction of finite automata, on rules), and a schema for which that has no end is refused.
+every character. So alternatives that begin alike are merged up to where they differ: the subset
+construction of finite automata, on rules. A schema for which that has no end is refused.
 """
 
 from collections.abc import Iterable
@@ -10,23 +10,23 @@ from itertools import pairwise
 
 from dots1_local.errors import UsageError
 from dots1_local.runtime.chat.json_schema.characters import Characters, characters
-from dots1_local.runtime.chat.json_schema.rules import Rules, Sequence, Symbol, too_large
+from dots1_local.runtime.chat.json_schema.rules import Rules, Symbol, Symbols, too_large
 
 __all__ = ["deterministic"]
 
 _MOST_RULES = 20_000
 _MOST_STEPS = 2_000_000  # symbols looked at; about a second
-_MOST_ALTERNATIVES = 200  # at one place; each costs a pass over the vocabulary
-_SHORT = 2  # symbols that are repeated rather than made a rule
+_MOST_ALTERNATIVES = 200  # in one place; each costs a pass over the vocabulary
+_SHORT = 2  # as many symbols are written out rather than made a rule
 
-_Choice = frozenset[Sequence]
+_Choice = frozenset[Symbols]
 
 
-def deterministic(rules: Rules, root: int) -> list[list[Sequence]]:
-    """Rules of which the first is the root; of one with alternatives, all begin with a character.
+def deterministic(rules: Rules, root: int) -> list[list[Symbols]]:
+    """The rewritten rules, the root first; all alternatives of a rule begin with a character.
 
     Raises:
-        UsageError: there are too many, or nothing at all is allowed.
+        UsageError: there are too many, or the schema allows no document.
     """
     rules.prune()
     if not rules.alternatives[root]:
@@ -35,17 +35,17 @@ def deterministic(rules: Rules, root: int) -> list[list[Sequence]]:
 
 
 class _Factoring:
-    """`known` numbers the choices between sequences that became rules, or will."""
+    """Makes a rule of each choice between sequences that comes up; `_known` has their numbers."""
 
-    def __init__(self, alternatives: list[list[Sequence]]) -> None:
+    def __init__(self, alternatives: list[list[Symbols]]) -> None:
         self._alternatives = [frozenset(each) for each in alternatives]
         self._known: dict[_Choice, int] = {}
         self._waiting: list[_Choice] = []
         self._steps = 0
 
-    def run(self, root: _Choice) -> list[list[Sequence]]:
+    def run(self, root: _Choice) -> list[list[Symbols]]:
         self._rule(root)
-        made: list[list[Sequence]] = []
+        made: list[list[Symbols]] = []
         while len(made) < len(self._waiting):
             made.append(self._written(self._waiting[len(made)]))
         return made
@@ -58,7 +58,7 @@ class _Factoring:
             self._waiting.append(choice)
         return self._known[choice]
 
-    def _written(self, choice: _Choice) -> list[Sequence]:
+    def _written(self, choice: _Choice) -> list[Symbols]:
         if len(choice) == 1:
             return [self._named(next(iter(choice)))]
         shared = _shared(choice)
@@ -67,9 +67,9 @@ class _Factoring:
             return [(*self._named(shared), *self._rest(rest))]
         return self._split(self._expanded(choice))
 
-    def _split(self, sequences: set[Sequence]) -> list[Sequence]:
-        """One alternative for each set of first characters after which the same may come."""
-        nothing: list[Sequence] = [()] if () in sequences else []
+    def _split(self, sequences: set[Symbols]) -> list[Symbols]:
+        """One alternative for each set of first characters that the same rests may follow."""
+        nothing: list[Symbols] = [()] if () in sequences else []
         starts = [(each[0], each[1:]) for each in sequences if each]
         split = [(first, *self._rest(rests)) for rests, first in self._parted(starts).items()]
         if len(split) > _MOST_ALTERNATIVES:
@@ -79,17 +79,17 @@ class _Factoring:
             )
         return [*split, *nothing]
 
-    def _parted(self, starts: list[tuple[Symbol, Sequence]]) -> dict[_Choice, Characters]:
-        """The characters after which the same rests may follow, by those rests."""
-        opening: dict[int, list[Sequence]] = {}
-        closing: dict[int, list[Sequence]] = {}
+    def _parted(self, starts: list[tuple[Symbol, Symbols]]) -> dict[_Choice, Characters]:
+        """For each set of rests, the first characters that exactly those may follow."""
+        opening: dict[int, list[Symbols]] = {}
+        closing: dict[int, list[Symbols]] = {}
         for first, rest in starts:
             assert isinstance(first, tuple)
             for low, high in first:
                 opening.setdefault(low, []).append(rest)
                 closing.setdefault(high + 1, []).append(rest)
         found: dict[_Choice, list[tuple[int, int]]] = {}
-        open_now: dict[Sequence, int] = {}
+        open_now: dict[Symbols, int] = {}
         for point, following in pairwise(sorted({*opening, *closing})):
             for rest in closing.get(point, ()):
                 open_now[rest] -= 1
@@ -102,8 +102,8 @@ class _Factoring:
                 found.setdefault(frozenset(open_now), []).append((point, following - 1))
         return {rests: characters(ranges) for rests, ranges in found.items()}
 
-    def _expanded(self, choice: Iterable[Sequence]) -> set[Sequence]:
-        """The same sequences with rules at their beginning written out, so that none is one."""
+    def _expanded(self, choice: Iterable[Symbols]) -> set[Symbols]:
+        """The same sequences with rules at their beginning expanded until none begins with one."""
         seen, left = set(choice), list(choice)
         expanded = set()
         while left:
@@ -119,14 +119,14 @@ class _Factoring:
                     left.append(longer)
         return expanded
 
-    def _rest(self, choice: _Choice) -> Sequence:
+    def _rest(self, choice: _Choice) -> Symbols:
         only = next(iter(choice)) if len(choice) == 1 else None
         if only is not None and len(only) <= _SHORT:
             return self._named(only)
         return (self._rule(choice),)
 
-    def _named(self, sequence: Sequence) -> Sequence:
-        """The sequence with the numbers that its rules have here."""
+    def _named(self, sequence: Symbols) -> Symbols:
+        """The sequence with its rules under their new numbers."""
         return tuple(
             self._rule(self._alternatives[each]) if isinstance(each, int) else each
             for each in sequence
@@ -138,7 +138,7 @@ class _Factoring:
             raise too_large()
 
 
-def _shared(choice: _Choice) -> Sequence:
+def _shared(choice: _Choice) -> Symbols:
     """What all the sequences begin with."""
     first = min(choice, key=len)
     length = 0

@@ -1,4 +1,4 @@
-"""Whether no document fits two schemas at once, which oneOf demands."""
+"""oneOf demands that no document fits two of its schemas; this makes sure of it."""
 
 from itertools import combinations
 from typing import Any
@@ -21,10 +21,10 @@ _Schema = dict[str, Any]
 
 
 def check_distinct(reader: Reader, schemas: list[Any], place: str) -> None:
-    """Make sure that what is written for one of the schemas is allowed by no other.
+    """Make sure that no document written for one of the schemas is valid for another.
 
     Raises:
-        UsageError: that is not plain from their types, constants and required properties.
+        UsageError: types, constants and required properties do not rule it out.
     """
     for (n, one), (m, other) in combinations(enumerate(schemas), 2):
         if not (
@@ -92,7 +92,7 @@ def _allowed(value: Any, schema: _Schema, place: str) -> bool:
 
 
 def _types(schema: _Schema, place: str) -> tuple[str, ...]:
-    """All that a document written for a schema may be."""
+    """The types that a document written for a schema may have."""
     if types_of(schema, place) is None and not schema.keys().isdisjoint(("anyOf", "oneOf")):
         return tuple(TYPES)
     return types_written(schema, place)

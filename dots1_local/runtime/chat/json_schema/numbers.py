@@ -1,22 +1,23 @@
-"""JSON numbers as rules, between bounds too.
+"""JSON numbers as rules, with or without bounds.
 
-Their digits are limited to what writes any double: 18 before the point and 24 after it, and to two
-of an exponent. Between bounds a number has no exponent and at most `EXACT` digits, so that none is
-rounded to what is out of bounds.
+A number has at most 18 digits before the point, 24 after it and 2 in its exponent, which is enough
+for ordinary doubles. With bounds it has no exponent and at most `EXACT` digits, so that rounding it
+to a double never puts it out of bounds.
 """
 
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Literal
 
-from dots1_local.runtime.chat.json_schema.characters import Characters, of
-from dots1_local.runtime.chat.json_schema.rules import Rules, Sequence, text
+from dots1_local.runtime.chat.json_schema.characters import Characters, charset
+from dots1_local.runtime.chat.json_schema.rules import Rules, Symbols, text
 
 __all__ = ["EXACT", "Bound", "integer", "number"]
 
 EXACT = 15
 _DIGITS, _PLACES = 18, 24
-_DIGIT, _NOT_ZERO, _MINUS, _POINT = of("0123456789"), of("123456789"), of("-"), of(".")
+_DIGIT, _NOT_ZERO = charset("0123456789"), charset("123456789")
+_MINUS, _POINT = charset("-"), charset(".")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Bound:
     inclusive: bool = True
 
 
-def integer(rules: Rules, low: Bound | None, high: Bound | None) -> list[Sequence]:
+def integer(rules: Rules, low: Bound | None, high: Bound | None) -> list[Symbols]:
     """A whole number, without point and exponent."""
     if low is None and high is None:
         return _signed(rules, [text("0"), (_NOT_ZERO, _up_to(rules, _DIGITS - 1, ()))])
@@ -37,25 +38,25 @@ def integer(rules: Rules, low: Bound | None, high: Bound | None) -> list[Sequenc
     return _between(rules, least, most, max(_DIGITS, *digits), 0)
 
 
-def number(rules: Rules, low: Bound | None, high: Bound | None) -> list[Sequence]:
-    """Any number; of bounds, what is before the point must not have more than `EXACT` digits."""
+def number(rules: Rules, low: Bound | None, high: Bound | None) -> list[Symbols]:
+    """Any number; bounds may have at most `EXACT` digits before the point."""
     if low is None and high is None:
         few = rules.add((_DIGIT,), ())
-        sign = rules.add((of("+-"),), ())
-        exponent = rules.add((of("eE"), sign, _DIGIT, few), ())
+        sign = rules.add((charset("+-"),), ())
+        exponent = rules.add((charset("eE"), sign, _DIGIT, few), ())
         after = rules.add((_POINT, _DIGIT, _up_to(rules, _PLACES - 1, (exponent,))), (exponent,))
         before = _up_to(rules, _DIGITS - 1, (after,))
-        return _signed(rules, [(of("0"), after), (_NOT_ZERO, before)])
+        return _signed(rules, [(charset("0"), after), (_NOT_ZERO, before)])
     digits = max(len(str(abs(int(each.value)))) for each in (low, high) if each)
     return _between(rules, low, high, EXACT, EXACT - digits)
 
 
-def _signed(rules: Rules, magnitude: list[Sequence]) -> list[Sequence]:
+def _signed(rules: Rules, magnitude: list[Symbols]) -> list[Symbols]:
     rule = rules.add(*magnitude)
     return [(_MINUS, rule), (rule,)]
 
 
-def _up_to(rules: Rules, count: int, then: Sequence) -> int:
+def _up_to(rules: Rules, count: int, then: Symbols) -> int:
     rule = rules.add(then)
     for _ in range(count):
         rule = rules.add((_DIGIT, rule), then)
@@ -63,15 +64,15 @@ def _up_to(rules: Rules, count: int, then: Sequence) -> int:
 
 
 def _whole(bound: Bound, rounding: str, step: Literal[1, -1]) -> Bound:
-    """The nearest whole number that is in bounds."""
+    """The whole number nearest to the bound that satisfies it."""
     value = bound.value.to_integral_value(rounding)
     return Bound(value + step if value == bound.value and not bound.inclusive else value)
 
 
 def _between(
     rules: Rules, low: Bound | None, high: Bound | None, digits: int, places: int
-) -> list[Sequence]:
-    found: list[Sequence] = []
+) -> list[Symbols]:
+    found: list[Symbols] = []
     if high is None or high.value >= 0:
         above = low if low and low.value >= 0 else None
         found.append((_Magnitudes(rules, above, high, places).rule(digits),))
@@ -86,8 +87,9 @@ def _between(
 class _Magnitudes:
     """Numbers from 0 up, compared with bounds digit by digit.
 
-    A rule is told whether all digits so far are those of the lower or of the upper bound; only then
-    does it matter which come next. Rules that cannot end are pruned later.
+    A rule depends on whether all digits so far are those of the lower bound (`at_low`), or of the
+    upper (`at_high`): only then does the bound restrict the next one. Rules that cannot end are
+    pruned later.
     """
 
     def __init__(self, rules: Rules, low: Bound | None, high: Bound | None, places: int) -> None:
@@ -96,7 +98,7 @@ class _Magnitudes:
         self._known: dict[tuple[object, ...], int] = {}
 
     def rule(self, digits: int) -> int:
-        """All of them with at most so many digits before the point."""
+        """The numbers with at most so many digits before the point."""
         low, high = len(self._low_digits[0]), len(self._high_digits[0])
         lengths = range(max(low, 1), (min(digits, high) if self._high else digits) + 1)
         return self._rules.add(
@@ -149,7 +151,7 @@ class _Magnitudes:
         )
         key = ("end", place, at_low, at_high)
         if key not in self._known:
-            ends: list[Sequence] = [] if too_small or too_large else [()]
+            ends: list[Symbols] = [] if too_small or too_large else [()]
             if place < self._places:
                 more = self._after(place, at_low, at_high)
                 ends.append((point, more) if point else (more,))
@@ -158,7 +160,7 @@ class _Magnitudes:
 
 
 def _digits(bound: Bound | None) -> tuple[str, str]:
-    """Those before and after the point, the latter without zeros at the end."""
+    """The digits before and after the point, the latter without trailing zeros."""
     if bound is None:
         return "", ""
     before, _, after = format(bound.value, "f").partition(".")
@@ -166,9 +168,9 @@ def _digits(bound: Bound | None) -> tuple[str, str]:
 
 
 def _grouped(least: int, low: int, high: int) -> list[tuple[Characters, bool, bool]]:
-    """The digits from `least` to `high`, alike together: whether they are `low`, and `high`."""
+    """The digits from `least` to `high`, grouped by whether they equal `low` and `high`."""
     groups: dict[tuple[bool, bool], str] = {}
     for digit in range(least, high + 1):
         key = digit == low, digit == high
         groups[key] = groups.get(key, "") + str(digit)
-    return [(of(digits), *key) for key, digits in groups.items()]
+    return [(charset(digits), *key) for key, digits in groups.items()]

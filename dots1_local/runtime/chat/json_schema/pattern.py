@@ -1,7 +1,7 @@
 """Regular expressions as rules for JSON strings.
 
-The subset is one of which ECMAScript, whose expressions JSON schemas use, and Python, in which many
-validators are written, think alike; where a class like \\w differs, what both match is written.
+JSON schemas use ECMAScript's expressions, and many validators are written in Python. Supported is
+what means the same in both; of a class like \\w only the characters that both match are written.
 """
 
 import re
@@ -14,11 +14,10 @@ from dots1_local.runtime.chat.json_schema.characters import (
     EVERY,
     Characters,
     characters,
-    of,
+    charset,
     without,
 )
-from dots1_local.runtime.chat.json_schema.rules import Rules
-from dots1_local.runtime.chat.json_schema.rules import Sequence as Symbols
+from dots1_local.runtime.chat.json_schema.rules import Rules, Symbols
 from dots1_local.runtime.chat.json_schema.strings import QUOTE, encoded
 
 __all__ = ["pattern"]
@@ -26,18 +25,18 @@ __all__ = ["pattern"]
 _LONGEST, _DEEPEST = 1000, 50
 _LETTERS = ((65, 90), (97, 122))
 _NOT_ASCII = without(EVERY, ((0, 127),))
-_LINE_ENDS = of("\n\r\u2028\u2029")
-_SPACES = of(" \t\n\r\f\v")
+_LINE_ENDS = charset("\n\r\u2028\u2029")
+_SPACES = charset(" \t\n\r\f\v")
 _CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0"}
 _REPETITION = re.compile(r"\*|\+|\?|\{(\d{1,5})(,(\d{1,5})?)?\}")
 _HEX = re.compile(r"x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})")
 
-_Part = Callable[[int], int]  # the rule that comes after it, to the rule for it and what comes
+_Part = Callable[[int], int]  # from the rule that follows to the rule for the part and that
 
 
 @dataclass(frozen=True)
 class _Class:
-    """Characters that match in every dialect, and those that do in some."""
+    """The characters that match in every dialect, and those that match in at least one."""
 
     surely: Characters
     maybe: Characters
@@ -46,8 +45,8 @@ class _Class:
         return _Class(without(EVERY, self.maybe), without(EVERY, self.surely))
 
 
-_DIGITS = _Class(of("0123456789"), characters((*of("0123456789"), *_NOT_ASCII)))
-_WORD = characters((*_LETTERS, *of("0123456789_")))
+_DIGITS = _Class(charset("0123456789"), characters((*charset("0123456789"), *_NOT_ASCII)))
+_WORD = characters((*_LETTERS, *charset("0123456789_")))
 _CLASSES = {
     "d": _DIGITS,
     "w": _Class(_WORD, characters((*_WORD, *_NOT_ASCII))),
@@ -59,7 +58,7 @@ _CLASSES = {
                 *_LINE_ENDS,
                 (0x1C, 0x1F),
                 (0x2000, 0x200A),
-                *of("\x85\xa0\u1680\u202f\u205f\u3000\ufeff"),
+                *charset("\x85\xa0\u1680\u202f\u205f\u3000\ufeff"),
             ]
         ),
     ),
@@ -67,10 +66,10 @@ _CLASSES = {
 
 
 def pattern(rules: Rules, source: str, place: str) -> Symbols:
-    """A string in which the expression matches somewhere, unless ^ and $ say where.
+    """A string in which the expression matches; anywhere, unless ^ and $ say where.
 
     Raises:
-        UsageError: it is none, or not of the subset.
+        UsageError: it is malformed, or not supported.
     """
     if len(source) > _LONGEST:
         raise UsageError(f"the pattern at {place} is longer than {_LONGEST:,} characters")
@@ -142,7 +141,7 @@ class _Parser:
             return self._one(self._escape().surely)
         if character in "^*+?{":
             raise self._refusal(f"{character!r} in this place")
-        return self._one(of(character))
+        return self._one(charset(character))
 
     def _group(self) -> _Part:
         if self._next() == "?" and not self._source.startswith("?:", self._at):
@@ -190,7 +189,7 @@ class _Parser:
         character = self._read()
         if character == "\\":
             return self._escape()
-        return _Class(of(character), of(character))
+        return _Class(charset(character), charset(character))
 
     def _escape(self) -> _Class:
         match = _HEX.match(self._source, self._at)
@@ -209,9 +208,9 @@ class _Parser:
         return self._literal(name)
 
     def _literal(self, character: str) -> _Class:
-        if not without(of(character), ((0xD800, 0xDFFF),)):
+        if not without(charset(character), ((0xD800, 0xDFFF),)):
             raise self._refusal("half a surrogate pair")
-        return _Class(of(character), of(character))
+        return _Class(charset(character), charset(character))
 
     def _one(self, some: Characters) -> _Part:
         ways = list(encoded(some))

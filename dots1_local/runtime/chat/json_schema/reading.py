@@ -1,4 +1,4 @@
-"""A JSON schema's own parts: what a keyword holds, references followed, allOf made one schema."""
+"""Reading a JSON schema: keywords checked, references followed, allOf merged into one schema."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +16,7 @@ ANNOTATIONS = frozenset(
         "contentEncoding", "contentMediaType",
     }
 )  # fmt: skip
-_MOST_MERGED = 5000  # schemas of allOf and the like, so that one of itself is found out
+_MOST_MERGED = 5000  # merges, so that an allOf that contains itself comes to an end
 _LARGEST = ("minLength", "minItems", "minimum", "exclusiveMinimum")
 _SMALLEST = ("maxLength", "maxItems", "maximum", "exclusiveMaximum")
 
@@ -24,17 +24,17 @@ _Schema = dict[str, Any]
 
 
 class Reader:
-    """The whole schema, of which references are parts."""
+    """The whole schema, in which references are looked up."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
         self._merged = 0
 
     def referred(self, reference: Any, place: str) -> Any:
-        """What a local reference like "#/$defs/node" is to.
+        """What a local reference such as "#/$defs/node" refers to.
 
         Raises:
-            UsageError: it is to something else, or to nothing.
+            UsageError: it is not local, or refers to nothing.
         """
         if not isinstance(reference, str) or not (reference + "/").startswith("#/"):
             raise UsageError(f"$ref at {place} is {brief(reference)}; #/$defs/NAME is supported")
@@ -50,10 +50,10 @@ class Reader:
         return found
 
     def flat(self, schema: Any, place: str) -> _Schema | bool:
-        """The same without annotations and allOf, and with $ref only if that is all there is.
+        """The schema without annotations and allOf, and with $ref only if it is nothing else.
 
         Raises:
-            UsageError: it is no schema, or its parts cannot be made one.
+            UsageError: it is no schema, or its parts cannot be merged.
         """
         if isinstance(schema, bool):
             return schema
@@ -72,7 +72,7 @@ class Reader:
         return found
 
     def followed(self, schema: Any, place: str) -> _Schema | bool:
-        """`flat`, and if a reference is left, that of what it is to."""
+        """The flat schema, with a reference replaced by what it refers to."""
         found = self.flat(schema, place)
         while isinstance(found, dict) and "$ref" in found:
             self._count(place)
@@ -80,10 +80,10 @@ class Reader:
         return found
 
     def merged(self, one: Any, other: Any, place: str) -> _Schema | bool:
-        """A schema of what both allow.
+        """A schema that allows what both allow.
 
         Raises:
-            UsageError: they share a keyword for which that is not supported.
+            UsageError: they share a keyword that cannot be merged.
         """
         self._count(place)
         one, other = self.followed(one, place), self.followed(other, place)
@@ -103,7 +103,7 @@ class Reader:
         if one == other:
             return one
         if name in ("properties", "additionalProperties", "nullable"):
-            return one  # of the first two more is made afterwards
+            return one  # `merged` sets the first two afterwards
         if name in _LARGEST and _numbers(one, other):
             return max(one, other)
         if name in _SMALLEST and _numbers(one, other):
@@ -124,10 +124,10 @@ class Reader:
 
 
 def count(schema: _Schema, name: str, place: str) -> int | None:
-    """The number of things that a keyword like maxItems is; None if it is not there.
+    """The value of a keyword such as maxItems; None if it is not there.
 
     Raises:
-        UsageError: it is no such number.
+        UsageError: it is no whole number from 0 up.
     """
     value = schema.get(name)
     if name in schema and (type(value) is not int or value < 0):
@@ -145,7 +145,7 @@ def _numbers(*values: Any) -> bool:
 
 
 def _types(one: Any, other: Any) -> list[Any]:
-    """The types in both; a whole number is a number."""
+    """The types in both; an integer is a number too."""
     ones, others = ([each] if isinstance(each, str) else each for each in (one, other))
     if not isinstance(ones, list) or not isinstance(others, list):
         raise UsageError(f"type is {brief(other)}, not a type or a list of types")
@@ -157,7 +157,7 @@ def _types(one: Any, other: Any) -> list[Any]:
 
 
 def _properties(one: _Schema, other: _Schema) -> _Schema:
-    """The properties of both, each with what either says of it; further ones if both allow them."""
+    """The properties of both, where each has to satisfy both schemas, and so do further ones."""
     sides = [
         (side.get("properties", {}), side.get("additionalProperties")) for side in (one, other)
     ]

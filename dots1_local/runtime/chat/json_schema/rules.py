@@ -1,26 +1,26 @@
-"""A grammar in the making: rules that refer to each other, in any order and ambiguous at will."""
+"""A grammar under construction: rules that refer to each other, which may be ambiguous."""
 
 from collections.abc import Iterable
 
 from dots1_local.errors import UsageError
-from dots1_local.runtime.chat.json_schema.characters import Characters, of
+from dots1_local.runtime.chat.json_schema.characters import Characters, charset
 
-__all__ = ["Rules", "Sequence", "Symbol", "text", "too_large"]
+__all__ = ["Rules", "Symbol", "Symbols", "text", "too_large"]
 
 _MOST_SYMBOLS = 200_000  # some tenths of a second
 
-Symbol = int | Characters  # a rule's number, or one character of a set
-Sequence = tuple[Symbol, ...]
+Symbol = int | Characters  # a rule by its number, or any one character of a set
+Symbols = tuple[Symbol, ...]
 
 
 class Rules:
-    """Each rule is alternatives, and an alternative is symbols one after another."""
+    """A rule is a list of alternatives, each a sequence of symbols."""
 
     def __init__(self) -> None:
-        self.alternatives: list[list[Sequence]] = []
+        self.alternatives: list[list[Symbols]] = []
         self._symbols = 0
 
-    def add(self, *alternatives: Sequence) -> int:
+    def add(self, *alternatives: Symbols) -> int:
         """A new rule; its number.
 
         Raises:
@@ -31,12 +31,12 @@ class Rules:
         return rule
 
     def reserve(self) -> int:
-        """A new rule without alternatives yet, for rules that refer to themselves."""
+        """A new rule without alternatives, which may then refer to itself."""
         self.alternatives.append([])
         self._count(1)
         return len(self.alternatives) - 1
 
-    def extend(self, rule: int, alternatives: Iterable[Sequence]) -> None:
+    def extend(self, rule: int, alternatives: Iterable[Symbols]) -> None:
         """Give a rule more alternatives.
 
         Raises:
@@ -82,9 +82,9 @@ class Rules:
             raise too_large()
 
 
-def text(content: str) -> Sequence:
+def text(content: str) -> Symbols:
     """The characters of a fixed text."""
-    return tuple(of(each) for each in content)
+    return tuple(charset(each) for each in content)
 
 
 def too_large() -> UsageError:

@@ -1,4 +1,4 @@
-"""A JSON schema as rules: its types, and how keywords combine them."""
+"""A JSON schema as rules of a grammar."""
 
 from collections.abc import Iterator
 from decimal import Decimal
@@ -12,7 +12,7 @@ from dots1_local.runtime.chat.json_schema.formats import FORMATS
 from dots1_local.runtime.chat.json_schema.numbers import EXACT, Bound, integer, number
 from dots1_local.runtime.chat.json_schema.pattern import pattern
 from dots1_local.runtime.chat.json_schema.reading import Reader, count, unsupported
-from dots1_local.runtime.chat.json_schema.rules import Rules, Sequence, text
+from dots1_local.runtime.chat.json_schema.rules import Rules, Symbols, text
 from dots1_local.runtime.chat.json_schema.strings import Strings
 from dots1_local.runtime.chat.json_schema.types import TYPES, has_type, same, types_written
 
@@ -28,9 +28,10 @@ _Schema = dict[str, Any]
 
 
 class Compiler:
-    """The rules of one schema; `rules` gets them, whose `anything` is any value."""
+    """Turns one schema into `rules`."""
 
-    def __init__(self) -> None:
+    def __init__(self, schema: Any) -> None:
+        self._schema, self._reader = schema, Reader(schema)
         self.rules = rules = Rules()
         self._strings = Strings(rules)
         self._containers = Containers(rules, self._strings)
@@ -41,7 +42,7 @@ class Compiler:
             "number": rules.add(*number(rules, None, None)),
             "string": rules.add(self._strings.sized()),
             "array": self._containers.any_array,
-            "object": self.any_object,
+            "object": self._containers.any_object,
         }
         simple = [each for name, each in self._of_type.items() if name != "integer"]
         rules.extend(self._containers.anything, [(each,) for each in simple])
@@ -49,26 +50,20 @@ class Compiler:
         self._waiting: list[tuple[int, Any, str]] = []
         self._count = 0
 
-    @property
-    def any_object(self) -> int:
-        """The rule for any object."""
-        return self._containers.any_object
-
-    def compile(self, schema: Any) -> int:
-        """The rule for what a schema allows.
+    def compile(self) -> int:
+        """The rule for a whole document.
 
         Raises:
             UsageError: it is no schema, or uses what is not supported.
         """
-        self._reader = Reader(schema)
-        root = self._referred["#"] = self._value(schema, "#")
+        root = self._referred["#"] = self._value(self._schema, "#")
         while self._waiting:
             rule, part, place = self._waiting.pop()
             self.rules.extend(rule, self._alternatives(part, place))
         return root
 
     def _value(self, schema: Any, place: str) -> int:
-        """A rule for a part of the schema, which is read later."""
+        """A rule for a part of the schema; `compile` fills it in later."""
         self._count += 1
         if self._count > _MOST_SCHEMAS:
             raise UsageError(f"the schema has more than {_MOST_SCHEMAS:,} parts")
@@ -76,7 +71,7 @@ class Compiler:
         self._waiting.append((rule, schema, place))
         return rule
 
-    def _alternatives(self, schema: Any, place: str) -> Iterator[Sequence]:
+    def _alternatives(self, schema: Any, place: str) -> Iterator[Symbols]:
         if isinstance(schema, dict) and schema.get("nullable") is True:
             yield (self._of_type["null"],)
         flat = self._reader.flat(schema, place)
@@ -104,7 +99,7 @@ class Compiler:
             self._referred[reference] = self._value(part, reference)
         return self._referred[reference]
 
-    def _any_of(self, schema: _Schema, place: str) -> Iterator[Sequence]:
+    def _any_of(self, schema: _Schema, place: str) -> Iterator[Symbols]:
         name = "anyOf" if "anyOf" in schema else "oneOf"
         parts, rest = schema[name], {key: schema[key] for key in schema if key != name}
         if not isinstance(parts, list) or not parts:
@@ -115,7 +110,7 @@ class Compiler:
             whole = self._reader.merged(rest, part, place) if rest else part
             yield (self._value(whole, f"{place}/{name}/{at}"),)
 
-    def _listed(self, schema: _Schema, place: str) -> Iterator[Sequence]:
+    def _listed(self, schema: _Schema, place: str) -> Iterator[Symbols]:
         if others := [key for key in schema if key not in ("enum", "const", "type")]:
             raise unsupported([f"{others[0]} with enum or const"], place)
         lists = [schema["enum"]] if "enum" in schema else []
@@ -128,7 +123,7 @@ class Compiler:
             if listed and any(has_type(value, name) for name in types):
                 yield self._containers.constant(value)
 
-    def _typed(self, name: str, keywords: _Schema, place: str) -> list[Sequence]:
+    def _typed(self, name: str, keywords: _Schema, place: str) -> list[Symbols]:
         if name in ("integer", "number") and keywords:
             return self._bounded(name, keywords, place)
         if name == "string" and keywords:
@@ -139,12 +134,12 @@ class Compiler:
             return self._object(keywords, place)
         return [(self._of_type[name],)]
 
-    def _bounded(self, name: str, keywords: _Schema, place: str) -> list[Sequence]:
+    def _bounded(self, name: str, keywords: _Schema, place: str) -> list[Symbols]:
         low = _bound(keywords, "minimum", "exclusiveMinimum", name, place)
         high = _bound(keywords, "maximum", "exclusiveMaximum", name, place)
         return (integer if name == "integer" else number)(self.rules, low, high)
 
-    def _string(self, keywords: _Schema, place: str) -> list[Sequence]:
+    def _string(self, keywords: _Schema, place: str) -> list[Symbols]:
         if len(keywords) > 1 and ("pattern" in keywords or "format" in keywords):
             raise unsupported([" with ".join(sorted(keywords))], place)
         if "pattern" in keywords:
@@ -163,7 +158,7 @@ class Compiler:
         least, most = _range(keywords, "Length", _LONGEST_STRING, place)
         return [self._strings.sized(least, most)] if most is None or least <= most else []
 
-    def _array(self, keywords: _Schema, place: str) -> list[Sequence]:
+    def _array(self, keywords: _Schema, place: str) -> list[Symbols]:
         parts, rest = keywords.get("prefixItems", []), keywords.get("items", True)
         if not isinstance(parts, list):
             raise UsageError(f"prefixItems at {place} is {brief(parts)}, not a list of schemas")
@@ -174,13 +169,14 @@ class Compiler:
         item = self._value(rest, f"{place}/items")
         return self._containers.array(first, item, least, most)
 
-    def _object(self, keywords: _Schema, place: str) -> list[Sequence]:
+    def _object(self, keywords: _Schema, place: str) -> list[Symbols]:
         parts, required = keywords.get("properties", {}), keywords.get("required", [])
         if not isinstance(parts, dict):
             raise UsageError(f"properties at {place} is {brief(parts)}, not an object of schemas")
         if not isinstance(required, list) or not all(isinstance(each, str) for each in required):
             raise UsageError(f"required at {place} is {brief(required)}, not a list of names")
-        # What is not named is allowed only where a schema says so, or names nothing.
+        # Further properties are valid by default, but written only where the schema says so or
+        # names none.
         further = keywords.get("additionalProperties", not parts and not required)
         unnamed = keywords.get("additionalProperties", True)
         if not parts and not required and further is True:
@@ -216,9 +212,9 @@ def _bound(
     return tighter(bounds, key=lambda bound: (bound.value, bound.inclusive != (tighter is max)))
 
 
-def _range(keywords: _Schema, of: str, cap: int, place: str) -> tuple[int, int | None]:
+def _range(keywords: _Schema, what: str, cap: int, place: str) -> tuple[int, int | None]:
     """What minLength and maxLength say, or minItems and maxItems; never more than `cap`."""
-    least, most = count(keywords, f"min{of}", place), count(keywords, f"max{of}", place)
+    least, most = count(keywords, f"min{what}", place), count(keywords, f"max{what}", place)
     if least is not None and least > cap:
-        raise UsageError(f"min{of} at {place} is {least:,}; at most {cap:,} is supported")
+        raise UsageError(f"min{what} at {place} is {least:,}; at most {cap:,} is supported")
     return least or 0, most if most is None else min(most, cap)

@@ -1,26 +1,26 @@
-"""JSON strings as rules: any, of a length, a fixed one, or the names of further properties."""
+"""JSON strings as rules: of any content or length, fixed ones, and names of properties."""
 
 import json
 from collections.abc import Iterable, Iterator
 
-from dots1_local.runtime.chat.json_schema.characters import EVERY, Characters, of, without
-from dots1_local.runtime.chat.json_schema.rules import Rules, Sequence, text
+from dots1_local.runtime.chat.json_schema.characters import EVERY, Characters, charset, without
+from dots1_local.runtime.chat.json_schema.rules import Rules, Symbols, text
 
 __all__ = ["QUOTE", "Strings", "encoded", "literal", "other_name"]
 
-QUOTE = of('"')
-_BACKSLASH = of("\\")
+QUOTE = charset('"')
+_BACKSLASH = charset("\\")
 _PLAIN = without(EVERY, ((0, 0x1F), *QUOTE, *_BACKSLASH))
-_HEX = of("0123456789abcdefABCDEF")
+_HEX = charset("0123456789abcdefABCDEF")
 
 
-def literal(content: str) -> Sequence:
-    """A fixed string in its quotes; only what must be escaped is."""
+def literal(content: str) -> Symbols:
+    """A fixed string in quotes; only what must be escaped is."""
     return text(json.dumps(content, ensure_ascii=False))
 
 
-def encoded(some: Characters) -> Iterator[Sequence]:
-    """The ways to write a character of the set; only what must be escaped is."""
+def encoded(some: Characters) -> Iterator[Symbols]:
+    """The ways to write one character of the set; only what must be escaped is."""
     special = without(some, _PLAIN)
     if plain := without(some, special):
         yield (plain,)
@@ -30,20 +30,20 @@ def encoded(some: Characters) -> Iterator[Sequence]:
 
 
 def _character(rules: Rules) -> int:
-    """Any one character, escaped in any way."""
-    u, half, hexes = of("u"), of("dD"), (_HEX, _HEX)
-    low_half = (_BACKSLASH, u, half, of("cdefCDEF"), *hexes)
+    """Any one character, plain or escaped in any way."""
+    u, half, hexes = charset("u"), charset("dD"), (_HEX, _HEX)
+    low_half = (_BACKSLASH, u, half, charset("cdefCDEF"), *hexes)
     escapes = (
-        (of('"\\/bfnrt'),),
+        (charset('"\\/bfnrt'),),
         (u, without(_HEX, half), _HEX, *hexes),
-        (u, half, of("01234567"), *hexes),
-        (u, half, of("89abAB"), *hexes, *low_half),  # one of more than 16 bits
+        (u, half, charset("01234567"), *hexes),
+        (u, half, charset("89abAB"), *hexes, *low_half),  # a surrogate pair
     )
     return rules.add((_PLAIN,), (_BACKSLASH, rules.add(*escapes)))
 
 
 class Strings:
-    """Strings of any characters; what they end in is shared by all of one grammar."""
+    """Strings of any characters; all in one grammar share the rules for their ends."""
 
     def __init__(self, rules: Rules) -> None:
         self._rules, self._character = rules, _character(rules)
@@ -51,7 +51,7 @@ class Strings:
         self._any = rules.reserve()
         rules.extend(self._any, [(QUOTE,), (self._character, self._any)])
 
-    def sized(self, least: int = 0, most: int | None = None) -> Sequence:
+    def sized(self, least: int = 0, most: int | None = None) -> Symbols:
         """A string of at least `least` characters, and at most `most`."""
         rest = self._any if most is None else self._rest(most - least)
         for _ in range(least):
@@ -65,8 +65,8 @@ class Strings:
         return known[count]
 
 
-def other_name(rules: Rules, names: Iterable[str]) -> Sequence:
-    """A string that is none of these, of characters that need no escapes."""
+def other_name(rules: Rules, names: Iterable[str]) -> Symbols:
+    """A string other than these names, of characters that need no escapes."""
     anything = rules.reserve()
     rules.extend(anything, [(QUOTE,), (_PLAIN, anything)])
     beginnings = {"": rules.reserve()}
@@ -80,8 +80,8 @@ def other_name(rules: Rules, names: Iterable[str]) -> Sequence:
             following[beginning[:-1]].append(beginning)
     for beginning, rule in beginnings.items():
         longer = following[beginning]
-        others = without(_PLAIN, of("".join(each[-1] for each in longer)))
-        ends: list[Sequence] = [] if beginning in taken else [(QUOTE,)]
+        others = without(_PLAIN, charset("".join(each[-1] for each in longer)))
+        ends: list[Symbols] = [] if beginning in taken else [(QUOTE,)]
         rules.extend(rule, [*ends, (others, anything)])
-        rules.extend(rule, [(of(each[-1]), beginnings[each]) for each in longer])
+        rules.extend(rule, [(charset(each[-1]), beginnings[each]) for each in longer])
     return (QUOTE, beginnings[""])

@@ -1,4 +1,4 @@
-"""The types of JSON values: their names, the keywords about each, and which a value is of."""
+"""The types of JSON values: their names and keywords, and which of them a value has."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,10 +29,10 @@ _ANY = ("null", "boolean", "number", "string", "array", "object")
 
 
 def types_of(schema: Mapping[str, Any], place: str) -> tuple[str, ...] | None:
-    """The types a schema names, None where it names none.
+    """The types that a schema names; None if it names none.
 
     Raises:
-        UsageError: there is no such type.
+        UsageError: one does not exist.
     """
     if "type" not in schema:
         return None
@@ -45,7 +45,7 @@ def types_of(schema: Mapping[str, Any], place: str) -> tuple[str, ...] | None:
 
 
 def types_written(schema: Mapping[str, Any], place: str) -> tuple[str, ...]:
-    """Those, or where a schema names none, those about which it has keywords, or all."""
+    """The types to write: those that a schema names, else those it has keywords for, else all."""
     named = types_of(schema, place)
     if named is not None:
         return named
@@ -63,7 +63,7 @@ def has_type(value: Any, name: str) -> bool:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal to JSON, in which true is not 1."""
+    """Whether two values are equal in JSON, where true is not 1."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, list) and isinstance(other, list):

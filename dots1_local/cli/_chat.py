@@ -12,7 +12,7 @@ import typer
 
 from dots1_local.cli._chat_session import Opened, existing, kept, on_engine, on_server, open_session
 from dots1_local.cli._output import Json, Threads, notice, print_json
-from dots1_local.cli._planned import Plan, Workers
+from dots1_local.cli._planned import Context, Plan, Workers
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
@@ -95,14 +95,7 @@ def chat(
             "--overflow", help="When the context is full: drop the oldest turns (if unset) or stop."
         ),
     ] = None,
-    context: Annotated[
-        str | None,
-        typer.Option(
-            "--context",
-            "-c",
-            help="Such as 16k; 4096 if unset, or 16k where it is planned; 0 is all.",
-        ),
-    ] = None,
+    context: Context = None,
     plan: Plan = None,
     worker: Workers = None,
     threads: Threads = None,

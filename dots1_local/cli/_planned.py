@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dots1_local.runtime.engine import Engine
 
 __all__ = [
+    "Context",
     "Plan",
     "Ram",
     "Vram",
@@ -24,6 +25,15 @@ __all__ = [
     "open_engine",
 ]
 
+Context = Annotated[
+    str | None,
+    typer.Option(
+        "--context",
+        "-c",
+        help="Tokens a conversation or request may have, such as 16k; 4096 if unset, or 16k where "
+        "it is planned; 0 is all.",
+    ),
+]
 Plan = Annotated[
     Path | None, typer.Option("--plan", help="Run it as a file of dots1 plan --json says.")
 ]

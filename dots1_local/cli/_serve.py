@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dots1_local.cli._output import Threads, notice
-from dots1_local.cli._planned import Plan, Workers, one_sentence, open_engine
+from dots1_local.cli._planned import Context, Plan, Workers, one_sentence, open_engine
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,15 +54,7 @@ def serve(
             "--cors", help="Let web pages of this origin in, '*' for all; may be repeated."
         ),
     ] = None,
-    context: Annotated[
-        str | None,
-        typer.Option(
-            "--context",
-            "-c",
-            help="Tokens a request may have, such as 16k; 4096 if unset, or 16k where it is "
-            "planned; 0 is all.",
-        ),
-    ] = None,
+    context: Context = None,
     plan: Plan = None,
     worker: Workers = None,
     threads: Threads = None,

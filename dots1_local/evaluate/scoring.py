@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from dots1_local.errors import UsageError
 from dots1_local.runtime.devices.hardware import physical_cores
 from dots1_local.runtime.engine import Engine, Entry
+from dots1_local.runtime.placing.placement import MAX_SEQUENCES
 from dots1_local.runtime.planned import load
 
 __all__ = ["Block", "Ubatch", "cut", "open_engine", "score", "thread_pool"]
 
 _N_BATCH = 2048  # llama-perplexity's default; chunks are evaluated side by side up to this
-_MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _BLOCK = 1 << 18  # logits a thread works on at a time: what it makes of them fits its cache
 
 Tokens = NDArray[np.int32]
@@ -105,7 +105,7 @@ def score(engine: Engine, chunks: Tokens) -> Iterator[Ubatch]:
 
 
 def _at_once(n_ctx: int) -> int:
-    return min(max(1, _N_BATCH // n_ctx), _MAX_SEQUENCES)
+    return min(max(1, _N_BATCH // n_ctx), MAX_SEQUENCES)
 
 
 def _entries(stretch: Tokens, start: int, first: int, bos: int | None) -> list[Entry]:

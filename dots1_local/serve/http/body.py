@@ -55,8 +55,6 @@ def parse(body: bytes) -> Any:
         raise invalid(f"the body is no UTF-8 text (at byte {error.start:,})") from None
     except UnicodeEncodeError:
         raise invalid("the body has half a character: a surrogate without its other") from None
-    except json.JSONDecodeError as error:
-        raise invalid(f"the body is no JSON: {error}") from None
     except RecursionError:
         raise invalid("the body is nested too deeply") from None
     except ValueError as error:

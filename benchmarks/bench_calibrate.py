@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import Usage, measure
-from dots1_local.checkpoint import Checkpoint
+from dots1_local.files.checkpoint import Checkpoint
 from tools.make_wide import published_config, write_checkpoint
 
 _LAYERS, _TOKENS = 62, 131072
@@ -41,7 +41,7 @@ def run(checkpoint: Path, tokens: int, precision: str) -> tuple[Usage, Spent]:
 
 def calibrate_once(checkpoint: Path, tokens: int, precision: str) -> None:
     """What is measured."""
-    from dots1_local.quant.calibrate import calibrate
+    from dots1_local.calibrate.run import calibrate
 
     source = Checkpoint.open(checkpoint)
     drawn = np.random.default_rng(0).integers(0, source.config.vocab_size, (tokens // 512, 512))

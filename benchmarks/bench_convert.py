@@ -29,11 +29,12 @@ from numpy.typing import NDArray
 
 from benchmarks.measure import Usage, forget, measure
 from dots1_local.architecture import inventory
-from dots1_local.checkpoint import Checkpoint, Slice, read_exactly
 from dots1_local.convert import Conversion
 from dots1_local.errors import CheckpointError
-from dots1_local.gguf_header import read_header
-from dots1_local.quant.encode import encode, to_float32
+from dots1_local.files.checkpoint import Checkpoint, Slice, read_exactly
+from dots1_local.files.gguf import read_header
+from dots1_local.ggml import to_float32
+from dots1_local.quant.encode import encode
 from dots1_local.quant.plan import PlannedTensor
 from dots1_local.quant.stock import stock_mix
 from tools.make_wide import published_config, write_checkpoint

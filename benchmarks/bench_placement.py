@@ -16,16 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from dots1_local.gguf_file import GGUFFile
-from dots1_local.runtime.devices.hardware import Hardware
-from dots1_local.runtime.devices.machine import this_machine
-from dots1_local.runtime.placing.candidates import reference_turn
-from dots1_local.runtime.placing.contenders import all_on_cpu, experts_in_ram
-from dots1_local.runtime.placing.placement import Placement
-from dots1_local.runtime.placing.planner import place
-from dots1_local.runtime.placing.room import lacking, limited
-from dots1_local.runtime.placing.steps import Graph
-from dots1_local.runtime.trial import try_out
+from dots1_local.devices.hardware import Hardware
+from dots1_local.devices.machine import this_machine
+from dots1_local.engine.measure import try_out
+from dots1_local.files.gguf import GGUFFile
+from dots1_local.placement.baselines import all_on_cpu, experts_in_ram
+from dots1_local.placement.candidates import reference_turn
+from dots1_local.placement.footprint import lacking, limited
+from dots1_local.placement.placement import Placement
+from dots1_local.placement.planner import place
+from dots1_local.placement.steps import Graph
 from dots1_local.sizes import parse_size
 
 _DEPTH, _CONTEXT = 512, 1024

@@ -21,8 +21,8 @@ from random import Random
 from statistics import median
 from threading import Event as Flag
 
-from dots1_local.runtime.chat.sampling import Sampling
-from dots1_local.runtime.engine import Engine
+from dots1_local.chat.sampling import Sampling
+from dots1_local.engine.engine import Engine
 from dots1_local.serve.generation import Event, Failed, Finished, Order, Piece
 from dots1_local.serve.scheduler import Scheduler
 

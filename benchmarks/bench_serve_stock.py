@@ -22,7 +22,7 @@ from random import Random
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-from dots1_local.gguf_file import GGUFFile
+from dots1_local.files.gguf import GGUFFile
 
 _PORT = 18_080
 

@@ -26,19 +26,18 @@ from typing import Any
 
 from benchmarks.gpu_table import markdown
 from dots1_local.architecture import Dots1Config
+from dots1_local.devices.hardware import Hardware
+from dots1_local.devices.machine import this_machine
+from dots1_local.engine.bench import Outcome, predicted_depths
+from dots1_local.engine.measure import Depth, Trial, try_out
 from dots1_local.errors import Dots1Error
-from dots1_local.gguf_file import GGUFFile
+from dots1_local.files.gguf import GGUFFile
+from dots1_local.placement.baselines import compared, with_ubatch
+from dots1_local.placement.footprint import GPU_MARGIN, RAM_MARGIN, Usage, footprint
+from dots1_local.placement.placement import HostMemory, Placement
+from dots1_local.placement.planner import place
+from dots1_local.placement.steps import Graph
 from dots1_local.quant.recipes import make_plan
-from dots1_local.runtime.bench import Outcome, predicted_depths
-from dots1_local.runtime.devices.hardware import Hardware
-from dots1_local.runtime.devices.machine import this_machine
-from dots1_local.runtime.placing.contenders import compared, with_ubatch
-from dots1_local.runtime.placing.footprint import Usage, footprint
-from dots1_local.runtime.placing.placement import HostMemory, Placement
-from dots1_local.runtime.placing.planner import place
-from dots1_local.runtime.placing.room import GPU_MARGIN, RAM_MARGIN
-from dots1_local.runtime.placing.steps import Graph
-from dots1_local.runtime.trial import Depth, Trial, try_out
 from dots1_local.sizes import parse_size
 from tests.workers import local_worker
 from tools.make_gguf import write_gguf

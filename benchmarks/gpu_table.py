@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dots1_local.runtime.devices.hardware import CPU
+from dots1_local.devices.hardware import CPU
 
 __all__ = ["markdown"]
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory, padded_width
+from dots1_local.ggml import TYPES
 from dots1_local.quant.plan import QuantPlan
 from dots1_local.quant.recipes import make_plan
 from dots1_local.quant.stock import STOCK_MIXES, is_quantisable
-from dots1_local.quant.types import TYPES
 
 __all__ = ["hand_recipes", "random_recipes", "stock_recipes", "with_vocabulary"]
 

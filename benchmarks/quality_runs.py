@@ -23,13 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.checkpoint import Checkpoint
 from dots1_local.convert import convert_checkpoint
 from dots1_local.errors import UsageError
 from dots1_local.evaluate.divergence import Estimate
 from dots1_local.evaluate.logits_writer import LogitsWriter
 from dots1_local.evaluate.perplexity import kl_divergence, read_text
 from dots1_local.evaluate.scoring import cut, open_engine, score
+from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.plan import QuantPlan
 from dots1_local.quant.sensitivity import Sensitivity, load_sensitivity
 

@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dots1_local.architecture import Dots1Config, inventory
-    from dots1_local.checkpoint import Checkpoint
+    from dots1_local.chat.remote.session import RemoteSession
+    from dots1_local.chat.sampling import Sampling
+    from dots1_local.chat.session import Session
     from dots1_local.convert import Budget, Conversion, convert_checkpoint
+    from dots1_local.devices.hardware import Hardware
+    from dots1_local.devices.machine import find_hardware, this_machine
+    from dots1_local.engine.engine import Engine
+    from dots1_local.engine.planned import load
     from dots1_local.errors import Dots1Error
     from dots1_local.evaluate.perplexity import kl_divergence, perplexity
     from dots1_local.export import export_checkpoint
-    from dots1_local.gguf_file import GGUFFile
+    from dots1_local.files.checkpoint import Checkpoint
+    from dots1_local.files.gguf import GGUFFile
     from dots1_local.hub import open_hub
+    from dots1_local.placement.placement import Placement, load_placement
+    from dots1_local.placement.planner import place
     from dots1_local.quant.plan import QuantPlan
-    from dots1_local.runtime.chat.sampling import Sampling
-    from dots1_local.runtime.chat.session import Session
-    from dots1_local.runtime.devices.hardware import Hardware
-    from dots1_local.runtime.devices.machine import find_hardware, this_machine
-    from dots1_local.runtime.engine import Engine
-    from dots1_local.runtime.placing.placement import Placement, load_placement
-    from dots1_local.runtime.placing.planner import place
-    from dots1_local.runtime.planned import load
-    from dots1_local.runtime.remote.session import RemoteSession
     from dots1_local.verify import verify_gguf
 
 __version__ = "0.1.0"
@@ -64,29 +64,29 @@ __all__ = [
 
 _HOME = {
     "Budget": "convert",
-    "Checkpoint": "checkpoint",
+    "Checkpoint": "files.checkpoint",
     "Conversion": "convert",
     "Dots1Config": "architecture",
     "Dots1Error": "errors",
-    "Engine": "runtime.engine",
-    "GGUFFile": "gguf_file",
-    "Hardware": "runtime.devices.hardware",
-    "Placement": "runtime.placing.placement",
+    "Engine": "engine.engine",
+    "GGUFFile": "files.gguf",
+    "Hardware": "devices.hardware",
+    "Placement": "placement.placement",
     "QuantPlan": "quant.plan",
-    "RemoteSession": "runtime.remote.session",
-    "Sampling": "runtime.chat.sampling",
-    "Session": "runtime.chat.session",
+    "RemoteSession": "chat.remote.session",
+    "Sampling": "chat.sampling",
+    "Session": "chat.session",
     "convert_checkpoint": "convert",
     "export_checkpoint": "export",
-    "find_hardware": "runtime.devices.machine",
+    "find_hardware": "devices.machine",
     "inventory": "architecture",
     "kl_divergence": "evaluate.perplexity",
-    "load": "runtime.planned",
-    "load_placement": "runtime.placing.placement",
+    "load": "engine.planned",
+    "load_placement": "placement.placement",
     "open_hub": "hub",
     "perplexity": "evaluate.perplexity",
-    "place": "runtime.placing.planner",
-    "this_machine": "runtime.devices.machine",
+    "place": "placement.planner",
+    "this_machine": "devices.machine",
     "verify_gguf": "verify",
 }
 

@@ -4,13 +4,7 @@ from typing import Any
 
 import pytest
 
-from dots1_local.architecture import (
-    ROLES,
-    Dots1Config,
-    TensorSpec,
-    inventory,
-    padded_width,
-)
+from dots1_local.architecture import ROLES, Dots1Config, TensorSpec, inventory, padded_width
 from dots1_local.errors import CheckpointError
 from tests.micro import micro_config
 from tools.make_wide import published_config

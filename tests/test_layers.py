@@ -10,11 +10,11 @@ PACKAGE = Path(__file__).parent.parent / "dots1_local"
 # Folder: what it must not import.
 FORBIDDEN = {
     "runtime": ("dots1_local.convert", "dots1_local.cli", "torch"),
-    "quant": ("dots1_local.convert", "dots1_local.runtime", "dots1_local.cli", "torch"),
-    "convert": ("dots1_local.runtime", "dots1_local.cli", "torch", "llama_cpp"),
-    "verify": ("dots1_local.runtime", "dots1_local.cli", "torch", "llama_cpp"),
+    "quant": ("dots1_local.convert", "dots1_local.engine", "dots1_local.cli", "torch"),
+    "convert": ("dots1_local.engine", "dots1_local.cli", "torch", "llama_cpp"),
+    "verify": ("dots1_local.engine", "dots1_local.cli", "torch", "llama_cpp"),
     "evaluate": ("dots1_local.convert", "dots1_local.cli", "torch"),
-    "reference": ("dots1_local.convert", "dots1_local.runtime", "dots1_local.cli"),
+    "reference": ("dots1_local.convert", "dots1_local.engine", "dots1_local.cli"),
 }
 
 

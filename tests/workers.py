@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Timer
 from typing import Self
 
-from dots1_local.runtime.devices import rpc_server
+from dots1_local.devices import rpc_server
 
 __all__ = ["Program", "Worker", "free_port", "local_worker", "start_dots1"]
 

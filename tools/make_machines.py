@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dots1_local.quant.types import TYPES, quant_type
-from dots1_local.runtime.devices.hardware import CPU, Device, Hardware, Rate, Speed
+from dots1_local.devices.hardware import CPU, Device, Hardware, Rate, Speed
+from dots1_local.ggml import TYPES, quant_type
 
 __all__ = ["MACHINES"]
 
-_FOLDER = Path(__file__).parents[1] / "dots1_local" / "machines"
+_FOLDER = Path(__file__).parents[1] / "dots1_local" / "devices" / "machines"
 _GIB = 1 << 30
 _DDR5_5600 = 89.6e9  # bytes/s of two channels
 _NVME = 7e9

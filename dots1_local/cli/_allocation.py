@@ -114,8 +114,8 @@ def _memory_budget(
     config: "Dots1Config", memory: str, context: str | None, kv_type: str
 ) -> "Budget":
     from dots1_local.convert import Budget
-    from dots1_local.runtime.devices.machine import find_hardware, hardware_names
-    from dots1_local.runtime.placing.memory import Memory, parse_context, weights_budget
+    from dots1_local.devices.machine import find_hardware, hardware_names
+    from dots1_local.placement.memory import Memory, parse_context, weights_budget
 
     described: str | Memory = memory
     if memory in hardware_names() or Path(memory).is_file():
@@ -154,7 +154,7 @@ def warn_of_budget(conversion: "Conversion", budget: "Budget | None", file_bytes
 
 def print_allocation(conversion: "Conversion", allocation: "Allocation", file_bytes: int) -> None:
     """Who got what, what more bytes are worth, what was just missed, and the other width."""
-    from dots1_local.cli._table import print_table
+    from dots1_local.cli._output import print_table
     from dots1_local.quant.allocation import summarise
 
     parts = summarise(conversion.tensors, allocation.shares)
@@ -194,7 +194,7 @@ def _part_row(part: "Part", whole: float) -> Sequence[str]:
 
 
 def _print_moves(title: str, moves: "Sequence[Move]", unit: str, scale: float) -> None:
-    from dots1_local.cli._table import print_table
+    from dots1_local.cli._output import print_table
 
     if not moves:
         return

@@ -6,17 +6,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
+from dots1_local.cli._output import (
+    Json,
+    Threads,
+    human_bytes,
+    notice,
+    print_json,
+    print_table,
+    progress_bar,
+)
 from dots1_local.cli._planned import Ram, Vram, Workers, limits
-from dots1_local.cli._table import print_table
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.bench import Contender, Outcome
-    from dots1_local.runtime.devices.hardware import Hardware
-    from dots1_local.runtime.placing.placement import Placement
-    from dots1_local.runtime.placing.steps import Graph
-    from dots1_local.runtime.trial import Depth
+    from dots1_local.devices.hardware import Hardware
+    from dots1_local.engine.bench import Contender, Outcome
+    from dots1_local.engine.measure import Depth
+    from dots1_local.placement.placement import Placement
+    from dots1_local.placement.steps import Graph
 
 __all__ = ["bench"]
 
@@ -51,13 +58,13 @@ def bench(
 
     dots1 bench dots1-DQ4.gguf --plan plan.json --no-alternatives --json
     """
-    from dots1_local.gguf_file import GGUFFile
-    from dots1_local.runtime.bench import bench as run
-    from dots1_local.runtime.devices.machine import this_machine
-    from dots1_local.runtime.placing.placement import load_placement
-    from dots1_local.runtime.placing.planner import place
-    from dots1_local.runtime.placing.room import limited
-    from dots1_local.runtime.placing.steps import Graph
+    from dots1_local.devices.machine import this_machine
+    from dots1_local.engine.bench import bench as run
+    from dots1_local.files.gguf import GGUFFile
+    from dots1_local.placement.footprint import limited
+    from dots1_local.placement.placement import load_placement
+    from dots1_local.placement.planner import place
+    from dots1_local.placement.steps import Graph
 
     depths = _numbers(context, "--context")
     ubatches = [] if ubatch is None else _numbers(ubatch, "--ubatch")
@@ -85,7 +92,7 @@ def bench(
 
 
 def _numbers(text: str, option: str) -> list[int]:
-    from dots1_local.runtime.placing.memory import parse_context
+    from dots1_local.placement.memory import parse_context
 
     numbers = [parse_context(part) for part in text.split(",") if part.strip()]
     if numbers != sorted(set(numbers)) or not numbers:
@@ -110,7 +117,7 @@ def _contenders(
     ubatches: Sequence[int],
     alternatives: bool,
 ) -> Iterable["Contender"]:
-    from dots1_local.runtime.placing.contenders import compared, with_ubatch
+    from dots1_local.placement.baselines import compared, with_ubatch
 
     yield from ours
     for name, placement in ours:
@@ -174,7 +181,7 @@ def _against(predicted: "Depth | None", real: "Depth", what: str) -> str:
 
 
 def _byte_rows(outcome: "Outcome") -> Iterable[Sequence[str]]:
-    from dots1_local.runtime.report import compare
+    from dots1_local.engine.report import compare
 
     if outcome.trial is None:
         return

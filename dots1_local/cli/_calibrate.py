@@ -1,4 +1,10 @@
-"""`dots1 calibrate`: importance, and reference logits, of a checkpoint no memory holds."""
+"""`dots1 calibrate`: importance, and reference logits, of a checkpoint no memory holds.
+
+Texts and conversations to the tokens that `dots1 calibrate` calibrates on.
+
+llama.cpp's own tokeniser makes them, from a GGUF of the checkpoint's vocabulary alone: calibration
+then sees what the model is going to see.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +26,33 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dots1_local.checkpoint import Checkpoint
-    from dots1_local.quant.rare_experts import Coverage
+    from dots1_local.calibrate.run import Coverage
+    from dots1_local.files.checkpoint import Checkpoint
 
     Tokens = NDArray[np.int32]
 
-__all__ = ["calibrate"]
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from tempfile import TemporaryDirectory
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dots1_local.chat.message import Message
+from dots1_local.chat.prompt import Prompter
+from dots1_local.convert.metadata import end_tokens
+from dots1_local.convert.tokenizer import write_vocabulary
+from dots1_local.engine.vocabulary import Vocabulary
+from dots1_local.errors import CheckpointError, UsageError
+from dots1_local.evaluate.perplexity import read_text
+from dots1_local.files.checkpoint import Checkpoint
+
+__all__ = [
+    "Texts",
+    "calibrate",
+]
 
 
 def calibrate(
@@ -103,8 +130,7 @@ def calibrate(
     if (logits is None) != (logits_text is None):
         raise typer.BadParameter("--logits and --logits-text go together")
     _need_torch()
-    from dots1_local.checkpoint import Checkpoint
-    from dots1_local.cli._calibration_text import Texts
+    from dots1_local.files.checkpoint import Checkpoint
 
     source = Checkpoint.open(checkpoint)
     with Texts(source, context) as texts:
@@ -159,8 +185,8 @@ def _run(
     force: bool,
     **settings: Any,
 ) -> "list[Coverage]":
+    from dots1_local.calibrate.run import calibrate as library
     from dots1_local.evaluate.logits_writer import LogitsWriter, check_logits_target
-    from dots1_local.quant.calibrate import calibrate as library
 
     writer = None
     if logits is not None and evaluation is not None:
@@ -202,7 +228,7 @@ def _as_json(
 
 def _report(covered: "list[Coverage]", least: int) -> None:
     """How many tokens reached the experts of each layer, and a word where they were few."""
-    from dots1_local.cli._table import print_table
+    from dots1_local.cli._output import print_table
 
     header = ("layer", "experts", "unseen", f"under {least}", "fewest tokens", "median")
     rows = [(c.layer, c.experts, c.unseen, c.rare, c.fewest, c.median) for c in covered]
@@ -213,3 +239,79 @@ def _report(covered: "list[Coverage]", least: int) -> None:
             f"{rare} of {whole} experts saw fewer than {least} tokens, and their importance is "
             "in part their layer's mean; calibrate on more text"
         )
+
+
+_ROLES = ("system", "user", "assistant")
+
+
+class Texts:
+    """A checkpoint's tokeniser, and chunks of `n_ctx` tokens; use it in a `with` statement."""
+
+    def __init__(self, checkpoint: Checkpoint, n_ctx: int) -> None:
+        self._end, self._n_ctx = end_tokens(checkpoint)[:1], n_ctx
+        self._name = str(checkpoint.path)
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "vocabulary.gguf"
+            write_vocabulary(checkpoint, path)
+            self._vocabulary = Vocabulary.open(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._vocabulary.__exit__(*exception)
+
+    def chunks(
+        self, texts: Sequence[Path], chats: Sequence[Path], n_chunks: int | None
+    ) -> NDArray[np.int32]:
+        """Tokens (chunks, n_ctx) of all files, one after another, the rest cut off.
+
+        Raises:
+            UsageError: a file cannot be read, or all have fewer than 2 * n_ctx tokens.
+            CheckpointError: there are `chats`, but no chat template.
+        """
+        tokens: list[int] = []
+        for path in texts:
+            tokens += self._vocabulary.tokenize(read_text(path), special=False, add_bos=True)
+        for path in chats:
+            for messages in _conversations(path):
+                tokens += self._conversation(messages)
+        n_ctx, names = self._n_ctx, ", ".join(map(str, (*texts, *chats)))
+        if names and len(tokens) < 2 * n_ctx:  # what llama-imatrix and llama-perplexity ask for
+            raise UsageError(
+                f"{names} has {len(tokens)} tokens; a context of {n_ctx} needs {2 * n_ctx} or more"
+            )
+        count = min(len(tokens) // n_ctx, n_chunks or len(tokens))
+        return np.array(tokens[: count * n_ctx], np.int32).reshape(count, n_ctx)
+
+    def _conversation(self, messages: list[Message]) -> list[int]:
+        """What the model had read and written by the end of its last answer."""
+        prompt = self._prompter.tokens(messages[:-1])
+        return [*prompt, *self._prompter.content(messages[-1]), *self._end]
+
+    @cached_property
+    def _prompter(self) -> Prompter:
+        if "tokenizer.chat_template" not in self._vocabulary.gguf.keys:
+            raise CheckpointError(
+                f"{self._name} has no chat template, which --chat needs; calibrate it with -f"
+            )
+        return Prompter(self._vocabulary, self._name)
+
+
+def _conversations(path: Path) -> Iterator[list[Message]]:
+    """Each line's `{"messages": [{"role": ..., "content": ...}, ...]}`, the last an answer."""
+    # splitlines() would also split at U+2028 and its like, which JSON strings may hold as they are.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            messages = [Message(m["role"], m["content"]) for m in json.loads(line)["messages"]]
+            sound = all(m.role in _ROLES and isinstance(m.text, str) for m in messages)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            sound = False
+        if not sound or len(messages) < 2 or messages[-1].role != "assistant":
+            raise UsageError(
+                f"{path} has no conversation in line {number}; it takes "
+                '{"messages": [{"role": ..., "content": ...}, ...]} that ends with an assistant'
+            )
+        yield messages

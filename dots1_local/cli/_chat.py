@@ -16,8 +16,8 @@ from dots1_local.cli._planned import Context, Plan, Workers
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.chat.conversation import Conversation
-    from dots1_local.runtime.chat.dialogue import Dialogue
+    from dots1_local.chat.conversation import Conversation
+    from dots1_local.chat.dialogue import Dialogue
 
 __all__ = ["chat"]
 
@@ -200,7 +200,7 @@ def _converse(
     source: Path | None,
     conversation: "Conversation | None",
 ) -> None:
-    from dots1_local.cli.repl.keeper import left_behind
+    from dots1_local.cli.repl.autosave import left_behind
     from dots1_local.cli.repl.loop import Repl
 
     repl = Repl(session, markdown, file)

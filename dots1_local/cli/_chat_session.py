@@ -12,9 +12,9 @@ from dots1_local.cli._planned import one_sentence, open_engine
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.chat.conversation import Conversation
-    from dots1_local.runtime.chat.dialogue import Dialogue
-    from dots1_local.runtime.chat.sampling import Sampling
+    from dots1_local.chat.conversation import Conversation
+    from dots1_local.chat.dialogue import Dialogue
+    from dots1_local.chat.sampling import Sampling
 
 __all__ = ["Opened", "existing", "kept", "on_engine", "on_server", "open_session"]
 
@@ -28,8 +28,8 @@ def existing(file: Path | None) -> Path | None:
         UsageError: a dialogue keeps its conversation there.
         Dots1Error: it cannot.
     """
-    from dots1_local.cli.repl.keeper import in_use
-    from dots1_local.output import check_target
+    from dots1_local.cli.repl.autosave import in_use
+    from dots1_local.files.partial_file import check_target
 
     if file and not file.exists():
         check_target(file, force=True)
@@ -56,7 +56,7 @@ def on_engine(
         UsageError: no context or plan as it should be.
         Dots1Error: whatever keeps the model from being loaded.
     """
-    from dots1_local.runtime.chat.session import Session
+    from dots1_local.chat.session import Session
 
     with one_sentence():
         engine = open_engine(model, context, plan, workers, threads=threads)
@@ -74,8 +74,8 @@ def on_server(
         UsageError: no address as it should be, or several models to choose from.
         Dots1Error: there is no such server.
     """
-    from dots1_local.cli.repl.shown import plain
-    from dots1_local.runtime.remote.session import RemoteSession
+    from dots1_local.chat.remote.session import RemoteSession
+    from dots1_local.cli._plain import plain
 
     def tell(sentence: str) -> None:
         notice(plain(sentence))
@@ -99,9 +99,9 @@ def open_session(
     Raises:
         UsageError: a setting makes no sense, or there is no conversation in the file.
     """
-    from dots1_local.cli.repl.saving import resume
-    from dots1_local.runtime.chat.conversation import load_conversation
-    from dots1_local.runtime.chat.sampling import Sampling
+    from dots1_local.chat.conversation import load_conversation
+    from dots1_local.chat.sampling import Sampling
+    from dots1_local.cli.repl.autosave import resume
 
     given = {name: value for name, value in sampling.items() if value is not None}
     chosen = Sampling(**given)  # a bad value is told before a long load
@@ -119,9 +119,9 @@ def open_session(
 @contextmanager
 def kept(session: "Dialogue", file: Path | None) -> Iterator[None]:
     """Save what is answered within, if only in part, even where the engine ends the process."""
-    from dots1_local.cli.repl.saving import save
-    from dots1_local.runtime.abort import handling
-    from dots1_local.runtime.chat.conversation import save_conversation
+    from dots1_local.chat.conversation import save_conversation
+    from dots1_local.cli.repl.autosave import save
+    from dots1_local.engine.abort import handling
 
     def rescue(reason: str) -> None:
         notice("\n" * sys.stdout.isatty() + f"dots1: {reason}")  # an answer may stand there

@@ -32,8 +32,8 @@ from dots1_local.cli._output import (
 )
 
 if TYPE_CHECKING:
-    from dots1_local.checkpoint import Checkpoint
     from dots1_local.convert import Budget, Conversion
+    from dots1_local.files.checkpoint import Checkpoint
 
 __all__ = ["convert"]
 
@@ -244,7 +244,7 @@ def _warn(conversion: "Conversion", calibration: Path | None) -> None:
 
 
 def _warn_of_overrides(conversion: "Conversion", overrides: list[str]) -> None:
-    from dots1_local.quant.overrides import parse_override
+    from dots1_local.quant.plan import parse_override
     from dots1_local.quant.stock import is_quantisable
 
     for text in overrides:
@@ -256,7 +256,7 @@ def _warn_of_overrides(conversion: "Conversion", overrides: list[str]) -> None:
 
 
 def _show(conversion: "Conversion", tensors: bool, json: bool, file_bytes: int) -> None:
-    from dots1_local.cli._table import print_table, size_table
+    from dots1_local.cli._output import print_table, size_table
 
     if json:
         print_json(_summary(conversion, file_bytes))

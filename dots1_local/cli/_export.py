@@ -82,7 +82,7 @@ def export(
 
 
 def _show(export: "Export", json: bool) -> None:
-    from dots1_local.cli._table import size_table
+    from dots1_local.cli._output import size_table
 
     if json:
         print_json(_summary(export))

@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dots1_local.cli._output import Json, human_bytes, notice, print_json, progress_bar
-from dots1_local.cli._table import print_table
+from dots1_local.cli._output import Json, human_bytes, notice, print_json, print_table, progress_bar
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.devices.hardware import Device, Hardware, Speed
+    from dots1_local.devices.hardware import Device, Hardware, Speed
 
 __all__ = ["hardware"]
 
@@ -43,7 +42,7 @@ def hardware(
 
     dots1 hardware --json > machine.json
     """
-    from dots1_local.runtime.devices.machine import find_hardware, lacking, this_machine
+    from dots1_local.devices.machine import find_hardware, lacking, this_machine
 
     if file is not None and (worker or refresh):
         raise UsageError("--hardware shows a description; leave out --worker and --refresh")
@@ -104,7 +103,7 @@ def _links(machine: "Hardware") -> Iterator[str]:
 
 
 def _print_speed(speed: "Speed") -> None:
-    from dots1_local.quant.types import TYPES
+    from dots1_local.ggml import TYPES
 
     header = ["type", "decode", "reading", "prefill, experts", "others"]
     header += ["repacked: decode", "prefill"] if speed.repacked else []

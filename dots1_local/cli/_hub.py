@@ -7,8 +7,8 @@ import typer
 from dots1_local.cli._output import human_bytes, notice
 
 if TYPE_CHECKING:
-    from dots1_local.checkpoint import Checkpoint
     from dots1_local.convert import Conversion
+    from dots1_local.files.checkpoint import Checkpoint
 
 __all__ = ["LowDisk", "Revision", "hub_json", "open_source", "print_shards"]
 

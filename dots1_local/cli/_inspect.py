@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._output import Json, human_bytes, print_json
-from dots1_local.cli._table import print_table, size_table
+from dots1_local.cli._output import Json, human_bytes, print_json, print_table, size_table
 
 if TYPE_CHECKING:
-    from dots1_local.inspection import InspectedTensor, Inspection
+    from dots1_local.files.inspection import InspectedTensor, Inspection
 
 __all__ = ["inspect"]
 
@@ -37,7 +36,7 @@ def inspect(
 
     dots1 inspect --tensors checkpoint/
     """
-    from dots1_local.inspection import inspect_path
+    from dots1_local.files.inspection import inspect_path
 
     inspection = inspect_path(path)
     if as_json:

@@ -134,7 +134,7 @@ def _compare(
     histogram: bool,
 ) -> None:
     from dots1_local.evaluate import perplexity as evaluate
-    from dots1_local.evaluate.histogram import histogram as picture
+    from dots1_local.evaluate.divergence import histogram as picture
 
     content = None if text is None else evaluate.read_text(text)
     with progress_bar("KL divergence") as report:

@@ -1,12 +1,19 @@
 """Takes terminal control sequences out of a stream: what a model writes must not steer a terminal.
 
 Sequences are those of ECMA-48, in their 7-bit (ESC) and 8-bit (C1) forms.
+
+Text from anyone's file, made fit to be shown in a notice.
 """
 
 import re
 from enum import Enum, auto
 
-__all__ = ["ControlFilter"]
+__all__ = [
+    "ControlFilter",
+    "one_line",
+    "plain",
+]
+
 
 # A payload without an end must not swallow an answer; what is shown of a longer one is harmless.
 _LONGEST_SEQUENCE = 1024
@@ -98,3 +105,18 @@ class ControlFilter:
             self._state = _State.TEXT  # the final character
             return ""
         return self._text(character)  # no character of a sequence: it was cut off
+
+
+_SHOWN_CHARACTERS = 60
+
+
+def plain(text: str) -> str:
+    """Without terminal control."""
+    harmless = ControlFilter()
+    return harmless.feed(text) + harmless.finish()
+
+
+def one_line(text: str) -> str:
+    """Its beginning, on one line and without terminal control."""
+    line = " ".join(plain(text).split())
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}…"

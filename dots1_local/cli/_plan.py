@@ -11,9 +11,9 @@ from dots1_local.cli._planned import Ram, Vram, Workers, limits
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.devices.hardware import Hardware
-    from dots1_local.runtime.placing.placement import Placement
-    from dots1_local.runtime.placing.steps import Graph
+    from dots1_local.devices.hardware import Hardware
+    from dots1_local.placement.placement import Placement
+    from dots1_local.placement.steps import Graph
 
 __all__ = ["plan"]
 
@@ -57,13 +57,12 @@ def plan(
 
     dots1 plan dots1-DQ4.gguf --plan plan.json
     """
-    from dots1_local.gguf_file import GGUFFile
-    from dots1_local.runtime.placing.memory import parse_context
-    from dots1_local.runtime.placing.placement import check_made_for, load_placement
-    from dots1_local.runtime.placing.planner import place
-    from dots1_local.runtime.placing.room import limited
-    from dots1_local.runtime.placing.shortfall import shortfall_of
-    from dots1_local.runtime.placing.steps import Graph
+    from dots1_local.files.gguf import GGUFFile
+    from dots1_local.placement.footprint import limited
+    from dots1_local.placement.memory import parse_context
+    from dots1_local.placement.placement import check_made_for, load_placement
+    from dots1_local.placement.planner import place, shortfall_of
+    from dots1_local.placement.steps import Graph
 
     if plan and (context or kv or parallel != 1 or threads or worker):
         raise UsageError(
@@ -101,7 +100,7 @@ def plan(
 
 def _machine(name: str | None, workers: list[str]) -> "Hardware":
     """The machine to plan for: this one, or a description's."""
-    from dots1_local.runtime.devices.machine import find_hardware, this_machine
+    from dots1_local.devices.machine import find_hardware, this_machine
 
     if name is None:
         with progress_bar("looking at this machine") as report:
@@ -113,7 +112,7 @@ def _machine(name: str | None, workers: list[str]) -> "Hardware":
 
 def _warnings(graph: "Graph", machine: "Hardware", placement: "Placement") -> Iterator[str]:
     """What to know of a plan beforehand."""
-    from dots1_local.runtime.placing.room import unattended
+    from dots1_local.placement.footprint import unattended
 
     trained = graph.config.max_position_embeddings
     if placement.context > trained:
@@ -161,8 +160,8 @@ def _show(model: Path, graph: "Graph", machine: "Hardware", placement: "Placemen
 def _as_json(
     graph: "Graph", machine: "Hardware", placement: "Placement", shortfall: Any
 ) -> dict[str, Any]:
-    from dots1_local.runtime.placing.flags import command_line
-    from dots1_local.runtime.placing.forecast import forecast
+    from dots1_local.placement.forecast import forecast
+    from dots1_local.placement.llama_args import command_line
 
     predicted = {
         "hardware": machine.name,

@@ -4,14 +4,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dots1_local.cli._output import human_bytes
-from dots1_local.cli._table import print_table
+from dots1_local.cli._output import human_bytes, print_table
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.devices.hardware import Hardware
-    from dots1_local.runtime.placing.forecast import Forecast
-    from dots1_local.runtime.placing.placement import Placement
-    from dots1_local.runtime.placing.steps import Graph
+    from dots1_local.devices.hardware import Hardware
+    from dots1_local.placement.forecast import Forecast
+    from dots1_local.placement.placement import Placement
+    from dots1_local.placement.steps import Graph
 
 __all__ = ["show_plan"]
 
@@ -35,9 +34,9 @@ _NEVER = 1 << 20  # a batch that no placement reaches
 
 def show_plan(model: Path, graph: "Graph", machine: "Hardware", placement: "Placement") -> None:
     """Print it."""
-    from dots1_local.runtime.placing.flags import command_line
-    from dots1_local.runtime.placing.forecast import forecast
-    from dots1_local.runtime.placing.placement import human_context
+    from dots1_local.placement.forecast import forecast
+    from dots1_local.placement.llama_args import command_line
+    from dots1_local.placement.placement import human_context
 
     predicted = forecast(graph, machine, placement)
     print(
@@ -75,7 +74,7 @@ def _signed(nbytes: int) -> str:
 
 def _whereabouts(graph: "Graph", placement: "Placement") -> Iterable[str]:
     """Which layers' weights, KV cache and routed experts are where."""
-    from dots1_local.runtime.placing.steps import is_routed
+    from dots1_local.placement.steps import is_routed
 
     where: dict[str, dict[str, list[int]]] = {"layers": {}, "KV cache": {}, "routed experts": {}}
     partly: dict[int, dict[str, str]] = {}

@@ -11,7 +11,7 @@ from dots1_local.cli._output import notice, progress_bar
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.engine import Engine
+    from dots1_local.engine.engine import Engine
 
 __all__ = [
     "Context",
@@ -88,8 +88,8 @@ def open_engine(
         UsageError: no context or plan as it should be.
         Dots1Error: whatever keeps the model from being loaded.
     """
-    from dots1_local.runtime.placing.memory import parse_context
-    from dots1_local.runtime.planned import load
+    from dots1_local.engine.planned import load
+    from dots1_local.placement.memory import parse_context
 
     if context is not None:
         options["n_ctx"] = 0 if context.strip() == "0" else parse_context(context)
@@ -103,7 +103,7 @@ def open_engine(
 @contextmanager
 def one_sentence() -> Iterator[None]:
     """Should the engine end the process within, say why in one sentence."""
-    from dots1_local.runtime.abort import handling
+    from dots1_local.engine.abort import handling
 
     with handling(lambda reason: notice(f"dots1: {reason}")):
         yield

@@ -14,7 +14,7 @@ from dots1_local.cli._planned import Context, Plan, Workers, one_sentence, open_
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.engine import Engine
+    from dots1_local.engine.engine import Engine
 
 __all__ = ["serve"]
 

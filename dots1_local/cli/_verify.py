@@ -110,7 +110,7 @@ def _print(report: "Report") -> None:
 
 
 def _print_worst(tensors: "Sequence[TensorCheck]") -> None:
-    from dots1_local.cli._table import print_table
+    from dots1_local.cli._output import print_table
 
     header = ("tensor", "role", "type", "relative error", "worst expert")
     print_table(header, map(_row, tensors), numbers_from=3)

@@ -40,7 +40,7 @@ def worker(
 
     dots1 chat dots1-Q4_K_M.gguf --worker 127.0.0.1:50052
     """
-    from dots1_local.runtime.devices.worker import serve
+    from dots1_local.devices.worker import serve
 
     signal.signal(signal.SIGTERM, _terminate)
     folder = _cache_folder() if cache else None

@@ -14,24 +14,21 @@ from pathlib import Path
 
 from gguf import GGUFWriter
 
-from dots1_local.checkpoint import Checkpoint
-from dots1_local.convert.budget import Budget
-from dots1_local.convert.calibration import load_calibration, predicted_kl
+from dots1_local.convert.budget import Budget, load_calibration, predicted_kl
 from dots1_local.convert.from_hub import provide_shards
 from dots1_local.convert.metadata import end_tokens, write_metadata
-from dots1_local.convert.pipeline import Pipeline
+from dots1_local.convert.pipeline import Pipeline, verify_layout
 from dots1_local.convert.shard_supply import clear
 from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
-from dots1_local.convert.verify import verify_layout
 from dots1_local.convert.writer import ALIGNMENT, Journal, Output, lay_out
 from dots1_local.errors import Dots1Error
-from dots1_local.output import check_target
+from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.partial_file import check_target
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.allocate import Allocator
 from dots1_local.quant.allocation import Allocation
 from dots1_local.quant.importance import Importance, load_importance
-from dots1_local.quant.overrides import parse_overrides
-from dots1_local.quant.plan import PlannedTensor, QuantPlan
+from dots1_local.quant.plan import PlannedTensor, QuantPlan, parse_overrides
 from dots1_local.quant.recipes import Padding, make_plan
 from dots1_local.quant.stock import require_importance
 

@@ -3,14 +3,14 @@
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from dots1_local.checkpoint import Checkpoint
 from dots1_local.convert.shard_order import ShardOrder
 from dots1_local.convert.shard_supply import ShardSupply, order_of, working_folder
 from dots1_local.convert.writer import Output, interrupted_source
 from dots1_local.errors import CheckpointError, Dots1Error, UsageError
+from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.partial_file import check_space
 from dots1_local.hub import HubCheckpoint
 from dots1_local.hub.shards import ShardCache
-from dots1_local.output import check_space
 from dots1_local.progress import Progress
 from dots1_local.quant.plan import PlannedTensor
 from dots1_local.sizes import human_bytes

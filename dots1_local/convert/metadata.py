@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 from gguf import ExpertGatingFuncType, GGUFWriter, Metadata
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.checkpoint import Checkpoint
 from dots1_local.errors import CheckpointError
+from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.importance import Importance
 from dots1_local.quant.plan import QuantPlan
 

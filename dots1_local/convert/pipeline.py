@@ -4,6 +4,8 @@ Every core takes the next piece of rows, reads it, pads it, encodes it and write
 belongs; the kernel reads ahead and writes behind. Tensors go one after another, so that whatever
 kills the run costs one tensor at most; pieces are small (a million weights), so that cores hardly
 wait for one another at a tensor's end, and memory holds a few megabytes per core.
+
+Does a finished file say what was decided? Its header is read back and compared.
 """
 
 import os
@@ -18,16 +20,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
-from dots1_local.checkpoint import Checkpoint, Slice, read_exactly
 from dots1_local.convert.shard_supply import ShardSupply
-from dots1_local.convert.writer import Journal, Slot
-from dots1_local.errors import CheckpointError
+from dots1_local.convert.writer import Journal, Output, Slot
+from dots1_local.errors import CheckpointError, Dots1Error
+from dots1_local.files.checkpoint import Checkpoint, Slice, read_exactly
+from dots1_local.files.file_pool import cores
+from dots1_local.files.gguf import GGUFTensor, read_header
+from dots1_local.ggml import to_float32
 from dots1_local.progress import Progress, silent
-from dots1_local.quant.encode import encode, is_valid, to_float32
+from dots1_local.quant.encode import encode, is_valid
 from dots1_local.quant.importance import Importance
-from dots1_local.reading import cores
 
-__all__ = ["Pipeline"]
+__all__ = [
+    "Pipeline",
+    "verify_layout",
+]
+
 
 _PIECE = 1 << 20  # weights encoded at a time
 _READ_AHEAD = 16  # pieces the kernel is asked to fetch early
@@ -220,3 +228,26 @@ def _check_finite(rows: NDArray[np.float32], spec: TensorSpec, piece: _Piece) ->
             f"{spec.sources[piece.expert]} has NaN or infinite weights in row {piece.start + bad}; "
             "the checkpoint is damaged"
         )
+
+
+def verify_layout(output: Output) -> None:
+    """Compare name, type, shape, place and size of every tensor with what was laid out.
+
+    Raises:
+        Dots1Error: they differ; something else wrote to the file.
+    """
+    for index, (partial, size) in enumerate(zip(output.partials, output.sizes, strict=True)):
+        _, found = read_header(partial)
+        intact = partial.stat().st_size == size
+        if not intact or found != tuple(_expected(output, index)):
+            raise Dots1Error(
+                f"{partial} does not hold what was written; delete it and convert again"
+            )
+
+
+def _expected(output: Output, file: int) -> Iterator[GGUFTensor]:
+    for slot in output.slots:
+        if slot.file == file:
+            spec, kind = slot.tensor.spec, slot.tensor.kind.name
+            partial, nbytes = output.partials[file], slot.tensor.nbytes
+            yield GGUFTensor(spec.name, kind, spec.shape, partial, slot.offset, nbytes)

@@ -13,10 +13,10 @@ from typing import Self
 
 from dots1_local.convert.shard_order import ShardOrder, order_tensors
 from dots1_local.convert.writer import Output, Slot
+from dots1_local.files.partial_file import disk_error
 from dots1_local.hub import HubCheckpoint
 from dots1_local.hub.client import HubFile
 from dots1_local.hub.download import Stopped, download, incomplete
-from dots1_local.output import disk_error
 from dots1_local.quant.plan import PlannedTensor
 
 __all__ = ["ShardSupply", "clear", "order_of", "working_folder"]

@@ -2,6 +2,8 @@
 
 llama.cpp knows the Qwen2 pre-tokeniser by name, so only that one is accepted; anything else
 would tokenise differently without a word.
+
+A checkpoint's tokenizer as a GGUF file without tensors, for llama.cpp to tokenise with.
 """
 
 from dataclasses import dataclass
@@ -10,10 +12,17 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
-from dots1_local.checkpoint import load_json
+from dots1_local.convert.metadata import end_tokens
 from dots1_local.errors import CheckpointError
+from dots1_local.files.checkpoint import Checkpoint, load_json
 
-__all__ = ["QWEN2_SPLIT", "Tokenizer", "read_tokenizer"]
+__all__ = [
+    "QWEN2_SPLIT",
+    "Tokenizer",
+    "read_tokenizer",
+    "write_vocabulary",
+]
+
 
 # The split pattern of Qwen2's tokenizer.json, which llama.cpp calls "qwen2".
 QWEN2_SPLIT = (
@@ -168,3 +177,20 @@ def _chat_template(folder: Path) -> str | None:
         path = folder / "tokenizer_config.json"
         raise CheckpointError(f"{path} has a garbled chat_template") from None
     return template if isinstance(template, str) else None
+
+
+def write_vocabulary(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the keys a tokeniser needs.
+
+    Raises:
+        CheckpointError: missing or broken tokenizer files, or another pre-tokeniser.
+    """
+    tokenizer = read_tokenizer(
+        checkpoint.path, checkpoint.config.vocab_size, end_tokens(checkpoint)
+    )
+    writer = GGUFWriter(path, "dots1")
+    writer.add_vocab_size(checkpoint.config.vocab_size)
+    tokenizer.write(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()

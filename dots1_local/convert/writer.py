@@ -23,7 +23,7 @@ from gguf.gguf_writer import SHARD_NAME_FORMAT
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
-from dots1_local.output import check_space, disk_error, write_all
+from dots1_local.files.partial_file import check_space, disk_error, write_all
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.plan import PlannedTensor
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
 from dots1_local.evaluate.logits_file import MAGIC, Layout, encode
-from dots1_local.output import check_space, check_target, write_all
+from dots1_local.files.partial_file import check_space, check_target, write_all
 
 __all__ = ["LogitsWriter", "check_logits_target"]
 

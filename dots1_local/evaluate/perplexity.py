@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dots1_local.engine.engine import Engine
 from dots1_local.errors import UsageError
 from dots1_local.evaluate.divergence import ROW, Divergence, compare, summarise
-from dots1_local.evaluate.logits_file import LogitsFile, encode
+from dots1_local.evaluate.logits_file import LogitsFile, encode, negative_log, negative_log32
 from dots1_local.evaluate.logits_writer import LogitsWriter, check_logits_target
 from dots1_local.evaluate.scoring import Block, Ubatch, cut, open_engine, score, thread_pool
-from dots1_local.evaluate.softmax import negative_log, negative_log32
+from dots1_local.placement.placement import Placement
 from dots1_local.progress import Progress, silent
-from dots1_local.runtime.engine import Engine
-from dots1_local.runtime.placing.placement import Placement
 
 __all__ = ["Perplexity", "kl_divergence", "perplexity", "read_text"]
 

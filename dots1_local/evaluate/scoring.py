@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dots1_local.devices.hardware import physical_cores
+from dots1_local.engine.engine import Engine, Entry
+from dots1_local.engine.planned import load
 from dots1_local.errors import UsageError
-from dots1_local.runtime.devices.hardware import physical_cores
-from dots1_local.runtime.engine import Engine, Entry
-from dots1_local.runtime.placing.placement import MAX_SEQUENCES
-from dots1_local.runtime.planned import load
+from dots1_local.placement.placement import MAX_SEQUENCES
 
 __all__ = ["Block", "Ubatch", "cut", "open_engine", "score", "thread_pool"]
 

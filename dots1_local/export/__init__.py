@@ -18,13 +18,8 @@ from dots1_local.export.expert_width import true_width
 from dots1_local.export.folder import Folder
 from dots1_local.export.layout import Shard, index_json, lay_out, model_tensors, tensors_of
 from dots1_local.export.pipeline import write_shards
-from dots1_local.export.tokenizer import (
-    end_tokens,
-    tokenizer_config_json,
-    tokenizer_json,
-    why_none,
-)
-from dots1_local.gguf_file import GGUFFile
+from dots1_local.export.tokenizer import end_tokens, tokenizer_config_json, tokenizer_json, why_none
+from dots1_local.files.gguf import GGUFFile
 from dots1_local.progress import Progress, silent
 from dots1_local.verify.lint import check_loadable
 from dots1_local.verify.numbers import config_of

@@ -6,7 +6,7 @@ import numpy as np
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.errors import GGUFError
-from dots1_local.gguf_file import GGUFFile
+from dots1_local.files.gguf import GGUFFile
 
 __all__ = ["check_computes_the_same", "config_json"]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.gguf_file import GGUFTensor
+from dots1_local.files.file_pool import OpenFiles, cores
+from dots1_local.files.gguf import GGUFTensor
+from dots1_local.ggml import TYPES
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import decode
-from dots1_local.quant.types import TYPES
-from dots1_local.reading import OpenFiles, cores
 
 __all__ = ["true_width"]
 

@@ -15,7 +15,7 @@ from typing import IO, Self
 
 from dots1_local.errors import Dots1Error
 from dots1_local.export.layout import Shard
-from dots1_local.output import check_space, disk_error
+from dots1_local.files.partial_file import check_space, disk_error
 
 __all__ = ["Folder"]
 

@@ -8,8 +8,8 @@ from math import prod
 
 from dots1_local.architecture import Dots1Config, Role, TensorSpec
 from dots1_local.errors import GGUFError
-from dots1_local.gguf_file import GGUFFile, GGUFTensor
-from dots1_local.quant.types import TYPES, QuantType
+from dots1_local.files.gguf import GGUFFile, GGUFTensor
+from dots1_local.ggml import TYPES, QuantType
 from dots1_local.verify.tensors import expected_tensors
 
 __all__ = ["ExportedTensor", "Shard", "index_json", "lay_out", "model_tensors", "tensors_of"]

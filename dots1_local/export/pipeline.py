@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from dots1_local.errors import GGUFError
 from dots1_local.export.folder import Folder
 from dots1_local.export.layout import ExportedTensor, Shard
-from dots1_local.output import write_all
+from dots1_local.files.file_pool import OpenFiles, cores
+from dots1_local.files.partial_file import write_all
+from dots1_local.ggml import TYPES
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import decode, encode
-from dots1_local.quant.types import TYPES
-from dots1_local.reading import OpenFiles, cores
-from dots1_local.verify.blocks import bad_blocks
+from dots1_local.verify.check_blocks import bad_blocks
 
 __all__ = ["write_shards"]
 

@@ -9,8 +9,7 @@ from typing import Any
 from gguf import TokenType
 
 from dots1_local.convert.tokenizer import QWEN2_SPLIT
-from dots1_local.gguf_file import GGUFFile
-from dots1_local.gguf_header import Value
+from dots1_local.files.gguf import GGUFFile, Value
 from dots1_local.verify.tokens import QWEN2_NAMES
 
 __all__ = ["end_tokens", "tokenizer_config_json", "tokenizer_json", "why_none"]

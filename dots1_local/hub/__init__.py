@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.checkpoint import (
+from dots1_local.errors import CheckpointError, UsageError
+from dots1_local.files.checkpoint import (
     INDEX,
     SINGLE,
     Checkpoint,
@@ -21,11 +22,10 @@ from dots1_local.checkpoint import (
     promised_tensors,
     read_index,
 )
-from dots1_local.errors import CheckpointError, UsageError
+from dots1_local.files.safetensors import Slice, header_length, tensor_table
 from dots1_local.hub.client import HubFile, HubRepo, resolve
 from dots1_local.hub.small_files import fetch_small
 from dots1_local.hub.together import together
-from dots1_local.safetensors_header import Slice, header_length, tensor_table
 
 __all__ = ["HubCheckpoint", "open_checkpoint", "open_hub"]
 

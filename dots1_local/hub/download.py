@@ -13,9 +13,9 @@ from threading import Event
 from typing import BinaryIO
 
 from dots1_local.errors import CheckpointError, Dots1Error
+from dots1_local.files.partial_file import disk_error
 from dots1_local.hub.client import HubFile, HubRepo
 from dots1_local.hub.complaints import is_passing, pause_asked_for
-from dots1_local.output import disk_error
 
 __all__ = ["Stopped", "download", "has_digest", "incomplete"]
 

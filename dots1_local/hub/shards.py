@@ -8,12 +8,12 @@ from pathlib import Path
 from threading import Event, Lock
 
 from dots1_local.errors import CheckpointError
+from dots1_local.files.partial_file import write_whole
 from dots1_local.hub import HubCheckpoint
 from dots1_local.hub.client import HubFile, HubRepo
 from dots1_local.hub.download import Received, download, has_digest, incomplete
 from dots1_local.hub.small_files import into_cache
 from dots1_local.hub.together import together
-from dots1_local.output import write_whole
 from dots1_local.progress import Progress, silent
 
 __all__ = ["ShardCache"]

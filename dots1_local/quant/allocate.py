@@ -17,9 +17,8 @@ import numpy as np
 from dots1_local.architecture import Dots1Config, padded_width
 from dots1_local.errors import UsageError
 from dots1_local.quant.allocation import Allocation, Solution, explain
-from dots1_local.quant.choices import Choice, Choices, Cost, Floats, choices_at
-from dots1_local.quant.exchange import best_change
-from dots1_local.quant.overrides import Override
+from dots1_local.quant.choices import Choice, Choices, Cost, Floats, best_change, choices_at
+from dots1_local.quant.plan import Override
 from dots1_local.quant.recipes import Padding
 from dots1_local.quant.sensitivity import Sensitivity
 

@@ -1,4 +1,7 @@
-"""What every tensor of a model can be stored as: bytes, damage and flips of each possibility."""
+"""What every tensor of a model can be stored as: bytes, damage and flips of each possibility.
+
+The best change of one or two choices at once, among all there are.
+"""
 
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -9,13 +12,21 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
 from dots1_local.errors import Dots1Error
-from dots1_local.quant.overrides import Override, overridden
-from dots1_local.quant.plan import PlannedTensor
+from dots1_local.ggml import TYPES
+from dots1_local.quant.plan import Override, PlannedTensor, overridden
 from dots1_local.quant.sensitivity import Effect, Sensitivity
 from dots1_local.quant.stock import fallback, is_quantisable, needs_importance
-from dots1_local.quant.types import TYPES
 
-__all__ = ["KINDS", "Choice", "Choices", "Cost", "Floats", "choices_at"]
+__all__ = [
+    "KINDS",
+    "Choice",
+    "Choices",
+    "Cost",
+    "Floats",
+    "best_change",
+    "choices_at",
+]
+
 
 Floats = NDArray[np.float64]
 Choice = NDArray[np.intp]  # of each tensor, the index into KINDS
@@ -142,3 +153,56 @@ def _effects(
 def _chosen(matrix: Floats, choice: Choice) -> Floats:
     values: Floats = np.take_along_axis(matrix, choice[:, None], axis=1)[:, 0]
     return values
+
+
+Places = NDArray[np.intp]
+
+
+def best_change(
+    cost: Floats, loss: Floats, slack: float, least: float
+) -> tuple[tuple[int, int], ...]:
+    """The change of one tensor, or of two, that lowers the loss most and costs at most `slack`.
+
+    `cost` and `loss` are (tensors, types), relative to the choice so far. Returns (tensor, type)
+    pairs: none if nothing lowers the loss by more than `least`.
+    """
+    kinds = cost.shape[1]
+    costs, losses = cost.ravel(), loss.ravel()
+    taking = np.flatnonzero(np.isfinite(costs) & np.isfinite(losses))
+    taking = taking[np.argsort(costs[taking], kind="stable")]
+    if not taking.size:
+        return ()
+    # A single change is one that no other pays for: the first giver gives nothing.
+    giving = np.flatnonzero((costs < 0) & np.isfinite(losses))
+    room = np.append(0.0, -costs[giving]) + slack
+    given = np.append(0.0, losses[giving])
+    owner = np.append(-1, giving // kinds)
+    last = np.searchsorted(costs[taking], room, side="right") - 1
+    first, second = _two_lowest(losses[taking], taking // kinds)
+    partner = np.where(taking[first[last]] // kinds == owner, second[last], first[last])
+    possible = (last >= 0) & (partner >= 0)
+    total = np.where(possible, given + losses[taking[partner]], np.inf)
+    pair = int(total.argmin())
+    if not total[pair] < -least:
+        return ()
+    moves = [int(taking[partner[pair]])] + ([int(giving[pair - 1])] if pair else [])
+    return tuple(divmod(move, kinds) for move in moves)
+
+
+def _two_lowest(values: Floats, owners: Places) -> tuple[Places, Places]:
+    """Up to each place, where the lowest value is, and the lowest of another owner (-1: none)."""
+    first = _lowest(values)
+    led = owners[first]
+    # Whoever loses the lead is the best of the others, and below all that the new leader had.
+    rival = np.where(owners != led, values, np.inf)
+    place = np.arange(len(values))
+    overtaken = np.flatnonzero(led[1:] != led[:-1]) + 1
+    rival[overtaken], place[overtaken] = values[first[overtaken - 1]], first[overtaken - 1]
+    lowest = _lowest(rival)
+    return first, np.where(np.isfinite(rival[lowest]), place[lowest], -1)
+
+
+def _lowest(values: Floats) -> Places:
+    """Up to each place, where the lowest value so far is first met."""
+    before = np.append(np.inf, np.minimum.accumulate(values)[:-1])
+    return np.maximum.accumulate(np.where(values < before, np.arange(len(values)), 0))

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from dots1_local import ggml
 from dots1_local.errors import UsageError
-from dots1_local.quant.types import QuantType
+from dots1_local.ggml import QuantType
 
-__all__ = ["decode", "encode", "is_valid", "to_float32"]
+__all__ = ["decode", "encode", "is_valid"]
 
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
@@ -83,12 +83,3 @@ def decode(data: NDArray[np.uint8], kind: QuantType, columns: int) -> NDArray[np
     data = np.ascontiguousarray(data)
     traits(kind.ggml).contents.to_float(data.ctypes.data, out.ctypes.data, out.size)
     return out
-
-
-def to_float32(raw: NDArray[np.uint8], dtype: str, out: NDArray[np.float32]) -> None:
-    """Convert safetensors bytes of `dtype` (F32, F16 or BF16) to float32 in `out`."""
-    if dtype == "F32":
-        out.reshape(-1).view(np.uint8)[:] = raw
-    else:
-        name = "ggml_bf16_to_fp32_row" if dtype == "BF16" else "ggml_fp16_to_fp32_row"
-        getattr(ggml.library(), name)(raw.ctypes.data, out.ctypes.data, out.size)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
-from dots1_local.gguf_header import GGUFTensor, read_header
+from dots1_local.files.gguf import GGUFTensor, read_header
 
 __all__ = ["Entry", "ImatrixFile", "read_index", "read_sums", "write_gguf"]
 

@@ -1,18 +1,35 @@
-"""A quantisation plan: the type every tensor gets. Decided once, read by everything after."""
+"""A quantisation plan: the type every tensor gets. Decided once, read by everything after.
+
+`--tensor-type REGEX=TYPE`: types that a user sets by tensor name, on top of any recipe.
+
+As in stock llama-quantize, the expression is searched for anywhere in the tensor's name, case
+does not matter, the first match in the order given wins, and a type that a row does not fit
+still falls back.
+"""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory, padded_width
-from dots1_local.documents import unrepeated
 from dots1_local.errors import UsageError
-from dots1_local.quant.types import QuantType, quant_type
+from dots1_local.files.json_file import unrepeated
+from dots1_local.ggml import QuantType, quant_type
 
-__all__ = ["PlannedTensor", "QuantPlan", "load_plan"]
+__all__ = [
+    "Override",
+    "PlannedTensor",
+    "QuantPlan",
+    "load_plan",
+    "overridden",
+    "parse_override",
+    "parse_overrides",
+]
+
 
 _LARGEST = 1 << 26  # bytes of a file; dots.llm1's has 40 thousand
 
@@ -139,3 +156,41 @@ def _type(name: str, kind: Any) -> str:
         return quant_type(str(kind)).name
     except UsageError as error:
         raise UsageError(f"the plan cannot store {name} so: {error}") from None
+
+
+@dataclass(frozen=True)
+class Override:
+    """Tensors whose name contains a match of `pattern` are stored as `type`."""
+
+    pattern: re.Pattern[str]
+    type: str
+
+
+def parse_override(text: str) -> Override:
+    """Read one `REGEX=TYPE`, split at the first equals sign.
+
+    Raises:
+        UsageError: a part is missing, the expression is invalid, or there is no such type.
+    """
+    expression, _, name = text.partition("=")
+    if not expression or not name:
+        raise UsageError(f"--tensor-type {text!r} is not of the form REGEX=TYPE")
+    try:
+        # Stock lower-cases the expression, which would turn \D into \d; ignoring case does not.
+        pattern = re.compile(expression, re.IGNORECASE)
+    except re.error as error:
+        raise UsageError(f"--tensor-type {text!r} has an invalid expression: {error}") from None
+    return Override(pattern, quant_type(name).name)
+
+
+def parse_overrides(texts: Iterable[str]) -> tuple[Override, ...]:
+    """Read several, in the order they are to be tried."""
+    return tuple(parse_override(text) for text in texts)
+
+
+def overridden(name: str, overrides: Sequence[Override]) -> str | None:
+    """The type the first matching override gives the tensor called `name`, or None."""
+    for override in overrides:
+        if override.pattern.search(name):
+            return override.type
+    return None

@@ -11,10 +11,9 @@ from typing import Literal
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory, padded_width
 from dots1_local.errors import UsageError
-from dots1_local.quant.overrides import Override, overridden
-from dots1_local.quant.plan import QuantPlan
+from dots1_local.ggml import TYPES
+from dots1_local.quant.plan import Override, QuantPlan, overridden
 from dots1_local.quant.stock import STOCK_MIXES, fallback, is_quantisable, stock_mix, stock_types
-from dots1_local.quant.types import TYPES
 
 __all__ = ["DYNAMIC_MIXES", "DynamicMix", "Padding", "make_plan", "recipe_names"]
 

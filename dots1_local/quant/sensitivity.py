@@ -19,7 +19,7 @@ from typing import Any
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.errors import Dots1Error
-from dots1_local.quant.types import TYPES
+from dots1_local.ggml import TYPES
 
 __all__ = ["Effect", "Sensitivity", "geometry", "load_sensitivity"]
 

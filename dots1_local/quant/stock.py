@@ -9,9 +9,9 @@ from collections.abc import Container, Mapping, Sequence
 
 from dots1_local.architecture import TensorSpec
 from dots1_local.errors import UsageError
-from dots1_local.quant.overrides import Override, overridden
+from dots1_local.ggml import TYPES
+from dots1_local.quant.plan import Override, overridden
 from dots1_local.quant.stock_rules import LOW_MIXES, STOCK_MIXES, Case, Mix, part_of, rule_type
-from dots1_local.quant.types import TYPES
 
 __all__ = [
     "STOCK_MIXES",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from dots1_local.architecture import TensorSpec
-from dots1_local.quant.types import TYPES
+from dots1_local.ggml import TYPES
 
 __all__ = ["LOW_MIXES", "STOCK_MIXES", "Case", "Mix", "part_of", "rule_type"]
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.checkpoint import Checkpoint
+from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.reference.layers import Observer, Weights, layer_forward, rms_norm
 from dots1_local.reference.weights import load_layers, load_outer
 

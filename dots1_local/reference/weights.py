@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
-from dots1_local.checkpoint import Checkpoint, read_exactly
 from dots1_local.errors import CheckpointError
+from dots1_local.files.checkpoint import Checkpoint, read_exactly
 
 __all__ = [
     "Kernel",

@@ -15,15 +15,13 @@ from threading import Thread
 import numpy as np
 from numpy.typing import NDArray
 
+from dots1_local.chat.turns import check_stop
+from dots1_local.engine.engine import Engine, Entry
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.runtime.chat.stopping import check_stop
-from dots1_local.runtime.engine import Engine, Entry
 from dots1_local.serve.choice import Choice
-from dots1_local.serve.generation import Event, Failed, Order
-from dots1_local.serve.pace import Pace
+from dots1_local.serve.generation import Event, Failed, Order, Ticket
+from dots1_local.serve.queue import Pace, Queue, Waiting
 from dots1_local.serve.slots import Slots
-from dots1_local.serve.ticket import Ticket
-from dots1_local.serve.waiting import Queue, Waiting
 
 __all__ = ["Scheduler", "State"]
 

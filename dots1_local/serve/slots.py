@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from dots1_local.runtime.chat.kv_cache import common_prefix
-from dots1_local.runtime.engine import Engine
+from dots1_local.chat.kv_cache import common_prefix
+from dots1_local.engine.engine import Engine
 
 __all__ = ["Slot", "Slots"]
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dots1_local.architecture import TensorSpec
-from dots1_local.checkpoint import Checkpoint
-from dots1_local.gguf_file import GGUFFile
+from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.gguf import GGUFFile
 from dots1_local.progress import Progress, silent
 from dots1_local.verify.findings import Change, Finding, Report, Severity, TensorCheck
 from dots1_local.verify.lint import lint
@@ -40,8 +40,8 @@ def verify_gguf(
     findings += lint(gguf, checkpoint)
     checks: tuple[TensorCheck, ...] = ()
     if not quick:
-        from dots1_local.verify.examine import examine
-        from dots1_local.verify.judge import judge
+        from dots1_local.verify.check_blocks import examine
+        from dots1_local.verify.findings import judge
 
         specs = _comparable(gguf, checkpoint) if checkpoint else {}
         checks = examine(gguf, checkpoint, specs, threads=threads, progress=progress)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dots1_local.errors import Dots1Error
-from dots1_local.gguf_file import GGUFFile
-from dots1_local.output import check_space, check_target
+from dots1_local.files.gguf import GGUFFile
+from dots1_local.files.partial_file import check_space, check_target
 from dots1_local.progress import Progress, silent
 from dots1_local.verify.findings import Report
 from dots1_local.verify.raw_header import RawHeader

@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from itertools import chain
 from reprlib import repr as brief
 
-from dots1_local.checkpoint import Checkpoint
 from dots1_local.errors import GGUFError
-from dots1_local.gguf_file import GGUFFile
+from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.gguf import GGUFFile
 from dots1_local.verify.findings import Finding
 from dots1_local.verify.numbers import config_of, lint_numbers
 from dots1_local.verify.raw_header import RawHeader
-from dots1_local.verify.template import lint_template
 from dots1_local.verify.tensors import lint_tensors
-from dots1_local.verify.tokens import lint_tokenizer
+from dots1_local.verify.tokens import lint_template, lint_tokenizer
 
 __all__ = ["check_loadable", "lint"]
 

@@ -11,11 +11,10 @@ from reprlib import repr as brief
 from typing import Any
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.gguf_file import GGUFFile
-from dots1_local.gguf_header import Value
+from dots1_local.files.gguf import GGUFFile, Value
 from dots1_local.verify.findings import ABORTS, REFUSES, Change, Finding, Kind
 from dots1_local.verify.raw_header import KIND_IDS
-from dots1_local.verify.shapes import Numbers, shown_by
+from dots1_local.verify.tensors import Numbers, shown_by
 
 __all__ = ["config_of", "conflicts", "lint_numbers"]
 

@@ -16,9 +16,9 @@ from benchmarks.projection import bits_per_weight, projected_bytes
 from benchmarks.quality_report import Candidate, Pair, Results, report
 from benchmarks.quality_runs import Example, Quality, spread
 from dots1_local.architecture import Dots1Config, inventory
-from dots1_local.checkpoint import Checkpoint
 from dots1_local.errors import UsageError
 from dots1_local.evaluate.divergence import Estimate
+from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.plan import QuantPlan
 from dots1_local.quant.stock import require_importance
 from tools.train_tiny import GEOMETRIES

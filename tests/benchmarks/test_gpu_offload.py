@@ -1,7 +1,7 @@
 from typing import Any
 
 from benchmarks.gpu_table import markdown
-from dots1_local.runtime.devices.hardware import CPU, Device, Hardware
+from dots1_local.devices.hardware import CPU, Device, Hardware
 
 GB = 10**9
 

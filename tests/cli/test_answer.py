@@ -16,7 +16,7 @@ from dots1_local.errors import Dots1Error
 from dots1_local.progress import Progress
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.chat.session import Session
+    from dots1_local.chat.session import Session
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dots1_local.cli import app
+from dots1_local.devices import machine
+from dots1_local.devices.machine import find_hardware
 from dots1_local.errors import UsageError
-from dots1_local.gguf_file import GGUFFile
-from dots1_local.runtime.devices import machine
-from dots1_local.runtime.devices.machine import find_hardware
-from dots1_local.runtime.placing.planner import place
+from dots1_local.files.gguf import GGUFFile
+from dots1_local.placement.planner import place
 from tests.helpers import write_random_gguf
 
 

@@ -5,9 +5,9 @@ import pytest
 from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
-from dots1_local.checkpoint import Checkpoint
 from dots1_local.cli import app
-from dots1_local.cli._calibration_text import Texts
+from dots1_local.cli._calibrate import Texts
+from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.importance import load_importance
 from tests.conftest import Converted
 from tests.micro import edit_json, micro_checkpoint

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from dots1_local.chat.sampling import Sampling
 from dots1_local.cli import app
-from dots1_local.runtime.chat.sampling import Sampling
-from dots1_local.runtime.placing.placement import Placement
+from dots1_local.placement.placement import Placement
 from tests.cli.terminal import ABORTS
 from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from dots1_local.chat.conversation import save_conversation
+from dots1_local.chat.message import Message
+from dots1_local.chat.session import Session
 from dots1_local.cli.repl.commands import COMMANDS, run_command
 from dots1_local.cli.repl.loop import Repl
+from dots1_local.engine.engine import Engine
 from dots1_local.errors import UsageError
-from dots1_local.runtime.chat.conversation import save_conversation
-from dots1_local.runtime.chat.message import Message
-from dots1_local.runtime.chat.session import Session
-from dots1_local.runtime.engine import Engine
 from tests.helpers import EOS, scripted_tensors, write_random_gguf
 
 

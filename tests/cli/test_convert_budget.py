@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from dots1_local.checkpoint import Checkpoint
 from dots1_local.cli import app
 from dots1_local.convert import Budget, Conversion
+from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.gguf_file import GGUFFile
-from dots1_local.runtime.engine import Engine
+from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.gguf import GGUFFile
 from tests.micro import edit_json, micro_checkpoint
 from tests.quant.made_up import made_up
 

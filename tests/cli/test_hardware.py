@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dots1_local.cli import app
-from dots1_local.quant.types import TYPES
-from dots1_local.runtime.devices import machine
-from dots1_local.runtime.devices.machine import find_hardware
+from dots1_local.devices import machine
+from dots1_local.devices.machine import find_hardware
+from dots1_local.ggml import TYPES
 
 
 def run(*arguments: str) -> Result:

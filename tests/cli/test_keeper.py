@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import pytest
 
-from dots1_local.cli.repl.keeper import Keeper, in_use, left_behind
+from dots1_local.chat.conversation import save_conversation
+from dots1_local.chat.message import Message
+from dots1_local.chat.sampling import Sampling
+from dots1_local.cli.repl.autosave import Keeper, in_use, left_behind
 from dots1_local.errors import UsageError
-from dots1_local.runtime.chat.conversation import save_conversation
-from dots1_local.runtime.chat.message import Message
-from dots1_local.runtime.chat.sampling import Sampling
 
 SAID = [Message("user", "one"), Message("assistant", "A")]
 

@@ -7,12 +7,12 @@ import typer
 from typer.testing import CliRunner, Result
 
 from dots1_local.cli._plan import plan
-from dots1_local.gguf_file import GGUFFile
-from dots1_local.runtime.devices.hardware import Hardware, load_hardware
-from dots1_local.runtime.placing.placement import load_placement
-from dots1_local.runtime.placing.planner import place
+from dots1_local.devices.hardware import Hardware, load_hardware
+from dots1_local.files.gguf import GGUFFile
+from dots1_local.placement.placement import load_placement
+from dots1_local.placement.planner import place
 from tests.helpers import write_random_gguf
-from tests.runtime.machines import machine, speed
+from tests.placement.machines import machine, speed
 
 MB = 10**6
 app = typer.Typer()
@@ -152,7 +152,7 @@ def test_names_the_command_that_measures(model: Path, monkeypatch: pytest.Monkey
         asked.append(workers)
         return machine(workers=(4000 * MB,), cpu=speed(1e9))
 
-    monkeypatch.setattr("dots1_local.runtime.devices.machine.this_machine", here)
+    monkeypatch.setattr("dots1_local.devices.machine.this_machine", here)
     result = run(model, "--worker", "10.0.0.1:50052")
     assert asked == [["10.0.0.1:50052"]]
     assert "has not been measured (RPC0): run dots1 hardware --worker 10.0.0.1:50052" in (

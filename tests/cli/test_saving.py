@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from dots1_local.chat.conversation import load_conversation
+from dots1_local.chat.session import Session
+from dots1_local.cli.repl.autosave import resume, save
 from dots1_local.cli.repl.commands import run_command
 from dots1_local.cli.repl.loop import Repl
-from dots1_local.cli.repl.saving import resume, save
-from dots1_local.runtime.chat.conversation import load_conversation
-from dots1_local.runtime.chat.session import Session
-from dots1_local.runtime.engine import Engine
-from dots1_local.runtime.placing.placement import Placement
+from dots1_local.engine.engine import Engine
+from dots1_local.placement.placement import Placement
 from tests.helpers import write_random_gguf
 
 

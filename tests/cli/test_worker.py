@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dots1_local.runtime.devices.rpc import probe
+from dots1_local.devices.rpc import probe
 from tests.workers import Program, free_port
 
 DOTS1 = ("-c", "from dots1_local.cli import main; main()")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dots1_local.checkpoint import Checkpoint
 from dots1_local.cli import main
+from dots1_local.files.checkpoint import Checkpoint
 from tests.micro import edit_json, micro_checkpoint
 from tools.make_tokenizer import write_tokenizer
 

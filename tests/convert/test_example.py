@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dots1_local.convert import Conversion, convert_checkpoint
-from dots1_local.gguf_file import GGUFFile
+from dots1_local.engine.engine import Engine
+from dots1_local.files.gguf import GGUFFile
 from dots1_local.quant.importance import load_importance
 from dots1_local.quant.stock import stock_mix
-from dots1_local.runtime.engine import Engine
 from tests.conftest import Converted
 from tests.micro import micro_checkpoint
 from tests.quant.stock_llama import read_bytes, stock_quantise, tensors_of

@@ -10,8 +10,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from dots1_local.checkpoint import INDEX
 from dots1_local.convert import Conversion
+from dots1_local.files.checkpoint import INDEX
 from dots1_local.hub import open_checkpoint, open_hub
 from dots1_local.hub.client import HubFile
 from tests.conftest import Converted

@@ -10,10 +10,10 @@ from threading import Event
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dots1_local.checkpoint import INDEX, Checkpoint
 from dots1_local.convert import Conversion
 from dots1_local.convert.shard_supply import order_of
 from dots1_local.errors import CheckpointError, Dots1Error, UsageError
+from dots1_local.files.checkpoint import INDEX, Checkpoint
 from tests.conftest import Converted
 from tests.convert.hub import SECOND, prepare, sizes
 from tests.hub_server import HubServer
@@ -232,7 +232,7 @@ def test_nothing_is_fetched_ahead_where_the_disk_is_short(
 ) -> None:
     conversion, output = prepare(hub), tmp_path / "out.gguf"
     usage = type("Usage", (), {"free": conversion.file_bytes() + (room + 1) * MB})
-    monkeypatch.setattr("dots1_local.output.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("dots1_local.files.partial_file.shutil.disk_usage", lambda folder: usage)
     witness = Witness(output)
     hub.watch = witness.look
     conversion.run(output, low_disk=True)
@@ -245,7 +245,7 @@ def test_a_disk_that_is_too_small_is_known_beforehand(
 ) -> None:
     conversion = prepare(hub)
     usage = type("Usage", (), {"free": conversion.file_bytes() + 25 * MB})
-    monkeypatch.setattr("dots1_local.output.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("dots1_local.files.partial_file.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(Dots1Error, match=r"out\.gguf with 2 shards needs"):
         conversion.run(tmp_path / "out.gguf", low_disk=True)
     assert hub.shard_requests() == []

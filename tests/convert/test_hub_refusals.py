@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 from huggingface_hub import constants
 
-from dots1_local.checkpoint import INDEX
 from dots1_local.convert import Conversion
 from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.files.checkpoint import INDEX
 from dots1_local.hub import download, open_checkpoint, open_hub
 from tests.conftest import Converted
 from tests.convert.hub import SECOND, prepare, refusal, sizes
@@ -247,7 +247,7 @@ def test_a_full_disk_is_known_beforehand(
 ) -> None:
     free = {"free": 50_000_000}
     usage = type("Usage", (), free)
-    monkeypatch.setattr("dots1_local.output.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("dots1_local.files.partial_file.shutil.disk_usage", lambda folder: usage)
     said = refusal(lambda: prepare(hub).run(tmp_path / "out.gguf"), Dots1Error)
     assert "0.1 GB free" in said
     assert "--low-disk, which needs 25.9 MB" in said
@@ -272,7 +272,7 @@ def test_no_advice_where_the_output_alone_is_too_large(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 10_000_000})
-    monkeypatch.setattr("dots1_local.output.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("dots1_local.files.partial_file.shutil.disk_usage", lambda folder: usage)
     assert "--low-disk" not in refusal(lambda: prepare(hub).run(tmp_path / "out.gguf"), Dots1Error)
 
 

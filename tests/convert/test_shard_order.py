@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from dots1_local.architecture import inventory
-from dots1_local.checkpoint import Checkpoint
 from dots1_local.convert.shard_order import Peak, ShardOrder, order_tensors
+from dots1_local.files.checkpoint import Checkpoint
 from tools.make_wide import published_config, write_checkpoint
 
 GB = 10**9

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dots1_local.evaluate.histogram import histogram
+from dots1_local.evaluate.divergence import histogram
 
 
 def counts(picture: str) -> dict[str, int]:

@@ -7,9 +7,9 @@ import torch
 from gguf import GGUFValueType
 from transformers import AutoModelForCausalLM
 
+from dots1_local.engine.engine import Engine
 from dots1_local.errors import UsageError
 from dots1_local.evaluate.perplexity import perplexity, read_text
-from dots1_local.runtime.engine import Engine
 from tests.conftest import Converted
 from tests.helpers import CONFIG, TOKENS, write_random_gguf
 from tests.verify.patch import rewrite

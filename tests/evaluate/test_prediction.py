@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dots1_local.checkpoint import Checkpoint
-from dots1_local.cli._calibration_text import Texts
+from dots1_local.calibrate.run import calibrate
+from dots1_local.cli._calibrate import Texts
 from dots1_local.convert import Conversion
 from dots1_local.evaluate.perplexity import kl_divergence, perplexity, read_text
-from dots1_local.quant.calibrate import calibrate
+from dots1_local.files.checkpoint import Checkpoint
 
 CHUNKS = 8  # of 512 tokens, of either text
 # A wide range, and damage in different places.

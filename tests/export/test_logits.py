@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Dots1ForCausalLM, GenerationConfig
 
 from dots1_local.convert import convert_checkpoint
+from dots1_local.engine.engine import Engine
 from dots1_local.export import export_checkpoint
-from dots1_local.runtime.engine import Engine
 from tests.conftest import Converted
 
 N_TOKENS = 192

@@ -3,8 +3,8 @@
 import numpy as np
 
 from dots1_local.architecture import Dots1Config, inventory, padded_width
+from dots1_local.ggml import TYPES
 from dots1_local.quant.sensitivity import Effect, Sensitivity, geometry
-from dots1_local.quant.types import TYPES
 
 KINDS = ("Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "IQ4_NL", "IQ3_S", "Q3_K", "IQ3_XXS", "Q2_K",
          "IQ2_S", "IQ2_XS", "IQ2_XXS")  # fmt: skip

@@ -14,9 +14,9 @@ from llama_cpp import _logger
 from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
-from dots1_local.gguf_header import GGUFTensor, read_header
-from dots1_local.quant.overrides import Override
-from dots1_local.quant.types import quant_type
+from dots1_local.files.gguf import GGUFTensor, read_header
+from dots1_local.ggml import quant_type
+from dots1_local.quant.plan import Override
 
 Importances = Mapping[str, NDArray[np.float32]]
 

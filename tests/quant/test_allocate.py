@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from dots1_local.architecture import Dots1Config, inventory
-from dots1_local.checkpoint import Checkpoint
 from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.ggml import TYPES
 from dots1_local.quant.allocate import Allocator
-from dots1_local.quant.exchange import best_change
-from dots1_local.quant.overrides import parse_overrides
-from dots1_local.quant.plan import QuantPlan
+from dots1_local.quant.choices import best_change
+from dots1_local.quant.plan import QuantPlan, parse_overrides
 from dots1_local.quant.sensitivity import Effect, Sensitivity
-from dots1_local.quant.types import TYPES
 from tests.micro import micro_config
 from tests.quant.made_up import made_up
 from tools.make_wide import published_config

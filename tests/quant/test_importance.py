@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from dots1_local.architecture import TensorSpec, inventory
 from dots1_local.errors import Dots1Error
+from dots1_local.ggml import TYPES
 from dots1_local.quant.encode import encode
 from dots1_local.quant.importance import Importance, load_importance, pad_columns, write_gguf
 from dots1_local.quant.stock import stock_types
-from dots1_local.quant.types import TYPES
 from tests.goldens import make_goldens
 from tests.goldens.make_goldens import CONFIG, MIXES, short_hash
 from tests.quant import stock_llama

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, inventory
 from dots1_local.errors import UsageError
-from dots1_local.gguf_header import read_header
+from dots1_local.files.gguf import read_header
+from dots1_local.ggml import TYPES, quant_type
 from dots1_local.quant.encode import encode
-from dots1_local.quant.overrides import overridden, parse_overrides
+from dots1_local.quant.plan import overridden, parse_overrides
 from dots1_local.quant.stock import (
     STOCK_MIXES,
     needs_importance,
@@ -25,7 +26,6 @@ from dots1_local.quant.stock import (
     stock_mix,
     stock_types,
 )
-from dots1_local.quant.types import TYPES, quant_type
 from tests.quant import stock_llama
 from tests.quant.stock_llama import FULL, StockError
 

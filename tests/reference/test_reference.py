@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import Dots1ForCausalLM
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.checkpoint import Checkpoint
+from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.reference import load_layer, logits, moe, route
 from tools.train_tiny import GEOMETRY
 

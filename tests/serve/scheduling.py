@@ -11,8 +11,8 @@ import numpy as np
 from llama_cpp import llama_cpp as llama
 from numpy.typing import NDArray
 
-from dots1_local.runtime.chat.sampling import Sampling
-from dots1_local.runtime.engine import Engine, Entry
+from dots1_local.chat.sampling import Sampling
+from dots1_local.engine.engine import Engine, Entry
 from dots1_local.serve.generation import Event, Failed, Finished, Order, Piece, TokenLogprob
 from dots1_local.serve.scheduler import Scheduler
 

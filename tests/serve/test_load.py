@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dots1_local.runtime.engine import Engine
+from dots1_local.engine.engine import Engine
 from tests.helpers import random_tensors, write_random_gguf
 from tests.serve.served import Served, connect
 

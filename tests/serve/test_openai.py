@@ -12,9 +12,9 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
-from dots1_local.runtime.chat.sampling import Sampling
-from dots1_local.runtime.chat.session import Session
-from dots1_local.runtime.engine import Engine
+from dots1_local.chat.sampling import Sampling
+from dots1_local.chat.session import Session
+from dots1_local.engine.engine import Engine
 from tests.conftest import Converted
 from tests.serve.served import Served
 

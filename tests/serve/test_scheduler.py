@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.runtime.engine import Engine
 from dots1_local.serve.generation import Event, Finished, Piece, QueueFull
 from dots1_local.serve.scheduler import Scheduler, State
 from tests.helpers import EOS, TOKENS, scripted_tensors, tokens_of, write_random_gguf

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dots1_local.chat.sampler import Sampler
 from dots1_local.errors import Dots1Error
-from dots1_local.runtime.chat.sampler import Sampler
 from dots1_local.serve.generation import Event
 from dots1_local.serve.scheduler import State
 from tests.helpers import scripted_tensors, tokens_of, write_random_gguf

@@ -3,10 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from dots1_local.serve.answer import Answer
-from dots1_local.serve.generation import Piece, TokenLogprob
-from dots1_local.serve.logprobs import token_logprob
-from dots1_local.serve.pace import Pace, Turnover
+from dots1_local.serve.choice import Answer
+from dots1_local.serve.generation import Piece, TokenLogprob, token_logprob
+from dots1_local.serve.queue import Pace, Turnover
 
 
 def settled(tokens_a_second: float, overhead: float, n_ubatch: int = 512) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dots1_local.runtime.engine import Entry
+from dots1_local.engine.engine import Entry
 from dots1_local.serve.generation import Order
 from tests.helpers import write_random_gguf
 from tests.serve.scheduling import Alone, Listener, Served, order, serving

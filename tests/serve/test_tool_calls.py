@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dots1_local.runtime.chat.message import ToolCall
-from dots1_local.serve.tool_calls import ToolCallText
+from dots1_local.chat.message import ToolCall
+from dots1_local.serve.http.chat_writer import ToolCallText
 
 PARIS = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 CALL = ToolCall("weather", '{"city": "Paris"}')

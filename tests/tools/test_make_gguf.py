@@ -7,9 +7,9 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
-from dots1_local.gguf_file import GGUFFile
-from dots1_local.runtime.engine import Engine
+from dots1_local.files.gguf import GGUFFile
 from dots1_local.verify import verify_gguf
 from tests.micro import micro_config
 from tools.make_gguf import main, write_gguf

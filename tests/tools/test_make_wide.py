@@ -7,7 +7,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from dots1_local.architecture import inventory
-from dots1_local.checkpoint import Checkpoint
+from dots1_local.files.checkpoint import Checkpoint
 from tests.micro import micro_checkpoint
 from tools.make_wide import published_config, write_checkpoint
 

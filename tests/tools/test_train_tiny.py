@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dots1_local.architecture import inventory
-from dots1_local.checkpoint import Checkpoint
+from dots1_local.files.checkpoint import Checkpoint
 from tools import tiny_model, train_tiny
 from tools.tiny_export import export
 from tools.train_tiny import GEOMETRY, Data, Plan, heldout_losses, train

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from dots1_local.chat.session import Session
+from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
-from dots1_local.runtime.chat.session import Session
-from dots1_local.runtime.engine import Engine
 from dots1_local.verify import verify_gguf
 from dots1_local.verify.fix import check_output, write_fixed
 from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gguf import GGUFValueType
 
-from dots1_local.runtime.engine import Engine
+from dots1_local.engine.engine import Engine
 from dots1_local.verify import Finding, verify_gguf
 from dots1_local.verify.fix import write_fixed
 from tests.helpers import EOS, EOT, TEMPLATE, TOKENS, TYPES, write_random_gguf

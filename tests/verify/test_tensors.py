@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
+from dots1_local.engine import engine
+from dots1_local.engine.engine import Engine
 from dots1_local.errors import GGUFError
-from dots1_local.runtime import engine
-from dots1_local.runtime.engine import Engine
 from dots1_local.verify import Report, verify_gguf
 from tests.helpers import CONFIG, Tensors, random_tensors, write_random_gguf
 

@@ -11,10 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dots1_local.cli._markdown.inline import BOLD, CODE, DIM, Inline
-from dots1_local.cli._markdown.nesting import Nesting
-from dots1_local.cli._markdown.table import render_table
-from dots1_local.cli._markdown.wrap import Wrapper
+from dots1_local.cli._markdown.blocks import Nesting, render_table
+from dots1_local.cli._markdown.inline import BOLD, CODE, DIM, Inline, Wrapper
 
 __all__ = ["MarkdownStream"]
 

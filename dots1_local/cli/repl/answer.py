@@ -14,8 +14,8 @@ from dots1_local.errors import Dots1Error
 from dots1_local.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.chat.dialogue import Dialogue
-    from dots1_local.runtime.chat.stats import AnswerStats
+    from dots1_local.chat.dialogue import Dialogue
+    from dots1_local.chat.message import AnswerStats
 
 __all__ = [
     "Ask",

@@ -7,17 +7,17 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from dots1_local.cli._output import human_bytes, notice
-from dots1_local.cli.repl.paths import conversation_path, read_text, typed_path
-from dots1_local.cli.repl.saving import resume
+from dots1_local.cli._plain import one_line, plain
+from dots1_local.cli.repl.autosave import resume
+from dots1_local.cli.repl.line_editor import conversation_path, read_text, typed_path
 from dots1_local.cli.repl.settings import change, find_setting, values
-from dots1_local.cli.repl.shown import one_line, plain
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
+    from dots1_local.chat.dialogue import Dialogue
+    from dots1_local.chat.message import AnswerStats
     from dots1_local.cli.repl.loop import Repl
-    from dots1_local.runtime.chat.dialogue import Dialogue
-    from dots1_local.runtime.chat.stats import AnswerStats
-    from dots1_local.runtime.report import Difference
+    from dots1_local.engine.report import Difference
 
 __all__ = ["COMMANDS", "Command", "run_command"]
 
@@ -91,7 +91,7 @@ def _undo(repl: "Repl", rest: str) -> None:
 
 
 def _edit(repl: "Repl", rest: str) -> None:
-    from dots1_local.cli.repl.text_editor import edit_text, editor_command
+    from dots1_local.cli.repl.line_editor import edit_text, editor_command
 
     before = list(repl.session.messages)
     last = next((each.text for each in reversed(before) if each.role == "user"), None)
@@ -175,7 +175,7 @@ def _save(repl: "Repl", rest: str) -> None:
 
 
 def _load(repl: "Repl", rest: str) -> None:
-    from dots1_local.runtime.chat.conversation import load_conversation
+    from dots1_local.chat.conversation import load_conversation
 
     path, before = conversation_path(rest), dict(values(repl))
     conversation = load_conversation(path)

@@ -1,9 +1,18 @@
-"""The line a person types: editing, history, completion and messages of several lines."""
+"""The files that commands name, and the text in them.
+
+The line a person types: editing, history, completion and messages of several lines.
+
+The person's own editor on a piece of text.
+"""
 
 import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import create_app_session
@@ -18,10 +27,91 @@ from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 
+from dots1_local.cli._plain import ControlFilter
 from dots1_local.cli.repl.commands import Command
-from dots1_local.cli.repl.paths import state_folder
+from dots1_local.errors import UsageError
 
-__all__ = ["QUOTES", "LineEditor"]
+__all__ = [
+    "QUOTES",
+    "LineEditor",
+    "conversation_path",
+    "edit_text",
+    "editor_command",
+    "read_text",
+    "state_folder",
+    "typed_path",
+]
+
+
+_LARGEST_FILE = 4 << 20  # bytes; a context of 32,768 tokens holds some 150 kB of English
+
+
+def typed_path(rest: str) -> Path:
+    """A path as it is typed: quoted, escaped, or plain with spaces.
+
+    Raises:
+        UsageError: there is none, or one that would steer the terminal when it is shown.
+    """
+    try:
+        words = shlex.split(rest)
+    except ValueError:
+        words = []
+    name = words[0] if len(words) == 1 else rest
+    if not name:
+        raise UsageError("a file name is missing")
+    if ControlFilter().feed(name) != name:
+        raise UsageError("file names with control characters are not taken")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UsageError(f"there is no such home folder: {name}") from None
+
+
+def conversation_path(rest: str) -> Path:
+    """The same, with .json where it has no ending.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = typed_path(rest)
+    if path.name in ("", ".."):
+        raise UsageError(f"{rest} is no file name")
+    return path if path.suffix else path.with_name(f"{path.name}.json")
+
+
+def state_folder() -> Path:
+    """The person's own folder for what outlives a dialogue, in the XDG state folder; it is there.
+
+    Raises:
+        OSError: it cannot be made.
+        RuntimeError: there is no home folder.
+    """
+    state = os.environ.get("XDG_STATE_HOME", "")
+    folder = Path(state if os.path.isabs(state) else "~/.local/state").expanduser() / "dots1"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of bearable size.
+
+    Raises:
+        UsageError: no file, unreadable, too long for any context, or not UTF-8.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a terminal would be waited for
+            raise UsageError(f"{path} is not a file")
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    if len(content) > _LARGEST_FILE:
+        raise UsageError(f"{path} is longer than {_LARGEST_FILE:,} bytes; no context holds that")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 text (at byte {error.start:,})") from None
+
 
 QUOTES = '"""'
 
@@ -125,3 +215,36 @@ def _starting(prefix: str, words: Iterable[str]) -> Iterator[Completion]:
     for word in words:
         if word.startswith(prefix):
             yield Completion(word, start_position=-len(prefix))
+
+
+def editor_command() -> list[str]:
+    """$VISUAL or $EDITOR, as words; none if neither is set.
+
+    Raises:
+        UsageError: it has an unclosed quote.
+    """
+    command = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ""
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"the editor {command!r} is no command: {error}") from None
+
+
+def edit_text(command: list[str], text: str) -> str:
+    """What a person makes of `text`, without the newline that editors end a file with.
+
+    Raises:
+        UsageError: the editor cannot be run, fails, or leaves what is no UTF-8.
+    """
+    with TemporaryDirectory(prefix="dots1-") as folder:
+        path = Path(folder) / "message.md"
+        path.write_text(text, encoding="utf-8")
+        try:
+            # stdout may be a pipe for answers; an editor wants the terminal.
+            status = subprocess.run([*command, str(path)], stdout=sys.stderr, check=False)
+            edited = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot edit with {command[0]}: {error}") from None
+    if status.returncode:
+        raise UsageError(f"{command[0]} ended with status {status.returncode}; nothing is changed")
+    return edited.removesuffix("\n")

@@ -14,16 +14,16 @@ from dots1_local.cli.repl.answer import (
     tell,
     tell_status,
 )
+from dots1_local.cli.repl.autosave import Keeper
 from dots1_local.cli.repl.commands import COMMANDS, run_command
-from dots1_local.cli.repl.keeper import Keeper
 from dots1_local.cli.repl.line_editor import QUOTES, LineEditor
 from dots1_local.cli.repl.settings import SETTINGS
 from dots1_local.errors import Dots1Error
 
 if TYPE_CHECKING:
-    from dots1_local.runtime.chat.conversation import Conversation
-    from dots1_local.runtime.chat.dialogue import Dialogue
-    from dots1_local.runtime.chat.stats import AnswerStats
+    from dots1_local.chat.conversation import Conversation
+    from dots1_local.chat.dialogue import Dialogue
+    from dots1_local.chat.message import AnswerStats
 
 __all__ = ["Repl"]
 
@@ -49,7 +49,7 @@ class Repl:
 
     def run(self) -> None:
         """Take lines until /exit, or Ctrl-D on an empty one; no error ends it."""
-        from dots1_local.runtime.abort import handling
+        from dots1_local.engine.abort import handling
 
         self.editor = LineEditor(COMMANDS, [setting.name for setting in SETTINGS])
         with interrupts(), handling(self._rescue):  # Ctrl-C must not end it between its turns
@@ -104,7 +104,7 @@ class Repl:
         Where Ctrl-C came before its first word it is not, and `unanswered` is said. `question` is
         what is asked, if it is new.
         """
-        from dots1_local.runtime.chat.message import Message
+        from dots1_local.chat.message import Message
 
         before = list(self.session.messages)
         self.keeper.keep([*before, Message("user", question)] if question else before)

@@ -1,17 +1,78 @@
-"""The body of POST /v1/chat/completions."""
+"""Tools in a chat request, and the tool calls in its messages.
+
+The body of POST /v1/chat/completions.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dots1_local.runtime.chat.dialogue import SYSTEM_PROMPT
-from dots1_local.runtime.chat.message import Message
-from dots1_local.serve.http.chat_tools import take_calls, take_tools
+from dots1_local.chat.dialogue import SYSTEM_PROMPT
+from dots1_local.chat.message import Message, ToolCall
+from dots1_local.serve.http.body import Fields
 from dots1_local.serve.http.errors import invalid
-from dots1_local.serve.http.fields import Fields
 from dots1_local.serve.http.options import MOST_TOKENS, Options, refuse_unsupported, take_options
 
-__all__ = ["ChatRequest", "take_chat"]
+__all__ = [
+    "ChatRequest",
+    "take_calls",
+    "take_chat",
+    "take_tools",
+]
+
+
+_MOST = 128  # as OpenAI's
+
+
+def take_tools(fields: Fields) -> tuple[dict[str, Any], ...]:
+    """The tools that the model may call.
+
+    Raises:
+        ApiError: one is malformed, or tool_choice demands a call.
+    """
+    tools = fields.items("tools", _MOST) or []
+    for index, each in enumerate(tools):
+        _check_tool(Fields(each, f"tools[{index}]."))
+    choice = fields.value("tool_choice")
+    if choice not in (None, "auto", "none"):
+        raise invalid("tool_choice is auto or none here: a model cannot be made to", "tool_choice")
+    return () if choice == "none" else tuple(tools)
+
+
+def take_calls(message: Fields) -> tuple[ToolCall, ...]:
+    """The tool calls at the end of an assistant's message.
+
+    Raises:
+        ApiError: one is malformed.
+    """
+    calls, name = message.items("tool_calls", _MOST) or [], message.name("tool_calls")
+    return tuple(_call(Fields(each, f"{name}[{index}].")) for index, each in enumerate(calls))
+
+
+def _check_tool(tool: Fields) -> None:
+    function = _function(tool)
+    function.text("description")
+    function.group("parameters")
+
+
+def _call(call: Fields) -> ToolCall:
+    function = _function(call)
+    arguments = function.text("arguments")
+    if arguments is None:
+        raise function.required("arguments", "a JSON object as a string")
+    return ToolCall(function.text("name") or "", arguments or "{}", call.text("id") or "")
+
+
+def _function(tool: Fields) -> Fields:
+    """The function of a tool or of a call, which must have a name."""
+    tool.choice("type", ("function",))
+    function = tool.group("function")
+    if function is None:
+        raise tool.required("function", "an object with a name")
+    if not function.text("name"):
+        raise function.required("name", "what the function is called")
+    return function
+
 
 _MOST_MESSAGES = 1 << 14
 _MOST_PARTS = 1 << 10

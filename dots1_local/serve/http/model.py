@@ -1,16 +1,15 @@
 """The loaded model as requests see it: their prompts become tokens, and orders for the engine."""
 
+from dots1_local.chat.prompt import Prompter, RawPrompter
+from dots1_local.engine.engine import Engine
 from dots1_local.errors import GGUFError, UsageError
-from dots1_local.runtime.chat.prompt import Prompter, RawPrompter
-from dots1_local.runtime.engine import Engine
 from dots1_local.serve.generation import Order
+from dots1_local.serve.http.answering import Writer
+from dots1_local.serve.http.body import Fields
 from dots1_local.serve.http.chat_request import take_chat
 from dots1_local.serve.http.chat_writer import ChatWriter
-from dots1_local.serve.http.completion_request import take_completion
-from dots1_local.serve.http.completion_writer import CompletionWriter
+from dots1_local.serve.http.completions import CompletionWriter, take_completion
 from dots1_local.serve.http.errors import ApiError, invalid
-from dots1_local.serve.http.fields import Fields
-from dots1_local.serve.http.writer import Writer
 
 __all__ = ["Model"]
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dots1_local.documents import brief
+from dots1_local.chat.grammar import Grammar
+from dots1_local.chat.sampling import Sampling
 from dots1_local.errors import UsageError
-from dots1_local.runtime.chat.grammar import Grammar
-from dots1_local.runtime.chat.sampling import Sampling
+from dots1_local.files.json_file import brief
 from dots1_local.serve.generation import Order
+from dots1_local.serve.http.body import Fields
 from dots1_local.serve.http.errors import invalid
-from dots1_local.serve.http.fields import Fields
 
 __all__ = ["MOST_CHOICES", "MOST_TOKENS", "Options", "refuse_unsupported", "take_options"]
 

@@ -11,12 +11,10 @@ from starlette.requests import Request
 
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.serve.generation import Order, QueueFull
-from dots1_local.serve.http.answering import PING_SECONDS, Answering
-from dots1_local.serve.http.body import parse, read
+from dots1_local.serve.http.answering import PING_SECONDS, Answering, Writer
+from dots1_local.serve.http.body import Fields, parse, read
 from dots1_local.serve.http.errors import ApiError, invalid
-from dots1_local.serve.http.fields import Fields
 from dots1_local.serve.http.model import Model
-from dots1_local.serve.http.writer import Writer
 from dots1_local.serve.scheduler import Scheduler
 
 __all__ = ["RETRY_SOON", "Service"]

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dots1_local.runtime.engine import Engine
+from dots1_local.engine.engine import Engine
 from dots1_local.serve.generation import Event, Order
 from dots1_local.serve.http.app import make_app
 from dots1_local.serve.http.model import Model

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from dots1_local.runtime.engine import Engine
+from dots1_local.engine.engine import Engine
 from tests.helpers import write_random_gguf
 from tests.serve.http.asgi import FakeScheduler, serving
 

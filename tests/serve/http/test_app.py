@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
-from dots1_local.runtime.engine import Engine
 from dots1_local.serve.generation import Failed, Finished, Order, Piece, QueueFull
 from dots1_local.serve.http import body
 from dots1_local.serve.http.app import make_app

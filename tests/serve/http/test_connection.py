@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from dots1_local.serve.http import connection
+from dots1_local.serve.http import app as connection
 from dots1_local.serve.run import bind
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"

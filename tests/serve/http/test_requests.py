@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dots1_local.runtime.engine import Engine
+from dots1_local.engine.engine import Engine
 from dots1_local.serve.generation import Finished, Order
 from tests.helpers import SPECIALS, TOKENS, tokens_of, write_random_gguf
 from tests.serve.http.asgi import Deliver, FakeScheduler, Reply, send, serving

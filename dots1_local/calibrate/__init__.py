@@ -1,0 +1,1 @@
+"""The torch passes over a checkpoint: importance, sensitivity, reference logits."""

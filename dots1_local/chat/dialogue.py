@@ -1,0 +1,213 @@
+"""A conversation, whoever answers: its messages, its settings, and at most one open answer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+from weakref import ref
+
+from dots1_local.chat.message import AnswerStats, Message
+from dots1_local.chat.sampling import Sampling
+from dots1_local.chat.turns import Turn, last_turn
+from dots1_local.errors import UsageError
+from dots1_local.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from dots1_local.engine.report import Difference
+
+__all__ = ["SYSTEM_PROMPT", "Dialogue", "Overflow"]
+
+# With an empty system prompt the model is reported to drift off topic; this is what others use.
+SYSTEM_PROMPT = "You are a helpful assistant."
+
+Overflow = Literal["drop", "stop"]
+
+
+class Dialogue(ABC):
+    """A conversation with a model, here or elsewhere; use it in a `with` statement.
+
+    With `raw` texts are completed without the chat template, and the conversation is one document.
+    `system` is by default `SYSTEM_PROMPT`, or with `raw` none. Where the context is full,
+    `overflow` "drop" drops whole turns, oldest first, and "stop" ends the answer or refuses the
+    question.
+    """
+
+    def __init__(
+        self,
+        system: str | None,
+        sampling: Sampling | None,
+        *,
+        raw: bool,
+        overflow: Overflow,
+        stop: tuple[str, ...],
+        max_tokens: int | None,
+    ) -> None:
+        self._sampling = sampling or Sampling()
+        self._raw = raw
+        self.overflow: Overflow = overflow
+        self.stop = stop
+        self.max_tokens = max_tokens
+        self.messages: list[Message] = []
+        self.stats: AnswerStats | None = None  # of the last answer
+        self._turn: Turn | None = None
+        self._latest: Callable[[], Generator[str, None, None] | None] = lambda: None
+        default = "" if raw else SYSTEM_PROMPT
+        self.system = default if system is None else system
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end_latest()
+
+    @property
+    @abstractmethod
+    def model(self) -> str:
+        """What the model is called where it runs."""
+
+    @property
+    def title(self) -> str:
+        """The model, and where it is if that is not this machine."""
+        return self.model
+
+    @property
+    @abstractmethod
+    def n_ctx(self) -> int | None:
+        """Tokens the context holds; None if unknown."""
+
+    @property
+    @abstractmethod
+    def context_used(self) -> int | None:
+        """Tokens in the context after the last answer; None if unknown."""
+
+    @property
+    def memory(self) -> tuple["Difference", ...]:
+        """What the model takes of each device here."""
+        return ()
+
+    @property
+    def system(self) -> str:
+        """The system message at the beginning of the conversation, "" for none."""
+        first = self.messages[:1]
+        return first[0].text if first and first[0].role == "system" else ""
+
+    @system.setter
+    def system(self, text: str) -> None:
+        others = [message for message in self.messages if message.role != "system"]
+        self.messages = [Message("system", text), *others] if text else others
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; setting it starts the random numbers anew."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+
+    @property
+    def raw(self) -> bool:
+        """Whether texts are completed without the chat template."""
+        return self._raw
+
+    @property
+    def so_far(self) -> list[Message]:
+        """The messages, with the question and the unfinished answer of an open turn."""
+        if self._turn is None:
+            return self.messages
+        answer = self._turn.answered()
+        return [*self._turn.messages, answer] if answer else self._turn.messages
+
+    @abstractmethod
+    def count(self, text: str) -> int | None:
+        """How many tokens a text is; None if unknown."""
+
+    def clear(self) -> None:
+        """Drop all turns; the system message stays."""
+        self._end_latest()
+        self.messages = [message for message in self.messages if message.role == "system"]
+
+    def undo(self) -> Message | None:
+        """Drop the last turn and return its user's message; None if there is no turn."""
+        self._end_latest()
+        index = last_turn(self.messages)
+        if index is None:
+            return None
+        asked, self.messages = self.messages[index], self.messages[:index]
+        return asked
+
+    def ask(
+        self, text: str, max_tokens: int | None = None, *, progress: Progress = silent
+    ) -> Generator[str, None, None]:
+        """Say `text` and stream the answer, whole characters at a time.
+
+        There is a piece for every token, empty where its text is not certain yet. The turn becomes
+        part of the conversation when the answer ends, also where it is cut off by `max_tokens`, the
+        context, the caller closing the stream, or the next question; `stats` tells which.
+        `progress` is called after every ubatch of the prompt, or often while waiting for a server;
+        an exception from it before the first piece leaves the conversation as it was.
+
+        Raises:
+            Dots1Error: the question does not fit into the context, or the server fails.
+            UsageError: there is nothing to complete, or a stop string is empty.
+            GGUFError: the chat template fails.
+        """
+        self._end_latest()
+        limit = self.max_tokens if max_tokens is None else max_tokens
+        return self._open([*self.messages, Message("user", text)], limit, progress)
+
+    def regenerate(self, *, progress: Progress = silent) -> Generator[str, None, None]:
+        """Answer the last question again, in place of the last answer; as `ask`.
+
+        Raises:
+            UsageError: there is no answer yet.
+        """
+        self._end_latest()
+        index = last_turn(self.messages)
+        if index is None:
+            raise UsageError("there is no answer to make again; ask something first")
+        return self._open(self.messages[: index + 1], self.max_tokens, progress)
+
+    def save_state(self, path: str | Path, progress: Progress = silent) -> int:
+        """Write state that spares reading the messages again; returns bytes written, 0 if none.
+
+        Raises:
+            Dots1Error: it cannot be written there.
+        """
+        self._end_latest()
+        return 0
+
+    def load_state(self, path: str | Path) -> int:
+        """Load what `save_state` wrote; returns how many of the messages' tokens it spares."""
+        self._end_latest()
+        return 0
+
+    @abstractmethod
+    def _answer(
+        self, asked: list[Message], limit: int | None, progress: Progress
+    ) -> Generator[str, None, None]:
+        """The stream of an answer to the last of `asked`; see `_streamed`."""
+
+    def _open(
+        self, asked: list[Message], limit: int | None, progress: Progress
+    ) -> Generator[str, None, None]:
+        if limit is not None and limit < 1:
+            raise UsageError(f"an answer of at most {limit} tokens is none; give 1 or more")
+        stream = self._answer(asked, limit, progress)
+        self._latest = ref(stream)  # weak: a caller who drops the stream closes it
+        return stream
+
+    def _streamed(
+        self, turn: Turn, pieces: Generator[str, None, None]
+    ) -> Generator[str, None, None]:
+        """The pieces of an answer; meanwhile `so_far` has its turn."""
+        self._turn = turn
+        try:
+            yield from pieces
+        finally:
+            self._turn = None
+
+    def _end_latest(self) -> None:
+        """End an answer that is still open; if it ended later, it would undo what follows."""
+        if (stream := self._latest()) is not None:
+            stream.close()

@@ -1,0 +1,94 @@
+"""What is said in a conversation: messages and who they are by.
+
+How an answer went, in tokens and seconds.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "AnswerStats",
+    "Message",
+    "Stats",
+    "StopReason",
+    "ToolCall",
+]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """The model's call of a tool; `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message; `tokens` are those the model wrote, which its text may not tokenise to again.
+
+    An assistant's may end in `tool_calls`. A tool's is the result of the call `tool_call_id`.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
+    text: str
+    tokens: tuple[int, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+
+
+StopReason = Literal["end", "stop", "length", "context", "interrupted"]
+
+
+@dataclass(frozen=True)
+class AnswerStats:
+    """How the last answer went; unknown figures are None.
+
+    With `estimate`, `generated_tokens` is one. A `stop` of "end" is the model's own end, "stop" a
+    stop string. `dropped_turns` were dropped to make room.
+    """
+
+    prompt_tokens: int | None
+    reused_tokens: int | None
+    generated_tokens: int
+    prompt_seconds: float
+    generation_seconds: float
+    stop: StopReason
+    dropped_turns: int = 0
+    estimate: bool = False
+
+    @property
+    def read_tokens(self) -> int | None:
+        """Tokens of the prompt that had to be computed."""
+        if self.prompt_tokens is None or self.reused_tokens is None:
+            return None
+        return self.prompt_tokens - self.reused_tokens
+
+    @property
+    def prompt_speed(self) -> float | None:
+        """Tokens a second over what had to be computed."""
+        read = self.read_tokens
+        return None if read is None else _speed(read, self.prompt_seconds)
+
+    @property
+    def generation_speed(self) -> float:
+        """Tokens a second."""
+        return _speed(self.generated_tokens, self.generation_seconds)
+
+
+@dataclass(frozen=True)
+class Stats(AnswerStats):
+    """The same for an engine here, which knows every figure; reused tokens were in its KV cache."""
+
+    prompt_tokens: int
+    reused_tokens: int
+
+    @property
+    def prompt_speed(self) -> float:
+        """Tokens a second over what had to be computed."""
+        return _speed(self.prompt_tokens - self.reused_tokens, self.prompt_seconds)
+
+
+def _speed(tokens: int, seconds: float) -> float:
+    return tokens / max(seconds, 1e-9)

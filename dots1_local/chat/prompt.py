@@ -1,0 +1,248 @@
+"""Tools and tool calls in the form that chat templates take.
+
+Messages to prompt tokens, in the format of the model's own chat template, or in none.
+
+Only the template's own text can become special tokens: "<|endofresponse|>" typed by a person
+stays text. So the template is rendered with a placeholder for each message, and the pieces between
+placeholders are tokenised apart from what people wrote. Tools are written by the template itself,
+so what is said of them must not contain the text of a special token.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from dots1_local.chat.message import Message, ToolCall
+from dots1_local.engine.engine import Engine
+from dots1_local.engine.vocabulary import Vocabulary
+from dots1_local.errors import GGUFError, UsageError
+from dots1_local.files.chat_template import ChatTemplate
+from dots1_local.files.json_file import brief
+
+__all__ = [
+    "Prompter",
+    "RawPrompter",
+    "as_variable",
+    "refuse_markers",
+]
+
+
+def as_variable(message: Message, text: str = "") -> dict[str, Any]:
+    """A message as templates expect it, with `text` in place of its own.
+
+    The content stays empty where a message with tool calls has no text: templates test for that.
+
+    Raises:
+        UsageError: the arguments of a call are no JSON object.
+    """
+    variable: dict[str, Any] = {"role": message.role, "content": text}
+    if message.tool_calls:
+        variable["content"] = text if message.text else ""
+        variable["tool_calls"] = [_called(call) for call in message.tool_calls]
+    if message.role == "tool":
+        variable["tool_call_id"] = message.tool_call_id
+    return variable
+
+
+def refuse_markers(said: Sequence[Any], markers: Sequence[str]) -> None:
+    """Make sure that what a template writes about tools contains none of its markers.
+
+    Raises:
+        UsageError: it contains one, or is not JSON.
+    """
+    try:
+        texts = list(_texts(json.loads(json.dumps(said))))
+    except (TypeError, ValueError, RecursionError):
+        raise UsageError("the tools are not JSON, or nested too deeply") from None
+    for marker in markers:
+        if any(marker in text for text in texts):
+            raise UsageError(
+                f"the tools contain {marker}, which to the model is no text; write it otherwise"
+            )
+
+
+def _called(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.arguments)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise UsageError(f"the arguments of a call of {brief(call.name)} are no JSON object")
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, as it is and as JSON writes it."""
+    if isinstance(value, str):
+        yield value
+        yield json.dumps(value, ensure_ascii=False)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _texts(name)
+            yield from _texts(each)
+
+
+_CONTROL, _USER_DEFINED = 3, 4  # of enum llama_token_type
+_TOOL_CALL = "<tool_call>"
+_AT_ONCE = 1000  # markers
+_REPEATS = 8  # times that a template may write each message, on average
+
+
+class RawPrompter:
+    """The tokeniser of one model, without a template: messages make up one document."""
+
+    def __init__(self, engine: Engine | Vocabulary) -> None:
+        self._engine = engine
+        source = engine.gguf.keys.get("tokenizer.chat_template")
+        self._source = source if isinstance(source, str) else None
+
+    def tokens(self, messages: Sequence[Message]) -> list[int]:
+        """The texts one after another; the document begins with BOS if the model's do."""
+        tokens = [] if self._engine.bos is None else [self._engine.bos]
+        for message in messages:
+            tokens += self.content(message)
+        return tokens
+
+    def content(self, message: Message) -> list[int]:
+        """The tokens of one message's text, none of them special."""
+        if message.tokens is not None:
+            return list(message.tokens)
+        parts = self._harmless(message.text)
+        return [token for part in parts for token in self._engine.tokenize(part, special=False)]
+
+    def marked(self, text: str) -> list[int]:
+        """The tokens of a document in which markers count; it begins with BOS if the model's do.
+
+        It is cut at every thousandth marker, as llama.cpp's time grows with the square of their
+        number.
+        """
+        tokens: list[int] = []
+        found = re.finditer("|".join(map(re.escape, self._marking)) or "(?!)", text)
+        starts = [match.start() for match in found][_AT_ONCE::_AT_ONCE]
+        for start, end in pairwise([0, *starts, len(text)]):
+            tokens += self._engine.tokenize(text[start:end], special=True, add_bos=not start)
+        return tokens
+
+    @cached_property
+    def _marking(self) -> list[str]:
+        """The texts that could become special tokens, longest first."""
+        names = [name for name in self._names(_CONTROL, _USER_DEFINED) if name.strip()]
+        return sorted(names, key=len, reverse=True)
+
+    def _harmless(self, text: str) -> Iterator[str]:
+        """`text` cut inside whatever would be read as a marker.
+
+        llama.cpp keeps control tokens out of plain text, but not the added tokens that a tokenizer
+        does not call special, and the markers of a chat may be among those.
+        """
+        start = 0
+        for match in self._markers.finditer(text) if self._markers else ():
+            yield text[start : match.start() + 1]
+            start = match.start() + 1
+        yield text[start:]
+
+    @cached_property
+    def _markers(self) -> re.Pattern[str] | None:
+        """The template's markers among the user-defined tokens."""
+        names = [name for name in self._names(_USER_DEFINED) if name in (self._source or "")]
+        # A lookahead, so that markers that overlap are all found.
+        return re.compile(f"(?={'|'.join(map(re.escape, names))})") if names else None
+
+    def _names(self, *kinds: int) -> list[str]:
+        """The texts of the tokens of some kinds."""
+        keys = self._engine.gguf.keys
+        tokens, types = keys.get("tokenizer.ggml.tokens"), keys.get("tokenizer.ggml.token_type")
+        if not isinstance(tokens, list) or not isinstance(types, list):
+            return []
+        return [str(token) for token, kind in zip(tokens, types, strict=False) if kind in kinds]
+
+
+class Prompter(RawPrompter):
+    """The chat template and the tokeniser of one model; `name` is what errors call it.
+
+    Raises:
+        GGUFError: the file has no chat template, or one that does not parse.
+    """
+
+    def __init__(self, engine: Engine | Vocabulary, name: str | None = None) -> None:
+        super().__init__(engine)
+        self._file = name or str(engine.gguf.files[0])
+        if self._source is None:
+            raise GGUFError(
+                f"{self._file} has no chat template; it is a base model, whose texts --raw "
+                "completes, or was converted without tokenizer_config.json"
+            )
+        self._template = ChatTemplate(self._source, self._file)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template has a place for tools."""
+        return "tools" in self._template.variables
+
+    @property
+    def writes_tool_calls(self) -> bool:
+        """Whether the model calls tools as JSON between <tool_call> tags, which are text."""
+        return self.takes_tools and _TOOL_CALL in self._template.source and not self._hidden
+
+    def tokens(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """The prompt that makes the model write the next assistant message.
+
+        `tools` are described as in OpenAI's API, if the template takes any.
+
+        Raises:
+            GGUFError: the template fails on these messages, garbles them or leaves the last out.
+            UsageError: it takes no tools, or they are malformed or contain a marker.
+        """
+        mark = secrets.token_hex(8)
+        names = [f"{mark}.{index}." for index in range(len(messages))]
+        rendered = self._template.render(
+            [as_variable(m, name) for m, name in zip(messages, names, strict=True)],
+            bos_token=self._special("bos"),
+            eos_token=self._special("eos"),
+            **self._tools(messages, tools),
+        )
+        if names[-1] not in rendered and not messages[-1].tool_calls:
+            raise GGUFError(f"the chat template of {self._file} leaves out the last message")
+        pieces = re.split(rf"{mark}\.(\d{{1,9}})\.", rendered)
+        indices = [int(index) for index in pieces[1::2]]
+        if len(indices) > _REPEATS * len(messages) or max(indices, default=0) >= len(messages):
+            raise GGUFError(f"the chat template of {self._file} garbles the messages")
+        tokens = self._engine.tokenize(pieces[0], special=True)
+        for index, literal in zip(indices, pieces[2::2], strict=True):
+            tokens += self.content(messages[index])
+            tokens += self._engine.tokenize(literal, special=True)
+        return tokens
+
+    def _tools(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+    ) -> dict[str, Any]:
+        """The template's variable for tools, checked for markers together with their calls."""
+        if not tools and not any(m.role == "tool" or m.tool_calls for m in messages):
+            return {}
+        if not self.takes_tools:
+            raise UsageError(f"the chat template of {self._file} knows no tools")
+        refuse_markers([*(tools or ()), *map(as_variable, messages)], self._marking)
+        return {"tools": list(tools)} if tools else {}
+
+    @cached_property
+    def _hidden(self) -> bool:
+        """Whether the tags are control tokens, which answers do not show."""
+        return _TOOL_CALL in self._names(_CONTROL)
+
+    def _special(self, name: str) -> str:
+        """The text of a special token, for templates that write `eos_token` or the like."""
+        keys = self._engine.gguf.keys
+        names, token = (keys.get(f"tokenizer.ggml.{key}") for key in ("tokens", f"{name}_token_id"))
+        if isinstance(names, list) and isinstance(token, int) and 0 <= token < len(names):
+            return str(names[token])
+        return ""

@@ -1,0 +1,1 @@
+"""The same conversation with a server elsewhere."""

@@ -1,0 +1,179 @@
+"""An answer's text as its tokens come: whole characters, up to a stop string.
+
+The turns of a conversation: a user's message and what follows up to the next one.
+"""
+
+import codecs
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from dots1_local.chat.message import Message, StopReason
+from dots1_local.errors import UsageError
+from dots1_local.progress import Progress
+
+__all__ = [
+    "Answer",
+    "AnswerText",
+    "EngineTurn",
+    "Turn",
+    "blame",
+    "check_stop",
+    "count_turns",
+    "drop_oldest",
+    "last_turn",
+    "turns_to_drop",
+]
+
+
+def check_stop(stop: tuple[str, ...]) -> None:
+    """Refuse stop strings that every answer has.
+
+    Raises:
+        UsageError: one of them is empty.
+    """
+    if not all(stop):
+        raise UsageError("a stop string is empty; it would stop every answer at once")
+
+
+class AnswerText:
+    """Takes bytes and gives text; what may be the beginning of a stop string is held back.
+
+    The text ends before the stop string that begins first, wherever tokens are cut.
+
+    Raises:
+        UsageError: a stop string is empty.
+    """
+
+    def __init__(self, stop: tuple[str, ...] = ()) -> None:
+        check_stop(stop)
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self._given: list[str] = []
+        self.length = 0  # characters decoded so far, given out or not
+        self._whole = {0: 0}  # how many tokens make exactly so many characters
+        self.tokens: list[int] = []
+        self.stopped = False
+
+    def add(self, token: int, piece: bytes) -> str:
+        """The text that is certain with this token; sets `stopped` after a stop string."""
+        text = self._decoder.decode(piece)
+        self.tokens.append(token)
+        self.length += len(text)
+        if not self._decoder.getstate()[0]:
+            self._whole[self.length] = len(self.tokens)
+        return self._give(self._held + text, ended=False)
+
+    def finish(self) -> str:
+        """What was held back, now that no more comes; half a character is not text."""
+        return self._give(self._held, ended=True)
+
+    def message(self) -> Message:
+        """The text given out so far, with its tokens if it ends where one of them does."""
+        text = "".join(self._given)
+        count = self._whole.get(len(text))
+        return Message("assistant", text, None if count is None else tuple(self.tokens[:count]))
+
+    def _give(self, text: str, ended: bool) -> str:
+        if self.stopped:
+            return ""
+        match = min((at for at in map(text.find, self._stop) if at >= 0), default=len(text))
+        unsure = len(text) if ended else min(self._beginnings(text), default=len(text))
+        self.stopped = match < len(text) and match <= unsure
+        given, self._held = text[: min(match, unsure)], text[unsure:]
+        self._given.append(given)
+        return given
+
+    def _beginnings(self, text: str) -> Iterator[int]:
+        """Where the end of `text` could be the beginning of a stop string."""
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, len(text)), 0, -1):
+                if text.endswith(stop[:size]):
+                    yield len(text) - size
+                    break
+
+
+class Answer(Protocol):
+    """An answer's text as it comes."""
+
+    def message(self) -> Message: ...
+
+
+@dataclass
+class Turn:
+    """An answer that is being written, to the last of `messages`."""
+
+    messages: list[Message]
+    limit: int | None
+    progress: Progress
+    answer: Answer
+    dropped: int = field(default=0, kw_only=True)
+
+    def answered(self) -> Message | None:
+        """The answer so far, if there is any text."""
+        message = self.answer.message()
+        return message if message.text else None
+
+
+@dataclass
+class EngineTurn(Turn):
+    """A turn that an engine computes from the tokens in `prompt`."""
+
+    answer: AnswerText
+    prompt: list[int] = field(default_factory=list)
+    stop: StopReason = "interrupted"
+
+    @property
+    def size(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt) + len(self.answer.tokens)
+
+
+def last_turn(messages: Sequence[Message]) -> int | None:
+    """The index of the last user's message."""
+    users = (index for index in reversed(range(len(messages))) if messages[index].role == "user")
+    return next(users, None)
+
+
+def count_turns(messages: Sequence[Message]) -> int:
+    """How many messages users wrote."""
+    return sum(message.role == "user" for message in messages)
+
+
+def blame(messages: Sequence[Message]) -> tuple[str, str]:
+    """What to call messages that the context does not hold, and what to do about them."""
+    if count_turns(messages) > 1:
+        return "with this question the conversation", "set overflow to drop"
+    return "the prompt alone", "shorten it"
+
+
+def drop_oldest(messages: Sequence[Message], count: int) -> list[Message]:
+    """The messages without the `count` oldest turns; system messages stay."""
+    kept, turn = [], 0
+    for message in messages:
+        turn += message.role == "user"
+        if message.role == "system" or turn > count or count == 0:
+            kept.append(message)
+    return kept
+
+
+def turns_to_drop(
+    messages: Sequence[Message], size: Callable[[Sequence[Message]], int], limit: int
+) -> int:
+    """How many turns to drop from a conversation of more than `limit` tokens; the last one stays.
+
+    What is left has to be computed again. So that this does not happen at every question, the older
+    turns that stay take at most half of what the last one leaves.
+    """
+
+    def left(count: int) -> int:
+        return size(drop_oldest(messages, count))
+
+    droppable = count_turns(messages) - 1
+    if droppable < 1:
+        return 0
+    target = limit - max(0, limit - left(droppable)) // 2
+    counts = range(1, droppable)  # where none is enough, all of them
+    return 1 + bisect_left(counts, True, key=lambda count: left(count) <= target)

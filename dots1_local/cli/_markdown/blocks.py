@@ -1,0 +1,178 @@
+"""The quotes and list items around a block: what its lines begin with on the screen.
+
+A Markdown table as aligned columns that fit a terminal, wide characters counted as such.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from dots1_local.cli._markdown.inline import BOLD, DIM, Inline, Wrapper, visible_width
+
+__all__ = [
+    "Nesting",
+    "render_table",
+]
+
+
+_BAR = f"\x1b[{DIM}m│\x1b[0m "
+
+
+@dataclass(frozen=True)
+class _Item:
+    """An open list item: its marker's column in the source, its text's on the screen."""
+
+    column: int
+    indent: int
+
+
+class Nesting:
+    """Where the current block is; indents stay within half of `width` terminal cells."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self.depth = 0  # quotes, as shown
+        self._items: list[_Item] = []  # within the quotes
+        self._outside: list[_Item] = []  # around them
+        self._gap: int | None = None  # blank lines were seen, in so many quotes
+
+    @property
+    def margin(self) -> str:
+        """What the lines of the block begin with."""
+        return self._bars(self.depth) + " " * self._indent
+
+    @property
+    def blank_margin(self) -> str:
+        """The same for an empty line."""
+        return self._bars(self.depth).rstrip()
+
+    @property
+    def room(self) -> int:
+        """The terminal cells left for the block."""
+        return max(1, self._width - visible_width(self.margin))
+
+    @property
+    def in_list(self) -> bool:
+        """Whether a list item is open."""
+        return bool(self._items)
+
+    def add_blank(self, depth: int) -> None:
+        """A blank line, within `depth` quotes, before the block to come."""
+        self._gap = depth if self._gap is None else min(self._gap, depth)
+
+    def take_blank(self) -> str:
+        """The line to print before the block: many blank lines are one, none is none."""
+        gap, self._gap = self._gap, None
+        return "" if gap is None else self._bars(min(gap, self.depth)).rstrip() + "\n"
+
+    def enter_quotes(self, depth: int, indent: int) -> None:
+        """The block to come is within `depth` quotes, the first of them at column `indent`."""
+        if depth == self.depth:
+            return
+        if self.depth == 0:
+            self.leave_items(indent)
+            self._outside = self._items
+        self._items = [] if depth else self._outside
+        if self._gap is not None:
+            self._gap = min(self._gap, self.depth)
+        self.depth = depth
+
+    def leave_items(self, indent: int) -> None:
+        """Close the items that a block at column `indent` is no part of.
+
+        Two columns after the marker are enough to be a part: models rarely indent by more.
+        """
+        while self._items and indent < self._items[-1].column + 2:
+            self._items.pop()
+
+    def enter_item(self, marker: str, column: int) -> None:
+        """Open an item whose `marker`, as shown, is at `column` of the source."""
+        deepest = max(0, self._width // 2 - visible_width(self._bars(self.depth)))
+        self._items.append(_Item(column, min(self._indent + len(marker) + 1, deepest)))
+
+    @property
+    def _indent(self) -> int:
+        return self._items[-1].indent if self._items else 0
+
+    def _bars(self, depth: int) -> str:
+        outside = self._outside[-1].indent if depth and self._outside else 0
+        return " " * outside + _BAR * depth
+
+
+_COLUMN_BAR = f" \x1b[{DIM}m│\x1b[0m "
+_UNLIMITED = 10**6
+_NARROWEST_COLUMN = 4
+_CELL_END = re.compile(r"(?<!\\)\|")
+
+
+def render_table(lines: Sequence[str], width: int) -> list[str]:
+    """The lines to print for the header, delimiter and body rows of a table, styled.
+
+    Cells are wrapped where the table is wider than `width` cells. With more columns than fit at
+    all, each row is a paragraph.
+    """
+    header, delimiter, *body = map(_split, lines)
+    rows = [header, *body]
+    count = max(map(len, rows))
+    if count * (_NARROWEST_COLUMN + 3) - 3 > width:
+        return [line for row in rows for line in _cell(" | ".join(row), width)]
+    widths = _fit([_widest(column) for column in zip_longest(*rows, fillvalue="")], width)
+    sides = [_side(mark) for mark in delimiter] + ["left"] * (count - len(delimiter))
+    rule = "─┼─".join("─" * size for size in widths)
+    printed = [f"\x1b[{DIM}m{rule}\x1b[0m"]
+    for place, row in enumerate(rows):
+        cells = row + [""] * (count - len(row))
+        shown = _row(cells, widths, sides, BOLD if place == 0 else "")
+        printed = shown + printed if place == 0 else printed + shown
+    return printed
+
+
+def _split(line: str) -> list[str]:
+    cells = _CELL_END.split(line.strip().removeprefix("|"))
+    if not cells[-1].strip():
+        cells.pop()
+    return [cell.strip().replace("\\|", "|") for cell in cells]
+
+
+def _side(mark: str) -> str:
+    if mark.endswith(":"):
+        return "center" if mark.startswith(":") else "right"
+    return "left"
+
+
+def _widest(column: Sequence[str]) -> int:
+    return max(visible_width("".join(_cell(cell, _UNLIMITED))) for cell in column)
+
+
+def _fit(widths: list[int], width: int) -> list[int]:
+    """Take from the widest columns until they fit, bars included."""
+    widths = [max(size, 1) for size in widths]
+    while sum(widths) + 3 * (len(widths) - 1) > width:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def _row(cells: list[str], widths: list[int], sides: list[str], style: str) -> list[str]:
+    wrapped = [_cell(cell, size, style) for cell, size in zip(cells, widths, strict=True)]
+    return [
+        _COLUMN_BAR.join(map(_pad, line, widths, sides)).rstrip()
+        for line in zip_longest(*wrapped, fillvalue="")
+    ]
+
+
+def _pad(text: str, width: int, side: str) -> str:
+    space = width - visible_width(text)
+    left = {"left": 0, "center": space // 2, "right": space}[side]
+    return " " * left + text + " " * (space - left)
+
+
+def _cell(text: str, width: int, style: str = "") -> list[str]:
+    """A cell's text as lines of at most `width` terminal cells."""
+    out: list[str] = []
+    wrapper = Wrapper(width, out.append, chop=True)
+    inline = Inline(wrapper.put, style)
+    inline.feed(text)
+    inline.finish()
+    wrapper.end()
+    return "".join(out).splitlines()

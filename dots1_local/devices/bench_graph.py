@@ -1,0 +1,232 @@
+"""Small ggml graphs computed on one device, to see how long they take.
+
+Weights go to the stretch of memory that a `Bench` keeps, which is larger than caches, one after the
+other from its start; everything else beside it.
+"""
+
+import ctypes
+from ctypes import POINTER, c_bool, c_float, c_int, c_int64, c_size_t, c_void_p
+from functools import cache
+from time import perf_counter
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dots1_local.devices.backends import Signatures, declare
+from dots1_local.devices.bench_device import Bench
+from dots1_local.errors import Dots1Error
+from dots1_local.ggml import library
+
+__all__ = ["F16", "F32", "HEAD_DIM", "I8", "I32", "Bench", "Graph", "Tensor"]
+
+Tensor = int  # a handle of ggml's
+
+F32, F16, I8, I32 = 0, 1, 24, 26  # enum ggml_type
+HEAD_DIM = 128
+
+_NODES = 1024
+_PREC_F32 = 10  # GGML_PREC_F32
+_ALIGNMENT = 1 << 12
+_MOST_REPEATS = 8
+_MOST_SECONDS = 2.0
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
+
+
+_P, _I64 = c_void_p, c_int64
+_SIGNATURES: Signatures = {
+    "ggml_init": (_P, (_InitParams,)),
+    "ggml_free": (None, (_P,)),
+    "ggml_tensor_overhead": (c_size_t, ()),
+    "ggml_graph_overhead_custom": (c_size_t, (c_size_t, c_bool)),
+    "ggml_new_graph_custom": (_P, (_P, c_size_t, c_bool)),
+    "ggml_build_forward_expand": (None, (_P, _P)),
+    "ggml_new_tensor": (_P, (_P, c_int, c_int, POINTER(_I64))),
+    "ggml_nbytes": (c_size_t, (_P,)),
+    "ggml_permute": (_P, (_P, _P, c_int, c_int, c_int, c_int)),
+    "ggml_mul_mat": (_P, (_P, _P, _P)),
+    "ggml_mul_mat_id": (_P, (_P, _P, _P, _P)),
+    "ggml_flash_attn_ext": (_P, (_P, _P, _P, _P, _P, c_float, c_float, c_float)),
+    "ggml_prec_set_acc": (None, (_P, c_int)),
+    "ggml_cast": (_P, (_P, _P, c_int)),
+    "ggml_rms_norm": (_P, (_P, _P, c_float)),
+    "ggml_backend_dev_supports_op": (c_bool, (_P, _P)),
+    "ggml_backend_graph_compute": (c_int, (_P, _P)),
+    "ggml_backend_buffer_free": (None, (_P,)),
+    "ggml_backend_buffer_get_base": (_P, (_P,)),
+    "ggml_backend_tensor_alloc": (c_int, (_P, _P, _P)),
+    "ggml_backend_tensor_set": (None, (_P, _P, c_size_t, c_size_t)),
+    "ggml_backend_tensor_get": (None, (_P, _P, c_size_t, c_size_t)),
+    "ggml_backend_tensor_copy": (None, (_P, _P)),
+    "ggml_backend_alloc_ctx_tensors_from_buft": (_P, (_P, _P)),
+}
+
+
+@cache
+def _ggml() -> ctypes.CDLL:
+    return declare(library(), _SIGNATURES)
+
+
+class Graph:
+    """One graph on a `Bench`: make tensors and nodes, `place` it, fill it, then time it.
+
+    Shapes begin with the length of a row, as ggml's do; types are numbers of `enum ggml_type`.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        ggml = _ggml()
+        self._bench = bench
+        room = 4 * _NODES * ggml.ggml_tensor_overhead()
+        room += ggml.ggml_graph_overhead_custom(_NODES, False)
+        self._context = ggml.ggml_init(_InitParams(room, None, True))
+        self._graph = ggml.ggml_new_graph_custom(self._context, _NODES, False)
+        self._addresses: dict[Tensor, int] = {}
+        self._next = ggml.ggml_backend_buffer_get_base(bench.arena)
+        self._nodes: list[Tensor] = []
+        self._buffer: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._buffer:
+            _ggml().ggml_backend_buffer_free(self._buffer)
+        _ggml().ggml_free(self._context)
+
+    def tensor(self, kind: int, *shape: int) -> Tensor:
+        """A tensor outside of the bench's stretch of memory."""
+        extents = (c_int64 * len(shape))(*shape)
+        return int(_ggml().ggml_new_tensor(self._context, kind, len(shape), extents))
+
+    def weights(self, kind: int, *shape: int) -> Tensor:
+        """The next tensor in the bench's stretch of memory."""
+        tensor = self.tensor(kind, *shape)
+        self._put(tensor, self._next)
+        self._addresses[tensor] = self._next
+        self._next += -(-_ggml().ggml_nbytes(tensor) // _ALIGNMENT) * _ALIGNMENT
+        return tensor
+
+    def mul_mat(self, weights: Tensor, x: Tensor) -> Tensor:
+        """A node: weights times x."""
+        return self._node(_ggml().ggml_mul_mat(self._context, weights, x))
+
+    def mul_mat_id(self, weights: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        """A node: the experts that `ids` (experts of a token, tokens) names, times x."""
+        return self._node(_ggml().ggml_mul_mat_id(self._context, weights, x, ids))
+
+    def rms_norm(self, x: Tensor) -> Tensor:
+        """A node that does next to nothing."""
+        return self._node(_ggml().ggml_rms_norm(self._context, x, 1e-5))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, cast: bool) -> Tensor:
+        """A node: flash attention of tensors (head_dim, heads, tokens), laid out as in a KV cache.
+
+        `cast` makes keys and values F16 first, as llama.cpp does with F32.
+        """
+        ggml = _ggml()
+        q, k, v = (ggml.ggml_permute(self._context, each, 0, 2, 1, 3) for each in (q, k, v))
+        if cast:
+            k, v = (self._node(ggml.ggml_cast(self._context, each, F16)) for each in (k, v))
+        scale = HEAD_DIM**-0.5
+        node = ggml.ggml_flash_attn_ext(self._context, q, k, v, mask, scale, 0.0, 0.0)
+        ggml.ggml_prec_set_acc(node, _PREC_F32)
+        return self._node(node)
+
+    def place(self) -> bool:
+        """Give everything its memory; False if the device cannot compute a node."""
+        ggml = _ggml()
+        for node in self._nodes:
+            if not ggml.ggml_backend_dev_supports_op(self._bench.handle, node):
+                return False
+            ggml.ggml_build_forward_expand(self._graph, node)
+        memory = self._bench.memory
+        self._buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, memory)
+        if not self._buffer:
+            raise Dots1Error("the device has no memory left to measure in")
+        return True
+
+    def fill(self, tensor: Tensor, data: NDArray[Any]) -> None:
+        """Give a tensor its values."""
+        assert _ggml().ggml_nbytes(tensor) == data.nbytes
+        self._write(tensor, np.ascontiguousarray(data))
+
+    def tile(self, weights: Tensor, pattern: NDArray[np.uint8]) -> None:
+        """Fill weights with copies of `pattern`, made on the device itself where it can."""
+        size = _ggml().ggml_nbytes(weights)
+        if self._bench.host_writes:  # it rearranges what is written, all at once
+            self._write(weights, np.resize(pattern, size))
+            return
+        start, done = self._addresses[weights], min(pattern.size, size)
+        self._write(self._bytes_at(start, done), pattern[:done])
+        while done < size:
+            length = min(done, size - done)
+            copy = self._bytes_at(start + done, length)
+            _ggml().ggml_backend_tensor_copy(self._bytes_at(start, length), copy)
+            done += length
+
+    def seconds(self) -> float:
+        """The time of a computation: the shortest of some, when a second one came close to it."""
+        self.once()
+        times = [self.once(), self.once()]
+        while not _settled(times):
+            times.append(self.once())
+        return min(times)
+
+    def once(self) -> float:
+        """The time of one computation."""
+        start = perf_counter()
+        self._compute()
+        self._wait(self._nodes[-1])
+        return perf_counter() - start
+
+    def round_trip(self, x: Tensor, values: NDArray[Any], result: Tensor) -> float:
+        """The time to give x its values, compute, and read a result of the same size."""
+        start = perf_counter()
+        self.fill(x, values)
+        self._compute()
+        self.read(result, values)
+        return perf_counter() - start
+
+    def copy_seconds(self, tensor: Tensor, data: NDArray[Any]) -> float:
+        """The time to give a tensor its values."""
+        start = perf_counter()
+        self.fill(tensor, data)
+        self._wait(tensor)
+        return perf_counter() - start
+
+    def read(self, tensor: Tensor, data: NDArray[Any]) -> None:
+        """Read a tensor's values into `data`."""
+        _ggml().ggml_backend_tensor_get(tensor, data.ctypes.data, 0, data.nbytes)
+
+    def _compute(self) -> None:
+        status = _ggml().ggml_backend_graph_compute(self._bench.backend, self._graph)
+        if status:
+            raise Dots1Error(f"the device failed to compute ({status})")
+
+    def _wait(self, tensor: Tensor) -> None:
+        """Until a tensor is there: a worker says no sooner that it is done than when it is read."""
+        self.read(tensor, np.empty(4, np.uint8))
+
+    def _node(self, node: Tensor) -> Tensor:
+        self._nodes.append(node)
+        return node
+
+    def _put(self, tensor: Tensor, address: int) -> None:
+        _ggml().ggml_backend_tensor_alloc(self._bench.arena, tensor, address)
+
+    def _bytes_at(self, address: int, length: int) -> Tensor:
+        tensor = self.tensor(I8, length)
+        self._put(tensor, address)
+        return tensor
+
+    def _write(self, tensor: Tensor, data: NDArray[Any]) -> None:
+        _ggml().ggml_backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
+
+
+def _settled(times: list[float]) -> bool:
+    """Whether more would not tell more: other programs only ever make it slower."""
+    first, second = sorted(times)[:2]
+    return second < 1.02 * first or len(times) == _MOST_REPEATS or sum(times) > _MOST_SECONDS

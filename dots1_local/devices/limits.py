@@ -1,0 +1,180 @@
+"""What this process may use of the machine: RAM and cores, less what control groups withhold.
+
+A container's limits hold for every group above the process too. Page cache is counted as available
+wherever the kernel would give it up: a model that is mapped fills it, and lives in it.
+
+How fast a disk is read, with a file that the page cache was made to forget.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+__all__ = [
+    "RAM",
+    "allowed_cpus",
+    "available_ram",
+    "cpu_quota",
+    "read_rate",
+]
+
+
+_ROOT = Path("/")
+_UNLIMITED = 1 << 60  # cgroup v1 says "no limit" by a number close to 2^63
+
+
+@dataclass(frozen=True)
+class RAM:
+    """Bytes this process can still have, and bytes it could have were nothing else running."""
+
+    available: int
+    total: int
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Where a version of control groups keeps its figures; `controller` is v1's name for it."""
+
+    mount: str
+    controller: str
+    limit: str
+    used: str
+    cache: tuple[str, str]
+
+
+_MEMORY = (
+    _Version("sys/fs/cgroup", "", "memory.max", "memory.current", ("active_file", "inactive_file")),
+    _Version(
+        "sys/fs/cgroup/memory",
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_active_file", "total_inactive_file"),
+    ),
+)
+
+
+def available_ram(root: Path = _ROOT) -> RAM | None:
+    """The RAM of a Linux machine, None elsewhere; `root` holds its /proc and /sys."""
+    sizes = _fields(root / "proc/meminfo")
+    if "MemTotal" not in sizes or "MemAvailable" not in sizes:
+        return None
+    total, available = (1024 * sizes[key] for key in ("MemTotal", "MemAvailable"))
+    for version in _MEMORY:
+        for group in _groups(root, version.mount, version.controller):
+            limit = _number(group / version.limit)
+            if limit is None or limit >= _UNLIMITED:
+                continue
+            stat = _fields(group / "memory.stat")
+            cache = sum(stat.get(key, 0) for key in version.cache)
+            used = max((_number(group / version.used) or 0) - cache, 0)
+            total, available = min(total, limit), min(available, max(limit - used, 0))
+    return RAM(available, total)
+
+
+def cpu_quota(root: Path = _ROOT) -> float | None:
+    """CPU seconds a second that control groups allow; None without a limit."""
+    groups = _groups(root, "sys/fs/cgroup", "")
+    quotas = [_ratio(_words(group / "cpu.max")) for group in groups]
+    for controller in ("cpu", "cpu,cpuacct"):
+        for group in _groups(root, f"sys/fs/cgroup/{controller}", controller):
+            files = (group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us")
+            quotas.append(_ratio([word for file in files for word in _words(file)]))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def allowed_cpus() -> set[int]:
+    """The logical CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _groups(root: Path, mount: str, controller: str) -> Iterator[Path]:
+    """The process's group of a controller and those above it, up to what is mounted here.
+
+    In a container the path may be the host's, of which only the mount itself is seen.
+    """
+    for line in _lines(root / "proc/self/cgroup"):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == controller or (controller and controller in controllers.split(",")):
+            group = root / mount / path.strip("/")
+            while group != root / mount:
+                if group.is_dir():
+                    yield group
+                group = group.parent
+            yield group
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _words(path: Path) -> list[str]:
+    return " ".join(_lines(path)).split()
+
+
+def _number(path: Path) -> int | None:
+    words = _words(path)
+    return int(words[0]) if words and words[0].isdigit() else None
+
+
+def _ratio(words: list[str]) -> float | None:
+    """Quota and period; "max" and -1 are no quota."""
+    if len(words) != 2 or not all(word.isdigit() for word in words) or words[1] == "0":
+        return None
+    return int(words[0]) / int(words[1])
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines such as "MemTotal: 123 kB" and "inactive_file 123"."""
+    words = (line.replace(":", " ").split() for line in _lines(path))
+    return {each[0]: int(each[1]) for each in words if len(each) > 1 and each[1].isdigit()}
+
+
+_FILE, _PIECE = 1 << 28, 1 << 22  # bytes
+
+
+def read_rate(folder: Path) -> float | None:
+    """Bytes a second that a new file in `folder` is read at; None where that cannot be measured.
+
+    Such are systems other than Linux, file systems in RAM, and full or read-only disks.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return None
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            return _measured(file.fileno())
+    except OSError:
+        return None
+
+
+def _measured(descriptor: int) -> float | None:
+    piece = bytearray(os.urandom(_PIECE))  # some file systems compress
+    for _ in range(_FILE // _PIECE):
+        os.write(descriptor, piece)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    if _is_cached(descriptor):
+        return None
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    start = perf_counter()
+    while os.readv(descriptor, [piece]):
+        pass
+    return _FILE / (perf_counter() - start)
+
+
+def _is_cached(descriptor: int) -> bool:
+    """Whether bytes of the middle are in RAM, or there is no telling."""
+    try:
+        os.preadv(descriptor, [bytearray(1)], _FILE // 2, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    return True

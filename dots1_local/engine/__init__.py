@@ -1,0 +1,1 @@
+"""llama.cpp, loaded as placed: load, run, log, abort, measure."""

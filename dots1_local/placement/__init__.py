@@ -1,0 +1,1 @@
+"""What lives where, how much it takes, and how fast it will be."""

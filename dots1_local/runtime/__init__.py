@@ -1,1 +1,0 @@
-"""Loading a GGUF file into llama.cpp and talking to it."""

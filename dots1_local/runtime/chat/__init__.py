@@ -1,1 +1,0 @@
-"""Conversations: prompts, sampling, stopping, the KV cache, and saving all of it."""

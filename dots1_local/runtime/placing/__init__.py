@@ -1,1 +1,0 @@
-"""Where a model lives: bytes and speeds predicted of a placement, and the best one found."""

@@ -1,1 +1,0 @@
-"""Conversations with a model on another machine, over an OpenAI-compatible HTTP API."""

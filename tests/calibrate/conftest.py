@@ -1,0 +1,38 @@
+"""A checkpoint small enough to calibrate in no time, and what calibrating it writes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dots1_local.files.checkpoint import Checkpoint
+from tests.calibrate.calibration import LAYERS, random_tokens, run
+from tests.calibrate.passes import Passed, forward
+from tests.micro import micro_checkpoint
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("micro")
+    return Checkpoint.open(micro_checkpoint(folder, num_hidden_layers=LAYERS))
+
+
+@pytest.fixture(scope="module")
+def expected(micro: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What an uninterrupted run on `random_tokens(6)` writes."""
+    return run(micro, tmp_path_factory.mktemp("uninterrupted") / "out", random_tokens(6))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Where others keep the cores busy, threads wait for each other at every small product."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def passed(tiny: Path) -> Passed:
+    return forward(tiny)

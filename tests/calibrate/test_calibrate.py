@@ -1,0 +1,203 @@
+"""Calibration: against llama-imatrix, and against the whole model in torch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import Dots1ForCausalLM
+
+from dots1_local.calibrate.run import calibrate
+from dots1_local.convert.tokenizer import write_vocabulary
+from dots1_local.engine.vocabulary import Vocabulary
+from dots1_local.errors import CheckpointError, Dots1Error, UsageError
+from dots1_local.evaluate.perplexity import read_text
+from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.quant.imatrix_file import ImatrixFile, read_index, read_sums
+from dots1_local.reference import logits as whole_logits
+from tests.calibrate.calibration import LAYERS, Sink, random_tokens, run
+from tests.goldens.make_calibrate_goldens import CHUNKS, GOLDEN, N_CTX, STEP
+from tests.micro import micro_checkpoint
+
+
+@pytest.fixture(scope="module")
+def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> ImatrixFile:
+    """The example's importance on the tokens that llama-imatrix had for the golden."""
+    folder, checkpoint = tmp_path_factory.mktemp("tiny"), Checkpoint.open(tiny)
+    write_vocabulary(checkpoint, folder / "vocabulary.gguf")
+    with Vocabulary.open(folder / "vocabulary.gguf") as vocabulary:
+        tokens = vocabulary.tokenize(read_text(tiny / "heldout.txt"), special=False)
+    chunks = np.array(tokens[: CHUNKS * N_CTX], np.int32).reshape(CHUNKS, N_CTX)
+    calibrate(
+        checkpoint,
+        folder / "out",
+        chunks,
+        datasets=["heldout.txt"],
+        least=0,
+        threads=1,
+        sensitivity=False,
+    )
+    return read_index(folder / "out" / "imatrix.gguf")
+
+
+def test_importance_is_llama_imatrixs(measured: ImatrixFile) -> None:
+    """Almost everywhere to 1e-4; an expert chosen by a hair may be another on another CPU."""
+    stock = read_index(GOLDEN)
+    assert (measured.datasets, measured.chunk_count, measured.chunk_size) == (
+        stock.datasets,
+        stock.chunk_count,
+        stock.chunk_size,
+    )
+    assert set(measured.entries) == {*stock.entries, "output.weight"}
+    deviations = []
+    for name, entry in stock.entries.items():
+        ours, theirs = read_sums(measured, name)[:, ::STEP], read_sums(stock, name)
+        np.testing.assert_allclose(measured.entries[name].counts, entry.counts, atol=2)
+        deviations.append((abs(ours - theirs) / (theirs + 1e-9)).ravel())
+    assert np.quantile(np.concatenate(deviations), 0.99) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_is_measured_too(tmp_path: Path, tied: bool) -> None:
+    """The mean square of what transformers calls the last hidden state."""
+    folder = micro_checkpoint(tmp_path / "hf", tie_word_embeddings=tied)
+    tokens = random_tokens(3)
+    run(Checkpoint.open(folder), tmp_path / "out", tokens)
+    index = read_index(tmp_path / "out" / "imatrix.gguf")
+    model = Dots1ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        states = model.model(torch.from_numpy(tokens).long()).last_hidden_state
+    expected = states.square().sum((0, 1)).numpy()
+    np.testing.assert_allclose(read_sums(index, "output.weight")[0], expected, rtol=1e-4)
+    assert index.entries["output.weight"].counts == tokens.size
+
+
+def test_every_token_is_counted(measured: ImatrixFile, tiny: Path) -> None:
+    top = Checkpoint.open(tiny).config.num_experts_per_tok
+    for name, entry in measured.entries.items():
+        assert entry.counts.sum() == CHUNKS * N_CTX * (top if "_exps" in name else 1)
+
+
+@pytest.mark.parametrize("layers", [1, LAYERS])
+def test_logits_are_the_references(tmp_path: Path, layers: int) -> None:
+    """Experts one by one over all chunks make what the whole model makes of each chunk."""
+    checkpoint = Checkpoint.open(micro_checkpoint(tmp_path / "hf", num_hidden_layers=layers))
+    tokens = random_tokens(3)
+    sink = Sink(3, 15, checkpoint.config.vocab_size)
+    beside = random_tokens(2, seed=1)
+    calibrate(
+        checkpoint,
+        tmp_path / "out",
+        beside,
+        evaluation=tokens,
+        logits=sink,
+        threads=1,
+        sensitivity=False,
+    )
+    whole = whole_logits(checkpoint, torch.from_numpy(tokens).long()).numpy()
+    np.testing.assert_allclose(sink.rows, whole[:, 16:-1], atol=1e-5)
+
+
+def test_evaluation_beside_it_changes_no_bit(
+    micro: Checkpoint, expected: bytes, tmp_path: Path
+) -> None:
+    beside = random_tokens(3, seed=1)
+    assert run(micro, tmp_path / "out", random_tokens(6), evaluation=beside) == expected
+
+
+def test_evaluation_alone_writes_no_importance(micro: Checkpoint, tmp_path: Path) -> None:
+    none, sink = np.empty((0, 32), np.int32), Sink(2, 15, micro.config.vocab_size)
+    tokens = random_tokens(2)
+    assert not calibrate(
+        micro, tmp_path / "out", none, evaluation=tokens, logits=sink, threads=1, sensitivity=False
+    )
+    assert np.isfinite(sink.rows).all()
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_evaluation_alone_leaves_importance_as_it_is(micro: Checkpoint, tmp_path: Path) -> None:
+    importance = run(micro, tmp_path / "out", random_tokens(2))
+    none, sink = np.empty((0, 32), np.int32), Sink(2, 15, micro.config.vocab_size)
+    tokens = random_tokens(2)
+    calibrate(
+        micro, tmp_path / "out", none, evaluation=tokens, logits=sink, threads=1, sensitivity=False
+    )
+    assert np.isfinite(sink.rows).all()
+    assert (tmp_path / "out" / "imatrix.gguf").read_bytes() == importance
+
+
+def test_bf16_is_near(micro: Checkpoint, tmp_path: Path) -> None:
+    run(micro, tmp_path / "f32", random_tokens(6))
+    run(micro, tmp_path / "bf16", random_tokens(6), precision="BF16")
+    exact, rounded = (read_index(tmp_path / f / "imatrix.gguf") for f in ("f32", "bf16"))
+    name = "blk.3.attn_output.weight"
+    np.testing.assert_allclose(read_sums(rounded, name), read_sums(exact, name), rtol=0.05)
+
+
+def spoilt(folder: Path, name: str, value: float) -> Checkpoint:
+    """A checkpoint with one bf16 weight replaced."""
+    checkpoint = Checkpoint.open(micro_checkpoint(folder, num_hidden_layers=LAYERS))
+    piece = checkpoint.locate(name)
+    with piece.file.open("r+b") as file:
+        file.seek(piece.offset)
+        file.write((np.array([value], np.float32).view(np.uint32) >> 16).astype("<u2").tobytes())
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("weight", "found"),
+    [
+        ("model.layers.1.self_attn.v_proj.weight", "what reaches model.layers.1.self_attn.o_proj"),
+        (
+            "model.layers.2.mlp.experts.1.up_proj.weight",
+            "reaches model.layers.2.mlp.experts.1.down",
+        ),
+        ("model.layers.2.mlp.shared_experts.down_proj.weight", "what leaves layer 2 is NaN"),
+        ("model.norm.weight", "what reaches lm_head.weight is NaN"),
+        (
+            "model.layers.2.mlp.gate.e_score_correction_bias",
+            "model.layers.2.mlp.gate.e_score_correction_bias is NaN",
+        ),
+    ],
+)
+def test_nan_is_found_in_its_layer(tmp_path: Path, weight: str, found: str) -> None:
+    checkpoint = spoilt(tmp_path / "hf", weight, np.nan)
+    with pytest.raises(CheckpointError, match=found):
+        calibrate(checkpoint, tmp_path / "out", random_tokens(6), threads=1, sensitivity=False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        (random_tokens(0), {}, "needs a text"),
+        (random_tokens(1, 40000), {}, "trained for contexts of 32768 tokens"),
+        (random_tokens(1) + 1000, {}, "not of this model's vocabulary"),
+        (random_tokens(1), {"device": "cuda:77"}, "no device 'cuda:77' here"),
+        (random_tokens(1), {"device": "abacus"}, "no device 'abacus' here"),
+        (random_tokens(1), {"device": "meta"}, "no device 'meta' here"),
+        (random_tokens(1), {"device": "hpu"}, "no device 'hpu' here"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    micro: Checkpoint,
+    tmp_path: Path,
+    tokens: NDArray[np.int32],
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        calibrate(micro, tmp_path / "out", tokens, **options, sensitivity=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_is_not_there(
+    micro: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch itself refuses; 10^18 bytes are asked for."""
+    monkeypatch.setattr(
+        "dots1_local.calibrate.forward.embed", lambda *_: torch.empty(1 << 60, dtype=torch.uint8)
+    )
+    with pytest.raises(Dots1Error, match="no memory for 192 tokens: they take"):
+        calibrate(micro, tmp_path / "out", random_tokens(6), sensitivity=False)

@@ -1,0 +1,99 @@
+"""Near ties of a router: against literal swaps, and against autograd of the margins."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dots1_local.reference.layers as layers_module
+from dots1_local.calibrate.backward import generator
+from dots1_local.calibrate.router_flips import Ties
+from dots1_local.reference import attention, load_layer, moe, rms_norm
+from tests.calibrate.passes import CHUNKS, DRAWS, POSITIONS, Passed, back, forward, gradients
+from tests.micro import micro_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def margins_of(run: Passed, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that enter the FFN; margins of their scores; margins with the bias."""
+    weights, config = load_layer(run.checkpoint, layer), run.checkpoint.config
+    eps, k = config.rms_norm_eps, config.num_experts_per_tok
+    x = x + attention(rms_norm(x, weights["input_layernorm.weight"], eps), weights, config)
+    rows = rms_norm(x, weights["post_attention_layernorm.weight"], eps)
+    scores = F.linear(rows, weights["mlp.gate.weight"]).sigmoid().flatten(0, 1)
+    biased = scores + weights["mlp.gate.e_score_correction_bias"]
+    order = biased.argsort(descending=True)
+    at = torch.arange(len(scores))
+    last, following = order[:, k - 1], order[:, k]
+    return (
+        rows,
+        scores[at, last] - scores[at, following],
+        biased[at, last] - biased[at, following],
+    )
+
+
+def test_swapping_a_near_tie_costs_what_a_swap_does(
+    passed: Passed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, sigma, g = 3, 0.01, gradients(passed)
+    rows, _, margins = margins_of(passed, layer, passed.x[layer])
+    near = margins < margins.quantile(0.1)
+    assert 0 < int(near.sum()) <= margins.numel() // 10
+
+    def swapped(x: Tensor, weight: Tensor, bias: Tensor, config: object) -> tuple[Tensor, Tensor]:
+        scores = F.linear(x, weight).sigmoid()
+        order = (scores + bias).argsort(descending=True)
+        order[near, 3], order[near, 4] = order[near, 4], order[near, 3]
+        shares = scores.gather(1, order[:, :4])
+        return order[:, :4], 2.5 * shares / shares.sum(-1, keepdim=True)
+
+    weights, config = load_layer(passed.checkpoint, layer), passed.checkpoint.config
+    before = moe(rows, weights, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(layers_module, "route", swapped)
+        change = (moe(rows, weights, config) - before).flatten(0, 1)[near]
+    expected = float((g.flatten(1, 2)[:, near] * change).sum(-1).square().mean()) / 2
+    _, ties = back(passed, g, layer, sigma=sigma)
+    assert ties.swap_kl == pytest.approx(expected, rel=1e-3)
+    assert ties.density == pytest.approx(0.1 / float(margins.quantile(0.1)), rel=1e-3)
+    flips = ties.density * sigma / math.sqrt(2 * math.pi)  # of a token
+    assert ties.rate * sigma**2 * 2 == pytest.approx(flips * ties.swap_kl)
+
+
+def test_tie_draws_get_gradients_of_the_margin(passed: Passed) -> None:
+    layer, sigma = 3, 0.01
+    g = torch.cat([gradients(passed), torch.zeros(2, *passed.x[0].shape)])
+    alone = gradients(passed)
+    sums, ties = back(passed, g, layer, kl_draws=DRAWS, sigma=sigma)
+    expected_sums, _ = back(passed, alone, layer, sigma=sigma)
+    torch.testing.assert_close(g[:DRAWS], alone)  # kl draws go their own way
+    torch.testing.assert_close(sums["self_attn.q_proj.weight"][0], expected_sums[
+        "self_attn.q_proj.weight"][0])  # fmt: skip
+    noise = torch.randn(4, CHUNKS * POSITIONS, generator=generator(0, layer))
+    for draw in (2, 3):
+        x = passed.x[layer].clone().requires_grad_()
+        _, margins, _ = margins_of(passed, layer, x)
+        total = (noise[draw] * math.sqrt(2 * ties.rate) * margins).sum()
+        (expected,) = torch.autograd.grad(total, x)
+        assert float(expected.norm()) > 0
+        torch.testing.assert_close(g[draw], expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+    assert sums["self_attn.q_proj.weight"][1].min() > 0
+    assert not sums["mlp.shared_experts.down_proj.weight"][1].any()  # the margin is before it
+
+
+def test_dense_layers_and_noiseless_margins_have_no_ties(passed: Passed) -> None:
+    g = torch.zeros(1, *passed.x[0].shape)
+    for layer, sigma in ((0, 0.01), (1, 0.0)):
+        _, ties = back(passed, g, layer, kl_draws=0, sigma=sigma)
+        assert ties == Ties()
+        assert not g.any()
+
+
+def test_all_experts_chosen_leaves_none_to_swap(tmp_path: Path) -> None:
+    run = forward(micro_checkpoint(tmp_path, num_experts_per_tok=4))
+    _, ties = back(run, gradients(run), 1, sigma=0.01)
+    assert ties == Ties()

@@ -1,0 +1,161 @@
+"""Tokens that pass through rounded weights beside others that do not."""
+
+import math
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize, quantize
+
+from dots1_local.calibrate.rounding import rounded_divergence, through
+from dots1_local.calibrate.router_flips import RouterNoise
+from dots1_local.calibrate.stream import Segment, advance, embed
+from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.ggml import TYPES
+from dots1_local.reference import forward, layer_forward, load_layers, load_outer
+from dots1_local.reference.weights import Kernel
+from tests.micro import micro_checkpoint
+
+Weights = dict[str, torch.Tensor]
+CPU = torch.device("cpu")
+LAYERS = 3
+Q4_0 = through(TYPES["Q4_0"], threads=1)
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("micro")
+    return Checkpoint.open(micro_checkpoint(folder, num_hidden_layers=LAYERS))
+
+
+def unchanged(weights: Weights) -> Weights:
+    return weights
+
+
+def rounded(weights: Weights) -> Weights:
+    """Matrices, but for the router's, as gguf-py stores them in Q4_0."""
+
+    def stored(tensor: torch.Tensor) -> torch.Tensor:
+        kind = gguf.GGMLQuantizationType.Q4_0
+        return torch.from_numpy(dequantize(quantize(tensor.numpy(), kind), kind))
+
+    return {
+        name: tensor if "norm" in name or "mlp.gate." in name else stored(tensor)
+        for name, tensor in weights.items()
+    }
+
+
+def random_tokens(chunks: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 288, (chunks, 20), generator=torch.Generator().manual_seed(seed))
+
+
+def streamed(checkpoint: Checkpoint, tokens: torch.Tensor, *segments: Segment) -> torch.Tensor:
+    """What leaves the last layer."""
+    x = torch.empty(*tokens.shape, checkpoint.config.hidden_size)
+    for segment in segments:
+        part = slice(segment.start, segment.stop)
+        embed(checkpoint, tokens[part], x[part], segment.rounding)
+    for layer in range(LAYERS):
+        advance(x, checkpoint, layer, segments, Kernel(CPU), lambda _: None)
+    return x
+
+
+def whole(checkpoint: Checkpoint, tokens: torch.Tensor, *, is_rounded: bool) -> torch.Tensor:
+    """The same from all weights at once."""
+    change = rounded if is_rounded else unchanged
+    outer, layers = change(load_outer(checkpoint)), map(change, load_layers(checkpoint))
+    x = outer["model.embed_tokens.weight"][tokens]
+    for layer, weights in enumerate(layers):
+        x = layer_forward(x, weights, checkpoint.config, layer)
+    return x
+
+
+def test_only_its_segment_passes_through_rounded_weights(micro: Checkpoint) -> None:
+    tokens = random_tokens(5)
+    x = streamed(micro, tokens, Segment(0, 2), Segment(2, 4, rounding=Q4_0), Segment(4, 5))
+    for part, is_rounded in ((slice(2), False), (slice(2, 4), True), (slice(4, 5), False)):
+        expected = whole(micro, tokens[part], is_rounded=is_rounded)
+        torch.testing.assert_close(x[part], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rounding_beside_it_changes_no_bit(micro: Checkpoint) -> None:
+    tokens = random_tokens(4)
+    alone = streamed(micro, tokens[:2], Segment(0, 2))
+    x = streamed(micro, tokens, Segment(0, 2), Segment(2, 4, rounding=Q4_0))
+    assert torch.equal(x[:2], alone)
+
+
+def test_rows_that_are_no_whole_blocks_stay() -> None:
+    matrix = torch.randn(3, 48, dtype=torch.bfloat16)
+    assert Q4_0(matrix) is matrix
+
+
+def test_large_matrices_are_rounded_as_small_ones() -> None:
+    matrix = torch.randn(700, 4096)
+    np.testing.assert_array_equal(Q4_0(matrix)[690:], Q4_0(matrix[690:]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_divergence_is_that_of_the_whole_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    """Blocks of 100 tokens of a vocabulary of 288, and of 7 of 40 positions."""
+    path = micro_checkpoint(tmp_path, num_hidden_layers=LAYERS, tie_word_embeddings=tied)
+    checkpoint, tokens = Checkpoint.open(path), random_tokens(2)
+    log_p, log_q = (
+        forward(tokens, change(load_outer(checkpoint)), map(change, load_layers(checkpoint)),
+                checkpoint.config).double().log_softmax(-1)
+        for change in (unchanged, rounded)
+    )  # fmt: skip
+    expected = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    monkeypatch.setattr("dots1_local.calibrate.rounding._VOCABULARY", 100)
+    monkeypatch.setattr("dots1_local.calibrate.rounding._ROWS", 7)
+    x = streamed(checkpoint, tokens.repeat(2, 1), Segment(0, 2), Segment(2, 4, rounding=Q4_0))
+    measured = rounded_divergence(x[:2], x[2:], checkpoint, Q4_0, CPU)
+    assert measured == pytest.approx(expected, rel=1e-4)
+    assert rounded_divergence(x[:2], x[:2], checkpoint, lambda rows: rows, CPU) == 0
+
+
+def test_router_noise_by_hand() -> None:
+    """Of 3 experts 1 is chosen; the identity is the router, so logits are the rows themselves.
+
+    The first token's scores are 1/2, 3/4, 1/4, with the bias 1, 3/4, 1/4: experts 0 and 1 are next
+    to each other. Their scores become 1/4 and 7/8: the margin changes by -1/4 - 1/8 = -3/8. The
+    second token's are 1/4, 1/5, 7/8, with the bias 3/4, 1/5, 7/8: experts 2 and 0, which become
+    9/10 and 1/4, by +1/40.
+    """
+    bias = torch.tensor([0.5, 0, 0])
+    before = torch.tensor([[1 / 2, 3 / 4, 1 / 4], [1 / 4, 1 / 5, 7 / 8]]).logit()
+    after = torch.tensor([[1 / 4, 7 / 8, 1 / 2], [1 / 4, 1 / 2, 9 / 10]]).logit()
+    noise = RouterNoise(torch.eye(3), bias, chosen=1)
+    noise.exact("mlp.gate.weight", before)
+    noise.exact("self_attn.q_proj.weight", torch.ones(7, 3))
+    for row in after.split(1):
+        noise.rounded("mlp.gate.weight", row)
+    expected = (3 / 8 + 1 / 40) / 2 * math.sqrt(math.pi / 2)
+    assert noise.sigma() == pytest.approx(expected, rel=1e-5)
+
+
+def test_router_without_choice_makes_no_noise() -> None:
+    noise = RouterNoise(torch.eye(3), torch.zeros(3), chosen=3)
+    noise.exact("mlp.gate.weight", torch.ones(2, 3))
+    noise.rounded("mlp.gate.weight", torch.zeros(2, 3))
+    assert noise.sigma() == 0
+
+
+def test_router_hears_both_segments(micro: Checkpoint) -> None:
+    """With the same weights there is no noise; with rounded ones there is some."""
+    tokens = random_tokens(2).repeat(2, 1)
+    x = torch.empty(*tokens.shape, micro.config.hidden_size)
+    for rounding, quiet in ((None, True), (Q4_0, False)):
+        embed(micro, tokens, x)
+        weight, bias = (
+            torch.from_numpy(micro.read(f"model.layers.1.mlp.gate.{name}"))
+            for name in ("weight", "e_score_correction_bias")
+        )
+        noise = RouterNoise(weight, bias, micro.config.num_experts_per_tok)
+        segments = Segment(0, 2, noise.exact), Segment(2, 4, noise.rounded, rounding)
+        advance(x, micro, 1, segments, Kernel(CPU), lambda _: None)
+        assert (noise.sigma() == 0) is quiet

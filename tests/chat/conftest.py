@@ -1,0 +1,76 @@
+"""Sessions with models of milliseconds."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dots1_local.chat.grammar import Grammar
+from dots1_local.chat.sampling import Sampling
+from dots1_local.chat.session import Session
+from dots1_local.engine.engine import Engine
+from tests.chat.grammars import accepts
+from tests.helpers import scripted_tensors, write_random_gguf
+
+GREEDY = Sampling(temperature=0)
+
+Talk = Callable[..., Session]
+
+
+@pytest.fixture
+def talk(tmp_path: Path) -> Iterator[Talk]:
+    """Open a session with a model that answers with the given tokens, or a random one."""
+    numbers = count()
+    with ExitStack() as stack:
+
+        def make(
+            answer: Sequence[int] | None = None,
+            *,
+            n_ctx: int = 256,
+            n_ubatch: int = 512,
+            gguf: Mapping[str, Any] | None = None,
+            **options: Any,
+        ) -> Session:
+            tensors = scripted_tensors(answer) if answer else None
+            path = tmp_path / f"model{next(numbers)}.gguf"
+            write_random_gguf(path, tensors=tensors, **(gguf or {}))
+            engine = Engine.open(
+                path,
+                n_ctx=n_ctx,
+                n_ubatch=n_ubatch,
+                kv_type="F32",
+                flash_attention=False,
+                threads=1,
+            )
+            stack.enter_context(engine)
+            return stack.enter_context(Session(engine, **{"sampling": GREEDY, **options}))
+
+        yield make
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each call of llama_decode since the last `clear()` was given."""
+    sizes: list[int] = []
+    submit = Engine.submit
+
+    def spy(self: Engine, entries: Any) -> Any:
+        sizes.append(len(entries))
+        return submit(self, entries)
+
+    monkeypatch.setattr(Engine, "submit", spy)
+    return sizes
+
+
+Judge = Callable[[Grammar, str], bool]
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
+    """Tell whether llama.cpp takes a text for a whole one of a grammar."""
+    path = write_random_gguf(tmp_path_factory.mktemp("judge") / "model.gguf")
+    with Engine.open(path, n_ctx=32, threads=1) as engine:
+        yield lambda grammar, text: accepts(engine, grammar, text)

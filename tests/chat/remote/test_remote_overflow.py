@@ -1,0 +1,111 @@
+"""What a server refuses, and a session can do without: old turns, long answers, extensions."""
+
+import pytest
+
+from dots1_local.chat.message import Message
+from dots1_local.errors import Dots1Error
+from tests.chat.remote.conftest import Talk, say, texts
+from tests.openai_server import answer, as_json, refused
+
+SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
+TOO_LONG = (
+    "This model's maximum context length is 2048 tokens. However, your request has 3000 input "
+    "tokens. Please reduce the length of the input messages."
+)
+TOO_LARGE = (
+    "'max_tokens' or 'max_completion_tokens' is too large: 4096. This model's maximum context "
+    "length is 2048 tokens and your request has 26 input tokens (4096 > 2048 - 26)."
+)
+
+
+def test_raw_asks_for_as_much_as_the_context_holds(talk: Talk) -> None:
+    session, server = talk(refused(TOO_LARGE), answer("a"), raw=True)
+    say(session, "ab")
+    assert [each["max_tokens"] for each in server.bodies] == [2048, 2022]
+    wants = as_json({"detail": [{"loc": ["body", "max_tokens"], "msg": "not an integer"}]}, 422)
+    nameless = as_json({"data": [{"id": "m"}]})
+    session, server = talk(wants, answer("a"), models=nameless, raw=True)
+    say(session, "ab")
+    assert [each["max_tokens"] for each in server.bodies] == [None, 1024]
+
+
+def test_the_oldest_turns_make_room(talk: Talk) -> None:
+    session, server = talk(*[answer("a", prompt=50)] * 3, refused(TOO_LONG), answer("b"))
+    for number in range(3):
+        say(session, f"question {number}" + "." * 1000)
+    assert say(session, "the last " + "x" * 2000) == "b"
+    *_, whole, shortened = (len(body["messages"]) for body in server.bodies)
+    assert whole == 8
+    assert shortened < 8
+    assert session.stats is not None
+    assert session.stats.dropped_turns == (8 - shortened) // 2
+    assert len(session.messages) == shortened + 1
+    assert texts(session)[0] == SYSTEM["content"]
+
+
+def test_where_no_number_is_told_half_the_turns_go_at_a_time(talk: Talk) -> None:
+    silent = as_json({"error": {"code": "context_length_exceeded"}}, 400)
+    nameless = as_json({"data": [{"id": "m"}]})
+    session, server = talk(silent, silent, answer("b"), silent, models=nameless)
+    session.messages += [Message(r, "x") for r in ("user", "assistant") * 5]
+    assert session.n_ctx is None
+    say(session, "last")
+    assert [len(body["messages"]) // 2 for body in server.bodies] == [6, 3, 2]
+    session.overflow = "stop"
+    with pytest.raises(Dots1Error, match="the context does not hold the conversation"):
+        say(session, "next")
+
+
+def test_room_is_made_in_time_where_the_server_counts(talk: Talk) -> None:
+    session, server = talk(answer("a", prompt=1000), answer("b", prompt=1000), answer("c"))
+    for text in ("x" * 1000, "y" * 500, "z"):
+        say(session, text)
+    # 1,500 bytes and what is around them were 1,000 tokens; three quarters of 2,048 is the limit.
+    assert [len(body["messages"]) for body in server.bodies] == [2, 4, 6]
+    session, server = talk(answer("a", prompt=1500), answer("b"))
+    say(session, "x" * 1000)
+    say(session, "y" * 500)
+    assert [len(body["messages"]) for body in server.bodies] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("before", "sentence"),
+    [
+        (1, "with this question the conversation is 3,000 tokens long and the context holds 2,048; "
+            "set overflow to drop, or give the server a larger context"),
+        (0, "the prompt alone is 3,000 tokens long and the context holds 2,048; shorten it, or"),
+    ],
+)  # fmt: skip
+def test_a_question_that_does_not_fit_is_refused_with_both_numbers(
+    talk: Talk, before: int, sentence: str
+) -> None:
+    session, _ = talk(
+        *[answer("a")] * before, refused(TOO_LONG), overflow="stop" if before else "drop"
+    )
+    for _ in range(before):
+        say(session, "hi")
+    said = texts(session)
+    with pytest.raises(Dots1Error, match=sentence):
+        say(session, "long")
+    assert texts(session) == said
+
+
+def test_a_limit_beyond_the_context_is_lowered(talk: Talk) -> None:
+    session, server = talk(refused(TOO_LARGE), answer("a"), max_tokens=4096)
+    assert say(session, "hi") == "a"
+    assert [body["max_tokens"] for body in server.bodies] == [4096, 2022]
+
+
+def test_what_a_server_does_not_take_is_left_out_and_told_once(talk: Talk, told: list[str]) -> None:
+    session, server = talk(
+        refused("Unrecognized request argument supplied: top_k", bare=True),
+        refused("Unknown parameter: 'stream_options'."),
+        answer("a"),
+        answer("b"),
+    )
+    assert say(session, "hi") + say(session, "again") == "ab"
+    assert {"top_k", "min_p"} & server.bodies[0].keys() == {"top_k", "min_p"}
+    assert not {"top_k", "min_p", "stream_options"} & server.bodies[3].keys()
+    assert [line.split(",")[0] for line in told] == [
+        "the server refuses min_p", "the server refuses stream_options"
+    ]  # fmt: skip

@@ -1,0 +1,179 @@
+"""Answers of random models, kept to grammars by llama.cpp."""
+
+import json
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import TokenType
+from jsonschema import Draft202012Validator
+
+from dots1_local.chat.grammar import Grammar
+from dots1_local.chat.sampler import Sampler
+from dots1_local.chat.sampling import Sampling
+from dots1_local.engine.engine import Engine
+from dots1_local.errors import Dots1Error
+from tests.helpers import EOS, EOT, TYPES, scripted_tensors, write_random_gguf
+
+PROMPT = list(b"say:")
+# So that texts of random bytes come to an end.
+BRIEF = tuple((token, 4.0) for token in (*b'"]}0,', EOS))
+SPLIT = Grammar.of_json_schema({"enum": ["中文", "中国", "é"]})
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    path = write_random_gguf(tmp_path_factory.mktemp("constraint") / "model.gguf")
+    with Engine.open(path, n_ctx=1024, threads=1, kv_type="F32", flash_attention=False) as engine:
+        yield engine
+
+
+def written(
+    engine: Engine, grammar: Grammar, sampling: Sampling, sampler: Sampler | None = None
+) -> bytes | None:
+    """An answer up to its end token; None if it has none in 900 tokens."""
+    made = sampler or Sampler(sampling, engine, grammar)
+    try:
+        made.begin(PROMPT)
+        engine.forget()
+        engine.decode(PROMPT, 0)
+        answer = b""
+        for position in count(len(PROMPT)):
+            token = made.next(engine)
+            if engine.is_end(token):
+                return answer
+            if position == 900:
+                return None
+            answer += engine.piece(token)
+            engine.decode([token], position)
+    finally:
+        if sampler is None:
+            made.close()
+    return None
+
+
+SCHEMAS: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}},
+     "required": ["a"], "additionalProperties": {"type": "boolean"}},
+    {"type": "array", "items": {"enum": ["中", "中文", 1.5, None, {"k": []}]}, "maxItems": 9},
+    {"type": "string", "minLength": 2, "maxLength": 6},
+    {"type": "string", "pattern": "^[^a-z]{3,5}[é中]$"},
+    {"type": "number", "minimum": -2.5, "exclusiveMaximum": 17},
+    {"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#"}, "minItems": 1}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+@pytest.mark.parametrize("options", [{}, {"top_k": 0, "top_p": 1, "min_p": 0}, {"min_p": 0.5}])
+def test_whatever_is_answered_is_valid(
+    engine: Engine, schema: dict[str, Any], options: dict[str, Any]
+) -> None:
+    grammar, ended = Grammar.of_json_schema(schema), 0
+    for seed in range(6):
+        sampling = Sampling(1.5, seed=seed, logit_bias=BRIEF, **options)
+        answer = written(engine, grammar, sampling)
+        if answer is not None:
+            Draft202012Validator(schema).validate(json.loads(answer.decode("utf-8")))
+            ended += 1
+    assert ended
+
+
+def test_any_object(engine: Engine) -> None:
+    answers = [
+        written(engine, Grammar.json_object(), Sampling(1.5, seed=seed, logit_bias=BRIEF))
+        for seed in range(8)
+    ]
+    assert all(isinstance(json.loads(answer), dict) for answer in answers if answer is not None)
+    assert any(answers)
+
+
+def test_an_answer_may_be_greedy_and_repeated(engine: Engine) -> None:
+    grammar = Grammar.of_json_schema({"type": "array", "items": {"const": "中"}, "maxItems": 3})
+    with Sampler(Sampling(0), engine, grammar) as sampler:
+        first = written(engine, grammar, Sampling(0), sampler)
+        assert first == written(engine, grammar, Sampling(0), sampler)
+    assert first is not None
+    assert set(json.loads(first)) <= {"中"}
+
+
+def test_a_fitting_choice_stays_as_it_is_without_a_grammar(engine: Engine) -> None:
+    grammar = Grammar.of_json_schema({"type": "string"})
+    for seed in range(20):
+        sampling = Sampling(1.0, seed=seed)
+        engine.forget()
+        engine.decode(list(b'x: "'), 0)
+        with Sampler(sampling, engine) as free, Sampler(sampling, engine, grammar) as bound:
+            free.begin([])
+            bound.begin([])
+            token = free.next(engine)
+            if token == ord('"'):
+                assert bound.next(engine) == token
+            else:
+                assert bound.next(engine) == ord('"')
+
+
+def test_after_a_whole_document_only_the_end_is_left(engine: Engine) -> None:
+    grammar = Grammar.of_json_schema({"const": {"a": [1]}})
+    ends = {EOS, EOT}
+    answer = written(engine, grammar, Sampling(5, logit_bias=tuple((end, -100.0) for end in ends)))
+    assert answer is not None
+    assert json.loads(answer) == {"a": [1]}
+
+
+def test_control_tokens_are_no_text_of_an_answer(tmp_path: Path) -> None:
+    # This model wants to say "<|system|>"; as a token that is no part of an answer.
+    marker = TYPES.index(TokenType.CONTROL) + 1
+    tensors = scripted_tensors([marker])
+    grammar = Grammar.of_json_schema({"const": "<|system|>"})
+    path = write_random_gguf(tmp_path / "model.gguf", tensors=tensors)
+    with Engine.open(path, n_ctx=64, threads=1) as engine:
+        answer = written(engine, grammar, Sampling(0, logit_bias=((marker, 100.0),)))
+    assert answer == b'"<|system|>"'
+
+
+def test_characters_in_parts_are_whole_in_the_end(engine: Engine) -> None:
+    answers = {written(engine, SPLIT, Sampling(9, top_k=0, seed=seed)) for seed in range(12)}
+    assert {json.loads(each) for each in answers if each} == {"中文", "中国", "é"}
+
+
+def test_characters_of_too_many_bytes_are_refused(engine: Engine) -> None:
+    # llama.cpp takes E0 82 80 for U+0080, and Python takes it for three wrong bytes.
+    grammar = Grammar.of_json_schema({"type": "string", "minLength": 1, "maxLength": 1})
+    wish = ((0xE0, 60.0), *((byte, 40.0) for byte in range(0x82, 0xA0)))
+    for seed in range(4):
+        answer = written(engine, grammar, Sampling(1, seed=seed, logit_bias=wish))
+        assert answer is not None
+        assert len(json.loads(answer.decode("utf-8"))) == 1
+
+
+def test_nesting_is_bounded(engine: Engine) -> None:
+    grammar = Grammar.of_json_schema({"type": "array", "items": {"$ref": "#"}})
+    wish = ((ord("["), 100.0),)
+    with Sampler(Sampling(0, logit_bias=wish), engine, grammar) as sampler:
+        engine.forget()
+        engine.decode(PROMPT, 0)
+        sampler.begin(PROMPT)
+        tokens = [sampler.next(engine) for _ in range(501)]
+    assert tokens[:500] == [ord("[")] * 500
+    assert tokens[500] in b"] \n"
+
+
+def test_a_model_that_cannot_go_on_fails_in_a_sentence(engine: Engine) -> None:
+    with Sampler(Sampling(0), engine, Grammar.of_json_schema({"const": 7})) as sampler:
+        engine.forget()
+        logits = engine.decode(PROMPT, 0)  # llama.cpp's own, so that it reads what is written here
+        logits[ord("7")] = -np.inf
+        with pytest.raises(Dots1Error, match="no token of the model continues"):
+            sampler.next(engine)
+
+
+def test_a_file_that_does_not_say_where_answers_end_is_refused(tmp_path: Path) -> None:
+    path = write_random_gguf(tmp_path / "model.gguf", without=["eos_token_id"])
+    with (
+        Engine.open(path, n_ctx=64, threads=1) as engine,
+        pytest.raises(Dots1Error, match="does not say which token ends"),
+    ):
+        Sampler(Sampling(), engine, Grammar.json_object())

@@ -1,0 +1,80 @@
+"""Ctrl-C at any moment: the conversation stays one to go on with."""
+
+import sys
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from dots1_local.chat.message import Message
+from dots1_local.chat.session import Session
+from dots1_local.engine.engine import Engine
+from tests.chat.conftest import Talk
+
+QUESTION = "x" * 20
+STEP = 41
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the n-th line of our own that runs; 0 never does, but counts."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.lines = at, 0
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if "dots1_local/runtime" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                raise KeyboardInterrupt
+        return self
+
+
+def ask(session: Session, max_tokens: int, at: int) -> int:
+    """Ask with an interrupt; how many lines ran."""
+    interrupt = Interrupt(at)
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        "".join(session.ask(QUESTION, max_tokens))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return interrupt.lines
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "max_tokens", "dropped"),
+    [(256, 8, 0), (80, 8, 1), (100, 30, 1)],
+    ids=["fits", "dropped before the answer", "dropped in its midst"],
+)
+def test_ctrl_c_at_any_line_leaves_conversation_and_cache_consistent(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, n_ctx: int, max_tokens: int, dropped: int
+) -> None:
+    monkeypatch.setattr(Engine, "is_end", lambda engine, token: False)
+    session, fresh = (talk(n_ctx=n_ctx, n_ubatch=8, system="S") for _ in range(2))
+    begun = [Message("system", "S"), Message("user", "a" * 20), Message("assistant", "b" * 25)]
+    expected: dict[str, str] = {}
+
+    def next_answer(messages: list[Message]) -> str:
+        key = repr(messages)
+        if key not in expected:
+            fresh.clear()
+            "".join(fresh.ask("something else", max_tokens=1))
+            fresh.messages = list(messages)
+            expected[key] = "".join(fresh.ask("and now?", max_tokens=4))
+        return expected[key]
+
+    session.messages = list(begun)
+    lines = ask(session, max_tokens, 0)
+    assert session.stats is not None
+    assert session.stats.dropped_turns == dropped
+    for at in range(1, lines, STEP):
+        session.messages = list(begun)
+        ask(session, max_tokens, at)
+        kept = list(session.messages)
+        asked = [message.text for message in kept if message.role == "user"]
+        assert kept == begun or (asked[-1] == QUESTION and kept[-1].role == "assistant")
+        assert "".join(session.ask("and now?", max_tokens=4)) == next_answer(kept)

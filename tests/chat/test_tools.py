@@ -1,0 +1,117 @@
+"""Tools in prompts, by a template like those that take them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import TokenType
+
+from dots1_local.chat.message import Message, ToolCall
+from dots1_local.chat.prompt import Prompter
+from dots1_local.engine.engine import Engine
+from dots1_local.errors import UsageError
+from tests.helpers import TEMPLATE, TOKENS, TYPES, write_random_gguf
+
+TAKES = (
+    "{% if tools %}<|system|>{% for t in tools %}{{ t | tojson }}{% endfor %}<|endofsystem|>"
+    "{% endif %}{% for m in messages %}"
+    "{% if m.role == 'tool' %}<|userprompt|>[{{ m.tool_call_id }}]{{ m.content }}"
+    "<|endofuserprompt|>"
+    "{% elif m.role == 'assistant' %}<|response|>{{ m.content }}{% for c in m.tool_calls %}"
+    '<tool_call>{"name": "{{ c.function.name }}", "arguments": '
+    "{{ c.function.arguments | tojson }}}</tool_call>{% endfor %}<|endofresponse|>"
+    "{% else %}<|userprompt|>{{ m.content }}<|endofuserprompt|>{% endif %}"
+    "{% endfor %}<|response|>"
+)
+TOOL = {"type": "function", "function": {"name": "rain", "description": "<b> & 'é'"}}
+ASKED = Message("user", "hi <|system|>")
+RAIN = ToolCall("rain", '{"at": "é"}', "c1")
+TOLD = Message("tool", "sunny <|response|>", tool_call_id="c1")
+
+
+def calling(call: ToolCall) -> Message:
+    return Message("assistant", "", tool_calls=(call,))
+
+
+def opened(path: Path, template: str, **options: Any) -> Engine:
+    return Engine.open(
+        write_random_gguf(path / "m.gguf", template=template, **options), n_ctx=32, threads=1
+    )
+
+
+def shown(engine: Engine, tokens: list[int]) -> str:
+    """The text of tokens, markers in double angle brackets."""
+    return b"".join(
+        engine.piece(token) or f"<<{TOKENS[token]}>>".encode() for token in tokens
+    ).decode()
+
+
+def test_tools_calls_and_results_reach_the_model(tmp_path: Path) -> None:
+    with opened(tmp_path, TAKES) as engine:
+        prompter = Prompter(engine)
+        assert prompter.takes_tools
+        assert prompter.writes_tool_calls
+        text = shown(engine, prompter.tokens([ASKED, calling(RAIN), TOLD], [TOOL]))
+    assert text == (
+        f"<<<|system|>>>{json.dumps(TOOL, ensure_ascii=False)}<<<|endofsystem|>>>"
+        "<<<|userprompt|>>>hi <|system|><<<|endofuserprompt|>>>"
+        '<<<|response|>>><tool_call>{"name": "rain", "arguments": {"at": "é"}}</tool_call>'
+        "<<<|endofresponse|>>>"
+        "<<<|userprompt|>>>[c1]sunny <|response|><<<|endofuserprompt|>>><<<|response|>>>"
+    )
+
+
+def test_a_template_that_knows_no_tools_gets_none(tmp_path: Path) -> None:
+    with opened(tmp_path, TEMPLATE + "{# tools #}") as engine:
+        prompter = Prompter(engine)
+        assert not prompter.takes_tools
+        for messages, tools in (([ASKED], [TOOL]), ([ASKED, calling(RAIN), TOLD], None)):
+            with pytest.raises(UsageError, match="knows no tools"):
+                prompter.tokens(messages, tools)
+        assert prompter.tokens([ASKED], []) == prompter.tokens([ASKED])
+
+
+def test_tags_that_answers_do_not_show_are_no_calls(tmp_path: Path) -> None:
+    with opened(tmp_path, TAKES.replace("<tool_call>", "<call>")) as engine:
+        assert not Prompter(engine).writes_tool_calls
+
+
+@pytest.mark.parametrize("kind", [TokenType.CONTROL, TokenType.USER_DEFINED])
+@pytest.mark.parametrize(
+    ("messages", "tools"),
+    [
+        ([ASKED], [{"type": "function", "function": {"name": "a<|response|>b"}}]),
+        ([ASKED], [{"<|system|>": 1}]),
+        ([ASKED, calling(ToolCall("<|system|>", "{}"))], None),
+        ([ASKED, calling(ToolCall("f", "{}", "<|system|>"))], None),
+        ([ASKED, calling(ToolCall("f", '{"a":"\\u003c|system|>"}'))], None),
+        ([ASKED, Message("tool", "x", tool_call_id="<|system|>")], None),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_tools_never_becomes_a_marker(
+    tmp_path: Path, kind: TokenType, messages: list[Message], tools: Any
+) -> None:
+    types = [kind if each == TokenType.CONTROL else each for each in TYPES]
+    with (
+        opened(tmp_path, TAKES, types=types) as engine,
+        pytest.raises(UsageError, match=r"the tools contain <\|"),
+    ):
+        Prompter(engine).tokens(messages, tools)
+
+
+@pytest.mark.parametrize("arguments", ["", "[]", '"x"', "{", "[" * 100_000])
+def test_arguments_that_are_no_object_are_refused(tmp_path: Path, arguments: str) -> None:
+    with (
+        opened(tmp_path, TAKES) as engine,
+        pytest.raises(UsageError, match="the arguments of a call of 'f' are no JSON object"),
+    ):
+        Prompter(engine).tokens([ASKED, calling(ToolCall("f", arguments))])
+
+
+def test_tools_nested_too_deeply_are_refused(tmp_path: Path) -> None:
+    tool: Any = {}
+    for _ in range(3000):
+        tool = {"a": tool}
+    with opened(tmp_path, TAKES) as engine, pytest.raises(UsageError, match="too deeply"):
+        Prompter(engine).tokens([ASKED], [tool])

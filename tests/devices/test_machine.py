@@ -1,0 +1,194 @@
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dots1_local.devices import machine
+from dots1_local.devices.hardware import CPU, Device, Hardware, load_hardware
+from dots1_local.devices.limits import RAM
+from dots1_local.devices.machine import find_hardware, hardware_names, lacking, this_machine
+from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.ggml import TYPES
+from dots1_local.progress import Progress, silent
+from tests.placement import machines
+from tests.workers import free_port, local_worker
+
+GB = 10**9
+CARD = Device("CUDA0", "CUDA", "a card", 20 * GB, 24 * GB)
+FOUND = Hardware("", "", "llama-cpp-python 1 (CUDA, RPC, CPU)", 1, Device(CPU, "CPU", "x", 8, 9))
+
+
+class Engine:
+    """In place of the engine's process: says what there is, and what it measured."""
+
+    def __init__(self) -> None:
+        self.found = FOUND
+        self.measured: list[str] = []
+
+    def ask(self, request: Mapping[str, Any], progress: Progress = silent) -> Hardware:
+        if (name := request.get("measure")) is None:
+            return self.found
+        self.measured.append(name)
+        speed = machines.speed(len(self.measured), upload=1.0, upload_pageable=1.0)
+        if name == CPU:
+            return replace(self.found, cpu=replace(self.found.cpu, speed=speed))
+        devices = (replace(each, speed=speed) for each in self.found.devices)
+        return replace(self.found, devices=tuple(devices))
+
+    def bandwidths(self, **options: Any) -> list[float | None]:
+        """Of each device of this machine, the CPU first."""
+        found = this_machine(**options)
+        speeds = [device.speed for device in (found.cpu, *found.devices)]
+        return [None if speed is None else speed.bandwidth for speed in speeds]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "dots1"
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    engine = Engine()
+    monkeypatch.setattr(machine, "detect", engine.ask)
+    monkeypatch.setattr(machine, "read_rate", lambda folder: 5e9)
+    return engine
+
+
+def test_the_real_machine_is_what_the_kernel_says() -> None:
+    found = this_machine(measure="cached")
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    assert 0 < found.cpu.free <= found.cpu.total <= 1024 * int(fields["MemTotal"].split()[0])
+    assert found.cpu.speed is None
+    assert found.cores >= 1
+    assert find_hardware(_written(found)) == found
+
+
+def _written(found: Hardware) -> str:
+    path = machine._folder() / "written.json"
+    path.write_text(json.dumps(found.to_json()))
+    return str(path)
+
+
+def test_speeds_are_measured_once_and_memory_is_always_new(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.bandwidths(measure="cached") == [None]
+    assert engine.bandwidths() == [1]
+    monkeypatch.setattr(machine, "available_ram", lambda: RAM(3, 4))
+    again = this_machine()
+    assert (again.cpu.free, again.cpu.total, again.disk) == (3, 4, 5e9)
+    assert engine.bandwidths(measure="cached") == engine.bandwidths() == [1]
+    assert engine.bandwidths(measure=False) == [None]
+    assert engine.measured == [CPU]
+    assert engine.bandwidths(measure="again") == engine.bandwidths() == [2]
+
+
+def test_a_new_device_is_measured_and_an_old_one_remembered(engine: Engine) -> None:
+    assert engine.bandwidths() == [1]
+    engine.found = replace(FOUND, devices=(CARD,))
+    assert engine.bandwidths() == [1, 2]
+    engine.found = replace(FOUND, devices=(replace(CARD, free=1),))
+    assert engine.bandwidths() == [1, 2]
+    engine.found = FOUND
+    assert engine.bandwidths(measure="again") == [3]
+    engine.found = replace(FOUND, devices=(CARD,))
+    assert engine.bandwidths() == [3, 2]
+    engine.found = replace(FOUND, devices=(replace(CARD, total=12 * GB),))
+    assert engine.bandwidths(measure="cached") == [3, None]
+
+
+def test_another_build_of_the_engine_and_other_cores_are_measured(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.bandwidths()
+    engine.found = replace(FOUND, engine="llama-cpp-python 2 (CPU)")
+    assert engine.bandwidths(measure="cached") == [None]
+    engine.found = FOUND
+    assert engine.bandwidths(measure="cached") == [1]
+    monkeypatch.setattr(machine, "physical_cores", lambda: 99)
+    assert engine.bandwidths() == [2]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\x00", b'{"format": "dots1-hardware"}'])
+def test_a_damaged_cache_is_measured_again(engine: Engine, cache: Path, damage: bytes) -> None:
+    engine.bandwidths()
+    (file,) = cache.iterdir()
+    file.write_bytes(damage)
+    assert engine.bandwidths(measure="cached") == [None]
+    assert engine.bandwidths() == engine.bandwidths() == [2]
+    assert list(cache.iterdir()) == [file]
+
+
+def test_without_a_place_to_keep_them_speeds_are_measured_all_the_same(
+    engine: Engine, cache: Path
+) -> None:
+    cache.write_text("in the way")
+    assert engine.bandwidths() == [1]
+
+
+def test_a_worker_that_is_not_there_is_a_sentence(engine: Engine) -> None:
+    with pytest.raises(Dots1Error, match=r"nobody listens at 127\.0\.0\.1:"):
+        this_machine([f"127.0.0.1:{free_port()}"])
+    with pytest.raises(UsageError, match="no worker's address"):
+        this_machine(["-x"])
+
+
+def test_a_workers_devices_are_listed() -> None:
+    with local_worker() as worker:
+        found = this_machine([worker.endpoint], measure="cached")
+    (device,) = found.devices
+    assert (device.name, device.backend, device.worker) == ("RPC0", "RPC", worker.endpoint)
+    assert 0 < device.free <= device.total
+
+
+def test_says_what_a_build_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    without = replace(FOUND, engine="llama-cpp-python 1 (CPU)")
+    (sentence,) = lacking(without, tmp_path)
+    assert "without RPC" in sentence
+    assert "-DGGML_RPC=on" in sentence
+    (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+    (tmp_path / "proc/driver/nvidia/version").touch()
+    cuda, _ = lacking(without, tmp_path)
+    assert "NVIDIA" in cuda
+    assert 'CMAKE_ARGS="-DGGML_CUDA=on -DGGML_RPC=on"' in cuda
+    assert lacking(FOUND, tmp_path) == ()
+    assert lacking(replace(FOUND, engine="x 1 (Vulkan, RPC, CPU)"), tmp_path) == ()
+
+
+def test_five_descriptions_come_along() -> None:
+    expected = {"24gb-64gb": 1, "24gb-128gb": 1, "2x24gb-128gb": 2, "12gb-96gb": 1, "cpu-96gb": 0}
+    assert set(hardware_names()) == set(expected)
+    for name, cards in expected.items():
+        found = find_hardware(name)
+        assert (found.name, len(found.devices)) == (name, cards)
+        assert "not measurements" in found.source
+        for device in (found.cpu, *found.devices):
+            assert device.speed is not None
+            assert set(device.speed.matmul) == set(TYPES)
+            assert {"F16", "Q8_0"} <= set(device.speed.attention)
+
+
+def test_descriptions_are_those_their_specifications_give() -> None:
+    from tools.make_machines import MACHINES
+
+    assert [find_hardware(each.name) for each in MACHINES] == list(MACHINES)
+    # By hand: 89.6 GB/s of two DDR5-5600 channels x 0.78, an RTX 3090's 936 GB/s x 0.8.
+    found = find_hardware("2x24gb-128gb")
+    for name, gigabytes in ((CPU, 69.9), ("CUDA1", 749)):
+        speed = found.device(name).speed
+        assert speed is not None
+        assert speed.bandwidth == pytest.approx(gigabytes * 1e9, rel=0.001)
+
+
+def test_a_file_describes_a_machine_too(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(find_hardware("cpu-96gb").to_json()))
+    assert find_hardware(str(path)) == load_hardware(path)
+    with pytest.raises(UsageError, match=r"48gb is no description .* one of 12gb-96gb, 24gb-128gb"):
+        find_hardware("48gb")

@@ -1,0 +1,113 @@
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from llama_cpp import llama_cpp as llama
+
+from dots1_local.devices.machine import find_hardware, this_machine
+from dots1_local.engine.bench import bench, predicted_depths
+from dots1_local.engine.engine import Engine
+from dots1_local.engine.measure import _unplaced, measure_depths, try_out
+from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.files.gguf import GGUFFile
+from dots1_local.placement.baselines import all_on_cpu, experts_in_ram
+from dots1_local.placement.placement import Placement
+from dots1_local.placement.planner import place
+from dots1_local.placement.steps import Graph
+from tests.helpers import write_random_gguf
+from tests.workers import local_worker
+
+DEPTHS = (40, 100)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_gguf(tmp_path_factory.mktemp("trial") / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def ours(model: Path) -> Placement:
+    machine = find_hardware("cpu-96gb")
+    return place(GGUFFile.open(model), machine, context=256, threads=1)
+
+
+@pytest.fixture
+def engine(model: Path) -> Iterator[Engine]:
+    with Engine.open(model, n_ctx=128, n_ubatch=32, threads=1) as engine:
+        yield engine
+
+
+def test_measures_at_every_depth_and_forgets(engine: Engine) -> None:
+    first = engine.decode([1, 2], 0).copy()
+    found = measure_depths(engine, DEPTHS)
+    assert [depth.tokens for depth in found] == list(DEPTHS)
+    assert all(depth.prefill > 0 and depth.decode > 0 for depth in found)
+    engine.forget()
+    assert engine.decode([1, 2], 0).tolist() == first.tolist()
+
+
+@pytest.mark.parametrize("depths", [(), (0,), (40, 40), (40, 30)])
+def test_depths_must_ascend(engine: Engine, depths: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="must ascend from 1"):
+        measure_depths(engine, depths)
+
+
+def test_depths_must_leave_room_to_write(engine: Engine) -> None:
+    with pytest.raises(UsageError, match="context of 128 tokens has no room to write 24 after 105"):
+        measure_depths(engine, [105])
+
+
+def test_a_plan_for_several_takes_what_they_need(model: Path, ours: Placement) -> None:
+    trial = try_out(model, replace(ours, context=128, sequences=4), DEPTHS)
+    assert trial.taken["CPU"].kv == pytest.approx(512 * 3 * 2 * 64 * 2, abs=10_000)
+    assert trial.warnings == ()
+
+
+def test_a_worker_and_llama_cpp_by_itself_are_tried_in_processes_of_their_own(
+    model: Path, ours: Placement
+) -> None:
+    steps: list[tuple[int, int, str, str]] = []
+    with local_worker() as worker:
+        machine = this_machine([worker.endpoint], measure=False)
+        moved = experts_in_ram(machine, ours, ())
+        tried = try_out(model, moved, DEPTHS, progress=lambda *step: steps.append(step))
+        alone = try_out(model, None, DEPTHS, workers=[worker.endpoint])
+    assert [depth.tokens for depth in tried.depths] == list(DEPTHS)
+    assert tried.taken["RPC0"].weights > tried.taken["CPU"].weights  # the embedding
+    assert alone.taken["RPC0"].weights == tried.taken["RPC0"].weights
+    assert ("tokens", "reading to 100") in {step[2:] for step in steps}
+
+
+def test_llama_cpp_by_itself_has_as_many_threads_as_the_others(model: Path) -> None:
+    request = {"path": model, "workers": [], "depths": DEPTHS, "threads": 1}
+    with _unplaced(request) as engine:
+        assert llama.llama_n_threads(engine.context) == 1
+
+
+def test_a_contender_that_fails_does_not_end_the_others(model: Path, ours: Placement) -> None:
+    graph, machine = Graph.read(GGUFFile.open(model)), find_hardware("24gb-64gb")
+    lost = experts_in_ram(machine, ours, ())
+    bad, good = bench(graph, machine, [("on no GPU", lost), ("ours", ours)], DEPTHS)
+    assert bad.trial is None
+    assert "no device CUDA0" in (bad.error or "")
+    assert good.trial
+    assert [depth.tokens for depth in good.predicted] == list(DEPTHS)
+    assert good.error is None
+    facts = good.to_json()
+    assert [depth["tokens"] for depth in facts["measured"]] == list(DEPTHS)
+    for each in facts["bytes"]:
+        assert each["predicted"] == pytest.approx(each["real"], abs=1 << 20)
+
+
+def test_a_trial_says_why_a_file_cannot_be_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(Dots1Error, match=r"model\.gguf is not a GGUF file"):
+        try_out(path, None, DEPTHS)
+
+
+def test_nothing_is_predicted_of_an_unmeasured_machine(model: Path, ours: Placement) -> None:
+    graph = Graph.read(GGUFFile.open(model))
+    machine = this_machine(measure=False)
+    assert predicted_depths(graph, machine, all_on_cpu(ours), DEPTHS) == ()

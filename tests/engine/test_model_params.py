@@ -1,0 +1,63 @@
+"""What the engine is told before it loads, in processes of their own: it is told once for all."""
+
+import os
+import socket
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from dots1_local.devices import rpc, rpc_server
+from dots1_local.engine.engine import Engine
+from dots1_local.errors import Dots1Error
+from tests.engine.test_loading import Decisions, placement_for
+from tests.helpers import write_random_gguf
+from tests.workers import local_worker
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_gguf(tmp_path_factory.mktemp("params") / "model.gguf")
+
+
+def test_one_worker_by_two_names_is_refused(model: Path) -> None:
+    with local_worker() as worker, ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        names = (worker.endpoint, f"localhost:{worker.port}")
+        decisions = {"layers": {"RPC0": 2, "RPC1": 2}, "workers": names}
+        with pytest.raises(Dots1Error, match="by another name"):
+            fresh.submit(impatient, model, decisions).result()
+
+
+def impatient(path: Path, decisions: Decisions) -> None:
+    with patch.object(rpc.probe_all, "__defaults__", (0.5,)):
+        Engine.open(path, placement=placement_for(path, **decisions))
+
+
+def test_a_machine_that_vanishes_is_noticed(model: Path) -> None:
+    with local_worker() as worker, ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        decisions = {"layers": {"RPC0": 4}, "workers": (worker.endpoint,)}
+        assert fresh.submit(kept_alive, model, decisions, worker.port).result() == [1]
+
+
+def kept_alive(path: Path, decisions: Decisions, port: int) -> list[int]:
+    """Whether the engine's connections to a port ask for signs of life."""
+    with Engine.open(path, placement=placement_for(path, **decisions)):
+        return [
+            found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            for found in rpc_server.own_sockets()
+            if found.getpeername()[1] == port
+        ]
+
+
+def test_the_batch_that_fetches_weights_is_set_before_the_engine_starts(model: Path) -> None:
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        for batch, warnings in ((64, 0), (64, 0), (128, 1)):
+            assert fresh.submit(min_batch, model, batch).result() == ("64", warnings)
+
+
+def min_batch(path: Path, batch: int) -> tuple[str, int]:
+    placement = placement_for(path, offload_min_batch=batch)
+    with Engine.open(path, placement=placement) as engine:
+        return os.environ["GGML_OP_OFFLOAD_MIN_BATCH"], len(engine.warnings)

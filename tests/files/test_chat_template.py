@@ -1,0 +1,86 @@
+import sys
+
+import pytest
+
+from dots1_local.errors import GGUFError
+from dots1_local.files import chat_template
+from dots1_local.files.chat_template import ChatTemplate
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+LOOPS = "{% for a in range(99999) %}" * 5 + "{% endfor %}" * 5
+
+
+def test_renders_up_to_the_answer() -> None:
+    source = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}{{ end }}"
+    template = ChatTemplate(source + "{% if add_generation_prompt %}>{% endif %}", "f.gguf")
+    assert template.render(MESSAGES, end="!") == "[user:hi]!>"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        LOOPS,
+        LOOPS.replace("}{% endfor", "}{{ messages|length }}{% endfor", 1),
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{{ lipsum(n=100000000) }}",
+    ],
+)
+def test_an_endless_template_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_SECONDS", 0.2)
+    before = sys.gettrace()
+    with pytest.raises(GGUFError, match=r"f\.gguf fails: it runs for more than"):
+        ChatTemplate(source, "f.gguf").render(MESSAGES)
+    assert sys.gettrace() is before
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 10 ** (10 ** 10) }}",
+        "{{ 'x' * 10000000000 }}",
+        "{% set x = [1] * 10000000000 %}",
+        "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    ],
+)
+def test_huge_numbers_and_texts_are_refused_before_they_are_made(source: str) -> None:
+    with pytest.raises(GGUFError, match="something too large"):
+        ChatTemplate(source, "f.gguf").render(MESSAGES)
+
+
+def test_output_is_bounded() -> None:
+    with pytest.raises(GGUFError, match="more than 16777216 characters"):
+        ChatTemplate("{% for i in range(30) %}{{ 'x' * 1000000 }}{% endfor %}", "f.gguf").render(
+            MESSAGES
+        )
+
+
+def test_ordinary_arithmetic_stays() -> None:
+    source = "{{ '  ' * 2 }}{{ [0] * 2 }}{{ 2 ** 3 }}{{ 1.5 * 2 }}{{ 7 % 2 }}"
+    assert ChatTemplate(source, "f.gguf").render(MESSAGES) == "    [0, 0]83.01"
+
+
+def test_json_is_written_as_transformers_does() -> None:
+    source = "{{ it | tojson }}{{ it | tojson(indent=1) }}{{ it | tojson(separators=(',', ':')) }}"
+    it = {"b": "<é> & '", "a": None}
+    assert ChatTemplate(source, "f.gguf").render(MESSAGES, it=it) == (
+        '{"b": "<é> & \'", "a": null}{\n "b": "<é> & \'",\n "a": null\n}{"b":"<é> & \'","a":null}'
+    )
+
+
+def test_knows_which_variables_a_template_reads() -> None:
+    source = (
+        "{# a #}{% set b = 1 %}{% if c is defined %}{{ messages[0].d }}{{ 'e' ~ b }}{% endif %}"
+    )
+    assert ChatTemplate(source, "f.gguf").variables == {"c", "messages"}
+
+
+def test_a_templates_own_words_reach_a_terminal_as_one_harmless_line() -> None:
+    with pytest.raises(GGUFError) as error:
+        ChatTemplate("{{ raise_exception('a\x1b[2J\\nb') }}", "f.gguf").render(MESSAGES)
+    assert str(error.value) == "the chat template of f.gguf fails: a?[2J b"
+
+
+def test_the_sandbox_keeps_python_out() -> None:
+    for source in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"):
+        with pytest.raises(GGUFError, match=r"unsafe|not safely"):
+            ChatTemplate(source, "f.gguf").render(MESSAGES)

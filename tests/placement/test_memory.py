@@ -1,0 +1,219 @@
+"""Predicted memory against hand calculations and against what the engine itself reserves.
+
+The engine loads sparse files at the real widths with `no_alloc`: it plans everything and allocates
+nothing.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_cpp import llama_cpp as llama
+
+from dots1_local.architecture import Dots1Config
+from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.ggml import quant_type
+from dots1_local.placement.memory import (
+    Memory,
+    compute_bytes,
+    kv_bytes,
+    parse_context,
+    parse_memory,
+    weights_budget,
+)
+from tests.engine.sparse_gguf import write_sparse_gguf
+from tests.helpers import CONFIG
+from tools.make_wide import published_config
+
+GB, MIB = 10**9, 2**20
+ROUNDING = 10_000  # the engine logs hundredths of MiB
+ROLES = ("embedding", "attention", "dense", "shared", "routed", "head")
+INPUTS = 20_000  # bytes of token ids and positions in a ubatch of 512
+REAL = Dots1Config.from_json(published_config())
+FEW_LAYERS = Dots1Config.from_json(published_config(num_hidden_layers=4))
+_log: list[str] = []
+
+
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [
+        ("24GB gpu + 64GB ram", Memory((24 * GB,), 64 * GB)),
+        ("2x24GB gpu + 128 GB ram", Memory((24 * GB, 24 * GB), 128 * GB)),
+        ("64 gb RAM+24 GiB VRAM", Memory((24 * 2**30,), 64 * GB)),
+        ("24GB gpu + 12 GB GPU", Memory((24 * GB, 12 * GB), 0)),
+        ("2 x 48GB ram", Memory((), 96 * GB)),
+        ("96GBram", Memory((), 96 * GB)),
+    ],
+)
+def test_reads_memory(text: str, memory: Memory) -> None:
+    assert parse_memory(text) == memory
+    assert parse_memory(str(memory)).gpus == tuple(round(gpu, -8) for gpu in memory.gpus)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "64GB", "24GB gpu +", "24GB gpu, 64GB ram", "0x24GB gpu", "much ram", "0GB ram"]
+)
+def test_refuses_what_is_no_memory(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is no (memory|size) such as"):
+        parse_memory(text)
+
+
+def test_reads_context_sizes() -> None:
+    assert [parse_context(text) for text in ("16k", " 8K", "32768")] == [16384, 8192, 32768]
+    for text in ("", "0", "0k", "16kB", "1.5k", "-1", "9" * 20):
+        with pytest.raises(UsageError, match="is no context size such as 16k"):
+            parse_context(text)
+
+
+def test_kv_cache_of_the_real_model() -> None:
+    # 62 layers x (key + value) x 32 heads x 128 = 507,904 numbers a token
+    assert kv_bytes(REAL, 32768) == 32768 * 507_904 * 2 == 32768 * 1_015_808
+    assert kv_bytes(REAL, 32768, "q8_0") == 32768 * 507_904 * 34 // 32 == 32768 * 539_648
+    assert kv_bytes(REAL, 1000) == kv_bytes(REAL, 1024)
+    with pytest.raises(UsageError, match="no KV cache is kept in Q4_K"):
+        kv_bytes(REAL, 1024, "q4_k")
+
+
+def test_compute_buffer_of_the_real_model() -> None:
+    mask = 512 * 4096 * 2
+    # Six experts' gate, up and product (1408 wide) and output; the residual, two norms, attention.
+    moe = 512 * 4 * (6 * (3 * 1408 + 4096) + 4 * 4096)
+    assert compute_bytes(REAL, 4096, n_outputs=1) == pytest.approx(mask + moe, abs=INPUTS)
+    # Logits fit behind the gaps of the last block only: embeddings, residual, norm and attention.
+    logits = 512 * 4 * (152_064 + 4 * 4096)
+    assert compute_bytes(REAL, 512) == pytest.approx(512 * 512 * 2 + logits, abs=INPUTS)
+    scores = 512 * 4 * (32 * 32768 + 7 * 4096) + 512 * 32768 * 4
+    without = compute_bytes(REAL, 32768, n_outputs=1, flash_attention=False)
+    assert without == pytest.approx(scores, abs=INPUTS)
+
+
+def test_budget_of_a_gpu_and_ram() -> None:
+    budget = weights_budget(REAL, "24GB gpu + 64GB ram", 16384)
+    kv, compute = 16384 * 1_015_808, 2 * compute_bytes(REAL, 16384)
+    assert (budget.total, budget.kv, budget.compute) == (88 * GB, kv, compute)
+    assert budget.reserve == 4_500_000_000
+    assert budget.weights == 88 * GB - kv - compute - 4_500_000_000
+    assert budget.kv_on_gpu == 1
+    assert budget.explanation == (
+        "24.0 GB gpu + 64.0 GB ram - 16.6 GB KV cache for 16,384 tokens (f16) - 673.2 MB buffers "
+        "- 4.5 GB left free = 66.2 GB for weights"
+    )
+
+
+def test_says_how_much_of_the_kv_cache_the_gpu_holds() -> None:
+    assert weights_budget(REAL, "96GB ram", 16384).kv_on_gpu == 0
+    budget = weights_budget(REAL, "24GB gpu + 64GB ram", 32768)
+    room = 24 * GB - 1_500_000_000 - compute_bytes(REAL, 32768)
+    assert budget.kv_on_gpu == room / (32768 * 1_015_808)
+    assert weights_budget(REAL, "2x24GB gpu + 64GB ram", 32768).kv_on_gpu == 1
+    assert weights_budget(REAL, "24GB gpu + 64GB ram", 32768, "q8_0").kv_on_gpu == 1
+
+
+def test_names_the_context_that_would_fit() -> None:
+    with pytest.raises(Dots1Error, match=r"33.3 GB KV cache .* at least 27.9 GB") as error:
+        weights_budget(REAL, "64GB ram", 32768)
+    match = re.search(r"a context of ([\d,]+) tokens would fit", str(error.value))
+    assert match
+    fitting = int(match[1].replace(",", ""))
+    weights_budget(REAL, "64GB ram", fitting)
+    with pytest.raises(Dots1Error):
+        weights_budget(REAL, "64GB ram", fitting + 1)
+
+
+@pytest.mark.parametrize(
+    ("memory", "n_ctx", "sentence"),
+    [
+        ("24GB ram", 16384, "no context fits, and the shortest one lacks 7.[0-9] GB"),
+        ("1GB gpu + 64GB ram", 4096, "a GPU of 1.0 GB has no room .* driver .* leave it out"),
+        ("80GB gpu + 2GB ram", 4096, "RAM of 2.0 GB has no room .* system"),
+        ("96GB ram", 32769, "trained for contexts of 1 to 32768 tokens, not 32769"),
+    ],
+)
+def test_says_what_is_short(memory: str, n_ctx: int, sentence: str) -> None:
+    with pytest.raises(Dots1Error, match=sentence):
+        weights_budget(REAL, memory, n_ctx)
+
+
+@pytest.fixture(scope="module")
+def real_widths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    yield from _load(tmp_path_factory.mktemp("memory") / "real.gguf", FEW_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def small_widths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    yield from _load(tmp_path_factory.mktemp("memory") / "small.gguf", CONFIG)
+
+
+@pytest.mark.parametrize("options", [
+    {"n_outputs": 1}, {"n_outputs": 512}, {"n_outputs": 1, "flash_attention": False},
+    {"n_outputs": 1, "kv_type": "f32"}, {"n_outputs": 1, "kv_type": "q8_0"},
+])  # fmt: skip
+@pytest.mark.parametrize(("n_ctx", "n_ubatch"), [(1000, 512), (4096, 64), (32768, 2048)])
+def test_compute_buffer_is_the_engines(
+    real_widths: Any, n_ctx: int, n_ubatch: int, options: dict[str, Any]
+) -> None:
+    reserved = _compute_buffer(real_widths, n_ctx, n_ubatch, **options)
+    predicted = compute_bytes(FEW_LAYERS, n_ctx, n_ubatch, **options)
+    assert predicted == pytest.approx(reserved, abs=ROUNDING)
+
+
+def test_compute_buffer_of_a_small_model(small_widths: Any) -> None:
+    reserved = _compute_buffer(small_widths, 1024, 512, n_outputs=1)
+    assert compute_bytes(CONFIG, 1024, n_outputs=1) == pytest.approx(reserved, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
+def test_kv_cache_is_the_engines(real_widths: Any, kv_type: str) -> None:
+    log = _reserve(real_widths, 1000, 512, n_outputs=1, kv_type=kv_type)
+    assert kv_bytes(FEW_LAYERS, 1000, kv_type) == _mebibytes(r"llama_kv_cache: size", log)
+
+
+def _load(path: Path, config: Dots1Config) -> Iterator[Any]:
+    params = llama.llama_model_default_params()
+    params.n_gpu_layers = params.load_mode = 0  # no mmap, which no_alloc aborts over
+    params.no_alloc = True
+    llama.llama_log_set(_keep, None)
+    file = write_sparse_gguf(path, config, dict.fromkeys(ROLES, "Q4_0"), vocabulary=False)
+    model = llama.llama_model_load_from_file(bytes(file), params)
+    assert model, "".join(_log)
+    yield model
+    llama.llama_model_free(model)
+
+
+def _reserve(
+    model: Any,
+    n_ctx: int,
+    n_ubatch: int,
+    *,
+    n_outputs: int,
+    flash_attention: bool = True,
+    kv_type: str = "f16",
+) -> str:
+    """What the engine logs when it makes this context."""
+    params = llama.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ubatch, n_ubatch
+    params.n_outputs_max, params.flash_attn_type = n_outputs, int(flash_attention)
+    params.type_k = params.type_v = quant_type(kv_type).ggml
+    llama.llama_log_set(_keep, None)
+    _log.clear()
+    context = llama.llama_init_from_model(model, params)
+    assert context, "".join(_log)
+    llama.llama_free(context)
+    return "".join(_log)
+
+
+def _compute_buffer(model: Any, n_ctx: int, n_ubatch: int, **options: Any) -> float:
+    return _mebibytes("compute buffer size", _reserve(model, n_ctx, n_ubatch, **options))
+
+
+def _mebibytes(label: str, log: str) -> float:
+    match = re.search(rf"{label} = +([\d.]+) MiB", log)
+    assert match, log
+    return float(match[1]) * MIB
+
+
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep(level: int, text: bytes, _: Any) -> None:
+    _log.append(text.decode("utf-8", errors="replace"))

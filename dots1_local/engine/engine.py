@@ -32,12 +32,12 @@ _LONGEST_PIECE = 1 << 16
 
 @dataclass(frozen=True)
 class Entry:
-    """One token of a ubatch: where it stands, in which sequence, whether its logits are wanted."""
+    """One token of a ubatch: its position, its sequence, and whether its logits are computed."""
 
     token: int
     position: int
-    sequence: int = 0
-    wanted: bool = False
+    seq_id: int = 0
+    logits: bool = False
 
 
 class Engine:
@@ -175,7 +175,7 @@ class Engine:
             yield self.submit(entries[start : start + self.n_ubatch])
 
     def submit(self, entries: Sequence[Entry]) -> NDArray[np.float32]:
-        """Compute one ubatch; the logits (wanted entries, n_vocab), valid until the next call.
+        """Compute one ubatch; the logits (entries with logits, n_vocab), valid until the next call.
 
         Raises:
             UsageError: more entries than a ubatch holds.
@@ -183,7 +183,7 @@ class Engine:
         """
         if not 0 < len(entries) <= self.n_ubatch:
             raise UsageError(f"a ubatch holds 1 to {self.n_ubatch} tokens, not {len(entries)}")
-        wanted = sum(entry.wanted for entry in entries)
+        wanted = sum(entry.logits for entry in entries)
         if wanted > self._n_outputs:  # llama.cpp would abort
             raise UsageError("open the engine with all_logits to ask for so many logits")
         self._fill(entries)
@@ -205,8 +205,8 @@ class Engine:
             batch.token[place] = entry.token
             batch.pos[place] = entry.position
             batch.n_seq_id[place] = 1
-            batch.seq_id[place][0] = entry.sequence
-            batch.logits[place] = entry.wanted
+            batch.seq_id[place][0] = entry.seq_id
+            batch.logits[place] = entry.logits
 
     def forget(self, position: int = 0, sequence: int = -1) -> None:
         """Drop what is cached from `position` on, of one sequence or (-1) of all."""

@@ -133,7 +133,7 @@ class Choice:
         start = len(self.slot.tokens)
         last = len(self._tokens) - 1
         return [
-            Entry(token, position, self.slot.number, wanted=position == last)
+            Entry(token, position, self.slot.number, logits=position == last)
             for position, token in enumerate(self._tokens[start : start + limit], start)
         ]
 

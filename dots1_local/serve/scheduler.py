@@ -139,7 +139,7 @@ class Scheduler:
         for choice, entries in parts:
             choice.computed(entries)
             place += len(entries)
-            if entries[-1].wanted:
+            if entries[-1].logits:
                 self._choose(choice, next(rows), place)
 
     def _admit(self) -> None:

@@ -82,7 +82,7 @@ def test_parallel_answers_are_those_given_alone(wild: Path) -> None:
         listeners = [served.ask(order(p, max_tokens=30, top_logprobs=0)) for p in prompts]
         for listener in listeners:
             listener.wait()
-        widest = max(len({entry.sequence for entry in ubatch}) for ubatch in served.ubatches)
+        widest = max(len({entry.seq_id for entry in ubatch}) for ubatch in served.ubatches)
     assert widest == 5
     alone = Alone(wild)
     for prompt, listener in zip(prompts, listeners, strict=True):
@@ -101,7 +101,7 @@ def test_who_writes_gets_a_token_in_every_ubatch(endless: Path) -> None:
         writer.wait()
         alone, *beside = served.ubatches[:41]
     assert len(alone) == 1
-    assert all(ubatch[0].sequence == alone[0].sequence for ubatch in beside[:39])
+    assert all(ubatch[0].seq_id == alone[0].seq_id for ubatch in beside[:39])
     assert sum(len(ubatch) > 1 for ubatch in beside) >= 2
     assert len(beside[0]) == 1 + 32  # as long as nobody knows how long that takes
 

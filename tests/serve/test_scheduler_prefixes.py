@@ -33,7 +33,7 @@ def cached(listener: Listener, index: int = 0) -> int:
 
 
 def sequences(ubatch: Sequence[Entry]) -> set[int]:
-    return {entry.sequence for entry in ubatch}
+    return {entry.seq_id for entry in ubatch}
 
 
 def test_a_conversation_goes_on_from_what_is_there(served: Served, model: Path) -> None:

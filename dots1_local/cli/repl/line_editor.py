@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import create_app_session
@@ -28,8 +29,10 @@ from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 
 from dots1_local.cli._plain import ControlFilter
-from dots1_local.cli.repl.commands import Command
 from dots1_local.errors import UsageError
+
+if TYPE_CHECKING:
+    from dots1_local.cli.repl.commands import Command
 
 __all__ = [
     "QUOTES",
@@ -119,7 +122,7 @@ QUOTES = '"""'
 class LineEditor:
     """Reads what a person enters; everything it shows goes to the terminal, never to a pipe."""
 
-    def __init__(self, commands: Sequence[Command], settings: Sequence[str]) -> None:
+    def __init__(self, commands: Sequence["Command"], settings: Sequence[str]) -> None:
         with create_app_session(output=_terminal()):  # given itself, it would not see a dumb one
             self._prompt: PromptSession[str] = PromptSession(
                 "> ",
@@ -190,7 +193,7 @@ def _history() -> History:
 class _CommandCompleter(Completer):
     """Names of commands, then whatever the command wants next."""
 
-    def __init__(self, commands: Sequence[Command], settings: Sequence[str]) -> None:
+    def __init__(self, commands: Sequence["Command"], settings: Sequence[str]) -> None:
         self._commands, self._settings = commands, settings
         self._paths = PathCompleter(expanduser=True)
 

@@ -32,7 +32,7 @@ main()
 
 # Python after which the sixth call that computes something ends as a lost worker does.
 ABORTS = """
-from dots1_local.runtime.engine import Engine
+from dots1_local.engine.engine import Engine
 decode = Engine.decode
 calls = []
 def aborting(*arguments):

@@ -22,7 +22,7 @@ JSON = {"Content-Type": "application/json"}
 # Loading that takes until it is stopped.
 LOADING = (
     "-c",
-    "import threading, dots1_local.runtime.planned as planned; "
+    "import threading, dots1_local.engine.planned as planned; "
     "planned.load = lambda *a, **k: print('loads', flush=True) or threading.Event().wait(); "
     "from dots1_local.cli import main; main()",
 )

@@ -11,7 +11,7 @@ from tests.workers import local_worker
 # In a process of its own: a worker that is gone would abort this one.
 WITH_WORKER = """
 import json, sys
-from dots1_local.runtime.devices import backends
+from dots1_local.devices import backends
 added = backends.add_worker(sys.argv[1])
 assert backends.add_worker(sys.argv[1]) == added
 assert backends.device_handle("RPC0") == added[0].handle

@@ -19,8 +19,8 @@ SMALL = {
 # In a process of its own: a worker that is gone would abort this one.
 OF_WORKER = """
 import json, sys
-from dots1_local.runtime.devices import speed
-from dots1_local.runtime.devices.backends import add_worker
+from dots1_local.devices import speed
+from dots1_local.devices.backends import add_worker
 for name, value in json.loads(sys.argv[2]).items():
     setattr(speed, name, value)
 (device,) = add_worker(sys.argv[1])

@@ -19,7 +19,7 @@ from tests.workers import Program, Worker, free_port, local_worker
 # llama.cpp's own client with the whole model on the worker: it computes until it is ended.
 CLIENT = """
 import sys
-from dots1_local.runtime.devices.backends import add_worker
+from dots1_local.devices.backends import add_worker
 add_worker(sys.argv[1])
 from llama_cpp import llama_cpp as llama
 params = llama.llama_model_default_params()
@@ -38,7 +38,7 @@ SERVE = """
 import json, sys
 from pathlib import Path
 from dots1_local.errors import Dots1Error
-from dots1_local.runtime.devices.worker import serve
+from dots1_local.devices.worker import serve
 options = json.loads(sys.argv[1])
 cache = options.pop("cache", None)
 try:

@@ -14,7 +14,7 @@ SETUP = """
 import sys
 from pathlib import Path
 from dots1_local.ggml import library
-from dots1_local.runtime.abort import handling
+from dots1_local.engine.abort import handling
 
 def save(sentence):
     Path(sys.argv[1]).write_text("the conversation")
@@ -66,8 +66,8 @@ def test_a_worker_killed_while_the_engine_computes(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "model.gguf")
     script = """
 import os
-from dots1_local.runtime.engine import Engine
-from dots1_local.runtime.placing.placement import Placement
+from dots1_local.engine.engine import Engine
+from dots1_local.placement.placement import Placement
 
 path, worker, pid = sys.argv[2:]
 placement = Placement(

@@ -6,9 +6,10 @@ Everything else in the package is a decision about one of the tensors listed her
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
-from dots1_local.errors import CheckpointError
+from dots1_local.errors import CheckpointError, Dots1Error, GGUFError
 
 __all__ = ["ROLES", "Dots1Config", "Role", "TensorSpec", "inventory", "padded_width"]
 
@@ -17,7 +18,7 @@ ROLES: tuple[Role, ...] = (
     "embedding", "head", "norm", "attention", "dense", "router", "shared", "routed",
 )  # fmt: skip
 
-# A config.json beyond these is garbage, not a bigger model, and its inventory fills the memory.
+# Numbers beyond these are garbage, not a bigger model, and its inventory would fill the memory.
 _LIMIT = 1 << 24
 _MOST_LAYERS = _MOST_EXPERTS = 1024
 
@@ -47,53 +48,86 @@ class Dots1Config:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Dots1Config":
-        """Read the published forms of config.json, and those transformers writes.
+        """Read the published forms of config.json, and those that transformers writes.
 
         Raises:
-            CheckpointError: another architecture, a missing key, or an unsupported variant.
+            CheckpointError: the architecture is another one, a key is missing, or the model is a
+                variant that llama.cpp does not compute.
         """
         _check_architecture(raw)
-        heads = _integer(raw, "num_attention_heads")
-        hidden = _integer(raw, "hidden_size")
+        values = _Values("config.json", raw, CheckpointError)
+        heads = values.integer("num_attention_heads")
+        hidden = values.integer("hidden_size")
         config = cls(
             hidden_size=hidden,
-            num_hidden_layers=_integer(raw, "num_hidden_layers", most=_MOST_LAYERS),
+            num_hidden_layers=values.integer("num_hidden_layers", most=_MOST_LAYERS),
             num_attention_heads=heads,
-            num_key_value_heads=_integer(raw, "num_key_value_heads", default=heads),
-            head_dim=_integer(raw, "head_dim", default=hidden // max(heads, 1)),
-            intermediate_size=_integer(raw, "intermediate_size"),
-            moe_intermediate_size=_integer(raw, "moe_intermediate_size"),
-            n_routed_experts=_integer(raw, "n_routed_experts", most=_MOST_EXPERTS),
-            n_shared_experts=_integer(raw, "n_shared_experts"),
-            num_experts_per_tok=_integer(raw, "num_experts_per_tok"),
-            first_k_dense_replace=_integer(raw, "first_k_dense_replace", least=0),
-            routed_scaling_factor=_number(raw, "routed_scaling_factor"),
-            norm_topk_prob=_boolean(raw, "norm_topk_prob"),
-            vocab_size=_integer(raw, "vocab_size"),
-            rms_norm_eps=_number(raw, "rms_norm_eps"),
-            rope_theta=_rope_theta(raw),
-            max_position_embeddings=_integer(raw, "max_position_embeddings"),
-            tie_word_embeddings=_boolean(raw, "tie_word_embeddings"),
+            num_key_value_heads=values.integer("num_key_value_heads", default=heads),
+            head_dim=values.integer("head_dim", default=hidden // heads),
+            intermediate_size=values.integer("intermediate_size"),
+            moe_intermediate_size=values.integer("moe_intermediate_size"),
+            n_routed_experts=values.integer("n_routed_experts", most=_MOST_EXPERTS),
+            n_shared_experts=values.integer("n_shared_experts"),
+            num_experts_per_tok=values.integer("num_experts_per_tok"),
+            first_k_dense_replace=values.integer("first_k_dense_replace", least=0),
+            routed_scaling_factor=values.number("routed_scaling_factor"),
+            norm_topk_prob=values.boolean("norm_topk_prob", default=False),
+            vocab_size=values.integer("vocab_size"),
+            rms_norm_eps=values.number("rms_norm_eps"),
+            rope_theta=_rope_theta(values),
+            max_position_embeddings=values.integer("max_position_embeddings"),
+            tie_word_embeddings=values.boolean("tie_word_embeddings", default=False),
         )
-        config._check()
+        _check_consistent(config, values)
         return config
 
-    def _check(self) -> None:
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise CheckpointError(
-                f"config.json routes to {self.num_experts_per_tok} experts a token "
-                f"but has only {self.n_routed_experts}"
+    @classmethod
+    def from_gguf(cls, keys: Mapping[str, Any], file: str | Path) -> "Dots1Config":
+        """Read the `dots1.*` keys of `file`; `moe_intermediate_size` is the stored, padded width.
+
+        A key that llama.cpp does not require has llama.cpp's default.
+
+        Raises:
+            GGUFError: the architecture is another one, a key is missing, or its value is not
+                usable; the message names the file and the key.
+        """
+        architecture = keys.get("general.architecture")
+        if architecture != "dots1":
+            raise GGUFError(
+                f"{file} holds a model of architecture {architecture!r:.40}; "
+                "dots1-local runs dots1 models only"
             )
-        if self.first_k_dense_replace > self.num_hidden_layers:
-            raise CheckpointError(
-                f"config.json has {self.first_k_dense_replace} dense layers "
-                f"but only {self.num_hidden_layers} layers"
-            )
-        if self.num_attention_heads != self.num_key_value_heads:
-            raise CheckpointError(
-                f"config.json has {self.num_key_value_heads} key-value heads for "
-                f"{self.num_attention_heads} query heads; dots1 in llama.cpp needs them equal"
-            )
+        numbers = {key: _uniform(keys[key]) for key in keys if key.startswith("dots1.")}
+        values = _Values(str(file), numbers, GGUFError)
+        heads = values.integer("dots1.attention.head_count")
+        hidden = values.integer("dots1.embedding_length")
+        dense = values.integer("dots1.leading_dense_block_count", default=0, least=0)
+        tokens = keys.get("tokenizer.ggml.tokens")
+        config = cls(
+            hidden_size=hidden,
+            num_hidden_layers=values.integer("dots1.block_count", most=_MOST_LAYERS),
+            num_attention_heads=heads,
+            num_key_value_heads=values.integer("dots1.attention.head_count_kv", default=heads),
+            head_dim=values.integer("dots1.attention.key_length", default=hidden // heads),
+            intermediate_size=values.integer(
+                "dots1.feed_forward_length", default=None if dense else 1
+            ),
+            moe_intermediate_size=values.integer("dots1.expert_feed_forward_length"),
+            n_routed_experts=values.integer("dots1.expert_count", most=_MOST_EXPERTS),
+            n_shared_experts=values.integer("dots1.expert_shared_count"),
+            num_experts_per_tok=values.integer("dots1.expert_used_count"),
+            first_k_dense_replace=dense,
+            routed_scaling_factor=values.number("dots1.expert_weights_scale"),
+            norm_topk_prob=values.boolean("dots1.expert_weights_norm"),
+            vocab_size=(
+                len(tokens) if isinstance(tokens, list) else values.integer("dots1.vocab_size")
+            ),
+            rms_norm_eps=values.number("dots1.attention.layer_norm_rms_epsilon", zero=True),
+            rope_theta=values.number("dots1.rope.freq_base"),
+            max_position_embeddings=values.integer("dots1.context_length"),
+        )
+        _check_consistent(config, values)
+        return config
 
     def is_dense(self, layer: int) -> bool:
         """Whether `layer` has a plain FFN instead of routed experts."""
@@ -246,46 +280,78 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
         )
 
 
-def _rope_theta(raw: Mapping[str, Any]) -> float:
-    """`rope_theta`, which transformers >= 5 moves under `rope_parameters`. Never a default."""
-    parameters = raw.get("rope_parameters")
-    scaling = raw.get("rope_scaling")
-    for rope in (parameters, scaling):
+@dataclass(frozen=True)
+class _Values:
+    """Values of `source` by key, checked when they are taken; a wrong one raises `error`."""
+
+    source: str
+    raw: Mapping[str, Any]
+    error: type[Dots1Error]
+
+    def integer(
+        self, key: str, *, default: int | None = None, least: int = 1, most: int = _LIMIT
+    ) -> int:
+        value = self.raw.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self._wrong(key, f"an integer from {least} to {most}")
+        return value
+
+    def number(self, key: str, *, zero: bool = False) -> float:
+        """A number above 0, or 0 if `zero` allows it."""
+        value = self.raw.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self._wrong(key, "a positive number")
+        if not (0 < value < 1e12 or (zero and value == 0)):
+            raise self._wrong(key, "a positive number")
+        return float(value)
+
+    def boolean(self, key: str, *, default: bool | None = None) -> bool:
+        value = self.raw.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false")
+        return value
+
+    def _wrong(self, key: str, wanted: str) -> Dots1Error:
+        value = self.raw.get(key)
+        found = "is missing" if value is None else f"is {value!r:.40}"
+        return self.error(f"{self.source} needs {key} to be {wanted}, but it {found}")
+
+
+def _check_consistent(config: Dots1Config, values: _Values) -> None:
+    if config.num_experts_per_tok > config.n_routed_experts:
+        raise values.error(
+            f"{values.source} routes each token to {config.num_experts_per_tok} experts "
+            f"but has only {config.n_routed_experts}"
+        )
+    if config.first_k_dense_replace > config.num_hidden_layers:
+        raise values.error(
+            f"{values.source} has {config.first_k_dense_replace} dense layers "
+            f"but only {config.num_hidden_layers} layers"
+        )
+    if config.num_attention_heads != config.num_key_value_heads:
+        raise values.error(
+            f"{values.source} has {config.num_key_value_heads} key-value heads for "
+            f"{config.num_attention_heads} query heads; llama.cpp's dots1 needs as many of both"
+        )
+
+
+def _uniform(value: Any) -> Any:
+    """The number that a short array repeats for every layer, as some keys are stored."""
+    is_array = isinstance(value, list) and len(value) <= _MOST_LAYERS
+    return value[0] if is_array and len(set(value)) == 1 else value
+
+
+def _rope_theta(values: _Values) -> float:
+    """`rope_theta`, which transformers >= 5 moves under `rope_parameters`. It has no default."""
+    parameters = values.raw.get("rope_parameters")
+    for rope in (parameters, values.raw.get("rope_scaling")):
         kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
         if kind not in (None, "default"):
             raise CheckpointError(f"config.json scales RoPE ({kind!r}), which is not supported")
     if isinstance(parameters, Mapping) and "rope_theta" in parameters:
-        return _number(parameters, "rope_theta")
-    return _number(raw, "rope_theta")
-
-
-def _integer(
-    raw: Mapping[str, Any],
-    key: str,
-    *,
-    default: int | None = None,
-    least: int = 1,
-    most: int = _LIMIT,
-) -> int:
-    value = raw.get(key)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise CheckpointError(
-            f"config.json needs {key} to be an integer from {least} to {most}, not {value!r}"
-        )
-    return value
-
-
-def _boolean(raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"config.json needs {key} to be true or false, not {value!r}")
-    return bool(value)
-
-
-def _number(raw: Mapping[str, Any], key: str) -> float:
-    value = raw.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
-        raise CheckpointError(f"config.json needs {key} to be a positive number, not {value!r}")
-    return float(value)
+        return _Values(values.source, parameters, values.error).number("rope_theta")
+    return values.number("rope_theta")

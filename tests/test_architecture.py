@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dots1_local.architecture import ROLES, Dots1Config, TensorSpec, inventory, padded_width
-from dots1_local.errors import CheckpointError
+from dots1_local.errors import CheckpointError, GGUFError
 from tests.micro import micro_config
 from tools.make_wide import published_config
 
@@ -125,7 +125,7 @@ def test_rope_theta_under_rope_parameters() -> None:
         ({"n_routed_experts": 10**7}, "n_routed_experts"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_key_value_heads": 1}, "1 key-value heads for 2 query heads"),
-        ({"num_experts_per_tok": 5}, "5 experts a token but has only 4"),
+        ({"num_experts_per_tok": 5}, "5 experts"),
         ({"first_k_dense_replace": 3}, "3 dense layers but only 2 layers"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"routed_scaling_factor": 0}, "routed_scaling_factor"),
@@ -135,4 +135,66 @@ def test_other_models_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError) as error:
         Dots1Config.from_json(micro_config(**changes))
     assert "config.json" in str(error.value)
+    assert words in str(error.value)
+
+
+# By hand, from the list of keys in llama.cpp's gguf-py/gguf/constants.py.
+KEYS: dict[str, Any] = {
+    "general.architecture": "dots1",
+    "dots1.block_count": 62,
+    "dots1.context_length": 32768,
+    "dots1.embedding_length": 4096,
+    "dots1.feed_forward_length": 10944,
+    "dots1.attention.head_count": 32,
+    "dots1.attention.head_count_kv": 32,
+    "dots1.attention.key_length": 128,
+    "dots1.attention.layer_norm_rms_epsilon": 1e-5,
+    "dots1.rope.freq_base": 1e7,
+    "dots1.leading_dense_block_count": 1,
+    "dots1.expert_count": 128,
+    "dots1.expert_used_count": 6,
+    "dots1.expert_shared_count": 2,
+    "dots1.expert_feed_forward_length": 1408,
+    "dots1.expert_weights_scale": 2.5,
+    "dots1.expert_weights_norm": True,
+    "dots1.vocab_size": 152064,
+}
+
+
+def test_the_keys_of_a_gguf_say_what_config_json_says() -> None:
+    assert Dots1Config.from_gguf(KEYS, "m.gguf") == FULL
+
+
+@pytest.mark.parametrize(
+    "key", ["attention.head_count_kv", "attention.key_length", "leading_dense_block_count"]
+)
+def test_a_key_that_llama_cpp_does_not_need_has_its_default(key: str) -> None:
+    keys = {name: value for name, value in KEYS.items() if name != f"dots1.{key}"}
+    dense = 0 if key == "leading_dense_block_count" else 1
+    assert Dots1Config.from_gguf(keys, "m.gguf") == replace(FULL, first_k_dense_replace=dense)
+
+
+def test_a_key_may_repeat_its_number_for_every_layer() -> None:
+    keys = KEYS | {"dots1.expert_used_count": [6] * 62, "tokenizer.ggml.tokens": ["a"] * 152064}
+    assert Dots1Config.from_gguf(keys, "m.gguf") == FULL
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("general.architecture", "llama", "architecture 'llama'"),
+        ("general.architecture", None, "architecture None"),
+        ("dots1.block_count", None, "block_count"),
+        ("dots1.block_count", 10**7, "block_count"),
+        ("dots1.embedding_length", "4096", "embedding_length"),
+        ("dots1.expert_weights_norm", 1, "expert_weights_norm"),
+        ("dots1.rope.freq_base", None, "rope.freq_base"),
+        ("dots1.expert_used_count", [6] * 61 + [7], "expert_used_count"),
+        ("dots1.attention.head_count_kv", 8, "8 key-value heads"),
+    ],
+)
+def test_an_unusable_key_is_named_with_its_file(key: str, value: Any, words: str) -> None:
+    with pytest.raises(GGUFError) as error:
+        Dots1Config.from_gguf(KEYS | {key: value}, "m.gguf")
+    assert "m.gguf" in str(error.value)
     assert words in str(error.value)

@@ -8,6 +8,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as llama
 
+from dots1_local.architecture import Dots1Config
 from dots1_local.devices.hardware import CPU
 from dots1_local.devices.limits import available_ram
 from dots1_local.devices.rpc import keep_alive
@@ -32,7 +33,6 @@ from dots1_local.placement.memory import kv_bytes
 from dots1_local.placement.placement import Placement, human_context
 from dots1_local.progress import Progress, silent
 from dots1_local.sizes import human_bytes
-from dots1_local.verify.numbers import config_of
 
 __all__ = ["Loaded", "OutOfMemory", "dry_run", "load_model"]
 
@@ -164,10 +164,8 @@ def _check_free(predicted: Mapping[str, Usage], devices: Iterable[str]) -> None:
 
 
 def _kv_cache(gguf: GGUFFile, wanted: Settings) -> int:
-    """Bytes that all sequences' KV caches take; 0 of a file that lacks numbers of the model."""
-    config = config_of(gguf)
-    if config is None:
-        return 0
+    """Bytes that the KV caches of all sequences take."""
+    config = Dots1Config.from_gguf(gguf.keys, gguf.files[0])
     if wanted.shared_cache:
         return kv_bytes(config, wanted.n_ctx * wanted.n_sequences, wanted.kv_type)
     return wanted.n_sequences * kv_bytes(config, wanted.n_ctx, wanted.kv_type)

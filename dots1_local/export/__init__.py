@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.errors import GGUFError
 from dots1_local.export.configuration import check_computes_the_same, config_json
 from dots1_local.export.expert_width import true_width
 from dots1_local.export.folder import Folder
@@ -22,7 +21,6 @@ from dots1_local.export.tokenizer import end_tokens, tokenizer_config_json, toke
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.progress import Progress, silent
 from dots1_local.verify.lint import check_loadable
-from dots1_local.verify.numbers import config_of
 
 __all__ = ["SHARD_SIZE", "Export", "Exported", "export_checkpoint"]
 
@@ -70,7 +68,8 @@ class Export:
                 has no place for.
         """
         gguf = GGUFFile.open(path)
-        stored = _config(gguf)
+        check_loadable(gguf)
+        stored = Dots1Config.from_gguf(gguf.keys, gguf.files[0])
         check_computes_the_same(gguf)
         tensors = model_tensors(gguf, stored)
         width = true_width(tensors, stored, threads=threads, progress=progress)
@@ -142,15 +141,6 @@ def export_checkpoint(
     """Write what a GGUF decodes to as a Hugging Face checkpoint; see `Export` for the steps."""
     export = Export.prepare(path, shard_size=shard_size, threads=threads)
     return export.run(output, threads=threads, force=force, progress=progress)
-
-
-def _config(gguf: GGUFFile) -> Dots1Config:
-    """The model's configuration, with experts as wide as they are stored."""
-    check_loadable(gguf)
-    config = config_of(gguf)
-    if config is None:  # in which case it is not loadable
-        raise GGUFError(f"{gguf.files[0]} does not say what model it holds")
-    return config
 
 
 def _documents(gguf: GGUFFile, config: Dots1Config) -> tuple[dict[str, Any], list[str]]:

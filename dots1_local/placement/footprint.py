@@ -12,14 +12,13 @@ from dataclasses import dataclass, fields, replace
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.devices.hardware import CPU, Device, Hardware
-from dots1_local.errors import GGUFError, UsageError
+from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFFile, GGUFTensor, role_of
 from dots1_local.placement.compute_buffer import compute_buffers
 from dots1_local.placement.graph_memory import CUDA
 from dots1_local.placement.memory import kv_bytes
 from dots1_local.placement.placement import Placement
 from dots1_local.placement.steps import Graph
-from dots1_local.verify.numbers import config_of
 
 __all__ = [
     "GPU_MARGIN",
@@ -82,9 +81,7 @@ def footprint(
         GGUFError: no dots1 model, or one that lacks something.
         UsageError: the placement is for a model of another depth.
     """
-    config = config_of(gguf)
-    if config is None:
-        raise GGUFError(f"{gguf.files[0]} lacks numbers of the model; run dots1 verify on it")
+    config = Dots1Config.from_gguf(gguf.keys, gguf.files[0])
     if placement.blocks != config.num_hidden_layers:
         raise UsageError(
             f"this placement is for a model of {placement.blocks} blocks, and {gguf.files[0]} has "

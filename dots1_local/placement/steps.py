@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from dots1_local.architecture import Dots1Config
 from dots1_local.errors import GGUFError
 from dots1_local.files.gguf import GGUFFile, GGUFTensor
-from dots1_local.verify.numbers import config_of
 
 __all__ = ["ATTENTION", "HEAD", "Graph", "Step", "is_routed"]
 
@@ -62,15 +61,7 @@ class Graph:
         Raises:
             GGUFError: another architecture, missing numbers, or missing tensors.
         """
-        architecture = gguf.keys.get("general.architecture")
-        if architecture != "dots1":
-            raise GGUFError(
-                f"{gguf.files[0]} holds a model of architecture {architecture!r:.40}; "
-                "dots1-local places dots1 models only"
-            )
-        config = config_of(gguf)
-        if config is None:
-            raise GGUFError(f"{gguf.files[0]} lacks numbers of the model; run dots1 verify on it")
+        config = Dots1Config.from_gguf(gguf.keys, gguf.files[0])
         tensors = {tensor.name: tensor for tensor in gguf.tensors}
         try:
             steps = tuple(_steps(config, tensors))

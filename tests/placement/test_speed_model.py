@@ -224,7 +224,7 @@ def test_knows_what_was_not_measured() -> None:
 
 def test_another_architecture_is_a_sentence(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "other.gguf", architecture="llama")
-    with pytest.raises(GGUFError, match="of architecture 'llama'; dots1-local places dots1"):
+    with pytest.raises(GGUFError, match="architecture 'llama'"):
         Graph.read(GGUFFile.open(path))
     path = write_random_gguf(tmp_path / "less.gguf", without=["blk.1.attn_q.weight"])
     with pytest.raises(GGUFError, match=r"no tensor blk\.1\.attn_q\.weight"):

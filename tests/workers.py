@@ -11,8 +11,6 @@ from pathlib import Path
 from threading import Timer
 from typing import Self
 
-from dots1_local.devices import rpc_server
-
 __all__ = ["Program", "Worker", "free_port", "local_worker", "start_dots1"]
 
 _DEADLINE = 60  # seconds; only a failing test waits so long
@@ -85,17 +83,16 @@ class Worker(Program):
     It has one thread, and serves its CPU on a free port of 127.0.0.1 when this returns.
     """
 
-    def __init__(self, cache: str | None = None, patience: float = 10) -> None:
+    def __init__(self) -> None:
         self.port = free_port()
         self.endpoint = f"127.0.0.1:{self.port}"
         request = {
             "endpoint": self.endpoint,
             "threads": 1,
             "devices": ["CPU"],
-            "cache": cache,
-            "patience": patience,
+            "cache": None,
         }
-        super().__init__("-m", rpc_server.__name__, json.dumps(request))
+        super().__init__("-m", "dots1_local.devices.worker", json.dumps(request))
         self.wait_for("listening")
 
 

@@ -6,6 +6,7 @@ A worker that cannot be reached aborts the process too: probe it first (`rpc.pro
 """
 
 import ctypes
+import os
 from collections.abc import Mapping, Sequence
 from ctypes import c_char_p, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.ggml import library
 
 __all__ = [
-    "BUILD_RPC",
     "DeviceInfo",
     "Kind",
     "Signatures",
@@ -25,11 +25,13 @@ __all__ = [
     "backend_names",
     "buffer_type",
     "build_with",
+    "check_rpc",
     "declare",
     "device_handle",
     "devices",
     "extra_buffer_types",
     "host_buffer_type",
+    "serve_rpc",
 ]
 
 Kind = Literal["cpu", "gpu", "igpu", "accel", "meta"]
@@ -61,6 +63,12 @@ _DEVICE: Signatures = {
 }
 _GET_EXTRA = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)
 _ADD_SERVER = ctypes.CFUNCTYPE(c_void_p, c_char_p)
+_RPC: Signatures = {
+    "ggml_backend_rpc_start_server": (
+        None,
+        (c_char_p, c_char_p, c_size_t, c_size_t, ctypes.POINTER(c_void_p)),
+    ),
+}
 
 
 def build_with(*flags: str) -> str:
@@ -70,9 +78,6 @@ def build_with(*flags: str) -> str:
         f'CMAKE_ARGS="{arguments}" pip install --force-reinstall --no-cache-dir --no-deps '
         "llama-cpp-python"
     )
-
-
-BUILD_RPC = build_with("GGML_RPC")
 
 
 @dataclass(frozen=True)
@@ -165,17 +170,41 @@ def add_worker(endpoint: str) -> tuple[DeviceInfo, ...]:
     Raises:
         Dots1Error: this build has no RPC, or the worker has no devices.
     """
+    check_rpc()
     ggml, base = _registry(), _base()
     rpc = ggml.ggml_backend_reg_by_name(b"RPC")
-    add = rpc and base.ggml_backend_reg_get_proc_address(rpc, b"ggml_backend_rpc_add_server")
-    if not add:
-        raise Dots1Error(f"this llama-cpp-python has no RPC; build one that has: {BUILD_RPC}")
+    add = base.ggml_backend_reg_get_proc_address(rpc, b"ggml_backend_rpc_add_server")
     worker = _ADD_SERVER(add)(endpoint.encode())
     if not worker:
         raise Dots1Error(f"the worker at {endpoint} has no devices")
     ggml.ggml_backend_register(worker)
     count = base.ggml_backend_reg_dev_count(worker)
     return tuple(_info(base.ggml_backend_reg_dev_get(worker, index)) for index in range(count))
+
+
+def serve_rpc(
+    endpoint: str, served: Sequence[DeviceInfo], *, threads: int = 1, cache: str | None = None
+) -> None:
+    """Serve devices to other machines until the process ends; needs `check_rpc` before.
+
+    `cache` is a folder for weights. This returns only if the server cannot start; it has printed
+    why.
+    """
+    handles = (c_void_p * len(served))(*(device.handle for device in served))
+    folder = None if cache is None else os.fsencode(cache)
+    rpc = declare(library("ggml-rpc"), _RPC)
+    rpc.ggml_backend_rpc_start_server(endpoint.encode(), folder, threads, len(served), handles)
+
+
+def check_rpc() -> None:
+    """Make sure that this build of llama-cpp-python can work with workers.
+
+    Raises:
+        Dots1Error: the RPC backend was not compiled in.
+    """
+    if "RPC" not in backend_names():
+        command = build_with("GGML_RPC")
+        raise Dots1Error(f"this llama-cpp-python was built without RPC; build it anew: {command}")
 
 
 def declare(lib: ctypes.CDLL, signatures: Signatures) -> ctypes.CDLL:

@@ -1,18 +1,19 @@
-"""Workers elsewhere, asked from Python: an address that is wrong costs a sentence.
+"""The addresses of workers, and whether a worker answers there.
 
-The engine itself aborts the process where no worker answers, so that is asked first, in what is
-needed of its RPC protocol (llama.cpp's `ggml-rpc.cpp`): a request is a byte for the command, the
-size as 8 bytes, and the data; an answer is size and data. All numbers are little-endian.
+The engine aborts the process if no worker answers. So the address is probed first, in the part of
+llama.cpp's RPC protocol (`ggml-rpc.cpp`) that this needs: a request is a byte for the command, the
+size as 8 bytes, and the data; an answer is the size and the data. Numbers are little-endian.
 """
 
-import json
+import os
 import re
 import socket
+import stat
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -20,13 +21,15 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import Self
 
-from dots1_local.devices import rpc_server
+from dots1_local.devices import backends
+from dots1_local.devices.hardware import CPU
 from dots1_local.errors import Dots1Error, UsageError
 
 __all__ = [
     "DEFAULT_PORT",
     "WorkerDevice",
     "WorkerInfo",
+    "announce",
     "keep_alive",
     "parse_endpoint",
     "probe",
@@ -37,14 +40,15 @@ DEFAULT_PORT = 50052  # llama.cpp's own
 
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]{0,252})", re.IGNORECASE)
 _MEMORY, _HELLO, _COUNT = 11, 14, 15  # enum rpc_cmd
-_CAPABILITIES = bytes(24)  # of connections other than TCP: none
-_MOST_DEVICES = 256
-_SLOWEST_START = 60  # seconds; drivers take some
+_CAPABILITIES = bytes(24)  # no connections other than TCP
+_MAX_DEVICES = 256
+_MAX_START = 60  # seconds; GPU drivers take some
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # a minute in all
 
 
 @dataclass(frozen=True)
 class WorkerDevice:
-    """Bytes of a device's memory as its worker tells them; a CPU's are all `free`."""
+    """Bytes of a device's memory as the worker reports them; a CPU's memory is all `free`."""
 
     free: int
     total: int
@@ -52,7 +56,7 @@ class WorkerDevice:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """Who answered at `endpoint` (host:port), in which version of the protocol, with what."""
+    """A worker at `endpoint` (host:port): the version of its RPC protocol, and its devices."""
 
     endpoint: str
     version: str
@@ -60,19 +64,21 @@ class WorkerInfo:
 
 
 def parse_endpoint(text: str) -> str:
-    """A worker's address as the engine wants it, host:port; a port left out is 50052.
+    """A worker's address as the engine takes it, host:port; the default port is 50052.
 
     Raises:
-        UsageError: no host name or IPv4 address, or no port.
+        UsageError: the text is not a host name or IPv4 address with a valid port.
     """
     host, colon, port = text.strip().partition(":")
     if ":" in port or host.startswith("["):
         raise UsageError(
-            f"{text!r} is no worker's address: give HOST:PORT, with a name or an IPv4 address "
-            "(the engine knows no IPv6 and no URLs)"
+            f"{text!r} is not a worker's address: give HOST:PORT, with a name or an IPv4 address "
+            "(the engine supports neither IPv6 nor URLs)"
         )
     if not _HOST.fullmatch(host):
-        raise UsageError(f"{text!r} is no worker's address: give HOST:PORT, as in 10.0.0.2:50052")
+        raise UsageError(
+            f"{text!r} is not a worker's address: give HOST:PORT, such as 10.0.0.2:50052"
+        )
     number = port if colon else str(DEFAULT_PORT)
     if not (number.isascii() and number.isdigit() and 0 < int(number[:6]) < 1 << 16):
         raise UsageError(f"{text!r} has no port from 1 to 65535; give HOST:PORT")
@@ -80,38 +86,39 @@ def parse_endpoint(text: str) -> str:
 
 
 def probe(endpoint: str, timeout: float = 5.0) -> WorkerInfo:
-    """Who answers at `endpoint`; where this returns, the engine may connect.
+    """Ask the worker at `endpoint` who it is; if this returns, the engine may connect.
 
-    It takes at most `timeout` seconds, the first time in a process also the engine's start.
+    It takes at most `timeout` seconds, and the first time in a process also the engine's start.
 
     Raises:
-        UsageError: this is no address.
-        Dots1Error: nobody answers in time, or not a worker that this engine can work with.
+        UsageError: `endpoint` is not an address.
+        Dots1Error: nobody answers in time, or it is not a worker that this engine can work with.
     """
     return probe_all([endpoint], timeout)[0]
 
 
 def probe_all(endpoints: Iterable[str], timeout: float = 5.0) -> list[WorkerInfo]:
-    """Probe workers that are to be used together, each for `timeout` seconds.
+    """Probe workers that are to be used together, each for at most `timeout` seconds.
 
-    One of two names would wait for ever while the engine uses the other, so that all are held
-    here until the last has answered. The same address twice is one worker.
+    All connections stay open until the last worker has answered: a worker serves one client at a
+    time, so one that is listed by two names is found out here and does not hang the engine. An
+    address that is given twice counts once.
 
     Raises:
-        UsageError: one of them is no address.
-        Dots1Error: as `probe` does; or two are the same worker.
+        UsageError: one of them is not an address.
+        Dots1Error: as for `probe`, or two addresses are the same worker.
     """
     distinct = list(dict.fromkeys(map(parse_endpoint, endpoints)))
     found = []
-    with ExitStack() as held:
+    with ExitStack() as stack:
         for number, endpoint in enumerate(distinct):
-            ours = engine_version()
-            connection = _Connection.open(endpoint, timeout, beside=distinct[:number])
-            found.append(_ask(held.enter_context(connection), endpoint, ours))
+            version = engine_version()
+            worker = _WorkerConnection.open(endpoint, timeout, others=distinct[:number])
+            found.append(_ask(stack.enter_context(worker), endpoint, version))
     return found
 
 
-def _ask(worker: "_Connection", endpoint: str, ours: str) -> WorkerInfo:
+def _ask(worker: "_WorkerConnection", endpoint: str, ours: str) -> WorkerInfo:
     version = worker.version()
     if version != ours:
         raise Dots1Error(
@@ -119,7 +126,7 @@ def _ask(worker: "_Connection", endpoint: str, ours: str) -> WorkerInfo:
             f"engine {ours}; install the same llama-cpp-python on both machines"
         )
     (count,) = struct.unpack("<I", worker.ask(_COUNT, b"", 4))
-    if not 0 < count <= _MOST_DEVICES:
+    if not 0 < count <= _MAX_DEVICES:
         raise Dots1Error(f"the worker at {endpoint} says it has {count:,} devices; restart it")
     memory = [worker.ask(_MEMORY, struct.pack("<I", index), 16) for index in range(count)]
     return WorkerInfo(
@@ -127,58 +134,78 @@ def _ask(worker: "_Connection", endpoint: str, ours: str) -> WorkerInfo:
     )
 
 
-def keep_alive(endpoints: Iterable[str]) -> None:
-    """Have the engine notice within a minute that a machine it is connected to has vanished.
+def keep_alive(ports: Collection[int]) -> None:
+    """Have the kernel end connections to or from these ports when the other machine vanishes.
 
-    By itself it would wait for that one's answer for ever, and hear no Ctrl-C meanwhile.
+    It notices within about a minute. Without this the engine waits for ever, deaf to Ctrl-C. The
+    engine does not give its sockets away, so this goes through all of the process.
     """
-    ports = {int(endpoint.rpartition(":")[2]) for endpoint in endpoints}
-    for found in rpc_server.own_sockets():
-        with suppress(OSError):  # one that listens has no peer
-            if found.getpeername()[1] in ports:
-                rpc_server.keep_alive(found)
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):  # closed since, or a listening socket, which has no peer
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as found:
+                    _keep_alive(found, ports)
+
+
+def _keep_alive(found: socket.socket, ports: Collection[int]) -> None:
+    if found.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    if found.getsockname()[1] in ports or found.getpeername()[1] in ports:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE.items():
+            if hasattr(socket, name):
+                found.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 @cache
 def engine_version() -> str:
-    """The version of the protocol that the installed engine speaks; it only says so in print.
+    """The version of the RPC protocol that the installed engine speaks, which it only prints.
 
     Raises:
         Dots1Error: this build has no RPC, or the engine does not start.
     """
-    command = f"from {rpc_server.__name__} import announce; announce()"
     try:
-        said = subprocess.run(
-            [sys.executable, "-P", "-c", command],
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", f"from {__name__} import announce; announce()"],
             capture_output=True,
             text=True,
             check=False,
-            timeout=_SLOWEST_START,
+            timeout=_MAX_START,
         )
     except subprocess.TimeoutExpired:
         raise Dots1Error(
-            f"the engine did not start within {_SLOWEST_START} s; look after the GPU's driver"
+            f"the engine did not start within {_MAX_START} s; check the GPU's driver"
         ) from None
-    if found := re.search(r"RPC server v(\d+\.\d+\.\d+)", said.stdout):
+    if found := re.search(r"RPC server v(\d+\.\d+\.\d+)", done.stdout):
         return found[1]
-    if said.stdout.startswith("{"):
-        raise Dots1Error(json.loads(said.stdout)["error"])
-    *_, last = ["it did not say why", *filter(None, said.stderr.split("\n"))]
-    raise Dots1Error(f"the engine cannot be asked for its version of the RPC protocol: {last}")
+    *_, last = ["it did not say why", *filter(None, done.stderr.split("\n"))]
+    raise Dots1Error(f"cannot find out the engine's version of the RPC protocol: {last}")
 
 
-class _Connection:
-    """A conversation with what may be a worker, all of it before `deadline`."""
+def announce() -> None:
+    """Have the engine print the version of the RPC protocol, and exit with the error if it fails.
+
+    The endpoint has no port, so the server introduces itself and gives up.
+    """
+    try:
+        backends.check_rpc()
+    except Dots1Error as error:
+        sys.exit(str(error))
+    backends.serve_rpc("", [device for device in backends.devices() if device.name == CPU])
+
+
+class _WorkerConnection:
+    """A connection to what may be a worker, with one `deadline` for everything."""
 
     def __init__(
-        self, endpoint: str, sock: socket.socket, deadline: float, beside: Sequence[str]
+        self, endpoint: str, sock: socket.socket, deadline: float, others: Sequence[str]
     ) -> None:
         self._endpoint, self._socket, self._deadline = endpoint, sock, deadline
-        self._beside = beside  # workers that are held meanwhile
+        self._others = others  # workers that this process is connected to
         self._answered = False
 
     @classmethod
-    def open(cls, endpoint: str, timeout: float, beside: Sequence[str] = ()) -> Self:
+    def open(cls, endpoint: str, timeout: float, others: Sequence[str] = ()) -> Self:
         deadline = time.monotonic() + timeout
         host, _, port = endpoint.partition(":")
         address = _within(timeout, lambda: socket.gethostbyname(host))
@@ -197,7 +224,7 @@ class _Connection:
             ) from None
         except OSError as error:
             raise Dots1Error(f"cannot reach {endpoint}: {error.strerror or error}") from None
-        return cls(endpoint, sock, deadline, beside)
+        return cls(endpoint, sock, deadline, others)
 
     def __enter__(self) -> Self:
         return self
@@ -217,15 +244,12 @@ class _Connection:
             (length,) = struct.unpack("<Q", self._receive(8))
             if length != size:
                 raise Dots1Error(
-                    f"what answers at {self._endpoint} is no worker, or of another version of "
+                    f"{self._endpoint} is not a worker, or has another version of "
                     "llama-cpp-python; check the port"
                 )
             answer = self._receive(size)
         except TimeoutError:
-            raise Dots1Error(
-                f"{self._endpoint} accepts the connection and does not answer: if that is a "
-                "worker, another client is using it (it serves one at a time)" + self._alias()
-            ) from None
+            raise Dots1Error(self._silent()) from None
         except OSError as error:
             raise Dots1Error(f"lost {self._endpoint}: {error.strerror or error}") from None
         self._answered = True
@@ -235,31 +259,36 @@ class _Connection:
         received = bytearray()
         while len(received) < size:
             self._socket.settimeout(_left(self._deadline))
-            piece = self._socket.recv(size - len(received))
-            if not piece:
+            data = self._socket.recv(size - len(received))
+            if not data:
                 raise Dots1Error(self._closed())
-            received += piece
+            received += data
         return bytes(received)
 
-    def _alias(self) -> str:
-        return f", or it is {' or '.join(self._beside)} by another name" if self._beside else ""
+    def _silent(self) -> str:
+        others = f", or it is the same as {' or '.join(self._others)}" if self._others else ""
+        return (
+            f"{self._endpoint} accepts the connection and does not answer: if it is a worker, "
+            "another client is using it (it serves one at a time; start it again if none is)"
+            + others
+        )
 
     def _closed(self) -> str:
         if self._answered:
             return f"the worker at {self._endpoint} is gone; look there for why it ended"
         return (
-            f"{self._endpoint} closes the connection: it is no worker, or one of another version "
+            f"{self._endpoint} closes the connection: it is not a worker, or has another version "
             "of llama-cpp-python"
         )
 
 
 def _left(deadline: float) -> float:
-    """Seconds, at least a few: 0 would mean not to wait."""
+    """Seconds until the deadline, at least a few milliseconds: 0 would mean not to wait."""
     return max(deadline - time.monotonic(), 0.001)
 
 
 def _within(seconds: float, work: Callable[[], str]) -> str | None:
-    """What `work` returns, None where it fails or takes longer: resolvers know no time-out."""
+    """What `work` returns, or None if it fails or takes longer; resolvers have no time-out."""
     results: Queue[str | None] = Queue()
 
     def run() -> None:

@@ -1,7 +1,13 @@
-"""A worker: this machine's devices, for another machine's engine to compute on.
+"""A worker serves this machine's devices to another machine's engine.
 
-The engine's own server does the work, in a process of its own: it ends the process on requests it
-cannot make sense of and on errors of a device, and is then started again.
+llama.cpp's RPC server does the work in a child process, `python -m dots1_local.devices.worker
+REQUEST`. That server ends its process on requests that it cannot parse and on errors of a device;
+`serve` then starts it again.
+
+With a cache the server writes every tensor above 10 MiB to a file named after a hash of its
+content, and later trusts any file of that name. A file that a kill or a full disk cut short would
+silently become a model's weights. So `serve` makes each complete file read-only and deletes all
+others before it starts a server.
 """
 
 import ipaddress
@@ -12,22 +18,30 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
+from threading import Thread
 from typing import Any
 
-from dots1_local.devices import rpc_cache, rpc_server
-from dots1_local.devices.hardware import physical_cores
-from dots1_local.devices.rpc import DEFAULT_PORT, parse_endpoint
+from dots1_local.devices import backends
+from dots1_local.devices.backends import DeviceInfo
+from dots1_local.devices.hardware import CPU, physical_cores
+from dots1_local.devices.rpc import DEFAULT_PORT, keep_alive, parse_endpoint
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.sizes import human_bytes
 
-__all__ = ["serve"]
+__all__ = ["keep_weights", "open_cache", "serve"]
 
-_PATIENCE = 10.0  # seconds a client may take to say what it is
+# Lines that llama.cpp's server logs.
 _SAVED = re.compile(r"saved to '.*([0-9a-f]{16})'")
-_NO_CLIENT = ("Expected HELLO", "HELLO request size mismatch")  # beginnings of the engine's lines
+_REFUSED = ("Expected HELLO", "HELLO request size mismatch")
+_UNTELLING = ("{", "Accepted client", "Client connection closed")
+_READ_ONLY = 0o400
+_ROOM = 1 << 20  # bytes
 
 
 def serve(
@@ -38,33 +52,77 @@ def serve(
     devices: Sequence[str] = (),
     cache: Path | None = None,
 ) -> Generator[str, None, None]:
-    """Serve the named devices, or all GPUs, or else the CPU; yields what happens, in sentences.
+    """Serve the named devices, by default all GPUs or else the CPU, and yield events as sentences.
 
-    Goes on until it is closed, one client at a time, and frees the port then. `threads` is for the
-    CPU, by default its physical cores. `cache` is a folder to keep weights in.
+    The server takes one client at a time and runs until the generator is closed, which frees the
+    port. `threads` is for the CPU, by default its physical cores. `cache` is a folder to keep
+    weights in.
 
     Raises:
-        UsageError: the address is not this machine's or taken, the cache cannot be written, there
-            is no such device, or this build has no RPC.
-        Dots1Error: the engine cannot serve.
+        UsageError: the address is not this machine's or is taken, the cache cannot be written, a
+            device does not exist, or this build has no RPC.
+        Dots1Error: the server cannot start.
     """
     address = _address(host, port)
     _check_free(address, host, port)
-    cores = os.cpu_count() or 1
     request = {
         "endpoint": f"{address}:{port}",
-        "threads": min(threads, cores) if threads else physical_cores(),
+        "threads": min(threads, os.cpu_count() or 1) if threads else physical_cores(),
         "devices": list(devices),
         "cache": None if cache is None else str(cache),
-        "patience": _PATIENCE,
     }
     if cache is not None:
-        rpc_cache.open_folder(cache)
-    yield from _warnings(address)
+        open_cache(cache)
+    if not ipaddress.ip_address(address).is_loopback:
+        yield (
+            "warning: there is no authentication and no encryption, and anyone who reaches this "
+            "port can read and write this process's memory. Use a private link, or 127.0.0.1 and "
+            "an SSH tunnel."
+        )
     while True:
-        yield from _run(request, cache)
+        yield from _run_server(request, cache)
         if cache is not None:
-            rpc_cache.clean(cache)
+            _delete_incomplete(cache)
+
+
+def open_cache(folder: Path) -> None:
+    """Make the folder, for its owner only, and delete files that may be incomplete.
+
+    Raises:
+        UsageError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_room(folder)
+        _delete_incomplete(folder)
+    except OSError as error:
+        raise UsageError(f"cannot keep weights in {folder}: {error.strerror or error}") from None
+
+
+def _delete_incomplete(folder: Path) -> None:
+    """Delete files that may be incomplete; no server may be running."""
+    for file in folder.iterdir():
+        is_weights = re.fullmatch(r"[0-9a-f]{16}", file.name)
+        if is_weights and file.stat().st_mode & 0o777 != _READ_ONLY:
+            file.unlink(missing_ok=True)
+
+
+def keep_weights(file: Path) -> bool:
+    """Keep a file that the server has just written, unless the disk is full; whether it is kept."""
+    try:
+        _check_room(file.parent)
+        file.chmod(_READ_ONLY)
+    except OSError:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _check_room(folder: Path) -> None:
+    """Raise OSError if the disk is full, which the server does not notice."""
+    with TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, _ROOM)
 
 
 def _address(host: str, port: int) -> str:
@@ -78,86 +136,134 @@ def _address(host: str, port: int) -> str:
 
 
 def _check_free(address: str, host: str, port: int) -> None:
-    with socket.socket() as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            trial.bind((address, port))
-            trial.listen(1)
+            listener.bind((address, port))
+            listener.listen(1)
         except OSError as error:
             raise UsageError(
                 f"cannot listen at {host}:{port}: {error.strerror or error}; choose another "
-                "--port, or as --host an address of this machine"
+                "--port, or an address of this machine as --host"
             ) from None
 
 
-def _warnings(address: str) -> Generator[str, None, None]:
-    if not ipaddress.ip_address(address).is_loopback:
-        yield (
-            "warning: whoever reaches this port can read and write this process's memory: there "
-            "is no authentication and no encryption. Use a private link, or 127.0.0.1 and an SSH "
-            "tunnel."
-        )
-
-
-def _run(request: Mapping[str, Any], cache: Path | None) -> Generator[str, None, None]:
-    """Run the server until it dies; what it says, and why it died.
+def _run_server(request: Mapping[str, Any], cache: Path | None) -> Generator[str, None, None]:
+    """Start the server and yield events until it dies, the last one being why it died.
 
     Raises:
-        Dots1Error: it died without a client having had a part in it.
+        Dots1Error: the server died before it listened.
     """
-    said: deque[str] = deque(maxlen=16)
-    clients = 0
+    log: deque[str] = deque(maxlen=16)
+    listened = False
+    with _server_process(request) as process:
+        for line in process.stdout or ():
+            log.append(line.strip())
+            listened = listened or "listening" in line
+            yield from _events(line, request, cache)
+        reason = _reason(process.wait(), log)
+    if not listened:
+        raise Dots1Error(f"the server cannot start: {reason}")
+    yield f"the server died and is started again: {reason}"
+
+
+@contextmanager
+def _server_process(request: Mapping[str, Any]) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", rpc_server.__name__, json.dumps(request)],
-        stdin=subprocess.PIPE,  # it ends when this closes, also where we are killed
+        [sys.executable, "-P", "-m", "dots1_local.devices.worker", json.dumps(request)],
+        stdin=subprocess.PIPE,  # the server ends when this closes, even if this process is killed
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         text=True,
         errors="replace",
-        start_new_session=True,  # Ctrl-C is for us to hear
-    ) as server:
+        start_new_session=True,  # Ctrl-C is for this process
+    ) as process:
         try:
-            for line in server.stdout or ():
-                if line.startswith("{"):
-                    yield from _news(json.loads(line), request)
-                elif (saved := _SAVED.search(line)) and cache is not None:
-                    if not rpc_cache.keep(cache, saved[1]):
-                        yield f"weights are not kept: there is no room in {cache}"
-                elif line.startswith(_NO_CLIENT):
-                    yield "turned away who is no client, or one of another llama.cpp"
-                elif line.startswith("Accepted"):
-                    clients += 1
-                else:
-                    said.append(line.strip())
+            yield process
         finally:
-            server.kill()
-    reason = _reason(server.wait(), said)
-    if not clients:
-        raise Dots1Error(f"the engine cannot serve: {reason}")
-    yield f"the server died and is started again: {reason}"
+            process.kill()
 
 
-def _news(news: Mapping[str, Any], request: Mapping[str, Any]) -> Generator[str, None, None]:
-    """What our own process of the server tells."""
-    if "error" in news:
-        raise UsageError(news["error"])
-    for name, description, free, total in news.get("devices", ()):
-        # of RAM the engine counts all as free
+def _events(line: str, request: Mapping[str, Any], cache: Path | None) -> Iterator[str]:
+    """The events that a line of the server's output stands for."""
+    if line.startswith("{"):
+        yield from _own_events(json.loads(line), request)
+    elif line.startswith(_REFUSED):
+        yield "refused a connection that did not speak llama.cpp's RPC protocol"
+    elif cache and (saved := _SAVED.search(line)) and not keep_weights(cache / saved[1]):
+        yield f"weights are not kept, because the disk of {cache} is full"
+
+
+def _own_events(message: Mapping[str, Any], request: Mapping[str, Any]) -> Iterator[str]:
+    """The events that a line of `_main` stands for."""
+    if "error" in message:
+        raise UsageError(message["error"])
+    for name, description, free, total in message.get("devices", ()):
         memory = "" if free == total else f"{human_bytes(free)} free of "
         yield f"serving {name} ({description.strip()}) with {memory}{human_bytes(total)}"
-    if "occupied" in news:
-        yield "a client is here" if news["occupied"] else "the client has left"
-    if "listening" in news:
+    if "listening" in message:
         threads, endpoint = request["threads"], request["endpoint"]
         yield f"listening at {endpoint}, {threads} thread{'s' * (threads > 1)}"
         shown = re.sub(r"^0\.0\.0\.0", "ADDRESS", endpoint)
         yield f"use it with dots1 chat FILE.gguf --worker {shown}; Ctrl-C ends it"
 
 
-def _reason(status: int, said: Sequence[str]) -> str:
+def _reason(status: int, log: Iterable[str]) -> str:
     if status == -signal.SIGKILL:
-        return "it was killed, maybe for want of memory"
-    telling = [line for line in said if "GGML_ASSERT" in line or "what():" in line]
-    *_, last = ["it did not say why", *filter(None, said), *telling]
-    return last
+        return "the process was killed, perhaps because memory ran out"
+    lines = [line for line in log if line and not line.startswith(_UNTELLING)]
+    causes = [line for line in lines if "GGML_ASSERT" in line or "what():" in line]
+    return (causes or lines or ["it did not say why"])[-1]
+
+
+def _main(request: str) -> None:
+    """Run the server in this process until the process is killed or its standard input closes.
+
+    Lines of JSON on stdout, among llama.cpp's own, tell the parent what happens.
+    """
+    asked = json.loads(request)
+    Thread(target=_end_with_input, daemon=True).start()
+    try:
+        backends.check_rpc()
+        chosen = _choose(asked["devices"])
+    except Dots1Error as error:
+        _send(error=str(error))
+        return
+    _send(devices=[[each.name, each.description, each.free, each.total] for each in chosen])
+    Thread(target=_report_listening, args=(asked["endpoint"],), daemon=True).start()
+    backends.serve_rpc(asked["endpoint"], chosen, threads=asked["threads"], cache=asked["cache"])
+
+
+def _choose(names: Sequence[str]) -> list[DeviceInfo]:
+    """The named devices; without names the GPUs, or the CPU if there are none."""
+    here = {device.name: device for device in backends.devices()}
+    if unknown := [name for name in names if name not in here]:
+        raise Dots1Error(f"there is no device {unknown[0]} to serve; there are {', '.join(here)}")
+    gpus = [device for device in here.values() if device.kind in ("gpu", "igpu")]
+    return [here[name] for name in dict.fromkeys(names)] or gpus or [here[CPU]]
+
+
+def _end_with_input() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
+
+
+def _report_listening(endpoint: str) -> None:
+    """Wait until the server accepts connections, and tell the parent."""
+    host, _, port = endpoint.partition(":")
+    while True:
+        with suppress(OSError), socket.create_connection((host, int(port)), 1):
+            break
+        time.sleep(0.01)
+    keep_alive([int(port)])  # accepted connections inherit the option
+    _send(listening=True)
+
+
+def _send(**message: Any) -> None:
+    os.write(1, json.dumps(message).encode() + b"\n")  # C's stdio buffers; whole lines do not mix
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -103,7 +103,7 @@ def load_model(
     used = placement.used_devices if placement else ()
     names, workers = buffer_names(used), endpoints(placement)
     model, sizes = _make_model(gguf, params, names, progress)
-    keep_alive(workers)
+    keep_alive({int(worker.rpartition(":")[2]) for worker in workers})
     try:
         context, more = _make_context(gguf, model, _context_params(wanted), names)
     except BaseException:

@@ -19,7 +19,7 @@ def test_a_signal_ends_it_at_once_and_frees_the_port(number: signal.Signals) -> 
         program.wait_for("Ctrl-C ends it")
         with socket.create_connection(("127.0.0.1", port)) as client:  # also with a client
             client.sendall(struct.pack("<BQ24x", 14, 24))
-            program.wait_for("is here")
+            assert len(client.recv(36, socket.MSG_WAITALL)) == 36
             os.kill(program.process.pid, number)
             assert program.wait_for_end() == 128 + number
         with socket.socket() as again:

@@ -63,7 +63,7 @@ def test_an_endpoint_is_a_host_and_a_port(text: str, endpoint: str) -> None:
         *("a b:1", "büro:1", "box\n:1", "-x:1"),
     ],
 )
-def test_what_is_no_endpoint_is_refused(text: str) -> None:
+def test_refuses_what_is_not_an_address(text: str) -> None:
     with pytest.raises(UsageError, match="HOST:PORT"):
         parse_endpoint(text)
 
@@ -77,8 +77,9 @@ def test_a_worker_tells_its_devices_and_stays_usable(worker: Worker) -> None:
 
 
 def test_nobody_listens() -> None:
-    with pytest.raises(Dots1Error, match=r"nobody listens at .*dots1 worker"):
-        probe(f"127.0.0.1:{free_port()}")
+    endpoint = f"127.0.0.1:{free_port()}"
+    with pytest.raises(Dots1Error, match=f"{endpoint}.*dots1 worker"):
+        probe(endpoint)
 
 
 def test_a_host_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,13 +87,13 @@ def test_a_host_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
         raise socket.gaierror(name)
 
     monkeypatch.setattr(socket, "gethostbyname", unknown)
-    with pytest.raises(Dots1Error, match="cannot find the host 'box'"):
+    with pytest.raises(Dots1Error, match="host 'box'"):
         probe("box:1")
 
 
 def test_a_resolver_that_takes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostbyname", lambda name: time.sleep(60))
-    with pytest.raises(Dots1Error, match="cannot find the host 'box'"):
+    with pytest.raises(Dots1Error, match="host 'box'"):
         probe("box:1", timeout=0.1)
 
 
@@ -121,23 +122,25 @@ def trickle(connection: socket.socket) -> None:
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        (send(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "is no worker"),
-        (flood, "is no worker"),
+        (send(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "not a worker"),
+        (flood, "not a worker"),
         (send(b""), "closes the connection"),
         (send(HELLO[:20]), "closes the connection"),
         (trickle, "does not answer"),
         (lambda connection: time.sleep(5), "does not answer.*another client"),
-        (send(HELLO.replace(b"\x07", b"\x06")), "speaks version 6.0.0 .* engine 7.0.0"),
-        (send(HELLO, b""), "worker at .* is gone"),
-        (send(HELLO, COUNT, struct.pack("<QI", 16, 5)), "worker at .* is gone"),
-        (send(HELLO, struct.pack("<QI", 4, 0)), "has 0 devices"),
-        (send(HELLO, struct.pack("<QI", 4, 1 << 31)), "has 2,147,483,648 devices"),
+        (send(HELLO.replace(b"\x07", b"\x06")), "6.0.0 .*7.0.0"),
+        (send(HELLO, b""), "is gone"),
+        (send(HELLO, COUNT, struct.pack("<QI", 16, 5)), "is gone"),
+        (send(HELLO, struct.pack("<QI", 4, 0)), "0 devices"),
+        (send(HELLO, struct.pack("<QI", 4, 1 << 31)), "2,147,483,648 devices"),
         (send(HELLO, struct.pack("<QI", 1 << 60, 1)), "another version"),
     ],
 )
-def test_who_is_no_worker_costs_a_sentence(host: Host, script: Script, message: str) -> None:
-    with pytest.raises(Dots1Error, match=message):
-        probe(host(script), timeout=0.5)
+def test_says_why_it_is_not_a_usable_worker(host: Host, script: Script, message: str) -> None:
+    endpoint = host(script)
+    with pytest.raises(Dots1Error, match=message) as error:
+        probe(endpoint, timeout=0.5)
+    assert endpoint in str(error.value)
 
 
 def test_a_worker_that_resets_the_connection(host: Host) -> None:
@@ -154,14 +157,14 @@ def test_a_worker_that_others_use_and_then_leave(worker: Worker) -> None:
     with socket.create_connection(("127.0.0.1", worker.port)) as client:
         client.sendall(hello)
         assert len(client.recv(36, socket.MSG_WAITALL)) == 36
-        with pytest.raises(Dots1Error, match="another client is using it"):
+        with pytest.raises(Dots1Error, match="another client"):
             probe(worker.endpoint, timeout=0.2)
     assert probe(worker.endpoint).devices
 
 
 def test_one_worker_by_two_names_is_refused(worker: Worker) -> None:
     names = [worker.endpoint, f"localhost:{worker.port}"]
-    with pytest.raises(Dots1Error, match=rf"localhost:.*, or it is {worker.endpoint} by another"):
+    with pytest.raises(Dots1Error, match=rf"localhost:.* {worker.endpoint}"):
         probe_all(names, timeout=0.5)
     with local_worker() as other:
         found = probe_all([worker.endpoint, other.endpoint, f" {worker.endpoint} "])

@@ -15,8 +15,7 @@ import uvicorn
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
 from dots1_local.serve.http.app import BACKLOG, IDLE_SECONDS, Connection, allow_files, make_app
-from dots1_local.serve.http.model import Model
-from dots1_local.serve.http.service import Service
+from dots1_local.serve.http.service import Model, Service
 from dots1_local.serve.scheduler import Scheduler
 
 __all__ = ["Server", "bind", "is_loopback", "url_of"]

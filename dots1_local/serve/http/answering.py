@@ -18,8 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from dots1_local.serve.generation import Event, Failed, Finished, Order, Piece, TokenLogprob
-from dots1_local.serve.http.errors import ApiError
-from dots1_local.serve.http.options import Options
+from dots1_local.serve.http.request import ApiError, Options
 from dots1_local.serve.scheduler import Scheduler
 
 __all__ = [

@@ -5,24 +5,25 @@ uvicorn's connections, bounded in number and in how long they may be without a r
 
 import asyncio
 import hmac
+import logging
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import h11
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dots1_local.serve.http.errors import HANDLERS, ApiError
-from dots1_local.serve.http.model import Model
-from dots1_local.serve.http.service import RETRY_SOON, Service
+from dots1_local.serve.http.request import ApiError, check_model_name
+from dots1_local.serve.http.service import RETRY_SOON, Model, Service
 
 __all__ = [
     "BACKLOG",
@@ -48,7 +49,7 @@ def make_app(
         return JSONResponse({"object": "list", "data": [_entry(service)]})
 
     async def model(request: Request) -> Response:
-        service.check_name(request.path_params["name"])
+        check_model_name(request.path_params["name"], service.name)
         return JSONResponse(_entry(service))
 
     async def chat(request: Request) -> Response:
@@ -72,7 +73,7 @@ def make_app(
             Route("/v1/completions", completions, methods=["POST"]),
         ],
         middleware=middleware,
-        exception_handlers=HANDLERS,
+        exception_handlers=_HANDLERS,
     )
     # A redirect would name the scheme and host that a proxy in front hides: perhaps without TLS.
     app.router.redirect_slashes = False
@@ -110,6 +111,43 @@ def _entry(service: Service) -> dict[str, Any]:
         "owned_by": "dots1-local",
         "max_model_len": service.opened()[0].n_ctx,
     }
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _refuse_path(request: Request, error: Exception) -> Response:
+    """A path or method that does not exist."""
+    assert isinstance(error, HTTPException)
+    path = f"{request.url.path:.80}"
+    if error.status_code == 405:
+        message = f"{path} does not know {request.method}"
+    else:
+        message = (
+            f"there is no {path} here, but /v1/chat/completions, /v1/completions and /v1/models"
+        )
+    return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+async def _drop(request: Request, error: Exception) -> Response:
+    """A client that left while it was sending; nobody will read this."""
+    return Response(status_code=400)
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    """A bug: the details are for the log alone."""
+    logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
+    return ApiError(500, "something went wrong in the server; its log says what").response()
+
+
+_HANDLERS: Mapping[Any, Any] = {
+    ApiError: _refuse,
+    HTTPException: _refuse_path,
+    ClientDisconnect: _drop,
+    Exception: _fail,
+}
 
 
 BACKLOG = 128  # connections that asyncio accepts at once

@@ -15,7 +15,7 @@ from typing import Any
 from dots1_local.chat.message import ToolCall
 from dots1_local.serve.generation import Finished, Piece, TokenLogprob
 from dots1_local.serve.http.answering import Collected, Document, Writer, logprob, token_name
-from dots1_local.serve.http.options import Options
+from dots1_local.serve.http.request import Options
 
 __all__ = [
     "ChatWriter",

@@ -1,96 +1,90 @@
-"""The body of POST /v1/completions.
-
-The responses of POST /v1/completions.
-"""
+"""POST /v1/completions: its request body and its responses."""
 
 import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from msgspec import Meta
 
 from dots1_local.files.json_file import brief
 from dots1_local.serve.generation import Finished, Piece, TokenLogprob
 from dots1_local.serve.http.answering import Collected, Document, Writer, logprob, token_name
-from dots1_local.serve.http.body import Fields
-from dots1_local.serve.http.errors import ApiError, invalid
-from dots1_local.serve.http.options import (
-    MOST_CHOICES,
-    MOST_TOKENS,
+from dots1_local.serve.http.request import (
+    MAX_CHOICES,
     Options,
-    refuse_unsupported,
-    take_options,
+    SharedFields,
+    convert_body,
+    invalid,
+    read_options,
 )
 
-__all__ = [
-    "CompletionRequest",
-    "CompletionWriter",
-    "take_completion",
-]
+__all__ = ["CompletionRequest", "CompletionWriter", "read_completion"]
+
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+Prompt = str | tuple[int, ...]  # a text or token ids
 
 
-_USUAL_LENGTH = 16  # tokens, OpenAI's
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"suffix": ("",)}
+class _CompletionFields(SharedFields, frozen=True, kw_only=True):
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **SharedFields.unsupported,
+        "suffix": ("",),
+    }
 
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """Texts to complete, each a string or token ids; with `echo` the answers begin with them."""
+    """Prompts to complete; with `echo` each answer begins with its prompt."""
 
-    prompts: tuple[str | tuple[int, ...], ...]
+    prompts: tuple[Prompt, ...]
     echo: bool
     options: Options
 
 
-def take_completion(fields: Fields, n_vocab: int) -> CompletionRequest:
-    """The request in a body.
+def read_completion(raw: Mapping[str, Any], n_vocab: int) -> CompletionRequest:
+    """Read the body of a completion request.
 
     Raises:
-        ApiError: a field is not what it must be.
+        ApiError: a field is invalid or unsupported, or fields contradict each other.
     """
-    refuse_unsupported(fields, _UNSUPPORTED)
-    echo, logprobs = fields.boolean("echo"), fields.integer("logprobs", 0, 5)
-    if echo and logprobs is not None:
+    fields = convert_body(raw, _CompletionFields)
+    if fields.echo and fields.logprobs is not None:
         raise invalid("echo with logprobs is not supported; leave out one of them", "echo")
-    max_tokens = fields.integer("max_tokens", 1, MOST_TOKENS)
-    options = take_options(
-        fields, n_vocab, _USUAL_LENGTH if max_tokens is None else max_tokens, logprobs
+    options = read_options(
+        fields, n_vocab, fields.max_tokens or _DEFAULT_MAX_TOKENS, fields.logprobs
     )
-    if (fields.integer("best_of", 1, MOST_CHOICES) or options.n) != options.n:
+    if fields.best_of not in (None, options.n):
         raise invalid("best_of other than n is not supported; leave it out", "best_of")
-    prompts = tuple(_prompts(fields, n_vocab))
-    if len(prompts) * options.n > MOST_CHOICES:
-        message = f"{len(prompts)} prompts with n {options.n} are more than {MOST_CHOICES} choices"
-        raise invalid(f"{message}; send them apart", "prompt")
-    return CompletionRequest(prompts, echo, options)
+    prompts = _prompts(fields.prompt, n_vocab)
+    if len(prompts) * options.n > MAX_CHOICES:
+        message = f"{len(prompts)} prompts with n {options.n} are more than {MAX_CHOICES} choices"
+        raise invalid(f"{message}; split the request", "prompt")
+    return CompletionRequest(prompts, bool(fields.echo), options)
 
 
-def _prompts(fields: Fields, n_vocab: int) -> Sequence[str | tuple[int, ...]]:
-    raw = fields.value("prompt")
-    if raw is None:
-        raise fields.required("prompt", "the beginning of a text")
-    prompts = raw if isinstance(raw, list) and not _of_tokens(raw) else [raw]
-    if not prompts or not all(prompts):
+def _prompts(given: str | list[Any], n_vocab: int) -> tuple[Prompt, ...]:
+    """Return the prompts in a string, a list of token ids, or a list of either."""
+    single = isinstance(given, str) or all(isinstance(each, int) for each in given)
+    prompts = [given] if single else given
+    if any(isinstance(each, int) for each in prompts):
+        raise invalid("prompt mixes token ids with texts; give a list of either", "prompt")
+    if not all(prompts):
         raise invalid("prompt is empty; give the beginning of a text", "prompt")
-    return [_prompt(prompt, fields, n_vocab) for prompt in prompts]
+    return tuple(each if isinstance(each, str) else _tokens(each, n_vocab) for each in prompts)
 
 
-def _of_tokens(raw: list[Any]) -> bool:
-    return bool(raw) and type(raw[0]) in (int, float, bool)
-
-
-def _prompt(prompt: Any, fields: Fields, n_vocab: int) -> str | tuple[int, ...]:
-    if isinstance(prompt, str):
-        return prompt
-    if not isinstance(prompt, list):
-        raise fields.wrong("prompt", "a string, token ids, or a list of either")
-    for token in prompt:
-        if type(token) is not int or not 0 <= token < n_vocab:
-            raise _no_token(token, n_vocab)
-    return tuple(prompt)
-
-
-def _no_token(token: Any, n_vocab: int) -> ApiError:
-    return invalid(f"prompt has {brief(token)}, not a token's id from 0 to {n_vocab - 1}", "prompt")
+def _tokens(given: list[int], n_vocab: int) -> tuple[int, ...]:
+    for token in given:
+        if not 0 <= token < n_vocab:
+            message = f"prompt has {brief(token)}, not a token id from 0 to {n_vocab - 1}"
+            raise invalid(message, "prompt")
+    return tuple(given)
 
 
 class CompletionWriter(Writer):

@@ -1,28 +1,104 @@
-"""What the endpoints share: one model, available once it is loaded and until the server ends."""
+"""The model behind the endpoints: available once it is loaded and until the server ends."""
 
 import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 from starlette.requests import Request
 
-from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.chat.prompt import Prompter, RawPrompter
+from dots1_local.engine.engine import Engine
+from dots1_local.errors import Dots1Error, GGUFError, UsageError
 from dots1_local.serve.generation import Order, QueueFull
 from dots1_local.serve.http.answering import PING_SECONDS, Answering, Writer
-from dots1_local.serve.http.body import Fields, parse, read
-from dots1_local.serve.http.errors import ApiError, invalid
-from dots1_local.serve.http.model import Model
+from dots1_local.serve.http.chat_request import read_chat
+from dots1_local.serve.http.chat_writer import ChatWriter
+from dots1_local.serve.http.completions import CompletionWriter, read_completion
+from dots1_local.serve.http.request import (
+    ApiError,
+    check_model_name,
+    invalid,
+    parse_body,
+    read_body,
+)
 from dots1_local.serve.scheduler import Scheduler
 
-__all__ = ["RETRY_SOON", "Service"]
+__all__ = ["RETRY_SOON", "Model", "Service"]
 
-Reader = Callable[[Model, Fields], tuple[list[Order], Writer]]  # reads a body
-
-_READERS = 2  # threads that parse requests and tokenise prompts
 RETRY_SOON = {"Retry-After": "5"}  # seconds
+_READERS = 2  # threads that parse requests and tokenise prompts
+
+
+class Model:
+    """A loaded model under its served name; several threads may use it at once."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine, self.name = engine, name
+        self.n_ctx = engine.n_ctx
+        self._raw_prompter, self._no_chat = RawPrompter(engine), ""
+        self._prompter: Prompter | None = None
+        try:
+            self._prompter = Prompter(engine, name)
+        except GGUFError as error:  # a base model, which can still complete texts
+            self._no_chat = str(error)
+
+    def chat(self, raw: dict[str, Any]) -> tuple[list[Order], Writer]:
+        """Read a body of /v1/chat/completions.
+
+        Raises:
+            ApiError: the request is malformed, too long, or asks for something unsupported.
+        """
+        if self._prompter is None:
+            raise invalid(f"{self._no_chat}; use /v1/completions", "messages")
+        request = read_chat(raw, self._engine.n_vocab)
+        if request.tools and not self._prompter.writes_tool_calls:
+            message = "the model's chat template has no tools, or writes calls without <tool_call>"
+            raise invalid(f"{message}; leave out tools", "tools")
+        try:
+            tokens = self._prompter.tokens(request.messages, request.tools)
+        except UsageError as error:  # the template cannot take these tools or tool calls
+            raise invalid(str(error), "tools" if request.tools else "messages") from None
+        except GGUFError as error:  # the template refuses these messages
+            raise invalid(str(error), "messages") from None
+        orders = list(request.options.orders(self._checked(tokens, "messages")))
+        tools = bool(request.tools)
+        return orders, ChatWriter(self.name, request.options, len(orders), tools=tools)
+
+    def completion(self, raw: dict[str, Any]) -> tuple[list[Order], Writer]:
+        """Read a body of /v1/completions.
+
+        Raises:
+            ApiError: the request is malformed, too long, or asks for something unsupported.
+        """
+        request = read_completion(raw, self._engine.n_vocab)
+        orders: list[Order] = []
+        echoes: list[str] = []
+        for prompt in request.prompts:
+            # Clients of this endpoint render templates themselves, so markers become tokens.
+            tokens = self._raw_prompter.marked(prompt) if isinstance(prompt, str) else list(prompt)
+            orders += request.options.orders(self._checked(tokens, "prompt"))
+            echo = (prompt if isinstance(prompt, str) else self._text(prompt)) * request.echo
+            echoes += [echo] * request.options.n
+        return orders, CompletionWriter(self.name, request.options, echoes)
+
+    def _text(self, tokens: tuple[int, ...]) -> str:
+        return b"".join(map(self._engine.piece, tokens)).decode("utf-8", errors="replace")
+
+    def _checked(self, tokens: list[int], param: str) -> tuple[int, ...]:
+        """Check that the context has room for the prompt and at least one more token."""
+        if len(tokens) < self.n_ctx:
+            return tuple(tokens)
+        message = (  # OpenAI's words: clients look for them to shorten what they send
+            f"This model's maximum context length is {self.n_ctx} tokens, and the prompt is "
+            f"{len(tokens)} tokens long; shorten it, or serve with a larger --context"
+        )
+        raise invalid(message, param, "context_length_exceeded")
+
+
+Reader = Callable[[Model, dict[str, Any]], tuple[list[Order], Writer]]  # reads a parsed body
 
 
 class Service:
@@ -40,25 +116,25 @@ class Service:
         self._opened = model, scheduler
 
     def close(self) -> None:
-        """Refuse new requests; those that are being answered go on."""
+        """Refuse new requests; running answers continue."""
         self._closing = True
 
     def join(self) -> None:
-        """Wait for requests that are being read, as they use the model's vocabulary."""
+        """Wait until no thread reads a request: reading uses the model's vocabulary."""
         self._readers.shutdown(cancel_futures=True)
 
     @property
     def status(self) -> Literal["loading", "ok", "closing"]:
-        """Where the server is between start and end."""
+        """The stage of the server between start and end."""
         return "closing" if self._closing else "ok" if self._opened else "loading"
 
     @property
     def load(self) -> dict[str, int]:
-        """The scheduler's `State` as a document; empty while the model is loading."""
+        """The scheduler's load as a JSON object; empty while the model is loading."""
         return asdict(self._opened[1].state) if self._opened else {}
 
     def opened(self) -> tuple[Model, Scheduler]:
-        """The model and the scheduler that answer requests.
+        """Return the model and the scheduler that answer requests.
 
         Raises:
             ApiError: the model is loading, or the server is shutting down.
@@ -68,24 +144,14 @@ class Service:
             raise ApiError(503, f"the server is {state}; try again later", headers=RETRY_SOON)
         return self._opened
 
-    def check_name(self, name: str | None) -> None:
-        """Make sure that a request is for this model, or names none.
-
-        Raises:
-            ApiError: it is for another.
-        """
-        if name is not None and name != self.name:
-            message = f"there is no model {name!r:.80} here, only {self.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-
     async def answer(self, request: Request, reader: Reader) -> Answering:
-        """The response to a request, already submitted to the scheduler.
+        """Submit a request to the scheduler and return its response.
 
         Raises:
-            ApiError: the request cannot be carried out, or not now.
+            ApiError: the request cannot be answered, or not now.
         """
-        self.opened()  # refuses before the body is read
-        body = await read(request)
+        self.opened()  # refuse before the body is read
+        body = await read_body(request)
         model, scheduler = self.opened()
         loop = asyncio.get_running_loop()
         orders, writer = await loop.run_in_executor(self._readers, self._read, body, model, reader)
@@ -96,14 +162,14 @@ class Service:
             raise ApiError(429, str(error), code="queue_full", headers=wait) from None
         except UsageError as error:
             raise invalid(str(error)) from None
-        except Dots1Error as error:  # it takes no more
+        except Dots1Error as error:  # the scheduler is closed
             raise ApiError(503, str(error), headers=RETRY_SOON) from None
 
     def _read(self, body: bytes, model: Model, reader: Reader) -> tuple[list[Order], Writer]:
-        """The orders in a body; runs in a thread, as long prompts take a while to tokenise."""
+        """Read a body in a thread of its own, because long prompts take a while to tokenise."""
         try:
-            fields = Fields(parse(body))
-            self.check_name(fields.text("model"))
-            return reader(model, fields)
+            raw = parse_body(body)
+            check_model_name(raw.get("model"), self.name)
+            return reader(model, raw)
         except RecursionError:
             raise invalid("the body is nested too deeply") from None

@@ -9,8 +9,7 @@ from typing import Any
 from dots1_local.engine.engine import Engine
 from dots1_local.serve.generation import Event, Order
 from dots1_local.serve.http.app import make_app
-from dots1_local.serve.http.model import Model
-from dots1_local.serve.http.service import Service
+from dots1_local.serve.http.service import Model, Service
 from dots1_local.serve.scheduler import State
 
 Deliver = Callable[[Event], None]

@@ -8,10 +8,9 @@ import pytest
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
 from dots1_local.serve.generation import Failed, Finished, Order, Piece, QueueFull
-from dots1_local.serve.http import body
+from dots1_local.serve.http import request as http_request
 from dots1_local.serve.http.app import make_app
-from dots1_local.serve.http.model import Model
-from dots1_local.serve.http.service import Service
+from dots1_local.serve.http.service import Model, Service
 from tests.serve.http.asgi import (
     JSON,
     Deliver,
@@ -264,7 +263,7 @@ def test_an_endless_body_ends_where_the_bound_is(app: Any, length: Any) -> None:
 def test_a_body_that_does_not_come_is_not_waited_for(
     app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(body, "_SECONDS", 0.01)
+    monkeypatch.setattr(http_request, "_BODY_SECONDS", 0.01)
 
     async def parts() -> AsyncIterator[bytes]:
         yield b"{"

@@ -203,7 +203,7 @@ BAD_CHATS: list[tuple[str, dict[str, Any]]] = [
     ("n", {"n": 0}),
     ("n", {"n": 129}),
     ("stop", {"stop": ""}),
-    ("stop", {"stop": [5]}),
+    ("stop[0]", {"stop": [5]}),
     ("stop", {"stop": ["x"] * 17}),
     ("logprobs", {"logprobs": 3}),
     ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),

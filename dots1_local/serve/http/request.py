@@ -1,0 +1,327 @@
+"""What chat and completion requests have in common: the body, shared fields, and refusals."""
+
+import asyncio
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import msgspec
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from dots1_local.chat.grammar import Grammar
+from dots1_local.chat.sampling import Sampling
+from dots1_local.errors import UsageError
+from dots1_local.files.json_file import JsonError, brief, convert_json, parse_json
+from dots1_local.serve.generation import Order
+
+__all__ = [
+    "MAX_CHOICES",
+    "ApiError",
+    "Options",
+    "SharedFields",
+    "TokenCount",
+    "check_model_name",
+    "convert_body",
+    "invalid",
+    "parse_body",
+    "read_body",
+    "read_options",
+]
+
+MAX_CHOICES = 128  # per request, OpenAI's limit
+_MAX_BODY = 8 << 20  # bytes: 30 times the size of a prompt of 32k tokens
+_BODY_SECONDS = 30.0  # for the whole body to arrive
+_MAX_STOP, _MAX_STOP_LENGTH = 16, 1 << 10
+_MAX_BIASES = 1 << 10
+_MIN_TOP_P = 1e-6  # a top_p of 0 means the likeliest token alone
+
+TokenCount = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
+_RepeatPenalty = Annotated[float, Meta(ge=0.1, le=10)]
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+_Stop = Annotated[str, Meta(min_length=1, max_length=_MAX_STOP_LENGTH)]
+_Fields = TypeVar("_Fields", bound="SharedFields")
+_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """A refusal: the HTTP status, one sentence, and the parameter at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+        self.param, self.code, self.headers = param, code, headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON that the client receives, in the shape of OpenAI's errors."""
+        general = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": _ERROR_TYPES.get(self.status, general),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """Refuse a request that is malformed or asks for something unsupported."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def check_model_name(asked: Any, served: str) -> None:
+    """Check that a request names the served model or no model.
+
+    Raises:
+        ApiError: the request names another model.
+    """
+    if isinstance(asked, str) and asked != served:
+        message = f"there is no model {asked!r:.80} here, only {served!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+async def read_body(request: Request) -> bytes:
+    """Read a JSON body.
+
+    Raises:
+        ApiError: the content type is not JSON, or the body is too large or arrives too slowly.
+    """
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        # Browsers let any web page post other types; for JSON they ask the server first (CORS).
+        raise ApiError(415, "the body must be JSON; send Content-Type: application/json")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > _MAX_BODY:
+                    raise ApiError(413, f"the body is larger than {_MAX_BODY >> 20} MiB")
+    except TimeoutError:
+        message = f"the body did not arrive within {_BODY_SECONDS:.0f} seconds"
+        raise ApiError(408, message, headers={"Connection": "close"}) from None
+    return bytes(body)
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """Parse a body as one JSON object.
+
+    Raises:
+        ApiError: the body is not strict JSON, or not an object.
+    """
+    try:
+        return convert_json(parse_json(body), dict[str, Any])
+    except JsonError as error:
+        raise _refusal(error) from None
+
+
+class _StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = None
+
+
+class _Text(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+    pass
+
+
+class _JsonObject(msgspec.Struct, frozen=True, tag_field="type", tag="json_object"):
+    pass
+
+
+class _NamedSchema(msgspec.Struct, frozen=True):
+    schema: dict[str, Any] | bool
+
+
+class _JsonSchema(msgspec.Struct, frozen=True, tag_field="type", tag="json_schema"):
+    json_schema: _NamedSchema
+
+
+class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields that both endpoints know, with their ranges; unknown fields are ignored.
+
+    A field that is null or missing has its default. `unsupported` lists fields that would change
+    the answer but are not supported, with the values that have no effect.
+    """
+
+    model: str | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)] | None = None
+    top_p: _Share | None = None
+    min_p: _Share | None = None
+    repetition_penalty: _RepeatPenalty | None = None  # vLLM's name
+    repeat_penalty: _RepeatPenalty | None = None  # llama.cpp's name
+    frequency_penalty: _Penalty | None = None
+    presence_penalty: _Penalty | None = None
+    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    logit_bias: Annotated[dict[str, float | None], Meta(max_length=_MAX_BIASES)] | None = None
+    max_tokens: TokenCount | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Meta(max_length=_MAX_STOP)] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    response_format: _Text | _JsonObject | _JsonSchema | None = None
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "add_generation_prompt": (True,),
+        "bad_words": ([],),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "continue_final_message": (False,),
+        "grammar": ("",),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "ignore_eos": (False,),
+        "json_schema": ({},),
+        "length_penalty": (1,),
+        "lora": ([],),
+        "min_tokens": (0,),
+        "mirostat": (0,),
+        "prompt_logprobs": (),
+        "samplers": (),
+        "stop_token_ids": ([],),
+        "structured_outputs": (),
+        "typical_p": (1,),
+        "use_beam_search": (False,),
+    }
+
+
+def convert_body(raw: Mapping[str, Any], kind: type[_Fields]) -> _Fields:
+    """Convert a body to the fields of an endpoint.
+
+    Raises:
+        ApiError: a field is missing, has the wrong type, is out of range, or is unsupported.
+    """
+    try:
+        fields = convert_json(raw, kind)
+    except JsonError as error:
+        raise _refusal(error) from None
+    for name, harmless in kind.unsupported.items():
+        value = raw.get(name)
+        if value is not None and value not in harmless:
+            raise invalid(f"{name} is not supported here; leave it out", name, "unsupported")
+    return fields
+
+
+def _refusal(error: JsonError) -> ApiError:
+    """Describe a JSON error; `param` becomes the path of the field, such as "messages[0].role"."""
+    path = error.path.partition("[...]")[0]  # which key of an object is wrong, msgspec does not say
+    if missing := re.fullmatch(r"object missing required field (\w+)", error.reason):
+        path = f"{path}.{missing[1]}".removeprefix(".")
+        return invalid(f"{path} is missing", path)
+    return invalid(f"{path or 'the body'} is invalid: {error.reason:.200}", path or None)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to generate and send the choices of a request; each prompt has `n` choices."""
+
+    sampling: Sampling
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    n: int
+    stream: bool
+    include_usage: bool
+    grammar: Grammar | None
+    top_logprobs: int | None
+
+    def orders(self, prompt: tuple[int, ...]) -> Iterator[Order]:
+        """Yield a prompt's choices; with a seed, choice i has the seed plus i."""
+        for index in range(self.n):
+            seed = self.sampling.seed
+            sampling = self.sampling if seed is None else replace(self.sampling, seed=seed + index)
+            yield Order(
+                prompt, sampling, self.max_tokens, self.stop, self.grammar, self.top_logprobs
+            )
+
+
+def read_options(
+    fields: SharedFields, n_vocab: int, max_tokens: int | None, top_logprobs: int | None
+) -> Options:
+    """Return the options of a request.
+
+    Raises:
+        ApiError: options contradict each other, or name a token that the model does not have.
+    """
+    if fields.stream_options and not fields.stream:
+        raise invalid("stream_options needs stream; set stream to true", "stream_options")
+    stop = fields.stop or ()
+    return Options(
+        sampling=_sampling(fields, n_vocab),
+        max_tokens=max_tokens,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        n=fields.n or 1,
+        stream=bool(fields.stream),
+        include_usage=bool(fields.stream_options and fields.stream_options.include_usage),
+        grammar=_grammar(fields.response_format),
+        top_logprobs=top_logprobs,
+    )
+
+
+def _sampling(fields: SharedFields, n_vocab: int) -> Sampling:
+    given = {
+        "temperature": fields.temperature,
+        "top_k": fields.top_k and max(fields.top_k, 0),
+        "top_p": None if fields.top_p is None else max(fields.top_p, _MIN_TOP_P),
+        "min_p": fields.min_p,
+        "repeat_penalty": _repeat_penalty(fields),
+        "frequency_penalty": fields.frequency_penalty,
+        "presence_penalty": fields.presence_penalty,
+        "seed": fields.seed,
+        "logit_bias": tuple(_biases(fields.logit_bias or {}, n_vocab).items()),
+    }
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return Sampling(**chosen)
+
+
+def _repeat_penalty(fields: SharedFields) -> float | None:
+    one, other = fields.repetition_penalty, fields.repeat_penalty
+    if one is not None and other is not None and one != other:
+        message = "repetition_penalty and repeat_penalty mean the same here; give one of them"
+        raise invalid(message, "repeat_penalty")
+    return other if one is None else one
+
+
+def _biases(raw: Mapping[str, float | None], n_vocab: int) -> dict[int, float]:
+    biases = {}
+    for token, bias in raw.items():
+        if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < n_vocab):
+            message = f"logit_bias has {brief(token)}, not a token id from 0 to {n_vocab - 1}"
+            raise invalid(message, "logit_bias")
+        if bias is not None:
+            if not -100 <= bias <= 100:
+                name = f"logit_bias.{token}"
+                raise invalid(f"{name} is {bias:g}; it must be from -100 to 100", name)
+            biases[int(token)] = bias
+    return biases
+
+
+def _grammar(wanted: _Text | _JsonObject | _JsonSchema | None) -> Grammar | None:
+    try:
+        if isinstance(wanted, _JsonSchema):
+            return Grammar.of_json_schema(wanted.json_schema.schema)
+        return Grammar.json_object() if isinstance(wanted, _JsonObject) else None
+    except UsageError as error:
+        raise invalid(str(error), "response_format") from None

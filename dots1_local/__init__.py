@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dots1_local.architecture import Dots1Config, inventory
-    from dots1_local.chat.remote.session import RemoteSession
+    from dots1_local.chat.remote import RemoteSession
     from dots1_local.chat.sampling import Sampling
     from dots1_local.chat.session import Session
     from dots1_local.convert import Budget, Conversion, convert_checkpoint
@@ -73,7 +73,7 @@ _HOME = {
     "Hardware": "devices.hardware",
     "Placement": "placement.placement",
     "QuantPlan": "quant.plan",
-    "RemoteSession": "chat.remote.session",
+    "RemoteSession": "chat.remote",
     "Sampling": "chat.sampling",
     "Session": "chat.session",
     "convert_checkpoint": "convert",

@@ -74,13 +74,13 @@ def on_server(
         UsageError: no address as it should be, or several models to choose from.
         Dots1Error: there is no such server.
     """
-    from dots1_local.chat.remote.session import RemoteSession
+    from dots1_local.chat.remote import RemoteSession
     from dots1_local.cli._plain import plain
 
     def tell(sentence: str) -> None:
         notice(plain(sentence))
 
-    with RemoteSession.open(url, model, tell=tell, sampling=sampling, raw=raw) as session:
+    with RemoteSession.open(url, model, notify=tell, sampling=sampling, raw=raw) as session:
         yield session
 
 

@@ -2,44 +2,64 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Self
-from urllib.request import Request
 
-from dots1_local.chat.remote.address import Address, Key
-from dots1_local.chat.remote.events import events
-from dots1_local.chat.remote.exchange import Exchange, Head, Wake
-from dots1_local.chat.remote.models import ServedModel, find_model, models_in, name_list
-from dots1_local.chat.remote.refusals import Refusal, complaint, refusal_of
+import httpx2
+
+from dots1_local.chat.remote.address import Key, is_exposed, is_loopback, parse_address
+from dots1_local.chat.remote.reply import (
+    Refusal,
+    count_in,
+    object_in,
+    server_error,
+    status_error,
+)
+from dots1_local.chat.remote.streaming import StreamingRequest, Wake
 from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.files.json_file import JsonError, parse_json
 
 __all__ = ["Server"]
 
-Tell = Callable[[str], None]
+_TIMEOUT = 30  # seconds for answers that need no computing
+_LOADING_STEPS, _STEP_SECONDS = 10, 0.1  # between two looks at a model that loads
+_LONGEST_NAME = 200  # characters
+_SHOWN = 20  # names
 
-_LARGEST = 1 << 22  # bytes of an answer that is not streamed
-_PATIENCE = 30  # seconds for answers without computing
-_LOADING_STEPS, _STEP_SECONDS = 10, 0.1  # between looks at a model that loads
+
+@dataclass(frozen=True)
+class _ServedModel:
+    """A model with all its names; `n_ctx` is in tokens, None if the server does not tell."""
+
+    names: tuple[str, ...]
+    n_ctx: int | None
 
 
 class Server:
-    """A server at `address` and its `model`; `n_ctx` is its context in tokens, None if unknown.
+    """A server at `url` and its `model`; `n_ctx` is its context in tokens, None if unknown.
 
-    `tell` is called with what the user should know: that the model is loading, or which parameters
-    are left out because the server refuses them.
+    `notify` is called with what the user should know: the model is loading, or a parameter is left
+    out because the server rejects it.
     """
 
-    def __init__(self, address: Address, model: str, key: Key | None, tell: Tell) -> None:
-        self.address, self.model = address, model
+    def __init__(
+        self, url: httpx2.URL, model: str, key: Key | None, notify: Callable[[str], None]
+    ) -> None:
+        self.url, self.model = url, model
         self.n_ctx: int | None = None
-        self._key, self._tell = key, tell
+        self._key, self._notify = key, notify
         self._models: list[str] = []
         self._left_out: set[str] = set()
 
     @classmethod
     def open(
-        cls, url: str, model: str | None = None, key: Key | None = None, tell: Tell = lambda _: None
+        cls,
+        url: str,
+        model: str | None = None,
+        key: Key | None = None,
+        notify: Callable[[str], None] = lambda _: None,
     ) -> Self:
         """Find the server and its model, which `model` has to name if there are several.
 
@@ -47,13 +67,14 @@ class Server:
             UsageError: the address is malformed, or there are several models and none is named.
             Dots1Error: no OpenAI-compatible server answers there.
         """
-        address = Address.parse(url)
-        if key and address.exposed:
-            tell(
-                f"the key in {key.variable} goes to {address.host} unencrypted; use https if it can"
+        address = parse_address(url)
+        if key and is_exposed(address):
+            notify(
+                f"the key in {key.variable} goes to {address.host} unencrypted; use https if the "
+                "server supports it"
             )
-        server = cls(address, model or "", key, tell)
-        server._look_around(given=model)
+        server = cls(address, model or "", key, notify)
+        server._find_model(model)
         return server
 
     def stream(
@@ -63,94 +84,91 @@ class Server:
         wake: Wake,
         optional: Iterable[tuple[str, ...]] = (),
     ) -> Iterator[dict[str, Any]]:
-        """The chunks of an answer; closing the iterator closes the connection.
+        """Yield the chunks of an answer; closing the iterator closes the connection.
 
-        Of `optional` parameters, a group is left out as soon as the server refuses one in it.
+        If the server rejects a parameter, its whole group in `optional` is left out from then on.
 
         Raises:
             Refusal: the server's error.
-            Dots1Error: the connection breaks, or what comes is no answer.
+            Dots1Error: the connection breaks, or the answer is not JSON.
         """
         while True:
             sent = {name: value for name, value in body.items() if name not in self._left_out}
             try:
-                yield from self._chunks(path, {"model": self.model, **sent}, wake)
+                with self._answered(path, wake, body={"model": self.model, **sent}) as request:
+                    yield from map(self._parsed, request.parts())
                 return
             except Refusal as refusal:
-                groups = [group for group in optional if refusal.knows_not(group)]
+                groups = [group for group in optional if refusal.rejects_parameter(group)]
                 unknown = {name for group in groups for name in group} & sent.keys()
                 if not unknown:
                     raise
                 self._left_out |= unknown
                 names = ", ".join(sorted(unknown))
-                self._tell(f"the server refuses {names}, which is left out now: {refusal.said}")
+                self._notify(
+                    f"requests no longer contain {names}, which the server rejects: {refusal.said}"
+                )
 
-    def _look_around(self, given: str | None) -> None:
-        found = self._listed_by_version() or self._listed()
-        if not found and given is None:
+    def _find_model(self, wanted: str | None) -> None:
+        found = self._list_versioned_models() or self._list_models()
+        if not found and wanted is None:
             raise Dots1Error(
-                f"what answers at {self.address.url} tells of no models, as OpenAI-compatible "
-                "servers do; check --url, or name the model with --model"
+                f"{self.url} lists no models, as OpenAI-compatible servers do; check --url, or "
+                "name the model with --model"
             )
         self._models = [model.names[0] for model in found]
-        chosen = find_model(found, given)
-        if chosen is not None:
-            self.model, self.n_ctx = given or chosen.names[0], chosen.n_ctx
-        elif given is None:
-            names = name_list(self._models)
+        chosen = [model for model in found if wanted in model.names]
+        if len(found) == 1:
+            chosen = found  # many servers accept any name for their only model
+        if chosen:
+            self.model, self.n_ctx = wanted or chosen[0].names[0], chosen[0].n_ctx
+        elif wanted is None:
+            names = _name_list(self._models)
             raise UsageError(f"choose one of the server's models with --model: {names}")
 
-    def _listed(self) -> list[ServedModel]:
-        """The models that the server lists; none where there is no such endpoint."""
+    def _list_models(self) -> list[_ServedModel]:
+        """Return the models that the server lists, or none if it has no such endpoint."""
         try:
-            return models_in(self._object("models"))
+            with self._answered("models", lambda: None, timeout=_TIMEOUT) as request:
+                answer = parse_json(b"".join(request.parts()))
+        except JsonError:
+            return []
         except Refusal as refusal:
             if refusal.status not in (404, 405):
                 raise
             return []
+        entries = answer.get("data") if isinstance(answer, dict) else None
+        return list(_models(entries)) if isinstance(entries, list) else []
 
-    def _listed_by_version(self) -> list[ServedModel]:
-        """The same under /v1, where the address does not end in it.
+    def _list_versioned_models(self) -> list[_ServedModel]:
+        """Return the models under /v1, if the address does not end in it.
 
         This is tried first: llama.cpp's server lists its models without /v1 too, but completes
         texts there in a format of its own.
         """
-        before, self.address = self.address, self.address.versioned
-        if before != self.address and (found := self._listed()):
-            self._tell(f"using {self.address.url}")
+        given = self.url
+        if given.path.endswith("/v1"):
+            return []
+        self.url = given.copy_with(raw_path=given.raw_path.rstrip(b"/") + b"/v1")
+        if found := self._list_models():
+            self._notify(f"using {self.url}")
             return found
-        self.address = before
+        self.url = given
         return []
 
-    def _chunks(self, path: str, body: Mapping[str, Any], wake: Wake) -> Iterator[dict[str, Any]]:
-        with self._answered(path, wake, body=body) as (exchange, head):
-            if head.kind == "text/event-stream":
-                yield from map(self._parsed, events(exchange.pieces()))
-            else:  # it does not stream
-                yield self._parsed(exchange.body(_LARGEST).decode("utf-8", errors="replace"))
-
-    def _object(self, path: str) -> dict[str, Any]:
-        """The JSON object at a path, an empty one for anything else."""
-        with self._answered(path, lambda: None, patience=_PATIENCE) as (exchange, _):
-            try:
-                found = json.loads(exchange.body(_LARGEST))
-            except (ValueError, RecursionError):
-                return {}
-        return found if isinstance(found, dict) else {}
-
-    def _parsed(self, text: str) -> dict[str, Any]:
+    def _parsed(self, part: bytes) -> dict[str, Any]:
         try:
-            chunk = json.loads(text)
-        except (ValueError, RecursionError):
-            chunk = None
+            chunk = parse_json(part)
+        except JsonError as error:
+            raise Dots1Error(f"{self.url} sends a broken answer: {error}") from None
         if not isinstance(chunk, dict):
-            raise Dots1Error(f"what {self.address.url} sends as an answer is none")
+            raise Dots1Error(f"{self.url} sends a broken answer: it is not a JSON object")
         if chunk.get("error") or chunk.get("object") == "error":
-            said, detail = complaint(chunk, self._key)
+            said, detail = server_error(chunk, self._key)
             code = detail.get("code")
             status = code if type(code) is int else 500
             because = f": {said}" if said else ""
-            raise Refusal(f"{self.address.url} reports an error{because}", status, said, detail)
+            raise Refusal(f"{self.url} reports an error{because}", status, said, detail)
         return chunk
 
     @contextmanager
@@ -160,42 +178,69 @@ class Server:
         wake: Wake,
         *,
         body: Mapping[str, Any] | None = None,
-        patience: float | None = None,
-    ) -> Iterator[tuple[Exchange, Head]]:
-        """An answer with status 200, its body still to come; waits for a model that is loading."""
-        told = False
+        timeout: float | None = None,
+    ) -> Iterator[StreamingRequest]:
+        """Open an answer with status 200 to read; wait for a model that is loading."""
+        notified = False
         while True:
-            request = self._request(path, body)
-            url = self.address.url
-            far = not self.address.is_loopback  # to a proxy, localhost is the proxy itself
-            with Exchange(request, wake, patience, url=url, proxies=far) as exchange:
-                head = exchange.head()
-                if head.status == 200:
-                    yield exchange, head
+            with StreamingRequest(
+                self._request(path, body),
+                wake,
+                timeout,
+                server=str(self.url),
+                proxies=not is_loopback(self.url),  # a proxy would take localhost for itself
+            ) as request:
+                head = request.head()
+                if head.status_code == 200:
+                    yield request
                     return
-                refusal = refusal_of(
+                refusal = status_error(
                     head,
-                    exchange.body(_LARGEST),
-                    url=url,
+                    b"".join(request.parts()),
+                    url=str(self.url),
                     key=self._key,
                     model=self.model,
-                    models=self._models,
+                    models=_name_list(self._models),
                 )
             if not refusal.loading:
                 raise refusal
-            if not told:
-                self._tell("the server is loading its model; Ctrl-C ends the waiting")
-                told = True
+            if not notified:
+                self._notify("the server is loading its model; press Ctrl-C to stop waiting")
+                notified = True
             for _ in range(_LOADING_STEPS):
                 wake()
                 time.sleep(_STEP_SECONDS)
 
-    def _request(self, path: str, body: Mapping[str, Any] | None) -> Request:
+    def _request(self, path: str, body: Mapping[str, Any] | None) -> httpx2.Request:
+        url = f"{self.url}/{path}"
         headers = {"User-Agent": "dots1-local", "Accept": "application/json, text/event-stream"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key.text}"
-        data = None
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-            data = json.dumps(body, ensure_ascii=False).encode("utf-8", errors="replace")
-        return Request(f"{self.address.url}/{path}", data, headers)
+        if body is None:
+            return httpx2.Request("GET", url, headers=headers)
+        headers["Content-Type"] = "application/json"
+        data = json.dumps(body, ensure_ascii=False).encode("utf-8", errors="replace")
+        return httpx2.Request("POST", url, headers=headers, content=data)
+
+
+def _models(entries: Sequence[Any]) -> Iterator[_ServedModel]:
+    for entry in entries:
+        if isinstance(entry, dict):
+            aliases = entry.get("aliases")
+            others = aliases if isinstance(aliases, list) else []
+            names = [name for name in (entry.get("id"), *others) if _is_name(name)]
+            if names:
+                # vLLM and SGLang give max_model_len, llama.cpp's server meta.n_ctx.
+                meta = object_in(entry, "meta")
+                n_ctx = count_in(entry, "max_model_len") or count_in(meta, "n_ctx")
+                yield _ServedModel(tuple(names), n_ctx or None)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= _LONGEST_NAME
+
+
+def _name_list(names: Sequence[str]) -> str:
+    """List names for a sentence, but not all: some servers have hundreds of models."""
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from dots1_local.chat.remote import RemoteSession
 from dots1_local.chat.remote.address import Key
 from dots1_local.chat.remote.server import Server
-from dots1_local.chat.remote.session import RemoteSession
 from tests.openai_server import Played, Playing, playing
 
 Talk = Callable[..., tuple[RemoteSession, Playing]]

@@ -1,4 +1,4 @@
-"""Finding a server and its model, and what is told where there is none."""
+"""Finding a server and its model, and the errors if there is none."""
 
 import socket
 from collections.abc import Iterator
@@ -7,40 +7,43 @@ from threading import Event, Thread
 
 import pytest
 
-from dots1_local.chat.remote.address import Address, Key
+from dots1_local.chat.remote import RemoteSession
+from dots1_local.chat.remote.address import Key
 from dots1_local.chat.remote.server import Server
-from dots1_local.chat.remote.session import RemoteSession
 from dots1_local.errors import Dots1Error, UsageError
 from tests.chat.remote.conftest import Talk, say
 from tests.openai_server import VLLM_MODELS, Played, answer, as_json, playing, refused
 
 
-def test_a_model_that_loads_is_waited_for(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_waits_for_a_model_that_is_loading(
+    told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dots1_local.chat.remote.server._STEP_SECONDS", 0)
     loading = refused("Loading model", 503, kind="unavailable_error")
     with playing(loading, loading, answer("a")) as server:
-        session = RemoteSession(Server.open(server.url, tell=told.append))
+        session = RemoteSession(Server.open(server.url, notify=told.append))
         assert say(session, "hi") == "a"
-    assert told == ["the server is loading its model; Ctrl-C ends the waiting"]
+    assert len(told) == 1
+    assert "loading" in told[0]
 
 
 def test_a_key_goes_to_the_server_and_nowhere_else(talk: Talk, told: list[str]) -> None:
     with playing(answer("never")) as other:
         on = Played([], 307, headers={"Location": f"{other.url}/chat/completions"})
         session, server = talk(on, key=Key("s3cret", "DOTS1_API_KEY"))
-        with pytest.raises(Dots1Error, match=f"sends on to {other.url}"):
+        with pytest.raises(Dots1Error, match=other.url):
             say(session, "hi")
         assert {each.headers["Authorization"] for each in server.asked} == {"Bearer s3cret"}
         assert (other.asked, told) == ([], [])
 
 
-def test_a_key_that_others_may_read_is_told(
+def test_a_key_that_strangers_can_read_is_told(
     talk: Talk, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Address, "exposed", True)
+    monkeypatch.setattr("dots1_local.chat.remote.server.is_exposed", lambda url: True)
     talk(key=Key("s3cret", "OPENAI_API_KEY"))
     (notice,) = told
-    assert notice.startswith("the key in OPENAI_API_KEY goes to 127.0.0.1 unencrypted")
+    assert "OPENAI_API_KEY goes to 127.0.0.1 unencrypted" in notice
 
 
 def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(
@@ -55,13 +58,13 @@ def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(
         session, _ = talk(answer("straight"))
         assert say(session, "hi") == "straight"
     monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
-    with pytest.raises(Dots1Error, match=f"cannot reach {far}: unknown url type: socks5"):
+    with pytest.raises(Dots1Error, match=f"{far}.*SOCKS"):
         Server.open(far)
 
 
 @contextmanager
 def listening(reply: bytes | None) -> Iterator[str]:
-    """A port where whoever connects is told this and no more; None keeps silent."""
+    """Listen at a port and send one reply; None sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         done = Event()
 
@@ -81,38 +84,42 @@ def listening(reply: bytes | None) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("reply", "sentence"),
+    ("reply", "words"),
     [
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "speaks no HTTP"),
-        (b"\x00" * 100_000, "speaks no HTTP"),
-        (b"", "was cut"),
-        (b"HTTP/1.1 200 OK\r\n\r\n<html>", "tells of no models"),
-        (b'HTTP/1.1 200 OK\r\n\r\n{"data": 7}', "tells of no models"),
-        (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, "tells of no models"),
-        (None, "does not answer within 0.2 seconds"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "HTTP"),
+        (b"\x00" * 100_000, "HTTP"),
+        (b"", "closes the connection"),
+        (b"HTTP/1.1 200 OK\r\n\r\n<html>", "models"),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"data": 7}', "models"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, "models"),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\nnot gzip", "cannot use"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "cut"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: x; charset=zip\r\n\r\n{}", "models"),
+        (None, "0.2 seconds"),
     ],
 )
-def test_what_is_no_such_server_is_one_sentence(
-    reply: bytes | None, sentence: str, monkeypatch: pytest.MonkeyPatch
+def test_another_kind_of_server_is_told_in_one_sentence(
+    reply: bytes | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dots1_local.chat.remote.server._PATIENCE", 0.2)
-    with listening(reply) as url, pytest.raises(Dots1Error, match=f"{url} .*{sentence}|{sentence}"):
+    monkeypatch.setattr("dots1_local.chat.remote.server._TIMEOUT", 0.2)
+    with listening(reply) as url, pytest.raises(Dots1Error, match=words) as caught:
         Server.open(url)
+    assert url in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("url", "sentence"),
+    ("url", "words"),
     [
-        ("http://127.0.0.1:1/v1", "nobody listens at http://127.0.0.1:1/v1; start the server"),
-        ("http://no-such-host.invalid/v1", "the host of http://no-such-host.invalid/v1 is not"),
+        ("http://127.0.0.1:1/v1", "nobody listens at http://127.0.0.1:1/v1"),
+        ("http://no-such-host.invalid/v1", "host of http://no-such-host.invalid/v1"),
     ],
 )
-def test_where_nobody_is_that_is_told(
-    url: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_is_not_there_is_told(
+    url: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(Dots1Error, match=sentence):
+    with pytest.raises(Dots1Error, match=words):
         Server.open(url)
 
 
@@ -127,19 +134,19 @@ def test_where_nobody_is_that_is_told(
 )
 def test_an_address_without_v1_is_completed(elsewhere: Played, told: list[str]) -> None:
     with playing(elsewhere=elsewhere) as server:
-        found = Server.open(server.url.removesuffix("/v1"), tell=told.append)
-        assert (found.address.url, found.model, found.n_ctx) == (server.url, "dots1", 2048)
+        found = Server.open(server.url.removesuffix("/v1"), notify=told.append)
+        assert (str(found.url), found.model, found.n_ctx) == (server.url, "dots1", 2048)
         assert told == [f"using {server.url}"]
 
 
-def test_llama_cpps_server_tells_its_context_otherwise() -> None:
+def test_llama_cpps_server_gives_its_context_elsewhere() -> None:
     entry = {"id": "m.gguf", "aliases": ["m"], "meta": {"n_ctx": 512, "n_ctx_train": 2048}}
     with playing(models=as_json({"object": "list", "data": [entry]})) as server:
         assert Server.open(server.url).n_ctx == 512
-        assert Server.open(server.url, "any").model == "any"  # it takes every name
+        assert Server.open(server.url, "any").model == "any"  # it accepts every name
 
 
-def test_of_several_models_one_is_chosen() -> None:
+def test_one_of_several_models_is_chosen() -> None:
     models = {"data": [*VLLM_MODELS["data"], {"id": "lora"}, {"id": "\x1b[2J"}, {"id": 7}, 7]}
     with playing(models=as_json(models)) as server:
         with pytest.raises(UsageError, match=r"with --model: dots1, lora$"):
@@ -148,7 +155,7 @@ def test_of_several_models_one_is_chosen() -> None:
         assert Server.open(server.url, "lora").n_ctx is None
 
 
-def test_of_very_many_models_some_are_told() -> None:
+def test_some_of_very_many_models_are_listed() -> None:
     models = {"data": [{"id": f"m{number}"} for number in range(400)]}
     with playing(models=as_json(models)) as server:
         with pytest.raises(UsageError, match=r": m0, m1, .* m19 and 380 more$"):
@@ -156,22 +163,22 @@ def test_of_very_many_models_some_are_told() -> None:
         assert Server.open(server.url, "m399").model == "m399"
 
 
-def test_a_model_that_is_not_there_is_told_with_those_that_are() -> None:
+def test_a_missing_model_is_told_with_the_models_there_are() -> None:
     missing = refused("The model `dots2` does not exist.", 404, kind="NotFoundError")
     with playing(missing) as server:
         session = RemoteSession(Server.open(server.url, "dots2"))
-        with pytest.raises(Dots1Error, match="has no model dots2; it has dots1"):
+        with pytest.raises(Dots1Error, match=r"dots2.*dots1"):
             say(session, "hi")
 
 
-def test_a_session_is_opened_by_its_address_with_the_key_at_hand(
+def test_a_session_is_opened_with_the_key_of_the_environment(
     monkeypatch: pytest.MonkeyPatch, told: list[str]
 ) -> None:
     monkeypatch.setenv("DOTS1_API_KEY", "s3cret")
-    monkeypatch.setattr(Address, "exposed", True)
+    monkeypatch.setattr("dots1_local.chat.remote.server.is_exposed", lambda url: True)
     with (
         playing(answer("hi")) as server,
-        RemoteSession.open(server.url, tell=told.append, system="") as session,
+        RemoteSession.open(server.url, notify=told.append, system="") as session,
     ):
         assert say(session, "hello") == "hi"
         assert server.bodies[0]["messages"][0] == {"role": "system", "content": ""}

@@ -1,15 +1,15 @@
 """Errors in the words of vLLM, SGLang, llama.cpp's server, OpenAI and FastAPI."""
 
 import json
+import re
 from collections.abc import Mapping
-from email.message import Message
 from typing import Any
 
+import httpx2
 import pytest
 
 from dots1_local.chat.remote.address import Key
-from dots1_local.chat.remote.exchange import Head
-from dots1_local.chat.remote.refusals import Refusal, TooLong, refusal_of
+from dots1_local.chat.remote.reply import Refusal, TooLong, status_error
 
 URL = "http://host:8000/v1"
 
@@ -17,13 +17,9 @@ URL = "http://host:8000/v1"
 def refusal(
     status: int, body: Any, headers: Mapping[str, str] | None = None, key: Key | None = None
 ) -> Refusal:
-    fields = Message()
-    for name, value in (headers or {}).items():
-        fields[name] = value
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return refusal_of(
-        Head(status, fields), data, url=URL, key=key, model="dots1", models=["a", "b"]
-    )
+    head = httpx2.Response(status, headers=headers)
+    return status_error(head, data, url=URL, key=key, model="dots1", models="a, b")
 
 
 def error(message: str, **detail: Any) -> dict[str, Any]:
@@ -113,75 +109,78 @@ def error(message: str, **detail: Any) -> dict[str, Any]:
             TooLong(10000, 8192),
         ),
         (error("too much", code="context_length_exceeded"), TooLong(None, None)),
+        (error("too much", code=["context_length_exceeded"], type={}), None),
         (error("temperature must be non-negative, got -1", type="BadRequestError"), None),
         ({}, None),
     ],
 )
-def test_a_prompt_that_is_too_long_is_known_with_its_numbers(
+def test_a_prompt_that_is_too_long_is_recognised_with_its_numbers(
     body: dict[str, Any], found: TooLong | None
 ) -> None:
     assert refusal(400, body).too_long == found
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "known"),
+    ("status", "body", "rejected"),
     [
         (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "top_k"],
-                           "msg": "Extra inputs are not permitted", "input": 40}]}, False),
-        (400, error("Unrecognized request argument supplied: top_k"), False),
-        (400, error("Unknown parameter: 'min_p'.", code="unknown_parameter"), False),
-        (400, error("The min_p parameter is not yet supported with speculative decoding."), False),
-        (400, error("top_k must be -1 (disable), or at least 1, got 0."), True),
-        (400, error("Unknown parameter: 'seed'."), True),
-        (500, error("unexpected top_k"), True),
+                           "msg": "Extra inputs are not permitted", "input": 40}]}, True),
+        (400, error("Unrecognized request argument supplied: top_k"), True),
+        (400, error("Unknown parameter: 'min_p'.", code="unknown_parameter"), True),
+        (400, error("The min_p parameter is not yet supported with speculative decoding."), True),
+        (400, error("top_k must be -1 (disable), or at least 1, got 0."), False),
+        (400, error("Unknown parameter: 'seed'."), False),
+        (500, error("unexpected top_k"), False),
     ],
 )  # fmt: skip
-def test_a_parameter_that_is_not_known_is_told_from_a_bad_value(
-    status: int, body: dict[str, Any], known: bool
+def test_a_rejected_parameter_is_told_from_a_bad_value(
+    status: int, body: dict[str, Any], rejected: bool
 ) -> None:
-    assert refusal(status, body).knows_not(("top_k", "min_p")) is not known
+    assert refusal(status, body).rejects_parameter(("top_k", "min_p")) is rejected
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "headers", "sentence"),
+    ("status", "body", "headers", "words"),
     [
-        (401, {"error": "Unauthorized"}, {},
-         f"{URL} wants a key; set DOTS1_API_KEY to it: Unauthorized"),
-        (404, error("The model `dots1` does not exist."), {},
-         f"{URL} has no model dots1; it has a, b"),
-        (404, {"detail": "Not Found"}, {},
-         f"{URL} is not where the server's API is; check --url: Not Found"),
+        (401, {"error": "Unauthorized"}, {}, "DOTS1_API_KEY.*: Unauthorized$"),
+        (404, error("The model `dots1` does not exist."), {}, "no model dots1; .* a, b$"),
+        (404, {"detail": "Not Found"}, {}, "--url: Not Found$"),
         (429, error("Too many requests."), {"Retry-After": "7"},
-         f"{URL} is busy: Too many requests; try again in 7 s"),
-        (503, b"", {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"},
-         f"{URL} is busy; try again later"),
-        (308, b"", {"Location": "http://other/v1"},
-         f"{URL} sends on to http://other/v1; give --url the address that is meant"),
-        (502, b"<html><h1>Bad Gateway</h1></html>", {}, f"{URL} answers with error 502"),
+         "busy: Too many requests; .* in 7 s$"),
+        (503, b"", {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, "busy; try again later$"),
+        (308, b"", {"Location": "http://other/v1"}, "redirects to http://other/v1; .*--url"),
+        (502, b"<html><h1>Bad Gateway</h1></html>", {}, "error 502$"),
         (400, {"detail": [{"loc": ["body", "messages"], "msg": "Field required"}]}, {},
-         f"{URL} answers with error 400: body.messages: Field required"),
+         "error 400: body.messages: Field required$"),
         (500, b'{"error": {"message": "\\u001b[2J\\u202eone\\n\\ntwo"}}', {},
-         f"{URL} answers with error 500: [2J one two"),
-        (500, error("x" * 999), {}, f"{URL} answers with error 500: {'x' * 300}…"),
-        (500, b"[" * 100_000, {}, f"{URL} answers with error 500"),
-        (500, b'{"error": {"message": 7}}', {}, f"{URL} answers with error 500"),
+         r"error 500: \[2J one two$"),
+        (500, error("x" * 999), {}, f"error 500: {'x' * 300}…$"),
+        (500, b"[" * 100_000, {}, "error 500$"),
+        (500, b'{"error": {"message": 7}}', {}, "error 500$"),
     ],
 )  # fmt: skip
 def test_an_error_is_one_sentence(
-    status: int, body: Any, headers: dict[str, str], sentence: str
+    status: int, body: Any, headers: dict[str, str], words: str
 ) -> None:
-    assert str(refusal(status, body, headers)) == sentence
+    sentence = str(refusal(status, body, headers))
+    assert sentence.startswith(URL)
+    assert re.search(words, sentence), sentence
 
 
 @pytest.mark.parametrize(
-    ("status", "said", "sentence"),
+    ("status", "said", "words"),
     [
         (401, "Incorrect API key provided: s3cret.",
-         "does not take the key in OPENAI_API_KEY: Incorrect API key provided: (the key)"),
-        (400, "x" * 296 + "s3cret", f"answers with error 400: {'x' * 296}(the…"),
-        (302, "", "sends on to http://other/?key=(the key); give --url the address that is meant"),
+         ("OPENAI_API_KEY", ": Incorrect API key provided: (the key)")),
+        (400, "x" * 296 + "s3cret", ("x" * 296 + "(the…",)),
+        (302, "", ("http://other/?key=(the key)",)),
     ],
 )  # fmt: skip
-def test_a_key_is_named_by_its_variable_alone(status: int, said: str, sentence: str) -> None:
+def test_a_key_is_named_by_its_variable_alone(
+    status: int, said: str, words: tuple[str, ...]
+) -> None:
     key, onwards = Key("s3cret", "OPENAI_API_KEY"), {"Location": "http://other/?key=s3cret"}
-    assert str(refusal(status, error(said), onwards, key)) == f"{URL} {sentence}"
+    sentence = str(refusal(status, error(said), onwards, key))
+    assert "s3c" not in sentence
+    for each in words:
+        assert each in sentence

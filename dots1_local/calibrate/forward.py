@@ -29,6 +29,7 @@ from dots1_local.calibrate.router_flips import RouterNoise
 from dots1_local.calibrate.stream import Segment, Step, advance, embed, observe_head, output_logits
 from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.partial_file import disk_errors
 from dots1_local.ggml import TYPES
 from dots1_local.progress import Progress
 from dots1_local.reference.weights import Kernel, Rounding, read_tensor
@@ -224,11 +225,9 @@ class Forward:
         there = [segment for segment in segments if segment.start < segment.stop]
         advance(x, self.checkpoint, layer, there, self.kernel, step)
         _check_finite(x, layer)
-        try:
-            if self.probed:
+        if self.probed:
+            with disk_errors(kept.path):
                 ProbeFolder(kept.work).keep_forward(layer, entered, noise.sigma() if noise else 0.0)
-        except OSError as error:
-            raise kept.failure(error) from None
         kept.finish_layer(measured.by_name(), x.shape[1], (chunk.cpu().numpy() for chunk in x))
 
     def _noise(self, layer: int) -> RouterNoise | None:

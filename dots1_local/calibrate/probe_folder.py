@@ -8,7 +8,6 @@ in it, before them. Files get their names when they are complete.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
+from dots1_local.files.partial_file import open_partial
 from dots1_local.quant.sensitivity import Effect
 
 __all__ = ["Effects", "ProbeFolder"]
@@ -102,15 +102,11 @@ class ProbeFolder:
 
     def _save(self, path: Path, value: Any) -> None:
         """An array, or what JSON can hold: on the disk before it has its name."""
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with open_partial(path) as file:
             if isinstance(value, np.ndarray):
                 np.save(file, value)
             else:
                 file.write(json.dumps(value).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
     def _load(self, path: Path, shape: tuple[int, ...]) -> Floats:
         def parse(file: IO[bytes]) -> Floats:

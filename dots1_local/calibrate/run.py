@@ -36,6 +36,7 @@ from dots1_local.calibrate.probe import WORTH, Probe
 from dots1_local.calibrate.probe_folder import ProbeFolder
 from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.partial_file import disk_errors
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.imatrix_file import write_gguf
 from dots1_local.quant.importance import load_importance
@@ -247,7 +248,7 @@ def _write_imatrix(
         entries[name] = shrink(sums, counts, least) if is_routed else (sums, counts)
         if spec.layer is not None and spec.part == "ffn_gate_exps":
             covered.append(coverage(spec.layer, counts, least))
-    try:
+    with disk_errors(kept.path):
         write_gguf(
             kept.draft(IMATRIX),
             entries,
@@ -259,8 +260,6 @@ def _write_imatrix(
                 "dots1_local.calibration.shrunk_below": least,
             },
         )
-    except OSError as error:
-        raise kept.failure(error) from None
     return covered
 
 
@@ -282,8 +281,6 @@ def _write_sensitivity(
         forward.kernel,
         forward.threads,
     )
-    try:
+    with disk_errors(kept.path):
         measured = probe.run(left, reference_kl, progress)
         kept.draft(SENSITIVITY).write_text(measured.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise kept.failure(error) from None

@@ -5,25 +5,30 @@ of its pieces. A killed run finds both, checks what the journal promises, and go
 The file gets its name only when it is complete.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from gguf import GGUFWriter
 from gguf.gguf_writer import SHARD_NAME_FORMAT
 from numpy.typing import NDArray
 
-from dots1_local.errors import Dots1Error
-from dots1_local.files.partial_file import check_space, disk_error, write_all
+from dots1_local.files.partial_file import (
+    check_space,
+    disk_errors,
+    open_locked,
+    partial_path,
+    write_all,
+)
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.plan import PlannedTensor
 
@@ -66,7 +71,7 @@ class Output:
 
     @property
     def partials(self) -> tuple[Path, ...]:
-        return tuple(path.with_name(path.name + ".partial") for path in self.paths)
+        return tuple(map(partial_path, self.paths))
 
 
 def lay_out(
@@ -93,15 +98,12 @@ def lay_out(
 
 
 def _headers(path: Path, writer: GGUFWriter) -> tuple[bytes, ...]:
-    try:
-        with TemporaryDirectory() as folder:
-            writer.write_header_to_file(Path(folder) / "header.gguf")
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            writer.close()
-            return tuple(_aligned(name.read_bytes()) for name in sorted(Path(folder).iterdir()))
-    except OSError as error:
-        raise disk_error(path, error) from error
+    with disk_errors(path), TemporaryDirectory() as folder:
+        writer.write_header_to_file(Path(folder) / "header.gguf")
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return tuple(_aligned(name.read_bytes()) for name in sorted(Path(folder).iterdir()))
 
 
 def _aligned(data: bytes) -> bytes:
@@ -128,16 +130,15 @@ class Journal:
             digest.update(header)
         self._identity = digest.hexdigest()
         self._files: list[int] = []
-        self._journal: IO[bytes]
+        self._journal: BinaryIO
+        self._opened = ExitStack()
 
     def __enter__(self) -> "Journal":
-        try:
-            check_space(self.output.path, self.output.total_bytes, self.output.partials)
-            self._journal = open(self._path, "a+b")
-        except OSError as error:
-            raise disk_error(self.output.path, error) from error
-        try:
-            self._lock()
+        path = self.output.path
+        with disk_errors(path), ExitStack() as opened:
+            check_space(path, self.output.total_bytes, self.output.partials)
+            busy = f"another conversion is writing {path}"
+            self._journal = opened.enter_context(open_locked(self._path, busy, append=True))
             lines = self._recorded()
             first = lines[0] if lines else {}
             same = first.get("identity") == self._identity
@@ -145,28 +146,17 @@ class Journal:
                 self._take_back_shards()
             else:
                 self._clear_stale(first.get("partials"))
-            for path in self.output.partials:
-                self._files.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+            for partial in self.output.partials:
+                fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+                opened.callback(os.close, fd)
+                self._files.append(fd)
             if not (same and self._resume(lines[1:])):
                 self._begin()
-        except OSError as error:
-            self.__exit__()
-            raise disk_error(self.output.path, error) from error
-        except BaseException:
-            self.__exit__()
-            raise
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for fd in self._files:
-            os.close(fd)
-        self._journal.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Dots1Error(f"another conversion is writing {self.output.path}") from None
+        self._opened.close()
 
     def _begin(self) -> None:
         self._journal.truncate(0)
@@ -238,10 +228,8 @@ class Journal:
     def write(self, slot: Slot, data: NDArray[np.uint8], offset: int) -> tuple[int, int]:
         """Put a piece `offset` bytes into a tensor; returns its size and checksum."""
         view = data.reshape(-1).data
-        try:
+        with disk_errors(self.output.path):
             write_all(self._files[slot.file], view, slot.offset + offset)
-        except OSError as error:
-            raise disk_error(self.output.path, error) from error
         return len(view), zlib.crc32(view)
 
     def finish(self, slot: Slot, pieces: Sequence[tuple[int, int]]) -> None:
@@ -249,22 +237,18 @@ class Journal:
         self._record({"tensor": slot.tensor.spec.name, "pieces": pieces})
 
     def _record(self, line: Mapping[str, Any]) -> None:
-        try:
+        with disk_errors(self.output.path):
             self._journal.write(json.dumps(line).encode() + b"\n")
             self._journal.flush()
-        except OSError as error:
-            raise disk_error(self.output.path, error) from error
 
     def publish(self) -> None:
         """Give the complete files their names and forget the journal."""
-        try:
+        with disk_errors(self.output.path):
             for fd in self._files:
                 os.fsync(fd)
             for partial, path in zip(self.output.partials, self.output.paths, strict=True):
                 os.replace(partial, path)
             self._path.unlink()
-        except OSError as error:
-            raise disk_error(self.output.path, error) from error
 
 
 def interrupted_source(output: Output) -> str:

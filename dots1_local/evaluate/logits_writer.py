@@ -1,17 +1,23 @@
 """Writing a logits file: at its final size from the start, under its name only when complete."""
 
-import errno
-import fcntl
 import os
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
 from dots1_local.evaluate.logits_file import MAGIC, Layout, encode
-from dots1_local.files.partial_file import check_space, check_target, write_all
+from dots1_local.files.partial_file import (
+    check_space,
+    check_target,
+    disk_errors,
+    open_partial,
+    partial_path,
+    write_all,
+)
 
 __all__ = ["LogitsWriter", "check_logits_target"]
 
@@ -45,29 +51,22 @@ class LogitsWriter:
         self, path: Path, tokens: NDArray[np.int32], n_vocab: int, *, force: bool = False
     ) -> None:
         """`tokens` is (chunks, n_ctx). Nothing is touched before the `with` block begins."""
-        self.path = path.resolve()  # what a link points to is written, not the link
+        self.path = path.resolve()  # if it is a link, the file it points to is written
         self.layout = Layout(tokens.shape[1], n_vocab, tokens.shape[0])
         self._tokens, self._force = tokens, force
-        self._partial = self.path.with_name(self.path.name + ".partial")
         self._written = np.zeros((self.layout.chunks, self.layout.scored), bool)
+        self._open = ExitStack()
         self._fd = -1
 
     def __enter__(self) -> Self:
         check_logits_target(self.path, self._force)
-        check_space(self.path, self.layout.nbytes, [self._partial])
-        try:
-            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            self._lock()
-        except OSError as error:
-            raise self._failure(error) from None
-        try:
-            os.ftruncate(self._fd, 0)
+        check_space(self.path, self.layout.nbytes, [partial_path(self.path)])
+        with disk_errors(self.path, kept=False), ExitStack() as opened:
+            self._fd = opened.enter_context(open_partial(self.path)).fileno()
             os.ftruncate(self._fd, self.layout.nbytes)
             header = self.layout.header + self._tokens.astype("<i4").tobytes()
             write_all(self._fd, memoryview(header), 0)
-        except BaseException as error:
-            self._discard()
-            raise self._failure(error) if isinstance(error, OSError) else error from None
+            self._open = opened.pop_all()
         return self
 
     def write(self, chunk: int, start: int, logits: NDArray[np.float32]) -> None:
@@ -77,42 +76,14 @@ class LogitsWriter:
             Dots1Error: the disk is full or broken.
         """
         rows = encode(logits)
-        try:
+        with disk_errors(self.path, kept=False):
             write_all(self._fd, memoryview(rows.tobytes()), self.layout.offset(chunk, start))
-        except OSError as error:
-            raise self._failure(error) from None
         self._written[chunk, start : start + len(rows)] = True
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
         if kind is not None:
-            self._discard()
+            self._open.__exit__(kind, *exception)
             return
-        try:
+        with disk_errors(self.path, kept=False), self._open:
             if not self._written.all():
-                raise Dots1Error(f"{self.path} lacks rows; it is not kept")
-            os.fsync(self._fd)
-            os.replace(self._partial, self.path)
-        except BaseException as error:
-            self._discard()
-            raise self._failure(error) if isinstance(error, OSError) else error from None
-        os.close(self._fd)
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last owner may have renamed or removed it since it was opened here.
-            alone = os.path.samestat(os.fstat(self._fd), self._partial.stat())
-        except (BlockingIOError, FileNotFoundError):
-            alone = False
-        if not alone:
-            os.close(self._fd)
-            raise Dots1Error(f"another run is writing {self.path}")
-
-    def _discard(self) -> None:
-        self._partial.unlink(missing_ok=True)
-        os.close(self._fd)
-
-    def _failure(self, error: OSError) -> Dots1Error:
-        if error.errno == errno.ENOSPC:
-            return Dots1Error(f"the disk is full; {self.path} is not written")
-        return Dots1Error(f"cannot write {self.path}: {error.strerror or error}")
+                raise Dots1Error(f"{self.path} lacks rows and is not kept")

@@ -4,18 +4,24 @@
 complete and on disk, so a killed run loses the one it was at.
 """
 
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Self
+from typing import BinaryIO, Self
 
 from dots1_local.errors import Dots1Error
 from dots1_local.export.layout import Shard
-from dots1_local.files.partial_file import check_space, disk_error
+from dots1_local.files.partial_file import (
+    check_parent,
+    check_space,
+    disk_errors,
+    open_locked,
+    open_partial,
+    partial_path,
+)
 
 __all__ = ["Folder"]
 
@@ -47,28 +53,23 @@ class Folder:
         self._path = Path(os.path.realpath(output)) if output.is_symlink() else output
         if self._path.name in ("", ".."):
             raise Dots1Error(f"{output} cannot be replaced as a whole; name a folder in it")
-        self._partial = self._path.with_name(f"{self._path.name}.partial")
+        self._partial = partial_path(self._path)
+        self._journal = self._path.with_name(f"{self._path.name}.journal")
         self._shards, self._documents, self._identity = shards, documents, identity.encode()
+        self._lock = ExitStack()
         self.done: set[str] = set()
-        self._journal: IO[bytes]
-        try:
+        with disk_errors(output):
             self._check(force)
-        except OSError as error:
-            raise disk_error(output, error) from None
 
     def __enter__(self) -> Self:
-        journal = self._path.with_name(f"{self._path.name}.journal")
-        try:
-            with ExitStack() as failed:
-                self._journal = failed.enter_context(open(journal, "a+b"))
-                self._begin()
-                failed.pop_all()
-        except OSError as error:
-            raise disk_error(self._path, error) from None
+        with disk_errors(self._path), ExitStack() as opened:
+            busy = f"another export is writing {self._path}"
+            self._begin(opened.enter_context(open_locked(self._journal, busy)))
+            self._lock = opened.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._journal.close()
+        self._lock.close()
 
     def write(self, shard: Shard, fill: Callable[[int], None]) -> None:
         """Make a shard: `fill` writes its tensors to the descriptor it is given.
@@ -76,18 +77,11 @@ class Folder:
         Raises:
             Dots1Error: the disk is full; or whatever `fill` raises.
         """
-        path = self._partial / shard.name
-        unfinished = path.with_name(f"{path.name}.partial")
-        try:
-            with open(unfinished, "wb") as file:
-                file.write(shard.header)
-                file.truncate(shard.nbytes)
-                file.flush()
-                fill(file.fileno())
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except OSError as error:
-            raise disk_error(self._path, error) from None
+        with disk_errors(self._path), open_partial(self._partial / shard.name) as file:
+            file.write(shard.header)
+            file.truncate(shard.nbytes)
+            file.flush()
+            fill(file.fileno())
 
     def publish(self) -> None:
         """Write the small files, and give the complete folder its name.
@@ -95,22 +89,17 @@ class Folder:
         Raises:
             Dots1Error: the disk is full, or the name was taken meanwhile.
         """
-        try:
+        with disk_errors(self._path):
             for name, data in self._documents.items():
                 (self._partial / name).write_bytes(data)
             if self._path.exists():
                 _remove(self._path)
             os.replace(self._partial, self._path)
-            Path(self._journal.name).unlink()
-        except OSError as error:
-            raise disk_error(self._path, error) from None
+            self._journal.unlink()
 
     def _check(self, force: bool) -> None:
         path = self._path
-        if not path.parent.is_dir():
-            raise Dots1Error(f"no such folder: {path.parent}")
-        if not os.access(path.parent, os.W_OK):
-            raise Dots1Error(f"cannot write {path}: its folder may not be written to")
+        check_parent(path)
         if os.path.lexists(path):
             self._check_replaceable(force)
         if os.path.lexists(self._partial):
@@ -129,20 +118,16 @@ class Folder:
                 raise Dots1Error(f"{self._path} is not empty; give --force to replace it")
             _check_written(self._path)
 
-    def _begin(self) -> None:
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Dots1Error(f"another export is writing {self._path}") from None
-        self._journal.seek(0)
-        if self._journal.read() == self._identity and self._partial.is_dir():
+    def _begin(self, journal: BinaryIO) -> None:
+        if journal.read() == self._identity and self._partial.is_dir():
             self.done = {shard.name for shard in self._shards if self._holds(shard)}
             return
         if self._partial.exists():
             _remove(self._partial)
-        self._journal.truncate(0)
-        self._journal.write(self._identity)
-        self._journal.flush()
+        journal.seek(0)
+        journal.truncate()
+        journal.write(self._identity)
+        journal.flush()
         self._partial.mkdir()
 
     def _holds(self, shard: Shard) -> bool:

@@ -1,35 +1,49 @@
-"""Places to write results to: free to take, on a disk that holds them, and written whole."""
+"""Output files: checked before work starts, written by one process, and whole or not there at all.
+
+Work in progress is `NAME.partial` beside `NAME`. A process locks the file that it writes; the lock
+ends with the process, so a killed run blocks nobody and leaves no lock file behind.
+"""
 
 import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from dots1_local.errors import Dots1Error
 
-__all__ = ["check_space", "check_target", "disk_error", "write_all", "write_whole"]
+__all__ = [
+    "check_parent",
+    "check_space",
+    "check_target",
+    "disk_error",
+    "disk_errors",
+    "open_locked",
+    "open_partial",
+    "partial_path",
+    "write_all",
+    "write_whole",
+]
 
 
 def check_target(path: Path, *, force: bool) -> None:
     """Refuse a file that cannot be written, or one that is there already (without `force`).
 
     Raises:
-        Dots1Error: there is no such folder, it may not be written, or something is in the way.
+        Dots1Error: its folder does not exist or is not writable, or something is in the way.
     """
     try:
-        if not path.parent.is_dir():
-            raise Dots1Error(f"no such folder: {path.parent}")
-        if not os.access(path.parent, os.W_OK):
-            raise Dots1Error(f"cannot write {path}: its folder may not be written to")
+        check_parent(path)
         if not path.name or path.is_dir():
             raise Dots1Error(f"{path} is a folder; name a file")
         if not os.path.lexists(path):
             return
-        path.stat()  # a link may lead in circles, and one that leads nowhere is free
+        path.stat()  # fails if links form a circle, or if a link leads nowhere, which is fine
         if not path.is_file():
-            raise Dots1Error(f"{path} is no regular file; name one")
+            raise Dots1Error(f"{path} is not a regular file; name another file")
         if not force:
             raise Dots1Error(f"{path} exists; give --force to replace it")
     except FileNotFoundError:
@@ -38,46 +52,137 @@ def check_target(path: Path, *, force: bool) -> None:
         raise Dots1Error(f"cannot write {path}: {error.strerror or error}") from None
 
 
+def check_parent(path: Path) -> None:
+    """Refuse a path whose folder does not exist or is not writable.
+
+    Raises:
+        Dots1Error: naming the folder.
+    """
+    if not path.parent.is_dir():
+        raise Dots1Error(f"no such folder: {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise Dots1Error(f"cannot write {path}: the folder {path.parent} is not writable")
+
+
 def check_space(
     path: Path, nbytes: int, working: Iterable[Path], *, what: str | None = None
 ) -> None:
-    """Refuse what the disk of `path` cannot hold, before the first byte.
+    """Refuse `nbytes` that the disk of `path` cannot hold, before the first byte is written.
 
-    What `working` files of a former run take will be used again. `what` needs the space, the file
-    itself unless said.
+    The space of `working` files, which a former run left, counts as free. `what` says in the error
+    what needs the space; by default it is the file.
 
     Raises:
         Dots1Error: fewer than `nbytes` are free.
-        OSError: the disk does not say.
+        OSError: the disk does not tell its free space.
     """
     left = sum(file.lstat().st_blocks * 512 for file in working if os.path.lexists(file))
     free = shutil.disk_usage(path.parent).free + left
     if nbytes > free:
         raise Dots1Error(
             f"{path.parent} has {free / 1e9:.1f} GB free, but {what or path.name} needs "
-            f"{nbytes / 1e9:.1f} GB; free some or write elsewhere"
+            f"{nbytes / 1e9:.1f} GB; free some space or write elsewhere"
         )
 
 
-def disk_error(path: Path, error: OSError) -> Dots1Error:
-    """What to say of work on `path` that can be gone on with."""
-    if error.errno == errno.ENOSPC:
-        return Dots1Error(
-            f"the disk is full; what is written of {path} is kept: free some space and run the "
-            "same command again"
-        )
-    return Dots1Error(f"cannot write {path}: {error.strerror or error}")
+def disk_error(path: Path, error: OSError, *, kept: bool = True) -> Dots1Error:
+    """Say what failed while `path` was written; `kept`: running the command again resumes."""
+    if error.errno != errno.ENOSPC:
+        return Dots1Error(f"cannot write {path}: {error.strerror or error}")
+    if not kept:
+        return Dots1Error(f"the disk is full; {path} is not written")
+    return Dots1Error(
+        f"the disk is full; what is written of {path} is kept: free some space and run the same "
+        "command again"
+    )
+
+
+@contextmanager
+def disk_errors(path: Path, *, kept: bool = True) -> Iterator[None]:
+    """Turn every OSError of the block into the `disk_error` of `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(path, error, kept=kept) from error
+
+
+def partial_path(path: Path) -> Path:
+    """The name that `path` has while it is written."""
+    return path.with_name(f"{path.name}.partial")
+
+
+@contextmanager
+def open_locked(
+    path: Path, busy: str, *, append: bool = False, private: bool = False
+) -> Iterator[BinaryIO]:
+    """Open `path` for reading and writing, create it if it is missing, and lock it in the block.
+
+    A symbolic link is not followed. Only the owner may read a `private` file.
+
+    Raises:
+        Dots1Error: another process holds the lock; the message is `busy`.
+        OSError: the file cannot be opened.
+    """
+    from filelock import lock_descriptor  # takes 20 ms
+
+    with open(path, "a+b" if append else "r+b", opener=_opener(private)) as file:
+        # The last owner may have renamed or removed the file after it was opened here.
+        if not lock_descriptor(file.fileno(), blocking=False) or not _is_at(file, path):
+            raise Dots1Error(busy)
+        yield file
+
+
+def _opener(private: bool) -> Callable[[str, int], int]:
+    def opener(path: str, flags: int) -> int:
+        mode = 0o600 if private else 0o666
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, mode)
+        if private:
+            os.fchmod(descriptor, mode)
+        return descriptor
+
+    return opener
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def open_partial(path: Path, busy: str = "", *, private: bool = False) -> Iterator[BinaryIO]:
+    """Write `path` as a whole: the block fills an empty PATH.partial, which then gets the name.
+
+    The file is on the disk before it gets its name. If the block fails, PATH.partial is removed and
+    `path` stays as it was.
+
+    Raises:
+        Dots1Error: another process writes PATH.partial; the message is `busy`.
+        OSError: the file cannot be written.
+    """
+    partial = partial_path(path)
+    with open_locked(partial, busy or f"another run is writing {path}", private=private) as file:
+        try:
+            file.truncate(0)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
-    """All of `data` at `offset` of a file; the kernel takes at most 2 GiB at a time."""
+    """Write all of `data` at `offset` of a file; the kernel takes at most 2 GiB at a time."""
     while data:
         count = os.pwrite(fd, data, offset)
         data, offset = data[count:], offset + count
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """A small file, on disk as a whole or not at all.
+    """Write a small file as a whole; of two processes that write it at once, the last one wins.
 
     Raises:
         OSError: it cannot be written there.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
 from dots1_local.files.gguf import GGUFTensor, read_header
+from dots1_local.files.partial_file import open_partial
 
 __all__ = ["Entry", "ImatrixFile", "read_index", "read_sums", "write_gguf"]
 
@@ -200,16 +201,12 @@ def write_gguf(
         Dots1Error: a sum or count is negative or no number.
     """
     arrays = dict(_named_arrays(entries))
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with open_partial(path) as file:
         file.write(_header(arrays, datasets, chunk_count, chunk_size, extra or {}))
         for array in arrays.values():
             _pad(file)
             file.write(array.astype("<f4").tobytes())
         _pad(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _named_arrays(

@@ -2,13 +2,22 @@
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from dots1_local.errors import Dots1Error
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.files.partial_file import check_space, check_target
+from dots1_local.files.partial_file import (
+    check_space,
+    check_target,
+    disk_errors,
+    open_partial,
+    partial_path,
+)
 from dots1_local.progress import Progress, silent
 from dots1_local.verify.findings import Report
 from dots1_local.verify.raw_header import RawHeader
@@ -27,10 +36,6 @@ class _Copy:
     target: Path
     header: bytes
     start: int
-
-    @property
-    def partial(self) -> Path:
-        return _partial(self.target)
 
     @property
     def nbytes(self) -> int:
@@ -55,16 +60,9 @@ def write_fixed(
         header = RawHeader.read(source)
         changes = report.changes if number == 0 else ()
         copies.append(_Copy(source, target, header.changed(changes), header.data_start))
-    try:
-        try:
-            _write(copies, progress)
-            for copy in copies:
-                os.replace(copy.partial, copy.target)
-        finally:
-            for copy in copies:
-                copy.partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise Dots1Error(f"cannot write {path}: {error.strerror or error}") from None
+    with disk_errors(path, kept=False), ExitStack() as opened:
+        files = [opened.enter_context(_open(target)) for target in targets]
+        _write(copies, files, progress)
     return tuple(targets)
 
 
@@ -93,7 +91,7 @@ def _check(files: Sequence[Path], path: Path, force: bool) -> list[Path]:
     """The files to write for `path`, none of which is in the way of anything."""
     check_target(path, force=True)
     targets = _targets(files, path)
-    try:
+    with disk_errors(path, kept=False):
         for target in {path, *targets}:
             if target.with_name(target.name + ".journal").exists():
                 raise Dots1Error(f"a conversion to {target} is unfinished; write to another file")
@@ -101,23 +99,25 @@ def _check(files: Sequence[Path], path: Path, force: bool) -> list[Path]:
             _check_source(files, target)
             check_target(target, force=force)
         needed = sum(file.stat().st_size for file in files)
-        check_space(targets[0], needed, map(_partial, targets))
-    except OSError as error:
-        raise Dots1Error(f"cannot write {path}: {error.strerror or error}") from None
+        check_space(targets[0], needed, map(partial_path, targets))
     return targets
 
 
-def _partial(target: Path) -> Path:
-    return target.with_name(target.name + ".partial")
-
-
 def _check_source(files: Sequence[Path], target: Path) -> None:
-    for path in (target, _partial(target)):
+    for path in (target, partial_path(target)):
         if path.exists() and any(path.samefile(file) for file in files):
             raise Dots1Error(f"{path} is the file to be fixed; write to another one")
 
 
-def _write(copies: Sequence[_Copy], progress: Progress) -> None:
+def _open(target: Path) -> AbstractContextManager[BinaryIO]:
+    """Open the partial file of `target`; a link or pipe in its place is removed, not followed."""
+    partial = partial_path(target)
+    if os.path.lexists(partial) and not stat.S_ISREG(partial.lstat().st_mode):
+        partial.unlink()
+    return open_partial(target)
+
+
+def _write(copies: Sequence[_Copy], files: Sequence[BinaryIO], progress: Progress) -> None:
     total, done = sum(copy.nbytes for copy in copies), 0
 
     def report(count: int) -> None:
@@ -125,15 +125,13 @@ def _write(copies: Sequence[_Copy], progress: Progress) -> None:
         done += count
         progress(done, total, "bytes", "copying")
 
-    for copy in copies:
-        copy.partial.unlink(missing_ok=True)  # a killed run's; never what it may be a link to
-    for copy in copies:
-        with open(copy.source, "rb") as source, open(copy.partial, "xb") as target:
+    for copy, target in zip(copies, files, strict=True):
+        with open(copy.source, "rb") as source:
             target.write(copy.header)
             target.flush()
             report(len(copy.header))
             _copy_rest(source.fileno(), target.fileno(), copy.start, report)
-            os.fsync(target.fileno())
+        os.fsync(target.fileno())  # all are on the disk before the first gets its name
 
 
 def _copy_rest(source: int, target: int, offset: int, report: Callable[[int], None]) -> None:

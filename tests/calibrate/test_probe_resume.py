@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,9 @@ def test_interrupted_at_any_report(
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == expected
 
 
-@pytest.mark.parametrize("file", ["back-0001.partial", "effects-0001.partial", "sensitivity.json"])
+@pytest.mark.parametrize(
+    "file", ["back-0001.npy.partial", "effects-0001.json.partial", "sensitivity.json"]
+)
 def test_full_disk_loses_nothing(
     micro: Checkpoint,
     moments: list[Path],
@@ -148,16 +151,20 @@ def test_full_disk_loses_nothing(
     file: str,
 ) -> None:
     has_head = (m for m in moments if (m / "work" / f"back-{LAYERS:04}.npy").exists())
-    folder, open_it = shutil.copytree(next(has_head), tmp_path / "out"), Path.open
+    folder = shutil.copytree(next(has_head), tmp_path / "out")
 
-    def full(path: Path, *args: Any, **options: Any) -> Any:
-        if path.name == file:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return open_it(path, *args, **options)
+    def unless_full(open_it: Callable[..., Any]) -> Callable[..., Any]:
+        def full(path: Path | str, *args: Any, **options: Any) -> Any:
+            if Path(path).name == file:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return open_it(path, *args, **options)
+
+        return full
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", full)
-        with pytest.raises(Dots1Error, match=r"the disk of .*out is full; free some and run"):
+        patch.setattr(Path, "open", unless_full(Path.open))
+        patch.setattr(os, "open", unless_full(os.open))
+        with pytest.raises(Dots1Error, match=r"disk is full.*/out\b"):
             calibrate(micro, folder, TOKENS, evaluation=EVALUATED, threads=1)
     assert [path.name for path in folder.iterdir()] == ["work"]
     assert probed(micro, folder, TOKENS, evaluation=EVALUATED) == expected

@@ -144,7 +144,7 @@ def test_output_is_a_folder(dots1: Run, output: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_folder_is_read_only(dots1: Run, output: Path) -> None:
     output.parent.chmod(0o500)
-    assert_one_sentence(dots1(), f"cannot write {output}", "may not be written to")
+    assert_one_sentence(dots1(), f"cannot write {output}", "not writable")
 
 
 @pytest.mark.parametrize("suffix", [".journal", ".partial"])

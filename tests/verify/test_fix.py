@@ -167,7 +167,7 @@ def test_a_folder_that_may_not_be_written_is_found_before_reading(
     broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(Dots1Error, match="may not be written to"):
+    with pytest.raises(Dots1Error, match="not writable"):
         check_output(broken, tmp_path / "fixed.gguf")
 
 

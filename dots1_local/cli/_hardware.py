@@ -42,7 +42,7 @@ def hardware(
 
     dots1 hardware --json > machine.json
     """
-    from dots1_local.devices.machine import find_hardware, lacking, this_machine
+    from dots1_local.devices.machine import find_hardware, missing_backends, this_machine
 
     if file is not None and (worker or refresh):
         raise UsageError("--hardware shows a description; leave out --worker and --refresh")
@@ -57,7 +57,7 @@ def hardware(
         print_json(found.to_json())
     else:
         _show(found)
-    for sentence in lacking(found) if file is None else ():
+    for sentence in missing_backends(found) if file is None else ():
         notice(sentence)
 
 

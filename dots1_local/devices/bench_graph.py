@@ -1,11 +1,23 @@
-"""Small ggml graphs computed on one device, to see how long they take.
+"""Small ggml graphs that are computed on one device, to see how long they take.
 
-Weights go to the stretch of memory that a `Bench` keeps, which is larger than caches, one after the
-other from its start; everything else beside it.
+A `BenchDevice` has one large buffer for weights, larger than caches. A `BenchGraph` puts its
+weights there one after the other from the start, and all other tensors into a buffer of its own.
 """
 
 import ctypes
-from ctypes import POINTER, c_bool, c_float, c_int, c_int64, c_size_t, c_void_p
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import (
+    POINTER,
+    c_bool,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int64,
+    c_size_t,
+    c_uint8,
+    c_void_p,
+)
 from functools import cache
 from time import perf_counter
 from typing import Any, Self
@@ -13,23 +25,36 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dots1_local.devices.backends import Signatures, declare
-from dots1_local.devices.bench_device import Bench
+from dots1_local.devices.backends import Signatures, declare, device_handle, host_buffer_type
 from dots1_local.errors import Dots1Error
 from dots1_local.ggml import library
+from dots1_local.sizes import human_bytes
 
-__all__ = ["F16", "F32", "HEAD_DIM", "I8", "I32", "Bench", "Graph", "Tensor"]
+__all__ = [
+    "F16",
+    "F32",
+    "HEAD_DIM",
+    "I8",
+    "I32",
+    "BenchDevice",
+    "BenchGraph",
+    "Tensor",
+    "pinned_memory",
+]
 
 Tensor = int  # a handle of ggml's
 
 F32, F16, I8, I32 = 0, 1, 24, 26  # enum ggml_type
 HEAD_DIM = 128
 
-_NODES = 1024
+_WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
 _PREC_F32 = 10  # GGML_PREC_F32
+_SLACK = 1 << 20
+_NODES = 1024
 _ALIGNMENT = 1 << 12
-_MOST_REPEATS = 8
-_MOST_SECONDS = 2.0
+_MAX_REPEATS = 8
+_MAX_SECONDS = 2.0
+_SET_THREADS = ctypes.CFUNCTYPE(None, c_void_p, c_int)
 
 
 class _InitParams(ctypes.Structure):
@@ -53,10 +78,17 @@ _SIGNATURES: Signatures = {
     "ggml_prec_set_acc": (None, (_P, c_int)),
     "ggml_cast": (_P, (_P, _P, c_int)),
     "ggml_rms_norm": (_P, (_P, _P, c_float)),
+    "ggml_backend_dev_init": (_P, (_P, c_char_p)),
+    "ggml_backend_dev_buffer_type": (_P, (_P,)),
+    "ggml_backend_dev_backend_reg": (_P, (_P,)),
     "ggml_backend_dev_supports_op": (c_bool, (_P, _P)),
+    "ggml_backend_reg_get_proc_address": (_P, (_P, c_char_p)),
+    "ggml_backend_free": (None, (_P,)),
     "ggml_backend_graph_compute": (c_int, (_P, _P)),
+    "ggml_backend_buft_alloc_buffer": (_P, (_P, c_size_t)),
     "ggml_backend_buffer_free": (None, (_P,)),
     "ggml_backend_buffer_get_base": (_P, (_P,)),
+    "ggml_backend_buffer_set_usage": (None, (_P, c_int)),
     "ggml_backend_tensor_alloc": (c_int, (_P, _P, _P)),
     "ggml_backend_tensor_set": (None, (_P, _P, c_size_t, c_size_t)),
     "ggml_backend_tensor_get": (None, (_P, _P, c_size_t, c_size_t)),
@@ -70,21 +102,79 @@ def _ggml() -> ctypes.CDLL:
     return declare(library(), _SIGNATURES)
 
 
-class Graph:
-    """One graph on a `Bench`: make tensors and nodes, `place` it, fill it, then time it.
+class BenchDevice:
+    """A device that is ready to be measured, with `nbytes` for weights; use it in a `with`.
+
+    `memory` is the buffer type of the weights, by default the device's own.
+    """
+
+    def __init__(
+        self, device: str, nbytes: int, *, threads: int = 1, memory: int | None = None
+    ) -> None:
+        ggml = _ggml()
+        self.handle, self.nbytes = device_handle(device), nbytes
+        self.memory = ggml.ggml_backend_dev_buffer_type(self.handle)
+        self.host_writes = memory is not None
+        self.backend = ggml.ggml_backend_dev_init(self.handle, None)
+        self.arena = ggml.ggml_backend_buft_alloc_buffer(memory or self.memory, nbytes + _SLACK)
+        if not self.backend or not self.arena:
+            self.close()
+            raise Dots1Error(f"{device} has no {human_bytes(nbytes)} of memory left to measure in")
+        ggml.ggml_backend_buffer_set_usage(self.arena, _WEIGHTS)
+        self._set_threads(threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory; a second call does nothing."""
+        if self.arena:
+            _ggml().ggml_backend_buffer_free(self.arena)
+        if self.backend:
+            _ggml().ggml_backend_free(self.backend)
+        self.arena = self.backend = None
+
+    def _set_threads(self, threads: int) -> None:
+        ggml = _ggml()
+        registry = ggml.ggml_backend_dev_backend_reg(self.handle)
+        name = b"ggml_backend_set_n_threads"
+        if function := ggml.ggml_backend_reg_get_proc_address(registry, name):
+            _SET_THREADS(function)(self.backend, threads)
+
+
+@contextmanager
+def pinned_memory(device: str, nbytes: int) -> Iterator[NDArray[np.uint8] | None]:
+    """Yield RAM that a device can copy from by itself, or None if the device has no such RAM."""
+    kind = host_buffer_type(device)
+    buffer = kind and _ggml().ggml_backend_buft_alloc_buffer(kind, nbytes)
+    if not buffer:
+        yield None
+        return
+    try:
+        base = _ggml().ggml_backend_buffer_get_base(buffer)
+        yield np.ctypeslib.as_array((c_uint8 * nbytes).from_address(base))
+    finally:
+        _ggml().ggml_backend_buffer_free(buffer)
+
+
+class BenchGraph:
+    """One graph on a `BenchDevice`: make tensors and nodes, `place` it, fill it, then time it.
 
     Shapes begin with the length of a row, as ggml's do; types are numbers of `enum ggml_type`.
     """
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, device: BenchDevice) -> None:
         ggml = _ggml()
-        self._bench = bench
+        self._device = device
         room = 4 * _NODES * ggml.ggml_tensor_overhead()
         room += ggml.ggml_graph_overhead_custom(_NODES, False)
         self._context = ggml.ggml_init(_InitParams(room, None, True))
         self._graph = ggml.ggml_new_graph_custom(self._context, _NODES, False)
         self._addresses: dict[Tensor, int] = {}
-        self._next = ggml.ggml_backend_buffer_get_base(bench.arena)
+        self._next = ggml.ggml_backend_buffer_get_base(device.arena)
         self._nodes: list[Tensor] = []
         self._buffer: int | None = None
 
@@ -97,12 +187,12 @@ class Graph:
         _ggml().ggml_free(self._context)
 
     def tensor(self, kind: int, *shape: int) -> Tensor:
-        """A tensor outside of the bench's stretch of memory."""
+        """A tensor outside the device's buffer for weights."""
         extents = (c_int64 * len(shape))(*shape)
         return int(_ggml().ggml_new_tensor(self._context, kind, len(shape), extents))
 
     def weights(self, kind: int, *shape: int) -> Tensor:
-        """The next tensor in the bench's stretch of memory."""
+        """The next tensor in the device's buffer for weights."""
         tensor = self.tensor(kind, *shape)
         self._put(tensor, self._next)
         self._addresses[tensor] = self._next
@@ -114,17 +204,17 @@ class Graph:
         return self._node(_ggml().ggml_mul_mat(self._context, weights, x))
 
     def mul_mat_id(self, weights: Tensor, x: Tensor, ids: Tensor) -> Tensor:
-        """A node: the experts that `ids` (experts of a token, tokens) names, times x."""
+        """A node: the experts in `ids` (experts of a token, tokens), times x."""
         return self._node(_ggml().ggml_mul_mat_id(self._context, weights, x, ids))
 
     def rms_norm(self, x: Tensor) -> Tensor:
-        """A node that does next to nothing."""
+        """A node that computes next to nothing."""
         return self._node(_ggml().ggml_rms_norm(self._context, x, 1e-5))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, cast: bool) -> Tensor:
         """A node: flash attention of tensors (head_dim, heads, tokens), laid out as in a KV cache.
 
-        `cast` makes keys and values F16 first, as llama.cpp does with F32.
+        `cast` converts keys and values to F16 first, as llama.cpp does with F32.
         """
         ggml = _ggml()
         q, k, v = (ggml.ggml_permute(self._context, each, 0, 2, 1, 3) for each in (q, k, v))
@@ -136,31 +226,32 @@ class Graph:
         return self._node(node)
 
     def place(self) -> bool:
-        """Give everything its memory; False if the device cannot compute a node."""
+        """Allocate all tensors; False if the device cannot compute a node."""
         ggml = _ggml()
         for node in self._nodes:
-            if not ggml.ggml_backend_dev_supports_op(self._bench.handle, node):
+            if not ggml.ggml_backend_dev_supports_op(self._device.handle, node):
                 return False
             ggml.ggml_build_forward_expand(self._graph, node)
-        memory = self._bench.memory
+        memory = self._device.memory
         self._buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, memory)
         if not self._buffer:
             raise Dots1Error("the device has no memory left to measure in")
         return True
 
     def fill(self, tensor: Tensor, data: NDArray[Any]) -> None:
-        """Give a tensor its values."""
+        """Set a tensor's values."""
         assert _ggml().ggml_nbytes(tensor) == data.nbytes
-        self._write(tensor, np.ascontiguousarray(data))
+        data = np.ascontiguousarray(data)
+        _ggml().ggml_backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
 
     def tile(self, weights: Tensor, pattern: NDArray[np.uint8]) -> None:
-        """Fill weights with copies of `pattern`, made on the device itself where it can."""
+        """Fill weights with copies of `pattern`, which the device makes itself if it can."""
         size = _ggml().ggml_nbytes(weights)
-        if self._bench.host_writes:  # it rearranges what is written, all at once
-            self._write(weights, np.resize(pattern, size))
+        if self._device.host_writes:  # this memory rearranges whole tensors when they are written
+            self.fill(weights, np.resize(pattern, size))
             return
         start, done = self._addresses[weights], min(pattern.size, size)
-        self._write(self._bytes_at(start, done), pattern[:done])
+        self.fill(self._bytes_at(start, done), pattern[:done])
         while done < size:
             length = min(done, size - done)
             copy = self._bytes_at(start + done, length)
@@ -168,7 +259,7 @@ class Graph:
             done += length
 
     def seconds(self) -> float:
-        """The time of a computation: the shortest of some, when a second one came close to it."""
+        """The time of a computation: the shortest, once a second one comes close to it."""
         self.once()
         times = [self.once(), self.once()]
         while not _settled(times):
@@ -183,7 +274,7 @@ class Graph:
         return perf_counter() - start
 
     def round_trip(self, x: Tensor, values: NDArray[Any], result: Tensor) -> float:
-        """The time to give x its values, compute, and read a result of the same size."""
+        """The time to set x, compute, and read a result of the same size."""
         start = perf_counter()
         self.fill(x, values)
         self._compute()
@@ -191,7 +282,7 @@ class Graph:
         return perf_counter() - start
 
     def copy_seconds(self, tensor: Tensor, data: NDArray[Any]) -> float:
-        """The time to give a tensor its values."""
+        """The time to set a tensor's values."""
         start = perf_counter()
         self.fill(tensor, data)
         self._wait(tensor)
@@ -202,12 +293,12 @@ class Graph:
         _ggml().ggml_backend_tensor_get(tensor, data.ctypes.data, 0, data.nbytes)
 
     def _compute(self) -> None:
-        status = _ggml().ggml_backend_graph_compute(self._bench.backend, self._graph)
+        status = _ggml().ggml_backend_graph_compute(self._device.backend, self._graph)
         if status:
             raise Dots1Error(f"the device failed to compute ({status})")
 
     def _wait(self, tensor: Tensor) -> None:
-        """Until a tensor is there: a worker says no sooner that it is done than when it is read."""
+        """Wait for a tensor; a worker only shows that it has finished when the tensor is read."""
         self.read(tensor, np.empty(4, np.uint8))
 
     def _node(self, node: Tensor) -> Tensor:
@@ -215,18 +306,15 @@ class Graph:
         return node
 
     def _put(self, tensor: Tensor, address: int) -> None:
-        _ggml().ggml_backend_tensor_alloc(self._bench.arena, tensor, address)
+        _ggml().ggml_backend_tensor_alloc(self._device.arena, tensor, address)
 
     def _bytes_at(self, address: int, length: int) -> Tensor:
         tensor = self.tensor(I8, length)
         self._put(tensor, address)
         return tensor
 
-    def _write(self, tensor: Tensor, data: NDArray[Any]) -> None:
-        _ggml().ggml_backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
-
 
 def _settled(times: list[float]) -> bool:
-    """Whether more would not tell more: other programs only ever make it slower."""
+    """Whether to stop: other programs only make a computation slower, so two equal times are it."""
     first, second = sorted(times)[:2]
-    return second < 1.02 * first or len(times) == _MOST_REPEATS or sum(times) > _MOST_SECONDS
+    return second < 1.02 * first or len(times) == _MAX_REPEATS or sum(times) > _MAX_SECONDS

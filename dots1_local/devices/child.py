@@ -1,7 +1,7 @@
-"""Work with the engine in a process of its own, which a driver or a lost worker may end.
+"""Work with the engine in a child process, which a driver or a lost worker may kill.
 
-The child, `python -m MODULE REQUEST`, answers with marked lines of JSON on stdout; whatever else
-comes there, from drivers, is ignored.
+The child, `python -m MODULE REQUEST`, calls `respond`. It answers with lines of JSON on stdout that
+begin with a mark; the parent ignores all other lines, which come from drivers.
 """
 
 import json
@@ -11,20 +11,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from queue import Empty, Queue
 from threading import Thread
 from typing import IO, Any
 
 from dots1_local.errors import Dots1Error
+from dots1_local.files.json_file import JsonError, parse_json
 from dots1_local.progress import Progress, silent
 
-__all__ = ["answer", "ask", "report_progress"]
+__all__ = ["ask", "report_error", "report_progress", "respond"]
 
 _MARK = "dots1-engine "
-_LONGEST = 1 << 20  # characters of a line
-_PLACE = re.compile(r"^\S*\.(c|cpp|cu|cuh|h|hpp|m):\d+: ")  # of ggml's source
+_MAX_LINE = 1 << 20  # characters
+_SOURCE = re.compile(r"^\S*\.(c|cpp|cu|cuh|h|hpp|m):\d+: ")  # file and line of ggml's source
 
 
 def ask(
@@ -33,21 +34,22 @@ def ask(
     doing: str,
     progress: Progress = silent,
     *,
-    patience: float = 60.0,
+    timeout: float = 60.0,
     environment: Mapping[str, str] | None = None,
 ) -> Any:
-    """What `module` answers to a request, given as JSON; `doing` says what for in errors.
+    """Run `module` in a child process and return its answer to `request`, both as JSON values.
 
-    The child is ended after `patience` seconds without a word, and when this is left.
+    `doing` tells in errors what the child was doing. The child is killed if it reports nothing for
+    `timeout` seconds, and in any case at the end.
 
     Raises:
-        Dots1Error: the child says so, or it died, hung or made no sense.
+        Dots1Error: the child reports an error, dies, hangs or answers nonsense.
     """
     with (
         tempfile.TemporaryFile("w+", errors="replace") as log,
         _started(module, request, log, environment or {}) as (child, lines),
     ):
-        for message in _messages(lines, doing, patience):
+        for message in _messages(lines, doing, timeout):
             if "progress" in message:
                 progress(*message["progress"])
             elif "error" in message:
@@ -55,26 +57,31 @@ def ask(
             else:
                 return message.get("answer")
         raise Dots1Error(
-            f"the engine died while {doing}: {_last_words(child, log)}; if a driver is to blame, "
+            f"the engine died while {doing}: {_cause(child, log)}; if a driver is to blame, "
             "repair it or hide its devices (CUDA_VISIBLE_DEVICES=-1)"
         )
 
 
+def respond(work: Callable[[Any], Any]) -> None:
+    """The child's part: call `work` with the request, and send its result or its Dots1Error."""
+    try:
+        _send("answer", work(json.loads(sys.argv[1])))
+    except Dots1Error as error:
+        report_error(str(error))
+
+
+def report_error(sentence: str) -> None:
+    """In the child: make the parent raise a Dots1Error."""
+    _send("error", sentence)
+
+
 def report_progress(done: int, total: int, unit: str, what: str) -> None:
-    """The child's `Progress`, which becomes the parent's."""
-    _say("progress", (done, total, unit, what))
+    """In the child: report to the parent's `Progress`."""
+    _send("progress", (done, total, unit, what))
 
 
-def answer(value: Any) -> None:
-    """The child's answer, a `Dots1Error` among them."""
-    if isinstance(value, Dots1Error):
-        _say("error", str(value))
-    else:
-        _say("answer", value)
-
-
-def _say(key: str, value: Any) -> None:
-    # A driver may have left a line of its own without an end.
+def _send(key: str, value: Any) -> None:
+    # It begins with a newline, because a driver may have left a line without an end.
     sys.stdout.write(f"\n{_MARK}{json.dumps({key: value})}\n")
     sys.stdout.flush()
 
@@ -83,7 +90,7 @@ def _say(key: str, value: Any) -> None:
 def _started(
     module: str, request: Mapping[str, Any], log: IO[str], environment: Mapping[str, str]
 ) -> Iterator[tuple[subprocess.Popen[str], "Queue[str]"]]:
-    """A child, and its lines that are meant for us, with "" at the end."""
+    """Start a child; yield it and its marked lines, the last of which is ""."""
     lines: Queue[str] = Queue()
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", module, json.dumps(request)],
@@ -101,24 +108,24 @@ def _started(
             yield child, lines
         finally:
             child.kill()
-            reader.join(1)  # or it would read from what is being closed
+            reader.join(1)  # it must not read from the pipe while that is being closed
 
 
-def _messages(lines: "Queue[str]", doing: str, patience: float) -> Iterator[dict[str, Any]]:
-    """What the child says until it ends."""
+def _messages(lines: "Queue[str]", doing: str, timeout: float) -> Iterator[dict[str, Any]]:
+    """The child's messages until it ends."""
     while True:
         try:
-            line = lines.get(timeout=patience)
+            line = lines.get(timeout=timeout)
         except Empty:
             raise Dots1Error(
-                f"the engine did not answer for {patience:.0f} seconds while {doing}; check the "
+                f"the engine did not answer for {timeout:.0f} seconds while {doing}; check the "
                 "device's driver, or the worker"
             ) from None
         if not line:
             return
         try:
-            message = json.loads(line)
-        except ValueError:
+            message = parse_json(line.encode())
+        except JsonError:
             message = None
         if not isinstance(message, dict):
             raise Dots1Error(f"the engine's answer made no sense while {doing}; try again")
@@ -126,18 +133,18 @@ def _messages(lines: "Queue[str]", doing: str, patience: float) -> Iterator[dict
 
 
 def _read(stream: IO[str], lines: "Queue[str]") -> None:
-    while line := stream.readline(_LONGEST):
+    while line := stream.readline(_MAX_LINE):
         if line.startswith(_MARK):
             lines.put(line.removeprefix(_MARK))
     lines.put("")
 
 
-def _last_words(child: subprocess.Popen[str], log: IO[str]) -> str:
+def _cause(child: subprocess.Popen[str], log: IO[str]) -> str:
     """The last line of the log, or how the process ended."""
     code = child.wait()
     log.seek(0)
-    lines = [line.strip() for line in log.read()[-_LONGEST:].splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read()[-_MAX_LINE:].splitlines() if line.strip()]
     if lines:
-        said = _PLACE.sub("", lines[-1])
-        return "".join(filter(str.isprintable, said))[:200].rstrip(".")
+        last = _SOURCE.sub("", lines[-1])
+        return "".join(filter(str.isprintable, last))[:200].rstrip(".")
     return signal.strsignal(-code) or str(code) if code < 0 else f"exit code {code}"

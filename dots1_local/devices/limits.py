@@ -1,9 +1,7 @@
-"""What this process may use of the machine: RAM and cores, less what control groups withhold.
+"""What this process may use of the machine: RAM and cores within control groups' limits, a disk.
 
-A container's limits hold for every group above the process too. Page cache is counted as available
-wherever the kernel would give it up: a model that is mapped fills it, and lives in it.
-
-How fast a disk is read, with a file that the page cache was made to forget.
+A container's limits hold for every group above the process too. Page cache counts as available,
+because the kernel gives it up when RAM is short: a mapped model fills it, and lives in it.
 """
 
 import os
@@ -18,17 +16,19 @@ __all__ = [
     "allowed_cpus",
     "available_ram",
     "cpu_quota",
+    "physical_cores",
     "read_rate",
 ]
 
-
 _ROOT = Path("/")
+_CPUS = Path("/sys/devices/system/cpu")
+_FILE, _CHUNK = 1 << 28, 1 << 22  # bytes
 _UNLIMITED = 1 << 60  # cgroup v1 says "no limit" by a number close to 2^63
 
 
 @dataclass(frozen=True)
 class RAM:
-    """Bytes this process can still have, and bytes it could have were nothing else running."""
+    """Bytes that this process can still take, and bytes that it could take if it ran alone."""
 
     available: int
     total: int
@@ -36,7 +36,7 @@ class RAM:
 
 @dataclass(frozen=True)
 class _Version:
-    """Where a version of control groups keeps its figures; `controller` is v1's name for it."""
+    """The files of one version of control groups; `controller` is the name of memory's in v1."""
 
     mount: str
     controller: str
@@ -58,7 +58,7 @@ _MEMORY = (
 
 
 def available_ram(root: Path = _ROOT) -> RAM | None:
-    """The RAM of a Linux machine, None elsewhere; `root` holds its /proc and /sys."""
+    """The RAM of a Linux machine, None on other systems; `root` holds its /proc and /sys."""
     sizes = _fields(root / "proc/meminfo")
     if "MemTotal" not in sizes or "MemAvailable" not in sizes:
         return None
@@ -76,7 +76,7 @@ def available_ram(root: Path = _ROOT) -> RAM | None:
 
 
 def cpu_quota(root: Path = _ROOT) -> float | None:
-    """CPU seconds a second that control groups allow; None without a limit."""
+    """The CPU seconds a second that control groups allow; None without a limit."""
     groups = _groups(root, "sys/fs/cgroup", "")
     quotas = [_ratio(_words(group / "cpu.max")) for group in groups]
     for controller in ("cpu", "cpu,cpuacct"):
@@ -93,10 +93,24 @@ def allowed_cpus() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def _groups(root: Path, mount: str, controller: str) -> Iterator[Path]:
-    """The process's group of a controller and those above it, up to what is mounted here.
+def physical_cores() -> int:
+    """The cores that this process may use; hyper-threads share what matrix products need."""
+    cores = {_siblings(cpu) for cpu in allowed_cpus()}
+    quota = cpu_quota()
+    return len(cores) if quota is None else max(1, min(len(cores), int(quota)))
 
-    In a container the path may be the host's, of which only the mount itself is seen.
+
+def _siblings(cpu: int) -> str:
+    try:
+        return (_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
+
+
+def _groups(root: Path, mount: str, controller: str) -> Iterator[Path]:
+    """The process's group of a controller and the groups above it, up to the mount point.
+
+    In a container the path may be the host's, and then only the mount point exists.
     """
     for line in _lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")
@@ -127,25 +141,23 @@ def _number(path: Path) -> int | None:
 
 
 def _ratio(words: list[str]) -> float | None:
-    """Quota and period; "max" and -1 are no quota."""
+    """Quota / period; None for "max" and -1, which mean that there is no quota."""
     if len(words) != 2 or not all(word.isdigit() for word in words) or words[1] == "0":
         return None
     return int(words[0]) / int(words[1])
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Lines such as "MemTotal: 123 kB" and "inactive_file 123"."""
+    """The numbers in lines such as "MemTotal: 123 kB" and "inactive_file 123"."""
     words = (line.replace(":", " ").split() for line in _lines(path))
     return {each[0]: int(each[1]) for each in words if len(each) > 1 and each[1].isdigit()}
 
 
-_FILE, _PIECE = 1 << 28, 1 << 22  # bytes
-
-
 def read_rate(folder: Path) -> float | None:
-    """Bytes a second that a new file in `folder` is read at; None where that cannot be measured.
+    """The bytes a second at which a new file in `folder` is read once it has left the page cache.
 
-    Such are systems other than Linux, file systems in RAM, and full or read-only disks.
+    None if that cannot be measured: on systems other than Linux, on file systems in RAM, and on
+    full or read-only disks.
     """
     if not hasattr(os, "RWF_NOWAIT"):
         return None
@@ -157,22 +169,22 @@ def read_rate(folder: Path) -> float | None:
 
 
 def _measured(descriptor: int) -> float | None:
-    piece = bytearray(os.urandom(_PIECE))  # some file systems compress
-    for _ in range(_FILE // _PIECE):
-        os.write(descriptor, piece)
+    chunk = bytearray(os.urandom(_CHUNK))  # some file systems compress
+    for _ in range(_FILE // _CHUNK):
+        os.write(descriptor, chunk)
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     if _is_cached(descriptor):
         return None
     os.lseek(descriptor, 0, os.SEEK_SET)
     start = perf_counter()
-    while os.readv(descriptor, [piece]):
+    while os.readv(descriptor, [chunk]):
         pass
     return _FILE / (perf_counter() - start)
 
 
 def _is_cached(descriptor: int) -> bool:
-    """Whether bytes of the middle are in RAM, or there is no telling."""
+    """Whether the middle of the file is in RAM; true if the file system does not tell."""
     try:
         os.preadv(descriptor, [bytearray(1)], _FILE // 2, os.RWF_NOWAIT)
     except BlockingIOError:

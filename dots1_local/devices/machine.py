@@ -1,19 +1,16 @@
-"""The devices that the engine finds, and their speeds, asked for in a process of its own.
+"""This machine: its devices and memory now, and their speeds, which are measured once and kept.
 
-    python -m dots1_local.runtime.devices.detect '{"workers": [], "measure": "CPU", "threads": 2}'
+A child process asks the engine, because drivers start then and may hang or die:
 
-answers with a machine's description and, in it, the speed of the device to be measured.
+    python -m dots1_local.devices.machine '{"workers": [], "measure": "CPU", "threads": 2}'
 
-This machine as it is: its devices and memory now, their speeds measured once and kept.
-
-Others are described in files, some of which come with this package.
+Other machines are described in files; some descriptions come with this package.
 """
 
 import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,144 +22,59 @@ from typing import Any, Literal
 
 from dots1_local.devices import child
 from dots1_local.devices.backends import DeviceInfo, add_worker, backend_names, build_with, devices
-from dots1_local.devices.hardware import (
-    CPU,
-    Device,
-    Hardware,
-    hardware_from,
-    load_hardware,
-    physical_cores,
-)
-from dots1_local.devices.limits import available_ram, read_rate
+from dots1_local.devices.hardware import CPU, Device, Hardware, hardware_from_json, load_hardware
+from dots1_local.devices.limits import available_ram, physical_cores, read_rate
+from dots1_local.devices.rpc import parse_endpoint, probe_all
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.files.json_file import Fields
 from dots1_local.files.partial_file import write_whole
 from dots1_local.progress import Progress, silent
 
-__all__ = [
-    "Measure",
-    "detect",
-    "find_hardware",
-    "hardware_names",
-    "lacking",
-    "this_machine",
-]
-
-
-_PATIENCE = 60.0  # seconds without a word
-_HEAD = ("format", "version")
-
-
-def detect(request: Mapping[str, Any], progress: Progress = silent) -> Hardware:
-    """The devices of the engine and of the `workers`; one with speed if there is one to `measure`.
-
-    Cores and the RAM that may be used are for the caller to say.
-
-    Raises:
-        Dots1Error: the engine died, hung, made no sense or could not do it.
-    """
-    target = request.get("measure")
-    doing = f"measuring {target}" if target else "looking for devices"
-    answer = child.ask(__name__, request, doing, progress, patience=_PATIENCE)
-    try:
-        return hardware_from(Fields(answer, "the answer"), "the answer")
-    except UsageError as error:
-        raise Dots1Error(f"the engine's answer made no sense while {doing}: {error}") from None
-
-
-def _detected(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The child's part."""
-    for endpoint in request["workers"]:
-        add_worker(endpoint)
-    found = _look()
-    if name := request.get("measure"):
-        found = _with_speed(found, name, request["threads"])
-    return {key: value for key, value in found.to_json().items() if key not in _HEAD}
-
-
-def _look() -> Hardware:
-    everything = devices()
-    cpu = next((each for each in everything if each.kind == "cpu"), None)
-    if cpu is None:
-        raise Dots1Error("this llama-cpp-python has no CPU backend; install another build")
-    built = f"llama-cpp-python {version('llama-cpp-python')} ({', '.join(backend_names())})"
-    others = tuple(_device(each) for each in everything if each.kind in ("gpu", "igpu"))
-    return Hardware("this machine", "the engine", built, 1, replace(_device(cpu), name=CPU), others)
-
-
-def _device(info: DeviceInfo) -> Device:
-    worker = info.description if info.backend == "RPC" else None
-    description = " ".join("".join(filter(str.isprintable, info.description)).split())
-    free = min(info.free, info.total)
-    return Device(info.name, info.backend, description, free, info.total, None, worker)
-
-
-def _with_speed(found: Hardware, name: str, threads: int) -> Hardware:
-    from dots1_local.devices.speed import measure_speed
-
-    info = next(each for each in devices() if each.name == name)
-    speed = measure_speed(info, threads, child.report_progress)
-    if name == CPU:
-        return replace(found, cpu=replace(found.cpu, speed=speed))
-    return replace(
-        found,
-        devices=tuple(
-            replace(each, speed=speed) if each.name == name else each for each in found.devices
-        ),
-    )
-
-
-if __name__ == "__main__":
-    try:
-        child.answer(_detected(json.loads(sys.argv[1])))
-    except Dots1Error as error:
-        child.answer(error)
-
-
-Measure = Literal["cached", "again"] | bool
+__all__ = ["detect", "find_hardware", "hardware_names", "missing_backends", "this_machine"]
 
 _MACHINES = Path(__file__).parent / "machines"
 _ROOT = Path("/")
+_TIMEOUT = 60.0  # seconds without a report from the child
 
 
 def this_machine(
-    workers: Sequence[str] = (), *, measure: Measure = True, progress: Progress = silent
+    workers: Sequence[str] = (),
+    *,
+    measure: Literal["cached", "again"] | bool = True,
+    progress: Progress = silent,
 ) -> Hardware:
     """This machine, with the devices of `workers` (host:port).
 
-    Memory is what is free now. Speeds are measured, in a minute, where they never were; with
-    "cached" those stay unknown, with "again" all are measured, with False none is said.
+    Memory is what is free now. Speeds that were never measured are measured, which takes a minute.
+    With "cached" they stay unknown, with "again" all are measured anew, with False all are unknown.
 
     Raises:
-        UsageError: a worker's address is none.
+        UsageError: a worker's address is malformed.
         Dots1Error: a worker does not answer, or the engine died or hung.
     """
-    from dots1_local.devices.rpc import parse_endpoint, probe_all
-
     endpoints = list(dict.fromkeys(map(parse_endpoint, workers)))
     probe_all(endpoints)
-    found = _present(detect({"workers": endpoints}))
+    found = _with_limits(detect({"workers": endpoints}))
     if measure is False:
         return found
     path = _cache_path(found)
     cached = _load(path)
-    known = _with_known(found, cached) if cached and measure != "again" else found
+    known = _with_cached(found, cached) if cached and measure != "again" else found
     if measure == "cached":
         return known
     return _measured(known, cached, endpoints, path, progress)
 
 
 def find_hardware(text: str) -> Hardware:
-    """The machine described in a file, or by one of the descriptions that come with this package.
+    """The machine that a file describes, or a description that comes with this package.
 
     Raises:
-        UsageError: neither; the message lists the names there are.
+        UsageError: `text` is neither; the message lists the names.
     """
     if text in hardware_names():
         return load_hardware(_MACHINES / f"{text}.json")
     if not Path(text).exists():
         raise UsageError(
-            f"{text} is no description of a machine; give a file or one of "
+            f"{text} is not a description of a machine; give a file or one of "
             f"{', '.join(hardware_names())}"
         )
     return load_hardware(text)
@@ -173,17 +85,15 @@ def hardware_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _MACHINES.glob("*.json")))
 
 
-def lacking(hardware: Hardware, root: Path = _ROOT) -> tuple[str, ...]:
-    """What this machine has or could use and its engine was built without, and how to get it."""
+def missing_backends(hardware: Hardware, root: Path = _ROOT) -> tuple[str, ...]:
+    """A sentence for each backend that this machine could use and its engine was built without."""
     built = hardware.engine.partition("(")[2].rstrip(")").split(", ")
-    sentences = []
-    for backend, flag, owner, present in _GPUS:
-        if backend in built or "Vulkan" in built or not present(root):
-            continue
-        sentences.append(
-            f"there is an {owner} GPU's driver, but this llama-cpp-python was built without "
-            f"{backend}; to use the GPU: {build_with(flag, 'GGML_RPC')}"
-        )
+    sentences = [
+        f"there is an {vendor} GPU's driver, but this llama-cpp-python was built without "
+        f"{backend}; to use the GPU: {build_with(flag, 'GGML_RPC')}"
+        for backend, flag, vendor, has_driver in _GPUS
+        if backend not in built and "Vulkan" not in built and has_driver(root)
+    ]
     if "RPC" not in built:
         sentences.append(
             "this llama-cpp-python was built without RPC, which --worker needs; to get it: "
@@ -200,14 +110,29 @@ def _has_amd(root: Path) -> bool:
     return (root / "dev/kfd").exists()
 
 
-_GPUS = (
-    ("CUDA", "GGML_CUDA", "NVIDIA", _has_nvidia),
-    ("ROCm", "GGML_HIP", "AMD", _has_amd),
-)
+_GPUS = (("CUDA", "GGML_CUDA", "NVIDIA", _has_nvidia), ("ROCm", "GGML_HIP", "AMD", _has_amd))
 
 
-def _present(found: Hardware) -> Hardware:
-    """With what only this process knows: its share of RAM and cores."""
+def detect(request: Mapping[str, Any], progress: Progress = silent) -> Hardware:
+    """Ask a child process for the engine's devices, including those of the request's `workers`.
+
+    The device that the request names as `measure`, if any, comes with its speed. The number of
+    cores and the limits on RAM are not known to the child.
+
+    Raises:
+        Dots1Error: the engine died, hung, answered nonsense or reported an error.
+    """
+    target = request.get("measure")
+    doing = f"measuring {target}" if target else "looking for devices"
+    answer = child.ask(__name__, request, doing, progress, timeout=_TIMEOUT)
+    try:
+        return hardware_from_json(answer, "the answer")
+    except UsageError as error:
+        raise Dots1Error(f"the engine's answer made no sense while {doing}: {error}") from None
+
+
+def _with_limits(found: Hardware) -> Hardware:
+    """Add this machine's name, and the RAM and cores that this process may use."""
     ram = available_ram()
     cpu = found.cpu if ram is None else replace(found.cpu, free=ram.available, total=ram.total)
     name = "".join(filter(str.isprintable, platform.node())) or "this machine"
@@ -221,23 +146,23 @@ def _measured(
     path: Path,
     progress: Progress,
 ) -> Hardware:
-    """With every speed that is missing, which are kept."""
-    everything = {device.name: device for device in (known.cpu, *known.devices)}
-    missing = [name for name, device in everything.items() if device.speed is None]
+    """Measure all speeds that are missing, and keep them in the file at `path`."""
+    by_name = {device.name: device for device in (known.cpu, *known.devices)}
+    missing = [name for name, device in by_name.items() if device.speed is None]
     for name in missing:
         request = {"workers": list(workers), "measure": name, "threads": known.cores}
         speed = detect(request, progress).device(name).speed
-        everything[name] = replace(everything[name], speed=speed)
+        by_name[name] = replace(by_name[name], speed=speed)
     disk = read_rate(_folder()) if CPU in missing else known.disk
-    cpu, *devices = everything.values()
+    cpu, *devices = by_name.values()
     hardware = replace(known, cpu=cpu, devices=tuple(devices), disk=disk)
     if missing:
         _save(path, hardware, cached)
     return hardware
 
 
-def _with_known(found: Hardware, cached: Hardware) -> Hardware:
-    """With the speeds of those devices that are the ones measured before."""
+def _with_cached(found: Hardware, cached: Hardware) -> Hardware:
+    """Add the speeds of devices that were measured before."""
     before = {_identity(device): device.speed for device in cached.devices}
     devices = tuple(replace(each, speed=before.get(_identity(each))) for each in found.devices)
     if (found.cpu.description, found.cores) != (cached.cpu.description, cached.cores):
@@ -251,7 +176,7 @@ def _identity(device: Device) -> tuple[object, ...]:
 
 
 def _folder() -> Path:
-    """Where measurements are kept, made if it can be; of a relative path the standard says no."""
+    """The folder of the cache; XDG's rules say to ignore a relative path."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = (base if base.is_absolute() else Path.home() / ".cache") / "dots1"
     try:
@@ -267,7 +192,7 @@ def _cache_path(found: Hardware) -> Path:
 
 
 def _load(path: Path) -> Hardware | None:
-    """What was measured before; what cannot be read is measured again."""
+    """The earlier measurements, or None if the file is missing or damaged."""
     try:
         return load_hardware(path)
     except UsageError:
@@ -275,10 +200,42 @@ def _load(path: Path) -> Hardware | None:
 
 
 def _save(path: Path, hardware: Hardware, before: Hardware | None) -> None:
-    """Keep the speeds, with those of devices that are not here this time."""
+    """Keep the speeds, and those of devices that are absent this time."""
     names = {device.name for device in hardware.devices}
     absent = [each for each in (before.devices if before else ()) if each.name not in names]
     kept = replace(hardware, devices=(*hardware.devices, *absent))
     text = json.dumps(kept.to_json(), indent=1) + "\n"
-    with suppress(OSError):  # the figures are good, and next time measured again
+    with suppress(OSError):  # without a file the speeds are measured again next time
         write_whole(path, text.encode())
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The child's part of `detect`."""
+    for endpoint in request["workers"]:
+        add_worker(endpoint)
+    everything = devices()
+    cpu = next((each for each in everything if each.kind == "cpu"), None)
+    if cpu is None:
+        raise Dots1Error("this llama-cpp-python has no CPU backend; install another build")
+    gpus = [each for each in everything if each.kind in ("gpu", "igpu")]
+    found = [_device(each, request) for each in (cpu, *gpus)]
+    built = f"llama-cpp-python {version('llama-cpp-python')} ({', '.join(backend_names())})"
+    return Hardware(
+        "this machine", "the engine", built, 1, replace(found[0], name=CPU), tuple(found[1:])
+    ).to_json()
+
+
+def _device(info: DeviceInfo, request: Mapping[str, Any]) -> Device:
+    speed = None
+    if info.name == request.get("measure"):
+        from dots1_local.devices.speed import measure_speed
+
+        speed = measure_speed(info, request["threads"], child.report_progress)
+    worker = info.description if info.backend == "RPC" else None
+    description = " ".join("".join(filter(str.isprintable, info.description)).split())
+    free = min(info.free, info.total)
+    return Device(info.name, info.backend, description, free, info.total, speed, worker)
+
+
+if __name__ == "__main__":
+    child.respond(_answer)

@@ -1,8 +1,8 @@
-"""How fast a device computes what dots.llm1 consists of, in graphs of that model's shapes.
+"""How fast a device computes the operations of dots.llm1, in graphs of that model's shapes.
 
-Every figure is of the engine's own kernels on random weights: experts of 4096 x 1408 with six used
-by a token, attention of 32 heads. Weights are read from memory as in decoding, where no two tokens
-want the same ones: a measurement passes over more of them than caches hold.
+The engine's own kernels are timed on random weights: experts of 4096 x 1408, six of them for each
+token, and attention with 32 heads. Weights come from memory as in decoding, where consecutive
+tokens use different experts: a measurement reads more weights than caches hold.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,8 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.devices.backends import DeviceInfo, extra_buffer_types
-from dots1_local.devices.bench_device import Bench, pinned_memory
-from dots1_local.devices.bench_graph import F16, F32, HEAD_DIM, I8, I32, Graph
+from dots1_local.devices.bench_graph import (
+    F16,
+    F32,
+    HEAD_DIM,
+    I8,
+    I32,
+    BenchDevice,
+    BenchGraph,
+    pinned_memory,
+)
 from dots1_local.devices.hardware import Rate, Speed
 from dots1_local.ggml import KV_TYPES, TYPES, QuantType, quant_type
 from dots1_local.progress import Progress, silent
@@ -23,52 +31,52 @@ from dots1_local.quant.encode import encode
 __all__ = ["measure_speed"]
 
 _HIDDEN, _WIDTH, _USED, _EXPERTS, _HEADS = 4096, 1408, 6, 128, 32
-_ROWS_OF_EXPERT = 24  # in prefill: 512 tokens of 6 experts each, over 128
-_FEWEST = 8  # experts to measure with, for which a device must have room
+_ROWS_OF_EXPERT = 24  # in prefill: 512 tokens use 6 of 128 experts each
+_MIN_EXPERTS = 8  # a device must have room for these
 _BYTES = 1 << 29  # more than caches hold
-_LONG_ENOUGH = 0.02  # seconds of work that a device's start-up does not show in
-_PATTERN = 1 << 16  # different weights
+_MIN_SECONDS = 0.02  # of work, which hides the time that a device takes to start
+_PATTERN = 1 << 16  # weights that are repeated
 _LONG_CACHE, _SHORT_CACHE = 4096, 1024  # tokens
-_TILE, _UBATCH = 64, 512  # queries; with fewer than a tile the CPU has other kernels
+_TILE, _UBATCH = 64, 512  # queries; for less than a tile the CPU uses other kernels
 _UPLOADS = (1 << 20, 1 << 23, 1 << 26)
-# A worker does not say what its devices lack, and dies when asked for it.
-_SURE_KV_TYPES = ("F32", "F16", "Q8_0", "Q4_0")
+# A worker does not say which types its devices lack, and dies when asked for one.
+_COMMON_KV_TYPES = ("F32", "F16", "Q8_0", "Q4_0")
 
 
 def measure_speed(device: DeviceInfo, threads: int, progress: Progress = silent) -> Speed:
-    """Measure a device, on which this takes half a minute or less; the CPU works with `threads`.
+    """Measure a device, which takes half a minute or less; the CPU computes with `threads`.
 
     Raises:
-        Dots1Error: no memory to measure in, or the device failed.
+        Dots1Error: the device has too little memory left, or failed.
     """
     extra = extra_buffer_types(device.name) if device.kind == "cpu" else ()
-    kv_types = _SURE_KV_TYPES if device.backend == "RPC" else KV_TYPES
+    kv_types = _COMMON_KV_TYPES if device.backend == "RPC" else KV_TYPES
     total = len(TYPES) * (1 + len(extra)) + len(kv_types) + 1
     steps = count(1)
 
     def step(what: str) -> None:
         progress(next(steps), total, "measurements", f"{device.name} {what}")
 
-    nbytes = max(min(_BYTES, device.free // 4), _FEWEST * 4 * _HIDDEN * _WIDTH)
-    with Bench(device.name, nbytes, threads=threads) as bench:
+    nbytes = max(min(_BYTES, device.free // 4), _MIN_EXPERTS * 4 * _HIDDEN * _WIDTH)
+    with BenchDevice(device.name, nbytes, threads=threads) as bench:
         node, split = _overheads(bench)
         upload, pageable = (0.0, 0.0) if device.kind == "cpu" else _uploads(bench, device.name)
         step("overheads")
-        attention = _each(kv_types, lambda kind: _attention(bench, kind, node), step)
-        matmul = _each(TYPES, lambda kind: _matmul(bench, kind, node), step)
+        attention = _rates(kv_types, lambda kind: _attention(bench, kind, node), step)
+        matmul = _rates(TYPES, lambda kind: _matmul(bench, kind, node), step)
     repacked: dict[str, Rate] = {}
     for memory in extra:
-        with Bench(device.name, nbytes, threads=threads, memory=memory) as bench:
-            rates = _each(TYPES, lambda kind: _matmul(bench, kind, node), step)
+        with BenchDevice(device.name, nbytes, threads=threads, memory=memory) as bench:
+            rates = _rates(TYPES, lambda kind: _matmul(bench, kind, node), step)
         repacked = rates | repacked
     bandwidth = max(rate.decode * TYPES[name].bpw / 8 for name, rate in matmul.items())
     return Speed(bandwidth, matmul, attention, node, split, upload, pageable, repacked)
 
 
-def _each(
+def _rates(
     names: Iterable[str], rate_of: Callable[[QuantType], Rate | None], step: Callable[[str], None]
 ) -> dict[str, Rate]:
-    """The rates of those types that the device can do."""
+    """The rates of the types that the device can compute."""
     rates = {}
     for name in names:
         if (rate := rate_of(quant_type(name))) is not None:
@@ -77,29 +85,31 @@ def _each(
     return rates
 
 
-def _matmul(bench: Bench, kind: QuantType, node: float) -> Rate | None:
-    """Rates of routed experts and, `dense`, of a plain matrix; None where the device cannot."""
+def _matmul(bench: BenchDevice, kind: QuantType, node: float) -> Rate | None:
+    """Rates of routed experts and, as `dense`, of a plain matrix; None if the device cannot."""
     decode = _decode(bench, kind, node)
-    experts = _grown(lambda n: _some_experts(bench, kind, n), _FEWEST, _fitting(bench, kind))
-    tokens = _grown(lambda n: _plain(bench, kind, n), _TILE, _UBATCH)
+    experts = _throughput(
+        lambda n: _prefill_experts(bench, kind, n), _MIN_EXPERTS, _n_fitting(bench, kind)
+    )
+    tokens = _throughput(lambda n: _dense(bench, kind, n), _TILE, _UBATCH)
     if decode is None or experts is None or tokens is None:
         return None
     return Rate(decode, experts * _ROWS_OF_EXPERT * _HIDDEN * _WIDTH, tokens * _HIDDEN * _WIDTH)
 
 
-def _grown(seconds: Callable[[int], float | None], least: int, most: int) -> float | None:
-    """How many a second, of as many at once as take long enough."""
+def _throughput(seconds: Callable[[int], float | None], least: int, most: int) -> float | None:
+    """Items a second, for the smallest number of items at once that takes long enough."""
     size = least
     while (taken := seconds(size)) is not None:
-        if taken > _LONG_ENOUGH or 2 * size > most:
+        if taken > _MIN_SECONDS or 2 * size > most:
             return size / taken
         size *= 2
     return None
 
 
-def _decode(bench: Bench, kind: QuantType, node: float) -> float | None:
-    """One token after another, each with experts that none of the others used."""
-    n_tokens = _fitting(bench, kind) // _USED
+def _decode(bench: BenchDevice, kind: QuantType, node: float) -> float | None:
+    """Multiply-adds a second of single tokens, each of which uses experts of its own."""
+    n_tokens = _n_fitting(bench, kind) // _USED
     n_experts = n_tokens * _USED
     order = np.random.default_rng(0).permutation(n_experts).astype(np.int32)
     seconds = _experts(bench, kind, n_experts, list(order.reshape(n_tokens, 1, _USED)))
@@ -108,25 +118,25 @@ def _decode(bench: Bench, kind: QuantType, node: float) -> float | None:
     return n_experts * _HIDDEN * _WIDTH / max(seconds - n_tokens * node, seconds / 2)
 
 
-def _some_experts(bench: Bench, kind: QuantType, n_experts: int) -> float | None:
-    """Experts that are used by as many tokens as in prefill."""
+def _prefill_experts(bench: BenchDevice, kind: QuantType, n_experts: int) -> float | None:
+    """Seconds of experts that as many tokens use as in prefill."""
     n_tokens = n_experts * _ROWS_OF_EXPERT // _USED
     order = np.arange(n_tokens * _USED, dtype=np.int32) % n_experts
     return _experts(bench, kind, n_experts, [order.reshape(n_tokens, _USED)])
 
 
-def _fitting(bench: Bench, kind: QuantType) -> int:
-    """How many experts there is room for, of as many as a layer has."""
+def _n_fitting(bench: BenchDevice, kind: QuantType) -> int:
+    """How many experts fit, up to the number in a layer."""
     matrix = kind.row_bytes(_HIDDEN) * _WIDTH
     return min(_EXPERTS, bench.nbytes // matrix)
 
 
 def _experts(
-    bench: Bench, kind: QuantType, n_experts: int, chosen: list[NDArray[np.int32]]
+    bench: BenchDevice, kind: QuantType, n_experts: int, chosen: list[NDArray[np.int32]]
 ) -> float | None:
-    """Seconds of a node for each array of `chosen` experts (tokens, experts of a token)."""
+    """Seconds of a graph with a node for each array of `chosen` (tokens, experts of a token)."""
     n_tokens = len(chosen[0])
-    with Graph(bench) as graph:
+    with BenchGraph(bench) as graph:
         weights = graph.weights(kind.ggml, _HIDDEN, _WIDTH, n_experts)
         x = graph.tensor(F32, _HIDDEN, 1, n_tokens)
         ids = [graph.tensor(I32, _USED, n_tokens) for _ in chosen]
@@ -134,22 +144,22 @@ def _experts(
             graph.mul_mat_id(weights, x, each)
         if not graph.place():
             return None
-        graph.tile(weights, _some_rows(kind, _HIDDEN))
+        graph.tile(weights, _random_rows(kind, _HIDDEN))
         graph.fill(x, _activations(n_tokens))
         for each, experts in zip(ids, chosen, strict=True):
             graph.fill(each, experts)
         return graph.seconds()
 
 
-def _plain(bench: Bench, kind: QuantType, n_tokens: int) -> float | None:
+def _dense(bench: BenchDevice, kind: QuantType, n_tokens: int) -> float | None:
     """Seconds of a plain matrix times `n_tokens` rows."""
-    with Graph(bench) as graph:
+    with BenchGraph(bench) as graph:
         weights = graph.weights(kind.ggml, _HIDDEN, _WIDTH)
         x = graph.tensor(F32, _HIDDEN, n_tokens)
         graph.mul_mat(weights, x)
         if not graph.place():
             return None
-        graph.tile(weights, _some_rows(kind, _HIDDEN))
+        graph.tile(weights, _random_rows(kind, _HIDDEN))
         graph.fill(x, _activations(n_tokens))
         return graph.seconds()
 
@@ -159,19 +169,19 @@ def _activations(n_tokens: int) -> NDArray[np.float32]:
 
 
 @cache
-def _some_rows(kind: QuantType, columns: int) -> NDArray[np.uint8]:
+def _random_rows(kind: QuantType, columns: int) -> NDArray[np.uint8]:
     random, n_rows = np.random.default_rng(0), _PATTERN // columns
-    if kind.bpw < 3:  # takes seconds to encode, and any bytes are as much work to multiply by
+    if kind.bpw < 3:  # slow to encode, and any bytes take the same time to multiply
         return random.integers(0, 256, n_rows * kind.row_bytes(columns), np.uint8)
     return encode(random.standard_normal((n_rows, columns), np.float32), kind).reshape(-1)
 
 
-def _attention(bench: Bench, kind: QuantType, node: float) -> Rate | None:
-    """Flash attention over a long context."""
+def _attention(bench: BenchDevice, kind: QuantType, node: float) -> Rate | None:
+    """Rates of flash attention over a long context; None if the device cannot."""
     per_token = 2 * kind.row_bytes(HEAD_DIM) * _HEADS
     n_caches = max(1, min(8, bench.nbytes // (per_token * _LONG_CACHE)))
     seconds = _attend(bench, kind, _LONG_CACHE, 1, n_caches)
-    tokens = _grown(lambda n: _attend(bench, kind, _SHORT_CACHE, n, 1), _TILE, _UBATCH)
+    tokens = _throughput(lambda n: _attend(bench, kind, _SHORT_CACHE, n, 1), _TILE, _UBATCH)
     if seconds is None or tokens is None:
         return None
     work = 2 * _HEADS * HEAD_DIM
@@ -180,11 +190,11 @@ def _attention(bench: Bench, kind: QuantType, node: float) -> Rate | None:
 
 
 def _attend(
-    bench: Bench, kind: QuantType, n_cells: int, n_tokens: int, n_caches: int
+    bench: BenchDevice, kind: QuantType, n_cells: int, n_tokens: int, n_caches: int
 ) -> float | None:
     """Seconds of `n_tokens` queries over each of `n_caches` KV caches."""
     shape = (HEAD_DIM, _HEADS, n_cells)
-    with Graph(bench) as graph:
+    with BenchGraph(bench) as graph:
         q = graph.tensor(F32, HEAD_DIM, _HEADS, n_tokens)
         mask = graph.tensor(F16, n_cells, n_tokens)
         caches = [graph.weights(kind.ggml, *shape) for _ in range(2 * n_caches)]
@@ -195,18 +205,18 @@ def _attend(
         graph.fill(q, _activations(n_tokens))
         graph.fill(mask, np.zeros((n_tokens, n_cells), np.float16))
         for cache in caches:
-            graph.tile(cache, _some_rows(kind, HEAD_DIM))
+            graph.tile(cache, _random_rows(kind, HEAD_DIM))
         return graph.seconds()
 
 
-def _overheads(bench: Bench) -> tuple[float, float]:
-    """Seconds that a node costs in a longer graph, and that a graph of one node costs."""
+def _overheads(bench: BenchDevice) -> tuple[float, float]:
+    """Seconds that a node adds to a graph, and that a graph of one node takes."""
     short, long = (_norms(bench, n_nodes) for n_nodes in (32, 288))
     return max(long - short, 0.0) / 256, _round_trip(bench)
 
 
-def _norms(bench: Bench, n_nodes: int) -> float:
-    with Graph(bench) as graph:
+def _norms(bench: BenchDevice, n_nodes: int) -> float:
+    with BenchGraph(bench) as graph:
         node = x = graph.tensor(F32, _HIDDEN)
         for _ in range(n_nodes):
             node = graph.rms_norm(node)
@@ -215,18 +225,18 @@ def _norms(bench: Bench, n_nodes: int) -> float:
         return min(graph.seconds() for _ in range(4))
 
 
-def _round_trip(bench: Bench) -> float:
-    """Seconds to hand over a token's activations, have a node computed and read its result."""
+def _round_trip(bench: BenchDevice) -> float:
+    """Seconds to upload a token's activations, compute a node and read its result."""
     values = np.ones(_HIDDEN, np.float32)
-    with Graph(bench) as graph:
+    with BenchGraph(bench) as graph:
         x = graph.tensor(F32, _HIDDEN)
         result = graph.rms_norm(x)
         graph.place()
         return min(graph.round_trip(x, values, result) for _ in range(16))
 
 
-def _uploads(bench: Bench, device: str) -> tuple[float, float]:
-    """Bytes a second from host memory that is pinned, and from any other."""
+def _uploads(bench: BenchDevice, device: str) -> tuple[float, float]:
+    """Bytes a second from pinned host memory, and from other host memory."""
     data = np.ones(_UPLOADS[-1], np.uint8)
     with pinned_memory(device, data.size) as pinned:
         if pinned is not None:
@@ -235,12 +245,12 @@ def _uploads(bench: Bench, device: str) -> tuple[float, float]:
         return (pageable if pinned is None else _upload(bench, pinned)), pageable
 
 
-def _upload(bench: Bench, data: NDArray[np.uint8]) -> float:
+def _upload(bench: BenchDevice, data: NDArray[np.uint8]) -> float:
     for nbytes in _UPLOADS:
-        with Graph(bench) as graph:
+        with BenchGraph(bench) as graph:
             tensor = graph.tensor(I8, nbytes)
             graph.place()
             seconds = min(graph.copy_seconds(tensor, data[:nbytes]) for _ in range(3))
-        if seconds > _LONG_ENOUGH:
+        if seconds > _MIN_SECONDS:
             break
     return nbytes / seconds

@@ -29,7 +29,8 @@ from typing import Any
 
 from dots1_local.devices import backends
 from dots1_local.devices.backends import DeviceInfo
-from dots1_local.devices.hardware import CPU, physical_cores
+from dots1_local.devices.hardware import CPU
+from dots1_local.devices.limits import physical_cores
 from dots1_local.devices.rpc import DEFAULT_PORT, keep_alive, parse_endpoint
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.sizes import human_bytes

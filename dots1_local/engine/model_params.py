@@ -16,7 +16,7 @@ from typing import Any
 from llama_cpp import llama_cpp as llama
 
 from dots1_local.devices import backends, rpc
-from dots1_local.devices.hardware import physical_cores
+from dots1_local.devices.limits import physical_cores
 from dots1_local.errors import GGUFError, UsageError
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.ggml import library

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dots1_local.devices.hardware import physical_cores
+from dots1_local.devices.limits import physical_cores
 from dots1_local.engine.engine import Engine, Entry
 from dots1_local.engine.planned import load
 from dots1_local.errors import UsageError

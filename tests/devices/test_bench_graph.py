@@ -8,8 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dots1_local.devices.backends import extra_buffer_types
-from dots1_local.devices.bench_device import Bench
-from dots1_local.devices.bench_graph import F16, F32, HEAD_DIM, I32, Graph
+from dots1_local.devices.bench_graph import F16, F32, HEAD_DIM, I32, BenchDevice, BenchGraph
 from dots1_local.errors import Dots1Error
 from dots1_local.ggml import TYPES
 from dots1_local.quant.encode import decode, encode
@@ -18,8 +17,8 @@ Array = NDArray[Any]
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
-    with Bench("CPU", 1 << 20) as bench:
+def bench() -> Iterator[BenchDevice]:
+    with BenchDevice("CPU", 1 << 20) as bench:
         yield bench
 
 
@@ -27,17 +26,17 @@ def normal(*shape: int) -> NDArray[np.float32]:
     return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
-def result(graph: Graph, node: int, *shape: int) -> Array:
+def result(graph: BenchGraph, node: int, *shape: int) -> Array:
     values = np.empty(shape, np.float32)
     graph.once()
     graph.read(node, values)
     return values
 
 
-def test_tokens_meet_the_experts_they_chose(bench: Bench) -> None:
+def test_tokens_meet_the_experts_they_chose(bench: BenchDevice) -> None:
     experts, x = normal(4, 8, 32), normal(3, 32)
     ids = np.array([[0, 3], [2, 1], [3, 2]], np.int32)
-    with Graph(bench) as graph:
+    with BenchGraph(bench) as graph:
         weights = graph.weights(F32, 32, 8, 4)
         tokens, chosen = graph.tensor(F32, 32, 1, 3), graph.tensor(I32, 2, 3)
         node = graph.mul_mat_id(weights, tokens, chosen)
@@ -49,12 +48,12 @@ def test_tokens_meet_the_experts_they_chose(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("cast", [False, True])
-def test_attention_reads_keys_and_values_as_a_cache_has_them(bench: Bench, cast: bool) -> None:
+def test_attention_reads_a_kv_cache(bench: BenchDevice, cast: bool) -> None:
     heads, cells, tokens = 2, 256, 3
     kind, dtype = (F32, np.float32) if cast else (F16, np.float16)
     q = normal(tokens, heads, HEAD_DIM)
     k, v = normal(2, cells, heads, HEAD_DIM).astype(dtype)
-    with Graph(bench) as graph:
+    with BenchGraph(bench) as graph:
         query, mask = graph.tensor(F32, HEAD_DIM, heads, tokens), graph.tensor(F16, cells, tokens)
         keys, values = (graph.weights(kind, HEAD_DIM, heads, cells) for _ in range(2))
         node = graph.attention(query, keys, values, mask, cast=cast)
@@ -75,7 +74,7 @@ def test_a_pattern_is_repeated_to_the_end(repacked: bool) -> None:
     if not memory:
         pytest.skip("this CPU repacks nothing")
     rows = encode(normal(3, 64), kind)
-    with Bench("CPU", 1 << 20, memory=memory[0]) as bench, Graph(bench) as graph:
+    with BenchDevice("CPU", 1 << 20, memory=memory[0]) as bench, BenchGraph(bench) as graph:
         weights = graph.weights(kind.ggml, 64, 16)
         x = graph.tensor(F32, 64, 1)
         node = graph.mul_mat(weights, x)
@@ -89,5 +88,5 @@ def test_a_pattern_is_repeated_to_the_end(repacked: bool) -> None:
 
 
 def test_a_device_without_so_much_memory_says_so() -> None:
-    with pytest.raises(Dots1Error, match=r"CPU has no .* of memory left"):
-        Bench("CPU", 1 << 60)
+    with pytest.raises(Dots1Error, match=r"CPU.* memory"):
+        BenchDevice("CPU", 1 << 60)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dots1_local.devices.limits import RAM, available_ram, cpu_quota
+from dots1_local.devices import limits
+from dots1_local.devices.limits import RAM, available_ram, cpu_quota, physical_cores, read_rate
 
 KB, GB = 1024, 1 << 30
 
@@ -91,3 +92,37 @@ def test_what_makes_no_sense_is_unknown(tmp_path: Path, damage: str) -> None:
 def test_a_group_that_uses_more_than_its_limit_has_nothing_left(tmp_path: Path) -> None:
     files = v2("", memory_max=str(GB), memory_current=str(2 * GB))
     assert available_ram(tree(tmp_path, "0::/\n", files)) == RAM(0, GB)
+
+
+def test_counts_neither_hyper_threads_nor_cores_beyond_the_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cpu in range(8):  # 4 cores of two threads, as the kernel numbers them
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    monkeypatch.setattr(limits, "_CPUS", tmp_path)
+    monkeypatch.setattr(limits, "allowed_cpus", lambda: set(range(8)))
+    found = []
+    for quota in (None, 64.0, 2.5, 0.5):
+        monkeypatch.setattr(limits, "cpu_quota", lambda quota=quota: quota)
+        found.append(physical_cores())
+    assert found == [4, 4, 2, 1]
+
+
+def test_reads_a_file_that_is_on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_FILE", 1 << 22)
+    rate = read_rate(tmp_path)  # None where temporary files are in RAM
+    assert rate is None or rate > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_in_ram_has_no_read_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_FILE", 1 << 22)
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no file system in RAM is at the usual place")
+    assert read_rate(Path("/dev/shm")) is None
+
+
+def test_a_folder_that_cannot_be_written_has_no_read_rate(tmp_path: Path) -> None:
+    assert read_rate(tmp_path / "missing") is None

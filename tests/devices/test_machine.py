@@ -1,4 +1,5 @@
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,13 @@ import pytest
 from dots1_local.devices import machine
 from dots1_local.devices.hardware import CPU, Device, Hardware, load_hardware
 from dots1_local.devices.limits import RAM
-from dots1_local.devices.machine import find_hardware, hardware_names, lacking, this_machine
+from dots1_local.devices.machine import (
+    detect,
+    find_hardware,
+    hardware_names,
+    missing_backends,
+    this_machine,
+)
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.ggml import TYPES
 from dots1_local.progress import Progress, silent
@@ -59,19 +66,15 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     return engine
 
 
-def test_the_real_machine_is_what_the_kernel_says() -> None:
+def test_the_real_machine_is_what_the_kernel_says(tmp_path: Path) -> None:
     found = this_machine(measure="cached")
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     assert 0 < found.cpu.free <= found.cpu.total <= 1024 * int(fields["MemTotal"].split()[0])
     assert found.cpu.speed is None
     assert found.cores >= 1
-    assert find_hardware(_written(found)) == found
-
-
-def _written(found: Hardware) -> str:
-    path = machine._folder() / "written.json"
+    path = tmp_path / "machine.json"
     path.write_text(json.dumps(found.to_json()))
-    return str(path)
+    assert find_hardware(str(path)) == found
 
 
 def test_speeds_are_measured_once_and_memory_is_always_new(
@@ -150,16 +153,16 @@ def test_a_workers_devices_are_listed() -> None:
 def test_says_what_a_build_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     without = replace(FOUND, engine="llama-cpp-python 1 (CPU)")
-    (sentence,) = lacking(without, tmp_path)
+    (sentence,) = missing_backends(without, tmp_path)
     assert "without RPC" in sentence
     assert "-DGGML_RPC=on" in sentence
     (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
     (tmp_path / "proc/driver/nvidia/version").touch()
-    cuda, _ = lacking(without, tmp_path)
+    cuda, _ = missing_backends(without, tmp_path)
     assert "NVIDIA" in cuda
     assert 'CMAKE_ARGS="-DGGML_CUDA=on -DGGML_RPC=on"' in cuda
-    assert lacking(FOUND, tmp_path) == ()
-    assert lacking(replace(FOUND, engine="x 1 (Vulkan, RPC, CPU)"), tmp_path) == ()
+    assert missing_backends(FOUND, tmp_path) == ()
+    assert missing_backends(replace(FOUND, engine="x 1 (Vulkan, RPC, CPU)"), tmp_path) == ()
 
 
 def test_five_descriptions_come_along() -> None:
@@ -191,5 +194,77 @@ def test_a_file_describes_a_machine_too(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(find_hardware("cpu-96gb").to_json()))
     assert find_hardware(str(path)) == load_hardware(path)
-    with pytest.raises(UsageError, match=r"48gb is no description .* one of 12gb-96gb, 24gb-128gb"):
+    with pytest.raises(UsageError, match=r"48gb .* 12gb-96gb, 24gb-128gb"):
         find_hardware("48gb")
+
+
+# Whatever happens to the child is one sentence; shell scripts stand for engines in trouble.
+GOOD = Hardware("m", "s", "e", 1, Device(CPU, "CPU", "a CPU", 1, 2)).to_json()
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A script that is run in place of Python."""
+    path = tmp_path / "engine"
+    path.touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+    return path
+
+
+def says(message: object) -> str:
+    return f"printf '%s\\n' 'dots1-engine {json.dumps(message)}'"
+
+
+def test_the_real_one_answers() -> None:
+    found = detect({"workers": []})
+    assert found.engine.startswith("llama-cpp-python ")
+    assert "CPU" in found.engine
+    assert found.cpu.speed is None
+
+
+@pytest.mark.parametrize(
+    ("commands", "message"),
+    [
+        (
+            'echo "/src/ggml-cuda.cu:12: CUDA error: out of luck." >&2; kill -ABRT $$',
+            "died while measuring CUDA0: CUDA error: out of luck; if a driver",
+        ),
+        ("kill -ABRT $$", "died while measuring CUDA0: Aborted; if"),
+        ("exit 3", "died while measuring CUDA0: exit code 3; if"),
+        (r"printf 'a\033[31mb' >&2; exit 1", r"CUDA0: a\[31mb; if"),
+        ("exec sleep 60", "did not answer .* measuring CUDA0"),
+        ("echo all is well; echo '{}'", "died while measuring CUDA0: exit code 0"),
+        ("echo 'dots1-engine {'", "answer made no sense while measuring CUDA0"),
+        ("echo 'dots1-engine 5'", "answer made no sense while measuring CUDA0"),
+        (
+            says({"answer": {**GOOD, "name": 3}}),
+            "made no sense while measuring CUDA0: .*name: .*int",
+        ),
+        (says({"answer": None}), "made no sense while measuring CUDA0"),
+        (says({"error": "no memory left"}), "^no memory left$"),
+    ],
+)
+def test_an_engine_in_trouble_is_one_sentence(
+    script: Path, monkeypatch: pytest.MonkeyPatch, commands: str, message: str
+) -> None:
+    monkeypatch.setattr(machine, "_TIMEOUT", 0.3)
+    script.write_text(f"#!/bin/sh\n{commands}\n")
+    with pytest.raises(Dots1Error, match=message) as error:
+        detect({"workers": [], "measure": "CUDA0", "threads": 1})
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_driver_prints_is_ignored(script: Path) -> None:
+    progress = says({"progress": [1, 2, "measurements", "CPU Q8_0"]})
+    answer = says({"answer": GOOD})
+    noise = "echo found 7 devices; printf '\\377\\376 no line end'; echo"
+    script.write_text(f"#!/bin/sh\n{noise}\n{progress}\n{noise}\n{answer}\nexit 9\n")
+    told: list[tuple[int, int, str, str]] = []
+    found = detect({"workers": []}, lambda *step: told.append(step))
+    assert found.cpu.total == 2
+    assert told == [(1, 2, "measurements", "CPU Q8_0")]
+
+
+def test_nobody_at_a_workers_address_aborts_only_the_child() -> None:
+    with pytest.raises(Dots1Error, match=r"looking for devices.*connect"):
+        detect({"workers": ["127.0.0.1:1"]})

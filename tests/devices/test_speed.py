@@ -12,7 +12,7 @@ from dots1_local.ggml import KV_TYPES, TYPES
 from tests.workers import local_worker
 
 SMALL = {
-    "_HIDDEN": 512, "_WIDTH": 32, "_EXPERTS": 12, "_BYTES": 1 << 20, "_LONG_ENOUGH": 0.0,
+    "_HIDDEN": 512, "_WIDTH": 32, "_EXPERTS": 12, "_BYTES": 1 << 20, "_MIN_SECONDS": 0.0,
     "_HEADS": 4, "_LONG_CACHE": 512, "_SHORT_CACHE": 64, "_UPLOADS": (1 << 12, 1 << 14),
 }  # fmt: skip
 

@@ -5,8 +5,6 @@ that the engine reads once, and no end of this process where the engine aborts. 
 which spreads them over the experts.
 """
 
-import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,7 +27,7 @@ from dots1_local.progress import Progress, silent
 __all__ = ["Depth", "Trial", "measure_depths", "try_out"]
 
 _WRITTEN = 24  # tokens written at each depth; the median of their times counts
-_PATIENCE = 900.0  # seconds for a ubatch, or for llama.cpp to make the context
+_TIMEOUT = 900.0  # seconds for a ubatch, or for llama.cpp to make the context
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def try_out(
         environment[MIN_BATCH] = str(placement.offload_min_batch)  # devices are counted first
     doing = f"trying {Path(path).name}"
     answer = child.ask(
-        __name__, request, doing, progress, patience=_PATIENCE, environment=environment
+        __name__, request, doing, progress, timeout=_TIMEOUT, environment=environment
     )
     return Trial(
         load_seconds=answer["load_seconds"],
@@ -155,15 +153,12 @@ def _write(engine: Engine, tokens: Sequence[int], depth: int, progress: Progress
     return 1 / median(seconds)
 
 
-def _answer(request: Mapping[str, Any]) -> None:
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """The child's part."""
     from dots1_local.engine.abort import handling
 
-    try:
-        with handling(lambda sentence: child.answer(Dots1Error(sentence))):
-            child.answer(_tried(request))
-    except Dots1Error as error:
-        child.answer(error)
+    with handling(child.report_error):
+        return _tried(request)
 
 
 def _tried(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,12 +235,12 @@ def _unplaced(request: Mapping[str, Any]) -> Engine:
 @contextmanager
 def _limited(limit: int) -> Iterator[None]:
     """Take what GPUs have free beyond `limit`, so that more cannot be used unnoticed."""
-    from dots1_local.devices.bench_graph import Bench
+    from dots1_local.devices.bench_graph import BenchDevice
 
     with ExitStack() as held:
         for name, free in _local_gpus().items():
             if free > limit:
-                held.enter_context(Bench(name, free - limit))
+                held.enter_context(BenchDevice(name, free - limit))
         yield
 
 
@@ -264,4 +259,4 @@ def _local_gpus() -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    _answer(json.loads(sys.argv[1]))
+    child.respond(_answer)

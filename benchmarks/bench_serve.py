@@ -23,19 +23,19 @@ from threading import Event as Flag
 
 from dots1_local.chat.sampling import Sampling
 from dots1_local.engine.engine import Engine
-from dots1_local.serve.generation import Event, Failed, Finished, Order, Piece
+from dots1_local.serve.generation import Event, Failed, Finished, GenerationRequest, Piece
 from dots1_local.serve.scheduler import Scheduler
 
 
 class Run:
-    """An order under way: when it began, and when each of its tokens came."""
+    """A running request: when it began, and when each of its tokens came."""
 
-    def __init__(self, scheduler: Scheduler, order: Order) -> None:
+    def __init__(self, scheduler: Scheduler, request: GenerationRequest) -> None:
         self.times: list[float] = []
         self._first, self._over = Flag(), Flag()
         self._failure = ""
         self.begun = time.perf_counter()
-        self.ticket = scheduler.submit([order], self._hear)
+        self.handle = scheduler.submit([request], self._hear)
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, Piece):
@@ -71,7 +71,7 @@ class Run:
 
 
 class Bench:
-    """A model, and orders that it can carry out."""
+    """A model, and requests that it can carry out."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -98,28 +98,28 @@ class Bench:
             finally:
                 scheduler.close(0)
 
-    def order(self, prompt: int, answer: int | None = None) -> Order:
+    def request(self, prompt: int, answer: int | None = None) -> GenerationRequest:
         """A prompt of so many random tokens; the answer's length is the usual one, or as asked.
 
         Every token is heard of at once: its logprob comes even where its text does not.
         """
         tokens = self.random.choices(range(min(self._n_vocab, 100_000)), k=prompt)
-        return Order(
+        return GenerationRequest(
             tuple(tokens), self._sampling, max_tokens=answer or self.options.answer, top_logprobs=0
         )
 
 
 def throughput(bench: Bench, widths: Sequence[int]) -> None:
-    """All of the orders, submitted at once."""
+    """All of the requests, submitted at once."""
     options = bench.options
-    orders = [bench.order(options.prompt) for _ in range(options.requests)]
+    requests = [bench.request(options.prompt) for _ in range(options.requests)]
     print("| parallel | wall | written, all together | against sequential | first token, median |")
     print("|---|---|---|---|---|")
     sequential = 0.0
     for parallel in widths:
         with bench.opened(parallel) as (scheduler, _):
             start = time.perf_counter()
-            runs = [Run(scheduler, order) for order in orders]
+            runs = [Run(scheduler, request) for request in requests]
             for run in runs:
                 run.wait()
             wall = time.perf_counter() - start
@@ -136,17 +136,17 @@ def throughput(bench: Bench, widths: Sequence[int]) -> None:
 def disturbance(bench: Bench, parallel: int) -> None:
     """A long prompt comes while all sequences but one write."""
     with bench.opened(parallel) as (scheduler, _):
-        alone = Run(scheduler, bench.order(bench.options.long, 1))
+        alone = Run(scheduler, bench.request(bench.options.long, 1))
         alone.wait()
-        writers = [Run(scheduler, bench.order(8, bench.n_ctx)) for _ in range(parallel - 1)]
+        writers = [Run(scheduler, bench.request(8, bench.n_ctx)) for _ in range(parallel - 1)]
         for writer in writers:
             writer.wait_for_first()
         begun = time.perf_counter()
         time.sleep(min(1.0, 2 * alone.first))
-        new = Run(scheduler, bench.order(bench.options.long, 1))
+        new = Run(scheduler, bench.request(bench.options.long, 1))
         new.wait()
         for writer in writers:
-            writer.ticket.cancel()
+            writer.handle.cancel()
     end = new.times[0]
     usual = median(p for w in writers for p in w.pauses(begun, new.begun))
     longest = max(p for w in writers for p in w.pauses(new.begun, end))
@@ -164,10 +164,10 @@ def idle_caches(bench: Bench, parallel: int) -> None:
         speeds = []
         for fill in (False, True):
             if fill:
-                fillers = [Run(scheduler, bench.order(long, 1)) for _ in range(parallel)]
+                fillers = [Run(scheduler, bench.request(long, 1)) for _ in range(parallel)]
                 for filler in fillers:
                     filler.wait()
-            run = Run(scheduler, bench.order(8))
+            run = Run(scheduler, bench.request(8))
             run.wait()
             speeds.append((len(run.times) - 1) / (run.times[-1] - run.times[0]))
     empty, full = speeds

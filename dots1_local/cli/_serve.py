@@ -67,7 +67,7 @@ def serve(
     -d '{"model": "dots1", "messages": [{"role": "user", "content": "Hello"}]}'
     """
     _check(name, api_key)
-    from dots1_local.serve.run import Server, bind, is_loopback, url_of
+    from dots1_local.serve.run import ApiServer, bind, is_loopback, url_of
 
     with closing(bind(host, port)) as listener:
         url = url_of(listener)
@@ -75,7 +75,7 @@ def serve(
             notice(f"warning: whoever reaches {url} may use the model; set an --api-key")
         with (
             one_sentence(),
-            Server(listener, name, api_key=api_key, origins=cors or ()) as server,
+            ApiServer(listener, name, api_key=api_key, origins=cors or ()) as server,
             _engine(model, context, threads, plan, worker or (), parallel) as engine,
         ):
             try:

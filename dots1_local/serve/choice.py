@@ -1,11 +1,8 @@
-"""One choice's text and logprobs, as they become certain.
-
-One choice while it is written: what of it is computed, what comes next, when it ends.
-"""
+"""One choice during generation: its prompt, its tokens, its text with logprobs, its end."""
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Self
 
 import numpy as np
@@ -16,22 +13,126 @@ from dots1_local.chat.sampler import Sampler
 from dots1_local.chat.turns import AnswerText
 from dots1_local.engine.engine import Engine, Entry
 from dots1_local.errors import Dots1Error
-from dots1_local.serve.generation import Event, Finished, Piece, TokenLogprob, token_logprob
-from dots1_local.serve.queue import Waiting
+from dots1_local.serve.generation import Event, Finished, Piece, QueuedChoice, TokenLogprob
 from dots1_local.serve.slots import Slot, Slots
 
-__all__ = [
-    "Answer",
-    "Choice",
-]
+__all__ = ["Choice", "PieceBuilder", "token_logprob"]
+
+_MIN_SHARED = 32  # tokens; computing fewer takes less time than waiting for another choice
 
 
-class Answer:
-    """Takes tokens and gives pieces.
+class Choice:
+    """A generation with a slot: it computes its prompt, then writes a token in every ubatch.
 
-    A token's logprobs go out with the first of its text, so they wait while that is held back.
-    Tokens without text get theirs at the end. A token that begins at or after a stop string has
-    none; one that a stop string begins inside has, as part of it is text.
+    The slot always holds a prefix of the choice's tokens. `close` the choice at the end.
+    """
+
+    def __init__(self, queued: QueuedChoice, slot: Slot, engine: Engine) -> None:
+        self.handle, self._index, self._request = queued.handle, queued.index, queued.request
+        self.prompt = self._request.prompt
+        self.slot, self._engine = slot, engine
+        self._tokens = list(self.prompt)  # generated tokens are appended
+        room = engine.n_ctx - len(self.prompt)
+        self._limit = len(self.prompt) + min(self._request.max_tokens or room, room)
+        self._pieces = PieceBuilder(self._index, self._request.stop)
+        self._computed = 0  # prompt tokens
+        self._prefix_source: Self | None = None
+        self._shared = 0  # tokens that both prompts begin with, and the source computes
+        self.started = time.monotonic()
+        self.done = False
+        self._sampler = Sampler(self._request.sampling, engine, self._request.grammar)
+        self._sampler.begin(self.prompt)
+
+    def close(self) -> None:
+        """Free the sampler, even if the choice has not ended."""
+        self.done = True
+        self._sampler.close()
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether prompt tokens are left to compute."""
+        return not self.done and len(self.slot.tokens) < len(self.prompt)
+
+    def ready(self, slots: Slots, older: Sequence[Self]) -> bool:
+        """Return whether the choice need not wait for a prefix; copy the prefix once it exists."""
+        source = self._prefix_source
+        if source is None:
+            return True
+        if source.prefilling and len(source.slot.tokens) < self._shared:
+            return False
+        slots.fill(self.slot, self.prompt)
+        self.wait_for_prefix(older)
+        return self._prefix_source is None
+
+    def wait_for_prefix(self, older: Sequence[Self]) -> None:
+        """Wait for the one of the `older` choices with which this one shares the longest prefix.
+
+        Waiting costs no time, because older prompts are computed first anyway, and two choices
+        never wait for each other. If the other choice is cancelled, this one copies what has been
+        computed and computes the rest itself.
+        """
+        known, self._prefix_source = self.prompt[:-1], None
+        self._shared = len(self.slot.tokens) + _MIN_SHARED - 1
+        for choice in older:
+            common = common_prefix(choice.prompt, known) if choice.prefilling else 0
+            if common > self._shared:
+                self._prefix_source, self._shared = choice, common
+
+    def entries(self, limit: int) -> list[Entry]:
+        """Return the next tokens to compute: the last one, or up to `limit` of the prompt."""
+        start = len(self.slot.tokens)
+        last = len(self._tokens) - 1
+        return [
+            Entry(token, position, self.slot.seq_id, logits=position == last)
+            for position, token in enumerate(self._tokens[start : start + limit], start)
+        ]
+
+    def computed(self, entries: Sequence[Entry]) -> None:
+        """Record that the engine has computed these entries."""
+        if self.prefilling:
+            self._computed += len(entries)
+        self.slot.tokens += [entry.token for entry in entries]
+
+    def sample(self, logits: NDArray[np.float32], place: int) -> Iterator[Event]:
+        """Sample the next token from logits (n_vocab,), which are at `place` in the last ubatch.
+
+        Raises:
+            Dots1Error: the logits are not finite.
+        """
+        if not np.isfinite(logits.max()):
+            raise Dots1Error("the model computes logits that are not finite; is its file damaged?")
+        token = self._sampler.next(self._engine, place)
+        self._tokens.append(token)
+        if self._engine.is_end(token):
+            yield from self._end("stop")
+            return
+        top = self._request.top_logprobs
+        logprob = None if top is None else token_logprob(logits, token, top, self._engine.piece)
+        if piece := self._pieces.add(token, self._engine.piece(token), logprob):
+            yield piece
+        if self._pieces.stopped or len(self._tokens) == self._limit:
+            yield from self._end("length")
+
+    def _end(self, reason: Literal["stop", "length"]) -> Iterator[Event]:
+        self.done = True
+        if piece := self._pieces.finish():
+            yield piece
+        yield Finished(
+            self._index,
+            "stop" if self._pieces.stopped else reason,
+            prompt_tokens=len(self.prompt),
+            cached_tokens=len(self.prompt) - self._computed,
+            # OpenAI and others count the end token too, although it is not text.
+            completion_tokens=len(self._tokens) - len(self.prompt),
+        )
+
+
+class PieceBuilder:
+    """Turns tokens into pieces of text with logprobs.
+
+    A token's logprobs are sent with the first of its text, so they wait while that is held back.
+    Tokens without text send theirs at the end. A token that begins at or after a stop string sends
+    none. A token that a stop string begins inside sends its own, because part of it is text.
 
     Raises:
         UsageError: a stop string is empty.
@@ -40,8 +141,8 @@ class Answer:
     def __init__(self, index: int, stop: tuple[str, ...]) -> None:
         self._index = index
         self._text = AnswerText(stop)
-        self._given = 0  # characters
-        self._held: deque[tuple[int, TokenLogprob]] = deque()  # with where in the text it begins
+        self._sent = 0  # characters
+        self._held: deque[tuple[int, TokenLogprob]] = deque()  # and where their text begins
 
     @property
     def stopped(self) -> bool:
@@ -49,18 +150,18 @@ class Answer:
         return self._text.stopped
 
     def add(self, token: int, piece: bytes, logprob: TokenLogprob | None) -> Piece | None:
-        """What becomes certain with this token, if anything."""
+        """Add a token; return the text and logprobs that are now certain, if any."""
         if logprob:
             self._held.append((self._text.length, logprob))
         text = self._text.add(token, piece)
-        self._given += len(text)
-        return self._piece(text, self._given)
+        self._sent += len(text)
+        return self._piece(text, self._sent)
 
     def finish(self) -> Piece | None:
-        """What was held back, now that no more comes."""
+        """Return what was held back, because no token follows."""
         text = self._text.finish()
-        self._given += len(text)
-        return self._piece(text, self._given if self.stopped else self._text.length + 1)
+        self._sent += len(text)
+        return self._piece(text, self._sent if self.stopped else self._text.length + 1)
 
     def _piece(self, text: str, end: int) -> Piece | None:
         logprobs = []
@@ -69,109 +170,30 @@ class Answer:
         return Piece(self._index, text, tuple(logprobs)) if text or logprobs else None
 
 
-_WORTH_WAITING = 32  # tokens; to read fewer takes less time than to wait for them
+def token_logprob(
+    logits: NDArray[np.float32], token: int, top: int, piece: Callable[[int], bytes]
+) -> TokenLogprob:
+    """Return the log-softmax of logits (n_vocab,) at `token` and at the `top` likeliest tokens.
 
-
-class Choice:
-    """An order with a slot: it reads its prompt, then writes one token in every ubatch.
-
-    Its slot always holds a prefix of its tokens. `close` it at the end.
+    The likeliest tokens are sorted, the likeliest first; `piece` returns a token's bytes.
     """
+    maximum = logits.max()
+    # Float32 is enough for each term, but not for a sum of 152,064 of them.
+    total = np.log(np.exp(logits - maximum).sum(dtype=np.float64))
 
-    def __init__(self, waiting: Waiting, slot: Slot, engine: Engine) -> None:
-        self.ticket, self._index, self._order = waiting.ticket, waiting.index, waiting.order
-        self.prompt = waiting.order.prompt
-        self.slot, self._engine = slot, engine
-        self._tokens = list(self.prompt)  # what is written is added
-        room = engine.n_ctx - len(self.prompt)
-        self._limit = len(self.prompt) + min(self._order.max_tokens or room, room)
-        self._answer = Answer(self._index, self._order.stop)
-        self._computed = 0  # prompt tokens
-        self._leader: Self | None = None
-        self._awaited = 0  # tokens that both begin with, and the leader computes
-        self.begun = time.monotonic()
-        self.done = False
-        self._sampler = Sampler(self._order.sampling, engine, self._order.grammar)
-        self._sampler.begin(self.prompt)
+    def at(which: int) -> float:
+        return min(0.0, float(np.float64(logits[which]) - maximum - total))
 
-    def close(self) -> None:
-        """Free the sampler, whether or not the choice has come to its end."""
-        self.done = True
-        self._sampler.close()
+    best = [(each, piece(each), at(each)) for each in _likeliest(logits, top)]
+    return TokenLogprob(token, piece(token), at(token), tuple(best))
 
-    @property
-    def reading(self) -> bool:
-        """Whether prompt tokens are left to compute."""
-        return not self.done and len(self.slot.tokens) < len(self.prompt)
 
-    def ready(self, slots: Slots, older: Sequence[Self]) -> bool:
-        """Whether it has nothing to wait for; what it waited for is then copied to its slot."""
-        leader = self._leader
-        if leader is None:
-            return True
-        if leader.reading and len(leader.slot.tokens) < self._awaited:
-            return False
-        slots.fill(self.slot, self.prompt)
-        self.follow(older)
-        return self._leader is None
-
-    def follow(self, older: Sequence[Self]) -> None:
-        """Wait for the one of the `older` choices with which this one shares the longest prefix.
-
-        Waiting delays nothing, as older choices read first anyway, and no two wait for each other.
-        Should the leader be cancelled, this one takes what it has read, and reads the rest itself.
-        """
-        known, self._leader = self.prompt[:-1], None
-        self._awaited = len(self.slot.tokens) + _WORTH_WAITING - 1
-        for choice in older:
-            common = common_prefix(choice.prompt, known) if choice.reading else 0
-            if common > self._awaited:
-                self._leader, self._awaited = choice, common
-
-    def entries(self, limit: int) -> list[Entry]:
-        """The next tokens to compute: the one just written, or up to `limit` of the prompt."""
-        start = len(self.slot.tokens)
-        last = len(self._tokens) - 1
-        return [
-            Entry(token, position, self.slot.number, logits=position == last)
-            for position, token in enumerate(self._tokens[start : start + limit], start)
-        ]
-
-    def computed(self, entries: Sequence[Entry]) -> None:
-        """Take note that these entries have been computed."""
-        if self.reading:
-            self._computed += len(entries)
-        self.slot.tokens += [entry.token for entry in entries]
-
-    def choose(self, logits: NDArray[np.float32], place: int) -> Iterator[Event]:
-        """Choose the next token from the last one's logits (n_vocab,), at `place` in the ubatch.
-
-        Raises:
-            Dots1Error: the logits are not finite.
-        """
-        if not np.isfinite(logits.max()):
-            raise Dots1Error("the model computes logits that are no numbers; is its file damaged?")
-        token = self._sampler.next(self._engine, place)
-        self._tokens.append(token)
-        if self._engine.is_end(token):
-            yield from self._end("stop")
-            return
-        top = self._order.top_logprobs
-        logprob = None if top is None else token_logprob(logits, token, top, self._engine.piece)
-        if piece := self._answer.add(token, self._engine.piece(token), logprob):
-            yield piece
-        if self._answer.stopped or len(self._tokens) == self._limit:
-            yield from self._end("length")
-
-    def _end(self, reason: Literal["stop", "length"]) -> Iterator[Event]:
-        self.done = True
-        if piece := self._answer.finish():
-            yield piece
-        yield Finished(
-            self._index,
-            "stop" if self._answer.stopped else reason,
-            prompt_tokens=len(self.prompt),
-            cached_tokens=len(self.prompt) - self._computed,
-            # OpenAI and others count the end token too, though it is no text.
-            completion_tokens=len(self._tokens) - len(self.prompt),
-        )
+def _likeliest(logits: NDArray[np.float32], count: int) -> list[int]:
+    count = min(count, len(logits))
+    if not count:
+        return []
+    chosen = np.argpartition(logits, len(logits) - count)[len(logits) - count :]
+    # Of equal logits the lower id comes first, as in llama.cpp.
+    order = np.lexsort((chosen, -logits[chosen]))
+    found: list[int] = chosen[order].tolist()
+    return found

@@ -1,18 +1,15 @@
-"""The contract between HTTP and the engine's thread: orders go in, events come out.
-
-A request that the scheduler has taken: who is told of it, and whether they still listen.
-
-Log-probabilities of a token and of its likeliest alternatives.
-"""
+"""What HTTP threads and the engine's thread exchange: requests in a queue, and events."""
 
 import logging
-from collections.abc import Callable
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import RLock
+from itertools import islice
+from statistics import fmean
+from threading import Condition, RLock
 from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from dots1_local.chat.grammar import Grammar
 from dots1_local.chat.sampling import Sampling
@@ -22,21 +19,26 @@ __all__ = [
     "Event",
     "Failed",
     "Finished",
-    "Order",
+    "GenerationRequest",
     "Piece",
+    "Queue",
+    "QueueEta",
     "QueueFull",
-    "Ticket",
+    "QueuedChoice",
+    "RequestHandle",
     "TokenLogprob",
-    "token_logprob",
 ]
+
+_RECENT_CHOICES = 16  # whose durations the estimate of the waiting time averages
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Order:
-    """One choice to be written: a continuation of `prompt`.
+class GenerationRequest:
+    """One choice to generate: a continuation of `prompt`.
 
-    `max_tokens` None means as many as the context holds. `top_logprobs` None asks for no logprobs;
-    a number asks for each token's own and those of that many likeliest tokens.
+    With `max_tokens` None the answer may fill the context. With `top_logprobs` None the answer has
+    no logprobs; a number asks for each token's own and those of that many likeliest tokens.
     """
 
     prompt: tuple[int, ...]
@@ -49,7 +51,7 @@ class Order:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log-probability, and `top`, the likeliest tokens in its place with theirs.
+    """A token's log-probability, and `top`: the likeliest tokens at its position with theirs.
 
     All are natural logarithms, before temperature, penalties and grammar.
     """
@@ -62,7 +64,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of the choice `index` that has become certain; "" where there are only logprobs."""
+    """New text of the choice `index`; the text is "" if there are only logprobs."""
 
     index: int
     text: str
@@ -71,7 +73,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """A choice's last event; `cached_tokens` of its prompt were in the KV cache already."""
+    """The last event of a choice; `cached_tokens` of its prompt were in the KV cache already."""
 
     index: int
     reason: Literal["stop", "length"]
@@ -82,7 +84,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """A request's last event, for all its choices: the engine failed, or shuts down."""
+    """The last event of a request, for all its choices: the engine failed or shuts down."""
 
     message: str
 
@@ -90,70 +92,139 @@ class Failed:
 Event = Piece | Finished | Failed
 
 
+class RequestHandle:
+    """What `Scheduler.submit` returns; after `done` is set, no event is delivered."""
+
+    def __init__(self, callback: Callable[[Event], None]) -> None:
+        self._callback = callback
+        self._lock = RLock()
+        self.done = False
+
+    def cancel(self) -> None:
+        """Cancel the request, from any thread; nothing is delivered after this returns.
+
+        The request's sequences become free before the next ubatch.
+        """
+        with self._lock:
+            self.done = True
+
+    def deliver(self, event: Event) -> None:
+        """Call back with an event, unless `done`; a callback that raises is not called again."""
+        with self._lock:
+            if self.done:
+                return
+            self.done = isinstance(event, Failed)
+            try:
+                self._callback(event)
+            except Exception:
+                _log.exception("an event could not be delivered")
+                self.done = True
+
+
 class QueueFull(Dots1Error):
-    """The queue is full; in about `retry_after` seconds there may be room."""
+    """The queue is full; it may have room in about `retry_after` seconds."""
 
     def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(waiting, retry_after)  # all of it, so that it can be pickled
+        super().__init__(waiting, retry_after)  # both, so that the error can be pickled
         self.waiting, self.retry_after = waiting, retry_after
 
     def __str__(self) -> str:
         return f"{self.waiting} answers are waiting already; try again in {self.retry_after} s"
 
 
-_log = logging.getLogger(__name__)
+class QueueEta:
+    """Estimates when slots become free from how long recent choices held theirs."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_RECENT_CHOICES)
+
+    def record(self, seconds: float) -> None:
+        """Record how long a finished choice held its slot."""
+        self._recent.append(seconds)
+
+    def seconds(self, wanted: int, slots: int) -> int:
+        """Estimate in how many seconds, at least 1, `wanted` of the slots will have become free."""
+        return max(1, math.ceil(fmean(self._recent or [1.0]) * wanted / slots))
 
 
-class Ticket:
-    """What `Scheduler.submit` returns; `over` once nothing more will be delivered."""
+@dataclass(frozen=True)
+class QueuedChoice:
+    """A choice that waits for a slot; `index` is its number within its HTTP request."""
 
-    def __init__(self, deliver: Callable[[Event], None]) -> None:
-        self._deliver = deliver
-        self._delivering = RLock()
-        self.over = False
+    handle: RequestHandle
+    index: int
+    request: GenerationRequest
 
-    def cancel(self) -> None:
-        """Give the request up, from any thread; nothing is delivered after this returns.
 
-        Its sequences become free before the next ubatch.
+class Queue:
+    """Choices that wait for a slot, first in, first out.
+
+    Any thread puts choices in. The engine's thread takes them out, and sleeps here while idle.
+    """
+
+    def __init__(self, size: int, slots: int) -> None:
+        self._size, self._slots = size, slots
+        self._waiting: deque[QueuedChoice] = deque()
+        self._closed = ""  # the reason, once the queue is closed
+        self._deadline = math.inf  # of time.monotonic()
+        self._changed = Condition()
+        self.eta = QueueEta()
+
+    def __len__(self) -> int:
+        with self._changed:
+            return sum(not each.handle.done for each in self._waiting)
+
+    def put(
+        self, handle: RequestHandle, requests: Sequence[GenerationRequest], running: int
+    ) -> None:
+        """Add all choices of a request, or none, while `running` others have a slot.
+
+        An idle scheduler accepts a request with any number of choices.
+
+        Raises:
+            QueueFull: more choices would wait than the queue holds.
+            Dots1Error: the queue is closed.
         """
-        with self._delivering:
-            self.over = True
+        with self._changed:
+            if self._closed:
+                raise Dots1Error(self._closed)
+            waiting = len(self)
+            excess = running + waiting + len(requests) - self._slots - self._size
+            if running + waiting and excess > 0:
+                raise QueueFull(waiting, self.eta.seconds(excess, self._slots))
+            self._waiting += (QueuedChoice(handle, i, each) for i, each in enumerate(requests))
+            self._changed.notify()
 
-    def tell(self, event: Event) -> None:
-        """Deliver an event, if anybody listens; a listener that raises gets no further ones."""
-        with self._delivering:
-            if self.over:
-                return
-            self.over = isinstance(event, Failed)
-            try:
-                self._deliver(event)
-            except Exception:
-                _log.exception("an event could not be delivered")
-                self.over = True
+    def pop(self) -> QueuedChoice | None:
+        """Take out the choice that has waited longest, if any."""
+        with self._changed:
+            return self._waiting.popleft() if self._waiting else None
 
+    def next_in_line(self, count: int) -> list[QueuedChoice]:
+        """Return up to `count` of the choices that will be popped next."""
+        with self._changed:
+            return list(islice(self._waiting, count))
 
-def token_logprob(
-    logits: NDArray[np.float32], token: int, top: int, piece: Callable[[int], bytes]
-) -> TokenLogprob:
-    """The log-softmax of a row (n_vocab,) at `token` and at its `top` likeliest, best first."""
-    maximum = logits.max()
-    # Float32 is enough for each term; a float32 sum of 152,064 of them would not be.
-    total = np.log(np.exp(logits - maximum).sum(dtype=np.float64))
+    def wait_for_work(self, busy: bool) -> bool:
+        """Return True as soon as there is work: at once if the caller is `busy`.
 
-    def at(which: int) -> float:
-        return min(0.0, float(np.float64(logits[which]) - maximum - total))
+        Return False once the queue is closed and there is no work left, or no time for it.
+        """
+        with self._changed:
+            while True:
+                if any(each.handle.done for each in self._waiting):
+                    self._waiting = deque(each for each in self._waiting if not each.handle.done)
+                if time.monotonic() >= self._deadline:
+                    return False
+                if busy or self._waiting:
+                    return True
+                if self._closed:
+                    return False
+                self._changed.wait()
 
-    best = [(each, piece(each), at(each)) for each in _likeliest(logits, top)]
-    return TokenLogprob(token, piece(token), at(token), tuple(best))
-
-
-def _likeliest(logits: NDArray[np.float32], count: int) -> list[int]:
-    count = min(count, len(logits))
-    if not count:
-        return []
-    chosen = np.argpartition(logits, len(logits) - count)[len(logits) - count :]
-    # Of equals the lower id first, as llama.cpp takes it.
-    order = np.lexsort((chosen, -logits[chosen]))
-    found: list[int] = chosen[order].tolist()
-    return found
+    def close(self, reason: str, timeout: float) -> None:
+        """Refuse new choices; `wait_for_work` returns False after `timeout` seconds."""
+        with self._changed:
+            self._closed = self._closed or reason
+            self._deadline = min(self._deadline, time.monotonic() + timeout)
+            self._changed.notify()

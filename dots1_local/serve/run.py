@@ -1,4 +1,4 @@
-"""The whole server: HTTP in one thread, the engine in another, signals in the main one."""
+"""The whole server: HTTP in one thread, the engine in another, signals in the main thread."""
 
 import ipaddress
 import os
@@ -14,21 +14,27 @@ import uvicorn
 
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
-from dots1_local.serve.http.app import BACKLOG, IDLE_SECONDS, Connection, allow_files, make_app
+from dots1_local.serve.http.app import (
+    BACKLOG,
+    IDLE_SECONDS,
+    Connection,
+    make_app,
+    raise_file_limit,
+)
 from dots1_local.serve.http.service import Model, Service
 from dots1_local.serve.scheduler import Scheduler
 
-__all__ = ["Server", "bind", "is_loopback", "url_of"]
+__all__ = ["ApiServer", "bind", "is_loopback", "url_of"]
 
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, and probes
-_LEFT_OVER = 5  # seconds that connections may take to end when there is nothing more to answer
+_CLOSING_SECONDS = 5  # for connections to close after the last answer
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address; port 0 takes any free one.
+    """Return a socket that listens at an address; port 0 takes any free port.
 
     Raises:
-        Dots1Error: there is no such address here, or the port is taken or not allowed.
+        Dots1Error: this machine does not have the address, or the port is taken or not allowed.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -37,7 +43,7 @@ def bind(host: str, port: int) -> socket.socket:
     except socket.gaierror as error:
         reason = error.strerror
     except UnicodeError:
-        reason = "no such name"
+        reason = "this is not a host name"
     except OSError as error:
         reason = os.strerror(error.errno or 0)
     else:
@@ -47,7 +53,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _keep_alive(listener: socket.socket) -> None:
-    """Have the system probe for clients that have vanished; connections inherit the setting."""
+    """Let the system probe for clients that have vanished; connections inherit the setting."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEP_ALIVE.items():
         if option := getattr(socket, name, None):
@@ -55,18 +61,18 @@ def _keep_alive(listener: socket.socket) -> None:
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Whether only programs on this machine can reach it."""
+    """Return whether only programs on this machine can connect."""
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def url_of(listener: socket.socket) -> str:
-    """The base URL for clients."""
+    """Return the base URL for clients."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
-class Server:
-    """Serves HTTP from a thread of its own, even while the model loads; use it with `with`."""
+class ApiServer:
+    """Serves HTTP from its own thread, even while the model loads; use it with `with`."""
 
     def __init__(
         self,
@@ -76,7 +82,7 @@ class Server:
         api_key: str | None = None,
         origins: Sequence[str] = (),
     ) -> None:
-        self._over = Event()
+        self._stop = Event()
         self._listener = listener
         self._service = Service(name)
         app = make_app(self._service, api_key=api_key, origins=origins)
@@ -89,7 +95,7 @@ class Server:
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level="critical",  # all else is about what clients do wrong
+                log_level="critical",  # lower levels report what clients do wrong
                 access_log=False,
                 timeout_keep_alive=IDLE_SECONDS,
                 server_header=False,
@@ -101,7 +107,7 @@ class Server:
         self._scheduler: Scheduler | None = None
 
     def __enter__(self) -> Self:
-        allow_files()
+        raise_file_limit()
         self._thread.start()
         return self
 
@@ -110,56 +116,56 @@ class Server:
 
     def open(self, engine: Engine, queue_size: int) -> None:
         """Begin to answer with an engine, which nothing else may use until `close` returns."""
-        self._scheduler = Scheduler(engine, queue_size=queue_size, on_end=self._over.set)
+        self._scheduler = Scheduler(engine, queue_size=queue_size, on_end=self._stop.set)
         self._service.open(Model(engine, self._service.name), self._scheduler)
 
     @property
     def busy(self) -> bool:
-        """Whether anything is being answered or is waiting."""
-        state = self._scheduler and self._scheduler.state
-        return bool(state and (state.running or state.waiting))
+        """Whether answers are being generated or are waiting."""
+        load = self._scheduler and self._scheduler.load
+        return bool(load and (load.running or load.waiting))
 
     def wait(self) -> None:
-        """Return at Ctrl-C or SIGTERM, which do nothing else meanwhile.
+        """Return at Ctrl-C or SIGTERM, which do not end the process meanwhile.
 
         Raises:
-            Dots1Error: the HTTP or the engine's thread has ended by itself.
+            Dots1Error: the HTTP thread or the engine's thread has ended by itself.
         """
-        with _signalled(self._over):
-            self._over.wait()
+        with _set_by_signals(self._stop):
+            self._stop.wait()
         if not self._thread.is_alive():
             raise Dots1Error("the HTTP side of the server has failed; start it again")
         if self._scheduler and self._scheduler.failed:
-            raise Dots1Error("the engine has failed and cannot go on; start the server again")
+            raise Dots1Error("the engine has failed and cannot continue; start the server again")
 
-    def close(self, patience: float) -> None:
-        """Refuse new requests, finish what can be in `patience` seconds, and end the rest.
+    def close(self, timeout: float) -> None:
+        """Refuse new requests, finish what can be finished in `timeout` seconds, fail the rest.
 
-        When it returns, the engine is free. A second call does nothing.
+        When this returns, the engine is free. A second call does nothing.
         """
         self._service.close()
-        self._http.config.timeout_graceful_shutdown = ceil(patience) + _LEFT_OVER
+        self._http.config.timeout_graceful_shutdown = ceil(timeout) + _CLOSING_SECONDS
         self._http.should_exit = True
         if self._scheduler:
-            self._scheduler.close(patience)
-        self._thread.join(patience + 2 * _LEFT_OVER)
+            self._scheduler.close(timeout)
+        self._thread.join(timeout + 2 * _CLOSING_SECONDS)
         self._service.join()
 
     def _run(self) -> None:
         try:
             self._http.run([self._listener])
         finally:
-            self._over.set()
+            self._stop.set()
 
 
 @contextmanager
-def _signalled(event: Event) -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM set an event within, instead of ending the process."""
+def _set_by_signals(event: Event) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM set an event instead of ending the process."""
 
-    def hear(number: int, frame: Any) -> None:
+    def handle(number: int, frame: Any) -> None:
         event.set()
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
 """Continuous batching, in the one thread that uses the engine.
 
-Every step computes one ubatch: the last token of each choice that is writing, and beside them parts
-of prompts, oldest first. `pace` decides how much of the prompts; `slots` and `choice` see to it
-that what prompts have in common is read once.
+Every step computes one ubatch: the last token of each choice that generates, and parts of prompts,
+oldest first. `PrefillBudget` limits the prompt tokens, so that choices that generate do not stall.
+`slots` and `choice` let prompts share what they have in common, so that it is computed once.
 """
 
 import logging
@@ -19,18 +19,26 @@ from dots1_local.chat.turns import check_stop
 from dots1_local.engine.engine import Engine, Entry
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.serve.choice import Choice
-from dots1_local.serve.generation import Event, Failed, Order, Ticket
-from dots1_local.serve.queue import Pace, Queue, Waiting
+from dots1_local.serve.generation import (
+    Event,
+    Failed,
+    GenerationRequest,
+    Queue,
+    QueuedChoice,
+    RequestHandle,
+)
 from dots1_local.serve.slots import Slots
 
-__all__ = ["Scheduler", "State"]
+__all__ = ["Load", "PrefillBudget", "Scheduler"]
 
 _SHUTDOWN = "the server is shutting down"
+_STEP_SECONDS = 1.0  # for a step while a choice waits for its next token
+_MIN_PREFILL = 32  # tokens; a step with fewer is hardly faster, as it reads the experts anyway
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class State:
+class Load:
     """How many choices have a slot, how many wait for one, and how many slots there are."""
 
     running: int
@@ -38,11 +46,31 @@ class State:
     slots: int
 
 
-class Scheduler:
-    """Carries out orders, first in, first out; nothing else may use the engine until `close`.
+class PrefillBudget:
+    """How many prompt `tokens` a step may compute while other choices generate.
 
-    Each of the engine's sequences is a slot for one choice at a time. Where a request has more
-    choices than there are slots, they take turns.
+    With a 142B model a whole ubatch of 512 tokens takes ten seconds on a CPU, and a fraction of a
+    second on a GPU. So after each step that used the whole budget, the budget moves, by a factor of
+    2 at most, towards the number of tokens with which a step takes a second.
+    """
+
+    def __init__(self, n_ubatch: int) -> None:
+        self._n_ubatch = n_ubatch
+        self.tokens = min(_MIN_PREFILL, n_ubatch)
+
+    def record(self, prefilled: int, seconds: float) -> None:
+        """Record how long a step took that computed `prefilled` prompt tokens."""
+        if prefilled >= self.tokens:
+            fitting = int(prefilled * _STEP_SECONDS / max(seconds, 1e-6))
+            nearer = min(max(fitting, self.tokens // 2, _MIN_PREFILL), 2 * self.tokens)
+            self.tokens = min(nearer, self._n_ubatch)
+
+
+class Scheduler:
+    """Carries out requests, first in, first out; nothing else may use the engine until `close`.
+
+    Each of the engine's sequences is a slot for one choice at a time. If a request has more choices
+    than there are slots, its choices take turns.
     """
 
     def __init__(
@@ -51,63 +79,65 @@ class Scheduler:
         """Start the thread, which calls `on_end` last; up to `queue_size` choices may wait.
 
         Raises:
-            UsageError: the engine has several sequences but no shared cache, or a ubatch too small
-                for a token of each.
+            UsageError: the engine has several sequences but no shared cache, or its ubatch has no
+                room for a token of each sequence.
         """
         _check_engine(engine)
         self._engine = engine
         self._slots = Slots(engine)
         self._queue = Queue(queue_size, len(self._slots))
-        self._pace = Pace(engine.n_ubatch)
+        self._budget = PrefillBudget(engine.n_ubatch)
         self._running: list[Choice] = []  # oldest first
         self._on_end = on_end
-        self.failed = False  # it ended without being closed
+        self.failed = False  # the thread ended although nobody closed the scheduler
         self._thread = Thread(target=self._run, name="dots1-engine", daemon=True)
         self._thread.start()
 
     @property
-    def state(self) -> State:
+    def load(self) -> Load:
         """The load at this moment."""
-        running = sum(not choice.ticket.over for choice in list(self._running))
-        return State(running, len(self._queue), len(self._slots))
+        running = sum(not choice.handle.done for choice in list(self._running))
+        return Load(running, len(self._queue), len(self._slots))
 
-    def submit(self, orders: Sequence[Order], deliver: Callable[[Event], None]) -> Ticket:
-        """Queue a request's choices, all or none.
+    def submit(
+        self, requests: Sequence[GenerationRequest], callback: Callable[[Event], None]
+    ) -> RequestHandle:
+        """Queue all choices of a request, or none.
 
-        `deliver` is called with their events in the engine's thread, so it must not block.
+        `callback` receives their events in the engine's thread, so it must not block.
 
         Raises:
-            QueueFull: too many are waiting.
-            UsageError: an order cannot be carried out.
+            QueueFull: too many choices are waiting.
+            UsageError: a request cannot be carried out.
             Dots1Error: a prompt fills the context, or the scheduler is closed.
         """
-        for order in orders:
-            _check_order(order, self._engine)
-        ticket = Ticket(deliver)
-        self._queue.put(ticket, orders, self.state.running)
-        return ticket
+        for request in requests:
+            _check_request(request, self._engine)
+        handle = RequestHandle(callback)
+        self._queue.put(handle, requests, self.load.running)
+        return handle
 
-    def close(self, patience: float) -> None:
-        """Refuse new orders, finish what can be in `patience` seconds, and fail the rest.
+    def close(self, timeout: float) -> None:
+        """Refuse new requests, finish what can be finished in `timeout` seconds, fail the rest.
 
-        Returns when the thread has ended, at most a ubatch later; the engine is free then. It may
-        be called again, also with less patience.
+        Return when the thread has ended, at most a ubatch later; then the engine is free. `close`
+        may be called again, even with a shorter timeout.
         """
-        self._queue.close(_SHUTDOWN, patience)
+        self._queue.close(_SHUTDOWN, timeout)
         self._thread.join()
 
     def _run(self) -> None:
-        reason = "the engine has failed and cannot go on"
+        reason = "the engine has failed and cannot continue"
         try:
             while self._work_to_do():
                 try:
                     self._step()
                 except Exception as error:
                     self._fail_running(_sentence(error))
-                    self._slots.forget()  # their contents are unknown now
+                    self._slots.forget()  # the contents are unknown now
             reason = _SHUTDOWN
         except Exception:
-            _log.exception("the engine's thread cannot go on")
+            _log.exception("the engine's thread cannot continue")
             self.failed = True
         finally:
             self._end(reason)
@@ -116,84 +146,84 @@ class Scheduler:
     def _end(self, reason: str) -> None:
         self._queue.close(reason, 0)
         self._fail_running(reason)
-        while waiting := self._queue.pop():
-            waiting.ticket.tell(Failed(reason))
+        while queued := self._queue.pop():
+            queued.handle.deliver(Failed(reason))
         with suppress(Exception):
             self._slots.forget()
 
     def _work_to_do(self) -> bool:
-        for choice in [each for each in self._running if each.ticket.over]:
-            self._leave(choice)
-        return self._queue.work_to_do(bool(self._running))
+        for choice in [each for each in self._running if each.handle.done]:
+            self._remove(choice)
+        return self._queue.wait_for_work(bool(self._running))
 
     def _step(self) -> None:
         self._admit()
         parts = self._compose()
-        if not parts:  # no choice that was admitted could begin
+        if not parts:  # no admitted choice could start
             return
-        read = sum(len(entries) for choice, entries in parts if choice.reading)
+        prefilled = sum(len(entries) for choice, entries in parts if choice.prefilling)
         start = time.perf_counter()
         rows = iter(self._engine.submit([entry for _, entries in parts for entry in entries]))
-        self._pace.measured(read, time.perf_counter() - start)
+        self._budget.record(prefilled, time.perf_counter() - start)
         place = -1
         for choice, entries in parts:
             choice.computed(entries)
             place += len(entries)
             if entries[-1].logits:
-                self._choose(choice, next(rows), place)
+                self._sample(choice, next(rows), place)
 
     def _admit(self) -> None:
-        while self._slots.any_free and (waiting := self._queue.pop()):
+        while self._slots.any_free and (queued := self._queue.pop()):
             try:
-                self._begin(waiting)
+                self._start(queued)
             except Exception as error:
-                waiting.ticket.tell(Failed(_sentence(error)))
+                queued.handle.deliver(Failed(_sentence(error)))
 
-    def _begin(self, waiting: Waiting) -> None:
+    def _start(self, queued: QueuedChoice) -> None:
         soon = self._queue.next_in_line(len(self._slots))
-        slot = self._slots.take(waiting.order.prompt, [each.order.prompt for each in soon])
+        slot = self._slots.take(queued.request.prompt, [each.request.prompt for each in soon])
         try:
-            choice = Choice(waiting, slot, self._engine)
+            choice = Choice(queued, slot, self._engine)
         except BaseException:
             self._slots.release(slot)
             raise
-        choice.follow(self._running)
+        choice.wait_for_prefix(self._running)
         self._running.append(choice)
 
     def _compose(self) -> list[tuple[Choice, list[Entry]]]:
-        """The next ubatch: a token of each that writes, then prompts, oldest first, until full."""
-        parts = [(choice, choice.entries(1)) for choice in self._running if not choice.reading]
+        """Compose the next ubatch: a token of each choice that generates, then prompts."""
+        parts = [(choice, choice.entries(1)) for choice in self._running if not choice.prefilling]
         room = self._engine.n_ubatch - len(parts)
         if parts:
-            room = min(room, self._pace.beside)
+            room = min(room, self._budget.tokens)
         for age, choice in enumerate(self._running):
-            if room and choice.reading and choice.ready(self._slots, self._running[:age]):
+            if room and choice.prefilling and choice.ready(self._slots, self._running[:age]):
                 parts.append((choice, choice.entries(room)))
                 room -= len(parts[-1][1])
         return parts
 
-    def _choose(self, choice: Choice, logits: NDArray[np.float32], place: int) -> None:
-        if choice.ticket.over:
+    def _sample(self, choice: Choice, logits: NDArray[np.float32], place: int) -> None:
+        if choice.handle.done:
             return
         try:
-            events = list(choice.choose(logits, place))
+            events = list(choice.sample(logits, place))
         except Exception as error:
             self._slots.empty(choice.slot)
             events = [Failed(_sentence(error))]
-        if choice.done:  # before the client hears of it, so that its next request finds a slot
-            self._queue.turnover.took(time.monotonic() - choice.begun)
-            self._leave(choice)
+        if choice.done:  # free the slot before the client sends its next request
+            self._queue.eta.record(time.monotonic() - choice.started)
+            self._remove(choice)
         for event in events:
-            choice.ticket.tell(event)
+            choice.handle.deliver(event)
 
-    def _leave(self, choice: Choice) -> None:
+    def _remove(self, choice: Choice) -> None:
         choice.close()
         self._slots.release(choice.slot)
         self._running.remove(choice)
 
     def _fail_running(self, reason: str) -> None:
         for choice in self._running:
-            choice.ticket.tell(Failed(reason))
+            choice.handle.deliver(Failed(reason))
             choice.close()
         self._running.clear()
 
@@ -204,29 +234,29 @@ def _check_engine(engine: Engine) -> None:
         raise UsageError("open the engine with shared_cache to serve several sequences")
     if engine.n_ubatch < n_sequences:
         raise UsageError(
-            f"a ubatch of {engine.n_ubatch} tokens has no room for one of each of {n_sequences} "
-            "sequences"
+            f"a ubatch of {engine.n_ubatch} tokens has no room for one token of each of "
+            f"{n_sequences} sequences"
         )
 
 
-def _check_order(order: Order, engine: Engine) -> None:
-    """Refuse what would fail later and take other requests along."""
-    if not order.prompt:
-        raise UsageError("there is nothing to complete; give the beginning of a text")
-    if not all(0 <= token < engine.n_vocab for token in order.prompt):
-        raise UsageError(f"a prompt's tokens are numbers from 0 to {engine.n_vocab - 1}")
-    if order.max_tokens is not None and order.max_tokens < 1:
-        raise UsageError(f"an answer of at most {order.max_tokens} tokens is none; ask for 1")
-    check_stop(order.stop)
-    if len(order.prompt) >= engine.n_ctx:
+def _check_request(request: GenerationRequest, engine: Engine) -> None:
+    """Refuse a request that would fail later and make other requests fail with it."""
+    if not request.prompt:
+        raise UsageError("the prompt is empty; give the beginning of a text")
+    if not all(0 <= token < engine.n_vocab for token in request.prompt):
+        raise UsageError(f"a prompt's tokens must be from 0 to {engine.n_vocab - 1}")
+    if request.max_tokens is not None and request.max_tokens < 1:
+        raise UsageError(f"max_tokens is {request.max_tokens}; it must be at least 1")
+    check_stop(request.stop)
+    if len(request.prompt) >= engine.n_ctx:
         raise Dots1Error(
-            f"the prompt is {len(order.prompt):,} tokens long and the context holds "
-            f"{engine.n_ctx:,}, an answer included"
+            f"the prompt is {len(request.prompt):,} tokens long and the context holds "
+            f"{engine.n_ctx:,}, including the answer"
         )
 
 
 def _sentence(error: Exception) -> str:
-    """What a client is told of an error: all that it can do something about, but no bugs."""
+    """Return what clients are told of an error; a bug's details go to the log alone."""
     if isinstance(error, Dots1Error):
         return str(error)
     _log.error("the engine's thread met a bug", exc_info=error)

@@ -1,4 +1,4 @@
-"""The engine's sequences: what each holds, and how much of a new prompt is computed already."""
+"""The engine's sequences: what each one holds in the KV cache, and which prefixes they share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,15 +12,15 @@ __all__ = ["Slot", "Slots"]
 
 @dataclass
 class Slot:
-    """A sequence of the engine and the tokens in its KV cache, which are kept when it is free."""
+    """A sequence of the engine and the tokens in its KV cache, which a free slot keeps."""
 
-    number: int
+    seq_id: int
     tokens: list[int] = field(default_factory=list)
     free: bool = True
-    used: int = 0  # the higher, the later it was released
+    released: int = 0  # the higher the number, the later the release
 
     def common(self, tokens: Sequence[int]) -> int:
-        """How many tokens these and the slot's have in common at the beginning."""
+        """Return how many tokens the slot shares with the beginning of `tokens`."""
         return common_prefix(self.tokens, tokens)
 
 
@@ -29,7 +29,7 @@ class Slots:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._slots = [Slot(number) for number in range(engine.settings.n_sequences)]
+        self._slots = [Slot(seq_id) for seq_id in range(engine.settings.n_sequences)]
         self._releases = count(1)
         self.forget()
 
@@ -38,54 +38,54 @@ class Slots:
 
     @property
     def any_free(self) -> bool:
-        """Whether one can be taken."""
+        """Whether a slot can be taken."""
         return any(slot.free for slot in self._slots)
 
     def take(self, prompt: Sequence[int], next_in_line: Sequence[Sequence[int]]) -> Slot:
-        """Take a free sequence (there must be one) and fill it with what is known of a prompt.
+        """Take a free slot (there must be one) and fill it with the known prefix of a prompt.
 
-        It is the one that shares most with the prompt, if that is half of what it holds or more.
-        Otherwise it is the one that the prompts next in line have least use for, and of equals the
-        least recently used.
+        The slot that shares most with the prompt is taken if at least half of its tokens are
+        shared. Otherwise the slot is taken that shares least with the prompts next in line; of
+        equal slots, the least recently used one.
         """
         free = [slot for slot in self._slots if slot.free]
         slot = max(free, key=lambda slot: slot.common(prompt))
         if 2 * slot.common(prompt) < len(slot.tokens):
-            slot = min(free, key=lambda slot: (_use(slot, next_in_line), slot.used))
+            slot = min(free, key=lambda slot: (_longest_prefix(slot, next_in_line), slot.released))
         slot.free = False
         self.fill(slot, prompt)
         return slot
 
     def fill(self, slot: Slot, prompt: Sequence[int]) -> None:
-        """Make a sequence hold the longest prefix of a prompt that any sequence holds, and no more.
+        """Make a slot hold exactly the longest prefix of a prompt that any slot holds.
 
-        The last token is left out: it is always computed, for the logits of the next one.
+        The prompt's last token is always computed, because its logits choose the next token.
         """
         known = prompt[:-1]
         source = max(self._slots, key=lambda each: (each.common(known), each is slot))
         length = source.common(known)
         if source is slot:
-            self._engine.forget(length, slot.number)
+            self._engine.forget(length, slot.seq_id)
         else:
-            self._engine.forget(0, slot.number)
-            self._engine.share(source.number, slot.number, length)
+            self._engine.forget(0, slot.seq_id)
+            self._engine.share(source.seq_id, slot.seq_id, length)
         slot.tokens = list(known[:length])
 
     def release(self, slot: Slot) -> None:
-        """Make it free; what it holds stays until it is taken."""
-        slot.free, slot.used = True, next(self._releases)
+        """Make a slot free; its tokens stay until it is taken."""
+        slot.free, slot.released = True, next(self._releases)
 
     def empty(self, slot: Slot) -> None:
-        """Drop what a sequence holds."""
-        self._engine.forget(0, slot.number)
+        """Drop a slot's tokens."""
+        self._engine.forget(0, slot.seq_id)
         slot.tokens = []
 
     def forget(self) -> None:
-        """Free all sequences, and drop what they hold."""
+        """Free all slots and drop their tokens."""
         self._engine.forget()
         for slot in self._slots:
             slot.tokens, slot.free = [], True
 
 
-def _use(slot: Slot, prompts: Sequence[Sequence[int]]) -> int:
+def _longest_prefix(slot: Slot, prompts: Sequence[Sequence[int]]) -> int:
     return max(map(slot.common, prompts), default=0)

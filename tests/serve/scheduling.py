@@ -13,17 +13,24 @@ from numpy.typing import NDArray
 
 from dots1_local.chat.sampling import Sampling
 from dots1_local.engine.engine import Engine, Entry
-from dots1_local.serve.generation import Event, Failed, Finished, Order, Piece, TokenLogprob
+from dots1_local.serve.generation import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Piece,
+    TokenLogprob,
+)
 from dots1_local.serve.scheduler import Scheduler
 
 GREEDY = Sampling(temperature=0)
 PATIENCE = 60  # seconds; only a broken scheduler needs them
 
 
-def order(prompt: str | Sequence[int], **options: Any) -> Order:
+def greedy(prompt: str | Sequence[int], **options: Any) -> GenerationRequest:
     """One that takes the likeliest tokens."""
     tokens = prompt.encode() if isinstance(prompt, str) else prompt
-    return Order(tuple(tokens), **{"sampling": GREEDY, **options})
+    return GenerationRequest(tuple(tokens), **{"sampling": GREEDY, **options})
 
 
 class Listener:
@@ -76,7 +83,7 @@ class Gate:
         self.arrived, self.allowed = Semaphore(0), Semaphore(0)
 
 
-class Served(Scheduler):
+class RecordingScheduler(Scheduler):
     """A scheduler whose ubatches are recorded, and pass one at a time once `hold` was called."""
 
     def __init__(self, engine: Engine, **options: Any) -> None:
@@ -86,7 +93,7 @@ class Served(Scheduler):
         engine.submit = self._recorded  # type: ignore[method-assign]
         super().__init__(engine, **options)
 
-    def ask(self, *orders: Order) -> Listener:
+    def ask(self, *orders: GenerationRequest) -> Listener:
         listener = Listener(len(orders))
         self.submit(orders, listener)
         return listener
@@ -129,16 +136,16 @@ class Served(Scheduler):
         """The engine holds of each sequence as many tokens as the scheduler believes."""
         memory = llama.llama_get_memory(self._engine.context)
         for slot in self._slots._slots:
-            last = llama.llama_memory_seq_pos_max(memory, slot.number)
+            last = llama.llama_memory_seq_pos_max(memory, slot.seq_id)
             assert last == len(slot.tokens) - 1
 
 
 @contextmanager
-def serving(
+def open_scheduler(
     model: Path, slots: int = 2, *, n_ctx: int = 256, n_ubatch: int = 64, **options: Any
-) -> Iterator[Served]:
+) -> Iterator[RecordingScheduler]:
     with open_engine(model, n_ctx, n_ubatch, n_sequences=slots, shared_cache=True) as engine:
-        scheduler = Served(engine, **options)
+        scheduler = RecordingScheduler(engine, **options)
         try:
             yield scheduler
         finally:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from dots1_local.engine.engine import Entry
-from dots1_local.serve.generation import Order
+from dots1_local.serve.generation import GenerationRequest
 from tests.helpers import write_random_gguf
-from tests.serve.scheduling import Alone, Listener, Served, order, serving
+from tests.serve.scheduling import Alone, Listener, RecordingScheduler, greedy, open_scheduler
 
 SYSTEM = bytes(range(100))
 
@@ -19,13 +19,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def served(model: Path) -> Iterator[Served]:
-    with serving(model, slots=4) as served:
-        yield served
+def scheduler(model: Path) -> Iterator[RecordingScheduler]:
+    with open_scheduler(model, slots=4) as scheduler:
+        yield scheduler
 
 
-def short(prompt: Sequence[int]) -> Order:
-    return order(prompt, max_tokens=3, top_logprobs=0)
+def short(prompt: Sequence[int]) -> GenerationRequest:
+    return greedy(prompt, max_tokens=3, top_logprobs=0)
 
 
 def cached(listener: Listener, index: int = 0) -> int:
@@ -36,73 +36,77 @@ def sequences(ubatch: Sequence[Entry]) -> set[int]:
     return {entry.seq_id for entry in ubatch}
 
 
-def test_a_conversation_goes_on_from_what_is_there(served: Served, model: Path) -> None:
-    first = served.ask(order(SYSTEM, max_tokens=5, top_logprobs=0))
+def test_a_conversation_goes_on_from_what_is_there(
+    scheduler: RecordingScheduler, model: Path
+) -> None:
+    first = scheduler.ask(greedy(SYSTEM, max_tokens=5, top_logprobs=0))
     assert cached(first) == 0
     answer = [each.token for each in first.logprobs()]
     prompt = [*SYSTEM, *answer, *b"and then?"]
-    served.ubatches.clear()
-    second = served.ask(short(prompt))
+    scheduler.ubatches.clear()
+    second = scheduler.ask(short(prompt))
     assert cached(second) == 100 + 4  # the last token was written, but not computed
-    assert served.computed == 1 + 9 + 2
+    assert scheduler.computed == 1 + 9 + 2
     Alone(model).check(prompt, second.logprobs())
 
 
-def test_the_last_token_is_computed_again(served: Served, model: Path) -> None:
-    assert cached(served.ask(short(SYSTEM))) == 0
-    again = served.ask(short(SYSTEM))
+def test_the_last_token_is_computed_again(scheduler: RecordingScheduler, model: Path) -> None:
+    assert cached(scheduler.ask(short(SYSTEM))) == 0
+    again = scheduler.ask(short(SYSTEM))
     assert cached(again) == 99
     Alone(model).check(SYSTEM, again.logprobs())
 
 
-def test_choices_of_one_prompt_read_it_once(served: Served, model: Path) -> None:
-    listener = served.ask(*[short(SYSTEM)] * 7).wait()
-    assert served.computed == 100 + 6 + 7 * 2
+def test_choices_of_one_prompt_read_it_once(scheduler: RecordingScheduler, model: Path) -> None:
+    listener = scheduler.ask(*[short(SYSTEM)] * 7).wait()
+    assert scheduler.computed == 100 + 6 + 7 * 2
     assert [cached(listener, index) for index in range(7)] == [0] + [99] * 6
     for index in range(7):
         Alone(model).check(SYSTEM, listener.logprobs(index))
 
 
-def test_requests_that_come_at_once_read_once_what_they_share(served: Served, model: Path) -> None:
+def test_requests_that_come_at_once_read_once_what_they_share(
+    scheduler: RecordingScheduler, model: Path
+) -> None:
     prompts = [SYSTEM + bytes([n] * 20) for n in range(101, 105)]
-    served.hold()
-    listeners = [served.ask(short(prompt)) for prompt in prompts]
-    served.release()
+    scheduler.hold()
+    listeners = [scheduler.ask(short(prompt)) for prompt in prompts]
+    scheduler.release()
     assert [cached(listener) for listener in listeners] == [0, 100, 100, 100]
     for prompt, listener in zip(prompts, listeners, strict=True):
         Alone(model).check(prompt, listener.logprobs())
 
 
-def test_only_who_shares_waits(served: Served) -> None:
-    served.hold()
-    listeners = [served.ask(short(text)) for text in (SYSTEM * 2, SYSTEM * 2 + b"!", b"who?")]
-    served.release()
+def test_only_who_shares_waits(scheduler: RecordingScheduler) -> None:
+    scheduler.hold()
+    listeners = [scheduler.ask(short(text)) for text in (SYSTEM * 2, SYSTEM * 2 + b"!", b"who?")]
+    scheduler.release()
     assert [cached(listener) for listener in listeners] == [0, 200, 0]
-    sizes = [len(ubatch) for ubatch in served.ubatches]
+    sizes = [len(ubatch) for ubatch in scheduler.ubatches]
     assert sizes[:4] == [64, 64, 64, 8 + 4]
 
 
 @pytest.mark.parametrize(("length", "spared"), [(32, [0, 32, 32]), (31, [0, 0, 0])])
 def test_what_is_short_is_sooner_read_than_waited_for(
-    served: Served, length: int, spared: list[int]
+    scheduler: RecordingScheduler, length: int, spared: list[int]
 ) -> None:
-    listener = served.ask(*(short(SYSTEM[:length] + end) for end in (b"", b"a", b"bc")))
+    listener = scheduler.ask(*(short(SYSTEM[:length] + end) for end in (b"", b"a", b"bc")))
     assert [cached(listener, index) for index in range(3)] == spared
 
 
 @pytest.mark.parametrize("ubatches", [0, 1])
 def test_who_waited_goes_on_where_the_first_left(
-    served: Served, model: Path, ubatches: int
+    scheduler: RecordingScheduler, model: Path, ubatches: int
 ) -> None:
-    served.hold()
-    first = served.submit([short(SYSTEM + b"one")], Listener())
-    served.next_ubatch()
-    second, third = served.ask(short(SYSTEM + b"two")), served.ask(short(SYSTEM + b"too"))
+    scheduler.hold()
+    first = scheduler.submit([short(SYSTEM + b"one")], Listener())
+    scheduler.next_ubatch()
+    second, third = scheduler.ask(short(SYSTEM + b"two")), scheduler.ask(short(SYSTEM + b"too"))
     for _ in range(ubatches):
-        served.go_on()
-        assert sequences(served.next_ubatch()) == {0}
+        scheduler.go_on()
+        assert sequences(scheduler.next_ubatch()) == {0}
     first.cancel()
-    served.release()
+    scheduler.release()
     # A ubatch of 64 was read by the one that left, or maybe all it had to.
     assert cached(second) == (64 if not ubatches else 100)
     assert cached(third) == 101
@@ -110,45 +114,45 @@ def test_who_waited_goes_on_where_the_first_left(
     Alone(model).check(SYSTEM + b"too", third.logprobs())
 
 
-def test_shares_what_a_running_answer_has(served: Served, model: Path) -> None:
-    served.hold()
+def test_shares_what_a_running_answer_has(scheduler: RecordingScheduler, model: Path) -> None:
+    scheduler.hold()
     running = Listener()
-    ticket = served.submit([order(SYSTEM, max_tokens=100)], running)
+    handle = scheduler.submit([greedy(SYSTEM, max_tokens=100)], running)
     for _ in range(4):
-        served.next_ubatch()
-        served.go_on()
-    served.next_ubatch()
-    beside = served.ask(short(SYSTEM + b"!"))
-    served.release()
+        scheduler.next_ubatch()
+        scheduler.go_on()
+    scheduler.next_ubatch()
+    beside = scheduler.ask(short(SYSTEM + b"!"))
+    scheduler.release()
     assert cached(beside) == 100
-    ticket.cancel()
+    handle.cancel()
     Alone(model).check(SYSTEM + b"!", beside.logprobs())
 
 
 def test_takes_the_sequence_that_is_longest_unused(model: Path) -> None:
     ada, bob, cyd = (bytes([n]) * 80 for n in b"abc")
-    with serving(model, slots=2) as served:
+    with open_scheduler(model, slots=2) as scheduler:
         for prompt in (ada, bob, ada + b"!", cyd):
-            served.ask(short(prompt)).wait()
-        assert cached(served.ask(short(ada))) == 79
-        assert cached(served.ask(short(bob))) == 0
+            scheduler.ask(short(prompt)).wait()
+        assert cached(scheduler.ask(short(ada))) == 79
+        assert cached(scheduler.ask(short(bob))) == 0
 
 
 def test_leaves_the_sequence_that_the_next_in_line_goes_on_from(model: Path) -> None:
     ada, bob, cyd = (bytes([n]) * 80 for n in b"abc")
-    with serving(model, slots=2) as served:
+    with open_scheduler(model, slots=2) as scheduler:
         for prompt in (ada, bob):
-            served.ask(short(prompt)).wait()
-        listener = served.ask(short(cyd), short(ada))
+            scheduler.ask(short(prompt)).wait()
+        listener = scheduler.ask(short(cyd), short(ada))
         assert [cached(listener, index) for index in (0, 1)] == [0, 79]
 
 
 def test_an_empty_sequence_goes_before_somebodys_cache(model: Path) -> None:
-    with serving(model, slots=2) as served:
+    with open_scheduler(model, slots=2) as scheduler:
         long = SYSTEM + b"a" * 120
-        served.ask(short(long)).wait()
-        assert cached(served.ask(short(SYSTEM + b"b"))) == 100
-        assert cached(served.ask(short(long))) == 219
+        scheduler.ask(short(long)).wait()
+        assert cached(scheduler.ask(short(SYSTEM + b"b"))) == 100
+        assert cached(scheduler.ask(short(long))) == 219
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -159,19 +163,21 @@ def test_whatever_comes_and_goes_answers_are_those_given_alone(model: Path, seed
         part = bytes(choose.choices(b"abc", k=choose.randrange(1, 60)))
         prompts.append((choose.choice(prompts) + part)[:200])
     asked: list[tuple[bytes, Listener]] = []
-    with serving(model, slots=choose.randrange(1, 5), n_ubatch=choose.randrange(8, 64)) as served:
+    with open_scheduler(
+        model, slots=choose.randrange(1, 5), n_ubatch=choose.randrange(8, 64)
+    ) as scheduler:
         for _ in range(30):
             prompt, listener = choose.choice(prompts[1:]), Listener()
             options: dict[str, Any] = {"max_tokens": choose.randrange(1, 20), "top_logprobs": 0}
-            ticket = served.submit([order(prompt, **options)], listener)
+            handle = scheduler.submit([greedy(prompt, **options)], listener)
             if choose.random() < 0.3:
                 if choose.random() < 0.5:
                     listener.wait_for_the_first()
-                ticket.cancel()
+                handle.cancel()
             else:
                 asked.append((prompt, listener))
             if choose.random() < 0.2:
-                listener.wait() if not ticket.over else None
+                listener.wait() if not handle.done else None
         for _, listener in asked:
             listener.wait()
     alone = Alone(model)

@@ -1,7 +1,4 @@
-"""The endpoints, which are those of OpenAI's API, and who may use them.
-
-uvicorn's connections, bounded in number and in how long they may be without a request.
-"""
+"""The ASGI application: OpenAI's endpoints, the API key, errors, and limits on connections."""
 
 import asyncio
 import hmac
@@ -25,19 +22,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dots1_local.serve.http.request import ApiError, check_model_name
 from dots1_local.serve.http.service import RETRY_SOON, Model, Service
 
-__all__ = [
-    "BACKLOG",
-    "IDLE_SECONDS",
-    "Connection",
-    "allow_files",
-    "make_app",
-]
+__all__ = ["BACKLOG", "IDLE_SECONDS", "Connection", "make_app", "raise_file_limit"]
+
+BACKLOG = 128  # connections that asyncio accepts at once
+IDLE_SECONDS = 60  # for a request's header to arrive; clients close idle connections sooner
+_MAX_CONNECTIONS, _MIN_CONNECTIONS = 1000, 32
+_MAX_FILES = 2048
+_OTHER_FILES = 4 * BACKLOG  # file descriptors of connections not yet closed and everything else
 
 
 def make_app(
     service: Service, *, api_key: str | None = None, origins: Sequence[str] = ()
 ) -> Starlette:
-    """The ASGI application; web pages from `origins` may use it too, "*" for any."""
+    """Return the ASGI application; web pages from `origins` may use it too, "*" allows any."""
 
     async def health(request: Request) -> Response:
         document = {"status": service.status, **service.load}
@@ -59,7 +56,7 @@ def make_app(
         return await service.answer(request, Model.completion)
 
     middleware = [Middleware(_Guard, key=api_key)] if api_key else []
-    if origins:  # outermost, so that errors can be read there too
+    if origins:  # outermost, so that web pages can read errors too
         cors: Any = CORSMiddleware
         middleware.insert(
             0, Middleware(cors, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -75,13 +72,13 @@ def make_app(
         middleware=middleware,
         exception_handlers=_HANDLERS,
     )
-    # A redirect would name the scheme and host that a proxy in front hides: perhaps without TLS.
+    # A redirect would name this server's scheme and host, not those of a proxy in front of it.
     app.router.redirect_slashes = False
     return app
 
 
 class _Guard:
-    """Asks for the key everywhere but at /health."""
+    """Requires the API key everywhere but at /health."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app, self._key = app, key.encode()
@@ -89,21 +86,18 @@ class _Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            known = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
-            if scheme.lower() != "bearer" or not known:
-                response = ApiError(
-                    401,
-                    "the API key is missing or wrong; send Authorization: Bearer KEY",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                ).response()
-                await response(scope, receive, send)
+            correct = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
+            if scheme.lower() != "bearer" or not correct:
+                message = "the API key is missing or wrong; send Authorization: Bearer KEY"
+                headers = {"WWW-Authenticate": "Bearer"}
+                error = ApiError(401, message, code="invalid_api_key", headers=headers)
+                await error.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
 def _entry(service: Service) -> dict[str, Any]:
-    """The model's entry in a list; `max_model_len` is vLLM's name for the context."""
+    """Return the model's entry in the list; `max_model_len` is vLLM's name for the context."""
     return {
         "id": service.name,
         "object": "model",
@@ -119,25 +113,22 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 async def _refuse_path(request: Request, error: Exception) -> Response:
-    """A path or method that does not exist."""
+    """Answer a request for a path or method that does not exist."""
     assert isinstance(error, HTTPException)
     path = f"{request.url.path:.80}"
+    message = f"there is no {path} here; use /v1/chat/completions, /v1/completions or /v1/models"
     if error.status_code == 405:
-        message = f"{path} does not know {request.method}"
-    else:
-        message = (
-            f"there is no {path} here, but /v1/chat/completions, /v1/completions and /v1/models"
-        )
+        message = f"{path} does not support {request.method}"
     return ApiError(error.status_code, message, headers=error.headers).response()
 
 
 async def _drop(request: Request, error: Exception) -> Response:
-    """A client that left while it was sending; nobody will read this."""
+    """Answer a client that disconnected while it was sending; nobody reads this."""
     return Response(status_code=400)
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    """A bug: the details are for the log alone."""
+    """Report a bug; its details go to the log alone."""
     logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
     return ApiError(500, "something went wrong in the server; its log says what").response()
 
@@ -150,32 +141,25 @@ _HANDLERS: Mapping[Any, Any] = {
 }
 
 
-BACKLOG = 128  # connections that asyncio accepts at once
-IDLE_SECONDS = 60  # clients close idle connections sooner
-_MOST, _FEWEST = 1000, 32
-_FILES = 2048
-_SPARE = 4 * BACKLOG  # file descriptors for connections not yet closed, and everything else
-
-
-def allow_files() -> None:
-    """Raise the process's limit of open files to what its connections need, as far as allowed."""
+def raise_file_limit() -> None:
+    """Raise the process's limit of open files to what its connections need, if allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(_MAX_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Connection(H11Protocol):
-    """One connection; one too many is closed at once.
+    """One connection; it is closed at once if there are too many, or if it stays silent.
 
-    uvicorn itself lets a new connection be silent for ever, and a header come byte by byte.
+    uvicorn itself allows a new connection to be silent for ever, and a header to arrive slowly.
     """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > _most():
+        if len(self.connections) > _max_connections():
             transport.abort()
         else:
             self._expect_header()
@@ -201,7 +185,9 @@ class Connection(H11Protocol):
             self._deadline = None
 
 
-def _most() -> int:
-    """How many there may be; out of descriptors, asyncio fails to accept any and fills the log."""
+def _max_connections() -> int:
+    """Return the limit; without free file descriptors, asyncio would only fill the log."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST if files == resource.RLIM_INFINITY else min(_MOST, max(_FEWEST, files - _SPARE))
+    if files == resource.RLIM_INFINITY:
+        return _MAX_CONNECTIONS
+    return min(_MAX_CONNECTIONS, max(_MIN_CONNECTIONS, files - _OTHER_FILES))

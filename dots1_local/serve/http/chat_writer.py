@@ -1,110 +1,47 @@
-"""Tool calls in an answer, as models of the Hermes and Qwen families write them.
+"""The responses of POST /v1/chat/completions, and the tool calls in what the model writes.
+
+Models of the Hermes and Qwen families write a call as
 
 <tool_call>
 {"name": "weather", "arguments": {"city": "Paris"}}
 </tool_call>
-
-The responses of POST /v1/chat/completions.
 """
 
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from dots1_local.chat.message import ToolCall
+from dots1_local.files.json_file import JsonError, parse_json
 from dots1_local.serve.generation import Finished, Piece, TokenLogprob
-from dots1_local.serve.http.answering import Collected, Document, Writer, logprob, token_name
 from dots1_local.serve.http.request import Options
+from dots1_local.serve.http.response import (
+    ChoiceText,
+    Document,
+    Writer,
+    json_logprob,
+    token_name,
+)
 
-__all__ = [
-    "ChatWriter",
-    "ToolCallText",
-]
-
+__all__ = ["ChatWriter", "ToolCallParser"]
 
 _START, _END = "<tool_call>", "</tool_call>"
 
 
-class ToolCallText:
-    """Takes an answer's text in pieces, and gives content and whole calls.
-
-    What may become a call is held back. White space before a call is left out of the content. Tags
-    around anything but a call are content.
-    """
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._inside = False
-
-    def add(self, text: str) -> tuple[str, list[ToolCall]]:
-        """The content and the calls that are certain with this piece."""
-        self._held += text
-        if self._inside and ">" not in text:
-            return "", []
-        found = list(self._certain())
-        content = "".join(each for each in found if isinstance(each, str))
-        return content, [each for each in found if isinstance(each, ToolCall)]
-
-    def finish(self) -> tuple[str, list[ToolCall]]:
-        """What was held back, now that no more comes; a call need not be closed."""
-        held, self._held = self._held, ""
-        call = _call(held.partition(_START)[2]) if self._inside else None
-        return ("", [call]) if call else (held, [])
-
-    def _certain(self) -> Iterator[str | ToolCall]:
-        """Content and calls in turn, taken from what is held."""
-        while True:
-            content, start, _ = self._held.partition(_START)
-            if not start:
-                content = content[: len(content) - _beginning(content)]
-            content = content.rstrip()
-            yield content
-            self._held, self._inside = self._held[len(content) :], bool(start)
-            whole, end, rest = self._held.partition(_END)
-            if not (start and end):
-                return
-            yield _call(whole.partition(_START)[2]) or whole + end
-            self._held, self._inside = rest, False
-
-
-def _beginning(text: str) -> int:
-    """How many characters at the end may be the beginning of a tag."""
-    return next((n for n in range(len(_START) - 1, 0, -1) if text.endswith(_START[:n])), 0)
-
-
-def _call(text: str) -> ToolCall | None:
-    """The call that a JSON object describes; None if it is no such object."""
-    try:
-        said = json.loads(text, parse_constant=_refuse)
-        name, arguments = said["name"], said.get("arguments", {})
-        written = json.dumps(arguments, ensure_ascii=False)
-        written.encode()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        return None
-    return ToolCall(name, written)
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 class ChatWriter(Writer):
-    """One message for each choice; with `tools`, calls of them are taken out of its text."""
+    """Writes one message for each choice; with `tools`, tool calls are taken out of its text."""
 
     prefix = "chatcmpl"
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, options: Options, choices: int, *, tools: bool) -> None:
-        super().__init__(model, options, choices)
-        self._messages = [_Message(tools) for _ in range(choices)]
+    def __init__(self, model: str, options: Options, n_choices: int, *, tools: bool) -> None:
+        super().__init__(model, options, n_choices)
+        self._messages = [_AnswerMessage(tools) for _ in range(n_choices)]
 
     def begin(self) -> list[Document]:
-        """Who speaks, in every choice."""
+        """Return a chunk with the role for each choice."""
         delta = {"role": "assistant", "content": ""}
-        return [self._chunk(index, delta=delta, logprobs=None) for index in range(self.choices)]
+        return [self._chunk(index, delta=delta, logprobs=None) for index in range(self.n_choices)]
 
     def piece(self, piece: Piece) -> list[Document]:
         text, calls = self._messages[piece.index].add(piece.text)
@@ -113,7 +50,7 @@ class ChatWriter(Writer):
     def finish(self, finished: Finished) -> list[Document]:
         message = self._messages[finished.index]
         deltas = self._deltas(finished.index, *message.finish())
-        reason = message.reason(finished)
+        reason = message.finish_reason(finished)
         return [*deltas, self._chunk(finished.index, reason, delta={}, logprobs=None)]
 
     def _deltas(
@@ -130,18 +67,18 @@ class ChatWriter(Writer):
             for at, delta in enumerate(deltas)
         ]
 
-    def _choice(self, index: int, answer: Collected) -> Document:
+    def _choice(self, index: int, choice: ChoiceText) -> Document:
         message = self._messages[index]
-        text, calls = message.add(answer.text)
+        text, calls = message.add(choice.text)
         rest, more = message.finish()
-        said: Document = {"role": "assistant", "content": text + rest, "refusal": None}
+        content: Document = {"role": "assistant", "content": text + rest, "refusal": None}
         if calls or more:
-            said |= {"content": text + rest or None, "tool_calls": calls + more}
+            content |= {"content": text + rest or None, "tool_calls": calls + more}
         return {
             "index": index,
-            "message": said,
-            "logprobs": self._logprobs(answer.logprobs),
-            "finish_reason": answer.finished and message.reason(answer.finished),
+            "message": content,
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.finished and message.finish_reason(choice.finished),
         }
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> Document | None:
@@ -149,48 +86,106 @@ class ChatWriter(Writer):
             return None
         content = [
             {
-                **_entry(token.piece, token.logprob),
-                "top_logprobs": [_entry(piece, value) for _, piece, value in token.top],
+                **_logprob_entry(token.piece, token.logprob),
+                "top_logprobs": [_logprob_entry(piece, value) for _, piece, value in token.top],
             }
             for token in tokens
         ]
         return {"content": content, "refusal": None}
 
 
-class _Message:
-    """One choice's text, split into content and tool calls if there are tools."""
+def _logprob_entry(piece: bytes, value: float) -> Document:
+    return {"token": token_name(piece), "logprob": json_logprob(value), "bytes": list(piece)}
+
+
+class _AnswerMessage:
+    """One choice's text, split into content and numbered tool calls if there are tools."""
 
     def __init__(self, tools: bool) -> None:
-        self._reader = ToolCallText() if tools else None
-        self._calls = 0
+        self._parser = ToolCallParser() if tools else None
+        self._count = 0  # of calls so far
 
     def add(self, text: str) -> tuple[str, list[Document]]:
-        """The content and the calls that are certain with this piece."""
-        if self._reader is None:
-            return text, []
-        content, calls = self._reader.add(text)
-        return content, [self._call(call) for call in calls]
+        """Return the content and the calls that are certain with this text."""
+        return self._numbered(*self._parser.add(text)) if self._parser else (text, [])
 
     def finish(self) -> tuple[str, list[Document]]:
-        """What was held back, now that no more comes."""
-        if self._reader is None:
+        """Return what was held back, because no text follows."""
+        return self._numbered(*self._parser.finish()) if self._parser else ("", [])
+
+    def finish_reason(self, finished: Finished) -> str:
+        return "tool_calls" if self._count and finished.reason == "stop" else finished.reason
+
+    def _numbered(self, content: str, calls: Sequence[ToolCall]) -> tuple[str, list[Document]]:
+        first = self._count
+        self._count += len(calls)
+        return content, [_call_document(index, call) for index, call in enumerate(calls, first)]
+
+
+def _call_document(index: int, call: ToolCall) -> Document:
+    return {
+        "index": index,
+        "id": f"call_{secrets.token_hex(12)}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+class ToolCallParser:
+    """Splits an answer's text, which comes in pieces, into content and whole tool calls.
+
+    Text that may become a call is held back. White space before a call is dropped. Tags around
+    anything but a call stay content.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._inside = False
+
+    def add(self, text: str) -> tuple[str, list[ToolCall]]:
+        """Return the content and the calls that are certain with this text."""
+        self._held += text
+        if self._inside and ">" not in text:
             return "", []
-        content, calls = self._reader.finish()
-        return content, [self._call(call) for call in calls]
+        found = list(self._certain())
+        content = "".join(each for each in found if isinstance(each, str))
+        return content, [each for each in found if isinstance(each, ToolCall)]
 
-    def reason(self, finished: Finished) -> str:
-        """Why it ended."""
-        return "tool_calls" if self._calls and finished.reason == "stop" else finished.reason
+    def finish(self) -> tuple[str, list[ToolCall]]:
+        """Return what was held back, because no text follows; the last call may lack its end."""
+        held, self._held = self._held, ""
+        call = _parse_call(held.partition(_START)[2]) if self._inside else None
+        return ("", [call]) if call else (held, [])
 
-    def _call(self, call: ToolCall) -> Document:
-        self._calls += 1
-        return {
-            "index": self._calls - 1,
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        }
+    def _certain(self) -> Iterator[str | ToolCall]:
+        """Take content and calls in turn from the held text."""
+        while True:
+            content, start, _ = self._held.partition(_START)
+            if not start:
+                content = content[: len(content) - _partial_tag(content)]
+            content = content.rstrip()
+            yield content
+            self._held, self._inside = self._held[len(content) :], bool(start)
+            whole, end, rest = self._held.partition(_END)
+            if not (start and end):
+                return
+            yield _parse_call(whole.partition(_START)[2]) or whole + end
+            self._held, self._inside = rest, False
 
 
-def _entry(piece: bytes, value: float) -> Document:
-    return {"token": token_name(piece), "logprob": logprob(value), "bytes": list(piece)}
+def _partial_tag(text: str) -> int:
+    """Return how many characters at the end may be the beginning of a tag."""
+    return next((n for n in range(len(_START) - 1, 0, -1) if text.endswith(_START[:n])), 0)
+
+
+def _parse_call(text: str) -> ToolCall | None:
+    """Parse a call; return None if the text is not a JSON object that describes one."""
+    try:
+        call = parse_json(text.encode())
+        name, arguments = call["name"], call.get("arguments", {})
+        written = json.dumps(arguments, ensure_ascii=False)
+    except (JsonError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    return ToolCall(name, written)

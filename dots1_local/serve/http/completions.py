@@ -9,7 +9,6 @@ from msgspec import Meta
 
 from dots1_local.files.json_file import brief
 from dots1_local.serve.generation import Finished, Piece, TokenLogprob
-from dots1_local.serve.http.answering import Collected, Document, Writer, logprob, token_name
 from dots1_local.serve.http.request import (
     MAX_CHOICES,
     Options,
@@ -17,6 +16,13 @@ from dots1_local.serve.http.request import (
     convert_body,
     invalid,
     read_options,
+)
+from dots1_local.serve.http.response import (
+    ChoiceText,
+    Document,
+    Writer,
+    json_logprob,
+    token_name,
 )
 
 __all__ = ["CompletionRequest", "CompletionWriter", "read_completion"]
@@ -88,7 +94,7 @@ def _tokens(given: list[int], n_vocab: int) -> tuple[int, ...]:
 
 
 class CompletionWriter(Writer):
-    """One text for each choice; `echoes` are what they begin with, a prompt or nothing."""
+    """Writes one text for each choice, after its echo: the prompt or nothing."""
 
     prefix = "cmpl"
     kind = chunk_kind = "text_completion"
@@ -96,10 +102,10 @@ class CompletionWriter(Writer):
     def __init__(self, model: str, options: Options, echoes: Sequence[str]) -> None:
         super().__init__(model, options, len(echoes))
         self._echoes = echoes
-        self._offsets = [_Offset(len(echo)) for echo in echoes]
+        self._offsets = [_TextOffset(len(echo)) for echo in echoes]
 
     def begin(self) -> list[Document]:
-        """The prompts, where they are to be echoed."""
+        """Return the prompts to echo."""
         return [
             self._chunk(index, text=echo, logprobs=None)
             for index, echo in enumerate(self._echoes)
@@ -113,28 +119,28 @@ class CompletionWriter(Writer):
     def finish(self, finished: Finished) -> list[Document]:
         return [self._chunk(finished.index, finished.reason, text="", logprobs=None)]
 
-    def _choice(self, index: int, answer: Collected) -> Document:
+    def _choice(self, index: int, choice: ChoiceText) -> Document:
         return {
             "index": index,
-            "text": self._echoes[index] + answer.text,
-            "logprobs": self._logprobs(index, answer.logprobs),
-            "finish_reason": answer.finished and answer.finished.reason,
+            "text": self._echoes[index] + choice.text,
+            "logprobs": self._logprobs(index, choice.logprobs),
+            "finish_reason": choice.finished and choice.finished.reason,
         }
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> Document | None:
-        """OpenAI's older layout: one list per property; the token itself is among the top."""
+        """Return OpenAI's older format: a list for each property; top includes the token itself."""
         if self.options.top_logprobs is None:
             return None
         return {
             "tokens": [token_name(token.piece) for token in tokens],
-            "token_logprobs": [logprob(token.logprob) for token in tokens],
+            "token_logprobs": [json_logprob(token.logprob) for token in tokens],
             "top_logprobs": [_top(token) for token in tokens],
             "text_offset": [self._offsets[index].before(token.piece) for token in tokens],
         }
 
 
-class _Offset:
-    """How many characters of a text come before a token."""
+class _TextOffset:
+    """Counts the characters of a text before each token."""
 
     def __init__(self, start: int) -> None:
         self._count = start
@@ -147,5 +153,5 @@ class _Offset:
 
 
 def _top(token: TokenLogprob) -> dict[str, float]:
-    likeliest = {token_name(piece): logprob(value) for _, piece, value in token.top}
-    return likeliest | {token_name(token.piece): logprob(token.logprob)}
+    likeliest = {token_name(piece): json_logprob(value) for _, piece, value in token.top}
+    return likeliest | {token_name(token.piece): json_logprob(token.logprob)}

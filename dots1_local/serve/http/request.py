@@ -15,7 +15,7 @@ from dots1_local.chat.grammar import Grammar
 from dots1_local.chat.sampling import Sampling
 from dots1_local.errors import UsageError
 from dots1_local.files.json_file import JsonError, brief, convert_json, parse_json
-from dots1_local.serve.generation import Order
+from dots1_local.serve.generation import GenerationRequest
 
 __all__ = [
     "MAX_CHOICES",
@@ -247,12 +247,12 @@ class Options:
     grammar: Grammar | None
     top_logprobs: int | None
 
-    def orders(self, prompt: tuple[int, ...]) -> Iterator[Order]:
+    def requests(self, prompt: tuple[int, ...]) -> Iterator[GenerationRequest]:
         """Yield a prompt's choices; with a seed, choice i has the seed plus i."""
         for index in range(self.n):
             seed = self.sampling.seed
             sampling = self.sampling if seed is None else replace(self.sampling, seed=seed + index)
-            yield Order(
+            yield GenerationRequest(
                 prompt, sampling, self.max_tokens, self.stop, self.grammar, self.top_logprobs
             )
 

@@ -12,8 +12,7 @@ from starlette.requests import Request
 from dots1_local.chat.prompt import Prompter, RawPrompter
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error, GGUFError, UsageError
-from dots1_local.serve.generation import Order, QueueFull
-from dots1_local.serve.http.answering import PING_SECONDS, Answering, Writer
+from dots1_local.serve.generation import GenerationRequest, QueueFull
 from dots1_local.serve.http.chat_request import read_chat
 from dots1_local.serve.http.chat_writer import ChatWriter
 from dots1_local.serve.http.completions import CompletionWriter, read_completion
@@ -24,6 +23,7 @@ from dots1_local.serve.http.request import (
     parse_body,
     read_body,
 )
+from dots1_local.serve.http.response import PING_SECONDS, GenerationResponse, Writer
 from dots1_local.serve.scheduler import Scheduler
 
 __all__ = ["RETRY_SOON", "Model", "Service"]
@@ -45,7 +45,7 @@ class Model:
         except GGUFError as error:  # a base model, which can still complete texts
             self._no_chat = str(error)
 
-    def chat(self, raw: dict[str, Any]) -> tuple[list[Order], Writer]:
+    def chat(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
         """Read a body of /v1/chat/completions.
 
         Raises:
@@ -53,36 +53,36 @@ class Model:
         """
         if self._prompter is None:
             raise invalid(f"{self._no_chat}; use /v1/completions", "messages")
-        request = read_chat(raw, self._engine.n_vocab)
-        if request.tools and not self._prompter.writes_tool_calls:
+        body = read_chat(raw, self._engine.n_vocab)
+        if body.tools and not self._prompter.writes_tool_calls:
             message = "the model's chat template has no tools, or writes calls without <tool_call>"
             raise invalid(f"{message}; leave out tools", "tools")
         try:
-            tokens = self._prompter.tokens(request.messages, request.tools)
+            tokens = self._prompter.tokens(body.messages, body.tools)
         except UsageError as error:  # the template cannot take these tools or tool calls
-            raise invalid(str(error), "tools" if request.tools else "messages") from None
+            raise invalid(str(error), "tools" if body.tools else "messages") from None
         except GGUFError as error:  # the template refuses these messages
             raise invalid(str(error), "messages") from None
-        orders = list(request.options.orders(self._checked(tokens, "messages")))
-        tools = bool(request.tools)
-        return orders, ChatWriter(self.name, request.options, len(orders), tools=tools)
+        requests = list(body.options.requests(self._checked(tokens, "messages")))
+        tools = bool(body.tools)
+        return requests, ChatWriter(self.name, body.options, len(requests), tools=tools)
 
-    def completion(self, raw: dict[str, Any]) -> tuple[list[Order], Writer]:
+    def completion(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
         """Read a body of /v1/completions.
 
         Raises:
             ApiError: the request is malformed, too long, or asks for something unsupported.
         """
-        request = read_completion(raw, self._engine.n_vocab)
-        orders: list[Order] = []
+        body = read_completion(raw, self._engine.n_vocab)
+        requests: list[GenerationRequest] = []
         echoes: list[str] = []
-        for prompt in request.prompts:
+        for prompt in body.prompts:
             # Clients of this endpoint render templates themselves, so markers become tokens.
             tokens = self._raw_prompter.marked(prompt) if isinstance(prompt, str) else list(prompt)
-            orders += request.options.orders(self._checked(tokens, "prompt"))
-            echo = (prompt if isinstance(prompt, str) else self._text(prompt)) * request.echo
-            echoes += [echo] * request.options.n
-        return orders, CompletionWriter(self.name, request.options, echoes)
+            requests += body.options.requests(self._checked(tokens, "prompt"))
+            echo = (prompt if isinstance(prompt, str) else self._text(prompt)) * body.echo
+            echoes += [echo] * body.options.n
+        return requests, CompletionWriter(self.name, body.options, echoes)
 
     def _text(self, tokens: tuple[int, ...]) -> str:
         return b"".join(map(self._engine.piece, tokens)).decode("utf-8", errors="replace")
@@ -98,7 +98,9 @@ class Model:
         raise invalid(message, param, "context_length_exceeded")
 
 
-Reader = Callable[[Model, dict[str, Any]], tuple[list[Order], Writer]]  # reads a parsed body
+Reader = Callable[
+    [Model, dict[str, Any]], tuple[list[GenerationRequest], Writer]
+]  # reads a parsed body
 
 
 class Service:
@@ -131,7 +133,7 @@ class Service:
     @property
     def load(self) -> dict[str, int]:
         """The scheduler's load as a JSON object; empty while the model is loading."""
-        return asdict(self._opened[1].state) if self._opened else {}
+        return asdict(self._opened[1].load) if self._opened else {}
 
     def opened(self) -> tuple[Model, Scheduler]:
         """Return the model and the scheduler that answer requests.
@@ -144,7 +146,7 @@ class Service:
             raise ApiError(503, f"the server is {state}; try again later", headers=RETRY_SOON)
         return self._opened
 
-    async def answer(self, request: Request, reader: Reader) -> Answering:
+    async def answer(self, request: Request, reader: Reader) -> GenerationResponse:
         """Submit a request to the scheduler and return its response.
 
         Raises:
@@ -154,9 +156,10 @@ class Service:
         body = await read_body(request)
         model, scheduler = self.opened()
         loop = asyncio.get_running_loop()
-        orders, writer = await loop.run_in_executor(self._readers, self._read, body, model, reader)
+        read = loop.run_in_executor(self._readers, self._read, body, model, reader)
+        requests, writer = await read
         try:
-            return Answering(scheduler, orders, writer, self._ping)
+            return GenerationResponse(scheduler, requests, writer, self._ping)
         except QueueFull as error:
             wait = {"Retry-After": str(error.retry_after)}
             raise ApiError(429, str(error), code="queue_full", headers=wait) from None
@@ -165,7 +168,9 @@ class Service:
         except Dots1Error as error:  # the scheduler is closed
             raise ApiError(503, str(error), headers=RETRY_SOON) from None
 
-    def _read(self, body: bytes, model: Model, reader: Reader) -> tuple[list[Order], Writer]:
+    def _read(
+        self, body: bytes, model: Model, reader: Reader
+    ) -> tuple[list[GenerationRequest], Writer]:
         """Read a body in a thread of its own, because long prompts take a while to tokenise."""
         try:
             raw = parse_body(body)

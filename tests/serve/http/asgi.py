@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dots1_local.engine.engine import Engine
-from dots1_local.serve.generation import Event, Order
+from dots1_local.serve.generation import Event, GenerationRequest
 from dots1_local.serve.http.app import make_app
 from dots1_local.serve.http.service import Model, Service
-from dots1_local.serve.scheduler import State
+from dots1_local.serve.scheduler import Load
 
 Deliver = Callable[[Event], None]
 
 
 @dataclass
-class FakeTicket:
+class FakeHandle:
     """Knows whether it was cancelled."""
 
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -29,15 +29,15 @@ class FakeTicket:
 class FakeScheduler:
     """Keeps what it is given; `script` is called with it, to deliver or to raise."""
 
-    script: Callable[[Sequence[Order], Deliver], None] = lambda orders, deliver: None
-    orders: list[Order] = field(default_factory=list)
-    ticket: FakeTicket = field(default_factory=FakeTicket)
-    state: State = State(0, 0, 1)  # noqa: RUF009 -- it is frozen
+    script: Callable[[Sequence[GenerationRequest], Deliver], None] = lambda requests, deliver: None
+    requests: list[GenerationRequest] = field(default_factory=list)
+    handle: FakeHandle = field(default_factory=FakeHandle)
+    load: Load = Load(0, 0, 1)  # noqa: RUF009 -- it is frozen
 
-    def submit(self, orders: Sequence[Order], deliver: Deliver) -> FakeTicket:
-        self.orders = list(orders)
-        self.script(orders, deliver)
-        return self.ticket
+    def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> FakeHandle:
+        self.requests = list(requests)
+        self.script(requests, deliver)
+        return self.handle
 
 
 def serving(engine: Engine, scheduler: Any, ping: float = 60, **options: Any) -> Any:

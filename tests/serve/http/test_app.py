@@ -7,7 +7,7 @@ import pytest
 
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
-from dots1_local.serve.generation import Failed, Finished, Order, Piece, QueueFull
+from dots1_local.serve.generation import Failed, Finished, GenerationRequest, Piece, QueueFull
 from dots1_local.serve.http import request as http_request
 from dots1_local.serve.http.app import make_app
 from dots1_local.serve.http.service import Model, Service
@@ -36,7 +36,7 @@ def finished(index: int = 0) -> Finished:
 
 
 def test_choices_are_told_apart_whatever_their_order(app: Any, scheduler: FakeScheduler) -> None:
-    def script(orders: Sequence[Order], deliver: Deliver) -> None:
+    def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         for event in (Piece(1, "b"), Piece(0, "a"), Piece(1, "B"), finished(1), Piece(0, "A")):
             deliver(event)
         deliver(Finished(0, "length", 3, 2, 7))
@@ -56,7 +56,7 @@ def test_choices_are_told_apart_whatever_their_order(app: Any, scheduler: FakeSc
 def test_a_silent_stream_is_kept_alive(engine: Engine) -> None:
     fake = FakeScheduler()
     delivers: list[Deliver] = []
-    fake.script = lambda orders, deliver: delivers.append(deliver)
+    fake.script = lambda requests, deliver: delivers.append(deliver)
 
     async def run() -> Reply:
         request = exchange(serving(engine, fake, ping=0.001), CHAT, STREAM)
@@ -72,7 +72,7 @@ def test_a_silent_stream_is_kept_alive(engine: Engine) -> None:
 
 
 def test_what_comes_together_is_sent_together(app: Any, scheduler: FakeScheduler) -> None:
-    def script(orders: Sequence[Order], deliver: Deliver) -> None:
+    def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         for _ in range(100):
             deliver(Piece(0, "a"))
         deliver(finished())
@@ -92,18 +92,18 @@ def test_what_comes_together_is_sent_together(app: Any, scheduler: FakeScheduler
 def test_who_leaves_cancels_at_once(app: Any, scheduler: FakeScheduler, asked: Any) -> None:
     async def run() -> bool:
         request = exchange(app, CHAT, asked)
-        while not scheduler.orders:
+        while not scheduler.requests:
             await asyncio.sleep(0)
-        assert not scheduler.ticket.cancelled.is_set()
+        assert not scheduler.handle.cancelled.is_set()
         request.leave()
         await request.task
-        return scheduler.ticket.cancelled.is_set()
+        return scheduler.handle.cancelled.is_set()
 
     assert asyncio.run(run())
 
 
 def test_what_fails_in_mid_stream_is_an_event(app: Any, scheduler: FakeScheduler) -> None:
-    def script(orders: Sequence[Order], deliver: Deliver) -> None:
+    def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         deliver(Piece(0, "a"))
         deliver(Failed("the engine is gone"))
 
@@ -116,14 +116,14 @@ def test_what_fails_in_mid_stream_is_an_event(app: Any, scheduler: FakeScheduler
 def test_what_fails_before_an_answer_is_whole_is_an_error(
     app: Any, scheduler: FakeScheduler
 ) -> None:
-    scheduler.script = lambda orders, deliver: deliver(Failed("the engine is gone"))
+    scheduler.script = lambda requests, deliver: deliver(Failed("the engine is gone"))
     reply = ask(app, CHAT, HI)
     assert (reply.status, reply.error["type"]) == (500, "server_error")
     assert reply.error["message"] == "the engine is gone"
 
 
 def test_a_full_queue_says_when_to_come_again(app: Any, scheduler: FakeScheduler) -> None:
-    def script(orders: Sequence[Order], deliver: Deliver) -> None:
+    def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         raise QueueFull(64, 7)
 
     scheduler.script = script
@@ -133,7 +133,7 @@ def test_a_full_queue_says_when_to_come_again(app: Any, scheduler: FakeScheduler
 
 
 def test_a_scheduler_that_takes_no_more_is_unavailable(app: Any, scheduler: FakeScheduler) -> None:
-    def script(orders: Sequence[Order], deliver: Deliver) -> None:
+    def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         raise Dots1Error("the server is shutting down")
 
     scheduler.script = script
@@ -143,7 +143,7 @@ def test_a_scheduler_that_takes_no_more_is_unavailable(app: Any, scheduler: Fake
 def test_a_bug_is_not_told_to_clients(
     app: Any, scheduler: FakeScheduler, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def script(orders: Sequence[Order], deliver: Deliver) -> None:
+    def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         raise ValueError("secret")
 
     async def run() -> Reply:
@@ -191,7 +191,7 @@ def test_health_is_told_while_a_prompt_is_tokenised(
         return original(self, fields)
 
     monkeypatch.setattr(Model, "chat", slow)
-    scheduler.script = lambda orders, deliver: deliver(finished())
+    scheduler.script = lambda requests, deliver: deliver(finished())
 
     async def run() -> tuple[Reply, Reply]:
         request = exchange(app, CHAT, HI)
@@ -238,7 +238,7 @@ def test_another_kind_of_body_is_refused(app: Any, kind: Any) -> None:
 
 
 def test_a_charset_may_stand_beside_the_kind(app: Any, scheduler: FakeScheduler) -> None:
-    scheduler.script = lambda orders, deliver: deliver(finished())
+    scheduler.script = lambda requests, deliver: deliver(finished())
     kind = (("content-type", "Application/JSON; charset=utf-8"),)
     assert ask(app, CHAT, HI, kind).status == 200
 

@@ -83,7 +83,7 @@ def test_who_has_asked_may_take_time(port: int) -> None:
 
 
 def test_beyond_the_bound_nobody_is_let_in(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "_MOST", 2)
+    monkeypatch.setattr(connection, "_MAX_CONNECTIONS", 2)
     with connect(port) as first, connect(port) as second:
         assert answered(first)
         assert answered(second)
@@ -95,7 +95,7 @@ def test_beyond_the_bound_nobody_is_let_in(port: int, monkeypatch: pytest.Monkey
 def test_the_bound_is_below_what_the_system_allows(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("resource.getrlimit", lambda which: (connection._SPARE + 40, 0))
+    monkeypatch.setattr("resource.getrlimit", lambda which: (connection._OTHER_FILES + 40, 0))
     with ExitStack() as stack:
         clients = [stack.enter_context(connect(port)) for _ in range(40)]
         assert all(map(answered, clients))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dots1_local.engine.engine import Engine
-from dots1_local.serve.generation import Finished, Order
+from dots1_local.serve.generation import Finished, GenerationRequest
 from tests.helpers import SPECIALS, TOKENS, tokens_of, write_random_gguf
 from tests.serve.http.asgi import Deliver, FakeScheduler, Reply, send, serving
 
@@ -15,8 +15,8 @@ HI = [{"role": "user", "content": "hi"}]
 DEFAULT = "You are a helpful assistant."
 
 
-def finish(orders: Any, deliver: Deliver) -> None:
-    for index, order in enumerate(orders):
+def finish(requests: Any, deliver: Deliver) -> None:
+    for index, order in enumerate(requests):
         deliver(Finished(index, "stop", len(order.prompt), 0, 1))
 
 
@@ -29,10 +29,10 @@ def ordered(app: Any, scheduler: FakeScheduler) -> Any:
     """What a request's first choice is to be, given its body and path."""
     scheduler.script = finish
 
-    def order(body: Any, path: str = "/v1/chat/completions") -> Order:
+    def order(body: Any, path: str = "/v1/chat/completions") -> GenerationRequest:
         reply = ask(app, body, path)
         assert reply.status == 200, reply.body
-        return scheduler.orders[0]
+        return scheduler.requests[0]
 
     return order
 
@@ -133,7 +133,7 @@ def test_repeat_penalty_has_two_names(ordered: Any) -> None:
 
 def test_a_seed_gives_each_choice_its_own(ordered: Any, scheduler: FakeScheduler) -> None:
     ordered(chat(n=3, seed=9))
-    assert [order.sampling.seed for order in scheduler.orders] == [9, 10, 11]
+    assert [order.sampling.seed for order in scheduler.requests] == [9, 10, 11]
 
 
 def test_lengths_ends_and_logprobs(ordered: Any) -> None:
@@ -162,7 +162,7 @@ def test_each_prompt_times_n_is_a_choice(
     ordered: Any, scheduler: FakeScheduler, prompt: Any, prompts: list[str]
 ) -> None:
     ordered(completion(prompt=prompt, n=2), "/v1/completions")
-    found = [order.prompt for order in scheduler.orders]
+    found = [order.prompt for order in scheduler.requests]
     assert found == [tuple(tokens_of(text)) for text in prompts for _ in range(2)]
 
 

@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dots1_local.chat.message import ToolCall
-from dots1_local.serve.http.chat_writer import ToolCallText
+from dots1_local.serve.http.chat_writer import ToolCallParser
 
 PARIS = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 CALL = ToolCall("weather", '{"city": "Paris"}')
 
 
 def read(*pieces: str) -> tuple[str, list[ToolCall]]:
-    reader = ToolCallText()
+    reader = ToolCallParser()
     parts = [reader.add(piece) for piece in pieces] + [reader.finish()]
     return "".join(text for text, _ in parts), [call for _, calls in parts for call in calls]
 
@@ -59,7 +59,7 @@ def test_how_an_answer_is_cut_makes_no_difference(parts: list[str], data: st.Dat
 
 
 def test_text_is_given_at_once_where_no_call_begins() -> None:
-    reader = ToolCallText()
+    reader = ToolCallParser()
     assert reader.add("Hello") == ("Hello", [])
     assert reader.add(" <") == ("", [])
     assert reader.add("b>\n") == (" <b>", [])

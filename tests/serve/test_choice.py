@@ -3,17 +3,17 @@ import math
 import numpy as np
 import pytest
 
-from dots1_local.serve.choice import Answer
-from dots1_local.serve.generation import Piece, TokenLogprob, token_logprob
-from dots1_local.serve.queue import Pace, Turnover
+from dots1_local.serve.choice import PieceBuilder, token_logprob
+from dots1_local.serve.generation import Piece, QueueEta, TokenLogprob
+from dots1_local.serve.scheduler import PrefillBudget
 
 
 def settled(tokens_a_second: float, overhead: float, n_ubatch: int = 512) -> int:
     """What goes beside writers after many steps on a machine of such speed."""
-    pace = Pace(n_ubatch)
+    budget = PrefillBudget(n_ubatch)
     for _ in range(50):
-        pace.measured(pace.beside, overhead + pace.beside / tokens_a_second)
-    return pace.beside
+        budget.record(budget.tokens, overhead + budget.tokens / tokens_a_second)
+    return budget.tokens
 
 
 @pytest.mark.parametrize(
@@ -31,15 +31,15 @@ def test_a_step_beside_writers_takes_about_a_second(
 
 
 def test_one_slow_step_and_the_rest_of_a_prompt_say_little() -> None:
-    pace = Pace(512)
+    budget = PrefillBudget(512)
     for _ in range(10):
-        pace.measured(512, 0.1)
-    pace.measured(512, 60)
-    assert pace.beside == 256
-    pace.measured(3, 60)
-    assert pace.beside == 256
-    pace.measured(256, 0)
-    assert pace.beside == 512
+        budget.record(512, 0.1)
+    budget.record(512, 60)
+    assert budget.tokens == 256
+    budget.record(3, 60)
+    assert budget.tokens == 256
+    budget.record(256, 0)
+    assert budget.tokens == 512
 
 
 def test_a_small_ubatch_stays_one() -> None:
@@ -47,18 +47,18 @@ def test_a_small_ubatch_stays_one() -> None:
 
 
 def test_come_again_when_so_many_will_have_ended() -> None:
-    turnover = Turnover()
-    assert turnover.seconds(1, 4) == 1
+    eta = QueueEta()
+    assert eta.seconds(1, 4) == 1
     for seconds in (1000.0, *[8.0] * 16):
-        turnover.took(seconds)
-    assert turnover.seconds(1, 4) == 2
-    assert turnover.seconds(5, 4) == 10
-    assert turnover.seconds(1, 32) == 1
+        eta.record(seconds)
+    assert eta.seconds(1, 4) == 2
+    assert eta.seconds(5, 4) == 10
+    assert eta.seconds(1, 32) == 1
 
 
 def said(text: bytes, *stop: str, cut: int = 1) -> list[tuple[str, bytes]]:
     """Pieces of an answer whose tokens are `cut` bytes long, with their logprobs' bytes."""
-    answer = Answer(0, stop)
+    answer = PieceBuilder(0, stop)
     pieces: list[Piece | None] = []
     for start in range(0, len(text), cut):
         if answer.stopped:

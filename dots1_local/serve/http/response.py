@@ -1,7 +1,4 @@
-"""What responses of both endpoints have in common: a head, choices, usage.
-
-An answer on its way to the client, whole or as a stream, cancelled when the client leaves.
-"""
+"""Responses of both endpoints, whole or streamed, and cancelled when the client disconnects."""
 
 import asyncio
 import json
@@ -17,29 +14,38 @@ from typing import Any, ClassVar
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from dots1_local.serve.generation import Event, Failed, Finished, Order, Piece, TokenLogprob
+from dots1_local.serve.generation import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Piece,
+    TokenLogprob,
+)
 from dots1_local.serve.http.request import ApiError, Options
 from dots1_local.serve.scheduler import Scheduler
 
 __all__ = [
     "PING_SECONDS",
-    "Answering",
-    "Collected",
+    "ChoiceText",
     "Document",
+    "GenerationResponse",
     "Writer",
-    "logprob",
+    "json_logprob",
     "token_name",
 ]
 
+PING_SECONDS = 5.0  # proxies and clients give up on streams that are silent for a minute or so
+_PING = b": still at work\n\n"
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON cannot express
 
-Document = dict[str, Any]  # a JSON object that a client is sent
-
-_UNLIKELY = -9999.0  # OpenAI's for minus infinity, which JSON cannot say
+Document = dict[str, Any]  # a JSON object to send
 
 
 @dataclass
-class Collected:
-    """One choice as far as it is written; `finished` is set at its end."""
+class ChoiceText:
+    """What has been generated of one choice; `finished` is set at the end."""
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -54,64 +60,62 @@ class Collected:
 
 
 class Writer(ABC):
-    """Makes the JSON documents of one response, in chunks or whole."""
+    """Writes the JSON of one response, in chunks or whole."""
 
     prefix: ClassVar[str]
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
 
-    def __init__(self, model: str, options: Options, choices: int) -> None:
-        self.options, self.choices = options, choices
+    def __init__(self, model: str, options: Options, n_choices: int) -> None:
+        self.options, self.n_choices = options, n_choices
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(16)}",
             "created": int(time.time()),
             "model": model,
         }
 
+    @abstractmethod
     def begin(self) -> list[Document]:
-        """The chunks before any text."""
-        return []
+        """Return the chunks before any text."""
 
     @abstractmethod
     def piece(self, piece: Piece) -> list[Document]:
-        """The chunks for a piece of text."""
+        """Return the chunks for a piece of text."""
 
     @abstractmethod
     def finish(self, finished: Finished) -> list[Document]:
-        """The chunks that end a choice."""
+        """Return the chunks that end a choice."""
 
-    def end(self, answers: Sequence[Finished]) -> list[Document]:
-        """The chunks after all choices."""
+    def end(self, finished: Sequence[Finished]) -> list[Document]:
+        """Return the chunks after all choices."""
         if not self.options.include_usage:
             return []
-        return [
-            {**self._head, "object": self.chunk_kind, "choices": [], "usage": self._usage(answers)}
-        ]
+        chunk = {**self._head, "object": self.chunk_kind, "choices": []}
+        return [{**chunk, "usage": self._usage(finished)}]
 
-    def whole(self, answers: Sequence[Collected]) -> Document:
-        """All of the response."""
-        finished = [answer.finished for answer in answers if answer.finished]
+    def whole(self, choices: Sequence[ChoiceText]) -> Document:
+        """Return the whole response."""
         return {
             **self._head,
             "object": self.kind,
-            "choices": [self._choice(index, answer) for index, answer in enumerate(answers)],
-            "usage": self._usage(finished),
+            "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
+            "usage": self._usage([each.finished for each in choices if each.finished]),
         }
 
     @abstractmethod
-    def _choice(self, index: int, answer: Collected) -> Document:
-        """A choice of a whole response."""
+    def _choice(self, index: int, choice: ChoiceText) -> Document:
+        """Return a choice of a whole response."""
 
     def _chunk(self, index: int, reason: str | None = None, **fields: Any) -> Document:
         choice = {"index": index, **fields, "finish_reason": reason}
         usage = {"usage": None} if self.options.include_usage else {}
         return {**self._head, "object": self.chunk_kind, "choices": [choice], **usage}
 
-    def _usage(self, answers: Sequence[Finished]) -> Document:
-        """Token counts; a prompt counts once, however many choices it has."""
-        firsts = [each for each in answers if each.index % self.options.n == 0]
+    def _usage(self, finished: Sequence[Finished]) -> Document:
+        """Return token counts; a prompt counts once, however many choices it has."""
+        firsts = [each for each in finished if each.index % self.options.n == 0]
         prompt = sum(each.prompt_tokens for each in firsts)
-        completion = sum(each.completion_tokens for each in answers)
+        completion = sum(each.completion_tokens for each in finished)
         cached = sum(each.cached_tokens for each in firsts)
         return {
             "prompt_tokens": prompt,
@@ -121,63 +125,61 @@ class Writer(ABC):
         }
 
 
-def logprob(value: float) -> float:
-    """A log-probability that JSON can hold."""
-    return max(value, _UNLIKELY)
+def json_logprob(value: float) -> float:
+    """Return a log-probability that JSON can express."""
+    return max(value, _MIN_LOGPROB)
 
 
 def token_name(piece: bytes) -> str:
-    """A token's text, with \\x escapes for bytes that make up only part of a character."""
+    """Return a token's text; bytes that are not a whole character become \\x escapes."""
     return piece.decode("utf-8", errors="backslashreplace")
 
 
-PING_SECONDS = 5.0  # proxies and clients give up on streams that are silent for a minute or so
-_PING = b": still at work\n\n"
-_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-class Answering(Response):
-    """Submits a request's orders to the scheduler, and is the response to it.
+class GenerationResponse(Response):
+    """Submits a request to the scheduler and sends what it generates.
 
     Raises:
         QueueFull: the scheduler's queue is full.
-        Dots1Error: the scheduler is closed, or refuses an order.
+        Dots1Error: the scheduler is closed or refuses the request.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, scheduler: Scheduler, orders: Sequence[Order], writer: Writer, ping: float
+        self,
+        scheduler: Scheduler,
+        requests: Sequence[GenerationRequest],
+        writer: Writer,
+        ping: float,
     ) -> None:
         super().__init__(headers=_STREAM_HEADERS)
-        del self.headers["content-length"]  # not known yet
+        del self.headers["content-length"]  # unknown at the start of a stream
         self._writer, self._ping = writer, ping
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def deliver(event: Event) -> None:  # in the engine's thread
+        def receive(event: Event) -> None:  # runs in the engine's thread
             with suppress(RuntimeError):  # the loop may have ended
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._ticket = scheduler.submit(orders, deliver)
+        self._handle = scheduler.submit(requests, receive)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = (
-            self._stream(send) if self._writer.options.stream else self._whole(scope, receive, send)
-        )
-        tasks = [asyncio.create_task(answer), asyncio.create_task(_left(receive))]
+        stream = self._writer.options.stream
+        answer = self._stream(send) if stream else self._whole(scope, receive, send)
+        tasks = [asyncio.create_task(answer), asyncio.create_task(_disconnected(receive))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._ticket.cancel()
+            self._handle.cancel()
             for task in tasks:
                 task.cancel()
-            done = await asyncio.gather(*tasks, return_exceptions=True)
-        if isinstance(done[0], Exception):
-            raise done[0]
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        if isinstance(results[0], Exception):
+            raise results[0]
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        choices = [Collected() for _ in range(self._writer.choices)]
+        choices = [ChoiceText() for _ in range(self._writer.n_choices)]
         while not all(choice.finished for choice in choices):
             event = await self._events.get()
             if isinstance(event, Failed):
@@ -187,16 +189,16 @@ class Answering(Response):
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await _say(send, self._writer.begin())
+        await _send_documents(send, self._writer.begin())
         finished: list[Finished] = []
         failed = False
-        while not failed and len(finished) < self._writer.choices:
+        while not failed and len(finished) < self._writer.n_choices:
             events = await self._next(send)
-            await _say(send, chain.from_iterable(map(self._documents, events)))
+            await _send_documents(send, chain.from_iterable(map(self._documents, events)))
             finished += [event for event in events if isinstance(event, Finished)]
             failed = isinstance(events[-1], Failed)
         if not failed:
-            await _say(send, self._writer.end(finished))
+            await _send_documents(send, self._writer.end(finished))
             await _send(send, b"data: [DONE]\n\n")
         await send({"type": "http.response.body"})
 
@@ -206,7 +208,7 @@ class Answering(Response):
         return self._writer.piece(event) if isinstance(event, Piece) else self._writer.finish(event)
 
     async def _next(self, send: Send) -> list[Event]:
-        """The events that have come; while there are none, comments keep the stream alive."""
+        """Return the events that have come; until one comes, comments keep the stream alive."""
         while True:
             try:
                 async with asyncio.timeout(self._ping):
@@ -217,8 +219,8 @@ class Answering(Response):
                 return [first, *(self._events.get_nowait() for _ in range(self._events.qsize()))]
 
 
-async def _say(send: Send, documents: Iterable[Document]) -> None:
-    # In ASCII, as some clients take U+2028 and its like for the end of a line.
+async def _send_documents(send: Send, documents: Iterable[Document]) -> None:
+    # In ASCII, because some clients take U+2028 and similar characters for the end of a line.
     lines = [f"data: {json.dumps(document, separators=(',', ':'))}\n\n" for document in documents]
     if lines:
         await _send(send, "".join(lines).encode())
@@ -228,7 +230,7 @@ async def _send(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-async def _left(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

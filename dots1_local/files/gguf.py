@@ -95,10 +95,13 @@ class _Array:
 
 
 class Keys(Mapping[str, Value]):
-    """The keys of a file in its order, whose arrays are decoded at first use."""
+    """The keys of a file in its order; arrays are decoded when they are first used.
 
-    def __init__(self, values: dict[str, Value | _Array]) -> None:
-        self._values = values
+    `kinds` are GGUF's ids of the types of the values.
+    """
+
+    def __init__(self, values: dict[str, Value | _Array], kinds: Mapping[str, int]) -> None:
+        self._values, self.kinds = values, kinds
 
     def __getitem__(self, key: str) -> Value:
         value = self._values[key]
@@ -148,12 +151,14 @@ class _Header:
 
     def _read_keys(self, count: int) -> Keys:
         values: dict[str, Value | _Array] = {}
+        kinds: dict[str, int] = {}
         for _ in range(count):
             key = self._name("a key")
             if key in values:
                 raise GGUFError(f"{self._path} holds the key {key} twice")
-            values[key] = self._value(key, self._scalar("I"))
-        return Keys(values)
+            kinds[key] = self._scalar("I")
+            values[key] = self._value(key, kinds[key])
+        return Keys(values, kinds)
 
     def _value(self, key: str, kind: int) -> Value | _Array:
         if kind == _STRING:
@@ -289,7 +294,7 @@ class GGUFFile:
     """The header of a GGUF file; of a split one, the first shard's keys and all tensors."""
 
     files: tuple[Path, ...]
-    keys: Mapping[str, Value]
+    keys: Keys
     tensors: tuple[GGUFTensor, ...]
 
     @classmethod
@@ -299,12 +304,14 @@ class GGUFFile:
         Raises:
             GGUFError: missing, no GGUF, truncated, inconsistent, or a shard is not there.
         """
-        keys, tensors = read_header(Path(path))
+        path = Path(path)
+        header = read_header(path)
+        keys, tensors = header
         count = keys.get("split.count", 1)
         if not isinstance(count, int) or count <= 1:
-            return cls((Path(path),), keys, tensors)
-        files = _shards(Path(path), count)
-        shards = [read_header(file) for file in files]
+            return cls((path,), keys, tensors)
+        files = _shards(path, count)
+        shards = [header if file == path else read_header(file) for file in files]
         everything = tuple(tensor for _, part in shards for tensor in part)
         _check_split(files, [keys for keys, _ in shards], everything)
         return cls(files, shards[0][0], everything)

@@ -9,7 +9,6 @@ from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.verify.findings import Finding
 from dots1_local.verify.numbers import config_of, lint_numbers
-from dots1_local.verify.raw_header import RawHeader
 from dots1_local.verify.tensors import lint_tensors
 from dots1_local.verify.tokens import lint_template, lint_tokenizer
 
@@ -24,10 +23,9 @@ def lint(gguf: GGUFFile, checkpoint: Checkpoint | None = None) -> list[Finding]:
     """
     if other := _other(gguf):
         return [other]
-    kinds = RawHeader.read(gguf.files[0]).kinds
-    findings = list(lint_numbers(gguf, kinds, checkpoint.config if checkpoint else None))
+    findings = list(lint_numbers(gguf, gguf.keys.kinds, checkpoint.config if checkpoint else None))
     findings += lint_tensors(gguf, config_of(gguf))
-    findings += _tokenizer(gguf, kinds, checkpoint)
+    findings += _tokenizer(gguf, gguf.keys.kinds, checkpoint)
     return sorted(findings, key=lambda found: ("error", "warning", "note").index(found.severity))
 
 
@@ -45,7 +43,7 @@ def check_loadable(gguf: GGUFFile) -> None:
 
 
 def _obstacle(gguf: GGUFFile) -> Finding | None:
-    kinds = RawHeader.read(gguf.files[0]).kinds
+    kinds = gguf.keys.kinds
     findings = chain(
         lint_numbers(gguf, kinds, None),
         lint_tensors(gguf, config_of(gguf)),

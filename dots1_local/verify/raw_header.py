@@ -7,7 +7,6 @@ import mmap
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from dots1_local.errors import GGUFError
@@ -49,11 +48,6 @@ class RawHeader:
                 return _Walk(data).read()
         except (OSError, ValueError, struct.error):
             raise GGUFError(f"{path} changed while it was read") from None
-
-    @cached_property
-    def kinds(self) -> dict[str, int]:
-        """GGUF's id of the type of each key's value."""
-        return {key: kind for key, kind, _ in self.entries}
 
     @property
     def data_start(self) -> int:

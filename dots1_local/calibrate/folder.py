@@ -24,7 +24,7 @@ from dots1_local.files.partial_file import (
     open_locked,
     open_partial,
 )
-from dots1_local.quant.imatrix_file import read_index, read_sums, write_gguf
+from dots1_local.quant.importance import load_importance, write_imatrix
 
 __all__ = ["IMATRIX", "SENSITIVITY", "CalibrationFolder", "Entries"]
 
@@ -104,7 +104,7 @@ class CalibrationFolder:
         with disk_errors(self.path):
             if entries:
                 path = self._layer(self.finished)
-                write_gguf(path, entries, datasets=[], chunk_count=0, chunk_size=chunk_size)
+                write_imatrix(path, entries, datasets=[], chunk_count=0, chunk_size=chunk_size)
             with open_partial(after) as file:
                 for chunk in chunks:
                     file.write(np.ascontiguousarray(chunk).data)
@@ -114,9 +114,9 @@ class CalibrationFolder:
     def measured(self) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
         """Everything measured in the finished layers."""
         for layer in range(self.finished):
-            index = read_index(self._layer(layer))
-            for name, entry in index.entries.items():
-                yield name, (read_sums(index, name), entry.counts)
+            importance = load_importance(self._layer(layer))
+            for name, tensor in importance.tensors.items():
+                yield name, (importance.sums(name), tensor.counts)
 
     def draft(self, name: str) -> Path:
         """Where to write one of the results."""

@@ -38,8 +38,7 @@ from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import disk_errors
 from dots1_local.progress import Progress, silent
-from dots1_local.quant.imatrix_file import write_gguf
-from dots1_local.quant.importance import load_importance
+from dots1_local.quant.importance import load_importance, write_imatrix
 from dots1_local.reference.weights import Kernel
 
 __all__ = [
@@ -249,7 +248,7 @@ def _write_imatrix(
         if spec.layer is not None and spec.part == "ffn_gate_exps":
             covered.append(coverage(spec.layer, counts, least))
     with disk_errors(kept.path):
-        write_gguf(
+        write_imatrix(
             kept.draft(IMATRIX),
             entries,
             datasets=datasets,

@@ -12,7 +12,7 @@ from dots1_local.cli._output import human_bytes, notice
 if TYPE_CHECKING:
     from dots1_local.architecture import Dots1Config
     from dots1_local.convert import Budget, Conversion
-    from dots1_local.quant.allocation import Allocation, Move, Part
+    from dots1_local.quant.allocation import Allocation, Part, TypeChange
 
 __all__ = [
     "Bpw",
@@ -193,7 +193,7 @@ def _part_row(part: "Part", whole: float) -> Sequence[str]:
     return part.role, part.part, types, human_bytes(part.nbytes), bpw, share
 
 
-def _print_moves(title: str, moves: "Sequence[Move]", unit: str, scale: float) -> None:
+def _print_moves(title: str, moves: "Sequence[TypeChange]", unit: str, scale: float) -> None:
     from dots1_local.cli._output import print_table
 
     if not moves:

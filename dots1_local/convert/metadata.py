@@ -86,7 +86,7 @@ def _importance(writer: GGUFWriter, importance: Importance) -> None:
     writer.add_string("quantize.imatrix.file", importance.path.name)
     if importance.datasets:
         writer.add_string("quantize.imatrix.dataset", ", ".join(importance.datasets))
-    writer.add_uint32("quantize.imatrix.entries_count", len(importance.names))
+    writer.add_uint32("quantize.imatrix.entries_count", len(importance.tensors))
     if importance.chunk_count:
         writer.add_uint32("quantize.imatrix.chunks_count", importance.chunk_count)
     writer.add_string("dots1_local.imatrix.sha256", importance.sha256)

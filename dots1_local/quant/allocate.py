@@ -1,12 +1,14 @@
-"""Types under a budget: the least predicted damage that so many bytes buy.
+"""Choose types under a budget: the least predicted KL divergence for a number of bytes.
 
-A price on bytes, in nats, lets every tensor choose for itself the type of least damage plus price,
-which walks down the convex hull of its possibilities, all tensors at the same slope. Bisection
-finds the price that the budget calls for. What it leaves unspent goes by exact repair: the best
-change of one tensor, or of two that pay for each other, until none improves. It begins at several
-points of the hull, for it ends in different places, and the best of them is taken.
+With a price on bytes, in nats, every tensor chooses for itself the type with the least sum of loss
+and price; this follows the lower convex hull of each tensor's possible types, all at the same
+slope (Lagrangian relaxation). Bisection finds the price that uses up the budget. The bytes that
+this leaves are used by exact repair: the best change of one tensor, or of two tensors of which one
+frees bytes for the other, until no change improves the plan. Repair starts from several points of
+the hull, because it ends in different plans, and the best of them is taken.
 
-The root in the predicted divergence is replaced by its tangent at the plan so far, and again.
+The square root in the predicted divergence is replaced by its tangent at the present plan, and
+again at the plan found with it.
 """
 
 from collections.abc import Callable, Container, Sequence
@@ -24,25 +26,26 @@ from dots1_local.quant.sensitivity import Sensitivity
 
 __all__ = ["TOLERANCE", "Allocator"]
 
-TOLERANCE = 1e-3  # of the budget, that a plan may stay below it
+TOLERANCE = 1e-3  # part of the budget that a plan may leave unused
 
-_TANGENTS = 8  # at most; the plan mostly repeats itself after three
-_REPAIRS = 10_000  # a bound no model comes near
-# By how much the price is off where repair begins, beside 1, and how many tensors may differ there:
-# a large model has so many small steps that repair near the budget ends well anyway.
-_STARTS = (1.02, 1.05, 1.1, 1.25, 1.5, 2, 3)
-_MOST_AWAY = 32
-# How many tensors begin a change of three, and what part of the divergence makes one worthwhile.
-_NEAREST, _WORTHWHILE = 32, 1e-4
-_CHEAPEST, _DEAREST = np.log(1e-40), np.log(1e10)  # nats a byte
+_MOST_TANGENTS = 8  # the plan is mostly the same after three
+_MOST_REPAIRS = 10_000  # far more than any model needs
+# Repair also starts from the plans at these multiples of the price, unless they differ from the
+# first plan in too many tensors: then the model has so many small steps that one start suffices.
+_PRICE_FACTORS = (1.02, 1.05, 1.1, 1.25, 1.5, 2, 3)
+_MOST_DIFFERENT = 32
+# Changes of three tensors: how many first changes are tried, and how large a part of the KL
+# divergence a change must save.
+_FIRST_CHANGES, _LEAST_GAIN = 32, 1e-4
+_LOWEST_PRICE, _HIGHEST_PRICE = np.log(1e-40), np.log(1e10)  # nats per byte
 
 
 class Allocator:
     """Finds plans for one model, one sensitivity and any budget.
 
-    `covered` holds the tensors that importance is there for (None: all). `cost` is what a tensor
-    takes of the budget, its bytes unless said. An override decides a tensor's type; `padding`
-    other than "auto" decides the expert width.
+    `covered` holds the tensors with importance (None: all). `cost` gives a tensor's part of the
+    budget, by default its bytes. An override decides a tensor's type; `padding` other than "auto"
+    decides the expert width.
     """
 
     def __init__(
@@ -69,21 +72,21 @@ class Allocator:
             for width in _widths(config, padding)
         ]
         self.smallest = min(c.size(c.smallest()) for c in self._choices)
-        """The fewest bytes any plan takes."""
+        """The bytes of the smallest plan."""
         self.least_kl, self.largest = min((c.kl(c.best()), c.size(c.best())) for c in self._choices)
-        """The least divergence any plan has, and the bytes that takes; more buy nothing."""
+        """The KL divergence of the best plan, and its bytes; more bytes would be of no use."""
 
     def within(
         self, nbytes: float, recipe: str, say: Callable[[float], str] = "{:.0f} B".format
     ) -> Allocation:
-        """The plan of least predicted divergence that takes at most `nbytes`.
+        """The plan of least predicted KL divergence that takes at most `nbytes`.
 
-        It takes 0.1% less at most, unless every change or exchange that filled it up would do
-        more damage. `say` words a number of bytes in errors, rounded up where it must round, so
-        that both ends it names are possible.
+        It uses at least 99.9% of them, unless every change that used more would increase the KL
+        divergence. `say` formats bytes for errors; it must round up, so that the sizes that the
+        error names are possible.
 
         Raises:
-            UsageError: no plan is so small, or the best is more than 0.1% smaller.
+            UsageError: every plan is larger, or the best one is more than 0.1% smaller.
         """
         if not self.smallest <= nbytes <= self.largest / (1 - TOLERANCE):
             which = "small" if nbytes < self.smallest else "large"
@@ -96,18 +99,18 @@ class Allocator:
         return explain(self.config, sorted(solutions, key=lambda s: (s.kl, s.size)), nbytes, recipe)
 
     def reaching(self, kl: float, recipe: str) -> Allocation:
-        """The smallest plan whose predicted divergence is at most `kl` nats a token.
+        """The smallest plan whose predicted KL divergence is at most `kl` nats a token.
 
         Raises:
-            UsageError: no plan is so good.
+            UsageError: the best plan has more.
         """
         if not kl >= self.least_kl:
             raise UsageError(
-                f"a KL divergence of {kl:g} is out of reach: the best types are predicted to "
-                f"have {1.005 * self.least_kl:.3g}"  # never rounded below it
+                f"no plan has a KL divergence of {kl:g} or less: the best is predicted to have "
+                f"{1.005 * self.least_kl:.3g}"  # a little more, so that rounding never names less
             )
-        able = [c for c in self._choices if c.kl(c.best()) <= kl]
-        solutions = [_reaching(choices, kl) for choices in able]
+        possible = [c for c in self._choices if c.kl(c.best()) <= kl]
+        solutions = [_reaching(choices, kl) for choices in possible]
         best = sorted(solutions, key=lambda s: (s.size, s.kl))
         return explain(self.config, best, best[0].size, recipe)
 
@@ -123,10 +126,10 @@ def _within(choices: Choices, nbytes: float) -> Solution:
         return choices.size(choice) <= nbytes
 
     def repaired(choice: Choice) -> Choice:
-        for _ in range(_REPAIRS):
+        for _ in range(_MOST_REPAIRS):
             change = best_change(
-                cost=_changes(choices.nbytes, choice),
-                loss=_changes(choices.tangent(choice), choice),
+                cost=_relative(choices.nbytes, choice),
+                loss=_relative(choices.tangent(choice), choice),
                 slack=nbytes - choices.size(choice),
                 least=1e-9 * choices.kl(choice),
             )
@@ -135,8 +138,8 @@ def _within(choices: Choices, nbytes: float) -> Solution:
             choice = _changed(choice, change)
         return choice
 
-    start, price = _priced(choices, accept, choices.smallest(), dearest=False)
-    starts = _along_hull(choices, start, [price * factor for factor in _STARTS])
+    start, price = _priced(choices, accept, choices.smallest(), highest=False)
+    starts = _along_hull(choices, start, [price * factor for factor in _PRICE_FACTORS])
     found = [Solution(choices, repaired(s), price) for s in (start, *starts) if accept(s)]
     best = min(found, key=lambda s: (s.kl, s.size))
     while (change := _change_of_three(best, nbytes)) is not None:
@@ -145,12 +148,15 @@ def _within(choices: Choices, nbytes: float) -> Solution:
 
 
 def _change_of_three(solution: Solution, nbytes: float) -> Sequence[tuple[int, int]] | None:
-    """A change that no one and no two tensors make, begun with those nearest to the price."""
+    """A change of three tensors that saves enough, or None.
+
+    The first changes that are tried are those that fit the price best.
+    """
     choices, choice = solution.choices, solution.choice
-    cost, loss = (_changes(m, choice) for m in (choices.nbytes, choices.tangent(choice)))
-    slack, least = nbytes - solution.size, _WORTHWHILE * solution.kl
+    cost, loss = (_relative(m, choice) for m in (choices.nbytes, choices.tangent(choice)))
+    slack, least = nbytes - solution.size, _LEAST_GAIN * solution.kl
     apart = np.where(cost == 0, np.inf, loss + solution.price * cost)
-    for move in np.argsort(apart, axis=None, kind="stable")[:_NEAREST]:
+    for move in np.argsort(apart, axis=None, kind="stable")[:_FIRST_CHANGES]:
         tensor, kind = divmod(int(move), cost.shape[1])
         if not np.isfinite(apart[tensor, kind]):
             break
@@ -169,23 +175,24 @@ def _reaching(choices: Choices, kl: float) -> Solution:
         return choices.kl(choice) <= kl
 
     def repaired(choice: Choice) -> Choice:
-        for _ in range(_REPAIRS):
+        for _ in range(_MOST_REPAIRS):
             change = best_change(
-                cost=_changes(choices.tangent(choice), choice),
-                loss=_changes(choices.nbytes, choice),
+                cost=_relative(choices.tangent(choice), choice),
+                loss=_relative(choices.nbytes, choice),
                 slack=kl - choices.kl(choice),
                 least=0.5,
             )
-            if not change or not accept(_changed(choice, change)):  # by a rounding error
+            # A rounding error may make the change unacceptable.
+            if not change or not accept(_changed(choice, change)):
                 break
             choice = _changed(choice, change)
         return choice
 
-    start, price = _priced(choices, accept, choices.best(), dearest=True)
-    starts = _along_hull(choices, start, [price / factor for factor in _STARTS])
+    start, price = _priced(choices, accept, choices.best(), highest=True)
+    starts = _along_hull(choices, start, [price / factor for factor in _PRICE_FACTORS])
     found = [Solution(choices, repaired(s), price) for s in (start, *starts) if accept(s)]
     best = min(found, key=lambda s: (s.size, s.kl))
-    # Repair from the other side, where the budget is bytes, may end lower still.
+    # With a budget in bytes a little below this size, repair may find a plan that is smaller still.
     while (least := (1 - TOLERANCE) * best.size) >= choices.size(choices.smallest()):
         smaller = _within(choices, least)
         if smaller.kl > kl:
@@ -195,20 +202,20 @@ def _reaching(choices: Choices, kl: float) -> Solution:
 
 
 def _along_hull(choices: Choices, choice: Choice, prices: Sequence[float]) -> list[Choice]:
-    """The plans nearby that other prices lead to, at the same tangent."""
+    """Other plans to start from: those at `prices` that differ in few tensors from `choice`."""
     tangent = choices.tangent(choice)
     plans = [(tangent + price * choices.nbytes).argmin(axis=1) for price in prices]
-    return [plan for plan in plans if 0 < (plan != choice).sum() <= _MOST_AWAY]
+    return [plan for plan in plans if 0 < (plan != choice).sum() <= _MOST_DIFFERENT]
 
 
 def _priced(
-    choices: Choices, accept: Callable[[Choice], bool], start: Choice, *, dearest: bool
+    choices: Choices, accept: Callable[[Choice], bool], start: Choice, *, highest: bool
 ) -> tuple[Choice, float]:
-    """The acceptable choice at the least price of a byte, or at the `dearest`, and that price."""
+    """The acceptable choice at the lowest, or at the `highest`, price of a byte, and the price."""
     choice, price = start, 0.0
-    for _ in range(_TANGENTS):
+    for _ in range(_MOST_TANGENTS):
         before, tangent = choice, choices.tangent(choice)
-        low, high = _CHEAPEST, _DEAREST
+        low, high = _LOWEST_PRICE, _HIGHEST_PRICE
         found = start
         for _ in range(60):
             middle = (low + high) / 2
@@ -216,14 +223,15 @@ def _priced(
             accepted = accept(tried)
             if accepted:
                 found, price = tried, float(np.exp(middle))
-            low, high = (middle, high) if accepted == dearest else (low, middle)
+            low, high = (middle, high) if accepted == highest else (low, middle)
         choice = found
         if np.array_equal(choice, before):
             break
     return choice, price
 
 
-def _changes(matrix: Floats, choice: Choice) -> Floats:
+def _relative(matrix: Floats, choice: Choice) -> Floats:
+    """The matrix less the values of the present choice."""
     return matrix - np.take_along_axis(matrix, choice[:, None], axis=1)
 
 

@@ -1,4 +1,4 @@
-"""A plan made for a budget, and why it is as it is."""
+"""A plan made for a budget, with the reasons for it: contributions, alternatives, and price."""
 
 import math
 from collections import Counter
@@ -12,14 +12,14 @@ from dots1_local.quant.choices import KINDS, Choice, Choices
 from dots1_local.quant.plan import PlannedTensor, QuantPlan
 from dots1_local.quant.stock import stock_mix
 
-__all__ = ["Allocation", "Move", "Outcome", "Part", "Solution", "explain", "summarise"]
+__all__ = ["Allocation", "OtherWidth", "Part", "Solution", "TypeChange", "explain", "summarise"]
 
-_MOVES = 5  # of either kind are worth a look
+_MOST_CHANGES = 5  # upgrades, and as many downgrades
 
 
 @dataclass(frozen=True)
-class Move:
-    """Another type for one tensor: what it adds in bytes, and in nats a token."""
+class TypeChange:
+    """Another type for one tensor, and the bytes and the KL divergence (nats a token) it adds."""
 
     tensor: str
     before: str
@@ -29,8 +29,8 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The best plan at an expert width."""
+class OtherWidth:
+    """Size and KL divergence of the best plan at the other expert width."""
 
     expert_width: int
     nbytes: float
@@ -39,11 +39,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A plan with its predicted KL divergence, in nats a token.
+    """A plan with its predicted KL divergence `kl`, in nats a token.
 
-    `price` is how much a further GB lowers that. `shares` is what each tensor adds to it.
-    `upgrades` are those that lower it most a byte and did not fit, `downgrades` those that save
-    bytes at the least damage; `other` is what the other expert width would have come to.
+    `price` is how much another GB would lower `kl`, and `shares` is each tensor's contribution to
+    it. `upgrades` are the changes that would lower it most per byte but did not fit; `downgrades`
+    are those that would free bytes at the least increase. `other` is None if only one expert width
+    is possible.
     """
 
     plan: QuantPlan
@@ -51,14 +52,14 @@ class Allocation:
     kl: float
     price: float
     shares: Mapping[str, float]
-    upgrades: tuple[Move, ...]
-    downgrades: tuple[Move, ...]
-    other: Outcome | None
+    upgrades: tuple[TypeChange, ...]
+    downgrades: tuple[TypeChange, ...]
+    other: OtherWidth | None
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors of one role and part: how many of each type, and what they come to."""
+    """All tensors of one role and part: the number of each type, and their totals."""
 
     role: Role
     part: str
@@ -70,7 +71,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Solution:
-    """A type for every tensor at one expert width; `price` in nats a byte."""
+    """A type for every tensor at one expert width; `price` is in nats per byte."""
 
     choices: Choices
     choice: Choice
@@ -88,7 +89,8 @@ class Solution:
 def explain(
     config: Dots1Config, solutions: Sequence[Solution], budget: float, recipe: str
 ) -> Allocation:
-    """The first of `solutions`, the best, as a plan; the second is what it is compared with."""
+    """Turn the first of `solutions`, which is the best, into a plan; the second, if there is one,
+    is the best at the other expert width."""
     best = solutions[0]
     choices, choice = best.choices, best.choice
     chosen = choices.types(choice)
@@ -99,9 +101,9 @@ def explain(
         bytes_by_type[planned.kind.name] += planned.nbytes
     label = stock_mix(bytes_by_type.most_common(1)[0][0])
     shares = zip(choices.specs, choices.shares(choice), strict=True)
-    upgrades = _moves(best, more_than=budget - best.size)
-    # At the small end of the hull any price above the best upgrade's leads to the same plan.
-    price = min(best.price, max((-move.kl / move.nbytes for move in upgrades), default=0.0))
+    upgrades = _changes(best, more_than=budget - best.size)
+    # The smallest plan follows from any price that is high enough; the best upgrade bounds it.
+    price = min(best.price, max((-change.kl / change.nbytes for change in upgrades), default=0.0))
     return Allocation(
         QuantPlan(recipe, choices.width, label.file_type, types),
         best.size,
@@ -109,15 +111,16 @@ def explain(
         price * 1e9,
         {spec.name: float(share) for spec, share in shares},
         upgrades,
-        _moves(best, more_than=None),
-        next((Outcome(s.choices.width, s.size, s.kl) for s in solutions[1:]), None),
+        _changes(best, more_than=None),
+        next((OtherWidth(s.choices.width, s.size, s.kl) for s in solutions[1:]), None),
     )
 
 
-def _moves(solution: Solution, more_than: float | None) -> tuple[Move, ...]:
-    """The best move of each tensor that takes more bytes than that, or, if None, that frees some.
+def _changes(solution: Solution, more_than: float | None) -> tuple[TypeChange, ...]:
+    """The best changes of one tensor: those that add more bytes than `more_than`, or, if that is
+    None, those that free bytes.
 
-    The best of them come first: the most nats a byte gained, or the fewest lost.
+    They are sorted by nats per byte: the largest decrease, or the smallest increase, first.
     """
     choices, choice = solution.choices, solution.choice
     rows = np.arange(len(choice))
@@ -131,9 +134,9 @@ def _moves(solution: Solution, more_than: float | None) -> tuple[Move, ...]:
     usable &= nbytes < 0 if more_than is None else (nbytes > max(more_than, 0)) & (kl < 0)
     rate = np.divide(kl, np.abs(nbytes), out=np.full_like(kl, np.inf), where=usable)
     best = rate.argmin(axis=1)
-    order = np.argsort(rate[rows, best], kind="stable")[:_MOVES]
+    order = np.argsort(rate[rows, best], kind="stable")[:_MOST_CHANGES]
     return tuple(
-        Move(
+        TypeChange(
             choices.specs[row].name,
             KINDS[choice[row]],
             KINDS[best[row]],
@@ -146,7 +149,7 @@ def _moves(solution: Solution, more_than: float | None) -> tuple[Move, ...]:
 
 
 def summarise(tensors: Iterable[PlannedTensor], shares: Mapping[str, float]) -> list[Part]:
-    """The plan by role and part, in file order; norms are one part, and routers."""
+    """The plan by role and part, in file order; all norms are one part, as are all routers."""
     groups: dict[tuple[Role, str], list[PlannedTensor]] = {}
     for tensor in tensors:
         role = tensor.spec.role

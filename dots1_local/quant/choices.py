@@ -1,6 +1,6 @@
-"""What every tensor of a model can be stored as: bytes, damage and flips of each possibility.
+"""The types that every tensor may have, and the bytes, damage and flips of each.
 
-The best change of one or two choices at once, among all there are.
+`best_change` finds the best change of one or two types among all possible ones.
 """
 
 import math
@@ -13,36 +13,28 @@ from numpy.typing import NDArray
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
 from dots1_local.errors import Dots1Error
 from dots1_local.ggml import TYPES
-from dots1_local.quant.plan import Override, PlannedTensor, overridden
+from dots1_local.quant.plan import Override, PlannedTensor, override_type
 from dots1_local.quant.sensitivity import Effect, Sensitivity
 from dots1_local.quant.stock import fallback, is_quantisable, needs_importance
 
-__all__ = [
-    "KINDS",
-    "Choice",
-    "Choices",
-    "Cost",
-    "Floats",
-    "best_change",
-    "choices_at",
-]
-
+__all__ = ["KINDS", "Choice", "Choices", "Cost", "Floats", "best_change", "choices_at"]
 
 Floats = NDArray[np.float64]
-Choice = NDArray[np.intp]  # of each tensor, the index into KINDS
+Indices = NDArray[np.intp]
+Choice = NDArray[np.intp]  # for each tensor, the index of its type in KINDS
 Cost = Callable[[PlannedTensor], float]
 
-# Small ones first: between types that do equal damage, the first is taken.
+# Small types first: of types with equal damage, the first is taken.
 KINDS = tuple(sorted(TYPES, key=lambda name: TYPES[name].bpw))
 _EXACT = Effect(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The possibilities at one expert width.
+    """The possible types at one expert width.
 
-    Matrices are (tensors, types) in the order of `specs` and `KINDS`, infinite where a type is out
-    of question. `fixed_bytes` is what tensors without a choice take.
+    Matrices are (tensors, types) in the order of `specs` and `KINDS`; they are infinite where a
+    type is not possible. `fixed_bytes` is the size of the tensors that have only one type.
     """
 
     width: int
@@ -62,27 +54,27 @@ class Choices:
         return float(_chosen(self.damage, choice).sum()) + math.sqrt(flips)
 
     def tangent(self, choice: Choice) -> Floats:
-        """KL divergence made additive: the root of the flips replaced by its tangent at `choice`.
+        """KL divergence made additive: the square root replaced by its tangent at `choice`.
 
-        A root lies below its tangents, so what lowers this sum lowers the divergence at least so
-        much.
+        A square root lies below its tangents, so a choice that lowers this sum lowers the KL
+        divergence by at least as much.
         """
         flips = float(_chosen(self.flips, choice).sum())
-        # Where nothing flips yet the first flip costs without bound.
+        # The slope at zero is infinite; this limits it.
         return self.damage + self.flips * (0.5 / math.sqrt(max(flips, 1e-30)))
 
     def shares(self, choice: Choice) -> Floats:
-        """What each tensor adds to the predicted KL divergence, in nats; they sum up to it."""
+        """Each tensor's contribution to the predicted KL divergence, in nats; their sum is it."""
         flips = _chosen(self.flips, choice)
         return _chosen(self.damage, choice) + flips / math.sqrt(max(float(flips.sum()), 1e-30))
 
     def smallest(self) -> Choice:
-        """The fewest bytes there can be."""
+        """The choice of fewest bytes."""
         choice: Choice = self.nbytes.argmin(axis=1)
         return choice
 
     def best(self) -> Choice:
-        """The least damage there can be, in as few bytes as that takes."""
+        """The choice of least KL divergence, and of fewest bytes among equally good ones."""
         choice: Choice = self.tangent(self.damage.argmin(axis=1)).argmin(axis=1)
         return choice
 
@@ -100,12 +92,13 @@ def choices_at(
     overrides: Sequence[Override],
     cost: Cost,
 ) -> Choices:
-    """The possibilities at one expert width: types that were measured, fit, and bear being used.
+    """The possible types at one expert width: those that were measured and fit, and that do not
+    need importance where there is none.
 
-    `covered` holds the tensors that importance is there for. An override leaves one possibility.
+    `covered` holds the tensors with importance. An override leaves one possible type.
 
     Raises:
-        Dots1Error: nothing was measured of a tensor, or not the type it is to have.
+        Dots1Error: a tensor, or the type that it must have, was not measured.
     """
     specs = inventory(config, width)
     free = tuple(spec for spec in specs if is_quantisable(spec))
@@ -127,13 +120,13 @@ def _effects(
     overrides: Sequence[Override],
 ) -> Mapping[str, Effect]:
     measured = sensitivity.tensors.get(spec.name, {})
-    override = overridden(spec.name, overrides)
+    override = override_type(spec.name, overrides)
     if override is not None:
         kind = fallback(override, spec.columns)
         if kind not in measured and TYPES[kind].bpw < 16:
             raise Dots1Error(
-                f"what {kind} does to {spec.name} was not measured, which a budget needs; "
-                f"--tensor-type may give it {', '.join([*measured, 'BF16', 'F16', 'F32'])}"
+                f"the effect of {kind} on {spec.name} was not measured, so no budget can be kept "
+                f"with it; --tensor-type may set {', '.join([*measured, 'BF16', 'F16', 'F32'])}"
             )
         return {kind: measured.get(kind, _EXACT)}
     possible = {
@@ -155,54 +148,56 @@ def _chosen(matrix: Floats, choice: Choice) -> Floats:
     return values
 
 
-Places = NDArray[np.intp]
-
-
 def best_change(
     cost: Floats, loss: Floats, slack: float, least: float
 ) -> tuple[tuple[int, int], ...]:
     """The change of one tensor, or of two, that lowers the loss most and costs at most `slack`.
 
-    `cost` and `loss` are (tensors, types), relative to the choice so far. Returns (tensor, type)
-    pairs: none if nothing lowers the loss by more than `least`.
+    `cost` and `loss` are (tensors, types), relative to the present choice. Returns (tensor, type)
+    pairs; none if no change lowers the loss by more than `least`.
+
+    All single changes are sorted by cost. Every change that frees bytes is paired with the change
+    of another tensor that has the lowest loss among those that the freed bytes pay for.
     """
     kinds = cost.shape[1]
     costs, losses = cost.ravel(), loss.ravel()
-    taking = np.flatnonzero(np.isfinite(costs) & np.isfinite(losses))
-    taking = taking[np.argsort(costs[taking], kind="stable")]
-    if not taking.size:
+    changes = np.flatnonzero(np.isfinite(costs) & np.isfinite(losses))
+    changes = changes[np.argsort(costs[changes], kind="stable")]
+    if not changes.size:
         return ()
-    # A single change is one that no other pays for: the first giver gives nothing.
-    giving = np.flatnonzero((costs < 0) & np.isfinite(losses))
-    room = np.append(0.0, -costs[giving]) + slack
-    given = np.append(0.0, losses[giving])
-    owner = np.append(-1, giving // kinds)
-    last = np.searchsorted(costs[taking], room, side="right") - 1
-    first, second = _two_lowest(losses[taking], taking // kinds)
-    partner = np.where(taking[first[last]] // kinds == owner, second[last], first[last])
+    # The first entry stands for no change: it makes the other change a single one.
+    freeing = np.flatnonzero((costs < 0) & np.isfinite(losses))
+    room = np.append(0.0, -costs[freeing]) + slack
+    freed_loss = np.append(0.0, losses[freeing])
+    tensor = np.append(-1, freeing // kinds)
+    last = np.searchsorted(costs[changes], room, side="right") - 1
+    first, second = _two_lowest(losses[changes], changes // kinds)
+    partner = np.where(changes[first[last]] // kinds == tensor, second[last], first[last])
     possible = (last >= 0) & (partner >= 0)
-    total = np.where(possible, given + losses[taking[partner]], np.inf)
+    total = np.where(possible, freed_loss + losses[changes[partner]], np.inf)
     pair = int(total.argmin())
     if not total[pair] < -least:
         return ()
-    moves = [int(taking[partner[pair]])] + ([int(giving[pair - 1])] if pair else [])
-    return tuple(divmod(move, kinds) for move in moves)
+    found = [int(changes[partner[pair]])] + ([int(freeing[pair - 1])] if pair else [])
+    return tuple(divmod(change, kinds) for change in found)
 
 
-def _two_lowest(values: Floats, owners: Places) -> tuple[Places, Places]:
-    """Up to each place, where the lowest value is, and the lowest of another owner (-1: none)."""
+def _two_lowest(values: Floats, tensors: Indices) -> tuple[Indices, Indices]:
+    """For each prefix of `values`, the index of its lowest value, and the index of the lowest
+    value of another tensor than that (-1 if there is none)."""
     first = _lowest(values)
-    led = owners[first]
-    # Whoever loses the lead is the best of the others, and below all that the new leader had.
-    rival = np.where(owners != led, values, np.inf)
-    place = np.arange(len(values))
-    overtaken = np.flatnonzero(led[1:] != led[:-1]) + 1
-    rival[overtaken], place[overtaken] = values[first[overtaken - 1]], first[overtaken - 1]
+    leader = tensors[first]
+    # Where the leader changes, the former leader is the best of the other tensors, and lower than
+    # every earlier value of the new leader.
+    rival = np.where(tensors != leader, values, np.inf)
+    index = np.arange(len(values))
+    changed = np.flatnonzero(leader[1:] != leader[:-1]) + 1
+    rival[changed], index[changed] = values[first[changed - 1]], first[changed - 1]
     lowest = _lowest(rival)
-    return first, np.where(np.isfinite(rival[lowest]), place[lowest], -1)
+    return first, np.where(np.isfinite(rival[lowest]), index[lowest], -1)
 
 
-def _lowest(values: Floats) -> Places:
-    """Up to each place, where the lowest value so far is first met."""
+def _lowest(values: Floats) -> Indices:
+    """For each prefix of `values`, the index at which its lowest value first occurs."""
     before = np.append(np.inf, np.minimum.accumulate(values)[:-1])
     return np.maximum.accumulate(np.where(values < before, np.arange(len(values)), 0))

@@ -1,6 +1,6 @@
-"""Rows of float32 to bytes of a type, and back, with ggml's own kernels.
+"""Quantise float32 rows to bytes of a type, and back, with ggml's own functions.
 
-The bytes are those stock llama-quantize writes for the same rows, importance and type.
+The bytes are those that stock llama-quantize writes for the same rows, importance and type.
 """
 
 import ctypes
@@ -38,10 +38,11 @@ def encode(
 ) -> NDArray[np.uint8]:
     """Quantise `rows` (n_rows, n_columns), contiguous, to (n_rows, row_bytes).
 
-    `importance` holds one weight per column, shared by all rows. Safe to call from many threads.
+    `importance` holds one weight per column, shared by all rows. Threads may call this at the same
+    time.
 
     Raises:
-        UsageError: the type needs importance and there is none, or rows do not fit its blocks.
+        UsageError: the type needs importance and none is given, or rows do not fit its blocks.
     """
     n_rows, columns = rows.shape
     row_bytes = kind.row_bytes(columns)
@@ -64,9 +65,10 @@ def encode(
 
 
 def is_valid(data: NDArray[np.uint8], kind: QuantType) -> bool:
-    """Whether every block of contiguous encoded rows has finite scales, by stock's own check.
+    """Whether ggml's own check finds only finite scales in contiguous encoded rows.
 
-    Finite weights may not: a block scale is a 16-bit float. ggml prints where to stderr.
+    Large finite weights can fail it, because a block scale is a 16-bit float. ggml prints the
+    place to stderr.
     """
     valid = ggml.library().ggml_validate_row_data(kind.ggml, data.ctypes.data, data.nbytes)
     return bool(valid)

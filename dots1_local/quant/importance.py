@@ -1,77 +1,116 @@
-"""Importance matrices: how much each input column of a tensor matters, as llama-quantize reads it.
+"""Importance files (imatrix): how much each input column of a tensor matters.
 
-A column's importance is the mean square of its activations over the calibration text. What
-`Importance` returns is to the last bit what llama-quantize passes its encoders for the same file.
+A column's importance is the mean square of its activations over the calibration text.
+`Importance.for_tensor` returns, to the last bit, what llama-quantize passes to its encoders for
+the same file.
+
+llama.cpp has two file formats. In the GGUF format a tensor NAME has `NAME.in_sum2`, the squared
+activations summed per column, and `NAME.counts`, the number of tokens in these sums: one count, or
+one per expert. In the older .dat format the sums are already divided by the number of tokens and
+multiplied by `ncall`, and there is no count per expert.
+
+People share these files, so lengths, sums and counts are checked before they are used.
 """
 
 import hashlib
 import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
 from dots1_local.errors import Dots1Error
-from dots1_local.quant.imatrix_file import ImatrixFile, read_index, read_sums, write_gguf
+from dots1_local.files.gguf import GGUFTensor, read_header
+from dots1_local.files.partial_file import open_partial
 
-__all__ = ["Importance", "load_importance", "pad_columns", "write_gguf"]
+__all__ = ["Importance", "load_importance", "pad_columns", "write_imatrix"]
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_DATASETS, _CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+_ALIGNMENT = 32
+_MAX_COUNT = 2.0**53  # tokens; llama.cpp's conversion to an integer overflows later
+_MAX_NAME = 4096
+_MAX_VALUES = 1 << 26  # 128 experts of 4096 columns are 2^19; a sparse file could claim any number
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TensorSums:
+    """Where a tensor's `values` float32 sums begin, and its counts: one, or one per expert."""
+
+    offset: int
+    values: int
+    counts: Floats
 
 
 @dataclass(frozen=True)
 class Importance:
-    """An importance file whose index and numbers have been checked; values are read on demand."""
+    """An importance file. Its numbers have been checked, and are read again when needed.
 
-    file: ImatrixFile = field(repr=False)
-    sha256: str
+    `datasets` names the calibration texts, of which `chunk_count` chunks of `chunk_size` tokens
+    were used; `chunk_size` is 0 in the .dat format. `tensors` is keyed by GGUF name.
+    """
 
-    @property
-    def path(self) -> Path:
-        return self.file.path
-
-    @property
-    def datasets(self) -> tuple[str, ...]:
-        """Names of the calibration texts."""
-        return self.file.datasets
-
-    @property
-    def chunk_count(self) -> int:
-        """Pieces of calibration text, of `file.chunk_size` tokens each."""
-        return self.file.chunk_count
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The tensors covered, by GGUF name."""
-        return tuple(self.file.entries)
+    path: Path
+    legacy: bool
+    datasets: tuple[str, ...]
+    chunk_count: int
+    chunk_size: int
+    tensors: Mapping[str, TensorSums] = field(repr=False)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.file.entries
+        return name in self.tensors
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @cached_property
     def partial(self) -> dict[str, tuple[int, ...]]:
-        """Tensors where some experts saw no token, and which; .dat files do not tell."""
-        if self.file.legacy:
+        """The experts that saw no token, by tensor; empty for .dat files, which do not say."""
+        if self.legacy:
             return {}
-        unseen = {name: np.flatnonzero(e.counts == 0) for name, e in self.file.entries.items()}
+        unseen = {name: np.flatnonzero(t.counts == 0) for name, t in self.tensors.items()}
         return {name: tuple(map(int, experts)) for name, experts in unseen.items() if experts.size}
 
-    def get(self, name: str) -> NDArray[np.float32] | None:
-        """Importance as the file divides it, (experts, columns), or None if it has none.
+    def sums(self, name: str) -> Floats:
+        """A tensor's sums, (experts, columns); the .dat format has one row for all experts."""
+        tensor = self.tensors[name]
+        with self.path.open("rb") as file:
+            file.seek(tensor.offset)
+            raw = file.read(tensor.values * 4)
+        if len(raw) < tensor.values * 4:
+            raise Dots1Error(f"{self.path} got shorter while it was read")
+        return np.frombuffer(raw, "<f4").reshape(len(tensor.counts), -1)
 
-        Experts without data get 1 everywhere. The .dat form is not divided: (1, all values).
+    def get(self, name: str) -> Floats | None:
+        """A tensor's importance, shaped as its `sums`, or None if the file does not cover it.
+
+        Experts without tokens get 1 in every column, as llama.cpp does.
         """
-        entry = self.file.entries.get(name)
-        if entry is None:
+        if name not in self:
             return None
-        return _normalised(read_sums(self.file, name), entry.counts, self.file.legacy)
+        counts = self.tensors[name].counts
+        seen = counts > 0
+        mean = self.sums(name) / np.where(seen, counts, 1).astype(np.float32)[:, None]
+        if not self.legacy:
+            mean[~seen] = 1
+        return mean
 
-    def for_tensor(self, spec: TensorSpec) -> NDArray[np.float32] | None:
-        """Importance of a tensor, (experts, columns), padded with zeros where the tensor is.
+    def for_tensor(self, spec: TensorSpec) -> Floats | None:
+        """A tensor's importance, (experts, columns), with zeros for padded columns.
 
         Raises:
-            Dots1Error: the file's data are of another size, so of another model.
+            Dots1Error: the file was made from a model of another size.
         """
         columns = self._columns(spec)
         values = self.get(spec.name)
@@ -91,51 +130,214 @@ class Importance:
             self._columns(spec)
 
     def _columns(self, spec: TensorSpec) -> int | None:
-        """Columns of the file's data for a tensor: those stored, or those before padding."""
-        entry = self.file.entries.get(spec.name)
-        if entry is None:
+        """The columns that the file has for a tensor: padded as in `spec`, or unpadded."""
+        if spec.name not in self:
             return None
+        found = self.tensors[spec.name].values
         experts = spec.shape[0] if len(spec.shape) == 3 else 1
         for columns in (spec.columns, spec.source_shape[-1]):
-            if entry.values == experts * columns:
+            if found == experts * columns:
                 return columns
         if spec.role == "embedding":  # stock ignores it too: these are often wrong
             return None
         raise Dots1Error(
-            f"{self.path}: {spec.name} has {entry.values} values where this model has "
-            f"{experts} x {spec.columns}; it was made from another model"
+            f"{self.path}: {spec.name} has {found} values where this model has "
+            f"{experts} x {spec.columns}; the file was made from another model"
         )
 
 
 def load_importance(path: str | os.PathLike[str]) -> Importance:
-    """Open an importance file in either form and check every number in it.
+    """Open an importance file of either format and check every number in it.
 
     Raises:
         Dots1Error: missing, truncated or corrupt; the message names the file and the tensor.
     """
-    index = read_index(Path(path))
-    for name in index.entries:
-        _check_sums(index.path, name, read_sums(index, name))
-    with index.path.open("rb") as file:
-        return Importance(index, hashlib.file_digest(file, "sha256").hexdigest())
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            legacy = file.read(4) != b"GGUF"
+            file.seek(0)
+            found = _DatReader(path, file).read() if legacy else _read_gguf(path, file)
+    except OSError as error:
+        raise Dots1Error(f"cannot read {path}: {error.strerror}") from error
+    if not found.tensors:
+        raise Dots1Error(f"{path} holds no importance data")
+    for name in found.tensors:
+        if not _are_sums(found.sums(name)):
+            raise Dots1Error(f"{path}: {name} has a sum that is negative or not a number")
+    return found
 
 
-def pad_columns(values: NDArray[np.float32], columns: int) -> NDArray[np.float32]:
+def pad_columns(values: Floats, columns: int) -> Floats:
     """Append zero columns to (experts, columns) values; padding has no importance."""
     missing = columns - values.shape[-1]
     return values if missing == 0 else np.pad(values, ((0, 0), (0, missing)))
 
 
-def _check_sums(path: Path, name: str, sums: NDArray[np.float32]) -> None:
-    if not np.all((sums >= 0) & np.isfinite(sums)):
-        raise Dots1Error(f"{path}: {name} has a sum that is negative or no number")
+def _are_sums(values: NDArray[np.floating]) -> bool:
+    return bool(np.all((values >= 0) & np.isfinite(values)))
 
 
-def _normalised(
-    sums: NDArray[np.float32], counts: NDArray[np.float32], legacy: bool
-) -> NDArray[np.float32]:
-    seen = counts > 0
-    mean = sums / np.where(seen, counts, 1).astype(np.float32)[:, None]
-    if not legacy:
-        mean[~seen] = 1
-    return mean
+def _read_gguf(path: Path, file: BinaryIO) -> Importance:
+    keys, table = read_header(path)
+    chunks, chunk_size, datasets = (keys.get(key) for key in (_CHUNKS, _CHUNK_SIZE, _DATASETS))
+    if not (_is_count(chunks) and _is_count(chunk_size) and isinstance(datasets, list)):
+        raise Dots1Error(
+            f"{path} is not an importance file: it lacks {_DATASETS}, {_CHUNKS} or {_CHUNK_SIZE}"
+        )
+    arrays = {tensor.name: tensor for tensor in table}
+    names = sorted(
+        {name.removesuffix(_SUMS) for name in arrays if name.endswith(_SUMS)}
+        | {name.removesuffix(_COUNTS) for name in arrays if name.endswith(_COUNTS)}
+    )
+    tensors = {name: _gguf_sums(path, file, name, arrays) for name in names}
+    return Importance(path, False, tuple(map(str, datasets)), chunks, chunk_size, tensors)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and 0 <= value < 1 << 32
+
+
+def _gguf_sums(
+    path: Path, file: BinaryIO, name: str, arrays: Mapping[str, GGUFTensor]
+) -> TensorSums:
+    sums, counts = arrays.get(name + _SUMS), arrays.get(name + _COUNTS)
+    if sums is None or counts is None:
+        raise Dots1Error(f"{path}: {name} has sums without counts or counts without sums")
+    if sums.type != "F32" or counts.type != "F32":
+        raise Dots1Error(f"{path}: the sums and counts of {name} must be F32")
+    values, parts = sums.nbytes // 4, counts.nbytes // 4
+    if not parts or not 0 < values <= _MAX_VALUES or values % parts:
+        raise Dots1Error(f"{path}: {name} has {values} sums for {parts} counts")
+    file.seek(counts.offset)
+    exact = np.frombuffer(file.read(counts.nbytes), "<f4").astype(np.float64)
+    if not np.all((exact >= 0) & (exact < _MAX_COUNT)):
+        raise Dots1Error(f"{path}: {name} has a count that is negative, too large or not a number")
+    # As llama.cpp does: to the nearest integer, halves away from zero.
+    return TensorSums(sums.offset, values, np.floor(exact + 0.5).astype(np.float32))
+
+
+class _DatReader:
+    """A cursor over a .dat file: little-endian int32, names and floats, all unaligned."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        self._left = os.fstat(file.fileno()).st_size
+
+    def read(self) -> Importance:
+        """Read the whole file except the sums, which are passed over."""
+        tensors: dict[str, TensorSums] = {}
+        for _ in range(self._integer("number of tensors", least=1)):
+            name = self._text("a name", self._integer("length of a name", least=1, most=_MAX_NAME))
+            if name in tensors:
+                raise Dots1Error(f"{self._path}: {name} comes twice")
+            calls = self._integer(f"ncall of {name}")
+            values = self._integer(f"number of values of {name}", least=1, most=_MAX_VALUES)
+            offset = self._file.tell()
+            self._use(f"the values of {name}", values * 4)
+            self._file.seek(values * 4, os.SEEK_CUR)
+            tensors[name] = TensorSums(offset, values, np.array([calls], np.float32))
+        # Old files lack the number of chunks and the dataset, which come last.
+        chunks = self._integer("chunk count") if self._left >= 4 else 0
+        length = self._integer("length of the dataset name") if self._left >= 4 else 0
+        dataset = self._text("the dataset name", length)
+        return Importance(self._path, True, (dataset,) if dataset else (), chunks, 0, tensors)
+
+    def _integer(self, what: str, least: int = 0, most: int = 2**31 - 1) -> int:
+        self._use(what, 4)
+        value: int = struct.unpack("<i", self._file.read(4))[0]
+        if not least <= value <= most:
+            raise Dots1Error(
+                f"{self._path} is not an importance file, or corrupt: {what} is {value}"
+            )
+        return value
+
+    def _text(self, what: str, length: int) -> str:
+        self._use(what, length)
+        return self._file.read(length).decode(errors="replace")
+
+    def _use(self, what: str, length: int) -> None:
+        if length > self._left:
+            raise Dots1Error(f"{self._path} ends before {what}; make or fetch it again")
+        self._left -= length
+
+
+def write_imatrix(
+    path: Path,
+    entries: Mapping[str, tuple[Floats, Floats]],
+    *,
+    datasets: Sequence[str],
+    chunk_count: int,
+    chunk_size: int,
+    extra: Mapping[str, str | int] | None = None,
+) -> None:
+    """Write sums (experts, columns) and counts (experts,) per tensor, byte for byte as
+    llama-imatrix does in its GGUF format.
+
+    `extra` keys follow the format's own; other programs ignore them.
+
+    Raises:
+        Dots1Error: a sum or count is negative or not a number.
+    """
+    arrays = dict(_named_arrays(entries))
+    with open_partial(path) as file:
+        file.write(_header(arrays, datasets, chunk_count, chunk_size, extra or {}))
+        for array in arrays.values():
+            _pad(file)
+            file.write(array.astype("<f4").tobytes())
+        _pad(file)
+
+
+def _named_arrays(entries: Mapping[str, tuple[Floats, Floats]]) -> Iterator[tuple[str, Floats]]:
+    for name, (sums, counts) in sorted(entries.items()):
+        if counts.ndim != 1 or sums.ndim != 2 or len(sums) != len(counts):
+            raise Dots1Error(f"{name} has sums {sums.shape} for counts {counts.shape}")
+        if not (_are_sums(sums) and _are_sums(counts)):
+            raise Dots1Error(f"{name} has a sum or count that is negative or not a number")
+        yield name + _SUMS, sums
+        yield name + _COUNTS, counts.reshape(-1, 1)
+
+
+def _header(
+    arrays: Mapping[str, Floats],
+    datasets: Sequence[str],
+    chunk_count: int,
+    chunk_size: int,
+    extra: Mapping[str, str | int],
+) -> bytes:
+    values: dict[str, str | int | Sequence[str]] = {
+        "general.type": "imatrix",
+        _DATASETS: datasets,
+        _CHUNKS: chunk_count,
+        _CHUNK_SIZE: chunk_size,
+        **extra,
+    }
+    parts = [b"GGUF" + struct.pack("<IQQ", 3, len(arrays), len(values))]
+    parts += [_string(key) + _value(value) for key, value in values.items()]
+    offset = 0
+    for name, array in arrays.items():
+        shape = array.shape if array.shape[0] > 1 else array.shape[1:]
+        parts.append(_string(name) + struct.pack("<I", len(shape)))
+        parts.append(struct.pack(f"<{len(shape)}Q", *reversed(shape)))
+        parts.append(struct.pack("<IQ", 0, offset))
+        offset += -(-array.size * 4 // _ALIGNMENT) * _ALIGNMENT
+    return b"".join(parts)
+
+
+def _value(value: str | int | Sequence[str]) -> bytes:
+    """A GGUF value with its type before it."""
+    uint32, string, array = 4, 8, 9
+    if isinstance(value, int):
+        return struct.pack("<II", uint32, value)
+    if isinstance(value, str):
+        return struct.pack("<I", string) + _string(value)
+    return struct.pack("<IIQ", array, string, len(value)) + b"".join(map(_string, value))
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _pad(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % _ALIGNMENT))

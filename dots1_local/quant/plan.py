@@ -1,10 +1,8 @@
-"""A quantisation plan: the type every tensor gets. Decided once, read by everything after.
+"""A quantisation plan: the type of every tensor, decided before conversion begins.
 
-`--tensor-type REGEX=TYPE`: types that a user sets by tensor name, on top of any recipe.
-
-As in stock llama-quantize, the expression is searched for anywhere in the tensor's name, case
-does not matter, the first match in the order given wins, and a type that a row does not fit
-still falls back.
+`--tensor-type REGEX=TYPE` sets types by tensor name, whatever the recipe says. As in stock
+llama-quantize, the expression may match anywhere in the name, case is ignored, the first matching
+option wins, and a type that does not fit a tensor's rows still falls back.
 """
 
 import json
@@ -13,11 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory, padded_width
 from dots1_local.errors import UsageError
-from dots1_local.files.json_file import unrepeated
+from dots1_local.files.json_file import JsonError, convert_json, parse_json, read_json
 from dots1_local.ggml import QuantType, quant_type
 
 __all__ = [
@@ -25,13 +25,10 @@ __all__ = [
     "PlannedTensor",
     "QuantPlan",
     "load_plan",
-    "overridden",
+    "override_type",
     "parse_override",
     "parse_overrides",
 ]
-
-
-_LARGEST = 1 << 26  # bytes of a file; dots.llm1's has 40 thousand
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,9 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """Types by GGUF tensor name, and the width routed experts are padded to.
+    """Types by GGUF tensor name, and the width that routed experts are padded to.
 
-    `file_type` is llama.cpp's id for the mix (`general.file_type`), a label and nothing more.
+    `file_type` is llama.cpp's id for the mix (`general.file_type`); it is only a label.
     """
 
     recipe: str
@@ -69,7 +66,7 @@ class QuantPlan:
         """The model's tensors in file order, each with its type.
 
         Raises:
-            UsageError: the plan is for another model: a width or a tensor's type does not fit.
+            UsageError: the plan is for another model, or a type does not fit a tensor.
         """
         width = config.moe_intermediate_size
         if self.expert_width not in (width, padded_width(width)):
@@ -83,17 +80,17 @@ class QuantPlan:
         return tuple(self._planned(spec) for spec in specs)
 
     def _planned(self, spec: TensorSpec) -> PlannedTensor:
-        if spec.role in ("norm", "router") and self.types.get(spec.name, "F32") != "F32":
-            raise UsageError(f"the plan makes {spec.name} {self.types[spec.name]}; it must be F32")
         if spec.name not in self.types:
             raise UsageError(f"the plan gives {spec.name} no type; it was made for another model")
-        planned = PlannedTensor(spec, quant_type(self.types[spec.name]))
-        if not planned.kind.fits(spec.columns):
+        kind = quant_type(self.types[spec.name])
+        if spec.role in ("norm", "router") and kind.name != "F32":
+            raise UsageError(f"the plan stores {spec.name} as {kind.name}; it must be F32")
+        if not kind.fits(spec.columns):
             raise UsageError(
-                f"{planned.kind.name} does not fit {spec.name}: its rows of {spec.columns} are "
-                f"no multiple of {planned.kind.block}"
+                f"{kind.name} does not fit {spec.name}: its rows of {spec.columns} are not a "
+                f"multiple of {kind.block}"
             )
-        return planned
+        return PlannedTensor(spec, kind)
 
     def to_json(self) -> str:
         """A small file that a person can read, edit and hand back."""
@@ -107,55 +104,54 @@ class QuantPlan:
 
     @classmethod
     def from_json(cls, text: str) -> "QuantPlan":
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote; other keys are ignored.
 
         Raises:
-            UsageError: not such a file.
+            UsageError: the text is not a quantisation plan.
         """
         try:
-            raw: dict[str, Any] = json.loads(text, object_pairs_hook=unrepeated)
-            width, file_type = _integer(raw, "expert_width"), _integer(raw, "file_type")
-            recipe = raw["recipe"]
-            if not (isinstance(recipe, str) and recipe.isprintable()):
-                raise ValueError(f"its 'recipe' is {recipe!r:.40}")
-            types = {name: _type(name, kind) for name, kind in raw["types"].items()}
-            return cls(recipe, width, file_type, types)
-        except KeyError as error:
-            raise UsageError(f"this is no quantisation plan: it has no {error}") from None
-        except (ValueError, RecursionError, TypeError, AttributeError) as error:
-            raise UsageError(f"this is no quantisation plan: {error}") from None
+            return _plan_from(parse_json(text.encode()), "the text")
+        except JsonError as error:
+            raise UsageError(f"the text is not a quantisation plan: {error}") from None
 
 
 def load_plan(path: str | Path) -> QuantPlan:
     """Read a file that `dots1 convert --dry-run --json` wrote and a person may have edited.
 
     Raises:
-        UsageError: missing, too large, or not such a file.
+        UsageError: the file is missing, too large, or not a quantisation plan.
     """
+    return _plan_from(read_json(path, "quantisation plan"), str(path))
+
+
+class _PlanFile(msgspec.Struct, frozen=True):
+    recipe: str
+    expert_width: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+    file_type: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+    types: dict[str, Any]
+
+
+def _plan_from(raw: Any, where: str) -> QuantPlan:
+    if isinstance(raw, dict) and raw.get("format") == "dots1-placement":
+        raise UsageError(
+            f"{where} is a placement plan of dots1 plan; this option needs a quantisation plan, "
+            "which dots1 convert --dry-run --json prints"
+        )
     try:
-        if Path(path).stat().st_size > _LARGEST:
-            raise UsageError("this is no quantisation plan: too large")
-        return QuantPlan.from_json(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"cannot read the plan {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: this is no quantisation plan: not in UTF-8") from None
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        file = convert_json(raw, _PlanFile)
+        if not file.recipe.isprintable():
+            raise JsonError(f"expected printable text, got {file.recipe!r:.40}", "recipe")
+        types = {name: _type_name(name, kind) for name, kind in file.types.items()}
+    except JsonError as error:
+        raise UsageError(f"{where} is not a quantisation plan: {error}") from None
+    return QuantPlan(file.recipe, file.expert_width, file.file_type, types)
 
 
-def _integer(raw: Mapping[str, Any], key: str) -> int:
-    value = raw[key]
-    if type(value) is not int or not 0 <= value < 1 << 31:
-        raise ValueError(f"its {key!r} is {value!r:.40}")
-    return value
-
-
-def _type(name: str, kind: Any) -> str:
+def _type_name(tensor: str, kind: Any) -> str:
     try:
         return quant_type(str(kind)).name
     except UsageError as error:
-        raise UsageError(f"the plan cannot store {name} so: {error}") from None
+        raise JsonError(str(error), f"types[{tensor!r:.100}]") from None
 
 
 @dataclass(frozen=True)
@@ -184,13 +180,10 @@ def parse_override(text: str) -> Override:
 
 
 def parse_overrides(texts: Iterable[str]) -> tuple[Override, ...]:
-    """Read several, in the order they are to be tried."""
+    """Read several options, in the order in which they are tried."""
     return tuple(parse_override(text) for text in texts)
 
 
-def overridden(name: str, overrides: Sequence[Override]) -> str | None:
-    """The type the first matching override gives the tensor called `name`, or None."""
-    for override in overrides:
-        if override.pattern.search(name):
-            return override.type
-    return None
+def override_type(name: str, overrides: Sequence[Override]) -> str | None:
+    """The type that the first matching override gives the tensor called `name`, or None."""
+    return next((o.type for o in overrides if o.pattern.search(name)), None)

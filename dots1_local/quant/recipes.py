@@ -1,8 +1,8 @@
-"""Recipes: from a name to a type for every tensor.
+"""Recipes: a named rule that gives every tensor a type.
 
-A recipe is a stock mix (what llama-quantize writes) or one of ours, the *dynamic* mixes: what
-every token passes through stays high, routed experts go low, and their down projections, which
-damage the model most, one step higher than gate and up.
+A recipe is a stock mix (what llama-quantize writes) or one of our *dynamic* mixes. These store the
+tensors that every token uses in large types and routed experts in small ones; the experts' down
+projections, whose errors matter most, are one step larger than gate and up.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Literal
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory, padded_width
 from dots1_local.errors import UsageError
 from dots1_local.ggml import TYPES
-from dots1_local.quant.plan import Override, QuantPlan, overridden
+from dots1_local.quant.plan import Override, QuantPlan, override_type
 from dots1_local.quant.stock import STOCK_MIXES, fallback, is_quantisable, stock_mix, stock_types
 
 __all__ = ["DYNAMIC_MIXES", "DynamicMix", "Padding", "make_plan", "recipe_names"]
@@ -22,9 +22,10 @@ Padding = Literal["off", "on", "auto"]
 
 @dataclass(frozen=True)
 class DynamicMix:
-    """Types by role. `down` is for rows that take blocks of 256, `narrow_down` for others.
+    """Types by role. `down` is for rows that are a multiple of 256, `narrow_down` for others.
 
-    `always` covers attention, shared experts and the dense layer; `vocabulary` head and embedding.
+    `always` is for attention, shared experts and the dense layer; `vocabulary` for head and
+    embedding.
     """
 
     always: str
@@ -32,11 +33,11 @@ class DynamicMix:
     gate_up: str
     down: str
     narrow_down: str
-    stock_relative: str  # the stock mix whose file type id labels ours
-    low: bool = False  # wants down under the 4.5 bits that narrow rows cost: may pad
+    stock_relative: str  # the stock mix whose `general.file_type` this mix gets
+    low: bool = False  # padding may pay: `down` takes less than the 4.5 bits of `narrow_down`
 
     def type_of(self, spec: TensorSpec) -> str:
-        """The type for one quantisable tensor, or what fits its rows instead."""
+        """The type for one quantisable tensor; a type that fits if the mix's own does not."""
         if spec.role in ("embedding", "head"):
             choice, narrow = self.vocabulary, "Q8_0"
         elif spec.role != "routed":
@@ -56,7 +57,7 @@ DYNAMIC_MIXES: dict[str, DynamicMix] = {
     "DQ6": DynamicMix("Q8_0", "Q8_0", "Q6_K", "Q8_0", "Q8_0", "Q6_K"),
 }
 
-# The same sizes for those who have no importance matrix, in types that bear its absence.
+# Used without an importance matrix: about the same sizes, in types that do not need one.
 _WITHOUT_IMPORTANCE: dict[str, DynamicMix] = {
     "DQ2": DynamicMix("Q6_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL", "Q2_K"),
     "DQ3": DynamicMix("Q8_0", "Q6_K", "Q3_K", "Q4_K", "IQ4_NL", "Q3_K_M"),
@@ -64,7 +65,7 @@ _WITHOUT_IMPORTANCE: dict[str, DynamicMix] = {
 
 
 def recipe_names() -> list[str]:
-    """Every name `make_plan` takes."""
+    """Every name that `make_plan` accepts."""
     return [*DYNAMIC_MIXES, *STOCK_MIXES]
 
 
@@ -76,10 +77,10 @@ def make_plan(
     padding: Padding = "auto",
     overrides: Sequence[Override] = (),
 ) -> QuantPlan:
-    """Decide every tensor's type and the width experts are stored in.
+    """Decide every tensor's type and the width that experts are stored in.
 
     Raises:
-        UsageError: no recipe of that name.
+        UsageError: there is no recipe of that name.
     """
     name = recipe.upper()
     if name in DYNAMIC_MIXES:
@@ -113,8 +114,8 @@ def _dynamic_plan(
         for width in _widths(config, padding if mix.low or padding != "auto" else "off")
         for types in [_dynamic_types(inventory(config, width), mix, overrides)]
     ]
-    # Padding lifts the floor under rows that blocks of 256 do not fit; "auto" takes it where it
-    # saves more than the added zeros cost (1408 to 1536: yes; 192 to 256: no).
+    # Padding makes types with blocks of 256 fit; "auto" pads if these types save more bytes than
+    # the added zeros take (1408 to 1536: yes; 192 to 256: no).
     return min(plans, key=lambda plan: sum(t.nbytes for t in plan.tensors(config)))
 
 
@@ -123,11 +124,10 @@ def _dynamic_types(
 ) -> dict[str, str]:
     types = {}
     for spec in tensors:
-        chosen = "F32"
+        types[spec.name] = "F32"
         if is_quantisable(spec):
-            override = overridden(spec.name, overrides)
-            chosen = fallback(override, spec.columns) if override else mix.type_of(spec)
-        types[spec.name] = chosen
+            override = override_type(spec.name, overrides)
+            types[spec.name] = fallback(override, spec.columns) if override else mix.type_of(spec)
     return types
 
 

@@ -15,7 +15,7 @@ from dots1_local.engine.vocabulary import Vocabulary
 from dots1_local.errors import CheckpointError, Dots1Error, UsageError
 from dots1_local.evaluate.perplexity import read_text
 from dots1_local.files.checkpoint import Checkpoint
-from dots1_local.quant.imatrix_file import ImatrixFile, read_index, read_sums
+from dots1_local.quant.importance import Importance, load_importance
 from dots1_local.reference import logits as whole_logits
 from tests.calibrate.calibration import LAYERS, Sink, random_tokens, run
 from tests.goldens.make_calibrate_goldens import CHUNKS, GOLDEN, N_CTX, STEP
@@ -23,7 +23,7 @@ from tests.micro import micro_checkpoint
 
 
 @pytest.fixture(scope="module")
-def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> ImatrixFile:
+def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Importance:
     """The example's importance on the tokens that llama-imatrix had for the golden."""
     folder, checkpoint = tmp_path_factory.mktemp("tiny"), Checkpoint.open(tiny)
     write_vocabulary(checkpoint, folder / "vocabulary.gguf")
@@ -39,22 +39,22 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> ImatrixFil
         threads=1,
         sensitivity=False,
     )
-    return read_index(folder / "out" / "imatrix.gguf")
+    return load_importance(folder / "out" / "imatrix.gguf")
 
 
-def test_importance_is_llama_imatrixs(measured: ImatrixFile) -> None:
+def test_importance_is_llama_imatrixs(measured: Importance) -> None:
     """Almost everywhere to 1e-4; an expert chosen by a hair may be another on another CPU."""
-    stock = read_index(GOLDEN)
+    stock = load_importance(GOLDEN)
     assert (measured.datasets, measured.chunk_count, measured.chunk_size) == (
         stock.datasets,
         stock.chunk_count,
         stock.chunk_size,
     )
-    assert set(measured.entries) == {*stock.entries, "output.weight"}
+    assert set(measured.tensors) == {*stock.tensors, "output.weight"}
     deviations = []
-    for name, entry in stock.entries.items():
-        ours, theirs = read_sums(measured, name)[:, ::STEP], read_sums(stock, name)
-        np.testing.assert_allclose(measured.entries[name].counts, entry.counts, atol=2)
+    for name, entry in stock.tensors.items():
+        ours, theirs = measured.sums(name)[:, ::STEP], stock.sums(name)
+        np.testing.assert_allclose(measured.tensors[name].counts, entry.counts, atol=2)
         deviations.append((abs(ours - theirs) / (theirs + 1e-9)).ravel())
     assert np.quantile(np.concatenate(deviations), 0.99) < 1e-4
 
@@ -65,18 +65,18 @@ def test_head_is_measured_too(tmp_path: Path, tied: bool) -> None:
     folder = micro_checkpoint(tmp_path / "hf", tie_word_embeddings=tied)
     tokens = random_tokens(3)
     run(Checkpoint.open(folder), tmp_path / "out", tokens)
-    index = read_index(tmp_path / "out" / "imatrix.gguf")
+    index = load_importance(tmp_path / "out" / "imatrix.gguf")
     model = Dots1ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         states = model.model(torch.from_numpy(tokens).long()).last_hidden_state
     expected = states.square().sum((0, 1)).numpy()
-    np.testing.assert_allclose(read_sums(index, "output.weight")[0], expected, rtol=1e-4)
-    assert index.entries["output.weight"].counts == tokens.size
+    np.testing.assert_allclose(index.sums("output.weight")[0], expected, rtol=1e-4)
+    assert index.tensors["output.weight"].counts == tokens.size
 
 
-def test_every_token_is_counted(measured: ImatrixFile, tiny: Path) -> None:
+def test_every_token_is_counted(measured: Importance, tiny: Path) -> None:
     top = Checkpoint.open(tiny).config.num_experts_per_tok
-    for name, entry in measured.entries.items():
+    for name, entry in measured.tensors.items():
         assert entry.counts.sum() == CHUNKS * N_CTX * (top if "_exps" in name else 1)
 
 
@@ -131,9 +131,9 @@ def test_evaluation_alone_leaves_importance_as_it_is(micro: Checkpoint, tmp_path
 def test_bf16_is_near(micro: Checkpoint, tmp_path: Path) -> None:
     run(micro, tmp_path / "f32", random_tokens(6))
     run(micro, tmp_path / "bf16", random_tokens(6), precision="BF16")
-    exact, rounded = (read_index(tmp_path / f / "imatrix.gguf") for f in ("f32", "bf16"))
+    exact, rounded = (load_importance(tmp_path / f / "imatrix.gguf") for f in ("f32", "bf16"))
     name = "blk.3.attn_output.weight"
-    np.testing.assert_allclose(read_sums(rounded, name), read_sums(exact, name), rtol=0.05)
+    np.testing.assert_allclose(rounded.sums(name), exact.sums(name), rtol=0.05)
 
 
 def spoilt(folder: Path, name: str, value: float) -> Checkpoint:

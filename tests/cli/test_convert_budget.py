@@ -173,7 +173,7 @@ def test_importance_comes_from_the_folder(tiny: Path, calibration: Path, tmp_pat
         ),
         (["--size", "1GB"], r"1 GB is too large: the smallest possible is 6\.\d+ MB"),
         (["--bpw", "1.5"], r"1\.5 bpw is too small: the smallest possible is \d\.\d+ bpw and"),
-        (["--max-kld", "1e-9"], "1e-09 is out of reach: the best types are predicted to have"),
+        (["--max-kld", "1e-9"], "no plan has a KL divergence of 1e-09 or less"),
         (["--bpw", "nan"], "below 1e18, not nan"),
         (["--max-kld", "-1"], "below 1e18, not -1"),
         (["--size", "x"], "'x' is no size"),

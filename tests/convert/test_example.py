@@ -31,7 +31,7 @@ def test_stock_mixes_are_what_stock_writes(
     importance = None
     if with_importance:
         loaded = load_importance(imatrix)
-        values = ((name, loaded.get(name)) for name in loaded.names)
+        values = ((name, loaded.get(name)) for name in loaded.tensors)
         importance = {name: value for name, value in values if value is not None}
     stock = tmp_path / "stock.gguf"
     stock_quantise(converted("BF16"), stock, stock_mix(mix).file_type, importance)

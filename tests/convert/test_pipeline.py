@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType, GGUFReader, TokenType, quants
 from safetensors.numpy import load_file, save_file
 
 from dots1_local.convert import Conversion, convert_checkpoint
-from dots1_local.quant.importance import write_gguf
+from dots1_local.quant.importance import write_imatrix
 from tests.micro import micro_checkpoint
 
 WIDTHS = {"hidden_size": 256, "moe_intermediate_size": 192, "intermediate_size": 704}
@@ -192,7 +192,7 @@ def test_importance_steers_and_is_recorded(tmp_path: Path) -> None:
             np.ones(len(s.sources), np.float32))
         for n, s in specs.items() if len(s.shape) > 1
     } | {name: (sums, np.ones(4, np.float32))}  # fmt: skip
-    write_gguf(
+    write_imatrix(
         tmp_path / "imatrix.gguf", everything, datasets=["text"], chunk_count=1, chunk_size=512
     )
     convert_checkpoint(

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from dots1_local.convert import convert_checkpoint
-from dots1_local.quant.imatrix_file import read_index, read_sums, write_gguf
+from dots1_local.quant.importance import load_importance, write_imatrix
 
 GOLDEN = Path(__file__).with_name("calibrate.imatrix")
 CHUNKS, N_CTX, STEP = 4, 512, 8
@@ -39,17 +39,17 @@ def main() -> None:
 
 
 def _thin(path: Path) -> None:
-    index = read_index(path)
+    measured = load_importance(path)
     entries = {
-        name: (read_sums(index, name)[:, ::STEP], entry.counts)
-        for name, entry in index.entries.items()
+        name: (measured.sums(name)[:, ::STEP], tensor.counts)
+        for name, tensor in measured.tensors.items()
     }
-    write_gguf(
+    write_imatrix(
         GOLDEN,
         entries,
         datasets=["heldout.txt"],
-        chunk_count=index.chunk_count,
-        chunk_size=index.chunk_size,
+        chunk_count=measured.chunk_count,
+        chunk_size=measured.chunk_size,
     )
 
 

@@ -1,4 +1,4 @@
-"""Importance files: the numbers llama-quantize reads out of them, and what is refused."""
+"""Importance files: the numbers that llama-quantize reads from them, and files that are refused."""
 
 import json
 import platform
@@ -17,7 +17,7 @@ from dots1_local.architecture import TensorSpec, inventory
 from dots1_local.errors import Dots1Error
 from dots1_local.ggml import TYPES
 from dots1_local.quant.encode import encode
-from dots1_local.quant.importance import Importance, load_importance, pad_columns, write_gguf
+from dots1_local.quant.importance import Importance, load_importance, pad_columns, write_imatrix
 from dots1_local.quant.stock import stock_types
 from tests.goldens import make_goldens
 from tests.goldens.make_goldens import CONFIG, MIXES, short_hash
@@ -76,11 +76,11 @@ def encoded(model: Path, spec: TensorSpec, type_name: str, importance: Importanc
     )
 
 
-def test_what_is_known_about_a_file(folder: Path) -> None:
+def test_facts_about_a_file(folder: Path) -> None:
     importance = load_importance(folder / "in.gguf")
     assert importance.datasets == ("calibration.txt",)
     assert importance.chunk_count == 9
-    assert importance.file.chunk_size == 512
+    assert importance.chunk_size == 512
     assert importance.partial[ROUTED] == (1, 3)
     assert importance.partial["blk.2.ffn_down_exps.weight"] == (0, 1, 2, 3)
     assert "blk.0.attn_q.weight" not in importance.partial
@@ -95,7 +95,7 @@ def test_both_forms_agree(folder: Path) -> None:
     assert dat.datasets == gguf.datasets
     assert dat.chunk_count == gguf.chunk_count
     assert dat.partial == {}
-    for name in dat.names:
+    for name in dat.tensors:
         one, other = gguf.for_tensor(SPECS[name]), dat.for_tensor(SPECS[name])
         assert one is not None
         assert other is not None
@@ -106,7 +106,7 @@ def test_values_by_hand(tmp_path: Path) -> None:
     sums = np.array([[6, 3], [0, 0], [9, 1]], np.float32)
     counts = np.array([3, 0, 2], np.float32)
     path = tmp_path / "x.gguf"
-    write_gguf(path, {"a": (sums, counts)}, datasets=["t"], chunk_count=1, chunk_size=5)
+    write_imatrix(path, {"a": (sums, counts)}, datasets=["t"], chunk_count=1, chunk_size=5)
     expected = np.array([[2, 1], [1, 1], [4.5, 0.5]], np.float32)
     np.testing.assert_array_equal(load_importance(path).get("a"), expected)
     assert load_importance(path).get("b") is None
@@ -142,7 +142,7 @@ def test_importance_of_a_padded_model_fits_the_padded_model(tmp_path: Path) -> N
     )
     path = tmp_path / "x.gguf"
     entry = np.full((4, 256), 6, np.float32), np.full(4, 2, np.float32)
-    write_gguf(path, {spec.name: entry}, datasets=[], chunk_count=0, chunk_size=1)
+    write_imatrix(path, {spec.name: entry}, datasets=[], chunk_count=0, chunk_size=1)
     values = load_importance(path).for_tensor(spec)
     np.testing.assert_array_equal(values, np.full((4, 256), 3))
 
@@ -150,17 +150,17 @@ def test_importance_of_a_padded_model_fits_the_padded_model(tmp_path: Path) -> N
 def test_another_models_file_is_refused(folder: Path) -> None:
     importance = load_importance(folder / "in.gguf")
     wide = tuple(inventory(replace(CONFIG, hidden_size=512)))
-    message = r"in\.gguf: blk\.0\.attn_q\.weight has 256 values where this model has 1 x 512"
+    message = r"in\.gguf: blk\.0\.attn_q\.weight has 256 values .* 1 x 512"
     with pytest.raises(Dots1Error, match=message):
         importance.check(wide)
-    with pytest.raises(Dots1Error, match="covers no tensor of this model"):
+    with pytest.raises(Dots1Error, match=r"in\.gguf covers no tensor"):
         importance.check(tuple(spec for spec in wide if spec.role == "norm"))
 
 
 def test_wrong_size_of_the_embedding_is_ignored_as_stock_does(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     entry = np.ones((1, 7), np.float32), np.ones(1, np.float32)
-    write_gguf(path, {"token_embd.weight": entry}, datasets=[], chunk_count=0, chunk_size=1)
+    write_imatrix(path, {"token_embd.weight": entry}, datasets=[], chunk_count=0, chunk_size=1)
     assert load_importance(path).for_tensor(SPECS["token_embd.weight"]) is None
 
 
@@ -184,7 +184,7 @@ def test_impossible_numbers_are_refused(
     struct.pack_into("<f", content, tensor.offset + 4, value)
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
-    with pytest.raises(Dots1Error, match=rf"bad\.gguf: {ROUTED} has a {what} that is"):
+    with pytest.raises(Dots1Error, match=rf"bad\.gguf: {ROUTED} has a {what}"):
         load_importance(path)
 
 
@@ -192,8 +192,8 @@ def test_impossible_numbers_are_refused(
 def test_impossible_numbers_are_not_written(tmp_path: Path, value: float) -> None:
     one, bad = np.ones((1, 1), np.float32), np.full((1, 1), value, np.float32)
     for sums, counts in ((one, bad[0]), (bad, one[0])):
-        with pytest.raises(Dots1Error, match="a sum or count that is negative or no number"):
-            write_gguf(
+        with pytest.raises(Dots1Error, match="a has a sum or count"):
+            write_imatrix(
                 tmp_path / "x", {"a": (sums, counts)}, datasets=[], chunk_count=0, chunk_size=1
             )
     assert not list(tmp_path.iterdir())
@@ -202,9 +202,17 @@ def test_impossible_numbers_are_not_written(tmp_path: Path, value: float) -> Non
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b"imatrix.chunk_count", b"imatrix.chunk_cOunt", "no importance file: it lacks"),
-        (b"up_exps.weight.counts", b"up_exps.weight.cOunts", "has sums without counts or"),
-        (b"up_exps.weight.in_sum2", b"up_exps.weight.in_sum3", "has sums without counts or"),
+        (b"imatrix.chunk_count", b"imatrix.chunk_cOunt", "bad.gguf .* chunk_count"),
+        (
+            b"up_exps.weight.counts",
+            b"up_exps.weight.cOunts",
+            "up_exps.weight has .* counts",
+        ),
+        (
+            b"up_exps.weight.in_sum2",
+            b"up_exps.weight.in_sum3",
+            "up_exps.weight has .* counts",
+        ),
     ],
 )
 def test_damaged_names(folder: Path, tmp_path: Path, old: bytes, new: bytes, message: str) -> None:

@@ -18,7 +18,7 @@ from dots1_local.errors import UsageError
 from dots1_local.files.gguf import read_header
 from dots1_local.ggml import TYPES, quant_type
 from dots1_local.quant.encode import encode
-from dots1_local.quant.plan import overridden, parse_overrides
+from dots1_local.quant.plan import override_type, parse_overrides
 from dots1_local.quant.stock import (
     STOCK_MIXES,
     needs_importance,
@@ -138,8 +138,8 @@ def test_overrides_apply_to_files_that_are_not_quantised() -> None:
 
 def test_override_ignores_case() -> None:
     (override,) = parse_overrides([r"FFN_\Down=Q8_0"])
-    assert overridden("blk.0.ffn_down.weight", [override]) == "Q8_0"
-    assert overridden("blk.0.ffn_7own.weight", [override]) is None
+    assert override_type("blk.0.ffn_down.weight", [override]) == "Q8_0"
+    assert override_type("blk.0.ffn_7own.weight", [override]) is None
 
 
 @pytest.mark.parametrize("text", ["attn_q", "=q8_0", "attn_q=", "attn_(=q8_0", "attn_q=q9_0"])

@@ -32,7 +32,7 @@ from dots1_local.architecture import inventory
 from dots1_local.convert import Conversion
 from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint, Slice, read_exactly
-from dots1_local.files.gguf import read_header
+from dots1_local.files.gguf_header import GGUFHeader
 from dots1_local.ggml import to_float32
 from dots1_local.quant.encode import encode
 from dots1_local.quant.plan import PlannedTensor
@@ -157,8 +157,8 @@ def _encode_all(
 
 def same_tensors(left: Path, right: Path) -> bool:
     """Whether two files hold the same tensors, byte for byte."""
-    theirs = {tensor.name: tensor for tensor in read_header(right)[1]}
-    ours = read_header(left)[1]
+    theirs = {tensor.name: tensor for tensor in GGUFHeader.read(right).tensors}
+    ours = GGUFHeader.read(left).tensors
     return len(ours) == len(theirs) and all(
         tensor.type == theirs[tensor.name].type
         and np.array_equal(

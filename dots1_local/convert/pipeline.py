@@ -25,7 +25,7 @@ from dots1_local.convert.writer import Journal, Output, Slot
 from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.checkpoint import Checkpoint, Slice, read_exactly
 from dots1_local.files.file_pool import cores
-from dots1_local.files.gguf import GGUFTensor, read_header
+from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor
 from dots1_local.ggml import to_float32
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import encode, is_valid
@@ -237,7 +237,7 @@ def verify_layout(output: Output) -> None:
         Dots1Error: they differ; something else wrote to the file.
     """
     for index, (partial, size) in enumerate(zip(output.partials, output.sizes, strict=True)):
-        _, found = read_header(partial)
+        found = GGUFHeader.read(partial).tensors
         intact = partial.stat().st_size == size
         if not intact or found != tuple(_expected(output, index)):
             raise Dots1Error(

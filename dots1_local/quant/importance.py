@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
 from dots1_local.errors import Dots1Error
-from dots1_local.files.gguf import GGUFTensor, read_header
+from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor
 from dots1_local.files.partial_file import open_partial
 
 __all__ = ["Importance", "load_importance", "pad_columns", "write_imatrix"]
@@ -179,13 +179,15 @@ def _are_sums(values: NDArray[np.floating]) -> bool:
 
 
 def _read_gguf(path: Path, file: BinaryIO) -> Importance:
-    keys, table = read_header(path)
-    chunks, chunk_size, datasets = (keys.get(key) for key in (_CHUNKS, _CHUNK_SIZE, _DATASETS))
+    header = GGUFHeader.read(path)
+    chunks, chunk_size, datasets = (
+        header.keys.get(key) for key in (_CHUNKS, _CHUNK_SIZE, _DATASETS)
+    )
     if not (_is_count(chunks) and _is_count(chunk_size) and isinstance(datasets, list)):
         raise Dots1Error(
             f"{path} is not an importance file: it lacks {_DATASETS}, {_CHUNKS} or {_CHUNK_SIZE}"
         )
-    arrays = {tensor.name: tensor for tensor in table}
+    arrays = {tensor.name: tensor for tensor in header.tensors}
     names = sorted(
         {name.removesuffix(_SUMS) for name in arrays if name.endswith(_SUMS)}
         | {name.removesuffix(_COUNTS) for name in arrays if name.endswith(_COUNTS)}

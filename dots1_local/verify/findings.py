@@ -4,7 +4,7 @@ What the blocks of a file and their distance from the checkpoint mean.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from dots1_local.files.gguf import Value
 
 __all__ = [
     "ABORTS",
+    "KIND_IDS",
     "REFUSES",
     "USUAL_ERROR",
     "Change",
@@ -33,6 +34,10 @@ ABORTS = "llama.cpp aborts the process"
 # warning: it works, but worse or only in some programs; note: unusual, and no more.
 Severity = Literal["error", "warning", "note"]
 Kind = Literal["u32", "f32", "bool", "string", "i32[]", "string[]"]
+# GGUF's id of each kind; it is the same for all arrays.
+KIND_IDS: Mapping[Kind, int] = {
+    "u32": 4, "f32": 6, "bool": 7, "string": 8, "i32[]": 9, "string[]": 9,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

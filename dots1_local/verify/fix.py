@@ -3,7 +3,8 @@
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import BinaryIO
 
 from dots1_local.errors import Dots1Error
 from dots1_local.files.gguf import GGUFFile
+from dots1_local.files.gguf_header import GGUFHeader
 from dots1_local.files.partial_file import (
     check_space,
     check_target,
@@ -19,12 +21,13 @@ from dots1_local.files.partial_file import (
     partial_path,
 )
 from dots1_local.progress import Progress, silent
-from dots1_local.verify.findings import Report
-from dots1_local.verify.raw_header import RawHeader
+from dots1_local.verify.findings import KIND_IDS, Change, Report
 
 __all__ = ["check_output", "write_fixed"]
 
 _STEP = 64 << 20  # bytes copied between two calls of progress
+_FORMATS = {"u32": "<I", "f32": "<f", "bool": "<?"}
+_I32, _STRING = 5, 8  # enum gguf_type
 _NOT_HERE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -57,9 +60,9 @@ def write_fixed(
     targets = _check(report.files, path, force)
     copies = []
     for number, (source, target) in enumerate(zip(report.files, targets, strict=True)):
-        header = RawHeader.read(source)
+        header = GGUFHeader.read(source)
         changes = report.changes if number == 0 else ()
-        copies.append(_Copy(source, target, header.changed(changes), header.data_start))
+        copies.append(_Copy(source, target, changed_header(header, changes), header.data_start))
     with disk_errors(path, kept=False), ExitStack() as opened:
         files = [opened.enter_context(_open(target)) for target in targets]
         _write(copies, files, progress)
@@ -154,3 +157,41 @@ def _copy(source: int, target: int, count: int, offset: int) -> int:
                 raise
     data = os.pread(source, min(count, 1 << 20), offset)
     return os.write(target, data)
+
+
+def changed_header(header: GGUFHeader, changes: Iterable[Change]) -> bytes:
+    """The header with `changes` made, up to where the data begins.
+
+    A key that is there keeps its place; new ones come last.
+    """
+    wanted = {change.key: change for change in changes}
+    keys = [
+        _raw_key(wanted.pop(key)) if key in wanted else header.keys.raw(key) for key in header.keys
+    ]
+    keys = [raw for raw in (*keys, *map(_raw_key, wanted.values())) if raw]
+    counts = struct.pack("<IQQ", header.version, len(header.tensors), len(keys))
+    raw = b"GGUF" + counts + b"".join(keys) + header.raw_tensors
+    return raw + bytes(-len(raw) % header.alignment)
+
+
+def _raw_key(change: Change) -> bytes:
+    """A key with its value as GGUF stores them; empty for a key that is removed."""
+    if change.value is None:
+        return b""
+    return _string(change.key) + struct.pack("<I", KIND_IDS[change.kind]) + _value(change)
+
+
+def _value(change: Change) -> bytes:
+    value = change.value
+    if change.kind == "string":
+        return _string(str(value))
+    if not isinstance(value, list):
+        return struct.pack(_FORMATS[change.kind], value)
+    if change.kind == "string[]":
+        return struct.pack("<IQ", _STRING, len(value)) + b"".join(_string(str(v)) for v in value)
+    return struct.pack("<IQ", _I32, len(value)) + struct.pack(f"<{len(value)}i", *value)
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw

@@ -1,6 +1,5 @@
 """Everything that the header of a dots1 GGUF shows to be wrong."""
 
-from collections.abc import Mapping
 from itertools import chain
 from reprlib import repr as brief
 
@@ -23,9 +22,9 @@ def lint(gguf: GGUFFile, checkpoint: Checkpoint | None = None) -> list[Finding]:
     """
     if other := _other(gguf):
         return [other]
-    findings = list(lint_numbers(gguf, gguf.keys.kinds, checkpoint.config if checkpoint else None))
+    findings = list(lint_numbers(gguf, checkpoint.config if checkpoint else None))
     findings += lint_tensors(gguf, config_of(gguf))
-    findings += _tokenizer(gguf, gguf.keys.kinds, checkpoint)
+    findings += _tokenizer(gguf, checkpoint)
     return sorted(findings, key=lambda found: ("error", "warning", "note").index(found.severity))
 
 
@@ -43,11 +42,10 @@ def check_loadable(gguf: GGUFFile) -> None:
 
 
 def _obstacle(gguf: GGUFFile) -> Finding | None:
-    kinds = gguf.keys.kinds
     findings = chain(
-        lint_numbers(gguf, kinds, None),
+        lint_numbers(gguf, None),
         lint_tensors(gguf, config_of(gguf)),
-        (found for found in lint_tokenizer(gguf, kinds, None) if found.check == "tokenizer"),
+        (found for found in lint_tokenizer(gguf, None) if found.check == "tokenizer"),
     )
     return next((found for found in findings if found.severity == "error"), None)
 
@@ -65,9 +63,7 @@ def _other(gguf: GGUFFile) -> Finding | None:
     return None
 
 
-def _tokenizer(
-    gguf: GGUFFile, kinds: Mapping[str, int], checkpoint: Checkpoint | None
-) -> list[Finding]:
+def _tokenizer(gguf: GGUFFile, checkpoint: Checkpoint | None) -> list[Finding]:
     right = None
     if checkpoint:
         from dots1_local.convert.metadata import end_tokens
@@ -77,6 +73,6 @@ def _tokenizer(
         right = read_tokenizer(checkpoint.path, checkpoint.config.vocab_size, ends)
     template = right.chat_template if right else None
     return [
-        *lint_tokenizer(gguf, kinds, right),
+        *lint_tokenizer(gguf, right),
         *lint_template(gguf, template, compared=bool(right)),
     ]

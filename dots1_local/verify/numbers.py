@@ -12,8 +12,7 @@ from typing import Any
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.files.gguf import GGUFFile, Value
-from dots1_local.verify.findings import ABORTS, REFUSES, Change, Finding, Kind
-from dots1_local.verify.raw_header import KIND_IDS
+from dots1_local.verify.findings import ABORTS, KIND_IDS, REFUSES, Change, Finding, Kind
 from dots1_local.verify.tensors import Numbers, shown_by
 
 __all__ = ["config_of", "conflicts", "lint_numbers"]
@@ -97,18 +96,16 @@ def conflicts(gguf: GGUFFile, checkpoint: Dots1Config) -> list[str]:
     ]
 
 
-def lint_numbers(
-    gguf: GGUFFile, kinds: Mapping[str, int], checkpoint: Dots1Config | None
-) -> Iterator[Finding]:
-    """What is wrong with the `dots1.*` keys; `kinds` are the ids of their types."""
+def lint_numbers(gguf: GGUFFile, checkpoint: Dots1Config | None) -> Iterator[Finding]:
+    """What is wrong with the `dots1.*` keys."""
     shown = shown_by(gguf.tensors)
     published: Numbers | None = vars(checkpoint) | _width(shown) if checkpoint else None
     wanted = published or shown
-    yield from _gating(gguf, kinds)
+    yield from _gating(gguf)
     defaults = _defaults(gguf, shown)
     for key in _KEYS:
         if f"dots1.{key.name}" in gguf.keys:
-            yield from _check_value(key, gguf, kinds, shown, published)
+            yield from _check_value(key, gguf, shown, published)
         elif key.name not in defaults or defaults[key.name] != wanted.get(key.field):
             changes = _setting(key, wanted, shown)
             wrong = f"dots1.{key.name} is missing: {key.missing}"
@@ -146,7 +143,6 @@ def config_of(gguf: GGUFFile) -> Dots1Config | None:
 def _check_value(
     key: _Key,
     gguf: GGUFFile,
-    kinds: Mapping[str, int],
     shown: Mapping[str, Any],
     checkpoint: Mapping[str, Any] | None,
 ) -> Iterator[Finding]:
@@ -161,7 +157,7 @@ def _check_value(
         source = "the tensors show" if checkpoint is None else "the checkpoint has"
         wrong = f"{name} is {value!r} where {source} {right!r}"
         yield Finding("keys", "error", f"{wrong}; {_remedy(changes)}", changes)
-    elif kinds[name] != KIND_IDS[key.kind] and not isinstance(gguf.keys[name], list):
+    elif gguf.keys.kind(name) != KIND_IDS[key.kind] and not isinstance(gguf.keys[name], list):
         wrong = f"{name} is not stored as {key.kind}: {REFUSES}"
         changes = (Change(name, key.kind, value),)
         yield Finding("keys", "error", f"{wrong}; --fix stores it so", changes)
@@ -207,14 +203,14 @@ def _same(value: Any, right: Any, kind: Kind) -> bool:
     return bool(value == right)
 
 
-def _gating(gguf: GGUFFile, kinds: Mapping[str, int]) -> Iterator[Finding]:
+def _gating(gguf: GGUFFile) -> Iterator[Finding]:
     name = "dots1.expert_gating_func"
     gating = gguf.keys.get(name)
-    if gating == _SIGMOID and kinds[name] == KIND_IDS["u32"]:
+    if gating == _SIGMOID and gguf.keys.kind(name) == KIND_IDS["u32"]:
         return
     if gating is None:
         wrong = f"{name} is missing: {ABORTS}"
-    elif kinds[name] != KIND_IDS["u32"]:
+    elif gguf.keys.kind(name) != KIND_IDS["u32"]:
         wrong = f"{name} is not stored as u32: {REFUSES}"
     elif gating not in _OTHER_GATINGS:
         wrong = f"{name} is {brief(gating)}: {ABORTS}"

@@ -15,7 +15,6 @@ from typing import Any
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
 from dots1_local.files.gguf import GGUFFile, GGUFTensor, role_of
 from dots1_local.verify.findings import ABORTS, REFUSES, Finding, Severity, names
-from dots1_local.verify.raw_header import RawHeader
 
 __all__ = [
     "Numbers",
@@ -99,14 +98,13 @@ def _misshaped(
 def _places(gguf: GGUFFile) -> Iterator[Finding]:
     """llama.cpp takes a tensor only where the one before it in the header ends."""
     strayed, behind = [], 0
-    for file in gguf.files:
-        header = RawHeader.read(file)
+    for header in gguf.headers:
         end = header.data_start
-        for tensor in (tensor for tensor in gguf.tensors if tensor.file == file):
+        for tensor in header.tensors:
             if tensor.offset != end:
                 strayed.append(tensor.name)
             end = header.aligned(tensor.offset + tensor.nbytes)
-        behind += max(0, file.stat().st_size - end)
+        behind += max(0, header.file.stat().st_size - end)
     if strayed:
         message = f"{names(strayed)} not where the tensor before it ends: {REFUSES}; {_AGAIN}"
         yield Finding("offsets", "error", message)

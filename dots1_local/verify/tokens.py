@@ -7,15 +7,23 @@ Ids are found by the tokens' text. What llama.cpp does is read in its `llama_voc
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from reprlib import repr as brief
 from typing import TYPE_CHECKING
 
 from dots1_local.errors import GGUFError
 from dots1_local.files.chat_template import ChatTemplate
 from dots1_local.files.gguf import GGUFFile, Value
-from dots1_local.verify.findings import ABORTS, REFUSES, Change, Finding, Kind, Severity, names
-from dots1_local.verify.raw_header import KIND_IDS
+from dots1_local.verify.findings import (
+    ABORTS,
+    KIND_IDS,
+    REFUSES,
+    Change,
+    Finding,
+    Kind,
+    Severity,
+    names,
+)
 
 if TYPE_CHECKING:
     from dots1_local.convert.tokenizer import Tokenizer
@@ -83,14 +91,9 @@ _END_OF_RESPONSE, _END_OF_TEXT = "<|endofresponse|>", "<|endoftext|>"
 QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")
 
 
-def lint_tokenizer(
-    gguf: GGUFFile, kinds: Mapping[str, int], checkpoint: "Tokenizer | None"
-) -> Iterator[Finding]:
-    """What is wrong with the tokenizer's keys, the checkpoint's tokenizer being the right one.
-
-    `kinds` are the ids of the keys' types.
-    """
-    yield from _stored(gguf, kinds)
+def lint_tokenizer(gguf: GGUFFile, checkpoint: "Tokenizer | None") -> Iterator[Finding]:
+    """What is wrong with the tokenizer's keys, the checkpoint's tokenizer being the right one."""
+    yield from _stored(gguf)
     tokens = _strings(gguf.keys.get(_PREFIX + "tokens"))
     replaced = _replacement(gguf, checkpoint)
     if not tokens:
@@ -109,12 +112,12 @@ def lint_tokenizer(
         yield from _markers(gguf, tokens)
 
 
-def _stored(gguf: GGUFFile, kinds: Mapping[str, int]) -> Iterator[Finding]:
+def _stored(gguf: GGUFFile) -> Iterator[Finding]:
     """Ids and switches of another type than llama.cpp reads; what else is wrong comes after it."""
-    for name, kind in kinds.items():
+    for name in gguf.keys:
         ending = re.fullmatch(r"tokenizer\.ggml\.(?:\w+_(token_id)|add_\w+_token)", name)
         wanted: Kind = "u32" if ending and ending[1] else "bool"
-        if ending and kind != KIND_IDS[wanted]:
+        if ending and gguf.keys.kind(name) != KIND_IDS[wanted]:
             value = gguf.keys[name]
             usable = isinstance(value, int) and 0 <= value < (1 << 32 if wanted == "u32" else 2)
             change = Change(name, wanted, value) if usable else Change(name)

@@ -115,6 +115,17 @@ def test_reads_long_arrays(pristine: Path) -> None:
     assert keys["tokenizer.chat_template"] == TEMPLATE
 
 
+def test_keys_and_tensors_are_kept_as_they_lie_in_the_file(pristine: Path) -> None:
+    (header,) = GGUFFile.open(pristine).headers
+    keys = b"".join(map(header.keys.raw, header.keys))
+    start = pristine.read_bytes()[: header.data_start]
+    assert start[24:] == (keys + header.raw_tensors).ljust(len(start) - 24, b"\0")
+    fields = gguf.GGUFReader(pristine).fields
+    assert {key: header.keys.kind(key) for key in header.keys} == {
+        key: field.types[0] for key, field in fields.items() if not key.startswith("GGUF.")
+    }
+
+
 def test_any_shard_opens_the_whole_model(split: list[Path], pristine: Path) -> None:
     whole = GGUFFile.open(pristine)
     for shard in split:

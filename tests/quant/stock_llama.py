@@ -14,7 +14,7 @@ from llama_cpp import _logger
 from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
-from dots1_local.files.gguf import GGUFTensor, read_header
+from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor
 from dots1_local.ggml import quant_type
 from dots1_local.quant.plan import Override
 
@@ -102,7 +102,7 @@ def _random(rng: np.random.RandomState, spec: TensorSpec) -> NDArray[np.generic]
 
 def tensors_of(path: Path) -> dict[str, GGUFTensor]:
     """The tensor table of a GGUF file."""
-    return {tensor.name: tensor for tensor in read_header(path)[1]}
+    return {tensor.name: tensor for tensor in GGUFHeader.read(path).tensors}
 
 
 def read_bytes(path: Path, tensor: GGUFTensor) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, inventory
 from dots1_local.errors import UsageError
-from dots1_local.files.gguf import read_header
+from dots1_local.files.gguf_header import GGUFHeader
 from dots1_local.ggml import TYPES, quant_type
 from dots1_local.quant.encode import encode
 from dots1_local.quant.plan import override_type, parse_overrides
@@ -176,7 +176,7 @@ def compare_files(source: Path, target: Path, mix: str, measured: bool) -> None:
     stock_llama.stock_quantise(source, target, STOCK_MIXES[mix].file_type, importance)
     types = our_types(SMALL, mix, measured)
     require_importance(types, importance or (), mix)
-    assert read_header(target)[0]["general.file_type"] == STOCK_MIXES[mix].file_type
+    assert GGUFHeader.read(target).keys["general.file_type"] == STOCK_MIXES[mix].file_type
     written = stock_llama.tensors_of(target)
     assert {name: tensor.type for name, tensor in written.items()} == types
     for name, tensor in written.items():

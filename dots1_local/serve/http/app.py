@@ -1,10 +1,10 @@
-"""The ASGI application: OpenAI's endpoints, the API key, errors, and limits on connections."""
+"""The ASGI application: endpoints, the API key, errors, and limits on connections."""
 
 import asyncio
 import hmac
 import logging
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import h11
@@ -13,14 +13,14 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dots1_local.serve.http.request import ApiError, check_model_name
-from dots1_local.serve.http.service import RETRY_SOON, Model, Service
+from dots1_local.serve.http.request import ApiError
+from dots1_local.serve.http.service import Service
 
 __all__ = ["BACKLOG", "IDLE_SECONDS", "Connection", "make_app", "raise_file_limit"]
 
@@ -35,26 +35,6 @@ def make_app(
     service: Service, *, api_key: str | None = None, origins: Sequence[str] = ()
 ) -> Starlette:
     """Return the ASGI application; web pages from `origins` may use it too, "*" allows any."""
-
-    async def health(request: Request) -> Response:
-        document = {"status": service.status, **service.load}
-        if service.status == "ok":
-            return JSONResponse(document)
-        return JSONResponse(document, 503, RETRY_SOON)
-
-    async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [_entry(service)]})
-
-    async def model(request: Request) -> Response:
-        check_model_name(request.path_params["name"], service.name)
-        return JSONResponse(_entry(service))
-
-    async def chat(request: Request) -> Response:
-        return await service.answer(request, Model.chat)
-
-    async def completions(request: Request) -> Response:
-        return await service.answer(request, Model.completion)
-
     middleware = [Middleware(_Guard, key=api_key)] if api_key else []
     if origins:  # outermost, so that web pages can read errors too
         cors: Any = CORSMiddleware
@@ -63,18 +43,38 @@ def make_app(
         )
     app = Starlette(
         routes=[
-            Route("/health", health),
-            Route("/v1/models", models),
-            Route("/v1/models/{name:path}", model),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/health", service.health),
+            Route("/v1/models", service.models),
+            Route("/v1/models/{name:path}", service.model),
+            Route("/v1/chat/completions", service.chat, methods=["POST"]),
+            Route("/v1/completions", service.completions, methods=["POST"]),
         ],
         middleware=middleware,
-        exception_handlers=_HANDLERS,
+        exception_handlers={HTTPException: _refuse, Exception: _report_bug},
     )
     # A redirect would name this server's scheme and host, not those of a proxy in front of it.
     app.router.redirect_slashes = False
     return app
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if not isinstance(error, ApiError):
+        error = _unknown_endpoint(request, error)
+    return error.response()
+
+
+def _unknown_endpoint(request: Request, error: HTTPException) -> ApiError:
+    path = f"{request.url.path:.80}"
+    message = f"there is no {path} here; use /v1/chat/completions, /v1/completions or /v1/models"
+    if error.status_code == 405:
+        message = f"{path} does not support {request.method}"
+    return ApiError(error.status_code, message, headers=error.headers)
+
+
+async def _report_bug(request: Request, error: Exception) -> Response:
+    logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
+    return ApiError(500, "something went wrong in the server; its log says what").response()
 
 
 class _Guard:
@@ -96,51 +96,6 @@ class _Guard:
         await self._app(scope, receive, send)
 
 
-def _entry(service: Service) -> dict[str, Any]:
-    """Return the model's entry in the list; `max_model_len` is vLLM's name for the context."""
-    return {
-        "id": service.name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "dots1-local",
-        "max_model_len": service.opened()[0].n_ctx,
-    }
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.response()
-
-
-async def _refuse_path(request: Request, error: Exception) -> Response:
-    """Answer a request for a path or method that does not exist."""
-    assert isinstance(error, HTTPException)
-    path = f"{request.url.path:.80}"
-    message = f"there is no {path} here; use /v1/chat/completions, /v1/completions or /v1/models"
-    if error.status_code == 405:
-        message = f"{path} does not support {request.method}"
-    return ApiError(error.status_code, message, headers=error.headers).response()
-
-
-async def _drop(request: Request, error: Exception) -> Response:
-    """Answer a client that disconnected while it was sending; nobody reads this."""
-    return Response(status_code=400)
-
-
-async def _fail(request: Request, error: Exception) -> Response:
-    """Report a bug; its details go to the log alone."""
-    logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
-    return ApiError(500, "something went wrong in the server; its log says what").response()
-
-
-_HANDLERS: Mapping[Any, Any] = {
-    ApiError: _refuse,
-    HTTPException: _refuse_path,
-    ClientDisconnect: _drop,
-    Exception: _fail,
-}
-
-
 def raise_file_limit() -> None:
     """Raise the process's limit of open files to what its connections need, if allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -150,7 +105,7 @@ def raise_file_limit() -> None:
 
 
 class Connection(H11Protocol):
-    """One connection; it is closed at once if there are too many, or if it stays silent.
+    """One connection; it is closed at once if there are too many, or later if it stays silent.
 
     uvicorn itself allows a new connection to be silent for ever, and a header to arrive slowly.
     """

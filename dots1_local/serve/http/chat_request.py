@@ -14,6 +14,7 @@ from dots1_local.serve.http.request import (
     TokenCount,
     convert_body,
     invalid,
+    missing,
     read_options,
 )
 
@@ -47,30 +48,12 @@ class _Call(Struct, frozen=True):
     id: str | None = None
 
 
-class _MessageFields(Struct, frozen=True, kw_only=True, tag_field="role"):
-    function_call: None = None  # OpenAI's former name of tool_calls
-
-
-class _System(_MessageFields, frozen=True, kw_only=True, tag="system"):
-    content: _Content
-
-
-class _Developer(_System, frozen=True, kw_only=True, tag="developer"):
-    pass
-
-
-class _User(_MessageFields, frozen=True, kw_only=True, tag="user"):
-    content: _Content
-
-
-class _Assistant(_MessageFields, frozen=True, kw_only=True, tag="assistant"):
+class _Message(Struct, frozen=True):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: _Content | None = None
     tool_calls: Annotated[list[_Call], Meta(max_length=_MAX_TOOLS)] | None = None
-
-
-class _ToolResult(_MessageFields, frozen=True, kw_only=True, tag="tool"):
-    content: _Content
-    tool_call_id: str
+    tool_call_id: str | None = None
+    function_call: None = None  # OpenAI's former name of tool_calls
 
 
 class _Function(Struct, frozen=True):
@@ -84,11 +67,8 @@ class _Tool(Struct, frozen=True):
     type: Literal["function"] | None = None
 
 
-_AnyMessage = _System | _Developer | _User | _Assistant | _ToolResult
-
-
 class _ChatFields(SharedFields, frozen=True, kw_only=True):
-    messages: Annotated[list[_AnyMessage], Meta(min_length=1, max_length=_MAX_MESSAGES)]
+    messages: Annotated[list[_Message], Meta(min_length=1, max_length=_MAX_MESSAGES)]
     max_completion_tokens: TokenCount | None = None  # the newer name of max_tokens
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -133,7 +113,7 @@ def read_chat(raw: Mapping[str, Any], n_vocab: int) -> ChatRequest:
     return ChatRequest(tuple(_messages(fields.messages)), tools, options)
 
 
-def _messages(given: list[_AnyMessage]) -> list[Message]:
+def _messages(given: list[_Message]) -> list[Message]:
     """Convert messages; an empty system message asks for a conversation without one."""
     messages = [_message(each, index) for index, each in enumerate(given)]
     if not any(message.role == "system" for message in messages):
@@ -144,17 +124,19 @@ def _messages(given: list[_AnyMessage]) -> list[Message]:
     return messages
 
 
-def _message(given: _AnyMessage, index: int) -> Message:
-    if given.content is None and not (isinstance(given, _Assistant) and given.tool_calls):
-        name = f"messages[{index}].content"
-        raise invalid(f"{name} is missing", name)
+def _message(given: _Message, index: int) -> Message:
+    calls = given.tool_calls or () if given.role == "assistant" else ()
+    if given.content is None and not calls:
+        raise missing(f"messages[{index}].content")
     text = _text(given.content or "")
-    match given:
-        case _Assistant():
-            return Message("assistant", text, tool_calls=tuple(map(_call, given.tool_calls or ())))
-        case _ToolResult():
+    match given.role:
+        case "assistant":
+            return Message("assistant", text, tool_calls=tuple(map(_call, calls)))
+        case "tool":
+            if given.tool_call_id is None:
+                raise missing(f"messages[{index}].tool_call_id")
             return Message("tool", text, tool_call_id=given.tool_call_id)
-        case _User():
+        case "user":
             return Message("user", text)
     return Message("system", text)
 

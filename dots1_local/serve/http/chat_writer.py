@@ -15,13 +15,7 @@ from dots1_local.chat.message import ToolCall
 from dots1_local.files.json_file import JsonError, parse_json
 from dots1_local.serve.generation import Finished, Piece, TokenLogprob
 from dots1_local.serve.http.request import Options
-from dots1_local.serve.http.response import (
-    ChoiceText,
-    Document,
-    Writer,
-    json_logprob,
-    token_name,
-)
+from dots1_local.serve.http.response import Document, Writer, named_logprob
 
 __all__ = ["ChatWriter", "ToolCallParser"]
 
@@ -67,18 +61,18 @@ class ChatWriter(Writer):
             for at, delta in enumerate(deltas)
         ]
 
-    def _choice(self, index: int, choice: ChoiceText) -> Document:
-        message = self._messages[index]
-        text, calls = message.add(choice.text)
+    def _choice(self, piece: Piece, finished: Finished) -> Document:
+        message = self._messages[piece.index]
+        text, calls = message.add(piece.text)
         rest, more = message.finish()
         content: Document = {"role": "assistant", "content": text + rest, "refusal": None}
         if calls or more:
             content |= {"content": text + rest or None, "tool_calls": calls + more}
         return {
-            "index": index,
+            "index": piece.index,
             "message": content,
-            "logprobs": self._logprobs(choice.logprobs),
-            "finish_reason": choice.finished and message.finish_reason(choice.finished),
+            "logprobs": self._logprobs(piece.logprobs),
+            "finish_reason": message.finish_reason(finished),
         }
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> Document | None:
@@ -95,7 +89,8 @@ class ChatWriter(Writer):
 
 
 def _logprob_entry(piece: bytes, value: float) -> Document:
-    return {"token": token_name(piece), "logprob": json_logprob(value), "bytes": list(piece)}
+    name, value = named_logprob(piece, value)
+    return {"token": name, "logprob": value, "bytes": list(piece)}
 
 
 class _AnswerMessage:

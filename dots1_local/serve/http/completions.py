@@ -17,13 +17,7 @@ from dots1_local.serve.http.request import (
     invalid,
     read_options,
 )
-from dots1_local.serve.http.response import (
-    ChoiceText,
-    Document,
-    Writer,
-    json_logprob,
-    token_name,
-)
+from dots1_local.serve.http.response import Document, Writer, named_logprob
 
 __all__ = ["CompletionRequest", "CompletionWriter", "read_completion"]
 
@@ -102,7 +96,9 @@ class CompletionWriter(Writer):
     def __init__(self, model: str, options: Options, echoes: Sequence[str]) -> None:
         super().__init__(model, options, len(echoes))
         self._echoes = echoes
-        self._offsets = [_TextOffset(len(echo)) for echo in echoes]
+        self._offsets = [len(echo) for echo in echoes]
+        utf8 = codecs.getincrementaldecoder("utf-8")
+        self._decoders = [utf8(errors="replace") for _ in echoes]
 
     def begin(self) -> list[Document]:
         """Return the prompts to echo."""
@@ -119,39 +115,29 @@ class CompletionWriter(Writer):
     def finish(self, finished: Finished) -> list[Document]:
         return [self._chunk(finished.index, finished.reason, text="", logprobs=None)]
 
-    def _choice(self, index: int, choice: ChoiceText) -> Document:
+    def _choice(self, piece: Piece, finished: Finished) -> Document:
         return {
-            "index": index,
-            "text": self._echoes[index] + choice.text,
-            "logprobs": self._logprobs(index, choice.logprobs),
-            "finish_reason": choice.finished and choice.finished.reason,
+            "index": piece.index,
+            "text": self._echoes[piece.index] + piece.text,
+            "logprobs": self._logprobs(piece.index, piece.logprobs),
+            "finish_reason": finished.reason,
         }
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> Document | None:
         """Return OpenAI's older format: a list for each property; top includes the token itself."""
         if self.options.top_logprobs is None:
             return None
+        own = [named_logprob(token.piece, token.logprob) for token in tokens]
+        top = [dict(named_logprob(*each[1:]) for each in token.top) for token in tokens]
         return {
-            "tokens": [token_name(token.piece) for token in tokens],
-            "token_logprobs": [json_logprob(token.logprob) for token in tokens],
-            "top_logprobs": [_top(token) for token in tokens],
-            "text_offset": [self._offsets[index].before(token.piece) for token in tokens],
+            "tokens": [name for name, _ in own],
+            "token_logprobs": [logprob for _, logprob in own],
+            "top_logprobs": [others | dict([each]) for others, each in zip(top, own, strict=True)],
+            "text_offset": [self._offset(index, token.piece) for token in tokens],
         }
 
-
-class _TextOffset:
-    """Counts the characters of a text before each token."""
-
-    def __init__(self, start: int) -> None:
-        self._count = start
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def before(self, piece: bytes) -> int:
-        offset = self._count
-        self._count += len(self._decoder.decode(piece))
+    def _offset(self, index: int, piece: bytes) -> int:
+        """Return how many characters of a choice's text come before a token."""
+        offset = self._offsets[index]
+        self._offsets[index] += len(self._decoders[index].decode(piece))
         return offset
-
-
-def _top(token: TokenLogprob) -> dict[str, float]:
-    likeliest = {token_name(piece): json_logprob(value) for _, piece, value in token.top}
-    return likeliest | {token_name(token.piece): json_logprob(token.logprob)}

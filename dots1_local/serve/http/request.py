@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import Meta
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from dots1_local.chat.grammar import Grammar
@@ -26,6 +27,7 @@ __all__ = [
     "check_model_name",
     "convert_body",
     "invalid",
+    "missing",
     "parse_body",
     "read_body",
     "read_options",
@@ -53,7 +55,7 @@ _ERROR_TYPES = {
 }
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """A refusal: the HTTP status, one sentence, and the parameter at fault."""
 
     def __init__(
@@ -65,30 +67,29 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.message = status, message
-        self.param, self.code, self.headers = param, code, headers
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
 
     @property
     def body(self) -> dict[str, Any]:
         """The JSON that the client receives, in the shape of OpenAI's errors."""
-        general = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {
-            "error": {
-                "message": self.message,
-                "type": _ERROR_TYPES.get(self.status, general),
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        general = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        kind = _ERROR_TYPES.get(self.status_code, general)
+        error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
 
     def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
+        return JSONResponse(self.body, self.status_code, self.headers)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Refuse a request that is malformed or asks for something unsupported."""
     return ApiError(400, message, param=param, code=code)
+
+
+def missing(param: str) -> ApiError:
+    """Refuse a request without a required field."""
+    return invalid(f"{param} is missing", param)
 
 
 def check_model_name(asked: Any, served: str) -> None:
@@ -122,6 +123,8 @@ async def read_body(request: Request) -> bytes:
     except TimeoutError:
         message = f"the body did not arrive within {_BODY_SECONDS:.0f} seconds"
         raise ApiError(408, message, headers={"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise ApiError(400, "the client disconnected") from None  # nobody reads this
     return bytes(body)
 
 
@@ -227,10 +230,9 @@ def convert_body(raw: Mapping[str, Any], kind: type[_Fields]) -> _Fields:
 
 def _refusal(error: JsonError) -> ApiError:
     """Describe a JSON error; `param` becomes the path of the field, such as "messages[0].role"."""
-    path = error.path.partition("[...]")[0]  # which key of an object is wrong, msgspec does not say
-    if missing := re.fullmatch(r"object missing required field (\w+)", error.reason):
-        path = f"{path}.{missing[1]}".removeprefix(".")
-        return invalid(f"{path} is missing", path)
+    path = error.path.partition("[...]")[0]  # msgspec does not say which key of an object is wrong
+    if field := re.fullmatch(r"object missing required field (\w+)", error.reason):
+        return missing(f"{path}.{field[1]}".removeprefix("."))
     return invalid(f"{path or 'the body'} is invalid: {error.reason:.200}", path or None)
 
 

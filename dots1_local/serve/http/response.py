@@ -7,7 +7,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -20,19 +19,16 @@ from dots1_local.serve.generation import (
     Finished,
     GenerationRequest,
     Piece,
-    TokenLogprob,
 )
 from dots1_local.serve.http.request import ApiError, Options
 from dots1_local.serve.scheduler import Scheduler
 
 __all__ = [
     "PING_SECONDS",
-    "ChoiceText",
     "Document",
     "GenerationResponse",
     "Writer",
-    "json_logprob",
-    "token_name",
+    "named_logprob",
 ]
 
 PING_SECONDS = 5.0  # proxies and clients give up on streams that are silent for a minute or so
@@ -41,22 +37,6 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON cannot express
 
 Document = dict[str, Any]  # a JSON object to send
-
-
-@dataclass
-class ChoiceText:
-    """What has been generated of one choice; `finished` is set at the end."""
-
-    text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finished: Finished | None = None
-
-    def add(self, event: Piece | Finished) -> None:
-        if isinstance(event, Finished):
-            self.finished = event
-        else:
-            self.text += event.text
-            self.logprobs += event.logprobs
 
 
 class Writer(ABC):
@@ -93,17 +73,17 @@ class Writer(ABC):
         chunk = {**self._head, "object": self.chunk_kind, "choices": []}
         return [{**chunk, "usage": self._usage(finished)}]
 
-    def whole(self, choices: Sequence[ChoiceText]) -> Document:
-        """Return the whole response."""
+    def whole(self, choices: Sequence[tuple[Piece, Finished]]) -> Document:
+        """Return the whole response; the `Piece` of a choice is all of its text."""
         return {
             **self._head,
             "object": self.kind,
-            "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
-            "usage": self._usage([each.finished for each in choices if each.finished]),
+            "choices": [self._choice(piece, finished) for piece, finished in choices],
+            "usage": self._usage([finished for _, finished in choices]),
         }
 
     @abstractmethod
-    def _choice(self, index: int, choice: ChoiceText) -> Document:
+    def _choice(self, piece: Piece, finished: Finished) -> Document:
         """Return a choice of a whole response."""
 
     def _chunk(self, index: int, reason: str | None = None, **fields: Any) -> Document:
@@ -125,14 +105,12 @@ class Writer(ABC):
         }
 
 
-def json_logprob(value: float) -> float:
-    """Return a log-probability that JSON can express."""
-    return max(value, _MIN_LOGPROB)
+def named_logprob(piece: bytes, logprob: float) -> tuple[str, float]:
+    """Return a token's text and log-probability as JSON can express them.
 
-
-def token_name(piece: bytes) -> str:
-    """Return a token's text; bytes that are not a whole character become \\x escapes."""
-    return piece.decode("utf-8", errors="backslashreplace")
+    Bytes that are not a whole character become \\x escapes.
+    """
+    return piece.decode("utf-8", errors="backslashreplace"), max(logprob, _MIN_LOGPROB)
 
 
 class GenerationResponse(Response):
@@ -179,12 +157,17 @@ class GenerationResponse(Response):
             raise results[0]
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        choices = [ChoiceText() for _ in range(self._writer.n_choices)]
-        while not all(choice.finished for choice in choices):
+        pieces: list[list[Piece]] = [[] for _ in range(self._writer.n_choices)]
+        finished: dict[int, Finished] = {}
+        while len(finished) < len(pieces):
             event = await self._events.get()
             if isinstance(event, Failed):
                 raise ApiError(500, event.message)
-            choices[event.index].add(event)
+            if isinstance(event, Piece):
+                pieces[event.index].append(event)
+            else:
+                finished[event.index] = event
+        choices = [(_joined(index, each), finished[index]) for index, each in enumerate(pieces)]
         await JSONResponse(self._writer.whole(choices))(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
@@ -217,6 +200,11 @@ class GenerationResponse(Response):
                 await _send(send, _PING)
             else:
                 return [first, *(self._events.get_nowait() for _ in range(self._events.qsize()))]
+
+
+def _joined(index: int, pieces: Sequence[Piece]) -> Piece:
+    logprobs = chain.from_iterable(piece.logprobs for piece in pieces)
+    return Piece(index, "".join(piece.text for piece in pieces), tuple(logprobs))
 
 
 async def _send_documents(send: Send, documents: Iterable[Document]) -> None:

@@ -1,13 +1,14 @@
-"""The model behind the endpoints: available once it is loaded and until the server ends."""
+"""The endpoints of OpenAI's API for one model, once it is loaded and until the server ends."""
 
 import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from dots1_local.chat.prompt import Prompter, RawPrompter
 from dots1_local.engine.engine import Engine
@@ -26,9 +27,9 @@ from dots1_local.serve.http.request import (
 from dots1_local.serve.http.response import PING_SECONDS, GenerationResponse, Writer
 from dots1_local.serve.scheduler import Scheduler
 
-__all__ = ["RETRY_SOON", "Model", "Service"]
+__all__ = ["Model", "Service"]
 
-RETRY_SOON = {"Retry-After": "5"}  # seconds
+_RETRY_SOON = {"Retry-After": "5"}  # seconds
 _READERS = 2  # threads that parse requests and tokenise prompts
 
 
@@ -107,7 +108,7 @@ class Service:
     """One model under one name; a stream is silent for at most `ping` seconds."""
 
     def __init__(self, name: str, *, ping: float = PING_SECONDS) -> None:
-        self.name, self.created = name, int(time.time())
+        self.name, self._created = name, int(time.time())
         self._ping = ping
         self._opened: tuple[Model, Scheduler] | None = None
         self._closing = False
@@ -125,36 +126,49 @@ class Service:
         """Wait until no thread reads a request: reading uses the model's vocabulary."""
         self._readers.shutdown(cancel_futures=True)
 
-    @property
-    def status(self) -> Literal["loading", "ok", "closing"]:
-        """The stage of the server between start and end."""
-        return "closing" if self._closing else "ok" if self._opened else "loading"
+    async def health(self, request: Request) -> Response:
+        """Report the stage of the server and the scheduler's load."""
+        status = "closing" if self._closing else "ok" if self._opened else "loading"
+        document = {"status": status, **(asdict(self._opened[1].load) if self._opened else {})}
+        if status == "ok":
+            return JSONResponse(document)
+        return JSONResponse(document, 503, _RETRY_SOON)
 
-    @property
-    def load(self) -> dict[str, int]:
-        """The scheduler's load as a JSON object; empty while the model is loading."""
-        return asdict(self._opened[1].load) if self._opened else {}
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._entry()]})
 
-    def opened(self) -> tuple[Model, Scheduler]:
-        """Return the model and the scheduler that answer requests.
+    async def model(self, request: Request) -> Response:
+        check_model_name(request.path_params["name"], self.name)
+        return JSONResponse(self._entry())
 
-        Raises:
-            ApiError: the model is loading, or the server is shutting down.
-        """
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, Model.chat)
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, Model.completion)
+
+    def _entry(self) -> dict[str, Any]:
+        """Return the model's entry in the list; `max_model_len` is vLLM's name for the context."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "dots1-local",
+            "max_model_len": self._available()[0].n_ctx,
+        }
+
+    def _available(self) -> tuple[Model, Scheduler]:
+        """Return the model and its scheduler, or refuse while loading or shutting down."""
         if self._opened is None or self._closing:
             state = "shutting down" if self._closing else "loading the model"
-            raise ApiError(503, f"the server is {state}; try again later", headers=RETRY_SOON)
+            raise ApiError(503, f"the server is {state}; try again later", headers=_RETRY_SOON)
         return self._opened
 
-    async def answer(self, request: Request, reader: Reader) -> GenerationResponse:
-        """Submit a request to the scheduler and return its response.
-
-        Raises:
-            ApiError: the request cannot be answered, or not now.
-        """
-        self.opened()  # refuse before the body is read
+    async def _answer(self, request: Request, reader: Reader) -> Response:
+        """Submit a request to the scheduler and return its response."""
+        self._available()  # refuse before the body is read
         body = await read_body(request)
-        model, scheduler = self.opened()
+        model, scheduler = self._available()
         loop = asyncio.get_running_loop()
         read = loop.run_in_executor(self._readers, self._read, body, model, reader)
         requests, writer = await read
@@ -166,7 +180,7 @@ class Service:
         except UsageError as error:
             raise invalid(str(error)) from None
         except Dots1Error as error:  # the scheduler is closed
-            raise ApiError(503, str(error), headers=RETRY_SOON) from None
+            raise ApiError(503, str(error), headers=_RETRY_SOON) from None
 
     def _read(
         self, body: bytes, model: Model, reader: Reader

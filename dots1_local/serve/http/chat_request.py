@@ -1,7 +1,6 @@
 """The request body of POST /v1/chat/completions."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
@@ -18,7 +17,7 @@ from dots1_local.serve.http.request import (
     read_options,
 )
 
-__all__ = ["ChatRequest", "read_chat"]
+__all__ = ["read_chat"]
 
 _MAX_MESSAGES, _MAX_PARTS = 1 << 14, 1 << 10
 _MAX_TOOLS = 128  # OpenAI's limit
@@ -86,17 +85,10 @@ class _ChatFields(SharedFields, frozen=True, kw_only=True):
     }
 
 
-@dataclass(frozen=True)
-class ChatRequest:
-    """A conversation to answer, and the tools that the model may call, as the client wrote them."""
-
-    messages: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...]
-    options: Options
-
-
-def read_chat(raw: Mapping[str, Any], n_vocab: int) -> ChatRequest:
-    """Read the body of a chat request.
+def read_chat(
+    raw: Mapping[str, Any], n_vocab: int
+) -> tuple[list[Message], list[dict[str, Any]], Options]:
+    """Return the conversation to answer, the tools as the client wrote them, and the options.
 
     Raises:
         ApiError: a field is invalid or unsupported, or fields contradict each other.
@@ -105,12 +97,12 @@ def read_chat(raw: Mapping[str, Any], n_vocab: int) -> ChatRequest:
     if fields.tool_choice not in (None, "auto", "none"):
         message = "tool_choice must be auto or none: this server cannot force a call"
         raise invalid(message, "tool_choice")
-    tools = () if fields.tool_choice == "none" else tuple(raw.get("tools") or ())
+    tools = [] if fields.tool_choice == "none" else raw.get("tools") or []
     max_tokens = fields.max_completion_tokens or fields.max_tokens
     options = read_options(fields, n_vocab, max_tokens, _top_logprobs(fields))
-    if tools and options.grammar:  # the grammar would not let the model write a call
+    if tools and options.choice.grammar:  # the grammar would not let the model write a call
         raise invalid("response_format cannot be combined with tools", "response_format")
-    return ChatRequest(tuple(_messages(fields.messages)), tools, options)
+    return _messages(fields.messages), tools, options
 
 
 def _messages(given: list[_Message]) -> list[Message]:

@@ -30,7 +30,8 @@ class ChatWriter(Writer):
 
     def __init__(self, model: str, options: Options, n_choices: int, *, tools: bool) -> None:
         super().__init__(model, options, n_choices)
-        self._messages = [_AnswerMessage(tools) for _ in range(n_choices)]
+        self._parsers = [ToolCallParser(tools) for _ in range(n_choices)]
+        self._n_calls = [0] * n_choices  # so far
 
     def begin(self) -> list[Document]:
         """Return a chunk with the role for each choice."""
@@ -38,45 +39,61 @@ class ChatWriter(Writer):
         return [self._chunk(index, delta=delta, logprobs=None) for index in range(self.n_choices)]
 
     def piece(self, piece: Piece) -> list[Document]:
-        text, calls = self._messages[piece.index].add(piece.text)
+        text, calls = self._parsers[piece.index].add(piece.text)
         return self._deltas(piece.index, text, calls, piece.logprobs)
 
     def finish(self, finished: Finished) -> list[Document]:
-        message = self._messages[finished.index]
-        deltas = self._deltas(finished.index, *message.finish())
-        reason = message.finish_reason(finished)
+        deltas = self._deltas(finished.index, *self._parsers[finished.index].finish())
+        reason = self._finish_reason(finished)
         return [*deltas, self._chunk(finished.index, reason, delta={}, logprobs=None)]
 
     def _deltas(
         self,
         index: int,
         text: str,
-        calls: Sequence[Document],
+        calls: Sequence[ToolCall],
         logprobs: Sequence[TokenLogprob] = (),
     ) -> list[Document]:
         deltas: list[Document] = [{"content": text}] if text or logprobs else []
-        deltas += [{"tool_calls": [call]} for call in calls]
+        deltas += [{"tool_calls": [call]} for call in self._numbered(index, calls)]
         return [
             self._chunk(index, delta=delta, logprobs=None if at else self._logprobs(logprobs))
             for at, delta in enumerate(deltas)
         ]
 
     def _choice(self, piece: Piece, finished: Finished) -> Document:
-        message = self._messages[piece.index]
-        text, calls = message.add(piece.text)
-        rest, more = message.finish()
-        content: Document = {"role": "assistant", "content": text + rest, "refusal": None}
-        if calls or more:
-            content |= {"content": text + rest or None, "tool_calls": calls + more}
+        parser = self._parsers[piece.index]
+        (text, calls), (rest, more) = parser.add(piece.text), parser.finish()
+        message: Document = {"role": "assistant", "content": text + rest, "refusal": None}
+        if documents := self._numbered(piece.index, calls + more):
+            message |= {"content": text + rest or None, "tool_calls": documents}
         return {
             "index": piece.index,
-            "message": content,
+            "message": message,
             "logprobs": self._logprobs(piece.logprobs),
-            "finish_reason": message.finish_reason(finished),
+            "finish_reason": self._finish_reason(finished),
         }
 
+    def _numbered(self, index: int, calls: Sequence[ToolCall]) -> list[Document]:
+        """Return the calls of a choice as JSON, numbered after those that it has made already."""
+        first = self._n_calls[index]
+        self._n_calls[index] += len(calls)
+        return [
+            {
+                "index": number,
+                "id": f"call_{secrets.token_hex(12)}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for number, call in enumerate(calls, first)
+        ]
+
+    def _finish_reason(self, finished: Finished) -> str:
+        calls = self._n_calls[finished.index]
+        return "tool_calls" if calls and finished.reason == "stop" else finished.reason
+
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> Document | None:
-        if self.options.top_logprobs is None:
+        if self.options.choice.top_logprobs is None:
             return None
         content = [
             {
@@ -93,52 +110,22 @@ def _logprob_entry(piece: bytes, value: float) -> Document:
     return {"token": name, "logprob": value, "bytes": list(piece)}
 
 
-class _AnswerMessage:
-    """One choice's text, split into content and numbered tool calls if there are tools."""
-
-    def __init__(self, tools: bool) -> None:
-        self._parser = ToolCallParser() if tools else None
-        self._count = 0  # of calls so far
-
-    def add(self, text: str) -> tuple[str, list[Document]]:
-        """Return the content and the calls that are certain with this text."""
-        return self._numbered(*self._parser.add(text)) if self._parser else (text, [])
-
-    def finish(self) -> tuple[str, list[Document]]:
-        """Return what was held back, because no text follows."""
-        return self._numbered(*self._parser.finish()) if self._parser else ("", [])
-
-    def finish_reason(self, finished: Finished) -> str:
-        return "tool_calls" if self._count and finished.reason == "stop" else finished.reason
-
-    def _numbered(self, content: str, calls: Sequence[ToolCall]) -> tuple[str, list[Document]]:
-        first = self._count
-        self._count += len(calls)
-        return content, [_call_document(index, call) for index, call in enumerate(calls, first)]
-
-
-def _call_document(index: int, call: ToolCall) -> Document:
-    return {
-        "index": index,
-        "id": f"call_{secrets.token_hex(12)}",
-        "type": "function",
-        "function": {"name": call.name, "arguments": call.arguments},
-    }
-
-
 class ToolCallParser:
     """Splits an answer's text, which comes in pieces, into content and whole tool calls.
 
     Text that may become a call is held back. White space before a call is dropped. Tags around
-    anything but a call stay content.
+    anything but a call stay content. Without `tools` all text is content.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tools: bool = True) -> None:
+        self._tools = tools
         self._held = ""
         self._inside = False
 
     def add(self, text: str) -> tuple[str, list[ToolCall]]:
         """Return the content and the calls that are certain with this text."""
+        if not self._tools:
+            return text, []
         self._held += text
         if self._inside and ">" not in text:
             return "", []

@@ -2,7 +2,6 @@
 
 import codecs
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
@@ -19,15 +18,13 @@ from dots1_local.serve.http.request import (
 )
 from dots1_local.serve.http.response import Document, Writer, named_logprob
 
-__all__ = ["CompletionRequest", "CompletionWriter", "read_completion"]
+__all__ = ["CompletionWriter", "read_completion"]
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
-Prompt = str | tuple[int, ...]  # a text or token ids
-
 
 class _CompletionFields(SharedFields, frozen=True, kw_only=True):
-    prompt: str | list[str | int | list[int]]
+    prompt: str | list[int | str | list[int]]
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
@@ -38,17 +35,10 @@ class _CompletionFields(SharedFields, frozen=True, kw_only=True):
     }
 
 
-@dataclass(frozen=True)
-class CompletionRequest:
-    """Prompts to complete; with `echo` each answer begins with its prompt."""
-
-    prompts: tuple[Prompt, ...]
-    echo: bool
-    options: Options
-
-
-def read_completion(raw: Mapping[str, Any], n_vocab: int) -> CompletionRequest:
-    """Read the body of a completion request.
+def read_completion(
+    raw: Mapping[str, Any], n_vocab: int
+) -> tuple[list[str | list[int]], bool, Options]:
+    """Return the prompts, each a text or token ids, whether to echo them, and the options.
 
     Raises:
         ApiError: a field is invalid or unsupported, or fields contradict each other.
@@ -65,26 +55,23 @@ def read_completion(raw: Mapping[str, Any], n_vocab: int) -> CompletionRequest:
     if len(prompts) * options.n > MAX_CHOICES:
         message = f"{len(prompts)} prompts with n {options.n} are more than {MAX_CHOICES} choices"
         raise invalid(f"{message}; split the request", "prompt")
-    return CompletionRequest(prompts, bool(fields.echo), options)
+    return prompts, bool(fields.echo), options
 
 
-def _prompts(given: str | list[Any], n_vocab: int) -> tuple[Prompt, ...]:
+def _prompts(given: Any, n_vocab: int) -> list[str | list[int]]:
     """Return the prompts in a string, a list of token ids, or a list of either."""
     single = isinstance(given, str) or all(isinstance(each, int) for each in given)
     prompts = [given] if single else given
-    if any(isinstance(each, int) for each in prompts):
-        raise invalid("prompt mixes token ids with texts; give a list of either", "prompt")
     if not all(prompts):
         raise invalid("prompt is empty; give the beginning of a text", "prompt")
-    return tuple(each if isinstance(each, str) else _tokens(each, n_vocab) for each in prompts)
-
-
-def _tokens(given: list[int], n_vocab: int) -> tuple[int, ...]:
-    for token in given:
-        if not 0 <= token < n_vocab:
-            message = f"prompt has {brief(token)}, not a token id from 0 to {n_vocab - 1}"
-            raise invalid(message, "prompt")
-    return tuple(given)
+    for prompt in prompts:
+        if isinstance(prompt, int):
+            raise invalid("prompt mixes token ids with texts; give a list of either", "prompt")
+        for token in prompt if isinstance(prompt, list) else ():
+            if not 0 <= token < n_vocab:
+                message = f"prompt has {brief(token)}, not a token id from 0 to {n_vocab - 1}"
+                raise invalid(message, "prompt")
+    return prompts
 
 
 class CompletionWriter(Writer):
@@ -125,7 +112,7 @@ class CompletionWriter(Writer):
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> Document | None:
         """Return OpenAI's older format: a list for each property; top includes the token itself."""
-        if self.options.top_logprobs is None:
+        if self.options.choice.top_logprobs is None:
             return None
         own = [named_logprob(token.piece, token.logprob) for token in tokens]
         top = [dict(named_logprob(*each[1:]) for each in token.top) for token in tokens]

@@ -238,25 +238,20 @@ def _refusal(error: JsonError) -> ApiError:
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate and send the choices of a request; each prompt has `n` choices."""
+    """How to generate and send choices: `n` for each prompt, each like `choice`."""
 
-    sampling: Sampling
-    max_tokens: int | None
-    stop: tuple[str, ...]
+    choice: GenerationRequest  # without a prompt
     n: int
     stream: bool
     include_usage: bool
-    grammar: Grammar | None
-    top_logprobs: int | None
 
     def requests(self, prompt: tuple[int, ...]) -> Iterator[GenerationRequest]:
         """Yield a prompt's choices; with a seed, choice i has the seed plus i."""
+        sampling = self.choice.sampling
         for index in range(self.n):
-            seed = self.sampling.seed
-            sampling = self.sampling if seed is None else replace(self.sampling, seed=seed + index)
-            yield GenerationRequest(
-                prompt, sampling, self.max_tokens, self.stop, self.grammar, self.top_logprobs
-            )
+            if sampling.seed is not None:
+                sampling = replace(self.choice.sampling, seed=self.choice.sampling.seed + index)
+            yield replace(self.choice, prompt=prompt, sampling=sampling)
 
 
 def read_options(
@@ -269,17 +264,16 @@ def read_options(
     """
     if fields.stream_options and not fields.stream:
         raise invalid("stream_options needs stream; set stream to true", "stream_options")
-    stop = fields.stop or ()
-    return Options(
+    choice = GenerationRequest(
+        prompt=(),
         sampling=_sampling(fields, n_vocab),
         max_tokens=max_tokens,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        n=fields.n or 1,
-        stream=bool(fields.stream),
-        include_usage=bool(fields.stream_options and fields.stream_options.include_usage),
+        stop=(fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ()),
         grammar=_grammar(fields.response_format),
         top_logprobs=top_logprobs,
     )
+    include_usage = bool(fields.stream_options and fields.stream_options.include_usage)
+    return Options(choice, fields.n or 1, bool(fields.stream), include_usage)
 
 
 def _sampling(fields: SharedFields, n_vocab: int) -> Sampling:

@@ -54,19 +54,18 @@ class Model:
         """
         if self._prompter is None:
             raise invalid(f"{self._no_chat}; use /v1/completions", "messages")
-        body = read_chat(raw, self._engine.n_vocab)
-        if body.tools and not self._prompter.writes_tool_calls:
+        messages, tools, options = read_chat(raw, self._engine.n_vocab)
+        if tools and not self._prompter.writes_tool_calls:
             message = "the model's chat template has no tools, or writes calls without <tool_call>"
             raise invalid(f"{message}; leave out tools", "tools")
         try:
-            tokens = self._prompter.tokens(body.messages, body.tools)
+            tokens = self._prompter.tokens(messages, tools)
         except UsageError as error:  # the template cannot take these tools or tool calls
-            raise invalid(str(error), "tools" if body.tools else "messages") from None
+            raise invalid(str(error), "tools" if tools else "messages") from None
         except GGUFError as error:  # the template refuses these messages
             raise invalid(str(error), "messages") from None
-        requests = list(body.options.requests(self._checked(tokens, "messages")))
-        tools = bool(body.tools)
-        return requests, ChatWriter(self.name, body.options, len(requests), tools=tools)
+        requests = list(options.requests(self._checked(tokens, "messages")))
+        return requests, ChatWriter(self.name, options, len(requests), tools=bool(tools))
 
     def completion(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
         """Read a body of /v1/completions.
@@ -74,19 +73,20 @@ class Model:
         Raises:
             ApiError: the request is malformed, too long, or asks for something unsupported.
         """
-        body = read_completion(raw, self._engine.n_vocab)
+        prompts, echo, options = read_completion(raw, self._engine.n_vocab)
         requests: list[GenerationRequest] = []
         echoes: list[str] = []
-        for prompt in body.prompts:
+        for prompt in prompts:
             # Clients of this endpoint render templates themselves, so markers become tokens.
-            tokens = self._raw_prompter.marked(prompt) if isinstance(prompt, str) else list(prompt)
-            requests += body.options.requests(self._checked(tokens, "prompt"))
-            echo = (prompt if isinstance(prompt, str) else self._text(prompt)) * body.echo
-            echoes += [echo] * body.options.n
-        return requests, CompletionWriter(self.name, body.options, echoes)
+            tokens = self._raw_prompter.marked(prompt) if isinstance(prompt, str) else prompt
+            requests += options.requests(self._checked(tokens, "prompt"))
+            echoes += [self._text(prompt) if echo else ""] * options.n
+        return requests, CompletionWriter(self.name, options, echoes)
 
-    def _text(self, tokens: tuple[int, ...]) -> str:
-        return b"".join(map(self._engine.piece, tokens)).decode("utf-8", errors="replace")
+    def _text(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return b"".join(map(self._engine.piece, prompt)).decode("utf-8", errors="replace")
 
     def _checked(self, tokens: list[int], param: str) -> tuple[int, ...]:
         """Check that the context has room for the prompt and at least one more token."""
@@ -99,9 +99,8 @@ class Model:
         raise invalid(message, param, "context_length_exceeded")
 
 
-Reader = Callable[
-    [Model, dict[str, Any]], tuple[list[GenerationRequest], Writer]
-]  # reads a parsed body
+# Reads a parsed body.
+Reader = Callable[[Model, dict[str, Any]], tuple[list[GenerationRequest], Writer]]
 
 
 class Service:

@@ -187,27 +187,19 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "add_generation_prompt": (True,),
-        "bad_words": ([],),
-        "chat_template": (),
         "chat_template_kwargs": ({},),
         "continue_final_message": (False,),
         "grammar": ("",),
-        "guided_choice": (),
-        "guided_grammar": (),
-        "guided_json": (),
-        "guided_regex": (),
         "ignore_eos": (False,),
         "json_schema": ({},),
         "length_penalty": (1,),
-        "lora": ([],),
         "min_tokens": (0,),
         "mirostat": (0,),
-        "prompt_logprobs": (),
-        "samplers": (),
-        "stop_token_ids": ([],),
-        "structured_outputs": (),
         "typical_p": (1,),
         "use_beam_search": (False,),
+        **dict.fromkeys(("bad_words", "lora", "stop_token_ids"), ([],)),
+        **dict.fromkeys(("chat_template", "prompt_logprobs", "samplers", "structured_outputs"), ()),
+        **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex"), ()),
     }
 
 
@@ -247,10 +239,10 @@ class Options:
 
     def requests(self, prompt: tuple[int, ...]) -> Iterator[GenerationRequest]:
         """Yield a prompt's choices; with a seed, choice i has the seed plus i."""
-        sampling = self.choice.sampling
+        seed = self.choice.sampling.seed
         for index in range(self.n):
-            if sampling.seed is not None:
-                sampling = replace(self.choice.sampling, seed=self.choice.sampling.seed + index)
+            each = None if seed is None else seed + index
+            sampling = replace(self.choice.sampling, seed=each)
             yield replace(self.choice, prompt=prompt, sampling=sampling)
 
 

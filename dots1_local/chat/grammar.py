@@ -1,51 +1,259 @@
-"""What an answer must be, a JSON document of some schema, as a grammar in llama.cpp's notation."""
+"""What an answer must be: a JSON schema, compiled by llguidance for the tokens of one model."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from threading import Lock
 from typing import Any, Self
+from urllib.parse import unquote
+from weakref import WeakKeyDictionary, ref
 
-from dots1_local.chat.json_schema.deterministic import deterministic
-from dots1_local.chat.json_schema.gbnf import gbnf
-from dots1_local.chat.json_schema.schema import Compiler
-from dots1_local.errors import UsageError
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
 
-__all__ = ["Grammar"]
+from dots1_local.engine.engine import Engine
+from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.files.json_file import brief
 
-_LONGEST = 1 << 18
+__all__ = ["Grammar", "Matcher"]
+
+_LONGEST = 1 << 18  # bytes of a schema
+# llguidance compiles recursively and overflows a stack of 8 MiB after some 4,000 levels.
+_MOST_LEVELS = 800
+# Without a bound on white space, models are known to write line breaks without end.
+_OPTIONS: Any = {"whitespace_pattern": r" |\n[ \t]{0,32}"}
+# A schema compiles in at most a second or two, and one step takes at most a tenth of a second.
+_LIMITS = LLParserLimits(max_items_in_row=10_000, max_grammar_size=50_000, verbose_errors=False)
+_BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+_COMBINING = ("anyOf", "oneOf", "$ref")
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")  # names to schemas
+_LISTS = ("anyOf", "oneOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties")
 
 
-@dataclass(frozen=True)
-class Grammar:
-    """A grammar in GBNF; its rule `root` is a whole answer.
+class Matcher:
+    """The state of one answer that is constrained by a grammar.
 
-    Those made here cost llama.cpp a bounded time for each token. One written by hand may not.
+    Every method raises Dots1Error where the answer exceeds llguidance's limits on time and memory.
     """
 
-    gbnf: str
+    def __init__(self, matcher: LLMatcher, ends: frozenset[int], n_vocab: int) -> None:
+        self._matcher, self._ends, self._n_vocab = matcher, ends, n_vocab
 
-    @classmethod
-    def of_json_schema(cls, schema: Any) -> Self:
-        """The documents that a JSON schema allows, with properties in the order it names them.
+    def reset(self) -> None:
+        """Begin a new answer."""
+        self._matcher.reset()
 
-        The largest schemas take about a second.
+    def accept(self, token: int) -> bool:
+        """Append a token to the answer; return False if the grammar does not allow the token.
+
+        A token that ends the answer is allowed where the text is complete.
+        """
+        if token in self._ends:
+            return self._matcher.is_accepting()
+        allowed = self._matcher.validate_tokens([token]) == 1
+        if allowed:
+            self._matcher.consume_token(token)
+        self._check()
+        return allowed
+
+    def mask(self) -> NDArray[np.bool_]:
+        """The tokens (n_vocab,) that may come next."""
+        if self._matcher.is_stopped():  # the text is complete; llguidance masks nothing any more
+            allowed = np.zeros(self._n_vocab, np.bool_)
+            allowed[list(self._ends)] = self._matcher.is_accepting()
+        else:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            allowed = np.unpackbits(bits, count=self._n_vocab, bitorder="little").view(np.bool_)
+        self._check()
+        return allowed
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = _sentence(self._matcher.get_error())
+            raise Dots1Error(f"the answer cannot be kept to its schema any longer: {reason}")
+
+
+class Grammar:
+    """A compiled grammar; each answer has a `matcher()` of its own."""
+
+    def __init__(self, source: str, engine: Engine) -> None:
+        """Compile a grammar in llguidance's notation.
 
         Raises:
-            UsageError: it is no schema, uses what is not supported, or is too large.
+            UsageError: llguidance refuses the grammar, or no text satisfies it.
+            Dots1Error: the engine's file does not say which token ends an answer.
+        """
+        tokenizer = _tokenizer(engine)
+        self._compiled = LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
+        self._ends, self._n_vocab = frozenset(tokenizer.eos_tokens), engine.n_vocab
+        if self._compiled.is_error():
+            reason = _sentence(self._compiled.get_error())
+            raise UsageError(f"the schema is not supported: {reason}")
+        start = self._compiled.deep_copy()
+        if not any(start.compute_bitmask()) or start.is_error():
+            raise UsageError("the schema allows no document at all")
+
+    @classmethod
+    def of_json_schema(cls, schema: Any, engine: Engine) -> Self:
+        """Compile a JSON schema; documents have their properties in the schema's order.
+
+        Raises:
+            UsageError: the value is not a schema, uses what llguidance does not support, is too
+                large, or allows no document.
+            Dots1Error: the engine's file does not say which token ends an answer.
         """
         try:
             length = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
+            levels = _levels(schema)
+            closed = schema if _combines(schema) else _closed(schema)
         except (TypeError, ValueError, RecursionError):
-            raise UsageError("the schema is not JSON, or nested too deeply") from None
+            raise UsageError("the schema is not JSON, or it is nested too deeply") from None
         if length > _LONGEST:
             raise UsageError(f"the schema has {length:,} bytes; at most {_LONGEST:,} are supported")
-        compiler = Compiler(schema)
-        try:
-            root = compiler.compile()
-        except RecursionError:
-            raise UsageError("the schema is nested too deeply, or allOf in it never ends") from None
-        return cls(gbnf(deterministic(compiler.rules, root)))
+        if levels > _MOST_LEVELS:
+            raise UsageError(
+                f"the schema and its references nest up to {levels:,} levels deep; at most "
+                f"{_MOST_LEVELS} are supported"
+            )
+        if schema is False or not isinstance(schema, bool | dict):
+            raise UsageError(f"the schema is {brief(schema)}, not an object")
+        _check_bounds(schema)
+        described = {} if schema is True else closed
+        return cls(LLMatcher.grammar_from_json_schema(described, overrides=_OPTIONS), engine)
 
     @classmethod
-    def json_object(cls) -> Self:
-        """Any JSON object."""
-        return cls.of_json_schema({"type": "object"})
+    def json_object(cls, engine: Engine) -> Self:
+        """Compile the grammar of any JSON object."""
+        return cls.of_json_schema({"type": "object"}, engine)
+
+    def matcher(self) -> Matcher:
+        """The state of an answer that has no tokens yet."""
+        return Matcher(self._compiled.deep_copy(), self._ends, self._n_vocab)
+
+
+class _Vocabulary:
+    """A model's tokens as llguidance reads them; it does not keep the engine alive."""
+
+    bos_token_id = None
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = ref(engine)
+        ends = [token for token in range(engine.n_vocab) if engine.is_end(token)]
+        self.special_token_ids, self.eos_token_id = ends, ends[0]
+        self.tokens = [engine.piece(token) for token in range(engine.n_vocab)]
+        for token in ends:
+            self.tokens[token] = b"\xff<end %d>" % token  # 0xff marks what is not text
+
+    def __call__(self, text: str) -> list[int]:
+        engine = self._engine()
+        return engine.tokenize(text, special=False) if engine and engine.vocab else []
+
+
+_tokenizers: WeakKeyDictionary[Engine, LLTokenizer] = WeakKeyDictionary()
+_building = Lock()
+
+
+def _tokenizer(engine: Engine) -> LLTokenizer:
+    """The engine's tokens in llguidance's form, made once; that takes about 10 µs a token."""
+    if "tokenizer.ggml.eos_token_id" not in engine.gguf.keys:  # llama.cpp would take id 11 for it
+        raise Dots1Error(
+            f"{engine.gguf.files[0]} does not say which token ends an answer, so its answers "
+            "cannot be kept to a schema"
+        )
+    with _building:
+        if engine not in _tokenizers:
+            vocabulary = _Vocabulary(engine)
+            _tokenizers[engine] = LLTokenizer(
+                TokenizerWrapper(vocabulary), eos_token=vocabulary.special_token_ids
+            )
+        return _tokenizers[engine]
+
+
+def _levels(schema: Any) -> int:
+    """A bound on how deep a schema nests when each reference is followed once."""
+    depths: dict[int, int] = {}
+
+    def measure(value: Any) -> int:
+        parts = value.values() if isinstance(value, dict) else value
+        below = max(map(measure, parts), default=0) if isinstance(value, dict | list) else -1
+        depths[id(value)] = below + 1
+        return below + 1
+
+    whole = measure(schema)
+    targets = {part["$ref"] for part in _objects(schema) if isinstance(part.get("$ref"), str)}
+    return whole + sum(depths[id(_target(schema, target))] for target in targets)
+
+
+def _target(schema: Any, reference: str) -> Any:
+    """The part that a local reference such as "#/$defs/node" means; else the whole schema."""
+    found = schema
+    for part in unquote(reference).removeprefix("#/").split("/"):
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict) and name in found:
+            found = found[name]
+        elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        else:
+            return schema
+    return found
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every JSON object in a value."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _objects(part)
+
+
+def _check_bounds(schema: Any) -> None:
+    """Refuse bounds for which llguidance 1.9 would allow the excluded one: 0 if 0 < x <= 0.5."""
+    for part in _objects(schema):
+        given = {key: part[key] for key in _BOUNDS if type(part.get(key)) in (int, float)}
+        excluded = [value for key, value in given.items() if "exclusive" in key and value % 1 == 0]
+        near = len(given) > 1 and max(given.values()) - min(given.values()) < 1
+        if excluded and near and part.get("type") != "integer":
+            raise UsageError(
+                f"the schema excludes {excluded[0]} from a range of numbers narrower than 1, which "
+                "is not supported; give other bounds"
+            )
+
+
+def _combines(schema: Any) -> bool:
+    """Whether documents must satisfy several schemas at once, which cannot be closed apart."""
+    return any(
+        "allOf" in part or ("properties" in part and any(key in part for key in _COMBINING))
+        for part in _objects(schema)
+    )
+
+
+def _closed(schema: Any) -> Any:
+    """The schema without properties beyond those it names, and with OpenAPI's `nullable` applied.
+
+    JSON Schema allows further properties by default, which invites a model to invent some.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    closed = dict(schema)
+    for key in _MAPS:
+        if isinstance(schema.get(key), dict):
+            closed[key] = {name: _closed(part) for name, part in schema[key].items()}
+    for key in _LISTS:
+        if isinstance(schema.get(key), list):
+            closed[key] = [_closed(part) for part in schema[key]]
+    for key in _SINGLE:
+        if key in schema:
+            closed[key] = _closed(schema[key])
+    if "properties" in schema and "patternProperties" not in schema:
+        closed.setdefault("additionalProperties", False)
+    if schema.get("nullable") is True and isinstance(schema.get("type"), str):
+        closed["type"] = [schema["type"], "null"]
+    return closed
+
+
+def _sentence(error: str) -> str:
+    """llguidance's reason in one line; it may quote a regular expression over several."""
+    advice = "Enable 'coerce_one_of' option to approximate oneOf with anyOf"
+    return " ".join(error.split()).replace(advice, "Use anyOf instead")[:300]

@@ -1,18 +1,26 @@
-"""The choice of the next token: llama.cpp's sampler chain."""
+"""The choice of the next token: llama.cpp's sampler chain, and a grammar's say in it.
 
+With a grammar a token is sampled first and checked then, which takes microseconds. Only if the
+grammar refuses that token are all tokens masked and another one sampled.
+"""
+
+import ctypes
 import secrets
 from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
 from llama_cpp import llama_cpp as llama
+from numpy.typing import NDArray
 
-from dots1_local.chat.constraint import Constraint
-from dots1_local.chat.grammar import Grammar
+from dots1_local.chat.grammar import Grammar, Matcher
 from dots1_local.chat.sampling import Sampling
 from dots1_local.engine.engine import Engine
+from dots1_local.errors import Dots1Error
 
 __all__ = ["Sampler"]
 
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 _REMEMBERED = 64  # tokens that a repeat penalty looks back on, llama.cpp's default
 _COLDEST = 1e-6  # below, logits divided by the temperature overflow
 
@@ -22,26 +30,24 @@ class Sampler:
 
     With a `grammar` only tokens that continue a text of it are chosen, and an end token only
     where the text is complete.
-
-    Raises:
-        Dots1Error: the model cannot be kept to a grammar.
     """
 
     def __init__(self, sampling: Sampling, engine: Engine, grammar: Grammar | None = None) -> None:
-        self._constraint = Constraint(grammar, engine) if grammar else None
+        self._matcher = grammar.matcher() if grammar else None
+        self._candidates = np.empty(engine.n_vocab if grammar else 0, _CANDIDATE)
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        self._prompted = llama.llama_sampler_init_penalties(
+        self._prompt_penalty = llama.llama_sampler_init_penalties(
             engine.n_vocab, _REMEMBERED, sampling.repeat_penalty, 0.0, 0.0
         )
-        self._written = llama.llama_sampler_init_penalties(
+        self._answer_penalty = llama.llama_sampler_init_penalties(
             engine.n_vocab,
             engine.n_ctx,
             1.0,
             sampling.frequency_penalty,
             sampling.presence_penalty,
         )
-        bias = _bias(sampling.logit_bias, engine.n_vocab)
-        for step in (*bias, self._prompted, self._written, *_steps(sampling)):
+        penalties = self._prompt_penalty, self._answer_penalty
+        for step in (*_bias(sampling.logit_bias, engine.n_vocab), *penalties, *_steps(sampling)):
             llama.llama_sampler_chain_add(self._chain, step)
 
     def __enter__(self) -> Self:
@@ -54,18 +60,16 @@ class Sampler:
         """Free the chain; a second call does nothing."""
         if self._chain is not None:
             llama.llama_sampler_free(self._chain)
-            self._chain = self._prompted = self._written = None
-        if self._constraint:
-            self._constraint.close()
+            self._chain = self._prompt_penalty = self._answer_penalty = None
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Start an answer; as in llama.cpp's server, the repeat penalty sees the prompt."""
-        llama.llama_sampler_reset(self._prompted)
-        llama.llama_sampler_reset(self._written)
+        llama.llama_sampler_reset(self._prompt_penalty)
+        llama.llama_sampler_reset(self._answer_penalty)
         for token in prompt[-_REMEMBERED:]:
-            llama.llama_sampler_accept(self._prompted, token)
-        if self._constraint:
-            self._constraint.begin()
+            llama.llama_sampler_accept(self._prompt_penalty, token)
+        if self._matcher:
+            self._matcher.reset()
 
     def next(self, engine: Engine, index: int = -1) -> int:
         """Choose a token from the logits of the one at `index` in the last ubatch, and accept it.
@@ -73,12 +77,33 @@ class Sampler:
         An `index` of -1 is the last token whose logits were wanted.
 
         Raises:
-            Dots1Error: the grammar allows no token of the model.
+            Dots1Error: the grammar allows no token of the model, or takes too long.
         """
-        if self._constraint:
-            return self._constraint.next(self._chain, engine, index)
+        if self._matcher:
+            return self._constrained(self._matcher, engine, index)
         token: int = llama.llama_sampler_sample(self._chain, engine.context, index)
         return token
+
+    def _constrained(self, matcher: Matcher, engine: Engine, index: int) -> int:
+        pointer = llama.llama_get_logits_ith(engine.context, index)
+        logits = np.ctypeslib.as_array(pointer, shape=(engine.n_vocab,))
+        token = self._sample(logits)
+        if not matcher.accept(token):
+            masked = np.where(matcher.mask(), logits, np.float32(-np.inf))
+            token = self._sample(masked)
+            if not np.isfinite(masked[token]) or not matcher.accept(token):
+                raise Dots1Error("no token of the model continues what its answer must be")
+        llama.llama_sampler_accept(self._chain, token)
+        return token
+
+    def _sample(self, logits: NDArray[np.float32]) -> int:
+        """The chain's choice from logits (n_vocab,), which it does not accept yet."""
+        self._candidates["id"] = np.arange(len(logits), dtype=np.int32)
+        self._candidates["logit"] = logits
+        data = self._candidates.ctypes.data_as(ctypes.POINTER(llama.llama_token_data))
+        array = llama.llama_token_data_array(data, len(logits), -1, False)
+        llama.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return int(self._candidates["id"][array.selected])
 
 
 def _bias(biases: Sequence[tuple[int, float]], n_vocab: int) -> list[Any]:

@@ -12,7 +12,6 @@ from dots1_local.chat.grammar import Grammar
 from dots1_local.chat.sampling import Sampling
 from dots1_local.chat.session import Session
 from dots1_local.engine.engine import Engine
-from tests.chat.grammars import accepts
 from tests.helpers import scripted_tensors, write_random_gguf
 
 GREEDY = Sampling(temperature=0)
@@ -65,12 +64,18 @@ def submitted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-Judge = Callable[[Grammar, str], bool]
+Compile = Callable[[Any], Grammar]
 
 
 @pytest.fixture(scope="session")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
-    """Tell whether llama.cpp takes a text for a whole one of a grammar."""
-    path = write_random_gguf(tmp_path_factory.mktemp("judge") / "model.gguf")
-    with Engine.open(path, n_ctx=32, threads=1) as engine:
-        yield lambda grammar, text: accepts(engine, grammar, text)
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A random model that has a token for each byte."""
+    path = write_random_gguf(tmp_path_factory.mktemp("engine") / "model.gguf")
+    with Engine.open(path, n_ctx=1024, threads=1, kv_type="F32", flash_attention=False) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def compiled(engine: Engine) -> Compile:
+    """Compile a JSON schema for that model."""
+    return lambda schema: Grammar.of_json_schema(schema, engine)

@@ -1,63 +1,63 @@
-"""What schemas cannot say, and how large they may be."""
+"""Schemas that are refused, and schemas that could take too much time, memory or stack."""
 
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dots1_local.chat.grammar import Grammar
 from dots1_local.errors import UsageError
-from tests.chat.grammars import ambiguous, parsed, thing
+from tests.chat.conftest import Compile
+from tests.chat.grammars import thing
 
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
 
 
 @pytest.mark.parametrize(
-    ("schema", "sentence"),
+    ("schema", "words"),
     [
-        (3, "# is 3, not a schema"),
-        ({"type": "text"}, "type at # is 'text', not one or several of null"),
-        ({"type": []}, "no document at all"),
-        (thing(a={"not": {}}), "the schema at #/properties/a has not, which is not supported"),
-        ({"if": True, "then": True}, "has if and then"),
-        ({"type": "array", "uniqueItems": True}, "has uniqueItems"),
-        ({"type": "object", "patternProperties": {}}, "has patternProperties"),
-        ({"type": "integer", "multipleOf": 2}, "has multipleOf"),
-        ({"type": "string", "pattern": "a", "minLength": 1}, "has minLength with pattern"),
-        ({"type": "string", "format": "uri"}, "format at # is 'uri', not one of those supported"),
-        ({"enum": ["a"], "minLength": 1}, "has minLength with enum or const"),
-        ({"enum": "a"}, "enum at # is 'a'"),
-        ({"enum": []}, "no document at all"),
-        ({"minLength": -1}, "minLength at # is -1"),
-        ({"minLength": 5000}, "minLength at # is 5,000; at most 4,000"),
-        ({"minLength": 3, "maxLength": 2}, "no document at all"),
-        ({"type": "array", "minItems": 3, "maxItems": 2}, "no document at all"),
-        ({"maximum": True}, "maximum at # is True, not a number"),
-        ({"minimum": 1.5e-20}, "too many digits"),
-        ({"minimum": 3, "maximum": 2}, "no document at all"),
-        ({"items": [TEXT]}, "#/items is"),
-        ({"properties": []}, "properties at # is"),
-        ({"required": "a"}, "required at # is 'a'"),
-        ({"anyOf": []}, "anyOf at # is"),
-        ({"allOf": {}}, "allOf at # is"),
-        ({"$ref": "https://example.org/s"}, "$ref at # is 'https://example.org/s'"),
-        ({"$ref": "#/$defs/a"}, "$ref at # is to '#/$defs/a', which is not there"),
-        ({"$ref": "#"}, "no document at all"),
-        ({"allOf": [{"$ref": "#"}, TEXT]}, "never ends"),
-        (thing(["a"], a={"$ref": "#"}), "no document at all"),
-        ({"oneOf": [WHOLE, {"type": "number"}]}, "oneOf at #: a document may fit both 0 and 1"),
-        ({"oneOf": [thing(a=WHOLE), thing(b=WHOLE)]}, "may fit both"),
-        ({"oneOf": [thing(["t"], t={"const": 1}), thing(t={"const": 2})]}, "may fit both"),
-        ({"allOf": [{"pattern": "a"}, {"pattern": "b"}]}, "both have pattern"),
-        (thing(["a"], **{"a": False}), "no document at all"),
-        ({"const": float("nan")}, "not JSON"),
-        ({"const": "\ud800"}, "not JSON"),
-        ({"const": "x" * 300_000}, "at most 262,144"),
+        (3, ["3", "not an object"]),
+        ([], ["not an object"]),
+        (False, ["False"]),
+        ({"type": "text"}, ["text"]),
+        ({"type": []}, ["Unsatisfiable"]),
+        (thing(a={"not": {}}), ["not"]),
+        ({"if": True, "then": True}, ["if", "then"]),
+        ({"type": "array", "uniqueItems": True}, ["uniqueItems"]),
+        ({"type": "string", "format": "regex"}, ["regex"]),
+        ({"type": "string", "pattern": "(?=a)"}, ["look-ahead"]),
+        ({"type": "string", "pattern": "(a"}, ["unclosed group"]),
+        ({"type": "string", "pattern": "(" * 3000 + ")" * 3000}, ["regex"]),
+        ({"enum": "a"}, ["enum"]),
+        ({"enum": []}, ["empty"]),
+        ({"minLength": -1}, ["minLength"]),
+        ({"type": "string", "minLength": 3, "maxLength": 2}, ["minLength"]),
+        ({"type": "array", "minItems": 3, "maxItems": 2}, ["minItems"]),
+        ({"maximum": True}, ["maximum"]),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, ["minimum"]),
+        ({"properties": []}, ["properties"]),
+        ({"required": "a"}, ["required"]),
+        ({"anyOf": []}, ["anyOf"]),
+        ({"allOf": {}}, ["allOf"]),
+        ({"$ref": "https://example.org/s"}, ["https://example.org/s"]),
+        ({"$ref": "#/$defs/a"}, ["/$defs/a"]),
+        ({"$ref": "#"}, ["no document"]),
+        ({"oneOf": [WHOLE, {"type": "number"}]}, ["oneOf", "anyOf"]),
+        (thing(["a"], a=False), ["required"]),
+        ({"type": "number", "minimum": 0, "exclusiveMaximum": 1, "multipleOf": 1e-30}, ["digits"]),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, ["0", "narrower"]),
+        ({"const": float("nan")}, ["not JSON"]),
+        ({"const": "\ud800"}, ["not JSON"]),
+        ({"const": "x" * 300_000}, ["262,144"]),
     ],
 )
-def test_what_is_not_supported_is_one_sentence(schema: Any, sentence: str) -> None:
+def test_a_refusal_says_why(compiled: Compile, schema: Any, words: list[str]) -> None:
     with pytest.raises(UsageError) as error:
-        Grammar.of_json_schema(schema)
-    assert sentence in str(error.value)
+        compiled(schema)
+    assert [word for word in words if word not in str(error.value)] == []
+    assert "\n" not in str(error.value)
 
 
 def nested(depth: int) -> Any:
@@ -67,13 +67,46 @@ def nested(depth: int) -> Any:
     return schema
 
 
-def in_each_other(keyword: str, count: int = 60) -> dict[str, Any]:
+def chained(part: Callable[[dict[str, str]], Any], length: int) -> dict[str, Any]:
+    """Definitions that each refer to the next one."""
+    parts = {f"d{n}": part({"$ref": f"#/$defs/d{n + 1}"}) for n in range(length)}
+    return {"$defs": {**parts, f"d{length}": TEXT}, "$ref": "#/$defs/d0"}
+
+
+CHAINS: list[Callable[[dict[str, str]], Any]] = [
+    lambda further: {"type": "array", "items": further},
+    lambda further: {"allOf": [further, {"title": "a"}]},
+    lambda further: {"anyOf": [further, WHOLE]},
+    lambda further: thing(a=thing(b=further)),
+    lambda further: {"additionalProperties": further},
+]
+
+
+@pytest.mark.parametrize("part", CHAINS)
+def test_references_that_would_overflow_the_stack_are_refused(
+    compiled: Compile, part: Callable[[dict[str, str]], Any]
+) -> None:
+    with pytest.raises(UsageError, match="levels deep"):
+        compiled(chained(part, 1500))
+
+
+@pytest.mark.parametrize(("depth", "words"), [(200, "recursion limit"), (5000, "too deeply")])
+def test_deep_nesting_is_refused(compiled: Compile, depth: int, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        compiled(nested(depth))
+
+
+@pytest.mark.parametrize("part", CHAINS)
+def test_the_deepest_references_leave_stack_to_spare(
+    compiled: Compile, part: Callable[[dict[str, str]], Any]
+) -> None:
+    with ThreadPoolExecutor(1) as pool:  # HTTP compiles in threads
+        assert pool.submit(compiled, chained(part, 130)).result()
+
+
+def twice(keyword: str, count: int = 60) -> dict[str, Any]:
     """Each definition has the next one twice: 2 ** 60 in all."""
-    names = [f"d{n}" for n in range(count)]
-    parts = {
-        name: {keyword: [{"$ref": f"#/$defs/d{n}"}] * 2} for n, name in enumerate(names, 1)
-    } | {f"d{count}": TEXT}
-    return {"$defs": parts, "$ref": "#/$defs/d0"}
+    return chained(lambda further: {keyword: [further] * 2}, count)
 
 
 @pytest.mark.parametrize(
@@ -81,35 +114,38 @@ def in_each_other(keyword: str, count: int = 60) -> dict[str, Any]:
     [
         {"type": "string", "pattern": "^(a|b)*a(a|b){20}$"},
         {"type": "string", "pattern": "((a{1000}){1000}){1000}"},
-        {"type": "array", "prefixItems": [{"type": "null"}] * 5001},
-        {"anyOf": [{"items": {"$ref": "#"}}, {"items": {"$ref": "#"}, "minItems": 1}]},
-        thing(**{f"p{n}": TEXT for n in range(3000)}),
-        {"enum": [chr(0x4E00 + n) + str(n) for n in range(300)]},
-        {"items": [{"type": "integer", "minimum": n} for n in range(3000)]},
-        in_each_other("allOf"),
-        nested(5000),
-    ],
-)
-def test_what_would_take_llama_cpp_too_long_is_refused(schema: Any) -> None:
-    with pytest.raises(UsageError):
-        Grammar.of_json_schema(schema)
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [
         {"type": "string", "pattern": ".*.*.*=.*.*.*=.*"},
         {"type": "string", "pattern": "^((a*)*)*(x+x+)+y$"},
+        {"allOf": [{"type": "string", "pattern": f".*{each}.{{20}}"} for each in "abcdefghij"]},
         {"type": "string", "maxLength": 10**9},
         {"items": {"items": {"maxItems": 10**9}, "maxItems": 900}, "maxItems": 900},
+        {"type": "array", "prefixItems": [{"type": "null"}] * 5001},
+        {"anyOf": [{"items": {"$ref": "#"}}, {"items": {"$ref": "#"}, "minItems": 1}]},
+        {"anyOf": [{}, TEXT, {"items": {"items": {}}}, thing(a={"type": "null"})]},
+        {"anyOf": [thing(["name"], **{"name": TEXT, f"x{n}": TEXT}) for n in range(60)]},
+        {"allOf": [{"anyOf": [thing(**{f"a{i}{j}": TEXT}) for i in range(8)]} for j in range(8)]},
         thing(**{f"property_{n}": TEXT for n in range(150)}),
         {"enum": [f"value {n}" for n in range(4000)]},
-        {"anyOf": [thing(["name"], **{"name": TEXT, f"x{n}": TEXT}) for n in range(60)]},
-        {"anyOf": [{}, TEXT, {"items": {"items": {}}}, thing(a={"type": "null"})]},
-        in_each_other("prefixItems"),
-        in_each_other("anyOf"),
-        nested(200),
+        {"type": "integer", "multipleOf": 999_999_937},
+        twice("allOf"),
+        twice("anyOf"),
+        twice("prefixItems"),
+        nested(60),
     ],
 )
-def test_what_looks_ambiguous_is_made_plain(schema: Any) -> None:
-    assert ambiguous(parsed(Grammar.of_json_schema(schema))) == []
+def test_a_schema_is_refused_or_its_answers_take_little_time(
+    compiled: Compile, schema: Any
+) -> None:
+    begun = time.monotonic()
+    try:
+        matcher = compiled(schema).matcher()
+    except UsageError:
+        return
+    finally:
+        assert time.monotonic() - begun < 5
+    for _ in range(50):
+        begun = time.monotonic()
+        allowed = np.flatnonzero(matcher.mask())
+        if not allowed.size or not matcher.accept(int(allowed[0])):
+            break
+        assert time.monotonic() - begun < 1

@@ -7,6 +7,7 @@ from msgspec import Meta, Struct
 
 from dots1_local.chat.dialogue import SYSTEM_PROMPT
 from dots1_local.chat.message import Message, ToolCall
+from dots1_local.engine.engine import Engine
 from dots1_local.serve.http.request import (
     Options,
     SharedFields,
@@ -86,7 +87,7 @@ class _ChatFields(SharedFields, frozen=True, kw_only=True):
 
 
 def read_chat(
-    raw: Mapping[str, Any], n_vocab: int
+    raw: Mapping[str, Any], engine: Engine
 ) -> tuple[list[Message], list[dict[str, Any]], Options]:
     """Return the conversation to answer, the tools as the client wrote them, and the options.
 
@@ -99,7 +100,7 @@ def read_chat(
         raise invalid(message, "tool_choice")
     tools = [] if fields.tool_choice == "none" else raw.get("tools") or []
     max_tokens = fields.max_completion_tokens or fields.max_tokens
-    options = read_options(fields, n_vocab, max_tokens, _top_logprobs(fields))
+    options = read_options(fields, engine, max_tokens, _top_logprobs(fields))
     if tools and options.choice.grammar:  # the grammar would not let the model write a call
         raise invalid("response_format cannot be combined with tools", "response_format")
     return _messages(fields.messages), tools, options

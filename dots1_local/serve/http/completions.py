@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
+from dots1_local.engine.engine import Engine
 from dots1_local.files.json_file import brief
 from dots1_local.serve.generation import Finished, Piece, TokenLogprob
 from dots1_local.serve.http.request import (
@@ -36,7 +37,7 @@ class _CompletionFields(SharedFields, frozen=True, kw_only=True):
 
 
 def read_completion(
-    raw: Mapping[str, Any], n_vocab: int
+    raw: Mapping[str, Any], engine: Engine
 ) -> tuple[list[str | list[int]], bool, Options]:
     """Return the prompts, each a text or token ids, whether to echo them, and the options.
 
@@ -47,11 +48,11 @@ def read_completion(
     if fields.echo and fields.logprobs is not None:
         raise invalid("echo with logprobs is not supported; leave out one of them", "echo")
     options = read_options(
-        fields, n_vocab, fields.max_tokens or _DEFAULT_MAX_TOKENS, fields.logprobs
+        fields, engine, fields.max_tokens or _DEFAULT_MAX_TOKENS, fields.logprobs
     )
     if fields.best_of not in (None, options.n):
         raise invalid("best_of other than n is not supported; leave it out", "best_of")
-    prompts = _prompts(fields.prompt, n_vocab)
+    prompts = _prompts(fields.prompt, engine.n_vocab)
     if len(prompts) * options.n > MAX_CHOICES:
         message = f"{len(prompts)} prompts with n {options.n} are more than {MAX_CHOICES} choices"
         raise invalid(f"{message}; split the request", "prompt")

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse
 
 from dots1_local.chat.grammar import Grammar
 from dots1_local.chat.sampling import Sampling
-from dots1_local.errors import UsageError
+from dots1_local.engine.engine import Engine
+from dots1_local.errors import Dots1Error
 from dots1_local.files.json_file import JsonError, brief, convert_json, parse_json
 from dots1_local.serve.generation import GenerationRequest
 
@@ -247,7 +248,7 @@ class Options:
 
 
 def read_options(
-    fields: SharedFields, n_vocab: int, max_tokens: int | None, top_logprobs: int | None
+    fields: SharedFields, engine: Engine, max_tokens: int | None, top_logprobs: int | None
 ) -> Options:
     """Return the options of a request.
 
@@ -258,10 +259,10 @@ def read_options(
         raise invalid("stream_options needs stream; set stream to true", "stream_options")
     choice = GenerationRequest(
         prompt=(),
-        sampling=_sampling(fields, n_vocab),
+        sampling=_sampling(fields, engine.n_vocab),
         max_tokens=max_tokens,
         stop=(fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ()),
-        grammar=_grammar(fields.response_format),
+        grammar=_grammar(fields.response_format, engine),
         top_logprobs=top_logprobs,
     )
     include_usage = bool(fields.stream_options and fields.stream_options.include_usage)
@@ -306,10 +307,10 @@ def _biases(raw: Mapping[str, float | None], n_vocab: int) -> dict[int, float]:
     return biases
 
 
-def _grammar(wanted: _Text | _JsonObject | _JsonSchema | None) -> Grammar | None:
+def _grammar(wanted: _Text | _JsonObject | _JsonSchema | None, engine: Engine) -> Grammar | None:
     try:
         if isinstance(wanted, _JsonSchema):
-            return Grammar.of_json_schema(wanted.json_schema.schema)
-        return Grammar.json_object() if isinstance(wanted, _JsonObject) else None
-    except UsageError as error:
+            return Grammar.of_json_schema(wanted.json_schema.schema, engine)
+        return Grammar.json_object(engine) if isinstance(wanted, _JsonObject) else None
+    except Dots1Error as error:
         raise invalid(str(error), "response_format") from None

@@ -54,7 +54,7 @@ class Model:
         """
         if self._prompter is None:
             raise invalid(f"{self._no_chat}; use /v1/completions", "messages")
-        messages, tools, options = read_chat(raw, self._engine.n_vocab)
+        messages, tools, options = read_chat(raw, self._engine)
         if tools and not self._prompter.writes_tool_calls:
             message = "the model's chat template has no tools, or writes calls without <tool_call>"
             raise invalid(f"{message}; leave out tools", "tools")
@@ -73,7 +73,7 @@ class Model:
         Raises:
             ApiError: the request is malformed, too long, or asks for something unsupported.
         """
-        prompts, echo, options = read_completion(raw, self._engine.n_vocab)
+        prompts, echo, options = read_completion(raw, self._engine)
         requests: list[GenerationRequest] = []
         echoes: list[str] = []
         for prompt in prompts:

@@ -308,8 +308,8 @@ def test_a_prompt_that_just_fits_may_ask_for_more_than_there_is_room_for(ordered
 def test_a_json_format_comes_with_a_grammar(ordered: Any) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
-    assert ordered(chat(response_format=wanted)).grammar.gbnf
-    assert ordered(chat(response_format={"type": "json_object"})).grammar.gbnf
+    assert ordered(chat(response_format=wanted)).grammar
+    assert ordered(chat(response_format={"type": "json_object"})).grammar
 
 
 @pytest.mark.parametrize(

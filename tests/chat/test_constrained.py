@@ -1,7 +1,6 @@
-"""Answers of random models, kept to grammars by llama.cpp."""
+"""Answers of random models that are constrained by grammars."""
 
 import json
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,6 @@ from tests.helpers import EOS, EOT, TYPES, scripted_tensors, write_random_gguf
 PROMPT = list(b"say:")
 # So that texts of random bytes come to an end.
 BRIEF = tuple((token, 4.0) for token in (*b'"]}0,', EOS))
-SPLIT = Grammar.of_json_schema({"enum": ["中文", "中国", "é"]})
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    path = write_random_gguf(tmp_path_factory.mktemp("constraint") / "model.gguf")
-    with Engine.open(path, n_ctx=1024, threads=1, kv_type="F32", flash_attention=False) as engine:
-        yield engine
 
 
 def written(
@@ -71,7 +62,7 @@ SCHEMAS: list[dict[str, Any]] = [
 def test_whatever_is_answered_is_valid(
     engine: Engine, schema: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    grammar, ended = Grammar.of_json_schema(schema), 0
+    grammar, ended = Grammar.of_json_schema(schema, engine), 0
     for seed in range(6):
         sampling = Sampling(1.5, seed=seed, logit_bias=BRIEF, **options)
         answer = written(engine, grammar, sampling)
@@ -83,7 +74,7 @@ def test_whatever_is_answered_is_valid(
 
 def test_any_object(engine: Engine) -> None:
     answers = [
-        written(engine, Grammar.json_object(), Sampling(1.5, seed=seed, logit_bias=BRIEF))
+        written(engine, Grammar.json_object(engine), Sampling(1.5, seed=seed, logit_bias=BRIEF))
         for seed in range(8)
     ]
     assert all(isinstance(json.loads(answer), dict) for answer in answers if answer is not None)
@@ -91,7 +82,9 @@ def test_any_object(engine: Engine) -> None:
 
 
 def test_an_answer_may_be_greedy_and_repeated(engine: Engine) -> None:
-    grammar = Grammar.of_json_schema({"type": "array", "items": {"const": "中"}, "maxItems": 3})
+    grammar = Grammar.of_json_schema(
+        {"type": "array", "items": {"const": "中"}, "maxItems": 3}, engine
+    )
     with Sampler(Sampling(0), engine, grammar) as sampler:
         first = written(engine, grammar, Sampling(0), sampler)
         assert first == written(engine, grammar, Sampling(0), sampler)
@@ -100,7 +93,7 @@ def test_an_answer_may_be_greedy_and_repeated(engine: Engine) -> None:
 
 
 def test_a_fitting_choice_stays_as_it_is_without_a_grammar(engine: Engine) -> None:
-    grammar = Grammar.of_json_schema({"type": "string"})
+    grammar = Grammar.of_json_schema({"type": "string"}, engine)
     for seed in range(20):
         sampling = Sampling(1.0, seed=seed)
         engine.forget()
@@ -116,7 +109,7 @@ def test_a_fitting_choice_stays_as_it_is_without_a_grammar(engine: Engine) -> No
 
 
 def test_after_a_whole_document_only_the_end_is_left(engine: Engine) -> None:
-    grammar = Grammar.of_json_schema({"const": {"a": [1]}})
+    grammar = Grammar.of_json_schema({"const": {"a": [1]}}, engine)
     ends = {EOS, EOT}
     answer = written(engine, grammar, Sampling(5, logit_bias=tuple((end, -100.0) for end in ends)))
     assert answer is not None
@@ -127,21 +120,22 @@ def test_control_tokens_are_no_text_of_an_answer(tmp_path: Path) -> None:
     # This model wants to say "<|system|>"; as a token that is no part of an answer.
     marker = TYPES.index(TokenType.CONTROL) + 1
     tensors = scripted_tensors([marker])
-    grammar = Grammar.of_json_schema({"const": "<|system|>"})
     path = write_random_gguf(tmp_path / "model.gguf", tensors=tensors)
     with Engine.open(path, n_ctx=64, threads=1) as engine:
+        grammar = Grammar.of_json_schema({"const": "<|system|>"}, engine)
         answer = written(engine, grammar, Sampling(0, logit_bias=((marker, 100.0),)))
     assert answer == b'"<|system|>"'
 
 
 def test_characters_in_parts_are_whole_in_the_end(engine: Engine) -> None:
-    answers = {written(engine, SPLIT, Sampling(9, top_k=0, seed=seed)) for seed in range(12)}
+    split = Grammar.of_json_schema({"enum": ["中文", "中国", "é"]}, engine)
+    answers = {written(engine, split, Sampling(9, top_k=0, seed=seed)) for seed in range(12)}
     assert {json.loads(each) for each in answers if each} == {"中文", "中国", "é"}
 
 
 def test_characters_of_too_many_bytes_are_refused(engine: Engine) -> None:
-    # llama.cpp takes E0 82 80 for U+0080, and Python takes it for three wrong bytes.
-    grammar = Grammar.of_json_schema({"type": "string", "minLength": 1, "maxLength": 1})
+    # E0 82 80 would be U+0080 in more bytes than UTF-8 allows.
+    grammar = Grammar.of_json_schema({"type": "string", "minLength": 1, "maxLength": 1}, engine)
     wish = ((0xE0, 60.0), *((byte, 40.0) for byte in range(0x82, 0xA0)))
     for seed in range(4):
         answer = written(engine, grammar, Sampling(1, seed=seed, logit_bias=wish))
@@ -149,20 +143,25 @@ def test_characters_of_too_many_bytes_are_refused(engine: Engine) -> None:
         assert len(json.loads(answer.decode("utf-8"))) == 1
 
 
-def test_nesting_is_bounded(engine: Engine) -> None:
-    grammar = Grammar.of_json_schema({"type": "array", "items": {"$ref": "#"}})
-    wish = ((ord("["), 100.0),)
-    with Sampler(Sampling(0, logit_bias=wish), engine, grammar) as sampler:
-        engine.forget()
-        engine.decode(PROMPT, 0)
-        sampler.begin(PROMPT)
-        tokens = [sampler.next(engine) for _ in range(501)]
-    assert tokens[:500] == [ord("[")] * 500
-    assert tokens[500] in b"] \n"
+def test_deep_nesting_is_closed_again(engine: Engine) -> None:
+    grammar = Grammar.of_json_schema({"type": "array", "items": {"$ref": "#"}}, engine)
+    matcher, depth = grammar.matcher(), 20_000
+    assert all(matcher.accept(ord("[")) for _ in range(depth))
+    assert all(matcher.accept(ord("]")) for _ in range(depth))
+    assert matcher.accept(EOS)
+
+
+def test_an_answer_that_exceeds_llguidances_limits_fails_alone(engine: Engine) -> None:
+    optional = {f"p{n}": {"type": "integer"} for n in range(3000)}
+    grammar = Grammar.of_json_schema({"type": "object", "properties": optional}, engine)
+    with pytest.raises(Dots1Error, match="schema"):
+        written(engine, grammar, Sampling(0))
+    small = Grammar.of_json_schema({"const": 7}, engine)
+    assert written(engine, small, Sampling(0)) == b"7"
 
 
 def test_a_model_that_cannot_go_on_fails_in_a_sentence(engine: Engine) -> None:
-    with Sampler(Sampling(0), engine, Grammar.of_json_schema({"const": 7})) as sampler:
+    with Sampler(Sampling(0), engine, Grammar.of_json_schema({"const": 7}, engine)) as sampler:
         engine.forget()
         logits = engine.decode(PROMPT, 0)  # llama.cpp's own, so that it reads what is written here
         logits[ord("7")] = -np.inf
@@ -176,4 +175,4 @@ def test_a_file_that_does_not_say_where_answers_end_is_refused(tmp_path: Path) -
         Engine.open(path, n_ctx=64, threads=1) as engine,
         pytest.raises(Dots1Error, match="does not say which token ends"),
     ):
-        Sampler(Sampling(), engine, Grammar.json_object())
+        Grammar.json_object(engine)

@@ -133,9 +133,6 @@ class PieceBuilder:
     A token's logprobs are sent with the first of its text, so they wait while that is held back.
     Tokens without text send theirs at the end. A token that begins at or after a stop string sends
     none. A token that a stop string begins inside sends its own, because part of it is text.
-
-    Raises:
-        UsageError: a stop string is empty.
     """
 
     def __init__(self, index: int, stop: tuple[str, ...]) -> None:
@@ -180,12 +177,10 @@ def token_logprob(
     maximum = logits.max()
     # Float32 is enough for each term, but not for a sum of 152,064 of them.
     total = np.log(np.exp(logits - maximum).sum(dtype=np.float64))
-
-    def at(which: int) -> float:
-        return min(0.0, float(np.float64(logits[which]) - maximum - total))
-
-    best = [(each, piece(each), at(each)) for each in _likeliest(logits, top)]
-    return TokenLogprob(token, piece(token), at(token), tuple(best))
+    ids = [token, *_likeliest(logits, top)]
+    logprobs = np.minimum(0, logits[ids].astype(np.float64) - maximum - total).tolist()
+    own, *best = [(each, piece(each), value) for each, value in zip(ids, logprobs, strict=True)]
+    return TokenLogprob(*own, top=tuple(best))
 
 
 def _likeliest(logits: NDArray[np.float32], count: int) -> list[int]:

@@ -59,17 +59,13 @@ def make_app(
 
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if not isinstance(error, ApiError):
-        error = _unknown_endpoint(request, error)
-    return error.response()
-
-
-def _unknown_endpoint(request: Request, error: HTTPException) -> ApiError:
+    if isinstance(error, ApiError):
+        return error.response()
     path = f"{request.url.path:.80}"
     message = f"there is no {path} here; use /v1/chat/completions, /v1/completions or /v1/models"
     if error.status_code == 405:
         message = f"{path} does not support {request.method}"
-    return ApiError(error.status_code, message, headers=error.headers)
+    return ApiError(error.status_code, message, headers=error.headers).response()
 
 
 async def _report_bug(request: Request, error: Exception) -> Response:

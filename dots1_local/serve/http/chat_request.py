@@ -91,8 +91,7 @@ def read_chat(
 ) -> tuple[list[Message], list[dict[str, Any]], Options]:
     """Return the conversation to answer, the tools as the client wrote them, and the options.
 
-    Raises:
-        ApiError: a field is invalid or unsupported, or fields contradict each other.
+    Raise an ApiError if a field is invalid or unsupported, or if fields contradict each other.
     """
     fields = convert_body(raw, _ChatFields)
     if fields.tool_choice not in (None, "auto", "none"):
@@ -118,20 +117,14 @@ def _messages(given: list[_Message]) -> list[Message]:
 
 
 def _message(given: _Message, index: int) -> Message:
-    calls = given.tool_calls or () if given.role == "assistant" else ()
+    calls = tuple(map(_call, given.tool_calls or ())) if given.role == "assistant" else ()
     if given.content is None and not calls:
         raise missing(f"messages[{index}].content")
-    text = _text(given.content or "")
-    match given.role:
-        case "assistant":
-            return Message("assistant", text, tool_calls=tuple(map(_call, calls)))
-        case "tool":
-            if given.tool_call_id is None:
-                raise missing(f"messages[{index}].tool_call_id")
-            return Message("tool", text, tool_call_id=given.tool_call_id)
-        case "user":
-            return Message("user", text)
-    return Message("system", text)
+    if given.role == "tool" and given.tool_call_id is None:
+        raise missing(f"messages[{index}].tool_call_id")
+    role = "system" if given.role == "developer" else given.role
+    text, call_id = _text(given.content or ""), given.tool_call_id or ""
+    return Message(role, text, tool_calls=calls, tool_call_id=call_id)
 
 
 def _call(given: _Call) -> ToolCall:

@@ -41,8 +41,7 @@ def read_completion(
 ) -> tuple[list[str | list[int]], bool, Options]:
     """Return the prompts, each a text or token ids, whether to echo them, and the options.
 
-    Raises:
-        ApiError: a field is invalid or unsupported, or fields contradict each other.
+    Raise an ApiError if a field is invalid or unsupported, or if fields contradict each other.
     """
     fields = convert_body(raw, _CompletionFields)
     if fields.echo and fields.logprobs is not None:

@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -94,22 +94,14 @@ def missing(param: str) -> ApiError:
 
 
 def check_model_name(asked: Any, served: str) -> None:
-    """Check that a request names the served model or no model.
-
-    Raises:
-        ApiError: the request names another model.
-    """
+    """Raise an ApiError if a request names another model than the served one."""
     if isinstance(asked, str) and asked != served:
         message = f"there is no model {asked!r:.80} here, only {served!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
 async def read_body(request: Request) -> bytes:
-    """Read a JSON body.
-
-    Raises:
-        ApiError: the content type is not JSON, or the body is too large or arrives too slowly.
-    """
+    """Read a body, or raise an ApiError if it is not JSON, too large, or arrives too slowly."""
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
         # Browsers let any web page post other types; for JSON they ask the server first (CORS).
@@ -130,11 +122,7 @@ async def read_body(request: Request) -> bytes:
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
-    """Parse a body as one JSON object.
-
-    Raises:
-        ApiError: the body is not strict JSON, or not an object.
-    """
+    """Parse a body, or raise an ApiError if it is not strict JSON or not an object."""
     try:
         return convert_json(parse_json(body), dict[str, Any])
     except JsonError as error:
@@ -145,20 +133,13 @@ class _StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
 
 
-class _Text(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
-    pass
-
-
-class _JsonObject(msgspec.Struct, frozen=True, tag_field="type", tag="json_object"):
-    pass
-
-
 class _NamedSchema(msgspec.Struct, frozen=True):
     schema: dict[str, Any] | bool
 
 
-class _JsonSchema(msgspec.Struct, frozen=True, tag_field="type", tag="json_schema"):
-    json_schema: _NamedSchema
+class _ResponseFormat(msgspec.Struct, frozen=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _NamedSchema | None = None
 
 
 class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,7 +165,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     stop: _Stop | Annotated[list[_Stop], Meta(max_length=_MAX_STOP)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    response_format: _Text | _JsonObject | _JsonSchema | None = None
+    response_format: _ResponseFormat | None = None
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "add_generation_prompt": (True,),
@@ -205,11 +186,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def convert_body(raw: Mapping[str, Any], kind: type[_Fields]) -> _Fields:
-    """Convert a body to the fields of an endpoint.
-
-    Raises:
-        ApiError: a field is missing, has the wrong type, is out of range, or is unsupported.
-    """
+    """Convert a body to an endpoint's fields, or raise an ApiError that names the wrong field."""
     try:
         fields = convert_json(raw, kind)
     except JsonError as error:
@@ -250,11 +227,7 @@ class Options:
 def read_options(
     fields: SharedFields, engine: Engine, max_tokens: int | None, top_logprobs: int | None
 ) -> Options:
-    """Return the options of a request.
-
-    Raises:
-        ApiError: options contradict each other, or name a token that the model does not have.
-    """
+    """Return a request's options, or raise an ApiError if they contradict each other."""
     if fields.stream_options and not fields.stream:
         raise invalid("stream_options needs stream; set stream to true", "stream_options")
     choice = GenerationRequest(
@@ -307,10 +280,14 @@ def _biases(raw: Mapping[str, float | None], n_vocab: int) -> dict[int, float]:
     return biases
 
 
-def _grammar(wanted: _Text | _JsonObject | _JsonSchema | None, engine: Engine) -> Grammar | None:
+def _grammar(wanted: _ResponseFormat | None, engine: Engine) -> Grammar | None:
+    if wanted is None or wanted.type == "text":
+        return None
     try:
-        if isinstance(wanted, _JsonSchema):
-            return Grammar.of_json_schema(wanted.json_schema.schema, engine)
-        return Grammar.json_object(engine) if isinstance(wanted, _JsonObject) else None
+        if wanted.type == "json_object":
+            return Grammar.json_object(engine)
+        if wanted.json_schema is None:
+            raise missing("response_format.json_schema")
+        return Grammar.of_json_schema(wanted.json_schema.schema, engine)
     except Dots1Error as error:
         raise invalid(str(error), "response_format") from None

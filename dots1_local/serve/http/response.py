@@ -83,8 +83,7 @@ class Writer(ABC):
         }
 
     @abstractmethod
-    def _choice(self, piece: Piece, finished: Finished) -> Document:
-        """Return a choice of a whole response."""
+    def _choice(self, piece: Piece, finished: Finished) -> Document: ...
 
     def _chunk(self, index: int, reason: str | None = None, **fields: Any) -> Document:
         choice = {"index": index, **fields, "finish_reason": reason}
@@ -114,12 +113,7 @@ def named_logprob(piece: bytes, logprob: float) -> tuple[str, float]:
 
 
 class GenerationResponse(Response):
-    """Submits a request to the scheduler and sends what it generates.
-
-    Raises:
-        QueueFull: the scheduler's queue is full.
-        Dots1Error: the scheduler is closed or refuses the request.
-    """
+    """Submits a request to the scheduler, whose errors it raises, and sends what is generated."""
 
     media_type = "text/event-stream"
 

@@ -47,11 +47,7 @@ class Model:
             self._no_chat = str(error)
 
     def chat(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
-        """Read a body of /v1/chat/completions.
-
-        Raises:
-            ApiError: the request is malformed, too long, or asks for something unsupported.
-        """
+        """Read a body of /v1/chat/completions, or raise an ApiError."""
         if self._prompter is None:
             raise invalid(f"{self._no_chat}; use /v1/completions", "messages")
         messages, tools, options = read_chat(raw, self._engine)
@@ -68,11 +64,7 @@ class Model:
         return requests, ChatWriter(self.name, options, len(requests), tools=bool(tools))
 
     def completion(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
-        """Read a body of /v1/completions.
-
-        Raises:
-            ApiError: the request is malformed, too long, or asks for something unsupported.
-        """
+        """Read a body of /v1/completions, or raise an ApiError."""
         prompts, echo, options = read_completion(raw, self._engine)
         requests: list[GenerationRequest] = []
         echoes: list[str] = []

@@ -1,18 +1,17 @@
-"""A model's chat template, rendered in a sandbox: it is a program its author wrote.
+"""A model's chat template, rendered in Jinja's sandbox, because a stranger wrote it.
 
-It may run for five seconds and write 16 million characters. That ends its loops and recursions; it
-does not end a single step of Python's own, such as padding a text to a billion characters.
+A template may run for five seconds and write 16 million characters. The time is checked in every
+iteration of a loop and every call of a macro. A single step of Python is not interrupted, so a
+template can still take a gigabyte for a moment, by padding or joining a text.
 """
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError, meta, nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -20,49 +19,43 @@ from dots1_local.errors import GGUFError
 
 __all__ = ["ChatTemplate"]
 
-_SECONDS = 5.0  # a thousand turns take a hundredth of it
-_LONGEST = 1 << 24
-_LARGEST_INTEGER = 1 << 64
-_LARGEST_POWER = 64
+_SECONDS = 5.0  # a thousand turns take a hundredth of this
+_MAX_LENGTH = 1 << 24  # characters
+_MAX_INTEGER = 1 << 64
+_MAX_POWER = 64
+_deadline: ContextVar[float] = ContextVar("deadline")
 
 
 class ChatTemplate:
-    """The template in `source`; `file` is what errors call it by.
+    """The template in `source`; errors call it by the name `file`.
 
-    `variables` are the names it reads and does not set itself, such as "tools".
+    `variables` are the names that the template reads and does not set itself, such as "tools".
 
     Raises:
-        GGUFError: it does not parse.
+        GGUFError: the template does not parse.
     """
 
     def __init__(self, source: str, file: str) -> None:
         self.source, self._file = source, file
-        # The settings of transformers, for which templates are written.
-        environment = _Sandbox(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise
-        environment.filters["tojson"] = _json
         try:
-            with _limited_time():  # Jinja computes what is constant while it compiles
-                self._template = environment.from_string(source)
-                self.variables = frozenset(
-                    meta.find_undeclared_variables(environment.parse(source))
-                )
-        except (Exception, _TooLongError) as error:
+            environment = _Sandbox()
+            tree = environment.parse(source)
+            self.variables = frozenset(meta.find_undeclared_variables(tree))
+            self._template = environment.from_string(_timed(tree))
+        except Exception as error:
             problem = _in_a_line(error)
             raise GGUFError(f"the chat template of {file} does not parse: {problem}") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """The prompt that asks for the next assistant message.
+        """Return the prompt that asks for the next assistant message.
 
         Raises:
-            GGUFError: the template fails on these messages, or comes to no end.
+            GGUFError: the template fails on these messages, or it exceeds its time or length.
         """
+        _deadline.set(time.monotonic() + _SECONDS)
         try:
-            with _limited_time():
-                return "".join(self._pieces({**variables, "messages": messages}))
-        except (Exception, _TooLongError) as error:  # whatever a stranger's program raises
+            return "".join(self._pieces({**variables, "messages": messages}))
+        except (Exception, _TooSlowError) as error:  # a template can raise any exception
             problem = _in_a_line(error)
             raise GGUFError(f"the chat template of {self._file} fails: {problem}") from error
 
@@ -70,51 +63,58 @@ class ChatTemplate:
         length = 0
         for piece in self._template.generate(variables, add_generation_prompt=True):
             length += len(piece)
-            if length > _LONGEST:
-                raise TemplateError(f"it writes more than {_LONGEST} characters")
+            if length > _MAX_LENGTH:
+                raise TemplateError(f"it writes more than {_MAX_LENGTH} characters")
             yield piece
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's, without the two operators that can keep Python busy for hours in one step."""
+    """Jinja's sandbox with transformers' settings, without what keeps Python busy in one step."""
 
     intercepted_binops = frozenset(("*", "**"))
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        self.globals["raise_exception"] = _raise
+        self.filters["tojson"] = _json
+        for name in ("slice", "batch"):  # they count up to any number
+            del self.filters[name]
+        del self.globals["lipsum"]
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         integers = [each for each in (left, right) if isinstance(each, int)]
         lengths = [len(each) for each in (left, right) if hasattr(each, "__len__")]
         if (
-            any(abs(each) > _LARGEST_INTEGER for each in integers)
-            or any(length * each > _LONGEST for length in lengths for each in integers)
-            or (operator == "**" and abs(right) > _LARGEST_POWER)
+            any(abs(each) > _MAX_INTEGER for each in integers)
+            or any(length * each > _MAX_LENGTH for length in lengths for each in integers)
+            or (operator == "**" and abs(right) > _MAX_POWER)
         ):
             raise TemplateError(f"it computes {operator} of something too large")
         return super().call_binop(context, operator, left, right)
 
+    def check_time(self) -> None:
+        """End the template if its time is up; `_timed` puts calls of this into templates."""
+        if time.monotonic() > _deadline.get():
+            raise _TooSlowError
 
-class _TooLongError(BaseException):
+
+class _TooSlowError(BaseException):
     """Not an Exception, because Jinja's filters swallow some of those."""
 
     def __str__(self) -> str:
-        return f"it runs for more than {_SECONDS:.0f} seconds"
+        return f"it runs for more than {_SECONDS:g} seconds"
 
 
-@contextmanager
-def _limited_time() -> Iterator[None]:
-    """End the block's Python code when its time is up, wherever it is."""
-    end = time.monotonic() + _SECONDS
-
-    def check(frame: FrameType, event: str, argument: Any) -> Any:
-        if time.monotonic() > end:
-            raise _TooLongError
-        return check
-
-    before = sys.gettrace()
-    sys.settrace(check)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+def _timed(tree: nodes.Template) -> nodes.Template:
+    """Let every iteration of a loop and every call of a macro begin with a check of the time."""
+    bodies = [loop.body for loop in tree.find_all(nodes.For)]
+    bodies += [macro.body for macro in tree.find_all(nodes.Macro)]
+    for body in bodies:
+        check = nodes.Call(nodes.EnvironmentAttribute("check_time"), [], [], None, None)
+        body.insert(0, nodes.ExprStmt(check, lineno=1))
+    return tree
 
 
 def _raise(message: str) -> NoReturn:
@@ -128,7 +128,7 @@ def _json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers has it; Jinja's own filter of this name writes < and & as for a web page."""
+    """Write JSON as transformers does; Jinja's own filter escapes < and & as for a web page."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -139,6 +139,6 @@ def _json(
 
 
 def _in_a_line(error: BaseException) -> str:
-    """What went wrong, in words that the file's author may have chosen."""
+    """The error in one printable line, because the template's author may have chosen its words."""
     line = " ".join(str(error).split())[:200] or type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in line)

@@ -1,4 +1,4 @@
-import sys
+import time
 
 import pytest
 
@@ -22,15 +22,34 @@ def test_renders_up_to_the_answer() -> None:
         LOOPS,
         LOOPS.replace("}{% endfor", "}{{ messages|length }}{% endfor", 1),
         "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-        "{{ lipsum(n=100000000) }}",
+        LOOPS.replace("range(99999)", "messages * 1000"),
+        "{% for a in [1] recursive %}{% if loop.depth < 30 %}{{ loop([1] * 2) }}{% endif %}"
+        "{% endfor %}",
     ],
 )
 def test_an_endless_template_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "_SECONDS", 0.2)
-    before = sys.gettrace()
-    with pytest.raises(GGUFError, match=r"f\.gguf fails: it runs for more than"):
+    begun = time.monotonic()
+    with pytest.raises(GGUFError, match=r"f\.gguf.*0\.2 seconds"):
         ChatTemplate(source, "f.gguf").render(MESSAGES)
-    assert sys.gettrace() is before
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ lipsum(n=10**8) }}", "{{ [1]|slice(10**18)|list }}", "{{ [1]|batch(10**9, 1) }}"]
+)
+def test_functions_that_count_without_end_are_missing(source: str) -> None:
+    with pytest.raises(GGUFError, match=r"f\.gguf"):
+        ChatTemplate(source, "f.gguf").render(MESSAGES)
+
+
+def test_loops_and_macros_stay_what_they_are() -> None:
+    source = (
+        "{% macro f(n) %}{{ n }}{{ caller() if caller }}{% endmacro %}"
+        "{% for a in range(5) if a != 3 %}{% if a == 4 %}{% break %}{% endif %}"
+        "{{ loop.index }}{{ f(a) }}{% else %}none{% endfor %}{% call f(9) %}!{% endcall %}"
+    )
+    assert ChatTemplate(source, "f.gguf").render(MESSAGES) == "10213" + "29!"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +67,7 @@ def test_huge_numbers_and_texts_are_refused_before_they_are_made(source: str) ->
 
 
 def test_output_is_bounded() -> None:
-    with pytest.raises(GGUFError, match="more than 16777216 characters"):
+    with pytest.raises(GGUFError, match="16777216"):
         ChatTemplate("{% for i in range(30) %}{{ 'x' * 1000000 }}{% endfor %}", "f.gguf").render(
             MESSAGES
         )

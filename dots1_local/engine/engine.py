@@ -23,7 +23,7 @@ from dots1_local.errors import Dots1Error, GGUFError, UsageError
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.placement import Placement
 from dots1_local.progress import Progress, silent
-from dots1_local.verify.lint import check_loadable
+from dots1_local.verify import check_loadable
 
 __all__ = ["Engine", "Entry"]
 

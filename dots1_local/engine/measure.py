@@ -207,7 +207,7 @@ def _unplaced(request: Mapping[str, Any]) -> Engine:
     from dots1_local.engine.model_params import settings
     from dots1_local.engine.report import read_report
     from dots1_local.files.gguf import GGUFFile
-    from dots1_local.verify.lint import check_loadable
+    from dots1_local.verify import check_loadable
 
     probe_all(request["workers"])
     for worker in request["workers"]:

@@ -13,7 +13,7 @@ from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.footprint import Usage, footprint
 from dots1_local.placement.placement import Placement, human_context, load_placement
 from dots1_local.sizes import human_bytes
-from dots1_local.verify.lint import check_loadable
+from dots1_local.verify import check_loadable
 
 __all__ = ["load"]
 

@@ -20,7 +20,7 @@ from dots1_local.export.pipeline import write_shards
 from dots1_local.export.tokenizer import end_tokens, tokenizer_config_json, tokenizer_json, why_none
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.progress import Progress, silent
-from dots1_local.verify.lint import check_loadable
+from dots1_local.verify import check_loadable
 
 __all__ = ["SHARD_SIZE", "Export", "Exported", "export_checkpoint"]
 

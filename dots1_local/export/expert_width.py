@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.files.file_pool import OpenFiles, cores
-from dots1_local.files.gguf import GGUFTensor
+from dots1_local.files.gguf import GGUFTensor, OpenFiles, cores
 from dots1_local.ggml import TYPES
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import decode

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dots1_local.errors import GGUFError
 from dots1_local.export.folder import Folder
 from dots1_local.export.layout import ExportedTensor, Shard
-from dots1_local.files.file_pool import OpenFiles, cores
+from dots1_local.files.gguf import OpenFiles, cores
 from dots1_local.files.partial_file import write_all
 from dots1_local.ggml import TYPES
 from dots1_local.progress import Progress, silent

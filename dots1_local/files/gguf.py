@@ -1,14 +1,20 @@
-"""What a GGUF model holds: its keys, and its tensors with their roles, split files included."""
+"""A GGUF model, in one file or several: its keys, its tensors with their roles, and their bytes."""
 
+import os
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dots1_local.architecture import Role
 from dots1_local.errors import GGUFError
 from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor, Keys, Value
 
-__all__ = ["GGUFFile", "GGUFTensor", "Keys", "Value", "role_of"]
+__all__ = ["GGUFFile", "GGUFTensor", "OpenFiles", "Value", "cores", "role_of"]
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
@@ -99,3 +105,61 @@ def _check_split(headers: tuple[GGUFHeader, ...]) -> None:
         )
     if len(set(names)) != len(names):
         raise GGUFError(f"two shards of {first.file} hold a tensor of the same name")
+
+
+def cores() -> int:
+    """Cores this process may use; in a container these are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class OpenFiles:
+    """Files that many threads read, held open until the `with` statement ends.
+
+    Each thread has buffers of its own, which it keeps.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+
+    def read(self, path: Path, offset: int, count: int) -> NDArray[np.uint8]:
+        """Bytes of a GGUF file, valid until the thread reads again.
+
+        Raises:
+            GGUFError: the file ends early or cannot be read.
+        """
+        buffer = self.buffer("stored", count)
+        done = 0
+        try:
+            fd = self.descriptor(path)
+            while done < count:
+                got = os.preadv(fd, [buffer[done:].data], offset + done)
+                if not got:
+                    raise GGUFError(f"{path} ended early; it was truncated while it was read")
+                done += got
+        except OSError as error:
+            raise GGUFError(f"cannot read {path}: {error.strerror}") from None
+        return buffer
+
+    def descriptor(self, path: Path) -> int:
+        """The file's descriptor; the file is opened at first use."""
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY)
+            return self._open[path]
+
+    def buffer(self, name: str, size: int) -> NDArray[np.uint8]:
+        """The calling thread's memory of this name; its contents are undefined."""
+        held: NDArray[np.uint8] | None = getattr(self._local, name, None)
+        if held is None or held.size < size:
+            held = np.empty(size, np.uint8)
+            setattr(self._local, name, held)
+        return held[:size]

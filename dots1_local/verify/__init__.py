@@ -1,17 +1,23 @@
-"""Is a dots1 GGUF, ours or anybody's, what it should be? And the keys that put it right."""
+"""What is wrong with a dots1 GGUF, our own or anybody's, and which keys would put it right."""
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from reprlib import repr as brief
 
 from dots1_local.architecture import TensorSpec
+from dots1_local.errors import GGUFError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.progress import Progress, silent
 from dots1_local.verify.findings import Change, Finding, Report, Severity, TensorCheck
-from dots1_local.verify.lint import lint
-from dots1_local.verify.numbers import conflicts
-from dots1_local.verify.tensors import expected_tensors
+from dots1_local.verify.numbers import conflicts, likely_config, lint_numbers
+from dots1_local.verify.tensors import expected_tensors, lint_tensors
+from dots1_local.verify.tokens import lint_template, lint_tokenizer
 
-__all__ = ["Change", "Finding", "Report", "Severity", "TensorCheck", "verify_gguf"]
+__all__ = [
+    "Change", "Finding", "Report", "Severity", "TensorCheck", "check_loadable", "verify_gguf",
+]  # fmt: skip
 
 
 def verify_gguf(
@@ -24,35 +30,88 @@ def verify_gguf(
 ) -> Report:
     """Check header, keys, tensors and every block of the GGUF at `path` (any shard of a split one).
 
-    `against` is the checkpoint it was made of: keys are compared with it, and every tensor by
-    relative error. `quick` leaves the tensors' data unread.
+    `against` is the checkpoint that the file was made from: keys are compared with it, and every
+    tensor by relative error. `quick` leaves the tensors' data unread.
 
     Raises:
-        GGUFError: not a GGUF, or damaged so that its header cannot be read.
-        CheckpointError: `against` is incomplete or corrupt, or of another architecture.
+        GGUFError: the file is not a GGUF file, or its header is too damaged to be read.
+        CheckpointError: `against` is incomplete, corrupt, or of another architecture.
     """
     gguf = GGUFFile.open(path)
     checkpoint = source = Checkpoint.open(against) if against else None
     findings = []
-    if source and (other := conflicts(gguf, source.config)):
-        message = f"it is not made of {source.path}: {', '.join(other)}"
+    if source and (fields := conflicts(gguf, source.config)):
+        message = f"the file was not made from {source.path}: {', '.join(fields)}"
         findings, checkpoint = [Finding("against", "error", message)], None
-    findings += lint(gguf, checkpoint)
+    findings += _lint(gguf, checkpoint)
     checks: tuple[TensorCheck, ...] = ()
     if not quick:
-        from dots1_local.verify.check_blocks import examine
-        from dots1_local.verify.findings import judge
+        from dots1_local.verify.check_blocks import check_blocks
+        from dots1_local.verify.findings import findings_from
 
         specs = _comparable(gguf, checkpoint) if checkpoint else {}
-        checks = examine(gguf, checkpoint, specs, threads=threads, progress=progress)
-        findings += judge(checks)
+        checks = check_blocks(gguf, checkpoint, specs, threads=threads, progress=progress)
+        findings += findings_from(checks)
     nbytes = sum(tensor.nbytes for tensor in gguf.tensors)
     compared = source.path if source else None
     return Report(gguf.files, len(gguf.tensors), nbytes, compared, tuple(findings), checks)
 
 
+def check_loadable(gguf: GGUFFile) -> None:
+    """Refuse a file that llama.cpp would not load, would load wrong, or would abort over.
+
+    What only a chat needs is not checked: markers, the tokens that end a response, the template.
+
+    Raises:
+        GGUFError: the architecture is another one, or something is wrong with the model.
+    """
+    found = _other_model(gguf) or next((f for f in _obstacles(gguf) if f.severity == "error"), None)
+    if found:
+        raise GGUFError(f"dots1 verify finds in {gguf.files[0]}: {found.message}")
+
+
+def _obstacles(gguf: GGUFFile) -> Iterator[Finding]:
+    yield from lint_numbers(gguf, None)
+    yield from lint_tensors(gguf, likely_config(gguf))
+    yield from (found for found in lint_tokenizer(gguf, None) if found.check == "tokenizer")
+
+
+def _lint(gguf: GGUFFile, checkpoint: Checkpoint | None) -> list[Finding]:
+    """What the header shows to be wrong, the worst first."""
+    if other := _other_model(gguf):
+        return [other]
+    tokenizer = None
+    if checkpoint:
+        from dots1_local.convert.metadata import end_tokens
+        from dots1_local.convert.tokenizer import read_tokenizer
+
+        ends = end_tokens(checkpoint)
+        tokenizer = read_tokenizer(checkpoint.path, checkpoint.config.vocab_size, ends)
+    template = tokenizer.chat_template if tokenizer else None
+    findings = chain(
+        lint_numbers(gguf, checkpoint.config if checkpoint else None),
+        lint_tensors(gguf, likely_config(gguf)),
+        lint_tokenizer(gguf, tokenizer),
+        lint_template(gguf, template, compared=bool(tokenizer)),
+    )
+    return sorted(findings, key=lambda found: ("error", "warning", "note").index(found.severity))
+
+
+def _other_model(gguf: GGUFFile) -> Finding | None:
+    """The only finding about a file that holds no dots1 model."""
+    architecture = gguf.keys.get("general.architecture")
+    if architecture != "dots1":
+        message = (
+            f"it is a model of architecture {brief(architecture)}; dots1-local runs dots1 only"
+        )
+        return Finding("architecture", "error", message)
+    if not gguf.tensors:
+        return Finding("tensors", "error", "it holds no tensors: it is a vocabulary, not a model")
+    return None
+
+
 def _comparable(gguf: GGUFFile, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
-    """The tensors that are stored in the shape the checkpoint gives them, padded or not."""
+    """The tensors that are stored in the checkpoint's shape, padded or not, by name."""
     config = checkpoint.config
     found = {tensor.name: tensor.shape for tensor in gguf.tensors}
     routed = (shape for name, shape in found.items() if name.endswith(".ffn_gate_exps.weight"))

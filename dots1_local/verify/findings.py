@@ -1,7 +1,4 @@
-"""What verifying a file comes to: findings, the keys that would put them right, and errors.
-
-What the blocks of a file and their distance from the checkpoint mean.
-"""
+"""What verifying a file results in: findings, keys that would put them right, relative errors."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,22 +19,32 @@ __all__ = [
     "Report",
     "Severity",
     "TensorCheck",
-    "judge",
+    "findings_from",
     "names",
+    "remedy",
 ]
-
 
 REFUSES = "llama.cpp refuses to load the file"
 ABORTS = "llama.cpp aborts the process"
 
 # error: the file does not load, aborts the process, computes something else or never stops;
-# warning: it works, but worse or only in some programs; note: unusual, and no more.
+# warning: it works, but worse or only in some programs; note: it is only unusual.
 Severity = Literal["error", "warning", "note"]
 Kind = Literal["u32", "f32", "bool", "string", "i32[]", "string[]"]
-# GGUF's id of each kind; it is the same for all arrays.
+# GGUF's id of each kind; all arrays have the same one.
 KIND_IDS: Mapping[Kind, int] = {
     "u32": 4, "f32": 6, "bool": 7, "string": 8, "i32[]": 9, "string[]": 9,
 }  # fmt: skip
+
+# The most a type usually loses, relative to the weights' norm. Measured on normal, Laplace and
+# Student-t(3) weights with and without importance, plus a fifth; heavier tails lose more.
+USUAL_ERROR = {
+    "F16": 0.001, "BF16": 0.003, "Q8_0": 0.011, "Q6_K": 0.04, "Q5_K": 0.065, "Q5_1": 0.065,
+    "Q5_0": 0.085, "Q4_K": 0.125, "Q4_1": 0.125, "Q4_0": 0.165, "IQ4_NL": 0.135, "IQ4_XS": 0.135,
+    "MXFP4": 0.17, "Q3_K": 0.25, "IQ3_S": 0.27, "IQ3_XXS": 0.35, "Q2_K": 0.42, "IQ2_S": 0.51,
+    "IQ2_XS": 0.53, "IQ2_XXS": 0.63, "IQ1_M": 0.72, "IQ1_S": 0.79,
+}  # fmt: skip
+_UNRELATED = 0.95  # the error of unrelated weights of any size is 1 or more
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class TensorCheck:
-    """What reading one tensor came to.
+    """What reading one tensor showed.
 
-    `bad_blocks` do not decode to finite numbers, the first of them in `bad_row` of `bad_expert`.
-    `error` is ‖W − Ŵ‖ / ‖W‖ against the checkpoint, without padding, and `worst_error` that of the
-    worst expert (of the whole tensor where there is but one); `changed` weights are not the
-    checkpoint's though the type could hold them, `padding` ones are not zero though they should.
+    `bad_blocks` do not decode to finite numbers; the first of them is in `bad_row` of `bad_expert`.
+    `error` is ‖W − Ŵ‖ / ‖W‖ against the checkpoint, without padding; `worst_error` is that of the
+    worst expert, or of the whole tensor if it has no experts. `changed` weights differ from the
+    checkpoint's although the type can hold them exactly; `padding` weights should be zero.
     """
 
     name: str
@@ -86,7 +93,7 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is known of a file; `tensors` is empty where blocks were not looked at."""
+    """All that is known of a file; `tensors` is empty if blocks were not checked."""
 
     files: tuple[Path, ...]
     n_tensors: int
@@ -102,12 +109,12 @@ class Report:
 
     @property
     def changes(self) -> tuple[Change, ...]:
-        """The keys that put right what keys can put right, each once."""
+        """The changes of all findings, one for each key."""
         every = (change for finding in self.findings for change in finding.changes)
         return tuple({change.key: change for change in every}.values())
 
     def worst(self, count: int = 10) -> list[TensorCheck]:
-        """The tensors with the largest relative error, those without any left out."""
+        """The tensors with the largest relative errors; exact tensors are left out."""
         return sorted((t for t in self.tensors if t.error), key=_error, reverse=True)[:count]
 
 
@@ -123,83 +130,66 @@ def names(items: Iterable[str], shown: int = 3) -> str:
     return ", ".join(every[:shown]) + rest
 
 
-# The most a type usually loses, relative to the weights' norm. Measured on normal, Laplace and
-# Student-t(3) weights with and without importance, and a fifth more; heavier tails lose more.
-USUAL_ERROR = {
-    "F16": 0.001, "BF16": 0.003, "Q8_0": 0.011, "Q6_K": 0.04, "Q5_K": 0.065, "Q5_1": 0.065,
-    "Q5_0": 0.085, "Q4_K": 0.125, "Q4_1": 0.125, "Q4_0": 0.165, "IQ4_NL": 0.135, "IQ4_XS": 0.135,
-    "MXFP4": 0.17, "Q3_K": 0.25, "IQ3_S": 0.27, "IQ3_XXS": 0.35, "Q2_K": 0.42, "IQ2_S": 0.51,
-    "IQ2_XS": 0.53, "IQ2_XXS": 0.63, "IQ1_M": 0.72, "IQ1_S": 0.79,
-}  # fmt: skip
-_UNRELATED = 0.95  # other weights of any size come to 1 or more
+def remedy(changes: Sequence[Change], by_fix: str) -> str:
+    """What a person can do: `by_fix` says what --fix does if `changes` put it right."""
+    if changes:
+        return by_fix
+    return "compare with --against the checkpoint, or convert it again with dots1 convert"
 
 
-def judge(tensors: Sequence[TensorCheck]) -> Iterator[Finding]:
-    """The findings about tensors that were read, and compared where they could be."""
-    yield from _damaged([tensor for tensor in tensors if tensor.bad_blocks])
+def findings_from(tensors: Sequence[TensorCheck]) -> Iterator[Finding]:
+    """The findings about tensors that were read, and compared if there was a checkpoint."""
     compared = [tensor for tensor in tensors if tensor.worst_error is not None]
-    other = [t for t in compared if not _worst(t) < _UNRELATED]  # a NaN of the checkpoint included
-    yield from _other(other)
-    yield from _changed([t for t in compared if t.changed and t not in other])
-    yield from _padded([tensor for tensor in compared if tensor.padding])
-    yield from _unusual([
-        t for t in compared
-        if USUAL_ERROR.get(t.type, 1.0) < _worst(t) < _UNRELATED and not t.changed
-    ])  # fmt: skip
-
-
-def _damaged(tensors: Sequence[TensorCheck]) -> Iterator[Finding]:
-    if tensors:
-        first, count = tensors[0], sum(tensor.bad_blocks for tensor in tensors)
-        yield Finding(
-            "blocks", "error",
-            f"NaN or infinite weights in {count} block{'s' * (count != 1)} of {_names(tensors)}, "
-            f"first in {_expert(first, first.bad_expert)}row {first.bad_row} of {first.name}: the "
-            "file is damaged; fetch or convert it again",
-        )  # fmt: skip
-
-
-def _other(tensors: Sequence[TensorCheck]) -> Iterator[Finding]:
-    if tensors:
-        first = max(tensors, key=_worst)
+    other = [t for t in compared if not _worst(t) < _UNRELATED]  # includes NaN
+    changed = [tensor for tensor in compared if tensor.changed and tensor not in other]
+    padded = [tensor for tensor in compared if tensor.padding]
+    unusual = [
+        tensor for tensor in compared
+        if USUAL_ERROR.get(tensor.type, 1.0) < _worst(tensor) < _UNRELATED and not tensor.changed
+    ]  # fmt: skip
+    if damaged := [tensor for tensor in tensors if tensor.bad_blocks]:
+        yield Finding("blocks", "error", _damaged(damaged))
+    if other:
+        first = max(other, key=_worst)
         yield Finding(
             "against", "error",
-            f"{_names(tensors)} hold other weights than the checkpoint (relative error "
+            f"{_names(other)} hold other weights than the checkpoint (relative error "
             f"{_worst(first):.3f}{_of_expert(first)} of {first.name}): it is another model, or its "
             "tensors are mixed up",
         )  # fmt: skip
-
-
-def _changed(tensors: Sequence[TensorCheck]) -> Iterator[Finding]:
-    if tensors:
-        first = tensors[0]
+    if changed:
+        first = changed[0]
         yield Finding(
             "against", "error",
-            f"{_names(tensors)} differ from the checkpoint where they could be equal "
+            f"{_names(changed)} differ from the checkpoint where they could be equal "
             f"({first.name} in {first.changed} weights that {first.type} holds exactly): the file "
-            "is damaged, or of another checkpoint",
+            "is damaged, or was made from another checkpoint",
         )  # fmt: skip
-
-
-def _padded(tensors: Sequence[TensorCheck]) -> Iterator[Finding]:
-    if tensors:
-        first = tensors[0]
+    if padded:
+        first = padded[0]
         yield Finding(
             "against", "error",
-            f"{_names(tensors)} padded with something else than zeros ({first.padding} weights of "
+            f"{_names(padded)} padded with weights other than zero ({first.padding} weights of "
             f"{first.name}): the experts compute something else",
         )  # fmt: skip
-
-
-def _unusual(tensors: Sequence[TensorCheck]) -> Iterator[Finding]:
-    if tensors:
-        first = max(tensors, key=lambda tensor: _worst(tensor) / USUAL_ERROR[tensor.type])
+    if unusual:
+        first = max(unusual, key=lambda tensor: _worst(tensor) / USUAL_ERROR[tensor.type])
         yield Finding(
             "against", "note",
-            f"{_names(tensors)} lost more than is usual: relative error "
-            f"{_worst(first):.3f}{_of_expert(first)} of {first.name}, where {first.type} seldom "
+            f"{_names(unusual)} lost more than usual: the relative error is "
+            f"{_worst(first):.3f}{_of_expert(first)} of {first.name}, and {first.type} seldom "
             f"exceeds {USUAL_ERROR[first.type]}",
         )  # fmt: skip
+
+
+def _damaged(tensors: Sequence[TensorCheck]) -> str:
+    first, count = tensors[0], sum(tensor.bad_blocks for tensor in tensors)
+    expert = f"expert {first.bad_expert}, " if len(first.shape) == 3 else ""
+    return (
+        f"NaN or infinite weights in {count} block{'s' * (count != 1)} of {_names(tensors)}, first "
+        f"in {expert}row {first.bad_row} of {first.name}: the file is damaged; fetch or convert it "
+        "again"
+    )
 
 
 def _names(tensors: Sequence[TensorCheck]) -> str:
@@ -212,7 +202,3 @@ def _worst(tensor: TensorCheck) -> float:
 
 def _of_expert(tensor: TensorCheck) -> str:
     return f" in expert {tensor.worst_expert}" if len(tensor.shape) == 3 else ""
-
-
-def _expert(tensor: TensorCheck, index: int) -> str:
-    return f"expert {index}, " if len(tensor.shape) == 3 else ""

@@ -28,7 +28,7 @@ __all__ = ["check_output", "write_fixed"]
 _STEP = 64 << 20  # bytes copied between two calls of progress
 _FORMATS = {"u32": "<I", "f32": "<f", "bool": "<?"}
 _I32, _STRING = 5, 8  # enum gguf_type
-_NOT_HERE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+_NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class _Copy:
 def write_fixed(
     report: Report, output: str | Path, *, force: bool = False, progress: Progress = silent
 ) -> tuple[Path, ...]:
-    """Copy the file that `report` is about to `output` with its `changes` made; the paths written.
+    """Copy the file of `report` to `output` with the report's `changes` made; return the paths.
 
-    Of a split file every shard is copied, to OUT-00001-of-0000N.gguf and so on. A file gets its
-    name when all are complete; whatever stops the copy, nothing half-done stays.
+    Every shard of a split file is copied, to OUT-00001-of-0000N.gguf and so on. Files get their
+    names when all are complete; if anything stops the copy, nothing half-done stays.
 
     Raises:
         Dots1Error: an output exists (without `force`), is the input, or cannot be written.
@@ -79,7 +79,7 @@ def check_output(path: str | Path, output: str | Path, *, force: bool = False) -
 
 
 def _resolved(output: str | Path) -> Path:
-    """What a link points to is written, not the link."""
+    """If `output` is a link, the file it points to is written."""
     return Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
 
 
@@ -91,7 +91,7 @@ def _targets(files: Sequence[Path], path: Path) -> list[Path]:
 
 
 def _check(files: Sequence[Path], path: Path, force: bool) -> list[Path]:
-    """The files to write for `path`, none of which is in the way of anything."""
+    """The files to write for `path`, after checks that each may be written."""
     check_target(path, force=True)
     targets = _targets(files, path)
     with disk_errors(path, kept=False):
@@ -109,7 +109,7 @@ def _check(files: Sequence[Path], path: Path, force: bool) -> list[Path]:
 def _check_source(files: Sequence[Path], target: Path) -> None:
     for path in (target, partial_path(target)):
         if path.exists() and any(path.samefile(file) for file in files):
-            raise Dots1Error(f"{path} is the file to be fixed; write to another one")
+            raise Dots1Error(f"{path} is the file to be fixed; write to another file")
 
 
 def _open(target: Path) -> AbstractContextManager[BinaryIO]:
@@ -134,7 +134,7 @@ def _write(copies: Sequence[_Copy], files: Sequence[BinaryIO], progress: Progres
             target.flush()
             report(len(copy.header))
             _copy_rest(source.fileno(), target.fileno(), copy.start, report)
-        os.fsync(target.fileno())  # all are on the disk before the first gets its name
+        os.fsync(target.fileno())  # all files are on the disk before the first gets its name
 
 
 def _copy_rest(source: int, target: int, offset: int, report: Callable[[int], None]) -> None:
@@ -153,7 +153,7 @@ def _copy(source: int, target: int, count: int, offset: int) -> int:
         try:
             return os.copy_file_range(source, target, count, offset_src=offset)
         except OSError as error:
-            if error.errno not in _NOT_HERE:
+            if error.errno not in _NO_KERNEL_COPY:
                 raise
     data = os.pread(source, min(count, 1 << 20), offset)
     return os.write(target, data)
@@ -162,7 +162,7 @@ def _copy(source: int, target: int, count: int, offset: int) -> int:
 def changed_header(header: GGUFHeader, changes: Iterable[Change]) -> bytes:
     """The header with `changes` made, up to where the data begins.
 
-    A key that is there keeps its place; new ones come last.
+    A changed key keeps its place; new keys come last.
     """
     wanted = {change.key: change for change in changes}
     keys = [

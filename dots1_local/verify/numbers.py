@@ -1,31 +1,33 @@
-"""The model's numbers: what the keys say, what the tensors show, what the checkpoint has.
+"""The model's numbers: what the keys say, what the tensors tell, what the checkpoint has.
 
-Which keys llama.cpp requires, and what it takes for one that is missing, is read in its
-`llama_model_dots1::load_arch_hparams` and `llama_model_base::load_hparams`.
+llama.cpp's `llama_model_dots1::load_arch_hparams` and `llama_model_base::load_hparams` tell which
+keys it requires, and what it takes for a missing one.
 """
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from reprlib import repr as brief
 from typing import Any
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.files.gguf import GGUFFile, Value
-from dots1_local.verify.findings import ABORTS, KIND_IDS, REFUSES, Change, Finding, Kind
-from dots1_local.verify.tensors import Numbers, shown_by
+from dots1_local.verify.findings import ABORTS, KIND_IDS, REFUSES, Change, Finding, Kind, remedy
+from dots1_local.verify.tensors import config_from_tensors
 
-__all__ = ["config_of", "conflicts", "lint_numbers"]
+__all__ = ["conflicts", "likely_config", "lint_numbers"]
 
 _SIGMOID, _OTHER_GATINGS = 2, (1, 3, 4)  # enum llama_expert_gating_func_type
 _MOST_LAYERS, _MOST_EXPERTS = 512, 1024  # llama.cpp's own limits
+
+Numbers = Mapping[str, Any]  # by field of Dots1Config
 
 
 @dataclass(frozen=True)
 class _Key:
     """`dots1.<name>`, which is `field` of a config; `missing` is what happens without it.
 
-    `published` is what every published dots1 model has.
+    `published` is the value in every published dots1 model.
     """
 
     name: str
@@ -53,7 +55,7 @@ _KEYS = (
     _Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", REFUSES, "f32"),
     _Key(
         "rope.freq_base", "rope_theta",
-        "llama.cpp silently takes 10000, and the model loses track of what is where",
+        "llama.cpp silently takes 10000, and the model loses track of positions",
         "f32", 1e7,
     ),
     _Key(
@@ -65,28 +67,28 @@ _KEYS = (
         "llama.cpp silently leaves the weights of the chosen experts unnormalised", "bool", True,
     ),
 )  # fmt: skip
-# These may be arrays, of one number a layer.
+# These may be arrays, of one number for each layer.
 _BY_LAYER = (
     "feed_forward_length", "attention.head_count", "attention.head_count_kv", "expert_used_count",
     "expert_feed_forward_length",
 )  # fmt: skip
 
-# What the inventory depends on, but for what models without dense layers do not have.
+# What the inventory depends on, except for what models without dense layers do not have.
 _SHAPING = (
     "vocab_size", "hidden_size", "num_hidden_layers", "first_k_dense_replace",
     "num_attention_heads", "head_dim", "n_routed_experts", "moe_intermediate_size",
     "n_shared_experts",
 )  # fmt: skip
-# Tensors may be lost: how many layers there are says the key, if there is one.
+# Tensors may be lost, so the key has the last word on the number of layers.
 _COUNTED = ("num_hidden_layers", "first_k_dense_replace")
 
 
 def conflicts(gguf: GGUFFile, checkpoint: Dots1Config) -> list[str]:
-    """In what the tensors are none of the checkpoint's: `hidden_size 64 (4096)` and the like.
+    """The fields in which tensors and checkpoint disagree, such as `hidden_size 64 (4096)`.
 
-    Wider experts are padded ones; a lost layer does not make it another model.
+    Wider experts are padded ones; a lost layer does not make the file another model.
     """
-    shown, wanted = shown_by(gguf.tensors), vars(checkpoint)
+    shown, wanted = config_from_tensors(gguf.tensors), vars(checkpoint)
     return [
         f"{field} {value} ({wanted[field]})"
         for field, value in shown.items()
@@ -96,92 +98,74 @@ def conflicts(gguf: GGUFFile, checkpoint: Dots1Config) -> list[str]:
     ]
 
 
-def lint_numbers(gguf: GGUFFile, checkpoint: Dots1Config | None) -> Iterator[Finding]:
-    """What is wrong with the `dots1.*` keys."""
-    shown = shown_by(gguf.tensors)
-    published: Numbers | None = vars(checkpoint) | _width(shown) if checkpoint else None
-    wanted = published or shown
-    yield from _gating(gguf)
-    defaults = _defaults(gguf, shown)
-    for key in _KEYS:
-        if f"dots1.{key.name}" in gguf.keys:
-            yield from _check_value(key, gguf, shown, published)
-        elif key.name not in defaults or defaults[key.name] != wanted.get(key.field):
-            changes = _setting(key, wanted, shown)
-            wrong = f"dots1.{key.name} is missing: {key.missing}"
-            yield Finding("keys", "error", f"{wrong}; {_remedy(changes)}", changes)
-    yield from _limits(gguf)
+def likely_config(gguf: GGUFFile) -> Dots1Config | None:
+    """The model that tensors and keys describe together, to tell what is wrong with a file.
 
-
-def _width(shown: Numbers) -> Numbers:
-    """The width experts are stored in, which may be padded."""
-    return {field: value for field, value in shown.items() if field == "moe_intermediate_size"}
-
-
-def config_of(gguf: GGUFFile) -> Dots1Config | None:
-    """The model that the keys describe, the tensors standing in for missing ones.
-
-    None if even so a number is missing, or one is beyond what llama.cpp takes.
+    None if even so a number is missing, or one is beyond llama.cpp's limits.
     """
-    shown = shown_by(gguf.tensors)
     tokens = gguf.keys.get("tokenizer.ggml.tokens")
-    told: Numbers = {"vocab_size": len(tokens)} if isinstance(tokens, list) else {}
+    told: dict[str, Any] = {"vocab_size": len(tokens)} if isinstance(tokens, list) else {}
     for key in _KEYS:
         value = _number(key, gguf)
         if _is_sane(key, value):
             told[key.field] = value
     counted = {field: told[field] for field in _COUNTED if field in told}
-    known = told | shown | counted
+    known = told | config_from_tensors(gguf.tensors) | counted
     if not all(field in known for field in _SHAPING):
         return None
-    others: Numbers = dict.fromkeys((key.field for key in _KEYS), 1)  # no shape depends on these
+    others: dict[str, Any] = dict.fromkeys((key.field for key in _KEYS), 1)  # no shape needs these
     config = Dots1Config(**others | known)
     small = config.num_hidden_layers <= _MOST_LAYERS and config.n_routed_experts <= _MOST_EXPERTS
     return config if small else None
 
 
+def lint_numbers(gguf: GGUFFile, checkpoint: Dots1Config | None) -> Iterator[Finding]:
+    """What is wrong with the `dots1.*` keys."""
+    shown, wanted = config_from_tensors(gguf.tensors), None
+    if checkpoint:
+        stored_width = {k: v for k, v in shown.items() if k == "moe_intermediate_size"}
+        wanted = vars(checkpoint) | stored_width  # the width may be padded
+    yield from _gating(gguf)
+    defaults = _defaults(gguf, shown)
+    for key in _KEYS:
+        right = (wanted or shown).get(key.field)
+        if f"dots1.{key.name}" in gguf.keys:
+            yield from _check_value(key, gguf, shown, wanted)
+        elif key.name not in defaults or defaults[key.name] != right:
+            yield _finding(key, f"is missing: {key.missing}", right, shown)
+    yield from _limits(gguf)
+
+
 def _check_value(
-    key: _Key,
-    gguf: GGUFFile,
-    shown: Mapping[str, Any],
-    checkpoint: Mapping[str, Any] | None,
+    key: _Key, gguf: GGUFFile, shown: Numbers, checkpoint: Numbers | None
 ) -> Iterator[Finding]:
     name, value = f"dots1.{key.name}", _number(key, gguf)
-    told = shown if key.field not in _COUNTED else {}
-    wanted = told if checkpoint is None else checkpoint
-    right, changes = wanted.get(key.field), _setting(key, wanted, shown)
-    if not _is_sane(key, value):
-        wrong = f"{name} is {brief(value)}, which is no such number"
-        yield Finding("keys", "error", f"{wrong}; {_remedy(changes)}", changes)
-    elif right is not None and not _same(value, right, key.kind):
-        source = "the tensors show" if checkpoint is None else "the checkpoint has"
-        wrong = f"{name} is {value!r} where {source} {right!r}"
-        yield Finding("keys", "error", f"{wrong}; {_remedy(changes)}", changes)
-    elif gguf.keys.kind(name) != KIND_IDS[key.kind] and not isinstance(gguf.keys[name], list):
-        wrong = f"{name} is not stored as {key.kind}: {REFUSES}"
-        changes = (Change(name, key.kind, value),)
-        yield Finding("keys", "error", f"{wrong}; --fix stores it so", changes)
-    elif checkpoint is None and key.published is not None and value != key.published:
-        wrong = f"{name} is {value!r} where every published dots1 model has {key.published!r}"
-        yield Finding("keys", "warning", f"{wrong}; compare with --against the checkpoint")
-
-
-def _setting(key: _Key, wanted: Mapping[str, Any], shown: Mapping[str, Any]) -> tuple[Change, ...]:
-    """The change that puts a key right, unless the tensors would not fit it."""
+    wanted = checkpoint or {k: v for k, v in shown.items() if k not in _COUNTED}
     right = wanted.get(key.field)
-    if right is None or shown.get(key.field, right) != right:
-        return ()
-    return (Change(f"dots1.{key.name}", key.kind, right),)
+    if not _is_sane(key, value):
+        yield _finding(key, f"is {brief(value)}, which is not a usable number", right, shown)
+    elif right is not None and not _same(value, right, key.kind):
+        source = "the checkpoint has" if checkpoint else "the tensors show"
+        yield _finding(key, f"is {value!r} where {source} {right!r}", right, shown)
+    elif gguf.keys.kind(name) != KIND_IDS[key.kind] and not isinstance(gguf.keys[name], list):
+        message = f"{name} is not stored as {key.kind}: {REFUSES}; --fix stores it so"
+        yield Finding("keys", "error", message, (Change(name, key.kind, value),))
+    elif checkpoint is None and key.published is not None and value != key.published:
+        message = f"{name} is {value!r} where every published dots1 model has {key.published!r}"
+        yield Finding("keys", "warning", f"{message}; compare with --against the checkpoint")
 
 
-def _remedy(changes: Sequence[Change]) -> str:
-    if changes:
-        return f"--fix sets {changes[0].value!r}"
-    return "compare with --against the checkpoint, or convert it again with dots1 convert"
+def _finding(key: _Key, problem: str, right: Any, shown: Numbers) -> Finding:
+    """The `right` value, if it is known, puts the key right unless the tensors do not fit it."""
+    changes: tuple[Change, ...] = ()
+    if right is not None and shown.get(key.field, right) == right:
+        changes = (Change(f"dots1.{key.name}", key.kind, right),)
+    message = f"dots1.{key.name} {problem}; {remedy(changes, f'--fix sets {right!r}')}"
+    return Finding("keys", "error", message, changes)
 
 
 def _number(key: _Key, gguf: GGUFFile) -> Value | None:
-    """A key's value, or the one that its array holds for every layer."""
+    """A key's value, or the number that its array repeats for every layer."""
     value = gguf.keys.get(f"dots1.{key.name}")
     if key.name in _BY_LAYER and isinstance(value, list) and len(set(value)) == 1:
         return value[0]
@@ -192,13 +176,13 @@ def _is_sane(key: _Key, value: Value | None) -> bool:
     if key.kind == "bool" or isinstance(value, bool):
         return key.kind == "bool" and isinstance(value, bool)
     if key.kind == "f32":
-        none = value == 0 and key.field == "rms_norm_eps"  # it computes without one
-        return none or (isinstance(value, int | float) and 0 < value < 1e12)
+        zero = value == 0 and key.field == "rms_norm_eps"  # llama.cpp computes with 0, too
+        return zero or (isinstance(value, int | float) and 0 < value < 1e12)
     return isinstance(value, int) and (value > 0 or key.field in _COUNTED) and value < 1 << 32
 
 
 def _same(value: Any, right: Any, kind: Kind) -> bool:
-    if kind == "f32":  # the file holds what a 32-bit float does
+    if kind == "f32":  # the file holds 32-bit floats
         return struct.pack("<f", value) == struct.pack("<f", right)
     return bool(value == right)
 
@@ -206,19 +190,17 @@ def _same(value: Any, right: Any, kind: Kind) -> bool:
 def _gating(gguf: GGUFFile) -> Iterator[Finding]:
     name = "dots1.expert_gating_func"
     gating = gguf.keys.get(name)
-    if gating == _SIGMOID and gguf.keys.kind(name) == KIND_IDS["u32"]:
-        return
     if gating is None:
-        wrong = f"{name} is missing: {ABORTS}"
+        wrong = f"is missing: {ABORTS}"
     elif gguf.keys.kind(name) != KIND_IDS["u32"]:
-        wrong = f"{name} is not stored as u32: {REFUSES}"
+        wrong = f"is not stored as u32: {REFUSES}"
+    elif gating == _SIGMOID:
+        return
     elif gating not in _OTHER_GATINGS:
-        wrong = f"{name} is {brief(gating)}: {ABORTS}"
+        wrong = f"is {brief(gating)}: {ABORTS}"
     else:
-        wrong = (
-            f"{name} is {brief(gating)}: the router weighs experts in another way than in training"
-        )
-    message = f"{wrong}; every dots1 model means sigmoid, and --fix sets {_SIGMOID}"
+        wrong = f"is {brief(gating)}: the router weighs experts in another way than in training"
+    message = f"{name} {wrong}; every dots1 model means sigmoid, and --fix sets {_SIGMOID}"
     yield Finding("gating", "error", message, (Change(name, "u32", _SIGMOID),))
 
 
@@ -237,9 +219,9 @@ def _limits(gguf: GGUFFile) -> Iterator[Finding]:
             f"each token is routed to {used} of {experts} experts: {ABORTS}; compare with "
             "--against the checkpoint",
         )  # fmt: skip
-    groups = gguf.keys.get("dots1.expert_group_count", 0)
+    name = "dots1.expert_group_count"
+    groups = gguf.keys.get(name, 0)
     if isinstance(groups, int) and groups > 1:
-        name = "dots1.expert_group_count"
         yield Finding(
             "experts", "error",
             f"{name} is {groups}: llama.cpp chooses experts by group, which dots1 does not; --fix "
@@ -247,14 +229,14 @@ def _limits(gguf: GGUFFile) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _defaults(gguf: GGUFFile, shown: Mapping[str, Any]) -> Numbers:
-    """What llama.cpp takes for a key that is not there, by key."""
+def _defaults(gguf: GGUFFile, shown: Numbers) -> Numbers:
+    """What llama.cpp takes for a missing key, by key; None if it does not need the key."""
     told = {key.name: _number(key, gguf) for key in _KEYS}
     hidden = told["embedding_length"] or shown.get("hidden_size")
     heads, head_dim = told["attention.head_count"], None
     if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         head_dim = hidden // heads
-    defaults: Numbers = {
+    defaults: dict[str, Any] = {
         "leading_dense_block_count": 0,
         "attention.head_count_kv": heads,
         "attention.key_length": head_dim,
@@ -262,5 +244,5 @@ def _defaults(gguf: GGUFFile, shown: Mapping[str, Any]) -> Numbers:
         "rope.dimension_count": told["attention.key_length"] or head_dim,
     }
     if shown.get("first_k_dense_replace") == 0:
-        defaults["feed_forward_length"] = None  # not needed
+        defaults["feed_forward_length"] = None
     return defaults

@@ -1,13 +1,13 @@
-"""Does the chat template say what was said, in tokens the model has, and leave it to answer?
+"""Do the tokenizer's keys and the chat template serve a chat?
 
-What a chat needs of the tokenizer's keys: no BOS, the right ends, markers that are markers.
-
-Ids are found by the tokens' text. What llama.cpp does is read in its `llama_vocab::impl::load`.
+A chat needs no BOS, the right end tokens, markers that are control tokens, and a template that
+writes what was said in tokens the model has. Ids are found by the tokens' text. llama.cpp's
+`llama_vocab::impl::load` tells what llama.cpp does.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from reprlib import repr as brief
 from typing import TYPE_CHECKING
 
@@ -23,45 +23,45 @@ from dots1_local.verify.findings import (
     Kind,
     Severity,
     names,
+    remedy,
 )
 
 if TYPE_CHECKING:
     from dots1_local.convert.tokenizer import Tokenizer
 
-__all__ = [
-    "MARKER",
-    "QWEN2_NAMES",
-    "lint_template",
-    "lint_tokenizer",
-]
+__all__ = ["QWEN2_NAMES", "lint_template", "lint_tokenizer"]
 
-
-MARKER = re.compile(r"<\|[^<>|\s]+\|>")
+_PREFIX = "tokenizer.ggml."
+_CONTROL, _USER_DEFINED = 3, 4  # enum llama_token_type
+_END_OF_RESPONSE, _END_OF_TEXT = "<|endofresponse|>", "<|endoftext|>"
 _RESPONSE = "<|response|>"
+_MARKER = re.compile(r"<\|[^<>|\s]+\|>")
+# llama.cpp's names of Qwen2's way to split text.
+QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")
+_FROM_CHECKPOINT = "--fix takes the checkpoint's"
 
 
 def lint_template(gguf: GGUFFile, right: str | None, *, compared: bool) -> Iterator[Finding]:
-    """What is wrong with the chat template; `right` is that of the checkpoint, if `compared`."""
+    """What is wrong with the chat template; `right` is the checkpoint's, if `compared`."""
     key = "tokenizer.chat_template"
     source = gguf.keys.get(key)
     changes = (Change(key, "string", right),) if right else ()
-    remedy = "--fix takes the checkpoint's" if right else "compare with --against the checkpoint"
+    way_out = _FROM_CHECKPOINT if right else "compare with --against the checkpoint"
     if not isinstance(source, str):
         if right or not compared:
             message = f"there is no {key}: it is a base model, or its template was lost"
-            yield Finding("template", "warning", f"{message}; {remedy}", changes)
+            yield Finding("template", "warning", f"{message}; {way_out}", changes)
         return
     if right is not None and source != right:
         message = f"{key} is not the checkpoint's"
-        yield Finding("template", "warning", f"{message}; {remedy}", changes)
-    tokens = gguf.keys.get("tokenizer.ggml.tokens")
-    known = set(map(str, tokens)) if isinstance(tokens, list) else set()
-    for severity, problem in _problems(source, str(gguf.files[0]), known):
-        yield Finding("template", severity, f"{problem}; {remedy}", changes)
+        yield Finding("template", "warning", f"{message}; {way_out}", changes)
+    known = set(_strings(gguf.keys.get(_PREFIX + "tokens")))
+    for severity, problem in _template_problems(source, str(gguf.files[0]), known):
+        yield Finding("template", severity, f"{problem}; {way_out}", changes)
 
 
-def _problems(source: str, file: str, known: set[str]) -> Iterator[tuple[Severity, str]]:
-    """Severity and sentence, of what a system prompt, a question and one more show."""
+def _template_problems(source: str, file: str, known: set[str]) -> Iterator[tuple[Severity, str]]:
+    """What rendering a system prompt, a question, a response and another question shows."""
     said = {"system": "first marked", "user": "second marked", "assistant": "third marked"}
     messages = [{"role": role, "content": text} for role, text in said.items()]
     messages.append({"role": "user", "content": "fourth marked"})
@@ -76,44 +76,35 @@ def _problems(source: str, file: str, known: set[str]) -> Iterator[tuple[Severit
     lost = [role for role in ("system", "assistant") if said[role] not in rendered]
     if lost:
         yield "warning", f"the chat template leaves out the {names(lost)} message"
-    strange = [marker for marker in MARKER.findall(rendered) if marker not in known]
+    strange = [marker for marker in _MARKER.findall(rendered) if marker not in known]
     if strange and known:
         listed = names(dict.fromkeys(strange))
-        yield "error", f"the chat template writes {listed}, of which there is no such token"
+        yield "error", f"the chat template writes {listed}, but the model has no such token"
     elif _RESPONSE in known and not rendered.endswith(_RESPONSE):
         yield "warning", f"the chat template does not end a prompt with {_RESPONSE}"
 
 
-_PREFIX = "tokenizer.ggml."
-_CONTROL, _USER_DEFINED = 3, 4  # enum llama_token_type
-_END_OF_RESPONSE, _END_OF_TEXT = "<|endofresponse|>", "<|endoftext|>"
-# llama.cpp's names of Qwen2's way to split text.
-QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")
-
-
 def lint_tokenizer(gguf: GGUFFile, checkpoint: "Tokenizer | None") -> Iterator[Finding]:
-    """What is wrong with the tokenizer's keys, the checkpoint's tokenizer being the right one."""
+    """What is wrong with the tokenizer's keys; the checkpoint's tokenizer is the right one."""
     yield from _stored(gguf)
     tokens = _strings(gguf.keys.get(_PREFIX + "tokens"))
     replaced = _replacement(gguf, checkpoint)
-    if not tokens:
-        message = f"there is no tokenizer: {REFUSES}"
-        yield Finding("tokenizer", "error", f"{message}; {_remedy(replaced)}", replaced)
-        return
-    wrong = list(_vocabulary(gguf, tokens))
+    wrong = list(_vocabulary(gguf, tokens)) if tokens else [f"there is no tokenizer: {REFUSES}"]
     if checkpoint and not wrong and not _agrees(gguf, tokens, checkpoint):
         wrong = ["the tokenizer is not the checkpoint's"]
-    for message in wrong:
-        yield Finding("tokenizer", "error", f"{message}; {_remedy(replaced)}", replaced)
-    yield from _pre(gguf)
-    yield from _bos(gguf, len(tokens))
-    yield from _ends(gguf, tokens, checkpoint)
+    way_out = remedy(replaced, _FROM_CHECKPOINT)
+    for problem in wrong:
+        yield Finding("tokenizer", "error", f"{problem}; {way_out}", replaced)
+    if tokens:
+        yield from _pre(gguf)
+        yield from _bos(gguf, len(tokens))
+        yield from _ends(gguf, tokens, checkpoint)
     if not wrong:
         yield from _markers(gguf, tokens)
 
 
 def _stored(gguf: GGUFFile) -> Iterator[Finding]:
-    """Ids and switches of another type than llama.cpp reads; what else is wrong comes after it."""
+    """Ids and switches whose type is not the one llama.cpp reads; it stops at the first."""
     for name in gguf.keys:
         ending = re.fullmatch(r"tokenizer\.ggml\.(?:\w+_(token_id)|add_\w+_token)", name)
         wanted: Kind = "u32" if ending and ending[1] else "bool"
@@ -122,12 +113,12 @@ def _stored(gguf: GGUFFile) -> Iterator[Finding]:
             usable = isinstance(value, int) and 0 <= value < (1 << 32 if wanted == "u32" else 2)
             change = Change(name, wanted, value) if usable else Change(name)
             message = f"{name} is not stored as {wanted}: {REFUSES}"
-            remedy = "--fix stores it so" if usable else "--fix removes it"
-            yield Finding("tokenizer", "error", f"{message}; {remedy}", (change,))
+            way_out = "--fix stores it so" if usable else "--fix removes it"
+            yield Finding("tokenizer", "error", f"{message}; {way_out}", (change,))
 
 
 def _replacement(gguf: GGUFFile, checkpoint: "Tokenizer | None") -> tuple[Change, ...]:
-    """What makes the tokenizer the checkpoint's."""
+    """The changes that replace the tokenizer by the checkpoint's."""
     if checkpoint is None:
         return ()
     changes = (
@@ -141,7 +132,7 @@ def _replacement(gguf: GGUFFile, checkpoint: "Tokenizer | None") -> tuple[Change
 
 
 def _agrees(gguf: GGUFFile, tokens: list[str], checkpoint: "Tokenizer") -> bool:
-    """Whether it is the checkpoint's; user-defined tokens may have become control tokens."""
+    """Whether the tokenizer is the checkpoint's; a user-defined token may be a control token."""
     types, merges = (gguf.keys.get(_PREFIX + key) for key in ("token_type", "merges"))
     if tokens != list(checkpoint.tokens) or merges != list(checkpoint.merges):
         return False
@@ -149,12 +140,6 @@ def _agrees(gguf: GGUFFile, tokens: list[str], checkpoint: "Tokenizer") -> bool:
         found == right or (found, right) == (_CONTROL, _USER_DEFINED)
         for found, right in zip(types, checkpoint.types, strict=True)
     )
-
-
-def _remedy(changes: Sequence[Change]) -> str:
-    if changes:
-        return "--fix takes the checkpoint's"
-    return "compare with --against the checkpoint, or convert it again with dots1 convert"
 
 
 def _vocabulary(gguf: GGUFFile, tokens: list[str]) -> Iterator[str]:
@@ -168,9 +153,11 @@ def _vocabulary(gguf: GGUFFile, tokens: list[str]) -> Iterator[str]:
         if embeds and tensor.shape[:1] != (len(tokens),):
             shape = list(tensor.shape)
             yield f"there are {len(tokens)} tokens for {tensor.name} of {shape}: {REFUSES}"
-    for token, count in Counter(filter(None, tokens)).most_common(1):  # it renames empty ones
+    for token, count in Counter(filter(None, tokens)).most_common(
+        1
+    ):  # llama.cpp renames empty ones
         if count > 1:
-            yield f"the token {brief(token)} is there {count} times: {ABORTS}"
+            yield f"the token {brief(token)} occurs {count} times: {ABORTS}"
     if not isinstance(types, list):
         yield f"{_PREFIX}token_type is missing: a prompt would spell out its markers as text"
     elif len(types) != len(tokens):
@@ -183,7 +170,7 @@ def _pre(gguf: GGUFFile) -> Iterator[Finding]:
     pre = gguf.keys.get(_PREFIX + "pre")
     if pre not in QWEN2_NAMES:
         found, unknown = "missing", ""
-        if pre is not None:  # maybe a name that another version of llama.cpp has
+        if pre is not None:  # perhaps another version of llama.cpp knows this name
             found, unknown = brief(pre), ", or refuses to load the file"
         yield Finding(
             "pre", "error",
@@ -193,7 +180,7 @@ def _pre(gguf: GGUFFile) -> Iterator[Finding]:
 
 
 def _bos(gguf: GGUFFile, n_tokens: int) -> Iterator[Finding]:
-    """dots1 has no token that begins a text, but llama.cpp has one for every model."""
+    """dots1 has no token that begins a text, but llama.cpp assumes one for every model."""
     bos, adds = (gguf.keys.get(_PREFIX + key) for key in ("bos_token_id", "add_bos_token"))
     key = _PREFIX + "add_bos_token"
     remove = (Change(_PREFIX + "bos_token_id"),) if bos is not None else ()
@@ -210,14 +197,14 @@ def _bos(gguf: GGUFFile, n_tokens: int) -> Iterator[Finding]:
         yield Finding("bos", "warning", f"{message}; --fix removes it", remove)
     if gguf.keys.get(_PREFIX + "add_eos_token"):
         key = _PREFIX + "add_eos_token"
-        message = f"{key} is set: every prompt ends where it should go on"
+        message = f"{key} is set: every prompt ends with an end token"
         yield Finding("eos", "error", f"{message}; --fix removes it", (Change(key),))
 
 
 def _ends(gguf: GGUFFile, tokens: list[str], checkpoint: "Tokenizer | None") -> Iterator[Finding]:
-    """Both ends must be said: llama.cpp knows `<|endoftext|>` by name, not `<|endofresponse|>`."""
-    eos, eot = _said_ends(gguf, tokens)
-    wanted = _wanted_ends(tokens, checkpoint)
+    """Keys must name both ends: by name, llama.cpp knows `<|endoftext|>` only."""
+    eos, eot = _stored_ends(gguf, tokens)
+    wanted = _right_ends(tokens, checkpoint)
     said = [value for value in (eos, eot) if value is not None]
     if eos is not None and all(v in wanted for v in said) and all(v in said for v in wanted):
         return
@@ -236,13 +223,13 @@ def _ends(gguf: GGUFFile, tokens: list[str], checkpoint: "Tokenizer | None") -> 
     yield Finding("eos", severity, f"{message}; --fix ends them at {right}", changes)
 
 
-def _said_ends(gguf: GGUFFile, tokens: list[str]) -> tuple[Value | None, Value | None]:
-    """What the keys say of EOS and EOT; an EOT that is no token counts for nothing."""
+def _stored_ends(gguf: GGUFFile, tokens: list[str]) -> tuple[Value | None, Value | None]:
+    """The ids that the keys give EOS and EOT; an EOT beyond the vocabulary is ignored."""
     eos, eot = (gguf.keys.get(f"{_PREFIX}{end}_token_id") for end in ("eos", "eot"))
     return eos, eot if isinstance(eot, int) and 0 <= eot < len(tokens) else None
 
 
-def _wanted_ends(tokens: list[str], checkpoint: "Tokenizer | None") -> list[int]:
+def _right_ends(tokens: list[str], checkpoint: "Tokenizer | None") -> list[int]:
     if checkpoint and checkpoint.eos < len(tokens) > checkpoint.eot:
         return [checkpoint.eos, checkpoint.eot]
     ids = {token: index for index, token in enumerate(tokens)}
@@ -250,7 +237,7 @@ def _wanted_ends(tokens: list[str], checkpoint: "Tokenizer | None") -> list[int]
 
 
 def _wrong_ends(gguf: GGUFFile, tokens: list[str], wanted: list[int]) -> tuple[Severity, str]:
-    said = _said_ends(gguf, tokens)
+    said = _stored_ends(gguf, tokens)
     for end, value in zip(("eos", "eot"), said, strict=True):
         if value not in wanted and (end == "eos" or value is not None):
             wrong = f"{_PREFIX}{end}_token_id {_says(value, tokens)}"
@@ -269,17 +256,17 @@ def _says(value: Value | None, tokens: list[str]) -> str:
         return "is missing, and llama.cpp takes 11, a comma"
     if isinstance(value, int) and 0 <= value < len(tokens):
         return f"is {value} ({brief(tokens[value])})"
-    return f"is {brief(value)}, which is no token, and llama.cpp takes 11, a comma"
+    return f"is {brief(value)}, which is not a token, and llama.cpp takes 11, a comma"
 
 
 def _markers(gguf: GGUFFile, tokens: list[str]) -> Iterator[Finding]:
-    """Only a control token is one in a prompt, and stays text in a message."""
+    """A marker in a prompt is one token, and in a message text, only if it is a control token."""
     raw = gguf.keys.get(_PREFIX + "token_type")
     source = gguf.keys.get("tokenizer.chat_template")
     types = [kind for kind in raw if isinstance(kind, int)] if isinstance(raw, list) else []
     if len(types) != len(tokens):
         return
-    written = set(MARKER.findall(source)) if isinstance(source, str) else set()
+    written = set(_MARKER.findall(source)) if isinstance(source, str) else set()
     written |= {_END_OF_RESPONSE, _END_OF_TEXT}
     markers = {token: index for index, token in enumerate(tokens) if token in written}
     wrong = {token: index for token, index in markers.items() if types[index] != _CONTROL}
@@ -289,10 +276,10 @@ def _markers(gguf: GGUFFile, tokens: list[str]) -> Iterator[Finding]:
     changes = (Change(_PREFIX + "token_type", "i32[]", fixed),)
     text = {token: index for token, index in wrong.items() if types[index] != _USER_DEFINED}
     if text:
-        message = f"{names(text)} is no control token: a prompt would spell it out as text"
+        message = f"{names(text)} is not a control token: a prompt would spell it out as text"
         yield Finding("markers", "error", f"{message}; --fix makes it one", changes)
     else:
-        message = f"{names(wrong)} is no control token: in some programs a message can forge it"
+        message = f"{names(wrong)} is not a control token: in some programs a message can forge it"
         yield Finding("markers", "warning", f"{message}; --fix makes it one", changes)
 
 

@@ -97,7 +97,7 @@ def test_padding_is_cut_off(tmp_path: Path) -> None:
     name = "blk.1.ffn_gate_exps.weight"
     spoilt = rewrite(path, tmp_path / "spoilt.gguf", edit={name: spoil})
     (finding,) = verify_gguf(spoilt, source).findings
-    assert f"{name} padded with something else than zeros" in finding.message
+    assert f"{name} padded" in finding.message
 
 
 def test_a_stock_file_compares_as_well(tiny: Path, converted: Any, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_coarser_copy_is_noted(tiny: Path, converted: Any, tmp_path: Path) -> 
     report = verify_gguf(path, tiny)
     assert report.ok
     assert [finding.severity for finding in report.findings] == ["note"]
-    assert f"{name} lost more than is usual" in report.findings[0].message
+    assert f"{name} lost more" in report.findings[0].message
 
 
 def test_another_checkpoint_of_the_same_shape_is_found(tmp_path: Path) -> None:

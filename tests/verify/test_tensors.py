@@ -46,7 +46,7 @@ def test_a_lost_layer_is_not_corrected_away(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "sentence"),
     [
-        ("rope_freqs.weight", (16,), "rope_freqs.weight is no part"),
+        ("rope_freqs.weight", (16,), "rope_freqs.weight is not part"),
         ("blk.0.attn_q.bias", (HIDDEN,), "llama.cpp adds it"),
         ("blk.1.attn_k.weight", (HIDDEN, 32), "blk.1.attn_k.weight is 64×32 where"),
         ("output.weight", (CONFIG.vocab_size - 1, HIDDEN), "for output.weight of [267, 64]"),

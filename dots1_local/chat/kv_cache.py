@@ -5,10 +5,7 @@ from itertools import compress, count
 from operator import ne
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dots1_local.chat.kv_state import Answers, State, restore_state, save_state
+from dots1_local.chat.kv_state import AnswerTokens, KVState, restore_state, save_state
 from dots1_local.engine.engine import Engine
 from dots1_local.progress import Progress, silent
 
@@ -25,7 +22,6 @@ class KVCache:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._tokens: list[int] = []
-        self._restored = False
         self._saved: tuple[Path, list[int]] | None = None
 
     def __len__(self) -> int:
@@ -40,11 +36,7 @@ class KVCache:
         new = len(tokens) - common
         progress(0, new, "tokens", "reading")
         for start in range(common, len(tokens), self._engine.n_ubatch):
-            logits = self._append(tokens[start : start + self._engine.n_ubatch])
-            if self._restored and not np.isfinite(logits).all():
-                self.keep([])  # a file that was no KV cache after all
-                return self.hold(tokens, progress)
-            self._restored = False
+            self._append(tokens[start : start + self._engine.n_ubatch])
             progress(len(self._tokens) - common, new, "tokens", "reading")
         return common
 
@@ -56,11 +48,10 @@ class KVCache:
         """Drop all but the beginning that it has in common with `tokens`; its length."""
         common = common_prefix(self._tokens, tokens)
         del self._tokens[common:]
-        self._restored = self._restored and common > 0
         self._engine.forget(common)
         return common
 
-    def save(self, path: Path, answers: Answers = (), progress: Progress = silent) -> int:
+    def save(self, path: Path, answers: AnswerTokens = (), progress: Progress = silent) -> int:
         """Write what it holds to a file; the bytes written, 0 where there is nothing to write.
 
         Raises:
@@ -73,18 +64,16 @@ class KVCache:
         self._saved = (path.absolute(), list(self._tokens))
         return nbytes
 
-    def restore(self, path: Path, state: State) -> None:
+    def restore(self, path: Path, state: KVState) -> None:
         """Hold what a file holds, of which `state` was opened; nothing if that fails."""
         self._tokens = []
-        self._restored = restore_state(state, self._engine)
-        if self._restored:
+        if restore_state(state, self._engine):
             self._tokens = list(state.tokens)
             self._saved = (path.absolute(), state.tokens)
 
-    def _append(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        logits = self._engine.decode(tokens, len(self._tokens))
+    def _append(self, tokens: Sequence[int]) -> None:
+        self._engine.decode(tokens, len(self._tokens))
         self._tokens += tokens
-        return logits
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

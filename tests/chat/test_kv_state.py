@@ -4,7 +4,6 @@ import resource
 import stat
 import struct
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -195,18 +194,30 @@ def test_answers_keep_the_tokens_that_the_model_wrote(talk: Talk, tmp_path: Path
     assert session.messages == written
 
 
-@pytest.mark.parametrize(
-    "claim", [[TOKENS.index("<|endofresponse|>")], [*b"hex"], [-1], [1 << 40], [True], "hel", [[]]]
-)
+@pytest.mark.parametrize("claim", [[TOKENS.index("<|endofresponse|>")], [*b"hex"], [-1], [1 << 40]])
 def test_tokens_that_a_file_claims_are_not_believed(talk: Talk, tmp_path: Path, claim: Any) -> None:
     session = talk([*tokens_of("hel"), EOS])
     say(session, "hi")
     state = tmp_path / "talk.kv"
     session.save_state(state)
-    rewrite(state, footer={"answers": [[*b"hel", *claim] if claim != "hel" else claim]})
+    rewrite(state, footer={"answers": [[*b"hel", *claim]]})
     session.messages = texts(session.messages)
     assert session.load_state(state) > 0
     assert session.messages[-1].tokens is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"answers": [[True]]}, {"answers": "hel"}, {"answers": [[[]]]}, {"tokens": []}, {"x": 1}],
+)
+def test_a_file_with_another_footer_is_not_read(
+    session: Session, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    say(session, "hi")
+    state = tmp_path / "talk.kv"
+    session.save_state(state)
+    rewrite(state, footer=change)
+    assert session.load_state(state) == 0
 
 
 def test_no_room_is_one_sentence(
@@ -231,7 +242,7 @@ def test_no_room_is_one_sentence(
 def test_only_its_own_kind_of_file_is_replaced(session: Session, tmp_path: Path) -> None:
     say(session, "hello")
     (tmp_path / "talk.kv").write_text("dear diary")
-    with pytest.raises(UsageError, match="no saved KV cache; it stays as it is"):
+    with pytest.raises(UsageError, match=r"talk\.kv is not a saved KV cache"):
         session.save_state(tmp_path / "talk.kv")
     assert (tmp_path / "talk.kv").read_text() == "dear diary"
     with pytest.raises(Dots1Error, match="cannot write"):
@@ -241,16 +252,14 @@ def test_only_its_own_kind_of_file_is_replaced(session: Session, tmp_path: Path)
 
 
 def rewrite(path: Path, body: bytes | None = None, footer: dict[str, Any] | None = None) -> None:
-    """Change a state file as somebody would who knows its format, sums and all."""
-    from dots1_local.chat import kv_state as format_of
-
+    """Change the engine's part of a state file, or fields of the footer."""
     data = path.read_bytes()
     length = struct.unpack("<Q", data[-16:-8])[0]
-    old, claims = data[: -16 - length], json.loads(data[-16 - length : -16])
-    new = old if body is None else body
-    sums = {"samples": format_of._samples(BytesIO(new), len(new))}
-    text = json.dumps(claims | sums | (footer or {})).encode()
-    path.write_bytes(new + text + struct.pack("<Q8s", len(text), b"dots1-kv"))
+    old, fields = data[: -16 - length], json.loads(data[-16 - length : -16])
+    text = json.dumps(fields | (footer or {})).encode()
+    path.write_bytes(
+        (old if body is None else body) + text + struct.pack("<Q8s", len(text), b"dots1-kv")
+    )
 
 
 def body_of(path: Path) -> bytes:

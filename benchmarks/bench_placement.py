@@ -20,12 +20,12 @@ from dots1_local.devices.hardware import Hardware
 from dots1_local.devices.machine import this_machine
 from dots1_local.engine.measure import try_out
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.placement.baselines import all_on_cpu, experts_in_ram
-from dots1_local.placement.candidates import reference_turn
-from dots1_local.placement.footprint import lacking, limited
+from dots1_local.placement.alternatives import all_on_cpu, experts_in_ram
+from dots1_local.placement.footprint import limited, shortfall
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement
 from dots1_local.placement.planner import place
-from dots1_local.placement.steps import Graph
+from dots1_local.placement.speed_model import reference_turn
 from dots1_local.sizes import parse_size
 
 _DEPTH, _CONTEXT = 512, 1024
@@ -36,7 +36,7 @@ def main() -> None:
     """Measure what the command line asks for, and print a Markdown table."""
     args = _arguments()
     gguf = GGUFFile.open(args.model)
-    graph = Graph.read(gguf)
+    graph = ModelGraph.read(gguf)
     machine = limited(
         this_machine(args.worker),
         vram=parse_size(args.vram) if args.vram else None,
@@ -46,7 +46,7 @@ def main() -> None:
     others = {
         name: placement
         for name, placement in _by_layer_counts(machine, ours)
-        if all(short <= 0 for short in lacking(graph, machine, placement).values())
+        if all(short <= 0 for short in shortfall(graph, machine, placement).values())
     }
     print(f"ours: {dict(ours.layers)}, {list(ours.overrides)}, {ours.host_memory}\n")
     print("| placement | prefill, tok/s | decode, tok/s | turn, s |\n|---|---|---|---|")

@@ -32,11 +32,11 @@ from dots1_local.engine.bench import Outcome, predicted_depths
 from dots1_local.engine.measure import Depth, Trial, try_out
 from dots1_local.errors import Dots1Error
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.placement.baselines import compared, with_ubatch
-from dots1_local.placement.footprint import GPU_MARGIN, RAM_MARGIN, Usage, footprint
+from dots1_local.placement.alternatives import baselines, with_ubatch
+from dots1_local.placement.footprint import GPU_RESERVE, RAM_RESERVE, Usage, footprint
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import HostMemory, Placement
 from dots1_local.placement.planner import place
-from dots1_local.placement.steps import Graph
 from dots1_local.quant.recipes import make_plan
 from dots1_local.sizes import parse_size
 from tests.workers import local_worker
@@ -68,7 +68,7 @@ class Run:
 
     out: Path
     deadline: float
-    graph: Graph
+    graph: ModelGraph
     machine: Hardware
     limit: int | None
     context: int
@@ -83,7 +83,7 @@ class Run:
         usage: Mapping[str, Usage] = {}
         depths: Sequence[int] = self._possible[0]
         if placement is not None:
-            usage = footprint(self.graph.gguf, placement)
+            usage = footprint(self.graph, placement)
             depths, predicted = self._predict(placement)
         trial, error = None, None
         try:
@@ -164,8 +164,8 @@ def _benchmark(args: argparse.Namespace, deadline: float, open_workers: ExitStac
     device = machine.devices[0]
     cpu = machine.cpu
     if workers:  # planned for as a GPU, and neither that nor RAM has room for everything
-        free = GPU_MARGIN + model.stat().st_size * 11 // 10
-        cpu = replace(cpu, free=RAM_MARGIN + model.stat().st_size)
+        free = GPU_RESERVE + model.stat().st_size * 11 // 10
+        cpu = replace(cpu, free=RAM_RESERVE + model.stat().st_size)
     else:
         share = config["num_hidden_layers"] / _MOST_LAYERS
         free = min(device.free, round(_UNSHARED + (args.vram - _UNSHARED) * share))
@@ -181,7 +181,7 @@ def _benchmark(args: argparse.Namespace, deadline: float, open_workers: ExitStac
         "outcomes": [],
     }
     limit = None if workers else free
-    graph = Graph.read(GGUFFile.open(model))
+    graph = ModelGraph.read(GGUFFile.open(model))
     run = Run(args.out, deadline, graph, machine, limit, args.context, workers, results)
     run.write()
     for name, placement in _contenders(run):
@@ -190,13 +190,13 @@ def _benchmark(args: argparse.Namespace, deadline: float, open_workers: ExitStac
 
 def _contenders(run: Run) -> Iterator[tuple[str, Placement | None]]:
     """What to measure, the most telling first."""
-    gguf, machine = run.graph.gguf, run.machine
-    ours = place(gguf, machine, context=run.context)
+    graph, machine = run.graph, run.machine
+    ours = place(graph.gguf, machine, context=run.context)
     yield f"ours ({ours.host_memory}, ubatch {ours.ubatch})", _on_workers(run, ours)
     for name, placement in (
-        *compared(gguf, machine, ours),
+        *baselines(graph, machine, ours),
         *((f"ours, {kind}", replace(ours, host_memory=kind)) for kind in _HOST_MEMORIES),
-        *((f"ours, ubatch {n}", with_ubatch(gguf, machine, ours, n)) for n in _UBATCHES),
+        *((f"ours, ubatch {n}", with_ubatch(graph, machine, ours, n)) for n in _UBATCHES),
     ):
         if placement != ours:
             yield name, _on_workers(run, placement)
@@ -213,7 +213,7 @@ def _geometry(args: argparse.Namespace, machine: Hardware, seconds: float) -> di
         return published_config(**_SMALL)
     room = min(
         shutil.disk_usage(args.work).free - 2e9,
-        (machine.cpu.free - RAM_MARGIN) / 2,  # the file is cached beside what is loaded
+        (machine.cpu.free - RAM_RESERVE) / 2,  # the file is cached beside what is loaded
         seconds / 2 / (_RUNS / _LOADED + 1 / _WRITTEN),
     )
     counts = range(3, _MOST_LAYERS + 1)

@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 _BUDGETS = "--size, --bpw, --max-kld and --fit-memory"
-_CONTEXT = 16_384
 
 
 def _option(name: str, metavar: str, text: str, default: str | None = None) -> Any:
@@ -115,13 +114,13 @@ def _memory_budget(
 ) -> "Budget":
     from dots1_local.convert import Budget
     from dots1_local.devices.machine import find_hardware, hardware_names
-    from dots1_local.placement.memory import Memory, parse_context, weights_budget
+    from dots1_local.placement.memory import Memory, memory_of, parse_context, weights_budget
+    from dots1_local.placement.placement import default_context
 
     described: str | Memory = memory
     if memory in hardware_names() or Path(memory).is_file():
-        machine = find_hardware(memory)
-        described = Memory(tuple(device.free for device in machine.devices), machine.cpu.free)
-    tokens = min(_CONTEXT, config.max_position_embeddings)
+        described = memory_of(find_hardware(memory))
+    tokens = default_context(config.max_position_embeddings)
     found = weights_budget(
         config, described, parse_context(context) if context else tokens, kv_type
     )

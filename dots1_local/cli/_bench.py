@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from dots1_local.devices.hardware import Hardware
     from dots1_local.engine.bench import Contender, Outcome
     from dots1_local.engine.measure import Depth
+    from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import Placement
-    from dots1_local.placement.steps import Graph
 
 __all__ = ["bench"]
 
@@ -62,9 +62,9 @@ def bench(
     from dots1_local.engine.bench import bench as run
     from dots1_local.files.gguf import GGUFFile
     from dots1_local.placement.footprint import limited
+    from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import load_placement
     from dots1_local.placement.planner import place
-    from dots1_local.placement.steps import Graph
 
     depths = _numbers(context, "--context")
     ubatches = [] if ubatch is None else _numbers(ubatch, "--ubatch")
@@ -72,7 +72,7 @@ def bench(
     workers = _workers([placement for _, placement in plans], worker or [])
     bounds = limits(vram, ram)
     gguf = GGUFFile.open(model)
-    graph = Graph.read(gguf)
+    graph = ModelGraph.read(gguf)
     with progress_bar("looking at this machine") as report:
         machine = this_machine(workers, progress=report)
     machine = limited(machine, **bounds)
@@ -111,13 +111,13 @@ def _workers(plans: Sequence["Placement"], given: Sequence[str]) -> Sequence[str
 
 
 def _contenders(
-    graph: "Graph",
+    graph: "ModelGraph",
     machine: "Hardware",
     ours: Sequence[tuple[str, "Placement"]],
     ubatches: Sequence[int],
     alternatives: bool,
 ) -> Iterable["Contender"]:
-    from dots1_local.placement.baselines import compared, with_ubatch
+    from dots1_local.placement.alternatives import baselines, with_ubatch
 
     yield from ours
     for name, placement in ours:
@@ -125,11 +125,11 @@ def _contenders(
             if ubatch != placement.ubatch:
                 yield (
                     f"{name}, ubatch {ubatch}",
-                    with_ubatch(graph.gguf, machine, placement, ubatch),
+                    with_ubatch(graph, machine, placement, ubatch),
                 )
     if alternatives:
         tried = [placement for _, placement in ours]
-        for name, placement in compared(graph.gguf, machine, ours[0][1]):
+        for name, placement in baselines(graph, machine, ours[0][1]):
             if placement not in tried:  # on a large device, several put all there
                 tried.append(placement)
                 yield name, placement

@@ -12,8 +12,8 @@ from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.devices.hardware import Hardware
+    from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import Placement
-    from dots1_local.placement.steps import Graph
 
 __all__ = ["plan"]
 
@@ -22,7 +22,7 @@ def plan(
     model: Annotated[Path, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")],
     context: Annotated[
         str | None,
-        typer.Option("--context", "-c", help="Tokens such as 16k, which it is if unset."),
+        typer.Option("--context", "-c", help="Tokens such as 8k; 16k by default."),
     ] = None,
     kv: Annotated[
         str | None,
@@ -58,11 +58,12 @@ def plan(
     dots1 plan dots1-DQ4.gguf --plan plan.json
     """
     from dots1_local.files.gguf import GGUFFile
+    from dots1_local.placement.alternatives import explain_shortfall
     from dots1_local.placement.footprint import limited
     from dots1_local.placement.memory import parse_context
+    from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import check_made_for, load_placement
-    from dots1_local.placement.planner import place, shortfall_of
-    from dots1_local.placement.steps import Graph
+    from dots1_local.placement.planner import place
 
     if plan and (context or kv or parallel != 1 or threads or worker):
         raise UsageError(
@@ -72,7 +73,7 @@ def plan(
     tokens = parse_context(context) if context else None
     bounds = limits(vram, ram)
     gguf = GGUFFile.open(model)
-    graph = Graph.read(gguf)
+    graph = ModelGraph.read(gguf)
     made = load_placement(plan) if plan else None
     if made:
         check_made_for(made, gguf)
@@ -88,7 +89,7 @@ def plan(
         *_unmeasured(found, described=hardware is not None),
     ):
         notice(sentence)
-    shortfall = shortfall_of(graph, machine, placement)
+    shortfall = explain_shortfall(graph, machine, placement)
     if as_json:
         print_json(_as_json(graph, machine, placement, shortfall))
     else:
@@ -110,9 +111,9 @@ def _machine(name: str | None, workers: list[str]) -> "Hardware":
     return find_hardware(name)
 
 
-def _warnings(graph: "Graph", machine: "Hardware", placement: "Placement") -> Iterator[str]:
+def _warnings(graph: "ModelGraph", machine: "Hardware", placement: "Placement") -> Iterator[str]:
     """What to know of a plan beforehand."""
-    from dots1_local.placement.footprint import unattended
+    from dots1_local.placement.footprint import kv_type_unsupported
 
     trained = graph.config.max_position_embeddings
     if placement.context > trained:
@@ -120,8 +121,8 @@ def _warnings(graph: "Graph", machine: "Hardware", placement: "Placement") -> It
             f"a context of {placement.context:,} tokens is beyond the {trained:,} that the model "
             "was trained for"
         )
-    if sentence := unattended(machine, placement):
-        yield f"{sentence}; the CPU would, and the KV cache be copied to it for every token"
+    if sentence := kv_type_unsupported(machine, placement):
+        yield f"{sentence}; the CPU does it then, and the KV cache is copied there for every token"
 
 
 def _beyond(machine: "Hardware", bounds: dict[str, int | None]) -> Iterator[str]:
@@ -151,17 +152,17 @@ def _unmeasured(machine: "Hardware", *, described: bool) -> Iterator[str]:
         )
 
 
-def _show(model: Path, graph: "Graph", machine: "Hardware", placement: "Placement") -> None:
+def _show(model: Path, graph: "ModelGraph", machine: "Hardware", placement: "Placement") -> None:
     from dots1_local.cli._plan_screen import show_plan
 
     show_plan(model, graph, machine, placement)
 
 
 def _as_json(
-    graph: "Graph", machine: "Hardware", placement: "Placement", shortfall: Any
+    graph: "ModelGraph", machine: "Hardware", placement: "Placement", shortfall: Any
 ) -> dict[str, Any]:
-    from dots1_local.placement.forecast import forecast
     from dots1_local.placement.llama_args import command_line
+    from dots1_local.placement.speed_model import forecast
 
     predicted = {
         "hardware": machine.name,

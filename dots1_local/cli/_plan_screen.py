@@ -8,9 +8,9 @@ from dots1_local.cli._output import human_bytes, print_table
 
 if TYPE_CHECKING:
     from dots1_local.devices.hardware import Hardware
-    from dots1_local.placement.forecast import Forecast
+    from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import Placement
-    from dots1_local.placement.steps import Graph
+    from dots1_local.placement.speed_model import Forecast
 
 __all__ = ["show_plan"]
 
@@ -32,11 +32,13 @@ _HELD = {
 _NEVER = 1 << 20  # a batch that no placement reaches
 
 
-def show_plan(model: Path, graph: "Graph", machine: "Hardware", placement: "Placement") -> None:
+def show_plan(
+    model: Path, graph: "ModelGraph", machine: "Hardware", placement: "Placement"
+) -> None:
     """Print it."""
-    from dots1_local.placement.forecast import forecast
     from dots1_local.placement.llama_args import command_line
     from dots1_local.placement.placement import human_context
+    from dots1_local.placement.speed_model import forecast
 
     predicted = forecast(graph, machine, placement)
     print(
@@ -72,13 +74,13 @@ def _signed(nbytes: int) -> str:
     return human_bytes(nbytes) if nbytes >= 0 else f"-{human_bytes(-nbytes)}"
 
 
-def _whereabouts(graph: "Graph", placement: "Placement") -> Iterable[str]:
+def _whereabouts(graph: "ModelGraph", placement: "Placement") -> Iterable[str]:
     """Which layers' weights, KV cache and routed experts are where."""
-    from dots1_local.placement.steps import is_routed
+    from dots1_local.placement.model_graph import is_routed
 
     where: dict[str, dict[str, list[int]]] = {"layers": {}, "KV cache": {}, "routed experts": {}}
     partly: dict[int, dict[str, str]] = {}
-    for step in graph.steps:
+    for step in graph.ops:
         if step.part == "attn_q":
             device = placement.device_of(step.name)
             where["layers"].setdefault(device, []).append(step.layer)

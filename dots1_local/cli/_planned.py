@@ -30,8 +30,8 @@ Context = Annotated[
     typer.Option(
         "--context",
         "-c",
-        help="Tokens a conversation or request may have, such as 16k; 4096 if unset, or 16k where "
-        "it is planned; 0 is all.",
+        help="Tokens that a conversation or request may have, such as 8k; 16k by default; 0 is all "
+        "that the model was trained for.",
     ),
 ]
 Plan = Annotated[

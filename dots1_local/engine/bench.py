@@ -10,9 +10,9 @@ from dots1_local.engine.measure import Depth, Trial, try_out
 from dots1_local.engine.report import compare
 from dots1_local.errors import Dots1Error
 from dots1_local.placement.footprint import Usage, footprint
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement
 from dots1_local.placement.speed_model import SpeedModel, is_measured
-from dots1_local.placement.steps import Graph
 from dots1_local.progress import Progress, silent
 
 __all__ = ["Contender", "Outcome", "bench", "predicted_depths"]
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def bench(
-    graph: Graph,
+    graph: ModelGraph,
     machine: Hardware,
     contenders: Iterable[Contender],
     depths: Sequence[int],
@@ -68,7 +68,7 @@ def bench(
         try:
             if placement is not None:
                 predicted = predicted_depths(graph, machine, placement, depths)
-                usage = footprint(graph.gguf, placement)
+                usage = footprint(graph, placement)
             trial = try_out(
                 graph.gguf.files[0],
                 placement,
@@ -83,7 +83,7 @@ def bench(
 
 
 def predicted_depths(
-    graph: Graph, machine: Hardware, placement: Placement, depths: Sequence[int]
+    graph: ModelGraph, machine: Hardware, placement: Placement, depths: Sequence[int]
 ) -> tuple[Depth, ...]:
     """What `try_out` should measure; nothing where a device's speed is unknown."""
     if not is_measured(machine, placement.used_devices):

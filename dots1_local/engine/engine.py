@@ -88,7 +88,7 @@ class Engine:
         """Load the model and make a context of `n_sequences` × `n_ctx` tokens.
 
         All on the CPU, or as `placement` says; what is given besides wins over what that says.
-        `n_ctx` is by default what the model was trained for, but at most 4096; 0 is all of it.
+        `n_ctx` is by default what `default_context` says; 0 is all that the model was trained for.
         `all_logits` makes room for the logits of a whole ubatch (512 tokens); without it, one row a
         sequence can be asked for. `flash_attention` None leaves the choice to llama.cpp. With a
         `shared_cache` sequences can `share` what they begin with.

@@ -28,8 +28,8 @@ from dots1_local.engine.report import Report, device_of, read_report, surprises
 from dots1_local.errors import Dots1Error, GGUFError
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.ggml import quant_type
-from dots1_local.placement.footprint import Usage, footprint
-from dots1_local.placement.memory import kv_bytes
+from dots1_local.placement.footprint import Usage, footprint, kv_bytes
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement, human_context
 from dots1_local.progress import Progress, silent
 from dots1_local.sizes import human_bytes
@@ -143,7 +143,7 @@ def _context_warnings(gguf: GGUFFile, wanted: Settings) -> Iterator[str]:
 
 def _predict(gguf: GGUFFile, placement: Placement, wanted: Settings) -> Mapping[str, Usage]:
     return footprint(
-        gguf,
+        ModelGraph.read(gguf),
         wanted.applied_to(placement),
         n_sequences=1 if wanted.shared_cache else wanted.n_sequences,
         n_outputs=wanted.n_outputs,

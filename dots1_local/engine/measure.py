@@ -20,8 +20,7 @@ from dots1_local.engine.engine import Engine
 from dots1_local.engine.model_params import buffer_names
 from dots1_local.engine.report import Taken
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.files.json_file import Fields
-from dots1_local.placement.placement import MIN_BATCH, Placement, placement_from
+from dots1_local.placement.placement import MIN_BATCH, Placement, placement_from_json
 from dots1_local.progress import Progress, silent
 
 __all__ = ["Depth", "Trial", "measure_depths", "try_out"]
@@ -182,8 +181,7 @@ def _tried(request: Mapping[str, Any]) -> dict[str, Any]:
 def _engine(request: Mapping[str, Any]) -> Engine:
     if (raw := request["placement"]) is None:
         return _unplaced(request)
-    body = {key: value for key, value in raw.items() if key not in ("format", "version")}
-    placement = placement_from(Fields(body, "the placement"), "the placement")
+    placement = placement_from_json(raw, "the placement")
     return Engine.open(
         request["path"],
         placement=placement,

@@ -26,6 +26,7 @@ from dots1_local.placement.placement import (
     Placement,
     check_context,
     check_made_for,
+    default_context,
 )
 
 __all__ = [
@@ -193,9 +194,6 @@ def _overrides(placement: Placement) -> Any:
     return (_Override * (len(pairs) + 1))(*(_Override(*pair) for pair in pairs))
 
 
-_USUAL_CONTEXT = 4096  # 4 GB of KV cache in dots.llm1
-
-
 @dataclass(frozen=True)
 class Settings:
     """How the context is made: `n_sequences` × `n_ctx` tokens, `n_outputs` logits a ubatch.
@@ -267,7 +265,7 @@ def settings(
 
 def _context_length(gguf: GGUFFile, wanted: int | None, n_sequences: int) -> int:
     trained = trained_for(gguf)
-    n_ctx = min(trained, _USUAL_CONTEXT) if wanted is None else wanted or trained
+    n_ctx = default_context(trained, n_sequences) if wanted is None else wanted or trained
     check_context(n_ctx, n_sequences)
     return n_ctx
 

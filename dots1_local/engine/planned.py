@@ -11,6 +11,7 @@ from dots1_local.engine.loading import OutOfMemory
 from dots1_local.engine.model_params import trained_for
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.footprint import Usage, footprint
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement, human_context, load_placement
 from dots1_local.sizes import human_bytes
 from dots1_local.verify import check_loadable
@@ -121,10 +122,10 @@ def _plan(gguf: GGUFFile, machine: Hardware, options: dict[str, Any]) -> Placeme
 
 def _unused(gguf: GGUFFile, machine: Hardware, placement: Placement, device: str) -> int:
     """Bytes that the plan left of what it might have taken, and that were never there."""
-    from dots1_local.placement.footprint import room_of
+    from dots1_local.placement.footprint import usable_bytes
 
-    taken = footprint(gguf, placement).get(device, Usage()).total
-    return max(room_of(machine.device(device)) - taken, 0)
+    taken = footprint(ModelGraph.read(gguf), placement).get(device, Usage()).total
+    return max(usable_bytes(machine.device(device)) - taken, 0)
 
 
 def _without(machine: Hardware, reserved: dict[str, int]) -> Hardware:
@@ -138,11 +139,10 @@ def _without(machine: Hardware, reserved: dict[str, int]) -> Hardware:
 
 def _outline(gguf: GGUFFile, machine: Hardware, placement: Placement) -> Iterator[str]:
     """What it will take and how fast it will be, and what is short."""
-    from dots1_local.placement.forecast import forecast
-    from dots1_local.placement.planner import shortfall_of
-    from dots1_local.placement.steps import Graph
+    from dots1_local.placement.alternatives import explain_shortfall
+    from dots1_local.placement.speed_model import forecast
 
-    graph = Graph.read(gguf)
+    graph = ModelGraph.read(gguf)
     predicted = forecast(graph, machine, placement)
     parts = [
         f"{name} {human_bytes(used.total)} of {human_bytes(used.total + predicted.free[name])}"
@@ -155,5 +155,5 @@ def _outline(gguf: GGUFFile, machine: Hardware, placement: Placement) -> Iterato
             f"{last.decode:.1f} at {last.context:,} tokens",
         ]
     yield ", ".join(parts)
-    if shortfall := shortfall_of(graph, machine, placement):
+    if shortfall := explain_shortfall(graph, machine, placement):
         yield str(shortfall)

@@ -1,46 +1,64 @@
-"""How many bytes of each device a placement takes, by what they are for.
+"""How many bytes of each device a placement takes, and how many it may take.
 
-Weights, KV cache and compute buffers are what llama.cpp logs, alignment and padding of tensors (a
-few kB) aside. What a mapped file's weights take of RAM is page cache, which the system takes back
-where it is short, and reads again from disk; plain, pinned and repacked weights it cannot take.
-
-What of a machine's memory a placement may take, and what it lacks.
+Weights, KV cache and compute buffers are what llama.cpp logs, apart from alignment and padding of
+tensors (a few kB). The weights of a mapped file are page cache: if RAM is short, the system drops
+them and reads them from disk again. It cannot drop plain, pinned and repacked weights.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import chain, groupby, islice
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.devices.hardware import CPU, Device, Hardware
 from dots1_local.errors import UsageError
-from dots1_local.files.gguf import GGUFFile, GGUFTensor, role_of
-from dots1_local.placement.compute_buffer import compute_buffers
-from dots1_local.placement.graph_memory import CUDA
-from dots1_local.placement.memory import kv_bytes
+from dots1_local.files.gguf import GGUFTensor, role_of
+from dots1_local.ggml import KV_TYPES, quant_type
+from dots1_local.placement.graph_memory import CUDA, LLAMA_MIN_BATCH, reserved_buffers
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement
-from dots1_local.placement.steps import Graph
+from dots1_local.placement.ubatch_graph import PlacedLayer, PlacedWeight, UbatchShape
 
 __all__ = [
-    "GPU_MARGIN",
-    "RAM_MARGIN",
+    "GPU_RESERVE",
+    "RAM_RESERVE",
+    "REPACKED",
     "Usage",
-    "compute_buffers",
-    "devices_of",
     "fetches_weights",
     "footprint",
-    "lacking",
+    "kv_bytes",
+    "kv_cells",
+    "kv_type_unsupported",
     "limited",
-    "room_of",
-    "unattended",
+    "placed_layers",
+    "scratch_bytes",
+    "shortfall",
+    "usable_bytes",
 ]
+
+# Bytes left free on each GPU: the driver's context, and the windows of a desktop.
+GPU_RESERVE = 1_000_000_000
+# Bytes left free in RAM: 1 GB for this program besides the model, 1 GB for the rest of the system.
+RAM_RESERVE = 2_000_000_000
+
+# Types that the CPU's kernels rearrange so that no GPU can read them (ggml-cpu/repack.cpp).
+REPACKED = ("Q4_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4")
+# Backends that copy weights from RAM for large batches (they have an `offload_op`); RPC does not.
+_FETCHING = ("CUDA", "ROCm", "MUSA", "Vulkan", "SYCL", "MTL", "CANN")
+_CUDA_LACKS = ("IQ4_NL",)  # KV types without flash attention (ggml_cuda_fattn_kv_type_supported)
+_KV_CELLS = 256  # llama.cpp rounds the context of a sequence up to a multiple of this
+_EQUAL_LAYERS = 3  # so many of a row of equal layers need as much memory as all of them
+_IN_BLOCK = re.compile(r"blk\.(\d{1,4})\.(\w+)")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes of one device by what they hold; `compute` is the buffer the engine computes in.
+    """Bytes of one device by purpose; `compute` is llama.cpp's compute buffer.
 
-    `scratch` comes later, with the first long prompt, and no log tells of it: activations as the
-    kernels want them, and in RAM the logits besides.
+    `scratch` is allocated later, with the first long prompt, and no log shows it: activations in
+    the form that the kernels need, and in RAM also the logits.
     """
 
     attention: int = 0
@@ -64,75 +82,162 @@ class Usage:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def devices_of(tensors: Iterable[GGUFTensor], placement: Placement) -> dict[str, str]:
-    """The device of every tensor, by its name."""
-    return {tensor.name: placement.device_of(tensor.name) for tensor in tensors}
-
-
 def footprint(
-    gguf: GGUFFile, placement: Placement, *, n_sequences: int = 1, n_outputs: int = 1
+    graph: ModelGraph, placement: Placement, *, n_sequences: int = 1, n_outputs: int = 1
 ) -> dict[str, Usage]:
-    """What the devices of a placement hold, the CPU included.
+    """Return what each device of a placement holds, including the CPU.
 
-    There are so many KV caches (`n_sequences`) as the placement has one; `n_outputs` tokens of a
-    ubatch have logits, or at least one for each sequence.
+    There are `n_sequences` KV caches of the placement's size. `n_outputs` tokens of a ubatch have
+    logits, but at least one for each sequence.
 
     Raises:
-        GGUFError: no dots1 model, or one that lacks something.
+        GGUFError: the model lacks a weight.
         UsageError: the placement is for a model of another depth.
     """
-    config = Dots1Config.from_gguf(gguf.keys, gguf.files[0])
+    config, tensors = graph.config, graph.tensors.values()
     if placement.blocks != config.num_hidden_layers:
         raise UsageError(
-            f"this placement is for a model of {placement.blocks} blocks, and {gguf.files[0]} has "
-            f"{config.num_hidden_layers}; plan again"
+            f"this placement is for a model of {placement.blocks} blocks, but "
+            f"{graph.gguf.files[0]} has {config.num_hidden_layers}; plan again"
         )
-    devices = devices_of(gguf.tensors, placement)
+    devices = {name: placement.device_of(name) for name in graph.tensors}
     names = (*placement.used_devices, CPU)
     usage = {name: dict.fromkeys((f.name for f in fields(Usage)), 0) for name in names}
-    for tensor in gguf.tensors:
+    for tensor in tensors:
         usage[devices[tensor.name]][role_of(tensor.name) or "norm"] += tensor.nbytes
     layer_kv = kv_bytes(config, placement.tokens, placement.kv_type) // config.num_hidden_layers
     for layer in range(placement.blocks):
         usage[placement.device_of_layer(layer)]["kv"] += layer_kv * n_sequences
-    buffers = compute_buffers(
-        config, placement, gguf.tensors, devices, n_sequences=n_sequences, n_outputs=n_outputs
-    )
+    buffers = _compute_buffers(config, placement, tensors, devices, n_sequences, n_outputs)
     for name, size in buffers.items():
         usage[name]["compute"] = size
     tokens = min(placement.ubatch, placement.tokens * n_sequences)
     for name, sizes in usage.items():
-        sizes["scratch"] = _scratch(config, name, tokens, computes=bool(sizes["routed"]))
+        sizes["scratch"] = scratch_bytes(config, name, tokens, has_experts=bool(sizes["routed"]))
     rows = max(min(n_outputs, tokens), placement.sequences * n_sequences)
     usage[CPU]["scratch"] += 4 * config.vocab_size * rows
     return {name: Usage(**sizes) for name, sizes in usage.items()}
 
 
-def _scratch(config: Dots1Config, device: str, tokens: int, *, computes: bool) -> int:
-    """What a ubatch's MoE product needs most: its input at 8 bits and who goes to which expert.
+def kv_bytes(config: Dots1Config, n_ctx: int, kv_type: str = "f16") -> int:
+    """Bytes of the KV cache for `n_ctx` tokens: a key and a value for each layer and token.
 
-    `computes`: whether the device has experts. See `ggml_graph_plan` for the CPU, where every
-    expert has room for every token, and `ggml_cuda_mul_mat_q`, to which GPUs come in the end.
+    Raises:
+        UsageError: llama.cpp cannot keep a KV cache in this type.
+    """
+    kind = quant_type(kv_type)
+    if kind.name not in KV_TYPES:
+        raise UsageError(
+            f"llama.cpp cannot keep a KV cache in {kind.name}; choose one of {', '.join(KV_TYPES)}"
+        )
+    row = kind.row_bytes(config.num_key_value_heads * config.head_dim)
+    return 2 * config.num_hidden_layers * row * kv_cells(n_ctx)
+
+
+def kv_cells(context: int) -> int:
+    """Tokens that the KV cache of a context really holds."""
+    return -(-context // _KV_CELLS) * _KV_CELLS
+
+
+def _compute_buffers(
+    config: Dots1Config,
+    placement: Placement,
+    tensors: Iterable[GGUFTensor],
+    devices: Mapping[str, str],
+    n_sequences: int,
+    n_outputs: int,
+) -> Mapping[str, int]:
+    """The compute buffer of each device; `devices` gives the device of each tensor.
+
+    The buffer of a GPU that copies weights from RAM holds these too. The result is cached by what
+    the layers differ in: where their weights are, and how many bytes a GPU copies.
+    """
+    gpu = next((name for name in placement.used_devices if name.startswith(_FETCHING)), None)
+    weights = _placed_weights(placement, tensors, devices, fetches=gpu is not None)
+    kv = [placement.device_of_layer(layer) for layer in range(placement.blocks + 1)]
+    tokens = min(placement.ubatch, placement.tokens * n_sequences)
+    sequences = placement.sequences * n_sequences
+    ubatch = UbatchShape(
+        tokens=-(-tokens // sequences) * sequences,
+        outputs=min(tokens, max(n_outputs, sequences)),
+        streams=n_sequences,
+        cells=kv_cells(placement.tokens),
+        kv_type=placement.kv_type,
+        flash_attention=placement.flash_attention,
+    )
+    offloaded = placement.gpu_layers > placement.blocks
+    return reserved_buffers(
+        config,
+        placed_layers(weights, kv),
+        ubatch,
+        gpu=gpu,
+        min_batch=placement.offload_min_batch or LLAMA_MIN_BATCH,
+        offloaded=offloaded,
+        pipelined=offloaded and len(placement.devices) > 1 and not placement.overrides,
+    )
+
+
+def _placed_weights(
+    placement: Placement,
+    tensors: Iterable[GGUFTensor],
+    devices: Mapping[str, str],
+    *,
+    fetches: bool,
+) -> Iterator[tuple[str, PlacedWeight]]:
+    """The name of each tensor, and where it is."""
+    repacks = placement.host_memory == "repacked"
+    resident = {device: PlacedWeight(device) for device in devices.values()}
+    for tensor in tensors:
+        device = devices[tensor.name]
+        if fetches and device == CPU and not (repacks and tensor.type in REPACKED):
+            yield tensor.name, PlacedWeight(CPU, tensor.nbytes, fetched=True)
+        else:
+            yield tensor.name, resident[device]
+
+
+def placed_layers(
+    weights: Iterable[tuple[str, PlacedWeight]], kv: Sequence[str]
+) -> tuple[PlacedLayer, ...]:
+    """The layers of a model; `kv` is the device of each KV cache, the last one the output layer's.
+
+    A few layers stand for each row of equal layers.
+    """
+    parts: list[list[tuple[str, PlacedWeight]]] = [[] for _ in kv]
+    for name, weight in weights:
+        layer, part = _block_and_part(name)
+        if part != "token_embd":
+            parts[min(layer, len(kv) - 1)].append((part, weight))
+    layers = [PlacedLayer(device, tuple(own)) for device, own in zip(kv, parts, strict=True)]
+    rows = (islice(row, _EQUAL_LAYERS) for _, row in groupby(layers[:-1]))
+    return (*chain.from_iterable(rows), layers[-1])
+
+
+@lru_cache(maxsize=1 << 16)
+def _block_and_part(name: str) -> tuple[int, str]:
+    """The block and part of a tensor by its GGUF name; the block is huge if it is in none."""
+    match = _IN_BLOCK.match(name)
+    return (int(match[1]), match[2]) if match else (1 << 30, name.partition(".")[0])
+
+
+def scratch_bytes(
+    config: Dots1Config, device: str, tokens: int, *, has_experts: bool = True
+) -> int:
+    """The largest scratch of a ubatch's MoE products: inputs at 8 bits, and the experts' tokens.
+
+    See `ggml_graph_plan` for the CPU, which has
+    room for every token at every expert, and `ggml_cuda_mul_mat_q` for GPUs.
     """
     chosen = tokens * config.num_experts_per_tok
     if device.startswith(CUDA):
         return chosen * config.hidden_size * 36 // 32
-    if device == CPU and computes:
+    if device == CPU and has_experts:
         rows = chosen * config.moe_intermediate_size * 34 // 32
         return rows + 8 * chosen * config.n_routed_experts
     return 0
 
 
-_CUDA = ("CUDA", "ROCm", "MUSA")
-_CUDA_LACKS = ("IQ4_NL",)  # flash attention over it (ggml_cuda_fattn_kv_type_supported)
-# Left free on each GPU: the engine's own context on it, a desktop's windows.
-GPU_MARGIN = 1_000_000_000
-# Left free in RAM: 1 GB to this program beside the model, 1 GB to what else wakes up.
-RAM_MARGIN = 2_000_000_000
-
-
 def limited(hardware: Hardware, *, vram: int | None = None, ram: int | None = None) -> Hardware:
-    """The machine with so many bytes free on each GPU and in RAM, as far as it has them at all."""
+    """The machine with at most `vram` bytes free on each GPU and `ram` bytes free in RAM."""
     devices, cpu = hardware.devices, hardware.cpu
     if vram is not None:
         devices = tuple(
@@ -144,41 +249,38 @@ def limited(hardware: Hardware, *, vram: int | None = None, ram: int | None = No
     return replace(hardware, devices=devices, cpu=cpu)
 
 
-def room_of(device: Device, margin: int | None = None) -> int:
-    """Bytes of a device that a placement may take; `margin` is left free on GPUs."""
-    if device.name == CPU or device.worker:
-        return device.free - RAM_MARGIN
-    return device.free - (GPU_MARGIN if margin is None else margin)
+def usable_bytes(device: Device) -> int:
+    """Bytes of a device that a placement may take: what is free less the reserve."""
+    of_ram = device.name == CPU or device.worker
+    return device.free - (RAM_RESERVE if of_ram else GPU_RESERVE)
 
 
-def lacking(
-    graph: Graph, hardware: Hardware, placement: Placement, margin: int | None = None
-) -> dict[str, int]:
-    """Bytes that each device lacks for what a placement puts there; 0 or less where it fits."""
+def shortfall(graph: ModelGraph, hardware: Hardware, placement: Placement) -> dict[str, int]:
+    """Bytes that each device lacks for a placement; 0 or less where it fits."""
     return {
-        name: usage.total - room_of(hardware.device(name), margin)
-        for name, usage in footprint(graph.gguf, placement).items()
+        name: usage.total - usable_bytes(hardware.device(name))
+        for name, usage in footprint(graph, placement).items()
     }
 
 
 def fetches_weights(device: Device) -> bool:
-    """Whether a device takes weights from RAM for large batches (`offload_op` in ggml)."""
+    """Whether a device copies weights from RAM for large batches (`offload_op` in ggml)."""
     return not device.worker and device.backend not in ("CPU", "BLAS", "RPC")
 
 
-def unattended(hardware: Hardware, placement: Placement) -> str | None:
-    """A sentence where a GPU has a KV cache that its flash attention does not do; None else.
+def kv_type_unsupported(hardware: Hardware, placement: Placement) -> str | None:
+    """A sentence if a GPU holds a KV cache that its flash attention cannot read, else None.
 
-    The engine would attend on the CPU then, and copy the KV cache there for every token.
+    llama.cpp would compute attention on the CPU then, and copy the KV cache there for every token.
     """
     kind = placement.kv_type
     holders = {placement.device_of_layer(layer) for layer in range(placement.blocks)}
     for device in hardware.devices:
+        if device.worker or device.name not in holders or not placement.flash_attention:
+            continue  # only a few types are measured on a worker
         known = list(device.speed.attention) if device.speed else []
-        unable = kind not in known if known else device.backend in _CUDA and kind in _CUDA_LACKS
-        # a worker is asked for a few types only
-        if device.name in holders and not device.worker and placement.flash_attention and unable:
-            return f"{device.name} cannot attend to a KV cache in {kind}" + (
-                f", only in {', '.join(known)}" if known else "; take F16 or Q8_0"
+        if kind not in known if known else device.backend in CUDA and kind in _CUDA_LACKS:
+            return f"{device.name} cannot compute attention over a KV cache in {kind}; " + (
+                f"it can in {', '.join(known)}" if known else "choose F16 or Q8_0"
             )
     return None

@@ -1,66 +1,85 @@
-"""On which device llama.cpp computes each node of a graph, and what it copies between devices.
+"""The size of llama.cpp's compute buffers, computed as llama.cpp reserves them but without tensors.
 
-This follows `ggml_backend_sched_split_graph` of ggml-backend.cpp. It takes for granted that a
-device can do every operation of dots1 on every type.
-
-How much memory llama.cpp's allocator takes for a graph.
-
-`ggml_gallocr` (ggml-alloc.c) walks through the nodes once, gives each the smallest gap that holds
-it, or the place of what it replaces, and takes the space back after its last use.
+llama.cpp builds the graph of the largest ubatch, gives every node a device and inserts copies
+between devices (`ggml_backend_sched_split_graph` in ggml-backend.cpp). Its allocator
+(`ggml_gallocr` in ggml-alloc.c) then walks through the nodes once: it puts each into the smallest
+gap that holds it, or in the place of a source that it may overwrite, and frees sources after their
+last use. Every device is assumed to support every operation of dots1 on every type.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+from dots1_local.architecture import Dots1Config
 from dots1_local.devices.hardware import CPU
-from dots1_local.placement.ubatch_graph import Graph, Node
+from dots1_local.placement.ubatch_graph import (
+    Node,
+    PlacedLayer,
+    UbatchGraph,
+    UbatchShape,
+    build_graph,
+)
 
-__all__ = [
-    "CUDA",
-    "Step",
-    "assign_devices",
-    "memory_of",
-    "split_graph",
-]
+__all__ = ["CUDA", "LLAMA_MIN_BATCH", "reserved_buffers"]
+
+CUDA = ("CUDA", "ROCm", "MUSA")  # names of ggml-cuda's devices in its different builds
+LLAMA_MIN_BATCH = 32  # GGML_OP_OFFLOAD_MIN_BATCH if nothing sets it
+_SMALL = 32  # in smaller ubatches, norms are computed on the device of their layer
+_ALIGNMENT = 128  # bytes; CUDA's, and other backends need less
+_COPIES = 4  # of each tensor that devices pass on, if they work on several ubatches at once
 
 
-@dataclass(slots=True)
-class Step:
-    """One node in order of execution and what it reads, copies in the place of what was copied.
+@lru_cache(maxsize=4096)
+def reserved_buffers(
+    config: Dots1Config,
+    layers: tuple[PlacedLayer, ...],
+    ubatch: UbatchShape,
+    *,
+    gpu: str | None = None,
+    min_batch: int = LLAMA_MIN_BATCH,
+    offloaded: bool = False,
+    pipelined: bool = False,
+) -> Mapping[str, int]:
+    """Bytes of the compute buffer of each device; the last of `layers` is the output layer.
 
-    A copy is a node of its own that reads what it is a copy of.
+    `gpu` copies weights from RAM to itself for operations on at least `min_batch` rows. `offloaded`
+    says that no layer is on the CPU. `pipelined` says that the devices work on several ubatches at
+    once; CUDA, Vulkan, Metal and RPC devices can, because they have events.
     """
+    pinned = offloaded or ubatch.tokens < _SMALL
+    graph = build_graph(config, layers, ubatch, pinned_norms=pinned)
+    _assign_devices(graph.nodes, gpu, min_batch)
+    return _BufferAllocator(graph, _split(graph), pipelined).sizes()
 
-    node: Node
-    sources: tuple[Node, ...]
-    is_copy: bool = False
 
-
-def assign_devices(nodes: Sequence[Node], fetcher: str | None, min_batch: int) -> None:
+def _assign_devices(nodes: Sequence[Node], gpu: str | None, min_batch: int) -> None:
     """Give each node a device.
 
-    Operations with a weight are computed where that lies, or on the device `fetcher` if that may
-    fetch it and at least `min_batch` rows want it. Their neighbours follow them, GPUs first.
+    An operation with a weight runs where the weight is, or on `gpu` if `gpu` may copy the weight
+    and the operation has at least `min_batch` rows. Other nodes follow their neighbours, GPUs
+    first.
     """
     for node in nodes:
         if node.device is None:
-            node.device = _device_by_weight(node, fetcher, min_batch)
+            node.device = _device_by_weight(node, gpu, min_batch)
     backwards = nodes[::-1]
-    for order in (nodes, backwards):
-        _expand(order, skip_cpu=True)
-    for order in (nodes, backwards):
-        _expand(order, skip_cpu=False)
+    for skip_cpu in (True, False):
+        for order in (nodes, backwards):
+            _spread_devices(order, skip_cpu)
 
 
-def _device_by_weight(node: Node, fetcher: str | None, min_batch: int) -> str | None:
+def _device_by_weight(node: Node, gpu: str | None, min_batch: int) -> str | None:
     for source in node.sources:
         if source.weight is not None:
             fetches = source.weight.fetched and node.rows >= min_batch
-            return fetcher if fetcher and fetches else source.device
+            return gpu if gpu and fetches else source.device
     return None
 
 
-def _expand(nodes: Sequence[Node], *, skip_cpu: bool) -> None:
+def _spread_devices(nodes: Sequence[Node], skip_cpu: bool) -> None:
+    """Give nodes without a device that of the node before them."""
     current = None
     for node in nodes:
         if node.device is None:
@@ -69,53 +88,59 @@ def _expand(nodes: Sequence[Node], *, skip_cpu: bool) -> None:
             current = None if skip_cpu and node.device == CPU else node.device
 
 
-def split_graph(graph: Graph) -> list[Step]:
-    """All nodes in order, each split's copies before its first node.
+@dataclass(slots=True)
+class _ScheduledNode:
+    """A node and the sources that it reads on its own device.
 
-    A split ends where the device changes, and where an operation wants a weight from elsewhere
-    while the split has copies already: so that the memory of the last weight can be used again.
+    A copy between devices is a node of its own, and its source is what it copies.
     """
-    steps: list[Step] = []
+
+    node: Node
+    sources: tuple[Node, ...]
+    is_copy: bool = False
+
+
+def _split(graph: UbatchGraph) -> list[_ScheduledNode]:
+    """All nodes in order; the copies that a split needs come before its first node.
+
+    A split ends where the device changes. It also ends where an operation needs a weight from
+    another device and the split already has copies, so that the memory of the last copied weight
+    can be reused.
+    """
+    scheduled: list[_ScheduledNode] = []
     start, device, has_copies = 0, CPU, False
     copies: dict[tuple[int, str], Node] = {}
     for node in graph.nodes:
         assert node.device is not None
         foreign = [source for source in node.sources if source.device != node.device]
         if node.device != device or (has_copies and any(source.weight for source in foreign)):
-            start, device, has_copies = len(steps), node.device, False
+            start, device, has_copies = len(scheduled), node.device, False
         for source in foreign:
             if (id(source), device) not in copies:
                 copy = Node(source.size, (source,), device)
                 copies[id(source), device] = copy
-                steps.insert(start, Step(copy, (source,), is_copy=True))
+                scheduled.insert(start, _ScheduledNode(copy, (source,), is_copy=True))
                 start, has_copies = start + 1, True
         sources = node.sources
         if foreign:
             sources = tuple(copies.get((id(each), device), each) for each in sources)
-        steps.append(Step(node, sources))
-    return steps
+        scheduled.append(_ScheduledNode(node, sources))
+    return scheduled
 
 
-CUDA = ("CUDA", "ROCm", "MUSA")  # how devices of ggml-cuda are called, whatever it is built for
-_ALIGNMENT = 128  # CUDA's; others have less
-_COPIES = 4  # of what devices hand on, where they work on several ubatches at once
-
-
-def memory_of(graph: Graph, steps: Sequence[Step], *, pipelined: bool) -> dict[str, int]:
-    """Bytes by device for the steps of a graph; `pipelined` devices hand on several copies."""
-    return _Walk(graph, steps, pipelined).sizes()
-
-
-class _Pool:
-    """Gaps in the memory of a device, as [offset, end]; behind `size` nothing was ever used."""
+class _FreeList:
+    """Gaps in the memory of a device as [offset, end] pairs; memory after `size` was never used."""
 
     def __init__(self) -> None:
         self.size = 0
-        self._gaps: list[list[int]] = []  # those before the last one, which has no end
-        self._last = 0  # where that begins
+        self._gaps: list[list[int]] = []  # all gaps but the last one, which has no end
+        self._last = 0  # offset of the last gap
 
     def take(self, size: int) -> int:
-        """The offset of the smallest gap, the last of equals, that holds `size` bytes."""
+        """Take `size` bytes from the smallest gap that holds them, and return their offset.
+
+        Of gaps of equal size, the last one is used.
+        """
         best = None
         for gap in self._gaps:
             room = gap[1] - gap[0]
@@ -133,7 +158,7 @@ class _Pool:
         return offset
 
     def give(self, offset: int, size: int) -> None:
-        """Take it back; gaps that touch become one."""
+        """Free `size` bytes at `offset`, and join gaps that touch."""
         end, gaps = offset + size, self._gaps
         index = sum(gap[0] < offset for gap in gaps)
         if index and gaps[index - 1][1] == offset:
@@ -147,56 +172,58 @@ class _Pool:
             gaps.insert(index, [offset, end])
 
 
-class _Walk:
-    """One walk through the steps of a graph."""
+class _BufferAllocator:
+    """Allocates the scheduled nodes of one graph."""
 
-    def __init__(self, graph: Graph, steps: Sequence[Step], pipelined: bool) -> None:
-        self._steps, self._pipelined = steps, pipelined
-        self._pools: dict[str, _Pool] = {}
-        self._offsets: dict[Node, int] = {}  # of what has memory and will be freed
+    def __init__(
+        self, graph: UbatchGraph, scheduled: Sequence[_ScheduledNode], pipelined: bool
+    ) -> None:
+        self._scheduled, self._pipelined = scheduled, pipelined
+        self._memory: defaultdict[str, _FreeList] = defaultdict(_FreeList)
+        self._offsets: dict[Node, int] = {}  # of nodes that have memory and will be freed
         self._uses: dict[Node, int] = {}
         self._kept: dict[Node, tuple[Node, ...]] = {}
-        for node in graph.inputs:
+        copies = [each.node for each in scheduled if each.is_copy] if pipelined else []
+        for node in (*graph.inputs, *copies):
             self._place(node, lasting=pipelined)
-        if pipelined:
-            for step in steps:
-                if step.is_copy:
-                    self._place(step.node, lasting=True)
         self._count_uses()
 
     def sizes(self) -> dict[str, int]:
-        for step in self._steps:
-            node = step.node
-            if not (step.is_copy and self._pipelined) and not self._overwrites(step):
+        """Allocate all nodes, and return the bytes that each device needs."""
+        for each in self._scheduled:
+            node = each.node
+            if not (each.is_copy and self._pipelined) and not self._overwrites(each):
                 self._place(node)
-            for source in (*step.sources, *self._kept.get(node, ())):
+            for source in (*each.sources, *self._kept.get(node, ())):
                 self._uses[source] -= 1
                 if not self._uses[source] and source in self._offsets:
-                    self._pool(source).give(self._offsets.pop(source), _bytes(source))
-        return {device: pool.size for device, pool in self._pools.items()}
+                    self._memory[source.device or CPU].give(
+                        self._offsets.pop(source), _bytes(source)
+                    )
+        return {device: memory.size for device, memory in self._memory.items()}
 
     def _count_uses(self) -> None:
         uses = self._uses
-        for step in self._steps:
-            for source in step.sources:
+        for each in self._scheduled:
+            for source in each.sources:
                 uses[source] = uses.get(source, 0) + 1
-            kept = step.node.kept
-            if kept is not None and (step.node.device or "").startswith(CUDA):
-                # CUDA computes all of this at once (ggml_backend_cuda_graph_optimize)
-                self._kept[kept] = step.sources
-                for source in step.sources:
+            kept = each.node.kept
+            if kept is not None and (each.node.device or "").startswith(CUDA):
+                # CUDA fuses these operations (ggml_backend_cuda_graph_optimize)
+                self._kept[kept] = each.sources
+                for source in each.sources:
                     uses[source] += 1
 
-    def _overwrites(self, step: Step) -> bool:
-        """Whether the node took the place of a source that nobody else needs."""
-        if step.node.inplace:
-            for source in step.sources:
+    def _overwrites(self, scheduled: _ScheduledNode) -> bool:
+        """Let the node take over the memory of a source that no other node needs, if it may."""
+        if scheduled.node.inplace:
+            for source in scheduled.sources:
                 if (
-                    source.size == step.node.size
+                    source.size == scheduled.node.size
                     and self._uses[source] == 1
                     and source in self._offsets
                 ):
-                    self._offsets[step.node] = self._offsets.pop(source)
+                    self._offsets[scheduled.node] = self._offsets.pop(source)
                     return True
         return False
 
@@ -204,15 +231,9 @@ class _Walk:
         size = _bytes(node)
         if lasting:
             for _ in range(_COPIES):
-                self._pool(node).take(size)
+                self._memory[node.device or CPU].take(size)
         elif size:
-            self._offsets[node] = self._pool(node).take(size)
-
-    def _pool(self, node: Node) -> _Pool:
-        device = node.device or CPU
-        if device not in self._pools:
-            self._pools[device] = _Pool()
-        return self._pools[device]
+            self._offsets[node] = self._memory[node.device or CPU].take(size)
 
 
 def _bytes(node: Node) -> int:

@@ -1,151 +1,193 @@
-"""Filling devices: which has which layers, and which of the routed experts.
+"""Splitting a model over devices: strategies, and filling the devices by one of them.
 
-Bytes that every token reads come first: a layer's weights but for routed experts, and its KV cache.
-Of the experts a token reads a few, so that they get what is left, early layers' first.
+What every token reads comes first: a layer's weights except routed experts, and its KV cache. A
+token reads only a few experts, so they get the memory that is left, early layers first.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate, combinations
+from itertools import combinations
 
-from dots1_local.devices.hardware import CPU
-from dots1_local.files.gguf import role_of
+from dots1_local.devices.hardware import CPU, Device, Hardware
 from dots1_local.placement.llama_args import (
     EXPERT_PARTS,
-    bare_overrides,
     expert_overrides,
-    lent_overrides,
+    gpu_weight_overrides,
+    ram_weight_overrides,
 )
-from dots1_local.placement.steps import Graph
+from dots1_local.placement.model_graph import LayerSizes
 
-__all__ = ["Layout", "Sizes", "Wish", "fill"]
+__all__ = ["DeviceSplit", "SplitStrategy", "fill", "most_similar", "strategies", "variants"]
 
-_BLOCK = re.compile(r"blk\.(\d{1,4})\.")
+_VARIANTS = 4  # numbers of layers that are tried between the least and the most
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Bytes of a model by layer, the last being the output; `kv` is a layer's KV cache.
+class SplitStrategy:
+    """A way to use the devices.
 
-    `always` is what every token reads, `output` the `attn_output` in it, `experts` the routed
-    experts by part.
+    The first `cpu_kv_layers` have their KV cache in RAM. The `gpus` share the layers after them,
+    except up to `worker_layers` of the last layers, which `layer_workers` hold with all their
+    experts. `expert_workers` take routed experts that fit nowhere else. GPUs with memory to spare
+    also hold weights of the first layers. The reverse is possible too: the first
+    `ram_weight_layers` have their weights in RAM and their KV cache on a GPU.
     """
 
-    always: Sequence[int]
-    output: Sequence[int]
-    experts: Sequence[Mapping[str, int]]
-    kv: int
-
-    @classmethod
-    def of(cls, graph: Graph, kv: int) -> "Sizes":
-        """Those of a model, with KV caches of `kv` bytes a layer."""
-        count = graph.config.num_hidden_layers + 1
-        always, output = [0] * count, [0] * count
-        experts: list[dict[str, int]] = [{} for _ in range(count)]
-        for tensor in graph.tensors.values():
-            block, role = _BLOCK.match(tensor.name), role_of(tensor.name)
-            number = min(int(block[1]), count - 1) if block else count - 1
-            part = tensor.name.rsplit(".", 2)[-2]
-            if role == "embedding":
-                continue
-            if role == "routed":
-                experts[number][part.removeprefix("ffn_").removesuffix("_exps")] = tensor.nbytes
-            else:
-                always[number] += tensor.nbytes
-            if part == "attn_output":
-                output[number] = tensor.nbytes
-        return cls(always, output, experts, kv)
-
-    def bare(self, count: int) -> "Sizes":
-        """Those of a model whose first `count` layers are their KV cache alone."""
-        if not count:
-            return self
-        always = [0] * count + list(self.always[count:])
-        experts: list[Mapping[str, int]] = [{}] * count
-        return replace(self, always=always, experts=[*experts, *self.experts[count:]])
+    gpus: tuple[str, ...] = ()
+    expert_workers: tuple[str, ...] = ()
+    layer_workers: tuple[str, ...] = ()
+    worker_layers: int = 0
+    cpu_kv_layers: int = 0
+    ram_weight_layers: int = 0
 
     @property
-    def blocks(self) -> int:
-        return len(self.always) - 1
+    def devices(self) -> tuple[str, ...]:
+        return (*self.gpus, *self.expert_workers, *self.layer_workers)
 
-    @cached_property
-    def needed(self) -> list[int]:
-        """What layers need at the least, summed up to each."""
-        kv = [*([self.kv] * self.blocks), 0]
-        return [0, *accumulate(a + b for a, b in zip(self.always, kv, strict=True))]
+    @property
+    def ram_layers(self) -> int:
+        """The number of layers whose KV cache or weights are in RAM by decision."""
+        return self.cpu_kv_layers + self.ram_weight_layers
 
-    @cached_property
-    def whole(self) -> list[int]:
-        """What layers need with all their experts, summed up to each."""
-        experts = [0, *accumulate(sum(parts.values()) for parts in self.experts)]
-        return [a + b for a, b in zip(self.needed, experts, strict=True)]
+    def with_one_more_in_ram(self) -> "SplitStrategy":
+        """One more layer in RAM, in each way in which this strategy already has layers there."""
+        return replace(
+            self,
+            ram_weight_layers=self.ram_weight_layers + bool(self.ram_weight_layers),
+            cpu_kv_layers=self.cpu_kv_layers + bool(self.cpu_kv_layers),
+        )
 
 
 @dataclass(frozen=True)
-class Wish:
-    """A way to use devices.
+class DeviceSplit:
+    """Layers by device, and overrides for everything that is not on its layer's device.
 
-    The first `cpu_layers` have their KV cache in RAM. The `homes` share the layers after those, but
-    for the last `tail_layers`, which `tails` have with all their experts. `stores` take experts
-    that have no room elsewhere. Homes with room to spare have weights of the first layers too. Or,
-    the other way round, the first `bare_layers` have their weights in RAM and their KV cache not.
+    `all_weights_on_gpus` tells whether the GPUs hold the weights of every layer whose KV cache is
+    in RAM, except routed experts and `attn_output`.
     """
-
-    homes: tuple[str, ...] = ()
-    stores: tuple[str, ...] = ()
-    tails: tuple[str, ...] = ()
-    tail_layers: int = 0
-    cpu_layers: int = 0
-    bare_layers: int = 0
-
-    @property
-    def moved(self) -> int:
-        """How many layers homes have no room for, as a whole or in part."""
-        return self.cpu_layers + self.bare_layers
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Layers by device, and what is elsewhere: weights that are `lent` a device, and experts."""
 
     layers: Mapping[str, int]
     overrides: tuple[tuple[str, str], ...]
-    cpu_layers: int
-    lent: int
+    all_weights_on_gpus: bool
 
 
-def fill(sizes: Sizes, wish: Wish, room: Mapping[str, int]) -> Layout | None:
-    """Give devices as much as there is `room` for; None where the least does not fit."""
-    if wish.moved > sizes.blocks + 1:
+def strategies(hardware: Hardware, blocks: int) -> Iterator[SplitStrategy]:
+    """Ways to use the devices: the GPUs, workers besides them, and the CPU alone.
+
+    A worker holds experts that do not fit the GPUs, or the last layers as a whole. The CPU alone
+    always works.
+    """
+    gpus = tuple(device.name for device in hardware.devices if not device.worker)
+    if gpus:
+        yield SplitStrategy(gpus)
+    workers = sorted((device for device in hardware.devices if device.worker), key=_slowness)
+    for count in range(1, len(workers) + 1):
+        chosen = tuple(device.name for device in workers[:count])
+        yield SplitStrategy(gpus, expert_workers=chosen)
+        for step in range(1, _VARIANTS + 1):
+            layers = (blocks + 1) * step // _VARIANTS
+            yield SplitStrategy(gpus, layer_workers=chosen, worker_layers=layers)
+    yield SplitStrategy()
+
+
+def _slowness(device: Device) -> float:
+    return -device.speed.bandwidth if device.speed else 0.0
+
+
+def variants(
+    sizes: LayerSizes, strategy: SplitStrategy, room: Mapping[str, int]
+) -> list[SplitStrategy]:
+    """The strategy with different numbers of layers in RAM, the most promising first.
+
+    If everything but experts fits the GPUs, no layer is in RAM. Otherwise there are three ways: the
+    KV cache of as many layers as it takes for all other weights to fit; the KV cache of fewer
+    layers and some of their weights; or weights only.
+    """
+
+    def filled(cpu_kv_layers: int = 0, ram_weight_layers: int = 0) -> DeviceSplit | None:
+        changed = replace(
+            strategy, cpu_kv_layers=cpu_kv_layers, ram_weight_layers=ram_weight_layers
+        )
+        return fill(sizes, changed, room)
+
+    def least(start: int, fits: Callable[[int], bool]) -> int | None:
+        counts = range(sizes.blocks + 2)
+        index = bisect_left(counts, True, start, key=fits)
+        return index if index < len(counts) else None
+
+    if not strategy.gpus or filled():
+        return [strategy]
+    found = []
+    few = least(1, lambda n: filled(cpu_kv_layers=n) is not None)
+    if few is not None:
+        full = least(few, lambda n: _has_all_weights(filled(cpu_kv_layers=n)))
+        full = min(full or sizes.blocks, sizes.blocks)
+        between = (few + (full - few) * step // _VARIANTS for step in range(_VARIANTS))
+        found += [replace(strategy, cpu_kv_layers=n) for n in dict.fromkeys((full, *between))]
+    weights = least(1, lambda n: filled(ram_weight_layers=n) is not None)
+    if weights is not None and weights <= sizes.blocks:
+        found.append(replace(strategy, ram_weight_layers=weights))
+    return found
+
+
+def _has_all_weights(split: DeviceSplit | None) -> bool:
+    return split is not None and split.all_weights_on_gpus
+
+
+def most_similar(found: Sequence[SplitStrategy], strategy: SplitStrategy) -> list[SplitStrategy]:
+    """The variants that have the same of layers in RAM: the first, and the nearest in number.
+
+    If the strategy has no layers in RAM, variants that have some are left out: a KV cache on the
+    GPUs comes before a longer ubatch.
+    """
+    weights = bool(strategy.ram_weight_layers)
+    alike = [each for each in found if bool(each.ram_weight_layers) == weights]
+    if not strategy.ram_layers:
+        return [each for each in alike if not each.ram_layers]
+    nearest = sorted(alike, key=lambda each: abs(each.ram_layers - strategy.ram_layers))
+    return list(dict.fromkeys((*alike[:1], *nearest[:1])))
+
+
+def fill(sizes: LayerSizes, strategy: SplitStrategy, room: Mapping[str, int]) -> DeviceSplit | None:
+    """Put as much on each device as `room` (bytes by device) allows.
+
+    Returns None if what every token reads does not fit.
+    """
+    if strategy.ram_layers > sizes.blocks + 1:
         return None
-    left, sizes = dict(room), sizes.bare(wish.bare_layers)
-    tails, end = _tails(sizes, wish, left)
-    start = wish.cpu_layers if wish.homes else end
-    counts = _divide(sizes, wish.homes, left, start, end)
+    left, sizes = dict(room), sizes.without_weights(strategy.ram_weight_layers)
+    on_workers, end = _last_layers(sizes, strategy, left)
+    start = strategy.cpu_kv_layers if strategy.gpus else end
+    counts = _divide(sizes, strategy.gpus, left, start, end)
     if counts is None:
         return None
-    own = [CPU] * start
-    for name, count in [*zip(wish.homes, counts, strict=True), *reversed(tails.items())]:
-        own += [name] * count
-    lent = _lend(sizes, wish, left)
-    if wish.homes and (len(lent) < start or wish.bare_layers):
-        left = dict.fromkeys(left, 0)  # router and shared experts lie in RAM
+    devices = [CPU] * start
+    for name, count in [*zip(strategy.gpus, counts, strict=True), *reversed(on_workers.items())]:
+        devices += [name] * count
+    weights = _weights_of_cpu_layers(sizes, strategy, left)
+    if strategy.gpus and (len(weights) < start or strategy.ram_weight_layers):
+        left = dict.fromkeys(left, 0)  # router and shared experts are in RAM, so experts are too
     overrides = (
-        *bare_overrides(range(wish.bare_layers)),
-        *lent_overrides(lent),
-        *_experts(sizes, wish, own[:end], lent, left),
+        *ram_weight_overrides(range(strategy.ram_weight_layers)),
+        *gpu_weight_overrides(weights),
+        *_experts(sizes, strategy, devices[:end], weights, left),
     )
-    names = (*wish.homes, *wish.stores, *reversed(wish.tails))
-    return Layout({name: own.count(name) for name in names}, overrides, start, len(lent))
+    names = (*strategy.gpus, *strategy.expert_workers, *reversed(strategy.layer_workers))
+    layers = {name: devices.count(name) for name in names}
+    return DeviceSplit(layers, overrides, len(weights) >= start)
 
 
-def _tails(sizes: Sizes, wish: Wish, left: dict[str, int]) -> tuple[dict[str, int], int]:
-    """How many of the last layers each tail has, the last one first, and where those begin."""
+def _last_layers(
+    sizes: LayerSizes, strategy: SplitStrategy, left: dict[str, int]
+) -> tuple[dict[str, int], int]:
+    """How many of the last layers each layer worker holds, and the first layer that one holds.
+
+    The first worker holds the very last layers. What they take is subtracted from `left`.
+    """
     end, counts = sizes.blocks + 1, {}
-    least = max(sizes.blocks + 1 - wish.tail_layers, wish.cpu_layers)
-    for name in wish.tails:
+    least = max(sizes.blocks + 1 - strategy.worker_layers, strategy.cpu_kv_layers)
+    for name in strategy.layer_workers:
         stop = end
         while end > least and sizes.whole[stop] - sizes.whole[end - 1] <= left[name]:
             end -= 1
@@ -155,83 +197,89 @@ def _tails(sizes: Sizes, wish: Wish, left: dict[str, int]) -> tuple[dict[str, in
 
 
 def _divide(
-    sizes: Sizes, homes: Sequence[str], left: dict[str, int], start: int, end: int
+    sizes: LayerSizes, gpus: Sequence[str], left: dict[str, int], start: int, end: int
 ) -> list[int] | None:
-    """Layers from `start` to `end` for each home; takes what they need off `left`.
+    """Divide the layers from `start` to `end` among the GPUs; subtract what they need from `left`.
 
-    A home has as many layers as it can have whole, but never so few that the others could not
-    have the least that the rest need.
+    Each GPU gets as many layers as fit with all their experts. It gets more if the GPUs after it
+    could not hold the rest even without experts.
     """
     needed, whole = sizes.needed, sizes.whole
     counts = []
-    for place, home in enumerate(homes):
-        later = sum(left[other] for other in homes[place + 1 :])
+    for index, gpu in enumerate(gpus):
+        later = sum(left[other] for other in gpus[index + 1 :])
         stop = start
         while stop < end and (
-            needed[end] - needed[stop] > later or whole[stop + 1] - whole[start] <= left[home]
+            needed[end] - needed[stop] > later or whole[stop + 1] - whole[start] <= left[gpu]
         ):
             stop += 1
-        if needed[stop] - needed[start] > left[home]:
+        if needed[stop] - needed[start] > left[gpu]:
             return None
-        left[home] -= needed[stop] - needed[start]
+        left[gpu] -= needed[stop] - needed[start]
         counts.append(stop - start)
         start = stop
     return counts if start == end else None
 
 
-def _lend(sizes: Sizes, wish: Wish, left: dict[str, int]) -> dict[int, str]:
-    """Weights of layers whose KV cache is in RAM, for homes that have room; late layers first."""
-    lent: dict[int, str] = {}
-    for layer in reversed(range(min(wish.cpu_layers, sizes.blocks))):
+def _weights_of_cpu_layers(
+    sizes: LayerSizes, strategy: SplitStrategy, left: dict[str, int]
+) -> dict[int, str]:
+    """GPUs that hold weights of layers whose KV cache is in RAM; late layers come first."""
+    devices: dict[int, str] = {}
+    for layer in reversed(range(min(strategy.cpu_kv_layers, sizes.blocks))):
         nbytes = sizes.always[layer] - sizes.output[layer]
-        home = next((name for name in wish.homes if left[name] >= nbytes), None)
-        if home is None:
+        gpu = next((name for name in strategy.gpus if left[name] >= nbytes), None)
+        if gpu is None:
             break
-        left[home] -= nbytes
-        lent[layer] = home
-    return dict(sorted(lent.items()))
+        left[gpu] -= nbytes
+        devices[layer] = gpu
+    return dict(sorted(devices.items()))
 
 
 def _experts(
-    sizes: Sizes, wish: Wish, own: Sequence[str], lent: Mapping[int, str], left: dict[str, int]
+    sizes: LayerSizes,
+    strategy: SplitStrategy,
+    layer_devices: Sequence[str],
+    weights: Mapping[int, str],
+    left: dict[str, int],
 ) -> list[tuple[str, str]]:
-    """Overrides of what experts are not on their layer's `own` device."""
+    """Overrides for routed experts that are not on their layer's device."""
     moved: dict[int, dict[str, str]] = {}
     full = False
-    for layer, device in enumerate(own):
-        homes = () if full else (lent.get(layer, device), *wish.homes)
-        stores = () if full else wish.stores
-        placed = _place_experts(sizes.experts[layer], homes, stores, left)
+    for layer, device in enumerate(layer_devices):
+        gpus = () if full else (weights.get(layer, device), *strategy.gpus)
+        workers = () if full else strategy.expert_workers
+        placed = _place_experts(sizes.experts[layer], gpus, workers, left)
         full = full or CPU in placed.values()
-        if away := {part: place for part, place in placed.items() if place != device}:
-            moved[layer] = away
+        if elsewhere := {part: name for part, name in placed.items() if name != device}:
+            moved[layer] = elsewhere
     return expert_overrides(moved)
 
 
 def _place_experts(
-    experts: Mapping[str, int], homes: Sequence[str], stores: Sequence[str], left: dict[str, int]
+    experts: Mapping[str, int], gpus: Sequence[str], workers: Sequence[str], left: dict[str, int]
 ) -> dict[str, str]:
-    """The device of each part of a layer's experts; what has no room elsewhere is the CPU's.
+    """The device of each part of a layer's experts; the CPU gets what fits nowhere else.
 
-    Homes may share a layer's matrices; a store is too far away for that.
+    GPUs may share the matrices of a layer. A worker is too far away for that.
     """
     placed: dict[str, str] = {}
     rest = [part for part in EXPERT_PARTS if part in experts]
-    for home in dict.fromkeys(home for home in homes if home != CPU):
-        chosen = _largest(experts, rest, left[home])
-        placed |= dict.fromkeys(chosen, home)
-        left[home] -= sum(experts[part] for part in chosen)
+    for gpu in dict.fromkeys(gpu for gpu in gpus if gpu != CPU):
+        chosen = _largest(experts, rest, left[gpu])
+        placed |= dict.fromkeys(chosen, gpu)
+        left[gpu] -= sum(experts[part] for part in chosen)
         rest = [part for part in rest if part not in chosen]
-    for store in stores:
-        if rest and sum(experts[part] for part in rest) <= left[store]:
-            placed |= dict.fromkeys(rest, store)
-            left[store] -= sum(experts[part] for part in rest)
+    for worker in workers:
+        if rest and sum(experts[part] for part in rest) <= left[worker]:
+            placed |= dict.fromkeys(rest, worker)
+            left[worker] -= sum(experts[part] for part in rest)
             rest = []
     return placed | dict.fromkeys(rest, CPU)
 
 
 def _largest(experts: Mapping[str, int], parts: Sequence[str], room: int) -> Sequence[str]:
-    """Those of `parts` that fill `room` best."""
+    """The combination of `parts` that takes the most bytes and fits `room`."""
     choices = [choice for n in range(len(parts) + 1) for choice in combinations(parts, n)]
     sizes = {choice: sum(experts[part] for part in choice) for choice in choices}
     return max((choice for choice in choices if sizes[choice] <= room), key=sizes.__getitem__)

@@ -1,13 +1,12 @@
-"""Overrides: few and short patterns of tensor names, read alike by std::regex and Python's re.
+"""A placement as arguments of llama.cpp: patterns of tensor names, and a whole command line.
 
-No pattern has a comma or an equals sign, which llama.cpp's command line would divide it at.
-
-A placement as llama.cpp's own programs take it on their command line (common/arg.cpp).
+Patterns are few, short, and read alike by std::regex and Python's re. They contain no comma and no
+equals sign, because llama.cpp's command line splits its arguments there (common/arg.cpp).
 """
 
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from dots1_local.devices.hardware import CPU, Hardware
 from dots1_local.placement.placement import MIN_BATCH, Placement
@@ -15,31 +14,54 @@ from dots1_local.placement.placement import MIN_BATCH, Placement
 __all__ = [
     "EXPERTS",
     "EXPERT_PARTS",
-    "bare_overrides",
     "command_line",
     "expert_overrides",
+    "gpu_weight_overrides",
     "layer_pattern",
-    "lent_overrides",
     "llama_flags",
+    "ram_weight_overrides",
 ]
 
-
-EXPERTS = "_exps"  # a pattern of all routed experts
-EXPERT_PARTS = ("up", "gate", "down")  # in the order in which the engine multiplies
+EXPERTS = "_exps"  # a pattern that matches all routed experts
+EXPERT_PARTS = ("up", "gate", "down")  # in the order in which llama.cpp multiplies
 
 Overrides = list[tuple[str, str]]
 
+# Without mmap llama.cpp prefers the GPUs' pinned buffers, then buffers for repacked weights.
+_HOST_MEMORY = {
+    "pinned": ("-lm", "none"),
+    "repacked": ("-lm", "none", "--no-host"),
+    "plain": ("-lm", "none", "--no-host", "--no-repack"),
+    "mapped": ("-lm", "mmap", "--no-repack"),
+}
 
-def bare_overrides(layers: Sequence[int]) -> Overrides:
-    """Overrides that put weights of some layers in RAM, and leave their KV cache where it is.
 
-    With it stay the norms, for the engine normalises where the KV cache is.
+def ram_weight_overrides(layers: Sequence[int]) -> Overrides:
+    """Overrides that put the weights of some layers in RAM and leave their KV cache on its device.
+
+    The norms stay with the KV cache, because llama.cpp normalises on that device.
     """
     return [(rf"blk\.{layer_pattern(layers)}\.(?!.*_norm)", CPU)] if layers else []
 
 
+def gpu_weight_overrides(devices: Mapping[int, str]) -> Overrides:
+    """Overrides that put a layer's weights on a device by layer while its KV cache is in RAM.
+
+    Routed experts are not moved. `attn_output` is not moved either: llama.cpp computes attention on
+    the CPU only if `attn_output` is there; otherwise it would copy the KV cache to the device for
+    every token. It also normalises where the KV cache is, so the norms stay there.
+    """
+    layers: defaultdict[str, list[int]] = defaultdict(list)
+    for layer, device in devices.items():
+        layers[device].append(layer)
+    return [
+        (rf"blk\.{layer_pattern(numbers)}\.(?!attn_output|.*_norm|.*_exps)", device)
+        for device, numbers in layers.items()
+    ]
+
+
 def expert_overrides(placed: Mapping[int, Mapping[str, str]]) -> Overrides:
-    """Overrides that put routed experts where `placed` says, by layer and part."""
+    """Overrides that put routed experts on the devices that `placed` gives by layer and part."""
     layers: defaultdict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
     for layer, devices in placed.items():
         for device in dict.fromkeys(devices.values()):
@@ -51,30 +73,14 @@ def expert_overrides(placed: Mapping[int, Mapping[str, str]]) -> Overrides:
     ]
 
 
-def lent_overrides(lent: Mapping[int, str]) -> Overrides:
-    """Overrides that put a layer's weights on a device, its KV cache being in RAM.
-
-    Routed experts are none of them. `attn_output` is none either: the engine attends on the CPU
-    only if that is there; else it would copy the KV cache to the device for every token. It also
-    normalises where the KV cache is, so that the norms had better be there.
-    """
-    layers: defaultdict[str, list[int]] = defaultdict(list)
-    for layer, device in lent.items():
-        layers[device].append(layer)
-    return [
-        (rf"blk\.{layer_pattern(numbers)}\.(?!attn_output|.*_norm|.*_exps)", device)
-        for device, numbers in layers.items()
-    ]
-
-
 def layer_pattern(layers: Iterable[int]) -> str:
-    """A pattern of these numbers: [23, 24, 30, …, 39] -> '(2[34]|3[0-9])'."""
+    """A pattern that matches these numbers: [23, 24, 30, …, 39] -> '(2[34]|3[0-9])'."""
     units_of: defaultdict[int, set[int]] = defaultdict(set)
     for layer in layers:
         units_of[layer // 10].add(layer % 10)
     tens_of: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
     for tens, units in sorted(units_of.items()):
-        alone = tens == 0 or tens > 9  # a class is of one digit
+        alone = tens == 0 or tens > 9  # a character class matches one digit
         tens_of[_class(units), tens if alone else 1].append(tens)
     parts = [
         (_class(set(tens)) if tens[0] < 10 else str(tens[0])) * (tens != [0]) + units
@@ -103,23 +109,24 @@ def _any_of(parts: tuple[str, ...]) -> str:
     return parts[0] if len(parts) == 1 else f"({'|'.join(parts)})"
 
 
-# Host memory by flags: GPUs' pinned buffers come first where nothing is mapped, repacked ones next.
-_HOST_MEMORY = {
-    "pinned": ("-lm", "none"),
-    "repacked": ("-lm", "none", "--no-host"),
-    "plain": ("-lm", "none", "--no-host", "--no-repack"),
-    "mapped": ("-lm", "mmap", "--no-repack"),
-}
+def command_line(placement: Placement, hardware: Hardware, model: str) -> str:
+    """A shell command; `llama-server` stands for any of llama.cpp's programs."""
+    command = ["llama-server", "-m", model, *llama_flags(placement, hardware)]
+    environment = ""
+    if placement.offload_min_batch is not None:
+        environment = f"{MIN_BATCH}={placement.offload_min_batch} "
+    return environment + shlex.join(command)
 
 
 def llama_flags(placement: Placement, hardware: Hardware) -> list[str]:
-    """Flags of llama-cli, llama-server and the like, the model's path not among them."""
+    """Flags of llama-cli, llama-server and the like, without the model's path."""
     flags = ["--rpc", ",".join(placement.workers)] if placement.workers else []
     flags += ["-dev", ",".join(placement.devices) or "none", "-ngl", str(placement.gpu_layers)]
     if len(placement.devices) > 1:
         flags += ["-ts", ",".join(map(str, placement.layers.values()))]
     if placement.overrides:
-        flags += ["-ot", ",".join(_overrides(placement, hardware))]
+        pairs = (f"{pattern}={_buffer(hardware, name)}" for pattern, name in placement.overrides)
+        flags += ["-ot", ",".join(pairs)]
     ubatch, kv_type = str(placement.ubatch), placement.kv_type.lower()
     flags += ["-c", str(placement.tokens), "-b", ubatch, "-ub", ubatch]
     if placement.sequences > 1:
@@ -129,22 +136,8 @@ def llama_flags(placement: Placement, hardware: Hardware) -> list[str]:
     return flags
 
 
-def command_line(placement: Placement, hardware: Hardware, model: str) -> str:
-    """What a shell takes, `llama-server` standing for any of llama.cpp's programs."""
-    command = ["llama-server", "-m", model, *llama_flags(placement, hardware)]
-    environment = ""
-    if placement.offload_min_batch is not None:
-        environment = f"{MIN_BATCH}={placement.offload_min_batch} "
-    return environment + shlex.join(command)
-
-
-def _overrides(placement: Placement, hardware: Hardware) -> Iterator[str]:
-    for pattern, device in placement.overrides:
-        yield f"{pattern}={_buffer(hardware, device)}"
-
-
 def _buffer(hardware: Hardware, name: str) -> str:
-    """The name of a device's buffers; a worker's devices are counted by themselves in it."""
+    """llama.cpp's name of a device's buffers; it numbers the devices of each worker from 0."""
     device = hardware.device(name)
     if name == CPU or device.worker is None:
         return name

@@ -1,82 +1,103 @@
-"""What running a model needs besides its weights, and what a memory leaves for those, in bytes."""
+"""How many bytes of weights fit a memory beside what else running the model needs."""
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dots1_local.architecture import Dots1Config, inventory
-from dots1_local.devices.hardware import CPU
+from dots1_local.devices.hardware import CPU, Hardware
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.ggml import KV_TYPES, TYPES, quant_type
-from dots1_local.placement.compute_buffer import kv_cells, layers_of, reserved
-from dots1_local.placement.ubatch_graph import Ubatch, Weight
+from dots1_local.ggml import TYPES
+from dots1_local.placement.footprint import (
+    GPU_RESERVE,
+    RAM_RESERVE,
+    kv_bytes,
+    kv_cells,
+    placed_layers,
+    scratch_bytes,
+)
+from dots1_local.placement.graph_memory import reserved_buffers
+from dots1_local.placement.ubatch_graph import PlacedWeight, UbatchShape
 from dots1_local.sizes import human_bytes, parse_size
 
 __all__ = [
     "Memory",
     "MemoryBudget",
     "compute_bytes",
-    "kv_bytes",
+    "memory_of",
     "parse_context",
     "parse_memory",
     "weights_budget",
 ]
 
-# Left free on each GPU: about 0.5 GB are the driver's context, 0.5 GB the expert tensor streamed
-# from RAM while a prompt is processed (0.42 GB at 4.5 bits), the rest a desktop and rounding.
-_GPU_RESERVE = 1_500_000_000
-# Left free in RAM: 2 GB to the system and other programs, 1 GB to this one beside the model
-# (the interpreter, the vocabulary, a ubatch's logits, the CPU's scratch space).
-_RAM_RESERVE = 3_000_000_000
-
 _DEVICE = re.compile(r"(?:([1-9]\d?)\s*x\s*)?(.+?)\s*(gpu|vram|ram)", re.IGNORECASE | re.ASCII)
 _CONTEXT = re.compile(r"(\d{1,9})(k?)", re.IGNORECASE | re.ASCII)
+_UBATCH = 512  # tokens, which leaves `place` the choice of a shorter or longer one
+_WIDEST = 1.5  # the size of the largest routed matrix, relative to one of average bits per weight
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of each GPU and of the RAM."""
+    """Bytes of each GPU, of the RAM, and of each worker."""
 
     gpus: tuple[int, ...]
     ram: int
+    workers: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
-        return sum(self.gpus) + self.ram
+        return sum(self.gpus) + self.ram + sum(self.workers)
+
+    @property
+    def reserve(self) -> int:
+        """Bytes that a placement leaves free."""
+        return GPU_RESERVE * len(self.gpus) + RAM_RESERVE * (bool(self.ram) + len(self.workers))
 
     def __str__(self) -> str:
         parts = [f"{human_bytes(gpu)} gpu" for gpu in self.gpus]
+        parts += [f"{human_bytes(worker)} worker" for worker in self.workers]
         return " + ".join([*parts, f"{human_bytes(self.ram)} ram"] if self.ram else parts)
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """How a memory is shared out: `total` = `kv` + `compute` + `reserve` + `weights`.
+    """How a memory is divided, in bytes: `total` = `kv` + `buffers` + `reserve` + `weights`.
 
-    `kv_on_gpu` is the share of the KV cache that the GPUs can hold, 0 without one. What they
-    cannot hold lies in RAM together with its layers, which then run on the CPU.
+    `buffers` includes the part of a GPU that is smaller than one more matrix.
     """
 
     total: int
     kv: int
-    compute: int
+    buffers: int
     reserve: int
     weights: int
-    kv_on_gpu: float
     explanation: str
 
 
+def memory_of(hardware: Hardware) -> Memory:
+    """The free memory of a machine."""
+    devices = hardware.devices
+    return Memory(
+        tuple(device.free for device in devices if not device.worker),
+        hardware.cpu.free,
+        tuple(device.free for device in devices if device.worker),
+    )
+
+
 def parse_memory(text: str) -> Memory:
-    """A memory from '24GB gpu + 64GB ram', '2x24GiB gpu + 128 GB ram' or '96GB ram'.
+    """Parse '24GB gpu + 64GB ram', '2x24GiB gpu + 128 GB ram' or '96GB ram'.
 
     Raises:
-        UsageError: it reads otherwise; the message shows the form.
+        UsageError: the text has another form; the message shows the right one.
     """
     gpus: list[int] = []
     ram = 0
     for part in text.split("+"):
         match = _DEVICE.fullmatch(part.strip())
         if match is None:
-            raise UsageError(f"{text!r} is no memory such as '24GB gpu + 64GB ram' or '96GB ram'")
+            raise UsageError(
+                f"{text!r} is not a memory; write it as '24GB gpu + 64GB ram' or '96GB ram'"
+            )
         count, size = int(match[1] or 1), parse_size(match[2])
         if match[3].lower() == "ram":
             ram += size * count
@@ -86,62 +107,27 @@ def parse_memory(text: str) -> Memory:
 
 
 def parse_context(text: str) -> int:
-    """Tokens from '16k' (16,384) or '32768'.
+    """Parse a number of tokens: '16k' is 16,384, '32768' is itself.
 
     Raises:
-        UsageError: it reads otherwise, or is 0.
+        UsageError: the text has another form, or the number is 0.
     """
     match = _CONTEXT.fullmatch(text.strip())
     if match and (tokens := int(match[1]) * (1024 if match[2] else 1)):
         return tokens
-    raise UsageError(f"{text!r} is no context size such as 16k or 32768")
-
-
-def kv_bytes(config: Dots1Config, n_ctx: int, kv_type: str = "f16") -> int:
-    """The KV cache of a context of `n_ctx` tokens: a key and a value a layer and token.
-
-    Raises:
-        UsageError: a type that llama.cpp keeps no KV cache in.
-    """
-    kind = quant_type(kv_type)
-    if kind.name not in KV_TYPES:
-        raise UsageError(f"no KV cache is kept in {kind.name}; there are {', '.join(KV_TYPES)}")
-    row = kind.row_bytes(config.num_key_value_heads * config.head_dim)
-    return 2 * config.num_hidden_layers * row * kv_cells(n_ctx)
-
-
-def compute_bytes(
-    config: Dots1Config,
-    n_ctx: int,
-    n_ubatch: int = 512,
-    *,
-    n_outputs: int | None = None,
-    flash_attention: bool = True,
-    kv_type: str = "f16",
-) -> int:
-    """The buffer that one device computes all layers in, for ubatches of `n_ubatch` tokens.
-
-    `n_outputs` of them have logits: all unless it says otherwise, as llama.cpp's own programs have
-    it (`dots1 chat` needs one). Like llama.cpp's default, flash attention is on.
-    """
-    tokens = min(n_ubatch, n_ctx)
-    outputs = tokens if n_outputs is None else min(n_outputs, tokens)
-    ubatch = Ubatch(tokens, outputs, 1, kv_cells(n_ctx), kv_type.upper(), flash_attention)
-    weights = ((spec.name, Weight(CPU)) for spec in inventory(config))
-    layers = layers_of(weights, [CPU] * (config.num_hidden_layers + 1))
-    return reserved(config, layers, ubatch)[CPU]
+    raise UsageError(f"{text!r} is not a context size; write it as 16k or 32768")
 
 
 def weights_budget(
     config: Dots1Config, memory: str | Memory, n_ctx: int, kv_type: str = "f16"
 ) -> MemoryBudget:
-    """What is left for the weights of a model that is to run in `memory` with that context.
+    """Return how many bytes of weights fit `memory` beside a context of `n_ctx` tokens.
 
-    Each device has its own compute buffer and its own reserve. The KV cache has the first claim
-    to the GPUs, before the weights.
+    `place` fits a file of this size into this memory: the reserve is the one that it leaves free.
 
     Raises:
-        UsageError: no such memory or KV type, or a context longer than the model was trained for.
+        UsageError: the memory or the KV type is unknown, or the context is longer than the model
+            was trained for.
         Dots1Error: not even the narrowest types fit, or a device has no room for any weights.
     """
     memory = parse_memory(memory) if isinstance(memory, str) else memory
@@ -150,10 +136,8 @@ def weights_budget(
             f"this model was trained for contexts of 1 to {config.max_position_embeddings} tokens, "
             f"not {n_ctx}"
         )
-    buffer = compute_bytes(config, n_ctx, kv_type=kv_type)
-    _check_devices(memory, buffer)
-    budget = _budget(config, memory, n_ctx, kv_type)
-    least = _least_weights(config)
+    budget, least = _budget(config, memory, n_ctx, kv_type), _least_weights(config)
+    _check_devices(config, memory, n_ctx, kv_type)
     if budget.weights < least:
         raise Dots1Error(
             f"{budget.explanation}, which take at least {human_bytes(least)}; "
@@ -162,35 +146,88 @@ def weights_budget(
     return budget
 
 
+def compute_bytes(
+    config: Dots1Config,
+    n_ctx: int,
+    n_ubatch: int = _UBATCH,
+    *,
+    device: str = CPU,
+    fetched: int = 0,
+    n_outputs: int = 1,
+    flash_attention: bool = True,
+    kv_type: str = "f16",
+) -> int:
+    """The buffer in which one device computes all layers, for ubatches of `n_ubatch` tokens.
+
+    `n_outputs` tokens of a ubatch have logits. If `fetched` is not 0, the routed experts are in RAM
+    in matrices of `fetched` bytes, and the device copies them.
+    """
+    tokens = min(n_ubatch, n_ctx)
+    outputs = min(n_outputs, tokens)
+    ubatch = UbatchShape(tokens, outputs, 1, kv_cells(n_ctx), kv_type.upper(), flash_attention)
+    own, copied = PlacedWeight(device), PlacedWeight(CPU, fetched, fetched=True)
+    weights = (
+        (spec.name, copied if fetched and spec.role == "routed" else own)
+        for spec in inventory(config)
+    )
+    layers = placed_layers(weights, [device] * (config.num_hidden_layers + 1))
+    return reserved_buffers(config, layers, ubatch, gpu=device if fetched else None)[device]
+
+
 def _budget(config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str) -> MemoryBudget:
-    kv, buffer = kv_bytes(config, n_ctx, kv_type), compute_bytes(config, n_ctx, kv_type=kv_type)
-    compute = buffer * (len(memory.gpus) + bool(memory.ram))
-    reserve = _GPU_RESERVE * len(memory.gpus) + _RAM_RESERVE * bool(memory.ram)
-    weights = memory.total - kv - compute - reserve
-    gpu_room = sum(gpu - _GPU_RESERVE - buffer for gpu in memory.gpus)
+    kv, reserve = kv_bytes(config, n_ctx, kv_type), memory.reserve
+    rest = memory.total - kv - reserve
+    buffers = sum(_buffers(config, memory, n_ctx, kv_type, rest))
+    weights = rest - buffers
     explanation = (
         f"{memory} - {human_bytes(kv)} KV cache for {n_ctx:,} tokens ({kv_type.lower()}) - "
-        f"{human_bytes(compute)} buffers - {human_bytes(reserve)} left free = "
+        f"{human_bytes(buffers)} buffers - {human_bytes(reserve)} left free = "
         f"{human_bytes(max(weights, 0))} for weights"
     )
-    kv_on_gpu = min(1.0, gpu_room / kv)
-    return MemoryBudget(memory.total, kv, compute, reserve, weights, kv_on_gpu, explanation)
+    return MemoryBudget(memory.total, kv, buffers, reserve, weights, explanation)
 
 
-def _check_devices(memory: Memory, buffer: int) -> None:
-    devices = [(gpu, _GPU_RESERVE, "a GPU", "driver") for gpu in memory.gpus]
-    if memory.ram:
-        devices.append((memory.ram, _RAM_RESERVE, "RAM", "system"))
-    for size, reserve, name, owner in devices:
+def _buffers(
+    config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str, weights: int
+) -> list[int]:
+    """Bytes that hold no weights on each GPU, each worker and in RAM.
+
+    They are compute buffers and scratch. If there is RAM, the first GPU also has room for a matrix
+    of routed experts that it copies, and each GPU has a rest that one more matrix does not fit; a
+    worker has a rest that one more layer's three do not fit. `weights` is an upper limit of the
+    bytes of all weights, which the size of a matrix follows from.
+    """
+    experts = config.n_routed_experts * config.hidden_size * config.moe_intermediate_size
+    shared = memory.ram or memory.workers
+    matrix = int(_WIDEST * max(0, weights) * experts / _elements(config)) if shared else 0
+
+    def buffer(device: str, fetched: int = 0) -> int:
+        compute = compute_bytes(config, n_ctx, device=device, fetched=fetched, kv_type=kv_type)
+        return compute + scratch_bytes(config, device, _UBATCH)
+
+    fetched = [matrix if memory.ram and not number else 0 for number in range(len(memory.gpus))]
+    buffers = [buffer("CUDA0", nbytes) + matrix for nbytes in fetched]
+    buffers += [buffer("RPC0") + 3 * matrix for _ in memory.workers]
+    return [*buffers, buffer(CPU) + 4 * config.vocab_size] if memory.ram else buffers
+
+
+def _check_devices(config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str) -> None:
+    """Check that each GPU and the RAM have room for weights beside buffers and the reserve."""
+    buffers = _buffers(config, memory, n_ctx, kv_type, _least_weights(config))
+    devices = [(gpu, GPU_RESERVE, "a GPU", "driver") for gpu in memory.gpus]
+    devices += [(worker, RAM_RESERVE, "a worker", "system") for worker in memory.workers]
+    devices += [(memory.ram, RAM_RESERVE, "RAM", "system")] if memory.ram else []
+    for (size, reserve, name, owner), buffer in zip(devices, buffers, strict=True):
         if size <= reserve + buffer:
             raise Dots1Error(
-                f"{name} of {human_bytes(size)} has no room for weights, as the {owner} and "
+                f"{name} of {human_bytes(size)} has no room for weights, because the {owner} and "
                 f"llama.cpp's buffers take {human_bytes(reserve + buffer)}; leave it out or "
                 "give more"
             )
 
 
 def _way_out(config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str, least: int) -> str:
+    """Name the longest context that fits, or say how much is missing for the shortest."""
     step = kv_cells(1)
     for cells in range(kv_cells(n_ctx) - step, 0, -step):
         if _budget(config, memory, cells, kv_type).weights >= least:
@@ -200,6 +237,11 @@ def _way_out(config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str, leas
 
 
 def _least_weights(config: Dots1Config) -> int:
-    """What the file has at least, were every weight in the narrowest type there is."""
+    """Bytes of the smallest possible file: every weight in the narrowest type."""
     bpw = min(kind.bpw for kind in TYPES.values())
-    return int(sum(spec.elements for spec in inventory(config)) * bpw / 8)
+    return int(_elements(config) * bpw / 8)
+
+
+@lru_cache(maxsize=8)
+def _elements(config: Dots1Config) -> int:
+    return sum(spec.elements for spec in inventory(config))

@@ -1,7 +1,7 @@
-"""A placement: what lives on which device and how the model is run. Decisions and nothing else.
+"""A placement: which device holds what, and how llama.cpp runs the model.
 
-What follows from them, bytes and speeds, is computed elsewhere, so that an edited placement is
-believed in what it decides and in nothing it claims.
+A placement holds decisions only. Bytes and speeds are computed from it elsewhere, so that a plan
+file which a person has edited is trusted for its decisions and for nothing else.
 """
 
 import re
@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from dots1_local.devices.hardware import CPU
 from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.files.json_file import Fields, read_document
+from dots1_local.files.json_file import JsonError, convert_json, read_json
 from dots1_local.ggml import KV_TYPES, quant_type
 
 __all__ = [
@@ -26,53 +28,55 @@ __all__ = [
     "Placement",
     "check_context",
     "check_made_for",
+    "default_context",
     "human_context",
     "load_placement",
-    "placement_from",
+    "placement_from_json",
 ]
 
-# Weights in RAM: allocated ("plain"), allocated where a GPU can fetch them itself ("pinned"),
-# allocated in the order the CPU's kernels like best ("repacked"), or the file itself ("mapped").
+# How RAM holds weights: allocated ("plain"), allocated where a GPU can copy them from at full speed
+# ("pinned"), allocated and rearranged for the CPU's kernels ("repacked"), or the file ("mapped").
 HostMemory = Literal["plain", "pinned", "repacked", "mapped"]
 
-MIN_BATCH = "GGML_OP_OFFLOAD_MIN_BATCH"  # where the engine's backends read `offload_min_batch`
+MIN_BATCH = "GGML_OP_OFFLOAD_MIN_BATCH"  # environment variable that holds `offload_min_batch`
 MAX_CONTEXT = 1 << 24  # tokens, more than any model was trained for
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
-_MOST_TOKENS = (1 << 31) - 1  # of all sequences together
+_MAX_TOKENS = (1 << 31) - 1  # of all sequences together
+_DEFAULT_CONTEXT, _DEFAULT_SHARE = 16_384, 4096  # tokens of all sequences, and of each at least
 _FORMAT, _VERSION = "dots1-placement", 1
 _BLOCK = re.compile(r"blk\.(\d+)\.")
-_LONGEST = 1 << 11  # characters of a pattern, some times what naming each layer by itself takes
-# What Python's re has and std::regex has not: groups but (?: (?= (?!, possessive repeats, \A \Z.
+_MAX_PATTERN = 1 << 11  # characters; naming each layer by itself takes a fraction of it
+# Python's re knows these and std::regex does not: groups but (?: (?= (?!, possessive repeats, \A \Z
 _PYTHON_ONLY = re.compile(r"\(\?(?![:=!])|[*+?}]\+|\\[AZ]")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What the engine is told, under the engine's own ideas.
+    """What llama.cpp is told, in llama.cpp's own terms.
 
-    `layers` counts whole layers by device, in the engine's order; the output layer is the last one.
-    As in llama.cpp, the first layers are the CPU's where fewer than all (blocks + 1) are counted.
-    A layer's device holds its KV cache and its weights, but for weights that match a pattern of
-    `overrides`, (regular expression, device) pairs of which the first that matches counts. Batches
-    of at least `offload_min_batch` tokens fetch weights from RAM to the first GPU; None leaves that
-    to the engine. `workers` are the host:port whose devices are named in it. `model` and
-    `model_bytes` name the file it was made for. The embedding is always in RAM. So many `sequences`
-    of `context` tokens each share one KV cache.
+    `layers` gives the number of whole layers of each device, in llama.cpp's order; the output layer
+    is the last one. If `layers` counts fewer than all (blocks + 1), the first layers stay on the
+    CPU. A layer's device holds its KV cache and its weights. Weights whose name matches a pattern
+    in `overrides` are the exception: `overrides` are (regular expression, device) pairs, and the
+    first match wins. Ubatches of at least `offload_min_batch` tokens copy weights from RAM to the
+    first GPU; None leaves the limit to llama.cpp. `workers` lists the HOST:PORT of each worker
+    whose devices are used. `model` and `model_bytes` identify the file that the placement was made
+    for. The embedding is always in RAM. `sequences` of `context` tokens each share one KV cache.
     """
 
-    model: str
-    model_bytes: int
-    blocks: int
-    context: int
+    model: Annotated[str, Meta(max_length=1 << 12)]
+    model_bytes: Annotated[int, Meta(ge=0)]
+    blocks: Annotated[int, Meta(ge=1, le=1 << 10)]
+    context: Annotated[int, Meta(ge=1, le=MAX_CONTEXT)]
     kv_type: str
     flash_attention: bool
-    ubatch: int
-    threads: int
+    ubatch: Annotated[int, Meta(ge=1, le=1 << 20)]
+    threads: Annotated[int, Meta(ge=1, le=1 << 12)]
     host_memory: HostMemory
-    offload_min_batch: int | None = None
-    layers: Mapping[str, int] = field(default_factory=dict)
+    offload_min_batch: Annotated[int, Meta(ge=1, le=1 << 30)] | None = None
+    layers: Mapping[str, Annotated[int, Meta(ge=0, le=1 << 10)]] = field(default_factory=dict)
     overrides: tuple[tuple[str, str], ...] = ()
-    workers: tuple[str, ...] = ()
+    workers: Annotated[tuple[str, ...], Meta(max_length=16)] = ()
     sequences: int = 1
 
     def __post_init__(self) -> None:
@@ -80,31 +84,31 @@ class Placement:
 
     @property
     def tokens(self) -> int:
-        """Those that the KV cache is for, of all sequences."""
+        """Tokens that the KV cache holds, for all sequences together."""
         return self.context * self.sequences
 
     @property
     def gpu_layers(self) -> int:
-        """llama.cpp's n_gpu_layers: all counted layers, the output layer among them."""
+        """llama.cpp's n_gpu_layers: all counted layers, including the output layer."""
         return sum(self.layers.values())
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The devices that the engine is to use beside the CPU, in its order."""
+        """The devices besides the CPU that llama.cpp is given, in its order."""
         return tuple(self.layers)
 
     @property
     def used_devices(self) -> tuple[str, ...]:
-        """The same, and those beside the CPU that have single tensors only."""
+        """`devices`, and the devices besides the CPU that only hold single tensors."""
         overriding = (device for _, device in self.overrides if device != CPU)
         return tuple(dict.fromkeys((*self.devices, *overriding)))
 
     def device_of_layer(self, layer: int) -> str:
-        """Where the KV cache of block `layer` lives; `blocks` is the output layer."""
+        """Return the device that holds the KV cache of `layer`; `blocks` is the output layer."""
         return self._by_layer[layer]
 
     def device_of(self, tensor: str) -> str:
-        """Where the tensor of that GGUF name lives."""
+        """Return the device that holds the tensor with this GGUF name."""
         if tensor not in self._known:
             self._known[tensor] = self._find(tensor)
         return self._known[tensor]
@@ -120,7 +124,7 @@ class Placement:
 
     @cached_property
     def _known(self) -> dict[str, str]:
-        """Devices of tensors that somebody has asked for: patterns are slow."""
+        """Devices by tensor; matching patterns is slow."""
         return {}
 
     @cached_property
@@ -133,7 +137,7 @@ class Placement:
         return [(re.compile(pattern), device) for pattern, device in self.overrides]
 
     def to_json(self) -> dict[str, Any]:
-        """What `load_placement` reads."""
+        """Return the content of a plan file, which `load_placement` reads."""
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         content["layers"] = dict(self.layers)
         content["overrides"] = [list(override) for override in self.overrides]
@@ -142,58 +146,102 @@ class Placement:
 
 
 def load_placement(path: str | Path) -> Placement:
-    """Read a placement that `dots1 plan --json` printed and a person may have edited.
+    """Read a plan file that `dots1 plan --json` printed and a person may have edited.
 
     Raises:
-        UsageError: unreadable, no placement, or one that makes no sense.
+        UsageError: the file is unreadable, is not a plan, or a value in it is impossible.
     """
-    return placement_from(read_document(path, _FORMAT, "placement", _VERSION), str(path))
+    return placement_from_json(read_json(path, "plan of dots1 plan"), str(path))
 
 
-def placement_from(raw: Fields, what: str) -> Placement:
-    """A placement from the keys of `to_json`, less format and version; `what` begins errors.
+def placement_from_json(raw: Any, what: str) -> Placement:
+    """Convert what `Placement.to_json` returned; `what` names the file in errors.
 
     Raises:
-        UsageError: no placement, or one that makes no sense.
+        UsageError: `raw` is not a plan, or a value in it is impossible.
     """
-    blocks = raw.integer("blocks", 1, 1 << 10)
-    placement = Placement(
-        model=raw.text("model"),
-        model_bytes=raw.integer("model_bytes"),
-        blocks=blocks,
-        context=raw.integer("context", 1, MAX_CONTEXT),
-        kv_type=raw.choice("kv_type", KV_TYPES),
-        flash_attention=raw.boolean("flash_attention"),
-        ubatch=raw.integer("ubatch", 1, 1 << 20),
-        threads=raw.integer("threads", 1, 1 << 12),
-        host_memory=raw.choice("host_memory", get_args(HostMemory)),
-        offload_min_batch=raw.integer("offload_min_batch", 1, 1 << 30)
-        if raw.given("offload_min_batch")
-        else None,
-        layers=_layers(raw.group("layers")),
-        overrides=tuple(_override(what, item) for item in raw.items("overrides")),
-        workers=tuple(_worker(what, item) for item in raw.items("workers", 16)),
-        sequences=raw.integer("sequences", 1) if raw.given("sequences") else 1,
-    )
-    raw.ignore("predicted")  # what `dots1 plan --json` says of it beside
-    raw.end()
-    if placement.gpu_layers > blocks + 1:
-        raise UsageError(
-            f"{what} gives devices {placement.gpu_layers} layers of the {blocks + 1} there are"
-        )
+    _check_format(raw, what)
+    content = {key: value for key, value in raw.items() if key not in ("format", "version")}
+    content.pop(
+        "predicted", None
+    )  # `dots1 plan --json` adds its predictions for people and scripts
+    if content.get("sequences", 1) is None:
+        del content["sequences"]
+    known = {field.name for field in fields(Placement)}
+    try:
+        if unknown := [key for key in content if key not in known]:
+            raise JsonError("unknown key", unknown[0])
+        for name in ("layers", "overrides", "workers"):
+            if name not in content:
+                raise JsonError(f"Object missing required field `{name}`")
+        placement = convert_json(content, Placement)
+        _check(placement)
+    except JsonError as error:
+        raise UsageError(f"{what}: {error}") from None
     check_context(placement.context, placement.sequences)
-    if not placement.flash_attention and quant_type(placement.kv_type).block > 1:
-        raise UsageError(
-            f"{what} has a KV cache in {placement.kv_type} and no flash attention, which needs it"
-        )
     return placement
 
 
+def _check_format(raw: Any, what: str) -> None:
+    """Refuse JSON that is not a plan of `dots1 plan`, and say what it is if that is known."""
+    wanted = "this option needs a plan that dots1 plan --json printed"
+    if not isinstance(raw, dict):
+        raise UsageError(f"{what} is not a plan: it is not a JSON object; {wanted}")
+    kind = raw.get("format")
+    if kind == _FORMAT:
+        if raw.get("version") != _VERSION:
+            raise UsageError(f"{what} is a plan from another version of dots1-local; plan again")
+    elif "recipe" in raw and "types" in raw:
+        raise UsageError(f"{what} is a quantisation plan, which dots1 convert takes; {wanted}")
+    elif kind is None:
+        raise UsageError(f'{what} is not a plan: it has no "format"; {wanted}')
+    else:
+        raise UsageError(f'{what} is not a plan: its "format" is {kind!r:.40}; {wanted}')
+
+
+def _check(placement: Placement) -> None:
+    if not placement.model.isprintable():
+        raise JsonError("expected a line of text", "model")
+    if placement.kv_type not in KV_TYPES:
+        raise JsonError(f"{placement.kv_type!r:.40} is not one of {', '.join(KV_TYPES)}", "kv_type")
+    if placement.sequences < 1:
+        raise JsonError("expected int >= 1", "sequences")
+    if placement.gpu_layers > placement.blocks + 1:
+        raise JsonError(
+            f"devices get {placement.gpu_layers} layers, but the model has {placement.blocks + 1}",
+            "layers",
+        )
+    if not placement.flash_attention and quant_type(placement.kv_type).block > 1:
+        raise JsonError(f"a KV cache in {placement.kv_type} needs flash attention", "kv_type")
+    for number, (pattern, _) in enumerate(placement.overrides):
+        _check_pattern(pattern, f"overrides[{number}]")
+
+
+def _check_pattern(pattern: str, path: str) -> None:
+    if len(pattern) > _MAX_PATTERN:
+        raise JsonError(
+            f"the pattern {pattern!r:.60} has {len(pattern):,} characters; "
+            f"the limit is {_MAX_PATTERN:,}",
+            path,
+        )
+    if other := _PYTHON_ONLY.search(pattern):
+        raise JsonError(
+            f"llama.cpp's std::regex does not know {other[0]!r} in the pattern {pattern!r:.60}",
+            path,
+        )
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise JsonError(
+            f"the pattern {pattern!r:.60} is not a regular expression: {error}", path
+        ) from None
+
+
 def check_made_for(placement: Placement, gguf: GGUFFile) -> None:
-    """See that a placement, perhaps an edited one, is for that file.
+    """Check that a placement, perhaps an edited one, was made for this file.
 
     Raises:
-        UsageError: it is for another file, or counts layers of the CPU.
+        UsageError: it was made for another file, or it counts layers of the CPU.
     """
     blocks = gguf.keys.get("dots1.block_count")
     if (placement.model_bytes, placement.blocks) != (gguf.nbytes, blocks):
@@ -203,48 +251,36 @@ def check_made_for(placement: Placement, gguf: GGUFFile) -> None:
             "blocks); plan again"
         )
     if CPU in placement.layers:
-        raise UsageError(f"this placement counts layers of the {CPU}, whose are all that are left")
+        raise UsageError(
+            f"this placement counts layers of the {CPU}; remove {CPU} from its layers, because the "
+            f"{CPU} gets all layers that no other device has"
+        )
+
+
+def default_context(trained: int, sequences: int = 1) -> int:
+    """Return the context of each sequence, in tokens, if the user asks for none.
+
+    It is 16,384 tokens for all sequences together, but at least 4,096 for each of them, and at most
+    the `trained` tokens that the model was trained for.
+    """
+    return min(max(_DEFAULT_CONTEXT // sequences, _DEFAULT_SHARE), trained)
 
 
 def check_context(context: int, sequences: int = 1) -> None:
-    """See that llama.cpp can make a context of so many tokens for each sequence.
+    """Check that llama.cpp can make a context of this many tokens for each sequence.
 
     Raises:
         UsageError: it cannot.
     """
     if not 0 < sequences <= MAX_SEQUENCES:
-        raise UsageError(f"llama.cpp has 1 to {MAX_SEQUENCES} sequences at once, not {sequences:,}")
-    if not 0 < context * sequences <= _MOST_TOKENS:
+        raise UsageError(
+            f"llama.cpp runs 1 to {MAX_SEQUENCES} sequences at once, not {sequences:,}"
+        )
+    if not 0 < context * sequences <= _MAX_TOKENS:
         tokens = human_context(context, sequences)
-        raise UsageError(f"llama.cpp can make no context of {tokens} tokens")
+        raise UsageError(f"llama.cpp cannot make a context of {tokens} tokens")
 
 
 def human_context(context: int, sequences: int = 1) -> str:
-    """'16,384' tokens, or '4 × 16,384' of sequences that have as many each."""
+    """Write 16,384 tokens as '16,384', or as '4 × 16,384' for four sequences."""
     return f"{sequences} × {context:,}" if sequences > 1 else f"{context:,}"
-
-
-def _layers(raw: Fields) -> dict[str, int]:
-    return {device: raw.integer(device, 0, 1 << 10) for device in raw.rest()}
-
-
-def _override(what: str, item: Any) -> tuple[str, str]:
-    pair = isinstance(item, list) and len(item) == 2 and all(isinstance(s, str) for s in item)
-    if not pair:
-        raise UsageError(f'{what} has {item!r:.60} as an override, not ["pattern", "device"]')
-    pattern = f"{what} has the pattern {item[0]!r:.60}"
-    if len(item[0]) > _LONGEST:
-        raise UsageError(f"{pattern} of {len(item[0]):,} characters; {_LONGEST:,} are enough")
-    if other := _PYTHON_ONLY.search(item[0]):
-        raise UsageError(f"{pattern}, of which llama.cpp's std::regex does not know {other[0]!r}")
-    try:
-        re.compile(item[0])
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UsageError(f"{pattern}: {error}") from None
-    return item[0], item[1]
-
-
-def _worker(what: str, item: Any) -> str:
-    if not isinstance(item, str):
-        raise UsageError(f"{what} has {item!r:.60} as a worker, not HOST:PORT")
-    return item

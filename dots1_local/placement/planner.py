@@ -1,32 +1,47 @@
-"""Deciding where a model lives and how it is run, on a machine that may be elsewhere.
+"""Deciding where a model lives and how it is run, on this machine or on a described one.
 
-What is short where a placement does not fit, and what would fit instead.
+What every token reads goes to the GPUs first, then the KV cache, then routed experts. Some choices
+remain: the ubatch, how RAM holds weights, how many layers have their KV cache in RAM, and whether a
+worker is worth using. Of the candidates, the one wins whose predicted time for a turn of a
+conversation is shortest: reading a quarter of the context, but at least 2,048 tokens, and answering
+with 512 tokens.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from dots1_local.devices.hardware import CPU, Hardware
 from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.ggml import KV_TYPES, TYPES
-from dots1_local.placement.candidates import Search
-from dots1_local.placement.footprint import lacking, limited, unattended
-from dots1_local.placement.memory import kv_bytes
-from dots1_local.placement.placement import MAX_CONTEXT, Placement, check_context, human_context
-from dots1_local.placement.speed_model import UNMEASURED_DISK, SpeedModel, is_measured
-from dots1_local.placement.steps import Graph
-from dots1_local.sizes import human_bytes
+from dots1_local.ggml import KV_TYPES
+from dots1_local.placement.footprint import (
+    Usage,
+    fetches_weights,
+    footprint,
+    kv_bytes,
+    kv_type_unsupported,
+    limited,
+    shortfall,
+    usable_bytes,
+)
+from dots1_local.placement.layout import SplitStrategy, fill, most_similar, strategies, variants
+from dots1_local.placement.llama_args import EXPERTS
+from dots1_local.placement.model_graph import LayerSizes, ModelGraph
+from dots1_local.placement.placement import (
+    MAX_CONTEXT,
+    Placement,
+    check_context,
+    default_context,
+)
+from dots1_local.placement.speed_model import SpeedModel, break_even, is_measured, seconds_of_turn
 
-__all__ = [
-    "Shortfall",
-    "place",
-    "shortfall_of",
-]
+__all__ = ["Search", "place"]
 
-
-_USUAL_CONTEXT, _USUAL_SHARE = 16_384, 4096
+_UBATCH, _OTHER_UBATCHES = 512, (1024, 2048, 4096, 256, 128)
+_LONG_UBATCH = 2048  # tokens, for which copying experts to a GPU is worth it
+_MIN_FETCHING_BATCH = 64  # tokens; smaller ubatches never copy weights
+_MAX_ROWS = 512  # limit to which rows of several sequences raise that
+_ATTEMPTS = 9  # to fit the buffers and what lies beside them
 
 
 def place(
@@ -39,33 +54,33 @@ def place(
     vram: int | None = None,
     ram: int | None = None,
     threads: int | None = None,
-    margin: int | None = None,
 ) -> Placement:
-    """The placement of a model on a machine; where it does not fit, one that reads the file.
+    """Return the best placement of a model on a machine.
 
-    So many `sequences` of `context` tokens each share the KV cache. That is by default 16,384
-    tokens for all of them, but 4,096 for each, or what the model was trained for. `kv_type` is by
-    default F16 if all of the KV cache then fits the GPUs, or fits RAM where there are none, and
-    Q8_0 else: precision is not lowered to have a few more experts on a GPU. `vram` and `ram` are
-    bytes to plan with in place of what is free; `margin` bytes are left free on each GPU.
+    If the model does not fit, the placement maps the file and reads what does not fit from disk.
+    `sequences` of `context` tokens each share the KV cache; `default_context` says what `context`
+    is by default. `kv_type` is F16 by default if the GPUs hold all of the KV cache then, or if
+    there are no GPUs and RAM holds it; otherwise it is Q8_0. Precision is not lowered to put a few
+    more experts on a GPU. `vram` and `ram` are bytes to plan with in place of what is free.
 
     Raises:
-        GGUFError: no dots1 model, or one that lacks numbers or tensors.
-        UsageError: no such KV type, or none that the GPUs can do; a context that is no context, or
-            so many that llama.cpp cannot count them.
+        GGUFError: the file is not a dots1 model, or it lacks keys or tensors.
+        UsageError: the KV type is unknown or the GPUs cannot use it, or llama.cpp cannot make a
+            context of this size.
     """
     if kv_type is not None and kv_type.upper() not in KV_TYPES:
-        raise UsageError(f"no KV cache is kept in {kv_type}; there are {', '.join(KV_TYPES)}")
+        raise UsageError(
+            f"llama.cpp cannot keep a KV cache in {kv_type}; choose one of {', '.join(KV_TYPES)}"
+        )
     if context is not None and not 0 < context <= MAX_CONTEXT:
         raise UsageError(f"a context has 1 to {MAX_CONTEXT:,} tokens, not {context:,}")
     check_context(context or 1, sequences)
-    graph, machine = Graph.read(gguf), limited(hardware, vram=vram, ram=ram)
-    usual = max(_USUAL_CONTEXT // sequences, _USUAL_SHARE)
-    tokens = context or min(usual, graph.config.max_position_embeddings)
-    search = Search(graph, machine, tokens, threads or machine.cores, margin, sequences)
+    graph, machine = ModelGraph.read(gguf), limited(hardware, vram=vram, ram=ram)
+    tokens = context or default_context(graph.config.max_position_embeddings, sequences)
+    search = Search(graph, machine, tokens, threads or machine.cores, sequences)
     if kv_type is not None:
         placement = search.best(kv_type.upper()).placement
-        if unable := unattended(machine, placement):
+        if unable := kv_type_unsupported(machine, placement):
             raise UsageError(unable)
         return placement
     if not search.keeps_kv("F16"):
@@ -74,99 +89,198 @@ def place(
     return (search.best("Q8_0") if precise.short > 0 else precise).placement
 
 
-_NARROWER = ("Q8_0", "Q5_1", "Q4_0")  # types of a KV cache, each smaller than the one before
-_STEP = 1024  # tokens, in which contexts are tried
-
-
 @dataclass(frozen=True)
-class Shortfall:
-    """What a device lacks, in bytes, and what would fit: a context, a KV type, a file (or 0).
+class Candidate:
+    """A placement, the bytes that RAM lacks for it, and the seconds of the turn if known."""
 
-    The context is that of each of so many `sequences`.
+    strategy: SplitStrategy
+    placement: Placement
+    short: int
+    seconds: float | None
 
-    `share_on_disk` of the weights in RAM would be read from `disk` (bytes a second) again and
-    again, which leaves `decode` tokens a second; None where the machine has not been measured.
-    """
-
-    device: str
-    lacks: int
-    context: int | None
-    kv_type: str | None
-    file_bytes: int
-    share_on_disk: float | None
-    decode: float | None
-    disk: float
-    disk_measured: bool
-    sequences: int = 1
-
-    def __str__(self) -> str:
-        where = "RAM" if self.device == CPU else self.device
-        ways = []
-        if self.context:
-            ways += [f"a context of {human_context(self.context, self.sequences)} tokens"]
-        ways += [f"a KV cache in {self.kv_type}"] if self.kv_type else []
-        ways += [f"a file of at most {human_bytes(self.file_bytes)}"] if self.file_bytes else []
-        text = f"it does not fit: {where} lacks {human_bytes(self.lacks)}"
-        text += f"; {', or '.join(ways)} would fit" if ways else "; no file of this model would fit"
-        if self.decode is not None and self.share_on_disk is not None:
-            known = "" if self.disk_measured else ", which is assumed"
-            text += (
-                f"; with {self.share_on_disk:.0%} of what RAM has to hold read from disk at "
-                f"{human_bytes(self.disk)}/s{known}, it would write {self.decode:.2f} tok/s"
-            )
-        return text
+    @property
+    def rank(self) -> tuple[bool, bool, float]:
+        """The lowest rank is best: first what fits, then what is fast or lacks the least RAM."""
+        if self.seconds is None:
+            return self.short > 0, True, max(0, self.short)
+        return self.short > 0, False, self.seconds
 
 
-def shortfall_of(
-    graph: Graph, hardware: Hardware, placement: Placement, margin: int | None = None
-) -> Shortfall | None:
-    """What is short on a machine for a placement, which may be an edited one; None if nothing.
+class Search:
+    """Searches placements of one model on one machine, for `sequences` of `context` tokens each."""
 
-    What would fit is another placement's.
-    """
-    lacks = lacking(graph, hardware, placement, margin)
-    device = max(lacks, key=lambda name: lacks[name])
-    if lacks[device] <= 0:
-        return None
+    def __init__(
+        self,
+        graph: ModelGraph,
+        hardware: Hardware,
+        context: int,
+        threads: int,
+        sequences: int = 1,
+    ) -> None:
+        self._graph, self._hardware = graph, hardware
+        gpus = [device.name for device in hardware.devices if not device.worker]
+        self._measured = is_measured(hardware, gpus)
+        # llama.cpp counts rows, and norms by head have a row for each head. With a lower limit, the
+        # GPU would fetch these norms for every token that each sequence writes.
+        rows = (sequences + 1) * graph.config.num_attention_heads
+        self._min_batch = max(_MIN_FETCHING_BATCH, min(rows, _MAX_ROWS))
+        self._first = Placement(
+            model=graph.gguf.files[0].name,
+            model_bytes=graph.gguf.nbytes,
+            blocks=graph.config.num_hidden_layers,
+            context=context,
+            sequences=sequences,
+            kv_type="F16",
+            flash_attention=True,
+            ubatch=_UBATCH,
+            threads=threads,
+            host_memory="plain",
+        )
 
-    def short(context: int, kv_type: str) -> int:
-        search = Search(graph, hardware, context, placement.threads, margin, placement.sequences)
-        return search.least_short(kv_type)
+    def best(self, kv_type: str) -> Candidate:
+        """The best candidate with a KV cache of this type; there always is one."""
+        first = replace(self._first, kv_type=kv_type)
+        found = strategies(self._hardware, first.blocks)
+        best = _best(each for strategy in found for each in self._candidates(strategy, first))
+        others = [replace(first, ubatch=n) for n in _OTHER_UBATCHES if n < 2 * first.tokens]
+        for other in others:
+            best = _best([best, *self._candidates(best.strategy, other, similar=True)])
+        if best.placement.host_memory == "pinned":
+            repacked = replace(best.placement, host_memory="repacked")
+            if self._fits(repacked, best.short):
+                best = _best([best, self._timed(best.strategy, repacked, best.short)])
+        return best
 
-    least = short(placement.context, placement.kv_type)
-    model = None
-    if is_measured(hardware, list(lacks)) and placement.host_memory == "mapped":
-        model = SpeedModel(graph, hardware, placement)
-    kv = kv_bytes(graph.config, placement.tokens, placement.kv_type)
-    fitting = (
-        kind
-        for kind in _NARROWER
-        if kv - kv_bytes(graph.config, placement.tokens, kind) >= max(1, least)
-        and short(placement.context, kind) <= 0
-    )
-    return Shortfall(
-        device=device,
-        lacks=least if least > 0 and device == CPU else lacks[device],
-        context=_fitting_context(placement, short),
-        kv_type=next(fitting, None),
-        file_bytes=_fitting_file(graph, placement.model_bytes - max(0, least)),
-        share_on_disk=model.share_on_disk if model else None,
-        decode=1 / model.decode(placement.context // 2) if model else None,
-        disk=hardware.disk or UNMEASURED_DISK,
-        disk_measured=hardware.disk is not None,
-        sequences=placement.sequences,
-    )
+    def keeps_kv(self, kv_type: str) -> bool:
+        """Whether the GPUs can hold all of the KV cache and everything else every token reads.
+
+        The buffers of a ubatch that is worth copying experts for must fit too. True without GPUs.
+        """
+        first = replace(self._first, kv_type=kv_type, ubatch=_LONG_UBATCH)
+        with_gpus = [each for each in strategies(self._hardware, first.blocks) if each.gpus]
+        sizes = self._sizes(first)
+        found = (
+            variant
+            for strategy in with_gpus
+            for variant in variants(sizes, strategy, self._room(strategy, first))
+        )
+        return not with_gpus or any(not variant.ram_layers for variant in found)
+
+    def least_short(self, kv_type: str) -> int:
+        """Bytes that RAM lacks at least, with the smallest buffers; 0 or less if it fits."""
+        first = replace(self._first, kv_type=kv_type, ubatch=_OTHER_UBATCHES[-1])
+        found = strategies(self._hardware, first.blocks)
+        return min(
+            lacks[CPU] for strategy in found for _, _, lacks in self._placements(strategy, first)
+        )
+
+    def _sizes(self, first: Placement) -> LayerSizes:
+        kv = kv_bytes(self._graph.config, first.tokens, first.kv_type)
+        return LayerSizes.of(self._graph, kv // first.blocks)
+
+    def _candidates(
+        self, strategy: SplitStrategy, first: Placement, *, similar: bool = False
+    ) -> Iterator[Candidate]:
+        for variant, placement, lacks in self._placements(strategy, first, similar=similar):
+            short = lacks[CPU]
+            held = replace(placement, host_memory="mapped") if short > 0 else placement
+            yield self._timed(variant, held, short)
+
+    def _placements(
+        self, strategy: SplitStrategy, first: Placement, *, similar: bool = False
+    ) -> Iterator[tuple[SplitStrategy, Placement, dict[str, int]]]:
+        """Variants of a strategy, their placements, and the bytes that each device lacks for them.
+
+        Only RAM can lack any. With `similar`, the variants have about as many layers in RAM as the
+        strategy.
+        """
+        sizes, room = self._sizes(first), self._room(strategy, first)
+        found = variants(sizes, replace(strategy, cpu_kv_layers=0, ram_weight_layers=0), room)
+        for variant in most_similar(found, strategy) if similar else found:
+            placement, lacks = self._fill(sizes, variant, first, room)
+            if placement is not None:
+                yield variant, placement, lacks
+
+    def _room(self, strategy: SplitStrategy, first: Placement) -> dict[str, int]:
+        """A first guess of the bytes that buffers leave for weights and KV cache, by device."""
+        names = strategy.devices
+        layers = dict.fromkeys(names, 0) | dict.fromkeys(names[:1], first.blocks + 1)
+        experts = ((EXPERTS, CPU),)
+        rough = replace(self._with_devices(first, layers), overrides=experts if names else ())
+        buffer = max(_buffers(usage) for usage in footprint(self._graph, rough).values())
+        return {name: self._usable(name) - buffer for name in names}
+
+    def _usable(self, name: str) -> int:
+        return usable_bytes(self._hardware.device(name))
+
+    def _fill(
+        self,
+        sizes: LayerSizes,
+        strategy: SplitStrategy,
+        first: Placement,
+        room: Mapping[str, int],
+    ) -> tuple[Placement | None, dict[str, int]]:
+        """Fill the devices so that each has room for the buffers that the placement itself needs.
+
+        Returns the placement and the bytes that each device lacks for it.
+        """
+        taken: dict[str, int] = {}
+        for _ in range(_ATTEMPTS):
+            split = fill(sizes, strategy, room)
+            if split is None:
+                strategy = strategy.with_one_more_in_ram()
+                continue
+            placement = replace(self._with_devices(first, split.layers), overrides=split.overrides)
+            usage = footprint(self._graph, placement)
+            lacks = {name: used.total - self._usable(name) for name, used in usage.items()}
+            if (taken or not room) and all(lacks[name] <= 0 for name in room):
+                return placement, lacks
+            taken = {name: max(_buffers(usage[name]), taken.get(name, 0)) for name in room}
+            room = {name: self._usable(name) - taken[name] for name in room}
+        return None, {}
+
+    def _with_devices(self, first: Placement, layers: Mapping[str, int]) -> Placement:
+        fetching = any(fetches_weights(self._hardware.device(name)) for name in layers)
+        workers = (self._hardware.device(name).worker for name in layers)
+        return replace(
+            first,
+            layers=layers,
+            host_memory="pinned" if fetching else "repacked",
+            offload_min_batch=self._min_batch if fetching else None,
+            workers=tuple(dict.fromkeys(worker for worker in workers if worker)),
+        )
+
+    def _timed(self, strategy: SplitStrategy, placement: Placement, short: int) -> Candidate:
+        model = SpeedModel(self._graph, self._hardware, placement)
+        if not model.fetches:
+            placement = replace(placement, offload_min_batch=None)
+        if not (self._measured and is_measured(self._hardware, placement.devices)):
+            return Candidate(strategy, placement, short, None)
+        if model.fetches:
+            placement = self._with_min_batch(placement, break_even(model), short)
+            model = model.placed_as(placement)
+        seconds = seconds_of_turn(model, placement.context)
+        return Candidate(strategy, placement, short, seconds)
+
+    def _with_min_batch(self, placement: Placement, least: int, short: int) -> Placement:
+        """Copy weights for ubatches of `least` tokens on, or for whole ubatches if only that fits.
+
+        The devices were filled for copying; buffers can be larger if nothing is copied.
+        """
+        wanted = replace(placement, offload_min_batch=max(self._min_batch, least))
+        if self._fits(wanted, short):
+            return wanted
+        return replace(placement, offload_min_batch=max(self._min_batch, placement.ubatch))
+
+    def _fits(self, placement: Placement, short: int) -> bool:
+        """Whether the devices have room, and RAM lacks at most `short` bytes."""
+        lacks = shortfall(self._graph, self._hardware, placement)
+        return all(lack <= (max(0, short) if name == CPU else 0) for name, lack in lacks.items())
 
 
-def _fitting_file(graph: Graph, nbytes: int) -> int:
-    """So many bytes, or 0 where the narrowest types there are take more."""
-    narrowest = min(kind.bpw for kind in TYPES.values()) / 8
-    weights = sum(tensor.elements for tensor in graph.tensors.values())
-    return nbytes if nbytes >= weights * narrowest else 0
+def _best(candidates: Iterable[Candidate]) -> Candidate:
+    return min(candidates, key=lambda candidate: candidate.rank)
 
 
-def _fitting_context(placement: Placement, short: Callable[[int, str], int]) -> int | None:
-    """The largest context that would fit, in whole steps; None if the first does not."""
-    contexts = range((placement.context - 1) // _STEP * _STEP, 0, -_STEP)
-    place = bisect_left(contexts, True, key=lambda n: short(n, placement.kv_type) <= 0)
-    return contexts[place] if place < len(contexts) else None
+def _buffers(usage: Usage) -> int:
+    return usage.compute + usage.scratch

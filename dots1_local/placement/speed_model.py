@@ -1,63 +1,57 @@
-"""Predicted seconds of a placement on a machine: of one more token, and of reading a prompt.
+"""Predicted speed of a placement on a machine: seconds of the next token and of reading a prompt.
 
-The scheduler of llama.cpp runs one device after the other, so that times add up. A matrix product
-takes its device the longer of reading the weights and of multiplying with them. Each node of the
-graph and each change of the device costs a little more. Weights in RAM are fetched to a GPU where
-a ubatch is long enough for that; what RAM does not hold of a mapped file is read from disk.
+llama.cpp's scheduler runs one device after the other, so times add up. A matrix product takes
+either the time to read the weights or the time to multiply with them, whichever is longer. Each
+node of the graph and each change of the device costs a little more. If a ubatch is long enough,
+weights in RAM are copied to a GPU. Of a mapped file, what does not fit RAM is read from disk.
 """
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import groupby
+from typing import Any
 
 from dots1_local.devices.hardware import CPU, Hardware, Rate, Speed
 from dots1_local.ggml import TYPES, quant_type
-from dots1_local.placement.compute_buffer import REPACKED
-from dots1_local.placement.footprint import fetches_weights, lacking
+from dots1_local.placement.footprint import (
+    REPACKED,
+    Usage,
+    fetches_weights,
+    footprint,
+    shortfall,
+)
+from dots1_local.placement.graph_memory import LLAMA_MIN_BATCH
+from dots1_local.placement.model_graph import (
+    MatrixProduct,
+    ModelGraph,
+    UbatchWork,
+    count_work,
+    matrix_product,
+)
 from dots1_local.placement.placement import Placement
-from dots1_local.placement.steps import ATTENTION, HEAD, Graph, Step, is_routed
 
-__all__ = ["ENGINE_MIN_BATCH", "UNMEASURED_DISK", "SpeedModel", "break_even", "is_measured"]
+__all__ = [
+    "UNMEASURED_DISK",
+    "Forecast",
+    "SpeedAt",
+    "SpeedModel",
+    "break_even",
+    "forecast",
+    "is_measured",
+    "reference_turn",
+    "seconds_of_turn",
+]
 
-ENGINE_MIN_BATCH = 32  # from which llama.cpp fetches weights, where nothing else is said
-UNMEASURED_DISK = 1e9  # bytes a second that a mapped file is read at, where nobody has measured it
+UNMEASURED_DISK = 1e9  # bytes a second at which a mapped file is read, if nobody has measured it
 
-_USES, _DENSE_USES = 24, 256  # of each weight, where the speeds of prefill are measured
-_BY_HEAD = ("attn_q_norm", "attn_k_norm")  # each with a row a head and token
-_NEVER = 1 << 20  # a ubatch that none reaches
+_USES, _DENSE_USES = 24, 256  # of each weight, in the measurement of the speed of prefill
+_NORMS_BY_HEAD = ("attn_q_norm", "attn_k_norm")  # they have a row for each head and token
+_NEVER = 1 << 20  # tokens; no ubatch is as long
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
-
-
-@dataclass(frozen=True)
-class _Product:
-    """A matrix product: where, how much, whether of chosen experts, whether with weights in RAM."""
-
-    device: str
-    type: str
-    nbytes: int
-    weights: int
-    routed: bool
-    in_ram: bool
-    fetched: bool
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """All of a ubatch's work but the head's, for ubatches that fetch weights or that do not.
-
-    `attention` counts layers by the device they attend on and whether the KV cache is copied there,
-    `crossings` by device and by the floats of a token that go to it or come from it.
-    """
-
-    products: Mapping[_Product, int]
-    nodes: Mapping[str, int]
-    splits: Mapping[str, int]
-    crossings: Mapping[tuple[str, int], int]
-    attention: Mapping[tuple[str, bool], int]
+_PROMPT, _ANSWER = 2048, 512  # tokens of the reference turn and of the forecast's prompt
+_CONTEXTS = (0, 1024, 4096, 8192, 16384, 32768)  # tokens, at which speeds are forecast
 
 
 def is_measured(hardware: Hardware, devices: Sequence[str]) -> bool:
@@ -66,23 +60,22 @@ def is_measured(hardware: Hardware, devices: Sequence[str]) -> bool:
 
 
 class SpeedModel:
-    """What a placement takes, in seconds; every device that it uses must have been measured."""
+    """Seconds that a placement takes; every device that it uses must have been measured."""
 
-    def __init__(self, graph: Graph, hardware: Hardware, placement: Placement) -> None:
-        self._graph, self._placement = graph, placement
-        self._config = graph.config
+    def __init__(self, graph: ModelGraph, hardware: Hardware, placement: Placement) -> None:
+        self._graph, self._config, self._placement = graph, graph.config, placement
         self._speeds: dict[str, Speed] = {}
         for name in (*placement.used_devices, CPU):
             if speed := hardware.device(name).speed:
                 self._speeds[name] = speed
-        names = (step.name for step in graph.steps)
-        self._devices = [placement.device_of(name) if name else "" for name in names]
-        self._fetches_to = self._fetching_device(hardware)
+        self._devices = [placement.device_of(op.name) if op.name else "" for op in graph.ops]
+        used = placement.used_devices
+        self._gpu = next((n for n in used if fetches_weights(hardware.device(n))), None)
         self._disk = hardware.disk or UNMEASURED_DISK
-        self._missing = self._share_on_disk(hardware) if placement.host_memory == "mapped" else 0.0
+        self._on_disk = self._find_share_on_disk(hardware)
 
     def decode(self, n_past: int) -> float:
-        """Seconds of the next token, `n_past` being in the KV cache."""
+        """Seconds of the next token with `n_past` tokens in the KV cache."""
         return self._ubatch(1, n_past) + self._head()
 
     def prefill(self, n_tokens: int, n_past: int = 0) -> float:
@@ -93,33 +86,33 @@ class SpeedModel:
         return seconds
 
     def placed_as(self, placement: Placement) -> "SpeedModel":
-        """The model of a placement that differs in `offload_min_batch` or `ubatch` alone."""
+        """The model of a placement that only differs in `offload_min_batch` or `ubatch`."""
         other = copy(self)
         other._placement = placement
         return other
 
     def batch(self, n_tokens: int, fetching: bool) -> float:
-        """Seconds of one ubatch, weights in RAM fetched to a GPU or used where they lie."""
+        """Seconds of one ubatch that copies weights in RAM to a GPU, or uses them in RAM."""
         return self._seconds(self._fetching if fetching else self._in_place, n_tokens, 0)
 
     @property
     def fetches(self) -> bool:
-        """Whether there is a GPU that would fetch weights, and weights in RAM that it could."""
-        return self._fetches_to is not None and CPU in self._devices
+        """Whether there is a GPU that can copy weights, and weights in RAM to copy."""
+        return self._gpu is not None and CPU in self._devices
 
     @property
     def share_on_disk(self) -> float:
-        """The share of the weights in RAM that RAM has no room for."""
-        return self._missing
+        """The share of the weights in RAM that does not fit RAM."""
+        return self._on_disk
 
     def _ubatch(self, n_tokens: int, n_past: int) -> float:
-        least = self._placement.offload_min_batch or ENGINE_MIN_BATCH
+        least = self._placement.offload_min_batch or LLAMA_MIN_BATCH
         work = self._in_place
-        if self._fetches_to and n_tokens * self._config.num_attention_heads >= least:
+        if self._gpu and n_tokens * self._config.num_attention_heads >= least:
             work = self._fetching if n_tokens >= least else self._fetching_norms
         return self._seconds(work, n_tokens, n_past)
 
-    def _seconds(self, work: _Pass, n_tokens: int, n_past: int) -> float:
+    def _seconds(self, work: UbatchWork, n_tokens: int, n_past: int) -> float:
         seconds = sum(
             self._product(product, n_tokens) * count for product, count in work.products.items()
         )
@@ -134,7 +127,7 @@ class SpeedModel:
             seconds += count * 4 * floats * n_tokens / (speed.upload or speed.upload_pageable)
         return seconds
 
-    def _product(self, product: _Product, n_tokens: int) -> float:
+    def _product(self, product: MatrixProduct, n_tokens: int) -> float:
         speed, config = self._speeds[product.device], self._config
         used = touched = 1.0
         if product.routed:
@@ -152,133 +145,60 @@ class SpeedModel:
             pinned = self._placement.host_memory == "pinned"
             seconds += nbytes / (speed.upload if pinned else speed.upload_pageable)
         if product.in_ram:
-            seconds += self._missing * nbytes / self._disk
+            seconds += self._on_disk * nbytes / self._disk
         return seconds
 
     def _attention(self, device: str, copied: bool, n_tokens: int, n_past: int) -> float:
-        """One layer's; a token attends to itself and to all before it."""
+        """Seconds of one layer; each token attends to itself and to all tokens before it."""
         speed, config, placement = self._speeds[device], self._config, self._placement
         inner = config.num_attention_heads * config.head_dim
         cells = n_past + n_tokens
         nbytes = 2 * quant_type(placement.kv_type).row_bytes(inner) * cells
         products = 2 * inner * n_tokens * (n_past + (n_tokens + 1) / 2)
         rate = _rate(speed.attention, placement.kv_type)
-        if not placement.flash_attention:  # scores in F32: written, read, written and read again
+        if not placement.flash_attention:  # scores in F32 are written and read twice
             nbytes += 4 * 4 * config.num_attention_heads * n_tokens * cells
         seconds = max(nbytes / speed.bandwidth, _operations(rate, 2 * inner * cells, products))
         return seconds + (nbytes / speed.upload_pageable if copied else 0.0)
 
     def _head(self) -> float:
-        """The logits of one token; it is too little for fetching anything."""
-        device, step = self._devices[-1], self._graph.steps[-1]
-        head = _Product(device, step.type, step.nbytes, step.weights, False, device == CPU, False)
-        return self._product(head, 1)
+        """Seconds of one token's logits, for which weights are never copied."""
+        return self._product(matrix_product(self._graph.ops[-1], self._devices[-1]), 1)
 
     @cached_property
-    def _in_place(self) -> _Pass:
-        return self._pass(None)
+    def _in_place(self) -> UbatchWork:
+        return self._work(None)
 
     @cached_property
-    def _fetching(self) -> _Pass:
-        return self._pass(self._fetches_to)
+    def _fetching(self) -> UbatchWork:
+        return self._work(self._gpu)
 
     @cached_property
-    def _fetching_norms(self) -> _Pass:
-        """That of ubatches in which only norms by head have rows enough to be fetched."""
-        return self._pass(self._fetches_to, _BY_HEAD)
+    def _fetching_norms(self) -> UbatchWork:
+        """The work of ubatches in which only norms by head have enough rows to be copied."""
+        return self._work(self._gpu, _NORMS_BY_HEAD)
 
-    def _pass(self, fetching: str | None, parts: Sequence[str] = ()) -> _Pass:
-        """The work where `fetching` takes over what has weights in RAM, or but `parts` of that.
+    def _work(self, gpu: str | None, only: Sequence[str] = ()) -> UbatchWork:
+        placement = self._placement
+        unfetched = REPACKED if placement.host_memory == "repacked" else ()
+        kv = [placement.device_of_layer(layer) for layer in range(placement.blocks)]
+        return count_work(self._graph, self._devices, kv, gpu, unfetched, only)
 
-        It cannot read repacked weights; the head has too few rows.
-        """
-        repacked = REPACKED if self._placement.host_memory == "repacked" else ()
-        products: Counter[_Product] = Counter()
-        nodes: Counter[str] = Counter()
-        attention: Counter[tuple[str, bool]] = Counter()
-        runs: list[tuple[str, Step]] = []
-        for place, (step, home) in enumerate(zip(self._graph.steps, self._devices, strict=True)):
-            if step.part == ATTENTION:
-                output, to = self._devices[place + 1], None if parts else fetching
-                device, copied = self._attends_on(step, output, to)
-                attention[device, copied] += 1
-            else:
-                in_ram = home == CPU
-                moves = step.part in parts if parts else step.part != HEAD
-                fetched = in_ram and moves and step.type not in repacked and fetching is not None
-                device = fetching if fetched and fetching else home
-                if step.weights and step.part != HEAD:
-                    routed = is_routed(step.part)
-                    products[
-                        _Product(
-                            device, step.type, step.nbytes, step.weights, routed, in_ram, fetched
-                        )
-                    ] += 1
-            nodes[device] += step.nodes
-            runs.append((device, step))
-        splits, crossings = _changes(runs, self._config.hidden_size)
-        if fetching is not None:  # each fetched matrix begins a split of its own
-            splits[fetching] += sum(n for product, n in products.items() if product.fetched)
-        return _Pass(products, nodes, splits, crossings, attention)
-
-    def _attends_on(self, step: Step, output: str, fetching: str | None) -> tuple[str, bool]:
-        """Where a layer attends, and whether its KV cache is copied there for that.
-
-        A KV cache in RAM is used where `attn_output` is multiplied: on the CPU only if that is.
-        """
-        home = self._placement.device_of_layer(step.layer)
-        if home != CPU:
-            return home, False
-        device = fetching if fetching and output == CPU else output
-        return device, device != CPU
-
-    def _fetching_device(self, hardware: Hardware) -> str | None:
-        """The first GPU that fetches weights, which workers do not."""
-        used = self._placement.used_devices
-        return next((n for n in used if fetches_weights(hardware.device(n))), None)
-
-    def _share_on_disk(self, hardware: Hardware) -> float:
-        tensors, placement = self._graph.tensors.values(), self._placement
+    def _find_share_on_disk(self, hardware: Hardware) -> float:
+        placement = self._placement
+        if placement.host_memory != "mapped":
+            return 0.0
+        tensors = self._graph.tensors.values()
         nbytes = sum(each.nbytes for each in tensors if placement.device_of(each.name) == CPU)
-        short = lacking(self._graph, hardware, placement)[CPU]
+        short = shortfall(self._graph, hardware, placement)[CPU]
         return min(1.0, max(0.0, short / nbytes)) if nbytes else 0.0
-
-
-def break_even(model: SpeedModel) -> int:
-    """The least batch from which on fetching weights is faster than using them where they lie."""
-
-    def pays(n_tokens: int) -> bool:
-        return model.batch(n_tokens, True) < model.batch(n_tokens, False)
-
-    place = bisect_left(_BATCHES, True, key=pays)
-    return _BATCHES[place] if place < len(_BATCHES) else _NEVER
-
-
-def _changes(
-    runs: Sequence[tuple[str, Step]], hidden: int
-) -> tuple[Counter[str], Counter[tuple[str, int]]]:
-    """Splits by device, and what crosses between two of them by device and floats of a token.
-
-    Experts' outputs are added up where they are, but those of the CPU where they go.
-    """
-    splits = Counter([CPU])  # the embedding's
-    crossings: Counter[tuple[str, int]] = Counter()
-    before, floats = CPU, hidden
-    for device, group in groupby(runs, key=lambda run: run[0]):
-        if device != before:
-            splits[device] += 1
-            crossings.update((name, floats) for name in (before, device) if name != CPU)
-        step = list(group)[-1][1]
-        before = device
-        floats = hidden if device != CPU and step.part == "ffn_down_exps" else step.output
-    return splits, crossings
 
 
 def _operations(rate: Rate | None, once: float, products: float, *, dense: bool = False) -> float:
     """Seconds of `products` multiply-adds with `once` weights, each used by as many tokens.
 
-    One use takes what decoding does, dozens or (`dense`) hundreds what prefill does; between them
-    it is a line.
+    One use of each weight runs at the rate of decoding. Dozens, or hundreds if `dense`, run at the
+    rate of prefill. Between them, time grows linearly.
     """
     if rate is None or not once:
         return 0.0
@@ -289,10 +209,87 @@ def _operations(rate: Rate | None, once: float, products: float, *, dense: bool 
 
 
 def _rate(rates: Mapping[str, Rate], kind: str) -> Rate | None:
-    """The rate of a type, or of the measured one that is nearest in bits per weight."""
+    """The rate of a type, or of the measured type that is nearest in bits per weight."""
     if kind in rates or not rates:
         return rates.get(kind)
     known = [name for name in rates if name in TYPES]
     if not known or kind not in TYPES:
         return None
     return rates[min(known, key=lambda name: abs(TYPES[name].bpw - TYPES[kind].bpw))]
+
+
+def break_even(model: SpeedModel) -> int:
+    """The smallest batch, in tokens, for which copying weights to a GPU is faster."""
+
+    def pays(n_tokens: int) -> bool:
+        return model.batch(n_tokens, True) < model.batch(n_tokens, False)
+
+    index = bisect_left(_BATCHES, True, key=pays)
+    return _BATCHES[index] if index < len(_BATCHES) else _NEVER
+
+
+def reference_turn(context: int) -> tuple[int, int]:
+    """Tokens of the prompt and of the answer in the turn that placements are compared by."""
+    answer = min(_ANSWER, context // 4)
+    return min(max(_PROMPT, context // 4), context - answer), answer
+
+
+def seconds_of_turn(model: SpeedModel, context: int) -> float:
+    """Predicted seconds of the reference turn."""
+    prompt, answer = reference_turn(context)
+    return model.prefill(prompt) + answer * model.decode(prompt + answer // 2)
+
+
+@dataclass(frozen=True)
+class SpeedAt:
+    """Tokens a second of prefill and decode with `context` tokens before.
+
+    Each further 1,000 tokens lower `decode` by `cost` tokens a second.
+    """
+
+    context: int
+    prefill: float
+    decode: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes that each device holds and has `free` besides, and speeds if the machine is measured.
+
+    `prefill` speeds are for a prompt of `prompt` tokens.
+    """
+
+    usage: Mapping[str, Usage]
+    free: Mapping[str, int]
+    speeds: tuple[SpeedAt, ...]
+    prompt: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for scripts."""
+        devices = {
+            name: {**asdict(usage), "total": usage.total, "free": self.free[name]}
+            for name, usage in self.usage.items()
+        }
+        speeds = [asdict(speed) for speed in self.speeds]
+        return {"devices": devices, "prompt": self.prompt, "speeds": speeds}
+
+
+def forecast(graph: ModelGraph, hardware: Hardware, placement: Placement) -> Forecast:
+    """Predict the bytes and speeds of a placement, which may be an edited one."""
+    usage = footprint(graph, placement)
+    free = {name: hardware.device(name).free - used.total for name, used in usage.items()}
+    prompt = min(_PROMPT, placement.context)
+    if not is_measured(hardware, [name for name in usage if name != CPU]):
+        return Forecast(usage, free, (), prompt)
+    model = SpeedModel(graph, hardware, placement)
+    last = placement.context - 1
+    contexts = [*(n for n in _CONTEXTS if n < last), last]
+    speeds = tuple(_speed_at(model, context, prompt) for context in contexts)
+    return Forecast(usage, free, speeds, prompt)
+
+
+def _speed_at(model: SpeedModel, context: int, prompt: int) -> SpeedAt:
+    before = max(0, context - prompt) if context else 0
+    decode, later = 1 / model.decode(context), 1 / model.decode(context + 1000)
+    return SpeedAt(context, prompt / model.prefill(prompt, before), decode, decode - later)

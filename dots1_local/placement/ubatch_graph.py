@@ -1,7 +1,8 @@
-"""The graph that llama.cpp builds for a ubatch of dots1, as far as memory is concerned.
+"""The graph that llama.cpp builds for a ubatch of dots1, with what its memory depends on.
 
-Nodes in llama.cpp's order (`src/models/dots1.cpp`, `src/llama-graph.cpp`), with their bytes, what
-they read, and what lets them overwrite it. Views are left out: they take no memory.
+Nodes are in llama.cpp's order (`src/models/dots1.cpp`, `src/llama-graph.cpp`). Each has its size in
+bytes, its sources, and whether it may overwrite one of them. Views are left out, because they take
+no memory.
 """
 
 from collections.abc import Mapping
@@ -12,14 +13,14 @@ from dots1_local.devices.hardware import CPU
 from dots1_local.errors import GGUFError
 from dots1_local.ggml import quant_type
 
-__all__ = ["Graph", "Layer", "Node", "Ubatch", "Weight", "build_graph"]
+__all__ = ["Node", "PlacedLayer", "PlacedWeight", "UbatchGraph", "UbatchShape", "build_graph"]
 
-_ROTATION = 64  # quantised KV is rotated by Hadamard matrices of at least this order
+_ROTATION = 64  # llama.cpp rotates quantised KV by Hadamard matrices of at least this order
 
 
 @dataclass(frozen=True)
-class Weight:
-    """Where a weight lives and its bytes; `fetched` if a GPU may copy it from RAM to itself."""
+class PlacedWeight:
+    """The device of a weight, and its bytes if a GPU may copy it from RAM (`fetched`)."""
 
     device: str
     nbytes: int = 0
@@ -27,21 +28,22 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Layer:
+class PlacedLayer:
     """The device of a block's KV cache, and its weights by part (`attn_q`, `ffn_up_exps`).
 
     The output layer has the parts `output_norm` and `output`.
     """
 
     kv: str
-    parts: tuple[tuple[str, Weight], ...]
+    parts: tuple[tuple[str, PlacedWeight], ...]
 
 
 @dataclass(frozen=True)
-class Ubatch:
-    """Tokens of all sequences together, those of them with logits, and KV cells.
+class UbatchShape:
+    """What a ubatch holds: `tokens` of all sequences together, `outputs` of them with logits.
 
-    There are `cells` in each of `streams`: sequences have one each, or share a single one.
+    Each of the `streams` of the KV cache has `cells` cells. Sequences have a stream each, or share
+    a single one.
     """
 
     tokens: int
@@ -53,12 +55,12 @@ class Ubatch:
 
 
 class Node:
-    """A tensor of the graph: `size` bytes, made from `sources` on `device`, if that is given.
+    """A tensor of the graph: `size` bytes, computed from `sources`, on `device` if it is given.
 
-    `rows` is how many rows an operation with a weight works on. One that is `inplace` may take the
-    memory of a source of its size. `extra` are bytes more that CUDA's flash attention asks for, for
-    keys and values as F16. The sources of a node that is `kept` until another one stay with CUDA
-    until that is computed.
+    `rows` is the number of rows that an operation with a weight works on. An `inplace` node may
+    take over the memory of a source of the same size. `extra` counts further bytes that CUDA's
+    flash attention asks for, to hold keys and values as F16. If `kept` is another node, CUDA keeps
+    the sources of this node in memory until that node is computed.
     """
 
     __slots__ = ("device", "extra", "inplace", "kept", "rows", "size", "sources", "weight")
@@ -71,7 +73,7 @@ class Node:
         *,
         inplace: bool = False,
         rows: int = 0,
-        weight: Weight | None = None,
+        weight: PlacedWeight | None = None,
     ) -> None:
         self.size, self.sources, self.device = size, sources, device
         self.inplace, self.rows, self.weight = inplace, rows, weight
@@ -80,37 +82,42 @@ class Node:
 
 
 @dataclass
-class Graph:
-    """Inputs, which lie in RAM from the beginning, and the nodes that are computed, in order."""
+class UbatchGraph:
+    """The inputs, which are in RAM from the beginning, and the computed nodes, in order."""
 
     inputs: list[Node] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
 
 
 def build_graph(
-    config: Dots1Config, layers: tuple[Layer, ...], ubatch: Ubatch, *, pinned_norms: bool
-) -> Graph:
-    """The graph for these layers, the last of which is the output layer.
+    config: Dots1Config, layers: tuple[PlacedLayer, ...], ubatch: UbatchShape, *, pinned_norms: bool
+) -> UbatchGraph:
+    """Build the graph of these layers, the last of which is the output layer.
 
-    `pinned_norms`: these are left to the device of their layer, wherever their input comes from.
+    With `pinned_norms`, norms are computed on the device of their layer, wherever their input is.
+
+    Raises:
+        GGUFError: a layer lacks a weight.
     """
     return _Builder(config, ubatch, pinned_norms).build(layers)
 
 
 class _Builder:
-    def __init__(self, config: Dots1Config, ubatch: Ubatch, pinned_norms: bool) -> None:
+    """Appends nodes to a graph, layer by layer."""
+
+    def __init__(self, config: Dots1Config, ubatch: UbatchShape, pinned_norms: bool) -> None:
         self._config, self._ubatch, self._pinned_norms = config, ubatch, pinned_norms
-        self._graph = Graph()
+        self._graph = UbatchGraph()
         self._parts: Mapping[str, Node] = {}
-        self._layer = Layer(CPU, ())
-        self._tokens = ubatch.tokens  # in the last block, those that have logits
+        self._layer = PlacedLayer(CPU, ())
+        self._tokens = ubatch.tokens  # in the last block, only those with logits
         self._hidden, self._inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self._rotates = quant_type(ubatch.kv_type).block > 1 and not config.head_dim % _ROTATION
 
-    def build(self, layers: tuple[Layer, ...]) -> Graph:
+    def build(self, layers: tuple[PlacedLayer, ...]) -> UbatchGraph:
         ubatch = self._ubatch
         self._make_inputs()
-        embedding = Node(0, device=CPU, weight=Weight(CPU))  # looked up in RAM, whatever the batch
+        embedding = Node(0, device=CPU, weight=PlacedWeight(CPU))  # always looked up in RAM
         x = self._op(4 * self._hidden * ubatch.tokens, embedding, self._ids)
         for index, layer in enumerate(layers[:-1]):
             self._enter(layer)
@@ -123,7 +130,7 @@ class _Builder:
     def _make_inputs(self) -> None:
         ubatch, tokens = self._ubatch, self._ubatch.tokens
         self._ids = self._input(4 * tokens)
-        self._input(4 * self._hidden * tokens)  # embeddings instead of tokens, never used
+        self._input(4 * self._hidden * tokens)  # embeddings in place of tokens, unused
         self._positions = self._input(4 * tokens)
         if self._rotates:
             order = _ROTATION
@@ -132,7 +139,7 @@ class _Builder:
             self._k_rotation = self._input(4 * order * order)
             self._v_rotation = self._input(4 * _ROTATION * _ROTATION)
         self._k_slots = self._input(8 * tokens)
-        values = 1 if ubatch.flash_attention else self._inner  # else values are kept transposed
+        values = 1 if ubatch.flash_attention else self._inner  # otherwise values are transposed
         self._v_slots = self._input(8 * tokens * values)
         self._mask = self._input(tokens * ubatch.cells * (2 if ubatch.flash_attention else 4))
         self._out_ids = self._input(4 * ubatch.outputs)
@@ -142,7 +149,7 @@ class _Builder:
         self._graph.inputs.append(node)
         return node
 
-    def _enter(self, layer: Layer) -> None:
+    def _enter(self, layer: PlacedLayer) -> None:
         self._layer = layer
         self._parts = {
             part: Node(weight.nbytes, device=weight.device, weight=weight)
@@ -151,7 +158,7 @@ class _Builder:
 
     def _weight(self, part: str) -> Node:
         if part not in self._parts:
-            raise GGUFError(f"the model has a block without {part}; run dots1 verify on it")
+            raise GGUFError(f"a block of the model has no {part}; run dots1 verify on it")
         return self._parts[part]
 
     def _op(
@@ -167,7 +174,7 @@ class _Builder:
     def _norm(self, x: Node, part: str, width: int, *, pinned: bool = True, heads: int = 1) -> Node:
         size = 4 * width * self._tokens
         device = self._layer.kv if pinned and self._pinned_norms else None
-        # Heads are a view of their matrix, and views are never overwritten.
+        # A norm by head reads a view of its matrix, and llama.cpp never overwrites views.
         norm = self._op(size, x, inplace=heads == 1, on=device)
         return self._op(size, norm, self._weight(part), inplace=True, rows=heads * self._tokens)
 
@@ -211,7 +218,7 @@ class _Builder:
         return self._matmul("attn_output", self._rotate(result, "v"), self._hidden)
 
     def _position(self, x: Node, part: str) -> Node:
-        """A projection of `x`, normalised by head and turned by its position."""
+        """A projection of `x`, normalised by head and rotated by its position."""
         heads = self._config.num_attention_heads
         x = self._norm(self._matmul(part, x, self._inner), f"{part}_norm", self._inner, heads=heads)
         return self._op(x.size, x, self._positions, inplace=True)
@@ -256,7 +263,7 @@ class _Builder:
         return total
 
     def _route(self, x: Node) -> tuple[Node, Node]:
-        """Which experts are chosen, and their weights."""
+        """The ids of the chosen experts, and their weights."""
         config, tokens = self._config, self._tokens
         experts = 4 * config.n_routed_experts * tokens
         used = 4 * config.num_experts_per_tok * tokens

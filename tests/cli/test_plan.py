@@ -115,7 +115,7 @@ def test_shows_an_edited_plan(model: Path, a_gpu: Path, tmp_path: Path) -> None:
     speeds = [found["predicted"]["speeds"][0]["decode"] for found in (again, made)]
     assert speeds[0] < speeds[1]
     plan.write_text(json.dumps(made | {"kv_type": "Q5_0"}))
-    assert "CUDA0 cannot attend" in run(model, "--hardware", a_gpu, "--plan", plan).stderr
+    assert "CUDA0 cannot compute" in run(model, "--hardware", a_gpu, "--plan", plan).stderr
 
 
 @pytest.mark.parametrize(
@@ -188,12 +188,12 @@ def test_says_when_speeds_are_unknown(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--context", "17m"], "no context size"),
+        (["--context", "17m"], "'17m'"),
         (["--context", "99999k"], "a context has 1 to 16,777,216 tokens"),
-        (["--context", "much"], "no context size such as 16k"),
-        (["--parallel", "0"], "1 to 256 sequences at once, not 0"),
+        (["--context", "much"], "'much'"),
+        (["--parallel", "0"], "1 to 256 sequences"),
         (["--vram", "much"], "no size such as 48G"),
-        (["--kv", "q4_k"], "no KV cache is kept in q4_k"),
+        (["--kv", "q4_k"], "q4_k"),
         (["--worker", "10.0.0.1:50052"], "--worker is for this machine"),
     ],
 )

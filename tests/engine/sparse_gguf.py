@@ -20,7 +20,7 @@ def write_sparse_gguf(
     *,
     vocabulary: bool = True,
 ) -> Path:
-    """Write it; `types` are by part or role, norms and routers are F32.
+    """Write it; `types` are by name, part or role; norms and routers are F32.
 
     Without `vocabulary` llama.cpp loads it in milliseconds, to compute on token ids.
     """
@@ -49,7 +49,7 @@ def write_sparse_gguf(
 def _type(spec: TensorSpec, types: Mapping[str, str]) -> QuantType:
     if spec.role in ("norm", "router"):
         return quant_type("F32")
-    return quant_type(types.get(spec.part) or types[spec.role])
+    return quant_type(types.get(spec.name) or types.get(spec.part) or types[spec.role])
 
 
 def _add_keys(writer: GGUFWriter, config: Dots1Config, width: int) -> None:

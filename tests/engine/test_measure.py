@@ -11,10 +11,10 @@ from dots1_local.engine.engine import Engine
 from dots1_local.engine.measure import _unplaced, measure_depths, try_out
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.placement.baselines import all_on_cpu, experts_in_ram
+from dots1_local.placement.alternatives import all_on_cpu, experts_in_ram
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement
 from dots1_local.placement.planner import place
-from dots1_local.placement.steps import Graph
 from tests.helpers import write_random_gguf
 from tests.workers import local_worker
 
@@ -86,7 +86,7 @@ def test_llama_cpp_by_itself_has_as_many_threads_as_the_others(model: Path) -> N
 
 
 def test_a_contender_that_fails_does_not_end_the_others(model: Path, ours: Placement) -> None:
-    graph, machine = Graph.read(GGUFFile.open(model)), find_hardware("24gb-64gb")
+    graph, machine = ModelGraph.read(GGUFFile.open(model)), find_hardware("24gb-64gb")
     lost = experts_in_ram(machine, ours, ())
     bad, good = bench(graph, machine, [("on no GPU", lost), ("ours", ours)], DEPTHS)
     assert bad.trial is None
@@ -108,6 +108,6 @@ def test_a_trial_says_why_a_file_cannot_be_loaded(tmp_path: Path) -> None:
 
 
 def test_nothing_is_predicted_of_an_unmeasured_machine(model: Path, ours: Placement) -> None:
-    graph = Graph.read(GGUFFile.open(model))
+    graph = ModelGraph.read(GGUFFile.open(model))
     machine = this_machine(measure=False)
     assert predicted_depths(graph, machine, all_on_cpu(ours), DEPTHS) == ()

@@ -16,11 +16,11 @@ from dots1_local.devices.hardware import Hardware, Rate
 from dots1_local.devices.machine import find_hardware
 from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFFile, role_of
-from dots1_local.files.json_file import Fields
-from dots1_local.placement.footprint import GPU_MARGIN, RAM_MARGIN, footprint
-from dots1_local.placement.placement import Placement, placement_from
-from dots1_local.placement.planner import place, shortfall_of
-from dots1_local.placement.steps import Graph
+from dots1_local.placement.alternatives import explain_shortfall
+from dots1_local.placement.footprint import GPU_RESERVE, RAM_RESERVE, footprint
+from dots1_local.placement.model_graph import ModelGraph
+from dots1_local.placement.placement import Placement, placement_from_json
+from dots1_local.placement.planner import place
 from tests.engine.sparse_gguf import write_sparse_gguf
 from tests.placement.machines import GB, machine, speed
 from tools.make_wide import published_config
@@ -82,18 +82,17 @@ def test_any_machine(models: list[GGUFFile], data: st.DataObject, hardware: Hard
     check_order(model, placement)
     assert all(PATTERN.fullmatch(pattern) for pattern, _ in placement.overrides)
     raw = json.loads(json.dumps(placement.to_json()))
-    del raw["format"], raw["version"]
-    assert placement_from(Fields(raw, "plan"), "plan") == placement
+    assert placement_from_json(raw, "plan") == placement
 
 
 def check_memory(model: GGUFFile, hardware: Hardware, placement: Placement) -> None:
     """Nothing is too small, but RAM if it is said, and then the file itself is read."""
     over = []
-    for name, usage in footprint(model, placement).items():
-        margin = GPU_MARGIN if name.startswith("CUDA") else RAM_MARGIN
+    for name, usage in footprint(ModelGraph.read(model), placement).items():
+        margin = GPU_RESERVE if name.startswith("CUDA") else RAM_RESERVE
         over += [name] if usage.total > hardware.device(name).free - margin else []
     assert over in ([], ["CPU"])
-    said = shortfall_of(Graph.read(model), hardware, placement)
+    said = explain_shortfall(ModelGraph.read(model), hardware, placement)
     assert (said is not None) == (placement.host_memory == "mapped") == bool(over)
 
 
@@ -142,7 +141,7 @@ def test_contexts_that_no_gpu_has_room_for(models: list[GGUFFile], context: int)
 
 @pytest.mark.parametrize("context", [0, -1, (1 << 24) + 1])
 def test_contexts_that_are_none(models: list[GGUFFile], context: int) -> None:
-    with pytest.raises(UsageError, match="a context has 1 to 16,777,216 tokens"):
+    with pytest.raises(UsageError, match="1 to 16,777,216 tokens"):
         place(models[0], machine(), context=context)
 
 
@@ -151,10 +150,10 @@ def test_a_gpu_is_given_no_kv_cache_that_it_cannot_attend_to(models: list[GGUFFi
     def planned(gpus: Sequence[int], **speeds: Any) -> Placement:
         return place(models[1], machine(gpus=tuple(gpus), **speeds), kv_type="iq4_nl")
 
-    with pytest.raises(UsageError, match="CUDA0 cannot attend to a KV cache in IQ4_NL; take F16"):
+    with pytest.raises(UsageError, match=r"CUDA0 .* IQ4_NL; .*F16"):
         planned([24 * GB])
     some = speed(1e12, upload=1e9)
-    with pytest.raises(UsageError, match="in IQ4_NL, only in F16, Q8_0"):
+    with pytest.raises(UsageError, match=r"CUDA0 .* IQ4_NL; .*F16, Q8_0"):
         planned([24 * GB], cpu=speed(1e9), gpu=some)
     assert planned([]).kv_type == "IQ4_NL"
     able = speed(1e12, attention={"IQ4_NL": Rate(1e9, 1e9)}, upload=1e9)

@@ -2,8 +2,9 @@ import pytest
 
 from dots1_local.devices.hardware import CPU, Device, Hardware
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.placement.baselines import compared, with_ubatch
-from dots1_local.placement.footprint import GPU_MARGIN, footprint
+from dots1_local.placement.alternatives import baselines, with_ubatch
+from dots1_local.placement.footprint import GPU_RESERVE, footprint
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.planner import place
 from tools.make_gguf import write_gguf
 from tools.make_wide import published_config
@@ -18,19 +19,20 @@ MACHINE = Hardware(
     engine="any",
     cores=1,
     cpu=Device(CPU, "CPU", "a processor", 64 * GB, 64 * GB),
-    devices=(Device("CUDA0", "CUDA", "a GPU", ROOM + GPU_MARGIN, 80 * GB),),
+    devices=(Device("CUDA0", "CUDA", "a GPU", ROOM + GPU_RESERVE, 80 * GB),),
 )
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> GGUFFile:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> ModelGraph:
     """A dense layer and six others of the real widths, headers alone."""
     path = tmp_path_factory.mktemp("wide") / "wide.gguf"
-    return GGUFFile.open(write_gguf(path, published_config(num_hidden_layers=7), headers_only=True))
+    config = published_config(num_hidden_layers=7)
+    return ModelGraph.read(GGUFFile.open(write_gguf(path, config, headers_only=True)))
 
 
-def test_hand_made_placements_take_the_most_that_fits(wide: GGUFFile) -> None:
-    found = dict(compared(wide, MACHINE, place(wide, MACHINE, context=4096)))
+def test_hand_made_placements_take_the_most_that_fits(wide: ModelGraph) -> None:
+    found = dict(baselines(wide, MACHINE, place(wide.gguf, MACHINE, context=4096)))
     # All but experts takes 2 to 3 GB, the KV cache 0.47 of them: two layers' experts of 1.34 GB
     # fit, and four do not.
     usage = footprint(wide, found.pop("experts of the first 5 layers in RAM"))
@@ -43,8 +45,8 @@ def test_hand_made_placements_take_the_most_that_fits(wide: GGUFFile) -> None:
     assert 0 <= ROOM - footprint(wide, whole)["CUDA0"].total < 1.2 * EXPERTS
 
 
-def test_larger_ubatches_fit_too(wide: GGUFFile) -> None:
-    ours = place(wide, MACHINE, context=8192)
+def test_larger_ubatches_fit_too(wide: ModelGraph) -> None:
+    ours = place(wide.gguf, MACHINE, context=8192)
     for ubatch in (512, 1024, 2048, 4096):
         placement = with_ubatch(wide, MACHINE, ours, ubatch)
         assert placement.ubatch == ubatch

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from dots1_local.placement.llama_args import (
     command_line,
     expert_overrides,
+    gpu_weight_overrides,
     layer_pattern,
-    lent_overrides,
     llama_flags,
 )
 from dots1_local.placement.placement import Placement
@@ -113,7 +113,7 @@ def test_overrides_of_experts_name_parts() -> None:
 
 
 def test_lent_layers_keep_what_is_needed_where_their_kv_cache_is() -> None:
-    [(pattern, device)] = lent_overrides({0: "CUDA0", 1: "CUDA0"})
+    [(pattern, device)] = gpu_weight_overrides({0: "CUDA0", 1: "CUDA0"})
     parts = [
         "attn_norm", "attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm", "attn_output",
         "ffn_norm", "ffn_gate_inp", "ffn_up_exps", "ffn_down_shexp", "ffn_gate",

@@ -18,8 +18,10 @@ from dots1_local.architecture import Dots1Config
 from dots1_local.devices import backends
 from dots1_local.errors import GGUFError, UsageError
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.placement import compute_buffer, graph_memory
+from dots1_local.placement import footprint as footprint_module
+from dots1_local.placement import graph_memory
 from dots1_local.placement.footprint import footprint
+from dots1_local.placement.model_graph import ModelGraph
 from tests.engine.engine_memory import Decisions, Sizes, placement_for, taken
 from tests.engine.sparse_gguf import write_sparse_gguf
 from tests.helpers import CONFIG, write_random_gguf
@@ -119,12 +121,16 @@ def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sparse_gguf(path, SIX, TYPES, vocabulary=False)
 
 
+def read_graph(path: Path) -> ModelGraph:
+    return ModelGraph.read(GGUFFile.open(path))
+
+
 def predicted(path: Path, decisions: Decisions) -> dict[str, Sizes]:
-    gguf = GGUFFile.open(path)
+    graph = read_graph(path)
     sequences: int = decisions.get("n_sequences", 1)
     outputs: int = decisions.get("n_outputs", sequences)
     usage = footprint(
-        gguf, placement_for(path, decisions), n_sequences=sequences, n_outputs=outputs
+        graph, placement_for(path, decisions), n_sequences=sequences, n_outputs=outputs
     )
     sizes = {name: (each.weights, each.kv, each.compute) for name, each in usage.items()}
     return {"RPC0": (0, 0, 0), "RPC1": (0, 0, 0), **sizes}
@@ -180,7 +186,7 @@ def test_all_62_layers(tmp_path: Path, run: Run, place: Decisions) -> None:
 def test_fetched_weights_lie_on_the_first_device(
     six: Path, run: Run, monkeypatch: pytest.MonkeyPatch, place: str, shape: Decisions
 ) -> None:
-    monkeypatch.setattr(compute_buffer, "_FETCHING", ("RPC",))
+    monkeypatch.setattr(footprint_module, "_FETCHING", ("RPC",))
     decisions = {**PLACES[place], **shape}
     slack = 8 * MIB * shape.get("ubatch", 512) / 512 if place.startswith("two") else 0
     assert_computes_as_predicted(six, decisions, run(taken_by_a_gpu, six, decisions), slack)
@@ -202,16 +208,16 @@ def test_cuda_computes_in_more(
     six: Path, run: Run, monkeypatch: pytest.MonkeyPatch, place: str, context: int, ubatch: int,
     kv_type: str, sequences: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(compute_buffer, "_FETCHING", ("RPC",))
+    monkeypatch.setattr(footprint_module, "_FETCHING", ("RPC",))
     monkeypatch.setattr(graph_memory, "CUDA", ("RPC",))
-    compute_buffer.reserved.cache_clear()
+    graph_memory.reserved_buffers.cache_clear()
     decisions = {**PLACES[place], "context": context // sequences, "sequences": sequences}
     decisions |= {"ubatch": ubatch, "kv_type": kv_type}
     # Keys and values beside the result as F16, unless they are.
     more = 0 if kv_type == "F16" else 2 * context * 4096 * 2
     real = run(taken_by_cuda, six, decisions, more)
     assert_computes_as_predicted(six, decisions, real)
-    compute_buffer.reserved.cache_clear()
+    graph_memory.reserved_buffers.cache_clear()
 
 
 def taken_by_cuda(
@@ -224,7 +230,7 @@ def taken_by_cuda(
 
 def compute_of(path: Path, device: str, **decisions: Any) -> int:
     placement = placement_for(path, {"layers": {device: 7}, **decisions})
-    return footprint(GGUFFile.open(path), placement)[device].compute
+    return footprint(read_graph(path), placement)[device].compute
 
 
 def test_only_what_is_not_repacked_is_fetched(six: Path) -> None:
@@ -238,17 +244,17 @@ def test_only_what_is_not_repacked_is_fetched(six: Path) -> None:
 
 
 def test_says_what_does_not_fit_together(six: Path, tmp_path: Path) -> None:
-    gguf = GGUFFile.open(six)
-    with pytest.raises(UsageError, match=r"for a model of 62 blocks, and .* has 6; plan again"):
-        footprint(gguf, replace(placement_for(six, {}), blocks=62))
+    graph = read_graph(six)
+    with pytest.raises(UsageError, match=r"62 blocks.*six\.gguf has 6"):
+        footprint(graph, replace(placement_for(six, {}), blocks=62))
     path = write_random_gguf(tmp_path / "part.gguf", without=["blk.2.attn_output.weight"])
-    with pytest.raises(GGUFError, match="a block without attn_output; run dots1 verify"):
-        footprint(GGUFFile.open(path), placement_for(path, {}))
+    with pytest.raises(GGUFError, match=r"no tensor blk\.2\.attn_output\.weight; run dots1 verify"):
+        read_graph(path)
 
 
 def test_the_real_file_by_hand(six: Path) -> None:
     decisions = {"layers": {"RPC0": 7}, "overrides": [(r"\.5\..*_exps", "CPU")], "context": 1000}
-    usage = footprint(GGUFFile.open(six), placement_for(six, decisions))
+    usage = footprint(read_graph(six), placement_for(six, decisions))
     gate, down = 128 * 1408 * 4096 * 144 // 256, 128 * 1408 * 4096 * 22 // 32
     assert usage["CPU"].routed == 2 * gate + down
     assert usage["RPC0"].routed == 4 * (2 * gate + down)

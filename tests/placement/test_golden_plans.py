@@ -2,7 +2,7 @@
 
 `tests/goldens/plans/by_hand.md` calculates them by hand; the same arithmetic is done here, from the
 model's dimensions and the machines' figures alone. To write the goldens again after a change that
-is meant: `python -m tests.runtime.placing.test_golden_plans`.
+is meant: `python -m tests.placement.test_golden_plans`.
 """
 
 import json
@@ -18,10 +18,10 @@ from dots1_local.devices.hardware import Hardware, Speed
 from dots1_local.devices.machine import find_hardware
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.footprint import footprint
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement, load_placement
 from dots1_local.placement.planner import place
 from dots1_local.placement.speed_model import SpeedModel
-from dots1_local.placement.steps import Graph
 from tests.engine.sparse_gguf import write_sparse_gguf
 from tools.make_wide import published_config
 
@@ -153,7 +153,7 @@ def test_gpus_are_filled(machine: str, file: str, models: dict[str, GGUFFile]) -
     placement = load_placement(GOLDENS / f"{machine}-{file}.json")
     made, hardware, counts = FILES[file], find_hardware(machine), counts_of(placement)
     used = bytes_of_gpus(made, counts, placement)
-    usage = footprint(models[file], placement)
+    usage = footprint(ModelGraph.read(models[file]), placement)
     weights = sum(usage[name].weights + usage[name].kv for name in placement.devices)
     assert weights == pytest.approx(used, rel=1e-3, abs=1)
     for device in hardware.devices:
@@ -167,7 +167,7 @@ def test_decode_is_what_a_hand_calculates(
     machine: str, file: str, models: dict[str, GGUFFile]
 ) -> None:
     placement, hardware = load_placement(GOLDENS / f"{machine}-{file}.json"), find_hardware(machine)
-    model = SpeedModel(Graph.read(models[file]), hardware, placement)
+    model = SpeedModel(ModelGraph.read(models[file]), hardware, placement)
     in_ram = placement.host_memory != "mapped"  # what is read from disk comes on top
     by_hand = decode_by_hand(FILES[file], counts_of(placement), hardware, placement)
     if in_ram:

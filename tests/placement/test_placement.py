@@ -70,33 +70,66 @@ def test_finds_the_device_of_a_tensor(tensor: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "words"),
     [
-        ({"layers": {"CUDA0": 6}}, "6 layers of the 5 there are"),
-        ({"layers": {"CUDA0": -1}}, "not an integer"),
-        ({"overrides": [["(", "CPU"]]}, r"has the pattern '\('"),
-        ({"overrides": ["x"]}, "as an override"),
-        ({"overrides": [["(?P<x>a)", "CPU"]]}, r"std::regex does not know '\(\?'"),
-        ({"overrides": [["(?<=blk)a", "CPU"]]}, "std::regex does not know"),
-        ({"overrides": [["(?i)a", "CPU"]]}, "std::regex does not know"),
-        ({"overrides": [["a++", "CPU"]]}, r"std::regex does not know '\+\+'"),
-        ({"overrides": [[r"a\Z", "CPU"]]}, "std::regex does not know"),
-        ({"overrides": [["a" * 2049, "CPU"]]}, "of 2,049 characters"),
-        ({"flash_attention": False}, "a KV cache in Q8_0 and no flash attention"),
-        ({"kv_type": "Q4_K"}, "not one of F32, F16"),
-        ({"host_memory": "swapped"}, "not one of plain, pinned"),
-        ({"threads": 0}, "not an integer from 1"),
-        ({"workers": [1]}, "not HOST:PORT"),
-        ({"sequences": 0}, "not an integer from 1"),
-        ({"sequences": 257}, "has 1 to 256 sequences at once, not 257"),
-        ({"sequences": 200, "context": 1 << 24}, "no context of 200 × 16,777,216 tokens"),
-        ({"ubatches": 512}, "unknown key 'ubatches'"),
-        ({"format": "dots1-hardware"}, "is no placement"),
-        ({"version": 2}, "another version"),
+        ({"layers": {"CUDA0": 6}}, ["layers: ", "6 layers", "has 5"]),
+        ({"layers": {"CUDA0": -1}}, ["layers", ">= 0"]),
+        ({"overrides": [["(", "CPU"]]}, ["overrides[0]: ", "'('"]),
+        ({"overrides": ["x"]}, ["overrides[0]: ", "str"]),
+        ({"overrides": [["a", "CPU"], ["b"]]}, ["overrides[1]: ", "length 2"]),
+        ({"overrides": [["(?P<x>a)", "CPU"]]}, ["overrides[0]: ", "std::regex", "'(?'"]),
+        ({"overrides": [["(?<=blk)a", "CPU"]]}, ["overrides[0]: ", "std::regex"]),
+        ({"overrides": [["(?i)a", "CPU"]]}, ["overrides[0]: ", "std::regex"]),
+        ({"overrides": [["a++", "CPU"]]}, ["overrides[0]: ", "std::regex", "'++'"]),
+        ({"overrides": [[r"a\Z", "CPU"]]}, ["overrides[0]: ", "std::regex"]),
+        ({"overrides": [["a" * 2049, "CPU"]]}, ["overrides[0]: ", "2,049 characters"]),
+        ({"flash_attention": False}, ["kv_type: ", "Q8_0", "flash attention"]),
+        ({"flash_attention": 0}, ["flash_attention: ", "bool"]),
+        ({"kv_type": "Q4_K"}, ["kv_type: ", "'Q4_K'", "F32, F16"]),
+        ({"host_memory": "swapped"}, ["host_memory: ", "'swapped'"]),
+        ({"threads": 0}, ["threads: ", ">= 1"]),
+        ({"threads": "8"}, ["threads: ", "expected int, got str"]),
+        ({"workers": [1]}, ["workers[0]: ", "str"]),
+        ({"sequences": 0}, ["sequences: ", ">= 1"]),
+        ({"sequences": 257}, ["1 to 256 sequences", "257"]),
+        ({"sequences": 200, "context": 1 << 24}, ["200 × 16,777,216 tokens"]),
+        ({"ubatches": 512}, ["ubatches: ", "unknown"]),
+        ({"model": "a\nb"}, ["model: "]),
+        ({"format": "dots1-hardware"}, ["'dots1-hardware'", "dots1 plan"]),
+        ({"version": 2}, ["another version"]),
     ],
 )
 def test_says_what_is_wrong_with_an_edited_one(
-    tmp_path: Path, changes: dict[str, Any], sentence: str
+    tmp_path: Path, changes: dict[str, Any], words: list[str]
 ) -> None:
-    with pytest.raises(UsageError, match=sentence):
-        load_placement(write(tmp_path / "plan.json", **changes))
+    path = write(tmp_path / "plan.json", **changes)
+    with pytest.raises(UsageError) as error:
+        load_placement(path)
+    if "sequences" not in changes:
+        assert str(path) in str(error.value)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("key", PLACEMENT.to_json().keys() - {"offload_min_batch", "sequences"})
+def test_names_a_missing_field(tmp_path: Path, key: str) -> None:
+    content = PLACEMENT.to_json()
+    del content[key]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=rf"plan\.json.*{key}"):
+        load_placement(tmp_path / "plan.json")
+
+
+def test_a_plan_of_convert_is_called_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "quantisation.json"
+    path.write_text(
+        json.dumps({"recipe": "DQ4", "expert_width": 1536, "file_type": 1, "types": {}})
+    )
+    with pytest.raises(UsageError, match=r"quantisation plan.*dots1 convert.*dots1 plan --json"):
+        load_placement(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "1", "{}", '{"format": null}', "{", '{"a": 1, "a": 2}'])
+def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(UsageError, match=r"plan\.json is not a plan"):
+        load_placement(tmp_path / "plan.json")

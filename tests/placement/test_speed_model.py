@@ -8,11 +8,15 @@ import pytest
 from dots1_local.devices.hardware import Hardware, Rate
 from dots1_local.errors import GGUFError
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.placement.footprint import RAM_MARGIN
-from dots1_local.placement.llama_args import bare_overrides, expert_overrides, lent_overrides
+from dots1_local.placement.footprint import RAM_RESERVE
+from dots1_local.placement.llama_args import (
+    expert_overrides,
+    gpu_weight_overrides,
+    ram_weight_overrides,
+)
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import HostMemory, Placement
 from dots1_local.placement.speed_model import SpeedModel, break_even, is_measured
-from dots1_local.placement.steps import Graph
 from tests.helpers import CONFIG, write_random_gguf
 from tests.placement.machines import GB, machine, speed
 
@@ -28,9 +32,9 @@ ALL_ON_CPU = ALWAYS + 2 * ROUTED // 4 + HEAD
 
 
 @pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+def graph(tmp_path_factory: pytest.TempPathFactory) -> ModelGraph:
     path = write_random_gguf(tmp_path_factory.mktemp("speed") / "model.gguf")
-    return Graph.read(GGUFFile.open(path))
+    return ModelGraph.read(GGUFFile.open(path))
 
 
 CPU_ONLY = Placement(
@@ -54,39 +58,39 @@ def one_gpu(*, split: float = 0, upload: float = 4e6) -> Hardware:
     return machine(gpus=(GB,), cpu=speed(1e6), gpu=gpu)
 
 
-def test_decode_reads_every_active_byte_once(graph: Graph) -> None:
+def test_decode_reads_every_active_byte_once(graph: ModelGraph) -> None:
     model = SpeedModel(graph, machine(cpu=speed(1e6)), CPU_ONLY)
     assert ALL_ON_CPU == 539_648
     assert model.decode(99) == pytest.approx((ALL_ON_CPU + 100 * CELL) / 1e6)
 
 
-def test_the_kv_type_counts(graph: Graph) -> None:
+def test_the_kv_type_counts(graph: ModelGraph) -> None:
     model = SpeedModel(graph, machine(cpu=speed(1e6)), replace(CPU_ONLY, kv_type="Q8_0"))
     assert model.decode(99) == pytest.approx((ALL_ON_CPU + 100 * CELL * 34 / 64) / 1e6)
 
 
-def test_arithmetic_counts_where_it_takes_longer_than_reading(graph: Graph) -> None:
+def test_arithmetic_counts_where_it_takes_longer_than_reading(graph: ModelGraph) -> None:
     slow = speed(1e18, matmul={"F32": Rate(1e6, 1e6)}, attention={"F16": Rate(5e5, 5e5)})
     model = SpeedModel(graph, machine(cpu=slow), CPU_ONLY)
     attention = 3 * 2 * 64 * 100 / 5e5  # 100 keys and values of 64 numbers in 3 layers
     assert model.decode(99) == pytest.approx(ALL_ON_CPU / 4 / 1e6 + attention)
 
 
-def test_a_batch_reads_the_experts_that_it_touches(graph: Graph) -> None:
+def test_a_batch_reads_the_experts_that_it_touches(graph: ModelGraph) -> None:
     model = SpeedModel(graph, machine(cpu=speed(1e6)), CPU_ONLY)
     touched = 1 - (6 / 8) ** 3  # three tokens choose 2 of 8 each
     nbytes = ALWAYS + 2 * ROUTED * touched + 3 * CELL + HEAD
     assert model.prefill(3) == pytest.approx(nbytes / 1e6)
 
 
-def test_a_prompt_is_read_in_ubatches(graph: Graph) -> None:
+def test_a_prompt_is_read_in_ubatches(graph: ModelGraph) -> None:
     model = SpeedModel(graph, machine(cpu=speed(1e6)), replace(CPU_ONLY, ubatch=2))
     touched = 2 * ROUTED * (1 - (6 / 8) ** 2)
     nbytes = 2 * (ALWAYS + touched) + (12 + 14) * CELL + HEAD  # after 10 tokens
     assert model.prefill(4, 10) == pytest.approx(nbytes / 1e6)
 
 
-def test_unpacking_is_paid_once_a_batch(graph: Graph) -> None:
+def test_unpacking_is_paid_once_a_batch(graph: ModelGraph) -> None:
     rates = {"F32": Rate(decode=1e6, prefill=3e6)}  # 24 uses of a weight take as long as 8 single
     model = SpeedModel(graph, machine(cpu=speed(1e18, matmul=rates)), CPU_ONLY)
     always, routed = ALWAYS / 4, 2 * ROUTED / 4
@@ -97,7 +101,7 @@ def test_unpacking_is_paid_once_a_batch(graph: Graph) -> None:
     assert model.prefill(480) == pytest.approx(many + head)
 
 
-def test_devices_take_turns(graph: Graph) -> None:
+def test_devices_take_turns(graph: ModelGraph) -> None:
     hardware = one_gpu(split=0.25, upload=1e18)
     hardware = replace(hardware, cpu=replace(hardware.cpu, speed=speed(1e6, split=0.5)))
     model = SpeedModel(graph, hardware, EXPERTS_IN_RAM)
@@ -105,7 +109,7 @@ def test_devices_take_turns(graph: Graph) -> None:
     assert model.decode(0) == pytest.approx(3 * 0.5 + 3 * 0.25 + 2 * ROUTED / 4 / 1e6, rel=1e-3)
 
 
-def test_what_crosses_the_bus(graph: Graph) -> None:
+def test_what_crosses_the_bus(graph: ModelGraph) -> None:
     model = SpeedModel(graph, one_gpu(), EXPERTS_IN_RAM)
     # 64 floats from the embedding; for 2 layers' experts 64 go and 2 x 64 come back
     floats = 64 + 2 * (64 + 128)
@@ -115,7 +119,7 @@ def test_what_crosses_the_bus(graph: Graph) -> None:
 
 
 @pytest.mark.parametrize(("held", "rate"), [("pinned", 4e6), ("mapped", 2e6)])
-def test_long_batches_fetch_experts(graph: Graph, held: HostMemory, rate: float) -> None:
+def test_long_batches_fetch_experts(graph: ModelGraph, held: HostMemory, rate: float) -> None:
     placement = replace(EXPERTS_IN_RAM, host_memory=held, offload_min_batch=100)
     model = SpeedModel(graph, one_gpu(), placement)
     embedding = 4 * 64 * 200 / 4e6
@@ -124,24 +128,24 @@ def test_long_batches_fetch_experts(graph: Graph, held: HostMemory, rate: float)
     assert model.prefill(99) > 2 * ROUTED / 1e6
 
 
-def test_repacked_weights_are_not_fetched(graph: Graph) -> None:
+def test_repacked_weights_are_not_fetched(graph: ModelGraph) -> None:
     repacked = replace(EXPERTS_IN_RAM, host_memory="repacked", offload_min_batch=1)
-    steps = tuple(replace(step, type="Q8_0") for step in graph.steps)
-    model = SpeedModel(replace(graph, steps=steps), one_gpu(), repacked)
+    ops = tuple(replace(op, type="Q8_0") for op in graph.ops)
+    model = SpeedModel(replace(graph, ops=ops), one_gpu(), repacked)
     assert model.prefill(200) > 2 * ROUTED / 1e6
     # llama.cpp has no other form of F32, whose experts lie in plain memory then
     model = SpeedModel(graph, one_gpu(), repacked)
     assert model.prefill(200) == pytest.approx(2 * ROUTED / 2e6, rel=0.1)
 
 
-def test_a_gpu_that_has_no_layer_fetches_too(graph: Graph) -> None:
+def test_a_gpu_that_has_no_layer_fetches_too(graph: ModelGraph) -> None:
     head = replace(CPU_ONLY, overrides=(("^output.weight", "CUDA0"),), offload_min_batch=64)
     model = SpeedModel(graph, one_gpu(upload=1e18), replace(head, host_memory="pinned"))
     # all but the KV cache, which is copied, as that of layers in RAM is
     assert model.prefill(200) == pytest.approx(200 * CELL / 2e6, rel=0.02)
 
 
-def test_a_head_is_a_row_where_norms_are_fetched(graph: Graph) -> None:
+def test_a_head_is_a_row_where_norms_are_fetched(graph: ModelGraph) -> None:
     # 2 heads: up to a minimum of 2 each token's q and k go to the GPU and back, in 3 layers
     hardware = one_gpu(split=1.0, upload=1e18)
     placement = replace(CPU_ONLY, layers={"CUDA0": 1}, offload_min_batch=3)
@@ -150,7 +154,7 @@ def test_a_head_is_a_row_where_norms_are_fetched(graph: Graph) -> None:
     assert fetching.decode(0) == pytest.approx(before + 3 * 2 * 1.0, rel=1e-3)
 
 
-def test_repacked_weights_have_rates_of_their_own(graph: Graph) -> None:
+def test_repacked_weights_have_rates_of_their_own(graph: ModelGraph) -> None:
     rates = {"F32": Rate(1e6, 1e6)}
     cpu = speed(1e18, matmul=rates, repacked={"F32": Rate(2e6, 2e6)})
     plain = SpeedModel(graph, machine(cpu=cpu), CPU_ONLY)
@@ -158,7 +162,7 @@ def test_repacked_weights_have_rates_of_their_own(graph: Graph) -> None:
     assert repacked.decode(0) == pytest.approx(plain.decode(0) / 2)
 
 
-def test_break_even_is_where_fetching_begins_to_pay(graph: Graph) -> None:
+def test_break_even_is_where_fetching_begins_to_pay(graph: ModelGraph) -> None:
     # 8 times as slow as reading from RAM, but on a GPU that computes without taking any time.
     cpu = speed(8e6, matmul={"F32": Rate(8e6 / 4, 8e6 / 4)})
     gpu = speed(1e18, upload=1e6, upload_pageable=1e6)
@@ -167,19 +171,19 @@ def test_break_even_is_where_fetching_begins_to_pay(graph: Graph) -> None:
     assert break_even(model) == 32
 
 
-def test_what_ram_does_not_hold_comes_from_disk(graph: Graph) -> None:
+def test_what_ram_does_not_hold_comes_from_disk(graph: ModelGraph) -> None:
     path = graph.gguf.files[0]
     weights = sum(tensor.nbytes for tensor in graph.gguf.tensors)
     kv, compute = 1024 * CELL, 2_000_000
-    ram = RAM_MARGIN + kv + compute + weights // 2
+    ram = RAM_RESERVE + kv + compute + weights // 2
     hardware = machine(ram, cpu=speed(1e18), disk=1e6)
     model = SpeedModel(graph, hardware, replace(CPU_ONLY, host_memory="mapped"))
     assert 0 < model.share_on_disk < 1, path
     assert model.decode(0) == pytest.approx(model.share_on_disk * ALL_ON_CPU / 1e6, rel=1e-3)
 
 
-def test_attention_over_a_kv_cache_in_ram_stays_on_the_cpu(graph: Graph) -> None:
-    lent = replace(EXPERTS_IN_RAM, layers={"CUDA0": 1}, overrides=tuple(lent_overrides(
+def test_attention_over_a_kv_cache_in_ram_stays_on_the_cpu(graph: ModelGraph) -> None:
+    lent = replace(EXPERTS_IN_RAM, layers={"CUDA0": 1}, overrides=tuple(gpu_weight_overrides(
         dict.fromkeys(range(3), "CUDA0"))))  # fmt: skip
     gpu = speed(1e18, upload=1e18, upload_pageable=1e3)
     hardware = machine(gpus=(GB,), cpu=speed(1e6), gpu=gpu)
@@ -193,15 +197,15 @@ def test_attention_over_a_kv_cache_in_ram_stays_on_the_cpu(graph: Graph) -> None
 
 
 LAST_EXPERTS = expert_overrides({2: dict.fromkeys(("up", "gate", "down"), "CPU")})
-LENT = (*lent_overrides({0: "RPC0", 1: "RPC0"}), *LAST_EXPERTS)
-BARE = (*bare_overrides(range(2)), *LAST_EXPERTS)
+LENT = (*gpu_weight_overrides({0: "RPC0", 1: "RPC0"}), *LAST_EXPERTS)
+BARE = (*ram_weight_overrides(range(2)), *LAST_EXPERTS)
 
 
 @pytest.mark.parametrize(
     ("layers", "overrides", "splits"), [(2, LENT, 16), (4, BARE, 20), (4, (("_exps", "CPU"),), 6)]
 )
 def test_splits_are_llama_cpps(
-    graph: Graph, layers: int, overrides: tuple[tuple[str, str], ...], splits: int
+    graph: ModelGraph, layers: int, overrides: tuple[tuple[str, str], ...], splits: int
 ) -> None:
     """What GGML_SCHED_DEBUG=2 shows of a model of these layers on a worker."""
     placement = replace(CPU_ONLY, layers={"RPC0": layers}, overrides=overrides)
@@ -210,7 +214,7 @@ def test_splits_are_llama_cpps(
     assert SpeedModel(graph, hardware, placement).decode(0) == pytest.approx(splits)
 
 
-def test_nodes_are_llama_cpps(graph: Graph) -> None:
+def test_nodes_are_llama_cpps(graph: ModelGraph) -> None:
     """It counts 107 but views; three take rows out of the embedding and of the last layer."""
     nodes = machine(cpu=speed(1e18, node=1))
     assert SpeedModel(graph, nodes, CPU_ONLY).decode(0) == pytest.approx(107 - 3)
@@ -225,10 +229,10 @@ def test_knows_what_was_not_measured() -> None:
 def test_another_architecture_is_a_sentence(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "other.gguf", architecture="llama")
     with pytest.raises(GGUFError, match="architecture 'llama'"):
-        Graph.read(GGUFFile.open(path))
+        ModelGraph.read(GGUFFile.open(path))
     path = write_random_gguf(tmp_path / "less.gguf", without=["blk.1.attn_q.weight"])
     with pytest.raises(GGUFError, match=r"no tensor blk\.1\.attn_q\.weight"):
-        Graph.read(GGUFFile.open(path))
+        ModelGraph.read(GGUFFile.open(path))
 
 
 assert CONFIG.vocab_size * CONFIG.hidden_size * 4 == HEAD

@@ -1,0 +1,200 @@
+"""Other placements than the planned one: what would fit, and what people make by hand."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from dots1_local.devices.hardware import CPU, Hardware
+from dots1_local.ggml import TYPES
+from dots1_local.placement.footprint import Usage, footprint, kv_bytes, shortfall, usable_bytes
+from dots1_local.placement.model_graph import ModelGraph
+from dots1_local.placement.placement import Placement, human_context
+from dots1_local.placement.planner import Search, place
+from dots1_local.placement.speed_model import UNMEASURED_DISK, SpeedModel, is_measured
+from dots1_local.sizes import human_bytes
+
+__all__ = [
+    "Shortfall",
+    "all_on_cpu",
+    "baselines",
+    "experts_in_ram",
+    "explain_shortfall",
+    "with_ubatch",
+]
+
+_NARROWER = ("Q8_0", "Q5_1", "Q4_0")  # types of a KV cache, each smaller than the one before
+_STEP = 1024  # tokens between the contexts that are tried
+_EXPERTS = r"ffn_(up|down|gate)_exps"
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """What a device lacks, in bytes, and what would fit: a context, a KV type, a file size (or 0).
+
+    `context` is that of each of `sequences`. llama.cpp would read `share_on_disk` of the weights in
+    RAM from `disk` (bytes a second) again and again, and write `decode` tokens a second; both are
+    None if the machine has not been measured.
+    """
+
+    device: str
+    lacks: int
+    context: int | None
+    kv_type: str | None
+    file_bytes: int
+    share_on_disk: float | None
+    decode: float | None
+    disk: float
+    disk_measured: bool
+    sequences: int = 1
+
+    def __str__(self) -> str:
+        where = "RAM" if self.device == CPU else self.device
+        ways = []
+        if self.context:
+            ways += [f"a context of {human_context(self.context, self.sequences)} tokens"]
+        ways += [f"a KV cache in {self.kv_type}"] if self.kv_type else []
+        ways += [f"a file of at most {human_bytes(self.file_bytes)}"] if self.file_bytes else []
+        text = f"it does not fit: {where} lacks {human_bytes(self.lacks)}"
+        text += f"; {', or '.join(ways)} would fit" if ways else "; no file of this model would fit"
+        if self.decode is not None and self.share_on_disk is not None:
+            assumed = "" if self.disk_measured else " (assumed)"
+            text += (
+                f"; with {self.share_on_disk:.0%} of what RAM has to hold read from disk at "
+                f"{human_bytes(self.disk)}/s{assumed}, it would write {self.decode:.2f} tok/s"
+            )
+        return text
+
+
+def explain_shortfall(
+    graph: ModelGraph, hardware: Hardware, placement: Placement
+) -> Shortfall | None:
+    """Say what a machine lacks for a placement, perhaps an edited one; None if it lacks nothing.
+
+    What would fit is planned anew.
+    """
+    lacks = shortfall(graph, hardware, placement)
+    device = max(lacks, key=lambda name: lacks[name])
+    if lacks[device] <= 0:
+        return None
+
+    def short(context: int, kv_type: str) -> int:
+        search = Search(graph, hardware, context, placement.threads, placement.sequences)
+        return search.least_short(kv_type)
+
+    least = short(placement.context, placement.kv_type)
+    model = None
+    if is_measured(hardware, list(lacks)) and placement.host_memory == "mapped":
+        model = SpeedModel(graph, hardware, placement)
+    kv = kv_bytes(graph.config, placement.tokens, placement.kv_type)
+    fitting = (
+        kind
+        for kind in _NARROWER
+        if kv - kv_bytes(graph.config, placement.tokens, kind) >= max(1, least)
+        and short(placement.context, kind) <= 0
+    )
+    return Shortfall(
+        device=device,
+        lacks=least if least > 0 and device == CPU else lacks[device],
+        context=_fitting_context(placement, short),
+        kv_type=next(fitting, None),
+        file_bytes=_fitting_file(graph, placement.model_bytes - max(0, least)),
+        share_on_disk=model.share_on_disk if model else None,
+        decode=1 / model.decode(placement.context // 2) if model else None,
+        disk=hardware.disk or UNMEASURED_DISK,
+        disk_measured=hardware.disk is not None,
+        sequences=placement.sequences,
+    )
+
+
+def _fitting_file(graph: ModelGraph, nbytes: int) -> int:
+    """`nbytes`, or 0 if the weights take more even in the narrowest type."""
+    narrowest = min(kind.bpw for kind in TYPES.values()) / 8
+    weights = sum(tensor.elements for tensor in graph.tensors.values())
+    return nbytes if nbytes >= weights * narrowest else 0
+
+
+def _fitting_context(placement: Placement, short: Callable[[int, str], int]) -> int | None:
+    """The largest context that would fit, in whole steps; None if the shortest does not fit."""
+    contexts = range((placement.context - 1) // _STEP * _STEP, 0, -_STEP)
+    index = bisect_left(contexts, True, key=lambda n: short(n, placement.kv_type) <= 0)
+    return contexts[index] if index < len(contexts) else None
+
+
+def baselines(
+    graph: ModelGraph, machine: Hardware, ours: Placement
+) -> Iterator[tuple[str, Placement]]:
+    """Placements by name that people make by hand with llama.cpp's flags.
+
+    They use the machine's first device at most, and have the context, KV type, ubatch and threads
+    of `ours`. Placements that do not fit the device are left out.
+    """
+    if machine.devices:
+        device = machine.devices[0]
+        yield "all routed experts in RAM", experts_in_ram(machine, ours, range(ours.blocks))
+        by_count = [experts_in_ram(machine, ours, range(n)) for n in range(ours.blocks + 1)]
+        count = _first_that_fits(graph, machine, by_count)
+        if count:  # 0 would put everything on the device
+            yield f"experts of the first {count} layers in RAM", by_count[count]
+        no_layers = experts_in_ram(machine, ours, ())
+        wholes = [
+            replace(no_layers, layers={device.name: n}) for n in range(ours.blocks + 1, 0, -1)
+        ]
+        count = _first_that_fits(graph, machine, wholes)
+        if count is not None:
+            yield f"last {wholes[count].gpu_layers} layers whole on the device", wholes[count]
+    if ours.layers:
+        yield "all on the CPU", all_on_cpu(ours)
+
+
+def all_on_cpu(ours: Placement) -> Placement:
+    """The placement without any device."""
+    return replace(
+        ours, layers={}, overrides=(), workers=(), host_memory="repacked", offload_min_batch=None
+    )
+
+
+def experts_in_ram(machine: Hardware, ours: Placement, layers: Iterable[int]) -> Placement:
+    """Everything on the machine's first device except routed experts of `layers` (--n-cpu-moe)."""
+    device = machine.devices[0]
+    workers = (device.worker,) if device.worker else ()
+    return replace(
+        ours,
+        layers={device.name: ours.blocks + 1},
+        overrides=tuple((rf"blk\.{layer}\.{_EXPERTS}", CPU) for layer in layers),
+        workers=workers,
+        host_memory="plain" if workers else "pinned",
+        offload_min_batch=None,
+    )
+
+
+def _first_that_fits(
+    graph: ModelGraph, machine: Hardware, placements: Sequence[Placement]
+) -> int | None:
+    """The index of the first placement that fits the first device; later ones need less."""
+    device = machine.devices[0]
+    for index, placement in enumerate(placements):
+        if footprint(graph, placement)[device.name].total <= usable_bytes(device):
+            return index
+    return None
+
+
+def with_ubatch(graph: ModelGraph, machine: Hardware, ours: Placement, ubatch: int) -> Placement:
+    """The placement with another ubatch, and with as many experts on devices as then fit."""
+    placement = replace(ours, ubatch=ubatch)
+    before, after = footprint(graph, ours), footprint(graph, placement)
+
+    def growth(name: str) -> int:
+        return after.get(name, Usage()).compute - before.get(name, Usage()).compute
+
+    devices = tuple(
+        replace(device, free=max(0, device.free - growth(device.name)))
+        for device in machine.devices
+    )
+    planned = place(
+        graph.gguf,
+        replace(machine, devices=devices),
+        context=ours.context,
+        sequences=ours.sequences,
+        kv_type=ours.kv_type,
+    )
+    return replace(placement, layers=planned.layers, overrides=planned.overrides)

@@ -1,0 +1,295 @@
+"""What llama.cpp computes for a token, in its order: as operations, bytes by layer, work by device.
+
+Operations are grouped around one weight each. Their order and their numbers of nodes are those of
+llama.cpp's graph of dots1; views are not counted.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import NamedTuple
+
+from dots1_local.architecture import Dots1Config
+from dots1_local.devices.hardware import CPU
+from dots1_local.errors import GGUFError
+from dots1_local.files.gguf import GGUFFile, GGUFTensor, role_of
+
+__all__ = [
+    "LayerSizes",
+    "MatrixProduct",
+    "ModelGraph",
+    "ModelOp",
+    "UbatchWork",
+    "count_work",
+    "is_routed",
+    "matrix_product",
+]
+
+_ATTENTION = "attention"  # the operation that reads the KV cache
+_HEAD = "output"
+
+_BEFORE_KV = (
+    ("attn_norm", 2), ("attn_q", 1), ("attn_q_norm", 3), ("attn_v", 1), ("attn_k", 1),
+    ("attn_k_norm", 3),
+)  # fmt: skip
+_AFTER_KV = (("attn_output", 2), ("ffn_norm", 2))
+_DENSE = (("ffn_up", 1), ("ffn_gate", 2), ("ffn_down", 2))
+_ROUTER = (("ffn_gate_inp", 9),)
+_ROUTED = (("ffn_up_exps", 1), ("ffn_gate_exps", 2), ("ffn_down_exps", 1))
+_SHARED = (("ffn_up_shexp", 1), ("ffn_gate_shexp", 2), ("ffn_down_shexp", 3))
+_FINAL = (("output_norm", 2), (_HEAD, 1))
+_BLOCK = re.compile(r"blk\.(\d{1,4})\.")
+
+
+@dataclass(frozen=True)
+class ModelOp:
+    """A weight, the number of graph `nodes` around it, and the `output` floats of each token.
+
+    `weights` counts the weights that a token is multiplied with: all experts' if the weight is
+    routed, 0 for attention and for norms, whose arithmetic is part of their nodes.
+    """
+
+    name: str
+    part: str
+    layer: int
+    type: str
+    nbytes: int
+    weights: int
+    nodes: int
+    output: int
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """The operations of a model in llama.cpp's order; `tensors` holds all of the file's by name."""
+
+    gguf: GGUFFile
+    config: Dots1Config
+    ops: tuple[ModelOp, ...]
+    tensors: Mapping[str, GGUFTensor]
+
+    @classmethod
+    def read(cls, gguf: GGUFFile) -> "ModelGraph":
+        """Read the graph of a file's model.
+
+        Raises:
+            GGUFError: the file has another architecture, or lacks keys or tensors.
+        """
+        config = Dots1Config.from_gguf(gguf.keys, gguf.files[0])
+        tensors = {tensor.name: tensor for tensor in gguf.tensors}
+        try:
+            ops = tuple(_ops(config, tensors))
+        except KeyError as error:
+            raise GGUFError(
+                f"{gguf.files[0]} has no tensor {error.args[0]}; run dots1 verify on it"
+            ) from None
+        return cls(gguf, config, ops, tensors)
+
+
+def is_routed(part: str) -> bool:
+    """Whether `part` holds routed experts, a few of which each token uses."""
+    return part.endswith("_exps")
+
+
+def _ops(config: Dots1Config, tensors: Mapping[str, GGUFTensor]) -> Iterator[ModelOp]:
+    inner = config.num_attention_heads * config.head_dim
+    for layer in range(config.num_hidden_layers):
+        block = f"blk.{layer}."
+        for part, nodes in _BEFORE_KV:
+            yield _op(config, tensors, block, part, layer, nodes)
+        yield ModelOp("", _ATTENTION, layer, "", 0, 0, 3, inner)
+        feed_forward = _DENSE if config.is_dense(layer) else (*_ROUTER, *_ROUTED, *_SHARED)
+        for part, nodes in (*_AFTER_KV, *feed_forward):
+            yield _op(config, tensors, block, part, layer, nodes)
+    for part, nodes in _FINAL:
+        yield _op(config, tensors, "", part, config.num_hidden_layers, nodes)
+
+
+def _op(
+    config: Dots1Config,
+    tensors: Mapping[str, GGUFTensor],
+    block: str,
+    part: str,
+    layer: int,
+    nodes: int,
+) -> ModelOp:
+    name = f"{block}{part}.weight"
+    tensor = tensors[name]
+    used = config.num_experts_per_tok if is_routed(part) else 1
+    rows = tensor.shape[-2] if len(tensor.shape) > 1 else config.hidden_size
+    if part == "ffn_gate_inp":
+        rows = config.hidden_size  # the experts' input is computed before the router
+    if part == "ffn_down_exps":
+        nodes += used  # the experts' outputs are weighted and added up
+    weights = tensor.elements if len(tensor.shape) > 1 else 0
+    return ModelOp(name, part, layer, tensor.type, tensor.nbytes, weights, nodes, used * rows)
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Bytes of each layer; the last layer is the output, `kv` is the KV cache of one block.
+
+    `always` is what every token reads: all weights but routed experts. `output` is the part of
+    `always` that is `attn_output`. `experts` gives the routed experts by part.
+    """
+
+    always: Sequence[int]
+    output: Sequence[int]
+    experts: Sequence[Mapping[str, int]]
+    kv: int
+
+    @classmethod
+    def of(cls, graph: ModelGraph, kv: int) -> "LayerSizes":
+        """The sizes of a model whose KV cache takes `kv` bytes for each block."""
+        count = graph.config.num_hidden_layers + 1
+        always, output = [0] * count, [0] * count
+        experts: list[dict[str, int]] = [{} for _ in range(count)]
+        for tensor in graph.tensors.values():
+            block, role = _BLOCK.match(tensor.name), role_of(tensor.name)
+            number = min(int(block[1]), count - 1) if block else count - 1
+            part = tensor.name.rsplit(".", 2)[-2]
+            if role == "embedding":
+                continue
+            if role == "routed":
+                experts[number][part.removeprefix("ffn_").removesuffix("_exps")] = tensor.nbytes
+            else:
+                always[number] += tensor.nbytes
+            if part == "attn_output":
+                output[number] = tensor.nbytes
+        return cls(always, output, experts, kv)
+
+    def without_weights(self, count: int) -> "LayerSizes":
+        """The same sizes, but the first `count` layers have only their KV cache."""
+        if not count:
+            return self
+        always = [0] * count + list(self.always[count:])
+        experts: list[Mapping[str, int]] = [{}] * count
+        return replace(self, always=always, experts=[*experts, *self.experts[count:]])
+
+    @property
+    def blocks(self) -> int:
+        return len(self.always) - 1
+
+    @cached_property
+    def needed(self) -> list[int]:
+        """Cumulative bytes of the layers before each one, without routed experts."""
+        kv = [*([self.kv] * self.blocks), 0]
+        return [0, *accumulate(a + b for a, b in zip(self.always, kv, strict=True))]
+
+    @cached_property
+    def whole(self) -> list[int]:
+        """Cumulative bytes of the layers before each one, with all their experts."""
+        experts = [0, *accumulate(sum(parts.values()) for parts in self.experts)]
+        return [a + b for a, b in zip(self.needed, experts, strict=True)]
+
+
+class MatrixProduct(NamedTuple):
+    """A matrix product on a device, with a weight of which each token uses all or, if it is
+    routed, a few experts. `in_ram` says where the weight is; a GPU copies it if it is `fetched`.
+    """
+
+    device: str
+    type: str
+    nbytes: int
+    weights: int
+    routed: bool
+    in_ram: bool
+    fetched: bool
+
+
+@dataclass(frozen=True)
+class UbatchWork:
+    """All work of a ubatch except the output layer's product, counted by device.
+
+    `attention` counts layers by the device that computes attention and by whether the KV cache is
+    copied there. `crossings` counts transfers by device and by floats of each token.
+    """
+
+    products: Mapping[MatrixProduct, int]
+    nodes: Mapping[str, int]
+    splits: Mapping[str, int]
+    crossings: Mapping[tuple[str, int], int]
+    attention: Mapping[tuple[str, bool], int]
+
+
+def count_work(
+    graph: ModelGraph,
+    devices: Sequence[str],
+    kv_devices: Sequence[str],
+    gpu: str | None = None,
+    unfetched: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> UbatchWork:
+    """Count the work of a ubatch; `devices` is where the weight of each operation is.
+
+    `kv_devices` is where the KV cache of each layer is. `gpu` copies weights from RAM, except those
+    of the types `unfetched`; if `only` is given, it only copies these parts.
+    """
+    products: Counter[MatrixProduct] = Counter()
+    attention: Counter[tuple[str, bool]] = Counter()
+    nodes: Counter[str] = Counter()
+    runs: list[tuple[str, ModelOp]] = []
+    for index, op in enumerate(graph.ops):
+        if op.part == _ATTENTION:
+            fetching = None if only else gpu
+            device, copied = _attention_device(kv_devices[op.layer], devices[index + 1], fetching)
+            attention[device, copied] += 1
+        else:
+            wanted = op.part in only if only else op.part != _HEAD  # the head has too few rows
+            product = matrix_product(op, devices[index], gpu if wanted else None, unfetched)
+            device = product.device
+            if op.weights and op.part != _HEAD:
+                products[product] += 1
+        nodes[device] += op.nodes
+        runs.append((device, op))
+    splits, crossings = _device_changes(runs, graph.config.hidden_size)
+    if gpu is not None:  # each fetched matrix begins a split of its own
+        splits[gpu] += sum(count for product, count in products.items() if product.fetched)
+    return UbatchWork(products, nodes, splits, crossings, attention)
+
+
+def matrix_product(
+    op: ModelOp, home: str, gpu: str | None = None, unfetched: Sequence[str] = ()
+) -> MatrixProduct:
+    """The product with the weight of `op`, which is on the device `home`."""
+    in_ram = home == CPU
+    fetched = in_ram and gpu is not None and op.type not in unfetched
+    device = gpu if fetched and gpu else home
+    return MatrixProduct(
+        device, op.type, op.nbytes, op.weights, is_routed(op.part), in_ram, fetched
+    )
+
+
+def _attention_device(kv: str, output: str, gpu: str | None) -> tuple[str, bool]:
+    """Where a layer computes attention, and whether its KV cache is copied there for that.
+
+    A KV cache in RAM is used where `attn_output` is multiplied: on the CPU only if that is.
+    """
+    if kv != CPU:
+        return kv, False
+    device = gpu if gpu and output == CPU else output
+    return device, device != CPU
+
+
+def _device_changes(
+    runs: Sequence[tuple[str, ModelOp]], hidden: int
+) -> tuple[Counter[str], Counter[tuple[str, int]]]:
+    """Splits by device, and transfers between two devices by device and floats of a token.
+
+    The outputs of experts are added up on their device, but those of the CPU's experts on the
+    device that they go to.
+    """
+    splits = Counter([CPU])  # the embedding's
+    crossings: Counter[tuple[str, int]] = Counter()
+    before, floats = CPU, hidden
+    for device, group in groupby(runs, key=lambda run: run[0]):
+        if device != before:
+            splits[device] += 1
+            crossings.update((name, floats) for name in (before, device) if name != CPU)
+        last = list(group)[-1][1]
+        before = device
+        floats = hidden if device != CPU and last.part == "ffn_down_exps" else last.output
+    return splits, crossings

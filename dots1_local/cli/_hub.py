@@ -69,7 +69,7 @@ def print_shards(conversion: "Conversion", file_bytes: int) -> None:
 
 def hub_json(conversion: "Conversion") -> dict[str, Any]:
     """The same for scripts; bytes on disk are of shards alone."""
-    from dots1_local.convert.shard_supply import order_of
+    from dots1_local.convert.from_hub import order_of
     from dots1_local.hub import HubCheckpoint
     from dots1_local.hub.shards import ShardCache
 

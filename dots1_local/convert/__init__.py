@@ -15,10 +15,9 @@ from pathlib import Path
 from gguf import GGUFWriter
 
 from dots1_local.convert.budget import Budget, load_calibration, predicted_kl
-from dots1_local.convert.from_hub import provide_shards
+from dots1_local.convert.from_hub import fetch_shards, remove_shards
 from dots1_local.convert.metadata import end_tokens, write_metadata
 from dots1_local.convert.pipeline import Pipeline, verify_layout
-from dots1_local.convert.shard_supply import clear
 from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
 from dots1_local.convert.writer import ALIGNMENT, Journal, Output, lay_out
 from dots1_local.errors import Dots1Error
@@ -213,7 +212,7 @@ class Conversion:
         laid_out, source = self._lay_out(path, split_max_size), self.checkpoint
         try:
             _check_target(laid_out, force, source.shards)
-            low = provide_shards(source, laid_out, self.tensors, low_disk, progress)
+            low = fetch_shards(source, laid_out, self.tensors, low_disk, progress)
         except OSError as error:
             raise Dots1Error(f"cannot use {error.filename or path}: {error.strerror}") from None
         with (
@@ -226,7 +225,7 @@ class Conversion:
             Pipeline(source, journal, self.importance, threads, supply).run(progress)
             verify_layout(laid_out)
             journal.publish()
-        clear(laid_out)
+        remove_shards(laid_out)
         return Result(laid_out.paths, laid_out.total_bytes, len(journal.done))
 
     def _lay_out(self, path: Path, split_max_size: int | None) -> Output:

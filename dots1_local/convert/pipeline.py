@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
-from dots1_local.convert.shard_supply import ShardSupply
+from dots1_local.convert.from_hub import ShardSupply
 from dots1_local.convert.writer import Journal, Output, Slot
 from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.checkpoint import Checkpoint, Slice, read_exactly
@@ -92,7 +92,7 @@ class Pipeline:
 
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="encode")
         try:
-            for slot in supply.arranged(left) if supply else left:
+            for slot in supply.in_order(left) if supply else left:
                 if supply:
                     supply.wait(slot, report)
                 pieces = []
@@ -102,7 +102,7 @@ class Pipeline:
                     report(slot.tensor.spec.name)
                 self._journal.finish(slot, pieces)
                 if supply:
-                    supply.finished(slot, self._close)
+                    supply.finish(slot, self._close)
         finally:
             pool.shutdown(cancel_futures=True)
             for fd in self._sources.values():

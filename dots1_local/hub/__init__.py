@@ -1,8 +1,8 @@
-"""Checkpoints that lie on the Hugging Face hub, opened by their id.
+"""Checkpoints on the Hugging Face hub, opened by their id.
 
-Opening one fetches configuration and tokenizer into the hub's own cache, and of the shards only
-the headers. `Conversion.prepare` takes what `open_hub` returns in place of a folder. Nothing here
-imports huggingface_hub (the extra `hub`) before something is opened.
+Opening one fetches configuration and tokenizer into the hub's own cache, but only the headers of
+the shards. `Conversion.prepare` accepts what `open_hub` returns in place of a folder.
+huggingface_hub (the extra `hub`) is not imported before a checkpoint is opened.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.errors import CheckpointError, UsageError
+from dots1_local.errors import CheckpointError, Dots1Error, UsageError
 from dots1_local.files.checkpoint import (
     INDEX,
     SINGLE,
@@ -23,9 +23,7 @@ from dots1_local.files.checkpoint import (
     read_index,
 )
 from dots1_local.files.safetensors import Slice, header_length, tensor_table
-from dots1_local.hub.client import HubFile, HubRepo, resolve
-from dots1_local.hub.small_files import fetch_small
-from dots1_local.hub.together import together
+from dots1_local.hub.client import HubFile, HubRepo, find_repo, parallel_map
 
 __all__ = ["HubCheckpoint", "open_checkpoint", "open_hub"]
 
@@ -34,14 +32,15 @@ _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
 _REQUIRED = ("config.json", "tokenizer.json")
 _OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
 _AT_ONCE = 8  # headers
-_LIKELY_HEADER = 1 << 17  # bytes; holds any of dots.llm1's headers, so one request is enough
+_LIKELY_HEADER = 1 << 17  # bytes; no header of dots.llm1 is longer, so one request is enough
+_LARGEST_SMALL_FILE = 100 << 20  # bytes; no configuration or tokenizer is larger
 
 
 class HubCheckpoint(Checkpoint):
-    """A checkpoint on the hub; the folder `path` in the cache holds everything but the shards.
+    """A checkpoint on the hub; the folder `path` in the cache holds all files except the shards.
 
-    Shards are fetched to there, or elsewhere: see `with_shards_in`. `starts` holds each shard's
-    first bytes up to the end of its header, as they were fetched to open it.
+    Shards are fetched into the same folder, or into another one: see `with_shards_in`. `starts`
+    holds the first bytes of each shard up to the end of its header, as fetched on opening.
     """
 
     def __init__(
@@ -66,16 +65,16 @@ class HubCheckpoint(Checkpoint):
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.repo.name}@{self.repo.commit}"  # a commit settles every byte
+        return f"{self.repo.name}@{self.repo.commit}"  # a commit determines every byte
 
     @property
     def shard_files(self) -> tuple[HubFile, ...]:
-        """The shards as the hub lists them; none where the cache is all there is."""
+        """The shards as the hub lists them; none if only the cache is used."""
         names = (path.name for path in self.shards)
         return tuple(self.repo.files[name] for name in names if name in self.repo.files)
 
     def with_shards_in(self, folder: Path, names: Sequence[str]) -> "HubCheckpoint":
-        """The same checkpoint with these shards read from another folder."""
+        """Return the same checkpoint, with these shards read from another folder."""
         moved = {name: folder / name for name in names}
         slices = {
             tensor: replace(place, file=moved.get(place.file.name, place.file))
@@ -84,25 +83,25 @@ class HubCheckpoint(Checkpoint):
         return HubCheckpoint(self.repo, self.path, self.raw_config, slices, self._starts)
 
     def check_start(self, shard: Path) -> None:
-        """Make sure that a shard has the header that was fetched first, and all plans rest on.
+        """Make sure that a shard has the header that was fetched on opening.
 
-        A damaged header is found only here, as the hub lists hashes of whole files alone.
+        Only this finds a header that arrived damaged: the hub lists hashes of whole files only.
 
         Raises:
-            CheckpointError: it has another.
-            OSError: it cannot be read.
+            CheckpointError: the shard has another header.
+            OSError: the shard cannot be read.
         """
         start = self._starts.get(shard.name, b"")
         with open(shard, "rb") as file:
             if file.read(len(start)) != start:
                 raise CheckpointError(
-                    f"{shard.name} of {self.repo} has another header than was sent first; that was "
-                    "damaged on the way: run the same command again"
+                    f"{shard.name} of {self.repo} has another header than the hub sent first, "
+                    "which was damaged on the way: run the same command again"
                 )
 
 
 def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
-    """The checkpoint in a folder, or else that of a model on the hub, organisation/model.
+    """Open the checkpoint in a folder, or else that of a model on the hub, organisation/model.
 
     Raises:
         CheckpointError: it is neither, or is incomplete, corrupt, or of another architecture.
@@ -110,19 +109,23 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
     """
     if os.path.lexists(path):
         if revision is not None:
-            raise UsageError(f"{path} is a folder here; --revision goes with an id of the hub")
+            raise UsageError(f"{path} is a folder; --revision needs an id on the hub")
         return Checkpoint.open(path)
     if not _ID.fullmatch(path):
         raise CheckpointError(
-            f"no such folder: {path}; nor is that an id of the hub, organisation/model"
+            f"no such folder: {path}; it is not an id on the hub, organisation/model, either"
         )
-    return _open(path, revision, None, prefix=f"there is no folder {path}, and ")
+    try:
+        repo = _find(path, revision, None)
+    except Dots1Error as error:
+        raise type(error)(f"there is no folder {path}, and {error}") from error
+    return _open(repo)
 
 
 def open_hub(
     name: str, revision: str | None = None, *, endpoint: str | None = None
 ) -> HubCheckpoint:
-    """A model on the hub at a branch, tag or commit, with every tensor's place known.
+    """Open a model on the hub at a branch, tag or commit, and locate every tensor.
 
     `endpoint` is the URL of a server with the hub's API; if it is None, HF_ENDPOINT is used. With
     HF_HUB_OFFLINE set, the hub's cache must hold everything.
@@ -132,72 +135,80 @@ def open_hub(
             checkpoint is incomplete, corrupt, or of another architecture.
         UsageError: the extra `hub` is not installed.
     """
-    return _open(name, revision, endpoint, prefix="")
+    return _open(_find(name, revision, endpoint))
 
 
-def _open(name: str, revision: str | None, endpoint: str | None, prefix: str) -> HubCheckpoint:
-    """`prefix` begins the errors that a mistyped name may be the cause of."""
+def _find(name: str, revision: str | None, endpoint: str | None) -> HubRepo:
     try:
-        import huggingface_hub.hf_api  # noqa: F401 -- by way of the package it prints its errors
+        import huggingface_hub.hf_api  # noqa: F401 -- without it, the package prints import errors
         from huggingface_hub import is_offline_mode
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
     except ImportError:
-        raise UsageError(
-            f"{prefix}fetching from the hub needs pip install 'dots1-local[hub]'"
-        ) from None
+        raise UsageError("fetching from the hub needs pip install 'dots1-local[hub]'") from None
     except ValueError as error:
-        raise _garbled_settings(prefix, error) from error
+        raise _malformed_settings(error) from error
     try:
         validate_repo_id(name)
-        if is_offline_mode():
-            return _open_cached(name, revision)
-        repo = resolve(name, revision, endpoint)
+        return (
+            _find_cached(name, revision)
+            if is_offline_mode()
+            else find_repo(name, revision, endpoint)
+        )
     except HFValidationError:
-        raise CheckpointError(f"{prefix}{name} is no id of the hub, organisation/model") from None
-    except CheckpointError as error:
-        raise CheckpointError(f"{prefix}{error}") from error
+        raise CheckpointError(f"{name} is not an id on the hub, organisation/model") from None
     except ValueError as error:
-        raise _garbled_settings(prefix, error) from error
-    except OSError as error:  # reading the token
-        raise CheckpointError(f"{prefix}cannot read {error.filename}: {error.strerror}") from error
-    return _open_at(repo)
+        raise _malformed_settings(error) from error
+    except OSError as error:  # the token cannot be read
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
-def _garbled_settings(prefix: str, error: ValueError) -> UsageError:
-    return UsageError(
-        f"{prefix}the hub cannot be asked with the HF_ and proxy variables of the environment: "
-        f"{error}"
-    )
+def _malformed_settings(error: ValueError) -> UsageError:
+    return UsageError(f"an HF_ or proxy variable of the environment is malformed: {error}")
 
 
-def _open_at(repo: HubRepo) -> HubCheckpoint:
-    wanted = [*_REQUIRED, *(name for name in (*_OPTIONAL, INDEX) if name in repo.files)]
-    folder = fetch_small(repo, [repo.file(name) for name in wanted])
-    raw_config = load_json(folder / "config.json")
-    Dots1Config.from_json(raw_config)
-    return HubCheckpoint(repo, folder, raw_config, *_read_headers(repo, folder))
-
-
-def _open_cached(name: str, revision: str | None) -> HubCheckpoint:
+def _find_cached(name: str, revision: str | None) -> HubRepo:
+    """Return the commit in the cache; it has no `files`, as only the hub lists them."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     config = try_to_load_from_cache(name, "config.json", revision=revision)
     if not isinstance(config, str):
         wanted = f"revision {revision} of {name}" if revision else name
         raise CheckpointError(
-            f"with HF_HUB_OFFLINE there is only the cache {constants.HF_HUB_CACHE}, which lacks "
-            f"{wanted}"
+            f"HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} lacks {wanted}"
         )
     folder = Path(config).parent
-    found = Checkpoint.open(folder)
+    return HubRepo(name, folder.name, folder.name, {}, constants.ENDPOINT)
+
+
+def _open(repo: HubRepo) -> HubCheckpoint:
+    if not repo.files:
+        return _open_cached(repo)
+    wanted = [*_REQUIRED, *(name for name in (*_OPTIONAL, INDEX) if name in repo.files)]
+    folders = {_fetch_small(repo, repo.file(name)).parent for name in wanted}
+    (folder,) = folders
+    raw_config = load_json(folder / "config.json")
+    Dots1Config.from_json(raw_config)
+    return HubCheckpoint(repo, folder, raw_config, *_read_headers(repo, folder))
+
+
+def _fetch_small(repo: HubRepo, file: HubFile) -> Path:
+    if file.size > _LARGEST_SMALL_FILE:
+        raise CheckpointError(f"{file.name} of {repo} is {file.size:,} bytes, far too many")
+    return repo.fetch(file)
+
+
+def _open_cached(repo: HubRepo) -> HubCheckpoint:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo.name, "config.json", revision=repo.commit)
+    found = Checkpoint.open(Path(str(config)).parent)
     slices = {tensor: found.locate(tensor) for tensor in found}
-    repo = HubRepo(name, folder.name, folder.name, {}, constants.ENDPOINT)
-    return HubCheckpoint(repo, folder, found.raw_config, slices, {})
+    return HubCheckpoint(repo, found.path, found.raw_config, slices, {})
 
 
 def _read_headers(repo: HubRepo, folder: Path) -> tuple[dict[str, Slice], dict[str, bytes]]:
-    """The places of all tensors, and the first bytes of every shard, which say so."""
+    """Return the places of all tensors, and the first bytes of every shard."""
     if INDEX not in repo.files:
         if SINGLE not in repo.files:
             raise CheckpointError(f"{repo} has neither {INDEX} nor {SINGLE}")
@@ -208,11 +219,11 @@ def _read_headers(repo: HubRepo, folder: Path) -> tuple[dict[str, Slice], dict[s
     for shard in shards:
         if not _SHARD.fullmatch(shard):
             raise CheckpointError(
-                f"{INDEX} of {repo} names {shard!r}, which is no safetensors file"
+                f"{INDEX} of {repo} names {shard!r}, which is not a safetensors file"
             )
         if shard not in repo.files:
-            raise CheckpointError(f"{INDEX} of {repo} names {shard}, which is not there")
-    read = together(lambda shard, _: _read_header(repo, shard, folder), shards, _AT_ONCE)
+            raise CheckpointError(f"{INDEX} of {repo} names {shard}, which does not exist")
+    read = parallel_map(lambda shard, _: _read_header(repo, shard, folder), shards, _AT_ONCE)
     headers = {shard: slices for shard, (slices, _) in zip(shards, read, strict=True)}
     starts = {shard: start for shard, (_, start) in zip(shards, read, strict=True)}
     return promised_tensors(weight_map, headers), starts
@@ -221,9 +232,9 @@ def _read_headers(repo: HubRepo, folder: Path) -> tuple[dict[str, Slice], dict[s
 def _read_header(repo: HubRepo, shard: str, folder: Path) -> tuple[dict[str, Slice], bytes]:
     file, path = repo.file(shard), folder / shard
     if file.size < 8:
-        raise CheckpointError(f"{shard} of {repo} is no safetensors file")
-    start = repo.read(file, 0, min(_LIKELY_HEADER, file.size))
+        raise CheckpointError(f"{shard} of {repo} is not a safetensors file")
+    start = repo.read_start(file, min(_LIKELY_HEADER, file.size))
     end = 8 + header_length(path, start, file.size)
     if end > len(start):
-        start += repo.read(file, len(start), end)
+        start = repo.read_start(file, end)
     return tensor_table(path, start[8:end], file.size), start[:end]

@@ -1,36 +1,53 @@
-"""One commit of a model repository on the Hugging Face hub: what files it has, and bytes of them.
+"""One commit of a model repository on the Hugging Face hub: its files and their hashes.
 
-All requests name the commit that the revision stood for when it was resolved. So files of two
-commits never mix, even when a branch moves meanwhile.
+All requests name the commit that the revision stood for when it was looked up. So files of two
+commits never mix, even if a branch moves. huggingface_hub fetches; what it does not check is
+checked here: the hash of every file.
 """
 
+import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from json import JSONDecodeError
+from pathlib import Path
+from threading import Event, Thread
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dots1_local import __version__
 from dots1_local.errors import CheckpointError
-from dots1_local.hub.complaints import complaint, is_passing, pause_asked_for
+from dots1_local.files.partial_file import disk_error
 
 if TYPE_CHECKING:
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+    from huggingface_hub import HfApi
 
-__all__ = ["HubFile", "HubRepo", "resolve"]
+__all__ = ["HubFile", "HubRepo", "Stopped", "find_repo", "has_digest", "parallel_map"]
 
-_NAME = "dots1-local"  # for the hub's download statistics
-_TRIES = 4
-_PAUSE = 1.0  # seconds before the second try, twice as many before each further one
-_LONGEST_PAUSE = 60.0
+_CLIENT: dict[str, Any] = {"library_name": "dots1-local", "library_version": __version__}
+_PAUSES = (1.0, 2.0, 4.0)  # seconds before further tries
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_GARBLED = (
+_MALFORMED = (
     AttributeError, JSONDecodeError, KeyError, RecursionError, TypeError, UnicodeDecodeError,
 )  # fmt: skip
+_TOKEN = "give a token with `hf auth login` or in HF_TOKEN"
+_AGAIN = "run the same command again: fetched files are kept"
+_GRACE = 1.0  # seconds for threads to notice that they are stopped
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+Received = Callable[[int], None]
+
+
+class Stopped(Exception):
+    """The download was stopped."""
 
 
 @dataclass(frozen=True)
@@ -56,116 +73,142 @@ class HubRepo:
         return f"{self.name} at commit {self.commit[:12]}"
 
     def file(self, name: str) -> HubFile:
-        """What the hub says of a file.
+        """Return what the hub lists of a file.
 
         Raises:
-            CheckpointError: the repository has none of that name.
+            CheckpointError: the repository has no file of that name.
         """
         try:
             return self.files[name]
         except KeyError:
             raise CheckpointError(f"{self} has no file {name}") from None
 
-    @contextmanager
-    def open(self, file: HubFile, start: int, stop: int) -> Iterator["httpx.Response"]:
-        """The response to a request for bytes [start, stop); with status 200 it has all bytes.
+    def read_start(self, file: HubFile, count: int) -> bytes:
+        """Read the first `count` bytes of a file, in memory that a hostile server cannot exceed.
 
         Raises:
-            CheckpointError: the file has another size than the hub listed.
-            Exception: what the HTTP client raises.
+            CheckpointError: the hub refuses, cannot be reached, or sends fewer bytes.
         """
         from huggingface_hub import constants, get_session, hf_hub_url
-        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+        )
 
         url = hf_hub_url(self.name, file.name, revision=self.commit, endpoint=self.endpoint)
-        headers = {
-            **_headers(),
-            "Range": f"bytes={start}-{stop - 1}",
-            "Accept-Encoding": "identity",  # bytes are counted and hashed as they come
-        }
+        headers = build_hf_headers(**_CLIENT)
+        headers |= {"Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
-            if response.status_code == 416:
-                raise CheckpointError(f"{self} ends {file.name} before byte {stop} of {file.size}")
-            hf_raise_for_status(response)
-            _check_size(self, file, response)
-            yield response
-
-    def read(self, file: HubFile, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a file.
-
-        Raises:
-            CheckpointError: they cannot be had.
-        """
 
         def once() -> bytes:
             data = bytearray()
-            with self.open(file, start, stop) as response:
-                first = start if response.status_code == 200 else 0
+            with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+                hf_raise_for_status(response)
                 for chunk in response.iter_raw():
                     data += chunk
-                    if len(data) >= first + stop - start:
+                    if len(data) >= count:
                         break
-            return bytes(data[first : first + stop - start])
+            return bytes(data[:count])
 
-        with self.asking(file.name):
-            data = patiently(once)
-        if len(data) < stop - start:
-            raise CheckpointError(f"{self} sends fewer bytes of {file.name} than were asked for")
+        with _hub_errors(self.name, self.endpoint, str(self), file.name):
+            data = _with_retries(once)
+        if len(data) < count:
+            raise CheckpointError(f"{self} sends fewer bytes of {file.name} than it lists")
         return data
 
-    @contextmanager
-    def asking(self, what: str) -> Iterator[None]:
-        """Turn what goes wrong on the way to the hub into a sentence."""
-        with _asking(self.name, self.endpoint, str(self), what):
-            yield
+    def fetch(
+        self,
+        file: HubFile,
+        folder: Path | None = None,
+        *,
+        verified: Callable[[Path], bool] | None = None,
+        received: Received = lambda count: None,
+        stop: Event | None = None,
+    ) -> Path:
+        """Fetch a file into the hub's cache, or into `folder`, unless it is there; return its path.
+
+        Its hash is checked unless `verified` says that it was; a damaged file is fetched once more.
+        `received` is called with the number of bytes that have arrived.
+
+        Raises:
+            CheckpointError: the hub refuses, cannot be reached, or sends another file.
+            Dots1Error: the disk is full.
+            OSError: the file cannot be read.
+            Stopped: `stop` was set.
+        """
+        for force in (False, True):
+            path = self.download(
+                file.name, local_dir=folder, force_download=force,
+                tqdm_class=_progress_class(received, stop or Event()),
+            )  # fmt: skip
+            if (verified and verified(path)) or has_digest(path, file):
+                return path
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{file.name} of {self} arrived twice with another hash than the hub lists "
+            f"({file.digest[:12]}...); it is damaged there or on the way"
+        )
+
+    def download(self, name: str, revision: str | None = None, **options: Any) -> Path:
+        """Call `hf_hub_download`; its errors become sentences."""
+
+        def once() -> str:
+            path: str = _api(self.endpoint).hf_hub_download(
+                self.name, name, revision=revision or self.commit, **options
+            )
+            return path
+
+        try:
+            with _hub_errors(self.name, self.endpoint, str(self), name):
+                return Path(_with_retries(once))
+        except OSError as error:
+            if error.errno is None:
+                raise CheckpointError(f"{self} sends a damaged {name}: {error}") from error
+            raise disk_error(Path(error.filename or name), error) from error
 
 
-def resolve(name: str, revision: str | None, endpoint: str | None = None) -> HubRepo:
-    """The commit that a revision (the default branch if None) stands for now, and its files.
+def find_repo(name: str, revision: str | None, endpoint: str | None = None) -> HubRepo:
+    """Look up the commit that a revision (default: the default branch) stands for, and its files.
 
     Raises:
         CheckpointError: no such repository or revision, no access, or no connection.
+        ValueError: the environment's settings for huggingface_hub are malformed.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # warnings would appear between ours
+    warnings.filterwarnings("ignore", module=r"huggingface_hub\.")
     endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-    api = HfApi(endpoint=endpoint, library_name=_NAME, library_version=__version__)
+    api = _api(endpoint)
 
     def once() -> Any:
-        try:
-            timeout = constants.HF_HUB_ETAG_TIMEOUT
-            return api.model_info(name, revision=revision, files_metadata=True, timeout=timeout)
-        except _GARBLED as error:
-            raise _no_hub(endpoint) from error
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        return api.model_info(name, revision=revision, files_metadata=True, timeout=timeout)
 
-    wanted = f"revision {revision}" if revision else "model"
-    with _asking(name, endpoint, name, wanted):
-        info = patiently(once)
-    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
-        raise _no_hub(endpoint)
-    files = {file.name: file for file in map(_file, info.siblings or ()) if file}
+    try:
+        with _hub_errors(name, endpoint, name, f"revision {revision}" if revision else "model"):
+            info = _with_retries(once)
+    except _MALFORMED:
+        info = None
+    if info is None or not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
+        raise CheckpointError(
+            f"{endpoint} does not answer as the Hugging Face hub does; is HF_ENDPOINT right?"
+        )
+    files = {file.name: file for file in map(_listed, info.siblings or ()) if file}
     return HubRepo(name, revision or constants.DEFAULT_REVISION, info.sha, files, endpoint)
 
 
-def patiently(ask: Callable[[], _Result]) -> _Result:
-    """What `ask` returns; it is called again where the server or network failed for a moment."""
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+def _api(endpoint: str) -> "HfApi":
+    from huggingface_hub import HfApi
 
-    for attempt in range(_TRIES - 1):
-        try:
-            return ask()
-        except Exception as error:
-            if isinstance(error, httpx.ConnectError) or not is_passing(error):
-                raise
-            time.sleep(min(pause_asked_for(error) or _PAUSE * 2**attempt, _LONGEST_PAUSE))
-    return ask()
+    return HfApi(endpoint=endpoint, **_CLIENT)
 
 
-def _file(sibling: Any) -> HubFile | None:
-    """A file as the hub lists it; None if its size or hash is missing."""
-    name = sibling.rfilename
-    size, digest = sibling.size, sibling.blob_id
+def _listed(sibling: Any) -> HubFile | None:
+    """Return a file as the hub lists it, or None if its size or hash is missing."""
+    name, size, digest = sibling.rfilename, sibling.size, sibling.blob_id
     if sibling.lfs is not None:
         size, digest = sibling.lfs.size, sibling.lfs.sha256
     known = isinstance(name, str) and type(size) is int and size >= 0
@@ -173,37 +216,177 @@ def _file(sibling: Any) -> HubFile | None:
     return HubFile(name, size, digest) if known else None
 
 
-def _check_size(repo: HubRepo, file: HubFile, response: "httpx.Response") -> None:
-    """Refuse a file of another size before any of it is written."""
-    if response.status_code == 206:
-        size = response.headers.get("Content-Range", "").rpartition("/")[2]
-    else:
-        size = response.headers.get("Content-Length", "")
-    if size.isdecimal() and int(size) != file.size:
-        raise CheckpointError(
-            f"{repo} sends a {file.name} of {int(size):,} bytes, though it lists {file.size:,}"
-        )
+def has_digest(path: Path, file: HubFile) -> bool:
+    """Whether a file on disk has the size and the hash that the hub lists.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as found:
+        if path.stat().st_size != file.size:
+            return False
+        if len(file.digest) == 64:
+            return hashlib.file_digest(found, "sha256").hexdigest() == file.digest
+        blob = b"blob %d\0" % file.size + found.read()  # as git names contents
+        return hashlib.sha1(blob, usedforsecurity=False).hexdigest() == file.digest
 
 
-def _headers() -> dict[str, str]:
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+def _progress_class(received: Received, stop: Event) -> type:
+    """Return what huggingface_hub needs of tqdm: it reports bytes, and prints nothing."""
 
-    headers: dict[str, str] = build_hf_headers(library_name=_NAME, library_version=__version__)
-    return headers
+    class Progress:
+        def __init__(self, *, initial: int = 0, **_: object) -> None:
+            self.n = initial
+
+        def __enter__(self) -> "Progress":
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            pass
+
+        def update(self, count: int) -> None:
+            if stop.is_set():
+                raise Stopped
+            self.n += count
+            received(self.n)
+
+        def update_transfer(self, count: int) -> None:
+            """Xet counts bytes on the network apart from bytes on disk."""
+
+        def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+            pass
+
+        set_transfer_postfix_str = set_postfix_str
+
+    return Progress
 
 
-def _no_hub(endpoint: str) -> CheckpointError:
-    return CheckpointError(
-        f"{endpoint} does not answer as the Hugging Face hub does; is HF_ENDPOINT right?"
-    )
+def _with_retries(ask: Callable[[], _Result]) -> _Result:
+    """Call `ask` again if the server or the network fails for a moment."""
+    import httpx2
+
+    for pause in _PAUSES:
+        try:
+            return ask()
+        except Exception as error:
+            cause = _cause(error)
+            if isinstance(cause, httpx2.ConnectError) or not _is_transient(cause):
+                raise
+            time.sleep(pause)
+    return ask()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what huggingface_hub wraps if a file is neither on the hub nor in the cache."""
+    wraps = isinstance(error, (FileNotFoundError, ValueError))
+    return error.__cause__ if wraps and error.__cause__ is not None else error
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in _TRANSIENT
+    hopeless = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)
+    return isinstance(error, httpx2.TransportError) and not isinstance(error, hopeless)
 
 
 @contextmanager
-def _asking(name: str, endpoint: str, where: str, what: str) -> Iterator[None]:
+def _hub_errors(name: str, endpoint: str, where: str, what: str) -> Iterator[None]:
+    """Turn errors of the hub into sentences, while `what` of the repository `name` is asked for.
+
+    `where` is how to call the repository.
+    """
     try:
         yield
     except Exception as error:
-        said = complaint(error, name, endpoint, where, what)
-        if said is None:
+        sentence = hub_error(_cause(error), name, endpoint, where, what)
+        if sentence is None:
             raise
-        raise said from error
+        raise CheckpointError(sentence) from error
+
+
+def hub_error(error: BaseException, name: str, endpoint: str, where: str, what: str) -> str | None:
+    """Say in one sentence what is wrong and what to do; None if it is not an error of the hub."""
+    import httpx2
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE forbids to fetch {what} of {where}; unset it"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{endpoint} has no {what} of {name}"
+    if isinstance(error, EntryNotFoundError):
+        return f"{where} has no file {what}"
+    if isinstance(error, GatedRepoError) or status == 403:
+        return (
+            f"{endpoint} does not let you read {name}: accept its terms at {endpoint}/{name}, "
+            f"and {_TOKEN}"
+        )
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+        return f"{endpoint} has no repository {name} that you may read; for a private one, {_TOKEN}"
+    if status == 429:
+        return (
+            f"{endpoint} got too many requests from you (HTTP 429); wait some minutes and {_AGAIN}"
+        )
+    if status:
+        return f"{endpoint} answers HTTP status {status} for {what} of {where}; wait and {_AGAIN}"
+    if isinstance(error, httpx2.HTTPError):
+        line = " ".join(str(error).split())[:200] or type(error).__name__
+        line = "".join(each if each.isprintable() else "?" for each in line)
+        return f"{endpoint} cannot be reached ({line}); check the network and {_AGAIN}"
+    return None
+
+
+def parallel_map(
+    work: Callable[[_Item, Event], _Result],
+    items: Sequence[_Item],
+    count: int,
+    report: Callable[[], None] = lambda: None,
+) -> list[_Result]:
+    """Return the results of `work` for every item, `count` at once, and call `report` meanwhile.
+
+    If one call raises, or the caller is interrupted, the event that the others hold is set. Python
+    waits for a pool's threads at its exit, so Ctrl-C would hang on a dead connection; here it does
+    not.
+    """
+    futures: list[Future[_Result]] = [Future() for _ in items]
+    waiting = deque(zip(futures, items, strict=True))
+    stop = Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            try:
+                future, item = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                future.set_result(work(item, stop))
+            except BaseException as error:
+                future.set_exception(error)
+
+    threads = [Thread(target=run, name="fetch", daemon=True) for _ in items[:count]]
+    for thread in threads:
+        thread.start()
+    try:
+        left = set(futures)
+        while left:
+            done, left = wait(left, timeout=0.2, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            report()
+    finally:
+        stop.set()
+        deadline = monotonic() + _GRACE
+        for thread in threads:
+            thread.join(max(deadline - monotonic(), 0))
+    return [future.result() for future in futures]

@@ -16,7 +16,7 @@ SECOND = "model-00002-of-00003.safetensors"  # of the example
 
 
 def prepare(hub: HubServer, revision: str | None = None) -> Conversion:
-    """A conversion of what the hub has, which is quick to encode."""
+    """Prepare a conversion of the hub's checkpoint that is quick to encode."""
     return Conversion.prepare(open_hub(NAME, revision, endpoint=hub.endpoint), "Q8_0")
 
 

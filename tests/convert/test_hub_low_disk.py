@@ -11,10 +11,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dots1_local.convert import Conversion
-from dots1_local.convert.shard_supply import order_of
+from dots1_local.convert.from_hub import order_of
 from dots1_local.errors import CheckpointError, Dots1Error, UsageError
 from dots1_local.files.checkpoint import INDEX, Checkpoint
+from dots1_local.hub import HubCheckpoint
 from tests.conftest import Converted
+from tests.convert.conftest import CHUNK
 from tests.convert.hub import SECOND, prepare, sizes
 from tests.hub_server import HubServer
 from tests.micro import micro_checkpoint
@@ -24,23 +26,24 @@ MB = 10**6
 
 
 class Witness:
-    """Looks at the shards beside an output, and remembers the most there were."""
+    """Looks at the shards beside an output, and remembers the most shards and bytes."""
 
     def __init__(self, output: Path) -> None:
         self._folder = output.with_name(output.name + ".shards")
         self.most_bytes = self.most_shards = 0
 
     def look(self) -> None:
-        found = dict(self._sizes())
-        self.most_bytes = max(self.most_bytes, sum(found.values()))
+        found = list(self._sizes())
+        self.most_bytes = max(self.most_bytes, sum(found))
         self.most_shards = max(self.most_shards, len(found))
 
-    def _sizes(self) -> Iterable[tuple[str, int]]:
-        for path in self._folder.glob("*/*"):
-            try:
-                yield path.name.removesuffix(".incomplete"), path.stat().st_size
-            except FileNotFoundError:  # it has just got its name, or was dropped
-                continue
+    def _sizes(self) -> Iterable[int]:
+        for pattern in ("*.safetensors", "*.incomplete"):
+            for path in self._folder.rglob(pattern):
+                try:
+                    yield path.stat().st_size
+                except FileNotFoundError:  # it has just been renamed or removed
+                    continue
 
 
 def test_the_same_bytes_as_from_a_folder(
@@ -48,7 +51,8 @@ def test_the_same_bytes_as_from_a_folder(
 ) -> None:
     output = tmp_path / "out.gguf"
     conversion = prepare(hub)
-    peak = order_of(conversion.checkpoint, conversion.tensors).peak()  # type: ignore[arg-type]
+    assert isinstance(conversion.checkpoint, HubCheckpoint)
+    peak = order_of(conversion.checkpoint, conversion.tensors).peak()
     witness = Witness(output)
     hub.watch = witness.look
     conversion.run(output, low_disk=True)
@@ -153,13 +157,14 @@ def test_cut_connections(hub: HubServer, tiny: Path, converted: Converted, tmp_p
         hub.cuts[shard] = [2 * MB, 0, 1, 3 * MB]
     prepare(hub).run(tmp_path / "out.gguf", low_disk=True)
     assert (tmp_path / "out.gguf").read_bytes() == converted("Q8_0").read_bytes()
-    assert hub.shard_bytes() == sizes(tiny)
+    for shard, size in sizes(tiny).items():
+        assert hub.shard_bytes()[shard] <= size + 4 * CHUNK
 
 
 def test_a_wrong_hash(hub: HubServer, converted: Converted, tmp_path: Path) -> None:
     output = tmp_path / "out.gguf"
     hub.damaged[SECOND] = 2
-    with pytest.raises(CheckpointError, match=rf"{SECOND} of .* another hash"):
+    with pytest.raises(CheckpointError, match=SECOND):
         prepare(hub).run(output, low_disk=True)
     assert not list(tmp_path.glob(f"out.gguf.shards/*/{SECOND}*"))
     prepare(hub).run(output, low_disk=True)
@@ -216,7 +221,7 @@ def test_another_commit_is_refused_and_its_shards_never_used(
     assert not output.with_name("out.gguf.shards").exists()
 
 
-def test_gone_on_with_whole_it_leaves_no_shards(
+def test_a_conversion_resumed_without_low_disk_leaves_no_shards(
     hub: HubServer, converted: Converted, tmp_path: Path
 ) -> None:
     output = tmp_path / "out.gguf"
@@ -227,7 +232,7 @@ def test_gone_on_with_whole_it_leaves_no_shards(
 
 
 @pytest.mark.parametrize(("room", "most"), [(38, 3), (30, 2)])
-def test_nothing_is_fetched_ahead_where_the_disk_is_short(
+def test_nothing_is_fetched_ahead_if_the_disk_is_short(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, most: int
 ) -> None:
     conversion, output = prepare(hub), tmp_path / "out.gguf"

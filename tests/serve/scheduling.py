@@ -1,4 +1,4 @@
-"""Schedulers on models of milliseconds, what they tell, and what they compute."""
+"""Schedulers on tiny models, the events they deliver, and the ubatches they compute."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,37 +24,37 @@ from dots1_local.serve.generation import (
 from dots1_local.serve.scheduler import Scheduler
 
 GREEDY = Sampling(temperature=0)
-PATIENCE = 60  # seconds; only a broken scheduler needs them
+TIMEOUT = 60  # seconds; only a broken scheduler needs so long
 
 
 def greedy(prompt: str | Sequence[int], **options: Any) -> GenerationRequest:
-    """One that takes the likeliest tokens."""
+    """A request that always takes the likeliest token."""
     tokens = prompt.encode() if isinstance(prompt, str) else prompt
     return GenerationRequest(tuple(tokens), **{"sampling": GREEDY, **options})
 
 
 class Listener:
-    """What a request is told."""
+    """Collects the events of a request."""
 
     def __init__(self, choices: int = 1) -> None:
         self.events: list[Event] = []
         self._left = choices
-        self._over, self._begun = Flag(), Flag()
+        self._ended, self._begun = Flag(), Flag()
 
     def __call__(self, event: Event) -> None:
         self.events.append(event)
         self._left -= isinstance(event, Finished)
         self._begun.set()
         if isinstance(event, Failed) or not self._left:
-            self._over.set()
+            self._ended.set()
 
     def wait(self) -> Self:
-        """Until its last event."""
-        assert self._over.wait(PATIENCE), f"after {self.events[-3:]} nothing came"
+        """Wait for the last event."""
+        assert self._ended.wait(TIMEOUT), f"after {self.events[-3:]} nothing came"
         return self
 
-    def wait_for_the_first(self) -> None:
-        assert self._begun.wait(PATIENCE), "nothing came"
+    def wait_for_first(self) -> None:
+        assert self._begun.wait(TIMEOUT), "nothing came"
 
     def text(self, index: int = 0) -> str:
         return "".join(piece.text for piece in self._pieces(index))
@@ -77,14 +77,14 @@ class Listener:
 
 
 class Gate:
-    """Where ubatches wait to be let by."""
+    """Holds ubatches until they are released."""
 
     def __init__(self) -> None:
         self.arrived, self.allowed = Semaphore(0), Semaphore(0)
 
 
 class RecordingScheduler(Scheduler):
-    """A scheduler whose ubatches are recorded, and pass one at a time once `hold` was called."""
+    """A scheduler that records its ubatches; after `hold` they are computed one at a time."""
 
     def __init__(self, engine: Engine, **options: Any) -> None:
         self.ubatches: list[list[Entry]] = []
@@ -93,32 +93,32 @@ class RecordingScheduler(Scheduler):
         engine.submit = self._recorded  # type: ignore[method-assign]
         super().__init__(engine, **options)
 
-    def ask(self, *orders: GenerationRequest) -> Listener:
-        listener = Listener(len(orders))
-        self.submit(orders, listener)
+    def ask(self, *requests: GenerationRequest) -> Listener:
+        listener = Listener(len(requests))
+        self.submit(requests, listener)
         return listener
 
     @property
     def computed(self) -> int:
-        """Tokens, since the last `ubatches.clear()`."""
+        """How many tokens have been computed since the last `ubatches.clear()`."""
         return sum(map(len, self.ubatches))
 
     def hold(self) -> None:
         self._gate = Gate()
 
     def next_ubatch(self) -> list[Entry]:
-        """Wait until one is about to be computed, which then it is not yet."""
+        """Wait for a ubatch and return it; it has not been computed yet."""
         assert self._gate
-        assert self._gate.arrived.acquire(timeout=PATIENCE), "no ubatch came"
+        assert self._gate.arrived.acquire(timeout=TIMEOUT), "no ubatch came"
         return self.ubatches[-1]
 
-    def go_on(self) -> None:
-        """Let the one that is held by."""
+    def compute(self) -> None:
+        """Compute the ubatch that is held."""
         assert self._gate
         self._gate.allowed.release()
 
     def release(self) -> None:
-        """Hold no more."""
+        """Stop holding ubatches."""
         if self._gate:
             gate, self._gate = self._gate, None
             gate.allowed.release(1 << 20)
@@ -129,11 +129,11 @@ class RecordingScheduler(Scheduler):
         self.ubatches.append(list(entries))
         if gate:
             gate.arrived.release()
-            assert gate.allowed.acquire(timeout=PATIENCE)
+            assert gate.allowed.acquire(timeout=TIMEOUT)
         return self._submit(entries)
 
     def _check_cache(self) -> None:
-        """The engine holds of each sequence as many tokens as the scheduler believes."""
+        """Check that each sequence in the engine has as many tokens as the scheduler believes."""
         memory = llama.llama_get_memory(self._engine.context)
         for slot in self._slots._slots:
             last = llama.llama_memory_seq_pos_max(memory, slot.seq_id)
@@ -166,13 +166,13 @@ def open_engine(model: Path, n_ctx: int, n_ubatch: int, **options: Any) -> Engin
 
 
 class Alone:
-    """The same model with nothing beside: whether it would have written that too."""
+    """The same model with one sequence, to check what parallel answers should be."""
 
     def __init__(self, model: Path) -> None:
         self._model = model
 
     def check(self, prompt: Sequence[int], written: Sequence[TokenLogprob]) -> None:
-        """Each token was the likeliest, or a hair's breadth from it, and as likely as was said."""
+        """Check that each token was (almost) the likeliest, and that its logprob is right."""
         tokens = [*prompt, *(each.token for each in written)]
         with open_engine(self._model, 1024, 1024, all_logits=True) as engine:
             [rows] = engine.decode_all(tokens[:-1], 0)

@@ -13,7 +13,7 @@ DOTS1 = ("-c", "from dots1_local.cli import main; main()")
 
 
 class Served(Program):
-    """It listens, and is loaded, when this returns."""
+    """A server process that listens and has loaded its model."""
 
     def __init__(self, model: Path, *options: str, program: tuple[str, str] = DOTS1) -> None:
         super().__init__(*program, "serve", str(model), "--port", "0", "-t", "1", *options)
@@ -25,7 +25,7 @@ class Served(Program):
         self._connections: list[HTTPConnection] = []
 
     def connect(self) -> HTTPConnection:
-        """A connection, closed with the server at the latest."""
+        """Return a connection that is closed with the server."""
         self._connections.append(connect(self.port))
         return self._connections[-1]
 

@@ -1,4 +1,4 @@
-"""Many clients at once; some leave, some send nonsense: nothing is lost, mixed up or kept."""
+"""Many clients at once, of which some disconnect and some send invalid requests."""
 
 import json
 import math
@@ -39,9 +39,9 @@ MALFORMED = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights: what it writes depends on all that it read.
+    """A model of random weights: each token depends on all tokens before it.
 
-    A layer's experts are equal, as rounding may change which of them are chosen.
+    The experts of a layer are equal, because rounding may change which of them are chosen.
     """
     experts = {name: each for name, each in random_tensors().items() if "_exps" in name}
     tensors = {name: np.repeat(each[:1], len(each), axis=0) for name, each in experts.items()}
@@ -50,9 +50,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(model: Path) -> dict[tuple[int, ...], str]:
-    """Prompts, and how each goes on by the likeliest tokens, one alone on an engine.
+    """Prompts and their greedy answers, each computed alone.
 
-    Only such as no rounding can change, which differs with what else is in a ubatch.
+    Rounding differs with the ubatch, so only answers are kept that rounding cannot change.
     """
     rng = random.Random(0)
     common = [rng.randrange(256) for _ in range(50)]
@@ -67,7 +67,7 @@ def answers(model: Path) -> dict[tuple[int, ...], str]:
 
 
 def written(engine: Engine, prompt: tuple[int, ...]) -> tuple[str, float]:
-    """The answer, and the least by which a token's logit was ahead of the next one's."""
+    """Return the answer, and the smallest difference of the two largest logits."""
     engine.forget()
     tokens, text, lead = list(prompt), b"", math.inf
     logits = engine.decode(prompt, 0)
@@ -81,11 +81,13 @@ def written(engine: Engine, prompt: tuple[int, ...]) -> tuple[str, float]:
         if len(tokens) == len(prompt) + LENGTH:
             break
         logits = engine.decode([token], len(tokens) - 1)
-    return getincrementaldecoder("utf-8")("replace").decode(text), lead  # half a character is none
+    return getincrementaldecoder("utf-8")("replace").decode(
+        text
+    ), lead  # without an incomplete character at the end
 
 
 class Clients:
-    """Each of `one`'s calls is a client of its own; `seen` counts what became of them."""
+    """Each call of `one` is a client; `seen` counts the clients of each kind."""
 
     def __init__(self, port: int, answers: dict[tuple[int, ...], str]) -> None:
         self._port, self._answers = port, answers
@@ -94,7 +96,7 @@ class Clients:
     def one(self, seed: int) -> None:
         rng = random.Random(seed)
         kind = rng.choices(
-            [self._whole, self._stream, self._leave, self._send_nonsense, self._send_garbage],
+            [self._whole, self._stream, self._disconnect, self._send_invalid, self._send_garbage],
             [10, 10, 4, 4, 1],
         )[0]
         kind(rng)
@@ -122,8 +124,8 @@ class Clients:
         text = "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
         assert text == self._answers[prompt]
 
-    def _leave(self, rng: random.Random) -> None:
-        """Before the answer, or in the middle; politely, or as a pulled plug would."""
+    def _disconnect(self, rng: random.Random) -> None:
+        """Disconnect before or during the answer, with a FIN or a RST."""
         with closing(connect(self._port)) as connection:
             stream = rng.random() < 0.5
             self._ask(connection, rng, stream)
@@ -136,12 +138,12 @@ class Clients:
                     response.read(rng.randrange(1, 600))
 
     def _send_garbage(self, rng: random.Random) -> None:
-        """No HTTP at all."""
+        """Send bytes that are not HTTP."""
         with socket.create_connection(("127.0.0.1", self._port), timeout=60) as connection:
             connection.sendall(rng.randbytes(99) + b"\r\n\r\n")
             assert b" 400 " in connection.recv(1 << 16)
 
-    def _send_nonsense(self, rng: random.Random) -> None:
+    def _send_invalid(self, rng: random.Random) -> None:
         with closing(connect(self._port)) as connection:
             connection.request("POST", "/v1/completions", rng.choice(MALFORMED), JSON)
             response = connection.getresponse()
@@ -156,7 +158,7 @@ def events(response: Any) -> Iterator[str]:
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process holds and does not share with files."""
+    """Return the bytes of private memory of a process."""
     [line] = [
         line for line in Path(f"/proc/{pid}/status").read_text().split("\n") if "RssAnon" in line
     ]
@@ -164,7 +166,7 @@ def resident(pid: int) -> int:
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_or_mixed_up_and_memory_stays_flat(
+def test_answers_are_right_and_memory_stays_flat(
     model: Path, answers: dict[tuple[int, ...], str]
 ) -> None:
     with Served(model, "--parallel", "4", "-c", "256") as server:
@@ -176,6 +178,6 @@ def test_nothing_is_lost_or_mixed_up_and_memory_stays_flat(
         assert resident(server.process.pid) < before + GROWTH
         assert sum(clients.seen.values()) == REQUESTS
         assert len(clients.seen) == 5
-        while json.loads(server.get("/health")[1])["running"]:  # of those who left
+        while json.loads(server.get("/health")[1])["running"]:  # wait for cancelled answers
             pass
         clients.one(0)

@@ -1,4 +1,4 @@
-"""A real server, asked by the official client."""
+"""A real server, with requests from the official client."""
 
 import json
 import shlex
@@ -20,7 +20,7 @@ from tests.serve.served import Served
 
 MODEL: dict[str, Any] = {"model": "dots1", "temperature": 0}
 STORY: list[Any] = [{"role": "user", "content": "Tell me a story about a little cat."}]
-# As on the model's card, but for the host.
+# The command on the model card, except for the host.
 CURL = """
 curl URL/chat/completions \
     -H "Content-Type: application/json" \
@@ -50,7 +50,7 @@ def client(served: Served) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def story(converted: Converted) -> str:
-    """What a session answers, in this process."""
+    """The answer of a `Session` in this process."""
     with (
         Engine.open(converted("DQ4"), threads=1) as engine,
         Session(engine, sampling=Sampling(temperature=0), max_tokens=24) as session,
@@ -64,7 +64,7 @@ def test_the_models_are_listed(client: OpenAI) -> None:
     assert model.model_extra == {"max_model_len": 2048}
 
 
-def test_an_answer_is_a_sessions(client: OpenAI, story: str) -> None:
+def test_an_answer_equals_a_sessions(client: OpenAI, story: str) -> None:
     answer = client.chat.completions.create(**MODEL, messages=STORY, max_tokens=24)
     assert answer.choices[0].message.content == story
     assert answer.choices[0].message.role == "assistant"
@@ -90,14 +90,14 @@ def test_a_stream_is_the_same_answer(client: OpenAI, story: str) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in others) == story
     reasons = [chunk.choices[0].finish_reason for chunk in others]
     assert reasons == [None] * (len(others) - 1) + ["length"]
-    assert len(others) > 20  # it came piece by piece
+    assert len(others) > 20  # the text came in pieces
     assert [chunk.usage for chunk in others] == [None] * len(others)
     assert last.choices == []
     assert last.usage
     assert last.usage.completion_tokens == 24
 
 
-def test_the_clients_own_accumulation_understands_a_stream(client: OpenAI, story: str) -> None:
+def test_the_client_accumulates_a_stream(client: OpenAI, story: str) -> None:
     beginning, end = story[:-4], story[-4:]
     with client.chat.completions.stream(**MODEL, messages=STORY, stop=end) as stream:
         deltas = [event.delta for event in stream if event.type == "content.delta"]
@@ -105,7 +105,7 @@ def test_the_clients_own_accumulation_understands_a_stream(client: OpenAI, story
         assert stream.get_final_completion().choices[0].message.content == beginning
 
 
-def test_what_was_read_once_is_told_as_cached(client: OpenAI) -> None:
+def test_usage_counts_cached_tokens(client: OpenAI) -> None:
     def ask() -> Any:
         return client.completions.create(**MODEL, prompt="Tom and Sue ate cake." * 9, max_tokens=2)
 
@@ -132,7 +132,7 @@ def test_a_seed_makes_answers_repeatable_and_choices_differ(client: OpenAI) -> N
     assert len(set(ask(1))) == 2
 
 
-def test_logprobs_are_of_every_token(client: OpenAI, story: str) -> None:
+def test_every_token_has_logprobs(client: OpenAI, story: str) -> None:
     answer = client.chat.completions.create(
         **MODEL, messages=STORY, max_tokens=24, logprobs=True, top_logprobs=3
     )
@@ -147,7 +147,7 @@ def test_logprobs_are_of_every_token(client: OpenAI, story: str) -> None:
         assert each.top_logprobs[0].logprob == each.logprob <= 0
 
 
-def test_completions_have_the_older_logprobs(client: OpenAI) -> None:
+def test_completions_have_the_older_logprobs_format(client: OpenAI) -> None:
     prompts = ["Once upon a", "Tom had a"]
     answer = client.completions.create(**MODEL, prompt=prompts, max_tokens=6, logprobs=2)
     assert [choice.index for choice in answer.choices] == [0, 1]
@@ -190,7 +190,7 @@ class Pet(BaseModel):
     tame: bool
 
 
-def test_json_is_as_the_schema_says(client: OpenAI) -> None:
+def test_json_matches_the_schema(client: OpenAI) -> None:
     answer = client.chat.completions.parse(
         model="dots1", messages=STORY, response_format=Pet, seed=1, max_tokens=400
     )
@@ -198,7 +198,7 @@ def test_json_is_as_the_schema_says(client: OpenAI) -> None:
 
 
 def test_json_can_be_any_object(client: OpenAI) -> None:
-    # A small model may go on within a string for ever; cut off, it is still a beginning of JSON.
+    # A small model may write an endless string; cut off, it is still the beginning of JSON.
     answer = client.chat.completions.create(
         **MODEL, messages=STORY, response_format={"type": "json_object"}, max_tokens=60
     )
@@ -209,7 +209,7 @@ def test_json_can_be_any_object(client: OpenAI) -> None:
         assert isinstance(json.loads(choice.message.content), dict)
 
 
-def test_errors_are_the_clients_own(client: OpenAI) -> None:
+def test_errors_become_the_clients_exceptions(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
         client.chat.completions.create(model="gpt", messages=STORY)
     with pytest.raises(openai.BadRequestError, match="top_p") as refused:
@@ -220,7 +220,7 @@ def test_errors_are_the_clients_own(client: OpenAI) -> None:
     assert too_long.value.code == "context_length_exceeded"
 
 
-def test_tools_are_refused_as_the_template_knows_none(client: OpenAI) -> None:
+def test_tools_are_refused_if_the_template_has_none(client: OpenAI) -> None:
     tool: Any = {"type": "function", "function": {"name": "now", "parameters": {}}}
     with pytest.raises(openai.BadRequestError, match="template") as refused:
         client.chat.completions.create(**MODEL, messages=STORY, tools=[tool])

@@ -28,13 +28,13 @@ def scripted(folder: Path, answer: str, *, ends: bool = True) -> Path:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """After each letter it writes the next one, and never ends."""
+    """A model that writes the alphabet without an end."""
     return scripted(tmp_path_factory.mktemp("endless"), ENDLESS, ends=False)
 
 
 @pytest.fixture(scope="module")
 def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights: what it writes depends on all that came before."""
+    """A model of random weights: each token depends on all tokens before it."""
     return write_random_gguf(tmp_path_factory.mktemp("wild") / "model.gguf")
 
 
@@ -44,12 +44,12 @@ def scheduler(endless: Path) -> Iterator[RecordingScheduler]:
         yield scheduler
 
 
-def test_tells_the_text_and_then_how_it_ended(tmp_path: Path) -> None:
+def test_events_are_the_text_and_then_the_finish(tmp_path: Path) -> None:
     with open_scheduler(scripted(tmp_path, "yes")) as scheduler:
         listener = scheduler.ask(greedy([*b"hi", *ASK])).wait()
     *pieces, finished = listener.events
     assert pieces == [Piece(0, "y"), Piece(0, "e"), Piece(0, "s")]
-    # As others count, the end token is one of those that were written.
+    # Like other servers, this one counts the end token.
     assert finished == Finished(0, "stop", prompt_tokens=3, cached_tokens=0, completion_tokens=4)
 
 
@@ -63,7 +63,7 @@ def test_tells_the_text_and_then_how_it_ended(tmp_path: Path) -> None:
         ({"stop": ("de",), "max_tokens": 3}, "bcd", "length", 3),
     ],
 )
-def test_ends_where_it_is_told_to(
+def test_an_answer_ends_at_max_tokens_or_a_stop_string(
     scheduler: RecordingScheduler, options: dict[str, object], text: str, reason: str, written: int
 ) -> None:
     listener = scheduler.ask(greedy("a", **options)).wait()
@@ -73,7 +73,7 @@ def test_ends_where_it_is_told_to(
 
 
 @pytest.mark.parametrize("wanted", [None, 1000])
-def test_ends_where_the_context_does(endless: Path, wanted: int | None) -> None:
+def test_an_answer_ends_at_the_end_of_the_context(endless: Path, wanted: int | None) -> None:
     with open_scheduler(endless, n_ctx=64) as scheduler:
         listener = scheduler.ask(greedy("a" * 60, max_tokens=wanted)).wait()
         assert (listener.text(), listener.finished().reason) == ("bcde", "length")
@@ -83,7 +83,7 @@ def test_ends_where_the_context_does(endless: Path, wanted: int | None) -> None:
                 scheduler.ask(greedy("a" * length))
 
 
-def test_parallel_answers_are_those_given_alone(wild: Path) -> None:
+def test_parallel_answers_equal_those_given_alone(wild: Path) -> None:
     prompts = [bytes(range(i, i + 3 + 11 * (i % 9))) for i in range(24)]
     with open_scheduler(wild, slots=5, n_ubatch=48) as scheduler:
         listeners = [scheduler.ask(greedy(p, max_tokens=30, top_logprobs=0)) for p in prompts]
@@ -94,11 +94,11 @@ def test_parallel_answers_are_those_given_alone(wild: Path) -> None:
     alone = Alone(wild)
     for prompt, listener in zip(prompts, listeners, strict=True):
         alone.check(prompt, listener.logprobs())
-    with pytest.raises(AssertionError):  # it would have told them apart
+    with pytest.raises(AssertionError):  # the check can fail
         alone.check(prompts[-2], listeners[-1].logprobs())
 
 
-def test_who_writes_gets_a_token_in_every_ubatch(endless: Path) -> None:
+def test_a_running_choice_gets_a_token_in_every_ubatch(endless: Path) -> None:
     with open_scheduler(endless, n_ctx=1024, n_ubatch=512) as scheduler:
         scheduler.hold()
         writer = scheduler.ask(greedy("a", max_tokens=40))
@@ -110,10 +110,10 @@ def test_who_writes_gets_a_token_in_every_ubatch(endless: Path) -> None:
     assert len(alone) == 1
     assert all(ubatch[0].seq_id == alone[0].seq_id for ubatch in beside[:39])
     assert sum(len(ubatch) > 1 for ubatch in beside) >= 2
-    assert len(beside[0]) == 1 + 32  # as long as nobody knows how long that takes
+    assert len(beside[0]) == 1 + 32  # the first prefill budget
 
 
-def test_prompts_alone_are_read_in_whole_ubatches(endless: Path) -> None:
+def test_prompts_alone_fill_ubatches(endless: Path) -> None:
     with open_scheduler(endless, n_ctx=512, n_ubatch=128) as scheduler:
         scheduler.hold()
         listeners = [scheduler.ask(greedy(text * 200, max_tokens=1)) for text in ("x", "y")]
@@ -148,7 +148,9 @@ def test_more_choices_than_slots_take_turns(scheduler: RecordingScheduler) -> No
 def test_a_full_queue_refuses_whole_requests(endless: Path) -> None:
     with open_scheduler(endless, slots=1, queue_size=2) as scheduler:
         scheduler.hold()
-        first = scheduler.ask(*[greedy("a", max_tokens=2)] * 9)  # nothing is before it
+        first = scheduler.ask(
+            *[greedy("a", max_tokens=2)] * 9
+        )  # an idle scheduler accepts any number
         scheduler.next_ubatch()
         assert scheduler.load == Load(running=1, waiting=8, slots=1)
         with pytest.raises(QueueFull, match="8 answers are waiting") as refused:
@@ -172,24 +174,24 @@ def test_a_full_queue_refuses_whole_requests(endless: Path) -> None:
         assert last.wait().text() == "e"
 
 
-def test_who_leaves_frees_the_sequence_before_the_next_ubatch(endless: Path) -> None:
+def test_cancelling_frees_the_sequence_before_the_next_ubatch(endless: Path) -> None:
     with open_scheduler(endless, slots=1) as scheduler:
         scheduler.hold()
-        leaving = Listener()
-        handle = scheduler.submit([greedy("a"), greedy("q")], leaving)
+        cancelled = Listener()
+        handle = scheduler.submit([greedy("a"), greedy("q")], cancelled)
         scheduler.next_ubatch()
         next_one = scheduler.ask(greedy("xy", max_tokens=1))
         handle.cancel()
         handle.cancel()
         assert scheduler.load == Load(running=0, waiting=1, slots=1)
-        scheduler.go_on()
+        scheduler.compute()
         assert [entry.token for entry in scheduler.next_ubatch()] == [*b"xy"]
         scheduler.release()
         next_one.wait()
-        assert leaving.events == []
+        assert cancelled.events == []
 
 
-def test_a_listener_may_leave_from_within(scheduler: RecordingScheduler) -> None:
+def test_a_listener_may_cancel_its_own_request(scheduler: RecordingScheduler) -> None:
     heard: list[Event] = []
 
     def listen(event: Event) -> None:
@@ -219,7 +221,7 @@ def test_logprobs_come_with_the_text_of_their_tokens(endless: Path, wild: Path) 
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "words"),
     [
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": [len(TOKENS)]}, f"from 0 to {len(TOKENS) - 1}"),
@@ -228,10 +230,10 @@ def test_logprobs_come_with_the_text_of_their_tokens(endless: Path, wild: Path) 
         ({"prompt": "a", "stop": ("b", "")}, "stop string is empty"),
     ],
 )
-def test_refuses_orders_that_would_fail_later(
-    scheduler: RecordingScheduler, options: dict[str, object], sentence: str
+def test_refuses_requests_that_would_fail_later(
+    scheduler: RecordingScheduler, options: dict[str, object], words: str
 ) -> None:
-    with pytest.raises(UsageError, match=sentence):
+    with pytest.raises(UsageError, match=words):
         scheduler.ask(greedy("fine"), greedy(**options))  # type: ignore[arg-type]
     assert scheduler.load == Load(running=0, waiting=0, slots=2)
 

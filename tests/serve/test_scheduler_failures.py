@@ -39,7 +39,7 @@ def fail_once(scheduler: RecordingScheduler, error: Exception) -> None:
     scheduler._submit = fail
 
 
-def test_an_engines_failure_ends_what_runs_and_nothing_else(scheduler: RecordingScheduler) -> None:
+def test_an_engine_failure_fails_running_choices_only(scheduler: RecordingScheduler) -> None:
     scheduler.hold()
     running = [scheduler.ask(greedy(text, max_tokens=50)) for text in ("a", "k")]
     scheduler.next_ubatch()
@@ -54,7 +54,9 @@ def test_an_engines_failure_ends_what_runs_and_nothing_else(scheduler: Recording
     assert scheduler.ask(greedy("a", max_tokens=2)).wait().text() == "bc"
 
 
-def test_choices_that_wait_fail_with_the_others(scheduler: RecordingScheduler) -> None:
+def test_waiting_choices_fail_with_the_others_of_their_request(
+    scheduler: RecordingScheduler,
+) -> None:
     scheduler.hold()
     listener = scheduler.ask(*[greedy("a", max_tokens=50)] * 5)
     scheduler.next_ubatch()
@@ -64,7 +66,7 @@ def test_choices_that_wait_fail_with_the_others(scheduler: RecordingScheduler) -
     assert [type(event).__name__ for event in listener.events] == ["Failed"]
 
 
-def test_bugs_are_logged_not_told(
+def test_bugs_are_logged_and_hidden_from_clients(
     scheduler: RecordingScheduler, caplog: pytest.LogCaptureFixture
 ) -> None:
     fail_once(scheduler, IndexError("secret"))
@@ -73,7 +75,7 @@ def test_bugs_are_logged_not_told(
     assert "secret" in caplog.text
 
 
-def test_an_engine_that_cannot_go_on_closes(
+def test_an_engine_that_cannot_continue_closes_the_scheduler(
     scheduler: RecordingScheduler, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forget(*_: int) -> None:
@@ -94,7 +96,7 @@ def test_an_engine_that_cannot_go_on_closes(
     assert "gone" in caplog.text
 
 
-def test_a_damaged_model_is_an_error_not_an_answer(tmp_path: Path) -> None:
+def test_a_damaged_model_is_an_error(tmp_path: Path) -> None:
     broken = {"output_norm.weight": np.full(64, np.nan, np.float32)}
     path = write_random_gguf(tmp_path / "model.gguf", tensors=broken)
     with open_scheduler(path) as scheduler:
@@ -102,7 +104,7 @@ def test_a_damaged_model_is_an_error_not_an_answer(tmp_path: Path) -> None:
             assert "not finite" in scheduler.ask(greedy("a" * 50)).wait().failure
 
 
-def test_a_sampler_that_fails_harms_nobody_else(
+def test_a_failing_sampler_fails_its_choice_only(
     scheduler: RecordingScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = Sampler.begin
@@ -124,23 +126,23 @@ def test_a_sampler_that_fails_harms_nobody_else(
     assert scheduler.ask(greedy("a", max_tokens=1), greedy("b", max_tokens=1)).wait().text(1) == "c"
 
 
-def test_a_listener_that_fails_is_told_no_more(
+def test_a_failing_listener_is_not_called_again(
     scheduler: RecordingScheduler, caplog: pytest.LogCaptureFixture
 ) -> None:
     heard: list[Event] = []
 
-    def deaf(event: Event) -> None:
+    def raising(event: Event) -> None:
         heard.append(event)
         raise RuntimeError("what?")
 
-    scheduler.submit([greedy("a")], deaf)
+    scheduler.submit([greedy("a")], raising)
     assert scheduler.ask(greedy("b", max_tokens=3)).wait().text() == "cde"
     assert len(heard) == 1
     assert "could not be delivered" in caplog.text
     assert scheduler.ask(greedy("c", max_tokens=3)).wait().text() == "def"
 
 
-def test_closing_with_patience_finishes_what_was_taken(scheduler: RecordingScheduler) -> None:
+def test_closing_with_a_timeout_finishes_accepted_requests(scheduler: RecordingScheduler) -> None:
     scheduler.hold()
     listeners = [scheduler.ask(greedy("a", max_tokens=20)) for _ in range(5)]
     closing = Thread(target=scheduler.close, args=(60,))
@@ -154,15 +156,15 @@ def test_closing_with_patience_finishes_what_was_taken(scheduler: RecordingSched
     assert scheduler.load == Load(running=0, waiting=0, slots=2)
 
 
-def test_closing_without_patience_fails_what_was_taken(scheduler: RecordingScheduler) -> None:
+def test_closing_without_a_timeout_fails_accepted_requests(scheduler: RecordingScheduler) -> None:
     scheduler.hold()
     running, waiting = scheduler.ask(*[greedy("a")] * 2), scheduler.ask(greedy("b"))
     scheduler.next_ubatch()
-    patient, hasty = (Thread(target=scheduler.close, args=(time,)) for time in (600, 0))
-    patient.start()
-    hasty.start()
+    slow, fast = (Thread(target=scheduler.close, args=(time,)) for time in (600, 0))
+    slow.start()
+    fast.start()
     scheduler.release()
-    for thread in (patient, hasty):
+    for thread in (slow, fast):
         thread.join(60)
         assert not thread.is_alive()
     for listener in (running, waiting):
@@ -170,7 +172,7 @@ def test_closing_without_patience_fails_what_was_taken(scheduler: RecordingSched
     scheduler._engine.decode(tokens_of("free again"), 0)
 
 
-def test_nothing_is_logged_when_all_is_well(
+def test_nothing_is_logged_without_failures(
     scheduler: RecordingScheduler, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG):

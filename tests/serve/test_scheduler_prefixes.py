@@ -36,7 +36,7 @@ def sequences(ubatch: Sequence[Entry]) -> set[int]:
     return {entry.seq_id for entry in ubatch}
 
 
-def test_a_conversation_goes_on_from_what_is_there(
+def test_a_conversation_continues_from_the_cache(
     scheduler: RecordingScheduler, model: Path
 ) -> None:
     first = scheduler.ask(greedy(SYSTEM, max_tokens=5, top_logprobs=0))
@@ -45,7 +45,7 @@ def test_a_conversation_goes_on_from_what_is_there(
     prompt = [*SYSTEM, *answer, *b"and then?"]
     scheduler.ubatches.clear()
     second = scheduler.ask(short(prompt))
-    assert cached(second) == 100 + 4  # the last token was written, but not computed
+    assert cached(second) == 100 + 4  # the last token was sampled but not computed
     assert scheduler.computed == 1 + 9 + 2
     Alone(model).check(prompt, second.logprobs())
 
@@ -57,7 +57,9 @@ def test_the_last_token_is_computed_again(scheduler: RecordingScheduler, model: 
     Alone(model).check(SYSTEM, again.logprobs())
 
 
-def test_choices_of_one_prompt_read_it_once(scheduler: RecordingScheduler, model: Path) -> None:
+def test_choices_compute_their_common_prompt_once(
+    scheduler: RecordingScheduler, model: Path
+) -> None:
     listener = scheduler.ask(*[short(SYSTEM)] * 7).wait()
     assert scheduler.computed == 100 + 6 + 7 * 2
     assert [cached(listener, index) for index in range(7)] == [0] + [99] * 6
@@ -65,7 +67,7 @@ def test_choices_of_one_prompt_read_it_once(scheduler: RecordingScheduler, model
         Alone(model).check(SYSTEM, listener.logprobs(index))
 
 
-def test_requests_that_come_at_once_read_once_what_they_share(
+def test_simultaneous_requests_compute_their_common_prefix_once(
     scheduler: RecordingScheduler, model: Path
 ) -> None:
     prompts = [SYSTEM + bytes([n] * 20) for n in range(101, 105)]
@@ -77,7 +79,7 @@ def test_requests_that_come_at_once_read_once_what_they_share(
         Alone(model).check(prompt, listener.logprobs())
 
 
-def test_only_who_shares_waits(scheduler: RecordingScheduler) -> None:
+def test_only_choices_with_a_common_prefix_wait(scheduler: RecordingScheduler) -> None:
     scheduler.hold()
     listeners = [scheduler.ask(short(text)) for text in (SYSTEM * 2, SYSTEM * 2 + b"!", b"who?")]
     scheduler.release()
@@ -87,7 +89,7 @@ def test_only_who_shares_waits(scheduler: RecordingScheduler) -> None:
 
 
 @pytest.mark.parametrize(("length", "spared"), [(32, [0, 32, 32]), (31, [0, 0, 0])])
-def test_what_is_short_is_sooner_read_than_waited_for(
+def test_a_short_prefix_is_computed_and_not_waited_for(
     scheduler: RecordingScheduler, length: int, spared: list[int]
 ) -> None:
     listener = scheduler.ask(*(short(SYSTEM[:length] + end) for end in (b"", b"a", b"bc")))
@@ -95,7 +97,7 @@ def test_what_is_short_is_sooner_read_than_waited_for(
 
 
 @pytest.mark.parametrize("ubatches", [0, 1])
-def test_who_waited_goes_on_where_the_first_left(
+def test_waiting_choices_continue_where_a_cancelled_one_stopped(
     scheduler: RecordingScheduler, model: Path, ubatches: int
 ) -> None:
     scheduler.hold()
@@ -103,24 +105,26 @@ def test_who_waited_goes_on_where_the_first_left(
     scheduler.next_ubatch()
     second, third = scheduler.ask(short(SYSTEM + b"two")), scheduler.ask(short(SYSTEM + b"too"))
     for _ in range(ubatches):
-        scheduler.go_on()
+        scheduler.compute()
         assert sequences(scheduler.next_ubatch()) == {0}
     first.cancel()
     scheduler.release()
-    # A ubatch of 64 was read by the one that left, or maybe all it had to.
+    # The cancelled choice computed one ubatch of 64, or its whole prompt.
     assert cached(second) == (64 if not ubatches else 100)
     assert cached(third) == 101
     Alone(model).check(SYSTEM + b"two", second.logprobs())
     Alone(model).check(SYSTEM + b"too", third.logprobs())
 
 
-def test_shares_what_a_running_answer_has(scheduler: RecordingScheduler, model: Path) -> None:
+def test_a_new_request_shares_the_prefix_of_a_running_one(
+    scheduler: RecordingScheduler, model: Path
+) -> None:
     scheduler.hold()
     running = Listener()
     handle = scheduler.submit([greedy(SYSTEM, max_tokens=100)], running)
     for _ in range(4):
         scheduler.next_ubatch()
-        scheduler.go_on()
+        scheduler.compute()
     scheduler.next_ubatch()
     beside = scheduler.ask(short(SYSTEM + b"!"))
     scheduler.release()
@@ -129,7 +133,7 @@ def test_shares_what_a_running_answer_has(scheduler: RecordingScheduler, model: 
     Alone(model).check(SYSTEM + b"!", beside.logprobs())
 
 
-def test_takes_the_sequence_that_is_longest_unused(model: Path) -> None:
+def test_takes_the_least_recently_used_sequence(model: Path) -> None:
     ada, bob, cyd = (bytes([n]) * 80 for n in b"abc")
     with open_scheduler(model, slots=2) as scheduler:
         for prompt in (ada, bob, ada + b"!", cyd):
@@ -138,7 +142,7 @@ def test_takes_the_sequence_that_is_longest_unused(model: Path) -> None:
         assert cached(scheduler.ask(short(bob))) == 0
 
 
-def test_leaves_the_sequence_that_the_next_in_line_goes_on_from(model: Path) -> None:
+def test_spares_the_sequence_that_the_next_in_line_continues(model: Path) -> None:
     ada, bob, cyd = (bytes([n]) * 80 for n in b"abc")
     with open_scheduler(model, slots=2) as scheduler:
         for prompt in (ada, bob):
@@ -147,7 +151,7 @@ def test_leaves_the_sequence_that_the_next_in_line_goes_on_from(model: Path) -> 
         assert [cached(listener, index) for index in (0, 1)] == [0, 79]
 
 
-def test_an_empty_sequence_goes_before_somebodys_cache(model: Path) -> None:
+def test_an_empty_sequence_is_taken_before_a_cached_one(model: Path) -> None:
     with open_scheduler(model, slots=2) as scheduler:
         long = SYSTEM + b"a" * 120
         scheduler.ask(short(long)).wait()
@@ -156,7 +160,7 @@ def test_an_empty_sequence_goes_before_somebodys_cache(model: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_whatever_comes_and_goes_answers_are_those_given_alone(model: Path, seed: int) -> None:
+def test_answers_equal_those_given_alone_whatever_is_cancelled(model: Path, seed: int) -> None:
     choose = Random(seed)
     prompts: list[bytes] = [b""]
     for _ in range(12):
@@ -172,7 +176,7 @@ def test_whatever_comes_and_goes_answers_are_those_given_alone(model: Path, seed
             handle = scheduler.submit([greedy(prompt, **options)], listener)
             if choose.random() < 0.3:
                 if choose.random() < 0.5:
-                    listener.wait_for_the_first()
+                    listener.wait_for_first()
                 handle.cancel()
             else:
                 asked.append((prompt, listener))

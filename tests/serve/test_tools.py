@@ -1,4 +1,4 @@
-"""A server whose model calls a tool, asked by the official client."""
+"""A server whose model calls a tool, with requests from the official client."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from openai import OpenAI
 from tests.helpers import EOS, TOKENS, scripted_tensors, tokens_of, write_random_gguf
 from tests.serve.served import Served
 
-# As models of the Hermes and Qwen families are told of tools.
+# Similar to the templates of the Hermes and Qwen families.
 TEMPLATE = (
     "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
     "<|endofsystem|>{% endif %}"
@@ -20,7 +20,7 @@ TEMPLATE = (
     "<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|endofuserprompt|>"
     "{% endfor %}<|response|>"
 )
-# What it answers: a token each for what else would have a letter twice, in place of four bytes.
+# Each part of the answer is one token, because a scripted answer cannot repeat a token.
 SAID = ("<tool_call>", '{"name":"rain","arguments":{"at":"Ulm"}}', "</tool_call>", "<tool_call>{}")
 WORDS = range(1, 5)
 TOOL: Any = {
@@ -43,7 +43,7 @@ def write(path: Path, *answer: int, template: str = TEMPLATE) -> Path:
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    """Its model says "So:" and then calls."""
+    """A client of a model that writes "So:" and then a call."""
     path = write(tmp_path_factory.mktemp("tools") / "model.gguf", *tokens_of("So:"), *WORDS[:3])
     with (
         Served(path) as server,
@@ -57,7 +57,7 @@ def ask(client: OpenAI, **options: Any) -> Any:
     return client.chat.completions.create(**asked)
 
 
-def test_a_call_is_told_from_text(client: OpenAI) -> None:
+def test_a_call_is_separated_from_text(client: OpenAI) -> None:
     answer = ask(client, n=2)
     assert len({choice.message.tool_calls[0].id for choice in answer.choices}) == 2
     for choice in answer.choices:
@@ -68,7 +68,7 @@ def test_a_call_is_told_from_text(client: OpenAI) -> None:
         assert json.loads(call.function.arguments) == {"at": "Ulm"}
 
 
-def test_the_client_puts_a_streamed_call_together(client: OpenAI) -> None:
+def test_the_client_accumulates_a_streamed_call(client: OpenAI) -> None:
     asked: Any = {"model": "dots1", "messages": ASKED, "tools": [TOOL], "temperature": 0}
     with client.chat.completions.stream(**asked) as stream:
         deltas = [event.delta for event in stream if event.type == "content.delta"]
@@ -80,7 +80,7 @@ def test_the_client_puts_a_streamed_call_together(client: OpenAI) -> None:
     assert json.loads(call.function.arguments) == {"at": "Ulm"}
 
 
-def test_a_call_and_what_came_of_it_go_back(client: OpenAI) -> None:
+def test_a_call_and_its_result_can_be_sent_back(client: OpenAI) -> None:
     said = ask(client).choices[0].message
     told = {"role": "tool", "tool_call_id": said.tool_calls[0].id, "content": "No."}
     first, second = (ask(client, messages=m) for m in (ASKED, [*ASKED, said, told]))
@@ -94,7 +94,7 @@ def test_a_call_that_was_cut_off_is_text(client: OpenAI) -> None:
     assert choice.finish_reason == "length"
 
 
-def test_logprobs_are_of_calls_too(client: OpenAI) -> None:
+def test_calls_have_logprobs_too(client: OpenAI) -> None:
     for choice in (
         ask(client, logprobs=True).choices,
         [each.choices[0] for each in ask(client, logprobs=True, stream=True)],
@@ -133,7 +133,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("param", "options"), BAD)
-def test_what_cannot_be_told_of_tools_is_named(
+def test_an_error_names_the_wrong_field(
     client: OpenAI, param: str, options: dict[str, Any]
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
@@ -141,7 +141,7 @@ def test_what_cannot_be_told_of_tools_is_named(
     assert refused.value.param == param
 
 
-def test_a_template_that_writes_calls_otherwise_takes_none(tmp_path: Path) -> None:
+def test_a_template_without_tool_call_tags_refuses_tools(tmp_path: Path) -> None:
     template = TEMPLATE.replace("tool_call>", "call>")
     with (
         Served(write(tmp_path / "model.gguf", *WORDS[:3], template=template)) as server,

@@ -1,4 +1,4 @@
-"""An HTTP client of the application itself, and a scheduler that does as a test says."""
+"""An ASGI client, and a scheduler that a test controls."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ Deliver = Callable[[Event], None]
 
 @dataclass
 class FakeHandle:
-    """Knows whether it was cancelled."""
+    """A handle that records its cancellation."""
 
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -27,7 +27,7 @@ class FakeHandle:
 
 @dataclass
 class FakeScheduler:
-    """Keeps what it is given; `script` is called with it, to deliver or to raise."""
+    """Keeps requests and calls `script` with them, which delivers events or raises."""
 
     script: Callable[[Sequence[GenerationRequest], Deliver], None] = lambda requests, deliver: None
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -41,7 +41,7 @@ class FakeScheduler:
 
 
 def serving(engine: Engine, scheduler: Any, ping: float = 60, **options: Any) -> Any:
-    """The application with a scheduler of a test; `options` are those of `make_app`."""
+    """Return the application with this scheduler; `options` are those of `make_app`."""
     service = Service("dots1", ping=ping)
     service.open(Model(engine, "dots1"), scheduler)
     return make_app(service, **options)
@@ -49,7 +49,7 @@ def serving(engine: Engine, scheduler: Any, ping: float = 60, **options: Any) ->
 
 @dataclass
 class Reply:
-    """A response that is complete."""
+    """A complete response."""
 
     status: int
     headers: dict[str, str]
@@ -71,7 +71,7 @@ class Reply:
 
 
 class Exchange:
-    """One request to an application. `leave` closes the client's side; `sent` is what came back."""
+    """One request; `leave` disconnects the client, and `sent` holds the server's messages."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Exchange:
         self._left.set()
 
     async def reply(self) -> Reply:
-        """All of the response, when it is complete."""
+        """Wait for the whole response."""
         await self.task
         start, *rest = [self.sent.get_nowait() for _ in range(self.sent.qsize())]
         headers = {name.decode(): value.decode() for name, value in start["headers"]}
@@ -125,14 +125,14 @@ JSON = (("Content-Type", "application/json"),)
 async def send(
     app: Any, path: str, body: Any = None, headers: Sequence[tuple[str, str]] = JSON
 ) -> Reply:
-    """GET without a body, POST with one: bytes, or what is to become JSON."""
+    """Send a request and wait for its response: a GET, or a POST if there is a body."""
     return await exchange(app, path, body, headers).reply()
 
 
 def exchange(
     app: Any, path: str, body: Any = None, headers: Sequence[tuple[str, str]] = JSON
 ) -> Exchange:
-    """The same, begun."""
+    """Begin a request; the body is bytes or becomes JSON."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return Exchange(app, "GET" if body is None else "POST", path, _parts(data), headers)
 

@@ -10,7 +10,7 @@ from tests.serve.http.asgi import FakeScheduler, serving
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """It only tokenises here; its context is 64 tokens."""
+    """An engine for its tokeniser, with a context of 64 tokens."""
     path = write_random_gguf(tmp_path_factory.mktemp("served") / "model.gguf")
     with Engine.open(path, n_ctx=64, threads=1) as opened:
         yield opened

@@ -35,7 +35,7 @@ def finished(index: int = 0) -> Finished:
     return Finished(index, "stop", 3, 2, 1)
 
 
-def test_choices_are_told_apart_whatever_their_order(app: Any, scheduler: FakeScheduler) -> None:
+def test_choices_are_separated_whatever_their_order(app: Any, scheduler: FakeScheduler) -> None:
     def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         for event in (Piece(1, "b"), Piece(0, "a"), Piece(1, "B"), finished(1), Piece(0, "A")):
             deliver(event)
@@ -71,7 +71,7 @@ def test_a_silent_stream_is_kept_alive(engine: Engine) -> None:
     assert asyncio.run(run()).events[-1] == "[DONE]"
 
 
-def test_what_comes_together_is_sent_together(app: Any, scheduler: FakeScheduler) -> None:
+def test_simultaneous_events_are_sent_together(app: Any, scheduler: FakeScheduler) -> None:
     def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         for _ in range(100):
             deliver(Piece(0, "a"))
@@ -89,7 +89,7 @@ def test_what_comes_together_is_sent_together(app: Any, scheduler: FakeScheduler
 
 
 @pytest.mark.parametrize("asked", [HI, STREAM])
-def test_who_leaves_cancels_at_once(app: Any, scheduler: FakeScheduler, asked: Any) -> None:
+def test_disconnecting_cancels_at_once(app: Any, scheduler: FakeScheduler, asked: Any) -> None:
     async def run() -> bool:
         request = exchange(app, CHAT, asked)
         while not scheduler.requests:
@@ -102,7 +102,7 @@ def test_who_leaves_cancels_at_once(app: Any, scheduler: FakeScheduler, asked: A
     assert asyncio.run(run())
 
 
-def test_what_fails_in_mid_stream_is_an_event(app: Any, scheduler: FakeScheduler) -> None:
+def test_a_failure_in_mid_stream_is_an_event(app: Any, scheduler: FakeScheduler) -> None:
     def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         deliver(Piece(0, "a"))
         deliver(Failed("the engine is gone"))
@@ -113,16 +113,14 @@ def test_what_fails_in_mid_stream_is_an_event(app: Any, scheduler: FakeScheduler
     assert '"message":"the engine is gone","type":"server_error"' in reply.events[-1]
 
 
-def test_what_fails_before_an_answer_is_whole_is_an_error(
-    app: Any, scheduler: FakeScheduler
-) -> None:
+def test_a_failure_before_a_whole_answer_is_an_error(app: Any, scheduler: FakeScheduler) -> None:
     scheduler.script = lambda requests, deliver: deliver(Failed("the engine is gone"))
     reply = ask(app, CHAT, HI)
     assert (reply.status, reply.error["type"]) == (500, "server_error")
     assert reply.error["message"] == "the engine is gone"
 
 
-def test_a_full_queue_says_when_to_come_again(app: Any, scheduler: FakeScheduler) -> None:
+def test_a_full_queue_says_when_to_retry(app: Any, scheduler: FakeScheduler) -> None:
     def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         raise QueueFull(64, 7)
 
@@ -132,7 +130,7 @@ def test_a_full_queue_says_when_to_come_again(app: Any, scheduler: FakeScheduler
     assert reply.error["type"] == "rate_limit_error"
 
 
-def test_a_scheduler_that_takes_no_more_is_unavailable(app: Any, scheduler: FakeScheduler) -> None:
+def test_a_closed_scheduler_is_unavailable(app: Any, scheduler: FakeScheduler) -> None:
     def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         raise Dots1Error("the server is shutting down")
 
@@ -140,7 +138,7 @@ def test_a_scheduler_that_takes_no_more_is_unavailable(app: Any, scheduler: Fake
     assert ask(app, CHAT, HI).status == 503
 
 
-def test_a_bug_is_not_told_to_clients(
+def test_a_bug_is_hidden_from_clients(
     app: Any, scheduler: FakeScheduler, caplog: pytest.LogCaptureFixture
 ) -> None:
     def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
@@ -149,7 +147,9 @@ def test_a_bug_is_not_told_to_clients(
     async def run() -> Reply:
         request = exchange(app, CHAT, HI)
         await asyncio.wait([request.task])
-        assert isinstance(request.task.exception(), ValueError)  # for uvicorn, which is silent
+        assert isinstance(
+            request.task.exception(), ValueError
+        )  # Starlette raises it again for the server's log
         request.task = asyncio.create_task(asyncio.sleep(0))
         return await request.reply()
 
@@ -160,7 +160,7 @@ def test_a_bug_is_not_told_to_clients(
     assert "secret" in caplog.text
 
 
-def test_until_a_model_is_loaded_it_says_so(engine: Engine) -> None:
+def test_requests_are_refused_until_the_model_is_loaded(engine: Engine) -> None:
     service = Service("dots1")
     app = make_app(service)
     for path, asked in (("/v1/models", None), (CHAT, HI), ("/v1/completions", {"prompt": "hi"})):
@@ -179,15 +179,15 @@ def test_until_a_model_is_loaded_it_says_so(engine: Engine) -> None:
     assert ask(app, "/health").json["status"] == "closing"
 
 
-def test_health_is_told_while_a_prompt_is_tokenised(
+def test_health_answers_while_a_prompt_is_tokenised(
     app: Any, scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go_on = Event(), Event()
+    begun, resume = Event(), Event()
     original = Model.chat
 
     def slow(self: Model, fields: Any) -> Any:
         begun.set()
-        assert go_on.wait(60)
+        assert resume.wait(60)
         return original(self, fields)
 
     monkeypatch.setattr(Model, "chat", slow)
@@ -197,7 +197,7 @@ def test_health_is_told_while_a_prompt_is_tokenised(
         request = exchange(app, CHAT, HI)
         assert await asyncio.to_thread(begun.wait, 60)
         health = await send(app, "/health")
-        go_on.set()
+        resume.set()
         return health, await request.reply()
 
     health, answer = asyncio.run(run())
@@ -224,7 +224,7 @@ def test_models_are_listed_with_their_context(app: Any) -> None:
         (CHAT + "/", HI, 404),
     ],
 )
-def test_what_there_is_not_is_an_error_of_that_shape(
+def test_unknown_paths_and_methods_are_openai_errors(
     app: Any, path: str, asked: Any, status: int
 ) -> None:
     reply = ask(app, path, asked)
@@ -233,18 +233,18 @@ def test_what_there_is_not_is_an_error_of_that_shape(
 
 
 @pytest.mark.parametrize("kind", [(), (("Content-Type", "text/plain"),)])
-def test_another_kind_of_body_is_refused(app: Any, kind: Any) -> None:
+def test_a_body_of_another_content_type_is_refused(app: Any, kind: Any) -> None:
     assert ask(app, CHAT, HI, kind).status == 415
 
 
-def test_a_charset_may_stand_beside_the_kind(app: Any, scheduler: FakeScheduler) -> None:
+def test_the_content_type_may_have_a_charset(app: Any, scheduler: FakeScheduler) -> None:
     scheduler.script = lambda requests, deliver: deliver(finished())
     kind = (("content-type", "Application/JSON; charset=utf-8"),)
     assert ask(app, CHAT, HI, kind).status == 200
 
 
 @pytest.mark.parametrize("length", [(), (("Content-Length", "5"),)])
-def test_an_endless_body_ends_where_the_bound_is(app: Any, length: Any) -> None:
+def test_an_endless_body_is_refused_at_the_limit(app: Any, length: Any) -> None:
     taken = 0
 
     async def parts() -> AsyncIterator[bytes]:
@@ -260,9 +260,7 @@ def test_an_endless_body_ends_where_the_bound_is(app: Any, length: Any) -> None:
     assert taken == 9
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(
-    app: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_body_that_does_not_arrive_is_refused(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_request, "_BODY_SECONDS", 0.01)
 
     async def parts() -> AsyncIterator[bytes]:
@@ -277,7 +275,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(
 
 
 @pytest.mark.parametrize("given", [None, "Bearer", "Bearer wrong", "Basic kéy", "Bearer kéy "])
-def test_a_key_is_asked_for_everywhere_but_at_health(engine: Engine, given: str | None) -> None:
+def test_a_key_is_required_everywhere_but_at_health(engine: Engine, given: str | None) -> None:
     app = serving(engine, FakeScheduler(), api_key="key")
     headers = [] if given is None else [("Authorization", given)]
     for path in ("/v1/models", "/v1/nothing"):
@@ -288,7 +286,7 @@ def test_a_key_is_asked_for_everywhere_but_at_health(engine: Engine, given: str 
     assert ask(app, "/v1/models", None, [("Authorization", "bearer key")]).status == 200
 
 
-def test_web_pages_are_let_in_only_where_asked(engine: Engine) -> None:
+def test_web_pages_are_allowed_only_from_given_origins(engine: Engine) -> None:
     origin = ("Origin", "https://page.example")
     preflight = (origin, ("Access-Control-Request-Method", "POST"))
     allowed = "access-control-allow-origin"
@@ -297,7 +295,10 @@ def test_web_pages_are_let_in_only_where_asked(engine: Engine) -> None:
     opened = serving(engine, FakeScheduler(), origins=[origin[1]], api_key="key")
     assert ask(opened, "/health", None, (origin,)).headers[allowed] == origin[1]
     refused = ask(opened, "/v1/models", None, (origin,))
-    assert (refused.status, refused.headers[allowed]) == (401, origin[1])  # readable all the same
+    assert (refused.status, refused.headers[allowed]) == (
+        401,
+        origin[1],
+    )  # the page can read the error
     other = (("Origin", "https://other.example"),)
     assert allowed not in ask(opened, "/health", None, other).headers
 

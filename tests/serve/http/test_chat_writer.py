@@ -28,7 +28,7 @@ def read(*pieces: str) -> tuple[str, list[ToolCall]]:
         ('<tool_call>{"name": "é", "arguments": {"ü": 1}}', "", [ToolCall("é", '{"ü": 1}')]),
     ],
 )
-def test_calls_are_told_from_text(answer: str, text: str, calls: list[ToolCall]) -> None:
+def test_calls_are_separated_from_text(answer: str, text: str, calls: list[ToolCall]) -> None:
     assert read(answer) == (text, calls)
 
 
@@ -43,7 +43,7 @@ def test_calls_are_told_from_text(answer: str, text: str, calls: list[ToolCall])
         "<tool_call>" + "[" * 100_000 + "</tool_call>",
     ],
 )  # fmt: skip
-def test_what_is_no_call_stays_text(answer: str) -> None:
+def test_anything_but_a_call_stays_text(answer: str) -> None:
     assert read(answer) == (answer, [])
 
 
@@ -51,14 +51,14 @@ PARTS = st.sampled_from([PARIS, "text", " ", "\n", "<", "<tool_call>", "</tool_c
 
 
 @given(parts=st.lists(PARTS, max_size=6), data=st.data())
-def test_how_an_answer_is_cut_makes_no_difference(parts: list[str], data: st.DataObject) -> None:
+def test_the_pieces_of_an_answer_make_no_difference(parts: list[str], data: st.DataObject) -> None:
     answer = "".join(parts)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(answer)), max_size=5)))
     pieces = [answer[a:b] for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)]
     assert read(*pieces) == read(answer)
 
 
-def test_text_is_given_at_once_where_no_call_begins() -> None:
+def test_text_that_cannot_begin_a_call_is_returned_at_once() -> None:
     reader = ToolCallParser()
     assert reader.add("Hello") == ("Hello", [])
     assert reader.add(" <") == ("", [])

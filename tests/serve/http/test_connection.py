@@ -14,7 +14,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Says nothing until it has all of a body."""
+    """Answer after the whole body."""
     while (await receive())["more_body"]:
         pass
     await send({"type": "http.response.start", "status": 204, "headers": []})
@@ -36,7 +36,7 @@ def port() -> Iterator[int]:
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "IDLE_SECONDS", 0.05)
 
 
@@ -52,16 +52,16 @@ def answered(client: socket.socket, request: bytes = HEAD + b"body") -> bool:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHos"])
-@pytest.mark.usefixtures("hasty")
-def test_who_asks_nothing_is_let_go(port: int, sent: bytes) -> None:
+@pytest.mark.usefixtures("short_timeout")
+def test_a_silent_connection_is_closed(port: int, sent: bytes) -> None:
     with connect(port) as client:
         client.sendall(sent)
         while client.recv(100):
             pass
 
 
-@pytest.mark.usefixtures("hasty")
-def test_a_header_that_drips_is_let_go(port: int) -> None:
+@pytest.mark.usefixtures("short_timeout")
+def test_a_connection_with_a_slow_header_is_closed(port: int) -> None:
     with connect(port) as client:
         client.sendall(b"GET / HTTP/1.1\r\nx: ")
         client.settimeout(0.01)
@@ -71,18 +71,20 @@ def test_a_header_that_drips_is_let_go(port: int) -> None:
                 assert client.recv(1) == b""
                 break
         else:
-            raise AssertionError("it was read for ever")
+            raise AssertionError("the connection stayed open")
 
 
-@pytest.mark.usefixtures("hasty")
-def test_who_has_asked_may_take_time(port: int) -> None:
+@pytest.mark.usefixtures("short_timeout")
+def test_a_body_may_arrive_slowly(port: int) -> None:
     with connect(port) as client, connect(port) as silent:
         client.sendall(HEAD + b"bo")
-        assert silent.recv(1) == b""  # by now a silent one is let go
+        assert silent.recv(1) == b""  # the silent connection has been closed
         assert answered(client, b"dy")
 
 
-def test_beyond_the_bound_nobody_is_let_in(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_beyond_the_limit_are_closed(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(connection, "_MAX_CONNECTIONS", 2)
     with connect(port) as first, connect(port) as second:
         assert answered(first)
@@ -92,7 +94,7 @@ def test_beyond_the_bound_nobody_is_let_in(port: int, monkeypatch: pytest.Monkey
         assert answered(first)
 
 
-def test_the_bound_is_below_what_the_system_allows(
+def test_the_limit_depends_on_the_limit_of_open_files(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda which: (connection._OTHER_FILES + 40, 0))

@@ -9,7 +9,7 @@ from dots1_local.serve.scheduler import PrefillBudget
 
 
 def settled(tokens_a_second: float, overhead: float, n_ubatch: int = 512) -> int:
-    """What goes beside writers after many steps on a machine of such speed."""
+    """Return the budget after many steps on a machine of this speed."""
     budget = PrefillBudget(n_ubatch)
     for _ in range(50):
         budget.record(budget.tokens, overhead + budget.tokens / tokens_a_second)
@@ -20,17 +20,17 @@ def settled(tokens_a_second: float, overhead: float, n_ubatch: int = 512) -> int
     ("tokens_a_second", "overhead", "beside"),
     [
         (5000, 0.02, 512),  # a GPU: whole ubatches
-        (100, 0.2, 80),  # 0.2 s and 80 tokens are a second
+        (100, 0.2, 80),  # 0.2 s and 80 tokens take a second
         (10, 0.2, 32),  # never less
     ],
 )
-def test_a_step_beside_writers_takes_about_a_second(
+def test_the_budget_makes_a_step_take_about_a_second(
     tokens_a_second: float, overhead: float, beside: int
 ) -> None:
     assert settled(tokens_a_second, overhead) == pytest.approx(beside, abs=2)
 
 
-def test_one_slow_step_and_the_rest_of_a_prompt_say_little() -> None:
+def test_one_slow_step_halves_the_budget_and_small_steps_do_not_count() -> None:
     budget = PrefillBudget(512)
     for _ in range(10):
         budget.record(512, 0.1)
@@ -42,11 +42,11 @@ def test_one_slow_step_and_the_rest_of_a_prompt_say_little() -> None:
     assert budget.tokens == 512
 
 
-def test_a_small_ubatch_stays_one() -> None:
+def test_the_budget_is_at_most_a_ubatch() -> None:
     assert settled(5000, 0, n_ubatch=16) == settled(1, 0, n_ubatch=16) == 16
 
 
-def test_come_again_when_so_many_will_have_ended() -> None:
+def test_the_estimate_averages_recent_choices() -> None:
     eta = QueueEta()
     assert eta.seconds(1, 4) == 1
     for seconds in (1000.0, *[8.0] * 16):
@@ -56,8 +56,8 @@ def test_come_again_when_so_many_will_have_ended() -> None:
     assert eta.seconds(1, 32) == 1
 
 
-def said(text: bytes, *stop: str, cut: int = 1) -> list[tuple[str, bytes]]:
-    """Pieces of an answer whose tokens are `cut` bytes long, with their logprobs' bytes."""
+def pieces_of(text: bytes, *stop: str, cut: int = 1) -> list[tuple[str, bytes]]:
+    """Return the pieces of an answer with tokens of `cut` bytes, and their logprobs' bytes."""
     answer = PieceBuilder(0, stop)
     pieces: list[Piece | None] = []
     for start in range(0, len(text), cut):
@@ -70,23 +70,28 @@ def said(text: bytes, *stop: str, cut: int = 1) -> list[tuple[str, bytes]]:
 
 
 def test_a_character_comes_with_the_logprobs_of_all_its_tokens() -> None:
-    assert said("中文".encode()) == [("中", "中".encode()), ("文", "文".encode())]
+    assert pieces_of("中文".encode()) == [("中", "中".encode()), ("文", "文".encode())]
 
 
-def test_half_a_character_is_not_text_but_its_tokens_were_chosen() -> None:
-    assert said("中".encode()[:2]) == [("", "中".encode()[:2])]
+def test_half_a_character_is_not_text_but_its_tokens_have_logprobs() -> None:
+    assert pieces_of("中".encode()[:2]) == [("", "中".encode()[:2])]
 
 
-def test_nothing_is_said_of_tokens_after_the_stop_string() -> None:
-    assert said(b"abcdef", "cd") == [("a", b"a"), ("b", b"b")]
-    assert said(b"abcdef", "ce", "cdx") == [("a", b"a"), ("b", b"b"), ("cde", b"cde"), ("f", b"f")]
-    assert said(b"abcd", "cdx") == [("a", b"a"), ("b", b"b"), ("cd", b"cd")]
-    assert said(b"abc", "c", "bcd") == [("a", b"a"), ("b", b"b")]
+def test_tokens_after_the_stop_string_have_no_logprobs() -> None:
+    assert pieces_of(b"abcdef", "cd") == [("a", b"a"), ("b", b"b")]
+    assert pieces_of(b"abcdef", "ce", "cdx") == [
+        ("a", b"a"),
+        ("b", b"b"),
+        ("cde", b"cde"),
+        ("f", b"f"),
+    ]
+    assert pieces_of(b"abcd", "cdx") == [("a", b"a"), ("b", b"b"), ("cd", b"cd")]
+    assert pieces_of(b"abc", "c", "bcd") == [("a", b"a"), ("b", b"b")]
 
 
-def test_a_token_that_the_stop_string_begins_in_is_told_whole() -> None:
-    assert said(b"abcdefgh", "d", cut=3) == [("abc", b"abc")]
-    assert said(b"abcdefgh", "f", cut=3) == [("abc", b"abc"), ("de", b"def")]
+def test_a_token_in_which_the_stop_string_begins_has_logprobs() -> None:
+    assert pieces_of(b"abcdefgh", "d", cut=3) == [("abc", b"abc")]
+    assert pieces_of(b"abcdefgh", "f", cut=3) == [("abc", b"abc"), ("de", b"def")]
 
 
 @pytest.mark.parametrize("top", [0, 1, 5, 20])
@@ -104,7 +109,7 @@ def test_logprobs_are_the_log_softmax_of_the_row(top: int) -> None:
         assert value == pytest.approx(logs[i] - 80 - math.log(total), abs=1e-5)
 
 
-def test_a_sure_token_has_logprob_zero_and_tokens_that_cannot_come_are_no_trouble() -> None:
+def test_logits_may_be_minus_infinity() -> None:
     row = np.array([-np.inf, 100, -np.inf], np.float32)
     found = token_logprob(row, 1, 20, lambda token: b"")
     assert found.logprob == 0

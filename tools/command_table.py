@@ -9,7 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-from dots1_local.cli.repl.commands import COMMANDS, Command
+from dots1_local.cli.repl.commands import COMMANDS
+from dots1_local.cli.repl.loop import Command
 
 __all__ = ["render"]
 

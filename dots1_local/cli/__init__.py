@@ -1,6 +1,6 @@
-"""The `dots1` command: one file per verb, each parses, calls the library, and renders.
+"""The `dots1` command: each verb is a file that parses options, calls the library, and prints.
 
-Heavy imports (numpy, llama_cpp) happen inside the verbs, so that `dots1 --help` is instant.
+Verbs import heavy modules (numpy, llama_cpp) when they run, so that `dots1 --help` is instant.
 """
 
 import os
@@ -33,18 +33,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("convert")(convert)
-app.command("calibrate")(calibrate)
-app.command("export")(export)
-app.command("inspect")(inspect)
-app.command("verify")(verify)
-app.command("perplexity")(perplexity)
-app.command("chat")(chat)
-app.command("serve")(serve)
-app.command("hardware")(hardware)
-app.command("plan")(plan)
-app.command("bench")(bench)
-app.command("worker")(worker)
+for _verb in (
+    convert,
+    calibrate,
+    export,
+    inspect,
+    verify,
+    perplexity,
+    chat,
+    serve,
+    hardware,
+    plan,
+    bench,
+    worker,
+):
+    app.command(_verb.__name__)(_verb)
 
 _debug = False
 
@@ -69,7 +72,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; every expected failure is one sentence on stderr."""
+    """Run the command line; print an expected failure as one sentence on stderr."""
     _open_missing_streams()
     try:
         try:
@@ -81,17 +84,17 @@ def main() -> None:
             raise
         print(f"dots1: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except OSError as error:  # the library words its own; what is left is stdout's
+    except OSError as error:  # the library words its own errors; what is left concerns stdout
         if _debug:
             raise
-        if not isinstance(error, BrokenPipeError):  # a reader that has left is no error
+        if not isinstance(error, BrokenPipeError):  # it is not an error if the reader has left
             print(f"dots1: cannot write the output: {error.strerror or error}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # drop what is buffered
         sys.exit(1)
 
 
 def _open_missing_streams() -> None:
-    """Where a standard stream is closed, let it lead nowhere."""
+    """Let standard streams that are closed lead nowhere."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115

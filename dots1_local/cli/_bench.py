@@ -1,58 +1,72 @@
-"""`dots1 bench`: how fast a model runs here, beside what was predicted and other placements."""
+"""`dots1 bench`: measure a model's speed, beside the prediction and other placements."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dots1_local.cli._output import (
+from dots1_local.cli._options import (
     Json,
+    KVType,
+    Model,
+    Ram,
     Threads,
-    human_bytes,
-    notice,
-    print_json,
-    print_table,
-    progress_bar,
+    Vram,
+    Workers,
+    memory_limits,
+    verb,
 )
-from dots1_local.cli._planned import Ram, Vram, Workers, limits
+from dots1_local.cli._output import notice, print_json, print_table, progress_bar
 from dots1_local.errors import UsageError
+from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     from dots1_local.devices.hardware import Hardware
     from dots1_local.engine.bench import Contender, Outcome
     from dots1_local.engine.measure import Depth
-    from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import Placement
+    from dots1_local.placement.model_graph import ModelGraph
 
-__all__ = ["bench"]
+__all__ = ["BenchOptions", "bench"]
 
-_MARGIN = 256  # tokens beyond the deepest context, to write some there
+_MARGIN = 256  # tokens that are generated after the deepest context
 
 
-def bench(
-    model: Annotated[Path, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")],
+@dataclass(frozen=True)
+class BenchOptions:
+    """The arguments and options of `dots1 bench`."""
+
+    model: Model
     context: Annotated[
-        str, typer.Option("--context", "-c", help="Measure with so many tokens before.")
-    ] = "512,4096",
+        str, typer.Option("--context", "-c", help="Measure after this many tokens; a list.")
+    ] = "512,4096"
     ubatch: Annotated[
-        str | None, typer.Option("--ubatch", help="Try ours with these too, such as 512,2048.")
-    ] = None,
+        str | None,
+        typer.Option(help="Try our placement with these ubatches too, such as 512,2048."),
+    ] = None
     plan: Annotated[
         list[Path] | None,
-        typer.Option("--plan", help="Try this file of dots1 plan --json; may be repeated."),
-    ] = None,
+        typer.Option(
+            help="Try this file of dots1 plan --json instead of our placement; repeatable."
+        ),
+    ] = None
     alternatives: Annotated[
-        bool, typer.Option("--alternatives/--no-alternatives", help="Try other placements too.")
-    ] = True,
-    kv: Annotated[str | None, typer.Option("--kv", help="KV cache type.")] = None,
-    vram: Vram = None,
-    ram: Ram = None,
-    worker: Workers = None,
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """Measure prefill and decode of our placement, beside prediction and other placements.
+        bool,
+        typer.Option("--alternatives/--no-alternatives", help="Try other placements too."),
+    ] = True
+    kv: KVType = None
+    vram: Vram = None
+    ram: Ram = None
+    worker: Workers = None
+    threads: Threads = None
+    json: Json = False
+
+
+@verb
+def bench(options: BenchOptions) -> None:
+    """Measure prefill and decode of our placement, beside the prediction and other placements.
 
     dots1 bench dots1-DQ4.gguf --context 512,4096,16k
 
@@ -62,28 +76,30 @@ def bench(
     from dots1_local.engine.bench import bench as run
     from dots1_local.files.gguf import GGUFFile
     from dots1_local.placement.footprint import limited
-    from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import load_placement
     from dots1_local.placement.planner import place
+    from dots1_local.placement.model_graph import ModelGraph
 
-    depths = _numbers(context, "--context")
-    ubatches = [] if ubatch is None else _numbers(ubatch, "--ubatch")
-    plans = [(path.name, load_placement(path)) for path in plan or ()]
-    workers = _workers([placement for _, placement in plans], worker or [])
-    bounds = limits(vram, ram)
-    gguf = GGUFFile.open(model)
+    depths = _numbers(options.context, "--context")
+    ubatches = [] if options.ubatch is None else _numbers(options.ubatch, "--ubatch")
+    plans = [(path.name, load_placement(path)) for path in options.plan or ()]
+    workers = _choose_workers([placement for _, placement in plans], options.worker or [])
+    limits, threads = memory_limits(options.vram, options.ram), options.threads
+    gguf = GGUFFile.open(options.model)
     graph = ModelGraph.read(gguf)
     with progress_bar("looking at this machine") as report:
-        machine = this_machine(workers, progress=report)
-    machine = limited(machine, **bounds)
+        machine = limited(this_machine(workers, progress=report), **limits)
     tokens = depths[-1] + _MARGIN
-    ours = plans or [("ours", place(gguf, machine, context=tokens, kv_type=kv, threads=threads))]
-    contenders = list(_contenders(graph, machine, ours, ubatches, alternatives and not plans))
+    ours = plans or [
+        ("ours", place(gguf, machine, context=tokens, kv_type=options.kv, threads=threads))
+    ]
+    alternatives = options.alternatives and not plans
+    contenders = list(_contenders(graph, machine, ours, ubatches, alternatives))
     outcomes: list[Outcome] = []
     for number, contender in enumerate(contenders, 1):
         with progress_bar(f"{contender[0]} ({number} of {len(contenders)})") as report:
             outcomes += run(graph, machine, [contender], depths, report, threads=threads)
-    if as_json:
+    if options.json:
         print_json({"machine": machine.to_json(), "outcomes": [o.to_json() for o in outcomes]})
     else:
         _show(outcomes)
@@ -96,12 +112,12 @@ def _numbers(text: str, option: str) -> list[int]:
 
     numbers = [parse_context(part) for part in text.split(",") if part.strip()]
     if numbers != sorted(set(numbers)) or not numbers:
-        raise UsageError(f"{option} {text!r} is no ascending list such as 512,4096,16k")
+        raise UsageError(f"{option} {text!r} is not an ascending list such as 512,4096,16k")
     return numbers
 
 
-def _workers(plans: Sequence["Placement"], given: Sequence[str]) -> Sequence[str]:
-    """Those that plans name, or else the given ones."""
+def _choose_workers(plans: Sequence["Placement"], given: Sequence[str]) -> Sequence[str]:
+    """Return the workers that the plans name, or else the given ones."""
     if plans and given:
         raise UsageError("--plan names the workers it uses; leave out --worker")
     named = {placement.workers for placement in plans if placement.workers}
@@ -130,7 +146,7 @@ def _contenders(
     if alternatives:
         tried = [placement for _, placement in ours]
         for name, placement in baselines(graph, machine, ours[0][1]):
-            if placement not in tried:  # on a large device, several put all there
+            if placement not in tried:  # several put everything on a large device
                 tried.append(placement)
                 yield name, placement
         yield "llama.cpp by itself", None
@@ -140,10 +156,10 @@ def _show(outcomes: Sequence["Outcome"]) -> None:
     rows = [row for outcome in outcomes for row in _speed_rows(outcome)]
     header = ("placement", "context", "prefill", "predicted", "decode", "predicted", "loaded in")
     print_table(header, rows, numbers_from=1)
-    print("\ntokens a second; prefill from the context before, decode of single tokens after it\n")
-    taken = [row for outcome in outcomes for row in _byte_rows(outcome)]
-    if taken:
-        print_table(("placement", "device", "what", "bytes", "predicted"), taken, numbers_from=3)
+    print("\ntokens per second; prefill continues the context, decode adds single tokens to it\n")
+    usage = [row for outcome in outcomes for row in _byte_rows(outcome)]
+    if usage:
+        print_table(("placement", "device", "what", "bytes", "predicted"), usage, numbers_from=3)
     for outcome in outcomes:
         if outcome.error:
             notice(f"{outcome.name}: {outcome.error}")
@@ -164,16 +180,16 @@ def _speed_rows(outcome: "Outcome") -> Iterable[Sequence[str]]:
             name,
             f"{depth.tokens:,}",
             f"{depth.prefill:.1f}",
-            _against(expected, depth, "prefill"),
+            _compared(expected, depth, "prefill"),
             f"{depth.decode:.2f}",
-            _against(expected, depth, "decode"),
+            _compared(expected, depth, "decode"),
             seconds,
         )
         name = seconds = ""
 
 
-def _against(predicted: "Depth | None", real: "Depth", what: str) -> str:
-    """A prediction, and how far it is from what was measured."""
+def _compared(predicted: "Depth | None", real: "Depth", what: str) -> str:
+    """Format a prediction, and how far it is from the measurement."""
     if predicted is None:
         return "-"
     value = getattr(predicted, what)

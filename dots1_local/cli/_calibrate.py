@@ -1,123 +1,128 @@
-"""`dots1 calibrate`: importance, and reference logits, of a checkpoint no memory holds.
+"""`dots1 calibrate`: measure importance, sensitivity and reference logits of a checkpoint.
 
-Texts and conversations to the tokens that `dots1 calibrate` calibrates on.
-
-llama.cpp's own tokeniser makes them, from a GGUF of the checkpoint's vocabulary alone: calibration
-then sees what the model is going to see.
+llama.cpp's own tokeniser tokenises the texts, from a GGUF of the checkpoint's vocabulary alone, so
+that calibration sees the tokens that the model will see.
 """
 
-from dataclasses import asdict
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dots1_local.cli._options import Json, Threads, exit_on_interrupt, verb
 from dots1_local.cli._output import (
-    Json,
-    Threads,
-    human_bytes,
     notice,
     notice_resumed,
     print_json,
+    print_table,
     progress_bar,
 )
+from dots1_local.errors import CheckpointError, UsageError
+from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from dots1_local.calibrate.run import Coverage
+    from dots1_local.chat.message import Message
+    from dots1_local.engine.vocabulary import Vocabulary
     from dots1_local.files.checkpoint import Checkpoint
 
     Tokens = NDArray[np.int32]
 
-import json
-from collections.abc import Iterator, Sequence
-from functools import cached_property
-from tempfile import TemporaryDirectory
-from typing import Self
+__all__ = ["CalibrateOptions", "calibrate", "open_vocabulary", "tokenize"]
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dots1_local.chat.message import Message
-from dots1_local.chat.prompt import Prompter
-from dots1_local.convert.metadata import end_tokens
-from dots1_local.convert.tokenizer import write_vocabulary
-from dots1_local.engine.vocabulary import Vocabulary
-from dots1_local.errors import CheckpointError, UsageError
-from dots1_local.evaluate.perplexity import read_text
-from dots1_local.files.checkpoint import Checkpoint
-
-__all__ = [
-    "Texts",
-    "calibrate",
-]
+_ROLES = ("system", "user", "assistant")
 
 
-def calibrate(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """The arguments and options of `dots1 calibrate`."""
+
+    checkpoint: Annotated[Path, typer.Argument(help="A folder with config.json and safetensors.")]
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder to write.", metavar="DIR")
-    ],
-    text: Annotated[
+        Path, typer.Option("--output", "-o", help="Write to this folder.", metavar="DIR")
+    ]
+    file: Annotated[
         list[Path] | None,
-        typer.Option("--file", "-f", help="A text to calibrate on, UTF-8; repeatable."),
-    ] = None,
+        typer.Option("--file", "-f", help="Calibrate on this text, UTF-8; repeatable."),
+    ] = None
     chat: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FILE.jsonl",
-            help="Conversations to calibrate on, in the chat template's format; repeatable.",
+            help="Calibrate on these conversations, in the chat template's format; repeatable.",
         ),
-    ] = None,
+    ] = None
     logits: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write the checkpoint's log-probabilities for dots1 perplexity."
+            metavar="FILE",
+            help="Write the checkpoint's log-probabilities to this file, for dots1 perplexity.",
         ),
-    ] = None,
+    ] = None
     logits_text: Annotated[
-        Path | None, typer.Option(metavar="TEXT", help="The text --logits is about, UTF-8.")
-    ] = None,
+        Path | None,
+        typer.Option(metavar="TEXT", help="Compute --logits for this text, UTF-8."),
+    ] = None
     context: Annotated[
-        int, typer.Option("--context", "-c", min=16, help="Tokens in a chunk.")
-    ] = 512,
+        int,
+        typer.Option("--context", "-c", min=16, help="Cut texts into chunks of this many tokens."),
+    ] = 512
     chunks: Annotated[
-        int | None, typer.Option("--chunks", min=1, help="Calibrate on at most so many chunks.")
-    ] = None,
+        int | None,
+        typer.Option(min=1, help="Calibrate on at most this many chunks.", show_default="all"),
+    ] = None
     logits_chunks: Annotated[
-        int | None, typer.Option(min=1, help="Write the logits of at most so many chunks.")
-    ] = None,
+        int | None,
+        typer.Option(
+            min=1, help="Write the logits of at most this many chunks.", show_default="all"
+        ),
+    ] = None
     importance_only: Annotated[
-        bool, typer.Option("--importance-only", help="Leave sensitivity out.")
-    ] = False,
+        bool, typer.Option("--importance-only", help="Do not measure sensitivity.")
+    ] = False
     shrink_below: Annotated[
         int,
         typer.Option(
             metavar="TOKENS",
             min=0,
-            help="Draw experts that fewer tokens reach towards their layer's mean; 0 draws none.",
+            help="Shrink the importance of experts that fewer tokens reach towards their layer's "
+            "mean; 0 shrinks none.",
         ),
-    ] = 100,
+    ] = 100
     device: Annotated[
-        str | None, typer.Option(help="Where torch computes.", show_default="a GPU if there is one")
-    ] = None,
+        str | None,
+        typer.Option(help="Compute on this torch device.", show_default="a GPU if there is one"),
+    ] = None
     precision: Annotated[
         Literal["F32", "BF16"],
-        typer.Option(help="Of matrix products; BF16 is 2 to 4 times faster where a CPU has it."),
-    ] = "F32",
-    threads: Threads = None,
+        typer.Option(
+            help="Multiply matrices in this type; BF16 is 2 to 4 times faster on CPUs that have it."
+        ),
+    ] = "F32"
+    threads: Threads = None
     force: Annotated[
-        bool, typer.Option("--force", help="Replace results, and drop another unfinished run.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Measure what quantisation should spare, streaming the checkpoint a layer at a time.
+        bool,
+        typer.Option("--force", help="Replace results, and drop another unfinished run."),
+    ] = False
+    json: Json = False
 
-    Writes DIR/imatrix.gguf, for --imatrix of dots1 convert and of llama-quantize, and
-    DIR/sensitivity.json, what each type does to each tensor, for --calibration of dots1 convert. An
-    interrupted run goes on after the last layer it finished when the same command is run again.
+
+@verb
+def calibrate(options: CalibrateOptions) -> None:
+    """Measure what quantisation should spare, one layer of the checkpoint at a time.
+
+    This writes DIR/imatrix.gguf, for --imatrix of dots1 convert and of llama-quantize, and
+    DIR/sensitivity.json, what each type does to each tensor, for --calibration of dots1 convert. If
+    a run is interrupted, the same command resumes it after the last layer that was finished.
 
     Examples:
 
@@ -125,193 +130,190 @@ def calibrate(
 
       dots1 calibrate dots.llm1.inst -o calibrated --logits base.kld --logits-text wiki.test.raw
     """
-    if not text and not chat and logits is None:
-        raise typer.BadParameter("name a text to calibrate on", param_hint="--file / -f")
-    if (logits is None) != (logits_text is None):
-        raise typer.BadParameter("--logits and --logits-text go together")
-    _need_torch()
+    _check(options)
     from dots1_local.files.checkpoint import Checkpoint
 
-    source = Checkpoint.open(checkpoint)
-    with Texts(source, context) as texts:
-        calibration = texts.chunks(text or [], chat or [], chunks)
-        evaluation = texts.chunks([logits_text], [], logits_chunks) if logits_text else None
-    covered = _run(
-        source,
-        output,
-        calibration,
-        evaluation,
-        logits,
-        datasets=[
-            *(path.name for path in text or []),
-            *(f"{path.name} (chat)" for path in chat or []),
-        ],
-        device=device,
-        precision=precision,
-        threads=threads,
-        sensitivity=not importance_only,
-        least=shrink_below,
-        force=force,
-    )
-    imatrix = output / "imatrix.gguf" if calibration.size else None
-    sensitivity = output / "sensitivity.json" if imatrix and not importance_only else None
-    if json:
-        print_json(_as_json(covered, imatrix, sensitivity, calibration.size, logits))
-    elif covered:
-        _report(covered, shrink_below)
+    checkpoint = Checkpoint.open(options.checkpoint)
+    n_ctx, text = options.context, options.logits_text
+    files, chats = options.file or [], options.chat or []
+    with open_vocabulary(checkpoint) as vocabulary:
+        tokens = tokenize(checkpoint, vocabulary, n_ctx, files, chats, options.chunks)
+        evaluation = (
+            tokenize(checkpoint, vocabulary, n_ctx, [text], [], options.logits_chunks)
+            if text
+            else None
+        )
+    coverage = _run(checkpoint, tokens, evaluation, options)
+    imatrix = options.output / "imatrix.gguf" if tokens.size else None
+    measured = imatrix and not options.importance_only
+    sensitivity = options.output / "sensitivity.json" if measured else None
+    if options.json:
+        print_json(
+            {
+                "imatrix": imatrix and str(imatrix),
+                "sensitivity": sensitivity and str(sensitivity),
+                "tokens": tokens.size,
+                "layers": [asdict(layer) for layer in coverage],
+                "logits": options.logits and str(options.logits),
+            }
+        )
+    elif coverage:
+        _show(coverage, options.shrink_below)
     if imatrix is not None:
         also = f" and {sensitivity}" if sensitivity else ""
-        notice(f"wrote {imatrix}{also} from {calibration.size:,} tokens")
-    if logits is not None:
-        notice(f"wrote {logits} ({human_bytes(logits.stat().st_size)})")
+        notice(f"wrote {imatrix}{also} from {tokens.size:,} tokens")
+    if options.logits is not None:
+        notice(f"wrote {options.logits} ({human_bytes(options.logits.stat().st_size)})")
 
 
-def _need_torch() -> None:
-    from importlib.util import find_spec
-
-    from dots1_local.errors import UsageError
-
-    if find_spec("torch") is None:
+def _check(options: CalibrateOptions) -> None:
+    if not options.file and not options.chat and options.logits is None:
+        raise typer.BadParameter("name a text to calibrate on", param_hint="--file / -f")
+    if (options.logits is None) != (options.logits_text is None):
+        raise typer.BadParameter("--logits and --logits-text go together")
+    if importlib.util.find_spec("torch") is None:
         raise UsageError("dots1 calibrate computes with PyTorch: pip install 'dots1-local[torch]'")
 
 
 def _run(
     checkpoint: "Checkpoint",
-    output: Path,
     tokens: "Tokens",
     evaluation: "Tokens | None",
-    logits: Path | None,
-    *,
-    force: bool,
-    **settings: Any,
+    options: CalibrateOptions,
 ) -> "list[Coverage]":
-    from dots1_local.calibrate.run import calibrate as library
+    from dots1_local.calibrate.run import calibrate as run
     from dots1_local.evaluate.logits_writer import LogitsWriter, check_logits_target
 
-    writer = None
-    if logits is not None and evaluation is not None:
-        check_logits_target(logits, force)
-        writer = LogitsWriter(logits, evaluation, checkpoint.config.vocab_size, force=force)
-    try:
-        with progress_bar("calibration") as progress:
-            return library(
-                checkpoint,
-                output,
-                tokens,
-                evaluation=evaluation,
-                logits=writer,
-                force=force,
-                progress=progress,
-                on_resume=notice_resumed,
-                **settings,
-            )
-    except KeyboardInterrupt:
-        notice("stopped; run the same command again to go on after the last finished layer")
-        raise typer.Exit(130) from None
-
-
-def _as_json(
-    covered: "list[Coverage]",
-    imatrix: Path | None,
-    sensitivity: Path | None,
-    tokens: int,
-    logits: Path | None,
-) -> dict[str, Any]:
-    return {
-        "imatrix": str(imatrix) if imatrix else None,
-        "sensitivity": str(sensitivity) if sensitivity else None,
-        "tokens": tokens,
-        "layers": [asdict(coverage) for coverage in covered],
-        "logits": str(logits) if logits else None,
-    }
-
-
-def _report(covered: "list[Coverage]", least: int) -> None:
-    """How many tokens reached the experts of each layer, and a word where they were few."""
-    from dots1_local.cli._output import print_table
-
-    header = ("layer", "experts", "unseen", f"under {least}", "fewest tokens", "median")
-    rows = [(c.layer, c.experts, c.unseen, c.rare, c.fewest, c.median) for c in covered]
-    print_table(header, ([f"{number:,}" for number in row] for row in rows), numbers_from=0)
-    if rare := sum(c.rare for c in covered):
-        whole = sum(c.experts for c in covered)
-        notice(
-            f"{rare} of {whole} experts saw fewer than {least} tokens, and their importance is "
-            "in part their layer's mean; calibrate on more text"
+    writer, force = None, options.force
+    if options.logits is not None and evaluation is not None:
+        check_logits_target(options.logits, force)
+        vocabulary = checkpoint.config.vocab_size
+        writer = LogitsWriter(options.logits, evaluation, vocabulary, force=force)
+    with (
+        exit_on_interrupt("stopped; run the same command again to resume after the last layer"),
+        progress_bar("calibration") as progress,
+    ):
+        return run(
+            checkpoint,
+            options.output,
+            tokens,
+            evaluation=evaluation,
+            logits=writer,
+            datasets=[
+                *(path.name for path in options.file or []),
+                *(f"{path.name} (chat)" for path in options.chat or []),
+            ],
+            device=options.device,
+            precision=options.precision,
+            threads=options.threads,
+            sensitivity=not options.importance_only,
+            least=options.shrink_below,
+            force=force,
+            progress=progress,
+            on_resume=notice_resumed,
         )
 
 
-_ROLES = ("system", "user", "assistant")
+def _show(coverage: "list[Coverage]", least: int) -> None:
+    """Print how many tokens reached the experts of each layer, and warn if they were few."""
+    header = ("layer", "experts", "unseen", f"under {least}", "fewest tokens", "median")
+    rows = [(c.layer, c.experts, c.unseen, c.rare, c.fewest, c.median) for c in coverage]
+    print_table(header, ([f"{number:,}" for number in row] for row in rows), numbers_from=0)
+    if rare := sum(c.rare for c in coverage):
+        whole = sum(c.experts for c in coverage)
+        notice(
+            f"{rare} of {whole} experts saw fewer than {least} tokens, so their importance is in "
+            "part the mean of their layer; calibrate on more text"
+        )
 
 
-class Texts:
-    """A checkpoint's tokeniser, and chunks of `n_ctx` tokens; use it in a `with` statement."""
+@contextmanager
+def open_vocabulary(checkpoint: "Checkpoint") -> Iterator["Vocabulary"]:
+    """Load the checkpoint's tokeniser in llama.cpp.
 
-    def __init__(self, checkpoint: Checkpoint, n_ctx: int) -> None:
-        self._end, self._n_ctx = end_tokens(checkpoint)[:1], n_ctx
-        self._name = str(checkpoint.path)
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "vocabulary.gguf"
-            write_vocabulary(checkpoint, path)
-            self._vocabulary = Vocabulary.open(path)
+    Raises:
+        CheckpointError: the checkpoint has no tokeniser that can be converted.
+    """
+    from dots1_local.convert.tokenizer import write_vocabulary
+    from dots1_local.engine.vocabulary import Vocabulary
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._vocabulary.__exit__(*exception)
-
-    def chunks(
-        self, texts: Sequence[Path], chats: Sequence[Path], n_chunks: int | None
-    ) -> NDArray[np.int32]:
-        """Tokens (chunks, n_ctx) of all files, one after another, the rest cut off.
-
-        Raises:
-            UsageError: a file cannot be read, or all have fewer than 2 * n_ctx tokens.
-            CheckpointError: there are `chats`, but no chat template.
-        """
-        tokens: list[int] = []
-        for path in texts:
-            tokens += self._vocabulary.tokenize(read_text(path), special=False, add_bos=True)
-        for path in chats:
-            for messages in _conversations(path):
-                tokens += self._conversation(messages)
-        n_ctx, names = self._n_ctx, ", ".join(map(str, (*texts, *chats)))
-        if names and len(tokens) < 2 * n_ctx:  # what llama-imatrix and llama-perplexity ask for
-            raise UsageError(
-                f"{names} has {len(tokens)} tokens; a context of {n_ctx} needs {2 * n_ctx} or more"
-            )
-        count = min(len(tokens) // n_ctx, n_chunks or len(tokens))
-        return np.array(tokens[: count * n_ctx], np.int32).reshape(count, n_ctx)
-
-    def _conversation(self, messages: list[Message]) -> list[int]:
-        """What the model had read and written by the end of its last answer."""
-        prompt = self._prompter.tokens(messages[:-1])
-        return [*prompt, *self._prompter.content(messages[-1]), *self._end]
-
-    @cached_property
-    def _prompter(self) -> Prompter:
-        if "tokenizer.chat_template" not in self._vocabulary.gguf.keys:
-            raise CheckpointError(
-                f"{self._name} has no chat template, which --chat needs; calibrate it with -f"
-            )
-        return Prompter(self._vocabulary, self._name)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "vocabulary.gguf"
+        write_vocabulary(checkpoint, path)
+        vocabulary = Vocabulary.open(path)
+    with vocabulary:
+        yield vocabulary
 
 
-def _conversations(path: Path) -> Iterator[list[Message]]:
-    """Each line's `{"messages": [{"role": ..., "content": ...}, ...]}`, the last an answer."""
-    # splitlines() would also split at U+2028 and its like, which JSON strings may hold as they are.
+def tokenize(
+    checkpoint: "Checkpoint",
+    vocabulary: "Vocabulary",
+    n_ctx: int,
+    texts: Sequence[Path],
+    chats: Sequence[Path],
+    n_chunks: int | None,
+) -> "Tokens":
+    """Return the tokens (chunks, n_ctx) of all files in order, without an incomplete last chunk.
+
+    Raises:
+        UsageError: a file cannot be read, or all files have fewer than 2 * n_ctx tokens.
+        CheckpointError: there are `chats`, but the checkpoint has no chat template.
+    """
+    import numpy as np
+
+    from dots1_local.evaluate.perplexity import read_text
+
+    tokens: list[int] = []
+    for path in texts:
+        tokens += vocabulary.tokenize(read_text(path), special=False, add_bos=True)
+    if chats:
+        tokens += _tokenize_chats(checkpoint, vocabulary, chats)
+    names = ", ".join(map(str, (*texts, *chats)))
+    if names and len(tokens) < 2 * n_ctx:  # what llama-imatrix and llama-perplexity ask for
+        raise UsageError(
+            f"{names} has {len(tokens)} tokens; a context of {n_ctx} needs {2 * n_ctx} or more"
+        )
+    count = min(len(tokens) // n_ctx, n_chunks or len(tokens))
+    return np.array(tokens[: count * n_ctx], np.int32).reshape(count, n_ctx)
+
+
+def _tokenize_chats(
+    checkpoint: "Checkpoint", vocabulary: "Vocabulary", chats: Sequence[Path]
+) -> Iterator[int]:
+    """Yield what the model has read and written at the end of each conversation."""
+    from dots1_local.chat.prompt import Prompter
+    from dots1_local.convert.metadata import end_tokens
+
+    name = str(checkpoint.path)
+    if "tokenizer.chat_template" not in vocabulary.gguf.keys:
+        raise CheckpointError(
+            f"{name} has no chat template, which --chat needs; calibrate it with -f"
+        )
+    prompter = Prompter(vocabulary, name)
+    for path in chats:
+        for messages in _read_chats(path):
+            yield from prompter.tokens(messages[:-1])
+            yield from prompter.content(messages[-1])
+            yield from end_tokens(checkpoint)[:1]
+
+
+def _read_chats(path: Path) -> Iterator[list["Message"]]:
+    """Yield the conversation in each line: {"messages": [{"role": ..., "content": ...}, ...]}."""
+    from dots1_local.chat.message import Message
+    from dots1_local.evaluate.perplexity import read_text
+
+    # splitlines() would also split at U+2028 and its like, which JSON strings may contain.
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             messages = [Message(m["role"], m["content"]) for m in json.loads(line)["messages"]]
-            sound = all(m.role in _ROLES and isinstance(m.text, str) for m in messages)
+            valid = all(m.role in _ROLES and isinstance(m.text, str) for m in messages)
         except (ValueError, KeyError, TypeError, RecursionError):
-            sound = False
-        if not sound or len(messages) < 2 or messages[-1].role != "assistant":
+            valid = False
+        if not valid or len(messages) < 2 or messages[-1].role != "assistant":
             raise UsageError(
-                f"{path} has no conversation in line {number}; it takes "
-                '{"messages": [{"role": ..., "content": ...}, ...]} that ends with an assistant'
+                f"{path} has no conversation in line {number}; a line must be "
+                '{"messages": [{"role": ..., "content": ...}, ...]} and end with the assistant'
             )
         yield messages

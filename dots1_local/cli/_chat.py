@@ -1,109 +1,141 @@
-"""`dots1 chat`: talk to a model, or ask it one thing."""
+"""`dots1 chat`: talk to a model, or ask it one question."""
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import StrEnum
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dots1_local.cli._chat_session import Opened, existing, kept, on_engine, on_server, open_session
-from dots1_local.cli._output import Json, Threads, notice, print_json
-from dots1_local.cli._planned import Context, Plan, Workers
+from dots1_local.cli._options import (
+    Context,
+    Json,
+    Plan,
+    Threads,
+    Workers,
+    open_engine,
+    report_abort,
+    verb,
+)
+from dots1_local.cli._output import notice, plain, print_json
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.chat.conversation import Conversation
     from dots1_local.chat.dialogue import Dialogue
+    from dots1_local.chat.sampling import Sampling
 
-__all__ = ["chat"]
+__all__ = ["ChatOptions", "chat"]
 
-
-class _Overflow(StrEnum):
-    drop = "drop"
-    stop = "stop"
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
 
 
-def chat(
+@dataclass(frozen=True)
+class ChatOptions:
+    """The arguments and options of `dots1 chat`."""
+
     file: Annotated[
-        Path | None, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")
-    ] = None,
+        Path | None,
+        typer.Argument(help="A dots1 GGUF file. Optional with --url.", metavar="FILE.gguf"),
+    ] = None
     url: Annotated[
         str | None,
         typer.Option(
-            "--url", help="Talk to an OpenAI-compatible server: http://HOST:8000/v1, no FILE."
+            help="Talk to an OpenAI-compatible server, such as http://HOST:8000/v1, instead of a "
+            "FILE."
         ),
-    ] = None,
+    ] = None
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The server's model, if it has several.")
-    ] = None,
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Use this model of the server.", show_default="its only one"
+        ),
+    ] = None
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="Ask this once. Else a pipe's text, or a dialogue."),
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option("--system", help="Replace the system prompt; '' for none.")
-    ] = None,
-    load: Annotated[
-        Path | None, typer.Option("--load", help="Go on with a conversation that /save wrote.")
-    ] = None,
-    session_file: Annotated[
-        Path | None,
         typer.Option(
-            "--session", help="Go on with the conversation in this file, if any, and keep it there."
+            "--prompt",
+            "-p",
+            help="Ask this one question.",
+            show_default="what is piped in, or a dialogue",
         ),
-    ] = None,
+    ] = None
+    system: Annotated[
+        str | None, typer.Option(help="Replace the system prompt; '' removes it.")
+    ] = None
+    load: Annotated[Path | None, typer.Option(help="Resume a conversation that /save wrote.")] = (
+        None
+    )
+    session: Annotated[
+        Path | None,
+        typer.Option(help="Keep the conversation in this file, and resume it if the file exists."),
+    ] = None
     raw: Annotated[
-        bool, typer.Option("--raw", help="Complete text without a chat template: a base model.")
-    ] = False,
+        bool,
+        typer.Option("--raw", help="Complete text without a chat template, as for a base model."),
+    ] = False
     temperature: Annotated[
         float | None,
         typer.Option(
-            "--temperature", "--temp", help="0 takes the likeliest token always; 0.7 if unset."
+            "--temperature",
+            "--temp",
+            help="Sample at this temperature; 0 always takes the likeliest token.",
+            show_default="0.7",
         ),
-    ] = None,
+    ] = None
     top_k: Annotated[
         int | None,
-        typer.Option("--top-k", help="Choose among so many tokens; 40 if unset, 0 is off."),
-    ] = None,
+        typer.Option(help="Choose among this many likeliest tokens; 0 is off.", show_default="40"),
+    ] = None
     top_p: Annotated[
         float | None,
-        typer.Option("--top-p", help="Choose among this share of likelihood; 0.95 if unset."),
-    ] = None,
+        typer.Option(
+            help="Choose among the likeliest tokens that add up to this probability; 1 is off.",
+            show_default="0.95",
+        ),
+    ] = None
     min_p: Annotated[
         float | None,
-        typer.Option("--min-p", help="Drop what is this much less likely; 0.05 if unset."),
-    ] = None,
+        typer.Option(
+            help="Drop tokens below this share of the likeliest token's probability; 0 is off.",
+            show_default="0.05",
+        ),
+    ] = None
     repeat_penalty: Annotated[
         float | None,
-        typer.Option("--repeat-penalty", help="Divide what was just said by it; 1.0 if unset."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Make answers repeatable.")] = None,
+        typer.Option(help="Weaken recent tokens by this factor; 1 is off.", show_default="1.0"),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Make answers repeatable.", show_default="a new one for every answer"),
+    ] = None
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", "-n", min=1, help="Cut answers off after so many.")
-    ] = None,
+        int | None,
+        typer.Option("--max-tokens", "-n", min=1, help="Cut an answer off after this many tokens."),
+    ] = None
     stop: Annotated[
-        list[str] | None,
-        typer.Option("--stop", help="End answers before this text; may be repeated."),
-    ] = None,
+        list[str] | None, typer.Option(help="End an answer before this text; repeatable.")
+    ] = None
     overflow: Annotated[
-        _Overflow | None,
+        Literal["drop", "stop"] | None,
         typer.Option(
-            "--overflow", help="When the context is full: drop the oldest turns (if unset) or stop."
+            help="When the context is full, drop the oldest turns, or stop.", show_default="drop"
         ),
-    ] = None,
-    context: Context = None,
-    plan: Plan = None,
-    worker: Workers = None,
-    threads: Threads = None,
+    ] = None
+    context: Context = None
+    plan: Plan = None
+    worker: Workers = None
+    threads: Threads = None
     plain: Annotated[
-        bool, typer.Option("--plain", help="Print answers as they are, Markdown not rendered.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+        bool, typer.Option("--plain", help="Print answers as they are, without rendering Markdown.")
+    ] = False
+    json: Json = False
+
+
+@verb
+def chat(options: ChatOptions) -> None:
     """Talk to a model; answers go to stdout as they are written.
 
     dots1 chat dots1-Q4_K_M.gguf
@@ -114,123 +146,171 @@ def chat(
 
     dots1 chat --url http://127.0.0.1:8000/v1
 
-    A server's key is read from DOTS1_API_KEY, or else OPENAI_API_KEY.
+    The key for a server is read from DOTS1_API_KEY, or else from OPENAI_API_KEY.
     """
-    opened = _partner(
-        file, url, model, context=context, threads=threads, plan=plan, workers=worker or ()
-    )
-    if not all(stop or ()):
-        raise UsageError("--stop is empty; it would stop every answer at once")
-    if load and session_file:
-        raise UsageError("--session loads its own file; leave out --load")
-    question = _question(prompt, as_json)
-    sampling = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repeat_penalty": repeat_penalty,
-        "seed": seed,
-    }
-    others = {
-        "system": system,
-        "max_tokens": max_tokens,
-        "stop": tuple(stop) if stop else None,
-        "overflow": overflow,
-    }
-    source = load or existing(session_file)
-    with open_session(opened, source, raw, sampling, others) as (session, conversation):
-        markdown = not (plain or raw)
+    from dots1_local.cli.repl.autosave import find_session, save_at_end
+
+    _check(options)
+    question = _question(options)
+    source = options.load or find_session(options.session)
+    with _open_session(options, source) as (session, conversation):
         if question is None:
-            _converse(session, markdown, session_file, source, conversation)
+            _converse(session, options, source, conversation)
             return
-        with kept(session, session_file):
-            if as_json:
+        with save_at_end(session, options.session):
+            if options.json:
                 _answer_as_json(session, question)
             else:
-                _answer(session, question, markdown)
+                _answer(session, question, markdown=not (options.plain or options.raw))
 
 
-def _partner(file: Path | None, url: str | None, model: str | None, **options: Any) -> Opened:
-    """Whom to talk to: the model in the file, or that of a server.
+def _check(options: ChatOptions) -> None:
+    """Refuse options that contradict each other, before anything is opened.
 
     Raises:
-        UsageError: none or both are named, or options are given that the other takes.
+        UsageError: the first contradiction.
     """
-    if url is None:
-        if file is None:
+    here = ("context", "threads", "plan", "worker")
+    if options.url is None:
+        if options.file is None:
             raise UsageError("name a GGUF file to talk to, or a server with --url")
-        if model is not None:
+        if options.model is not None:
             raise UsageError("--model chooses a model of a server; name the server with --url")
-        return partial(on_engine, model=file, **options)
-    if file is not None:
-        raise UsageError(f"--url talks to a server, which has its model; leave out {file}")
-    for name, value in options.items():
-        if value:
-            option = f"--{name.removesuffix('s') if name == 'workers' else name}"
-            raise UsageError(f"{option} is for an engine here; give it to the server at --url")
-    return partial(on_server, url=url, model=model)
+    elif options.file is not None:
+        raise UsageError(f"--url talks to the model of a server; leave out {options.file}")
+    elif given := next((name for name in here if getattr(options, name)), None):
+        raise UsageError(f"--{given} is for an engine here; give it to the server at --url")
+    if not all(options.stop or ()):
+        raise UsageError("--stop is empty; it would stop every answer at once")
+    if options.load and options.session:
+        raise UsageError("--session loads its own file; leave out --load")
 
 
-def _question(prompt: str | None, as_json: bool) -> str | None:
-    """What to ask once; None for a dialogue."""
-    if prompt is None and sys.stdin.isatty():
-        if as_json:
+def _question(options: ChatOptions) -> str | None:
+    """Return what to ask once, or None for a dialogue."""
+    if options.prompt is None and sys.stdin.isatty():
+        if options.json:
             raise UsageError("--json is for one answer: ask with -p, or through a pipe")
         return None
-    text = _piped_text() if prompt is None else prompt
+    text = _piped_text() if options.prompt is None else options.prompt
     if not text.strip():
-        place = "what is piped in" if prompt is None else "-p"
+        place = "what is piped in" if options.prompt is None else "-p"
         raise UsageError(f"there is nothing to answer: {place} is empty")
     return text
 
 
 def _piped_text() -> str:
-    """All of stdin, less the newline that ends a file."""
+    """Return all of stdin, without the newline that ends a file."""
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UsageError(f"what is piped in is no UTF-8 text (at byte {error.start:,})") from None
+        raise UsageError(f"what is piped in is not UTF-8 text (at byte {error.start:,})") from None
+
+
+@contextmanager
+def _open_session(
+    options: ChatOptions, source: Path | None
+) -> Iterator[tuple["Dialogue", "Conversation | None"]]:
+    """Yield a session, and the conversation in `source` that it resumes.
+
+    A setting that no option gives stays as it is by default or in the conversation.
+
+    Raises:
+        UsageError: a setting is not valid, or the file holds no conversation.
+    """
+    from dots1_local.chat.conversation import load_conversation
+    from dots1_local.chat.sampling import Sampling
+    from dots1_local.cli.repl.autosave import resume
+
+    chosen = {name: getattr(options, name) for name in _SAMPLING}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    sampling = Sampling(**given)  # refuses a bad value before a long load
+    conversation = load_conversation(source) if source else None
+    with _connect(options, sampling) as session:
+        if source and conversation:
+            resume(source, conversation, session, quiet=not sys.stderr.isatty())
+            session.sampling = replace(session.sampling, **given)
+        stop = tuple(options.stop) if options.stop else None
+        for name in ("system", "max_tokens", "stop", "overflow"):
+            value = stop if name == "stop" else getattr(options, name)
+            if value is not None:
+                setattr(session, name, value)
+        yield session, conversation
+
+
+def _connect(options: ChatOptions, sampling: "Sampling") -> "AbstractContextManager[Dialogue]":
+    """Open a session with the model in the file or with that of a server.
+
+    Raises:
+        UsageError: an option is not valid, or the server has several models.
+        Dots1Error: the model cannot be loaded, or the server does not answer.
+    """
+    if options.url is None:
+        return _load_model(options, sampling)
+    from dots1_local.chat.remote import RemoteSession
+
+    return RemoteSession.open(
+        options.url,
+        options.model,
+        notify=lambda sentence: notice(plain(sentence)),
+        sampling=sampling,
+        raw=options.raw,
+    )
+
+
+@contextmanager
+def _load_model(options: ChatOptions, sampling: "Sampling") -> Iterator["Dialogue"]:
+    from dots1_local.chat.session import Session
+
+    assert options.file is not None
+    workers = options.worker or ()
+    with report_abort():
+        engine = open_engine(
+            options.file, options.context, options.plan, workers, threads=options.threads
+        )
+    with engine, Session(engine, sampling=sampling, raw=options.raw) as session:
+        yield session
 
 
 def _converse(
     session: "Dialogue",
-    markdown: bool,
-    file: Path | None,
+    options: ChatOptions,
     source: Path | None,
     conversation: "Conversation | None",
 ) -> None:
-    from dots1_local.cli.repl.autosave import left_behind
+    from dots1_local.cli.repl.autosave import unfinished_sessions
+    from dots1_local.cli.repl.commands import COMMANDS
     from dots1_local.cli.repl.loop import Repl
 
-    repl = Repl(session, markdown, file)
+    markdown = not (options.plain or options.raw)
+    repl = Repl(session, COMMANDS, markdown, options.session)
     if source and conversation:
-        repl.take_up(source, conversation)
+        repl.resume(source, conversation)
     if sys.stderr.isatty():
         size = "" if session.n_ctx is None else f", context of {session.n_ctx:,} tokens"
         notice(f"{session.title}{size}. /help lists commands.")
-        if found := left_behind():
+        if found := unfinished_sessions():
             more = f"{len(found)} conversations were" if len(found) > 1 else "a conversation was"
             notice(f"{more} cut off; the last goes on with /load {found[-1]}")
     repl.run()
 
 
-def _answer(session: "Dialogue", question: str, markdown: bool) -> None:
-    """One answer to stdout, then its figures to a terminal's stderr."""
-    from dots1_local.cli.repl.answer import show, tell, tell_status
+def _answer(session: "Dialogue", question: str, *, markdown: bool) -> None:
+    """Print one answer on stdout, and its figures on stderr if that is a terminal."""
+    from dots1_local.cli.repl.answer import notify, print_answer, print_status
 
-    with _ending_at_interrupt(session):
-        show(lambda progress: session.ask(question, progress=progress), markdown=markdown)
+    with _exit_if_interrupted(session):
+        print_answer(lambda progress: session.ask(question, progress=progress), markdown=markdown)
         if session.stats is not None:
-            tell(session.stats, session.n_ctx)
-        tell_status(session)
+            notify(session.stats, session.n_ctx)
+        print_status(session)
 
 
 def _answer_as_json(session: "Dialogue", question: str) -> None:
     from dots1_local.cli.repl.answer import stream
 
     pieces: list[str] = []
-    with _ending_at_interrupt(session):
+    with _exit_if_interrupted(session):
         stream(lambda progress: session.ask(question, progress=progress), pieces.append)
         stats = session.stats
         if stats is not None:
@@ -252,8 +332,8 @@ def _answer_as_json(session: "Dialogue", question: str) -> None:
 
 
 @contextmanager
-def _ending_at_interrupt(session: "Dialogue") -> Iterator[None]:
-    """Exit as programs do that Ctrl-C stopped, whether before or in the answer."""
+def _exit_if_interrupted(session: "Dialogue") -> Iterator[None]:
+    """Exit with 130 if Ctrl-C came before or in the answer, as shells do."""
     from dots1_local.cli.repl.answer import NotAnswered
 
     try:

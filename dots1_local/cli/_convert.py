@@ -1,118 +1,152 @@
-"""`dots1 convert`: a Hugging Face checkpoint, here or on the hub, to one GGUF file."""
+"""`dots1 convert`: convert a Hugging Face checkpoint, in a folder or on the hub, to a GGUF file."""
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dots1_local.cli._allocation import (
-    Bpw,
-    Calibration,
-    Context,
-    FitMemory,
-    KVType,
-    MaxKLD,
-    Size,
-    allocation_json,
-    nats,
-    print_allocation,
-    read_budget,
-    warn_of_budget,
-    warn_of_importance,
-)
-from dots1_local.cli._hub import LowDisk, Revision, hub_json, open_source, print_shards
-from dots1_local.cli._output import (
-    Json,
-    Threads,
-    human_bytes,
-    notice,
-    notice_resumed,
-    print_json,
-    progress_bar,
-)
+from dots1_local.cli._options import Force, Json, Threads, exit_on_interrupt, verb
+from dots1_local.cli._output import notice, notice_resumed, print_json, progress_bar
 
 if TYPE_CHECKING:
+    from dots1_local.architecture import Dots1Config
     from dots1_local.convert import Budget, Conversion
     from dots1_local.files.checkpoint import Checkpoint
 
-__all__ = ["convert"]
+__all__ = ["ConvertOptions", "convert"]
 
-_TYPES = "Types"
+_types = partial(typer.Option, rich_help_panel="Types")
+_budget = partial(
+    typer.Option, rich_help_panel="Types under a budget, by what dots1 calibrate measured"
+)
+_hub = partial(typer.Option, rich_help_panel="A checkpoint on the hub")
 
 
-def convert(
+@dataclass(frozen=True)
+class ConvertOptions:
+    """The arguments and options of `dots1 convert`."""
+
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="Folder with config.json and safetensors, or organisation/model on the Hugging "
+            help="A folder with config.json and safetensors, or organisation/model on the Hugging "
             "Face hub."
         ),
-    ],
+    ]
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The GGUF file to write.")
-    ] = None,
+        Path | None,
+        typer.Option("--output", "-o", help="Write this GGUF file. Optional with --dry-run."),
+    ] = None
     type_: Annotated[
         str | None,
-        typer.Option(
+        _types(
             "--type",
-            help="DQ2 to DQ6 (dynamic: routed experts low, the rest high), or a stock mix of "
-            "llama-quantize: Q4_K_M, IQ2_XXS, BF16, ...",
+            help="Use DQ2 to DQ6 (dynamic: routed experts in few bits, the rest in more), or a "
+            "stock mix of llama-quantize: Q4_K_M, IQ2_XXS, BF16, ...",
             show_default="DQ4",
-            rich_help_panel=_TYPES,
         ),
-    ] = None,
+    ] = None
     tensor_type: Annotated[
         list[str] | None,
-        typer.Option(
+        _types(
             metavar="REGEX=TYPE",
-            help="Set the type of tensors by name; repeatable.",
-            rich_help_panel=_TYPES,
+            help="Store the tensors whose names match in this type; repeatable.",
         ),
-    ] = None,
+    ] = None
     imatrix: Annotated[
         Path | None,
-        typer.Option(
-            help="Importance file of llama-imatrix (GGUF or .dat).", rich_help_panel=_TYPES
-        ),
-    ] = None,
+        _types(help="Use this importance file of llama-imatrix (GGUF or .dat)."),
+    ] = None
     pad_experts: Annotated[
         Literal["auto", "on", "off"],
-        typer.Option(
-            help="Zero-pad expert width to a multiple of 256, so that every type fits.",
-            rich_help_panel=_TYPES,
-        ),
-    ] = "auto",
+        _types(help="Zero-pad the width of experts to a multiple of 256, so that every type fits."),
+    ] = "auto"
     plan: Annotated[
         Path | None,
-        typer.Option(
-            help="Take every type from this plan (from --dry-run --json).", rich_help_panel=_TYPES
+        _types(help="Take every type from this file, which --dry-run --json wrote."),
+    ] = None
+    calibration: Annotated[
+        Path | None,
+        _budget(
+            metavar="DIR",
+            help="Use this folder, which dots1 calibrate wrote. Without a budget, its importance "
+            "file is used and the KL divergence is predicted.",
         ),
-    ] = None,
-    calibration: Calibration = None,
-    size: Size = None,
-    bpw: Bpw = None,
-    max_kld: MaxKLD = None,
-    fit_memory: FitMemory = None,
-    context: Context = None,
-    kv_type: KVType = None,
+    ] = None
+    size: Annotated[
+        str | None,
+        _budget(metavar="SIZE", help="Choose types for a file of at most SIZE, such as 48GB."),
+    ] = None
+    bpw: Annotated[
+        float | None,
+        _budget(metavar="BITS", help="Choose types for at most this many bits per weight."),
+    ] = None
+    max_kld: Annotated[
+        float | None,
+        _budget(
+            metavar="NATS",
+            help="Choose types for the smallest file whose predicted KL divergence is at most "
+            "this.",
+        ),
+    ] = None
+    fit_memory: Annotated[
+        str | None,
+        _budget(
+            metavar="MEMORY",
+            help="Choose types to fit '24GB gpu + 64GB ram', or a machine that dots1 plan "
+            "--hardware takes.",
+        ),
+    ] = None
+    context: Annotated[
+        str | None,
+        _budget(
+            metavar="TOKENS",
+            help="With --fit-memory: leave room for this context, such as 32k.",
+            show_default="16k, or what the model was trained for",
+        ),
+    ] = None
+    kv_type: Annotated[
+        str | None,
+        _budget(
+            metavar="TYPE",
+            help="With --fit-memory: keep the KV cache in this type.",
+            show_default="f16",
+        ),
+    ] = None
     split_max_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Write shards of at most SIZE, e.g. 48G.")
-    ] = None,
-    revision: Revision = None,
-    low_disk: LowDisk = False,
-    threads: Threads = None,
+        str | None,
+        typer.Option(metavar="SIZE", help="Write shards of at most SIZE, such as 48G."),
+    ] = None
+    revision: Annotated[
+        str | None,
+        _hub(metavar="REVISION", help="Take this branch, tag or commit.", show_default="main"),
+    ] = None
+    low_disk: Annotated[
+        bool,
+        _hub(
+            "--low-disk",
+            help="Fetch, convert and delete one shard after another: the disk needs room for the "
+            "GGUF file and a few shards.",
+        ),
+    ] = False
+    threads: Threads = None
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the table of types and sizes; write nothing.")
-    ] = False,
+        bool, typer.Option("--dry-run", help="Print types and sizes, and write nothing.")
+    ] = False
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="With --dry-run: a row for every tensor.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
-    json: Json = False,
-) -> None:
-    """Convert a safetensors checkpoint to a quantised GGUF.
+        bool, typer.Option("--tensors", help="With --dry-run: print a row for every tensor.")
+    ] = False
+    force: Force = False
+    json: Json = False
 
-    An interrupted conversion goes on where it stopped when the same command is run again.
+
+@verb
+def convert(options: ConvertOptions) -> None:
+    """Convert a safetensors checkpoint to a quantised GGUF file.
+
+    If a conversion is interrupted, the same command resumes it.
 
     Examples:
 
@@ -126,171 +160,137 @@ def convert(
 
       dots1 convert rednote-hilab/dots.llm1.inst -o dots.gguf --low-disk
     """
-    from functools import cache
-
+    from dots1_local.cli import _convert_report as report
     from dots1_local.sizes import parse_size
 
-    if output is None and not dry_run:
-        raise typer.BadParameter("name the file to write", param_hint="--output / -o")
-    if plan and (type_ is not None or tensor_type or pad_experts != "auto"):
-        raise typer.BadParameter("a plan sets all types and the padding", param_hint="--plan")
-    split = None if split_max_size is None else parse_size(split_max_size)
-    source = cache(lambda: open_source(checkpoint, revision, low_disk))
-    budget = read_budget(
-        lambda: source().config,
-        calibration,
-        size=size,
-        bpw=bpw,
-        max_kld=max_kld,
-        fit_memory=fit_memory,
-        context=context,
-        kv_type=kv_type,
-    )
-    conversion = _prepare(
-        source(),
-        budget,
-        type_,
-        plan,
-        calibration,
-        split,
-        imatrix=imatrix,
-        padding=pad_experts,
-        overrides=tensor_type or [],
-    )
+    _check(options)
+    split = None if options.split_max_size is None else parse_size(options.split_max_size)
+    budget = _read_budget(options)
+    checkpoint = _open_checkpoint(options)
+    if options.fit_memory is not None:
+        budget = _memory_budget(checkpoint.config, options.fit_memory, options)
+    conversion = _prepare(checkpoint, budget, split, options)
     file_bytes = conversion.file_bytes(split)
-    _warn(conversion, calibration)
-    _warn_of_overrides(conversion, tensor_type or [])
-    warn_of_budget(conversion, budget, file_bytes)
-    if dry_run or output is None:
-        _show(conversion, tensors, json, file_bytes)
-        if not json:
-            print_shards(conversion, file_bytes)
+    report.warn(conversion, options, budget, file_bytes)
+    files: tuple[Path, ...] = ()
+    if options.output is not None and not options.dry_run:
+        files = _run(conversion, options.output, split, options)
+    if options.json:
+        written = {"files": [str(path) for path in files]} if files else {}
+        print_json(report.summary(conversion, file_bytes) | written)
         return
-    result = _run(
-        conversion, output, split_max_size=split, threads=threads, force=force, low_disk=low_disk
-    )
-    if json:
-        print_json({**_summary(conversion, file_bytes), "files": [str(path) for path in result]})
+    report.show(conversion, file_bytes, tensors=options.tensors)
+    if files:
+        print("wrote " + ", ".join(map(str, files)))
     else:
-        _show(conversion, tensors, json, file_bytes)
-        print("wrote " + ", ".join(str(path) for path in result))
+        report.show_hub(conversion, file_bytes)
+
+
+def _check(options: ConvertOptions) -> None:
+    """Refuse options that contradict each other, before anything is opened."""
+    budgets = (options.size, options.bpw, options.max_kld, options.fit_memory)
+    given = sum(value is not None for value in budgets)
+    typed = options.type_ is not None
+    names = "--size, --bpw, --max-kld and --fit-memory"
+    if options.output is None and not options.dry_run:
+        raise typer.BadParameter("name the file to write", param_hint="--output / -o")
+    if options.plan and (typed or options.tensor_type or options.pad_experts != "auto"):
+        raise typer.BadParameter("a plan sets all types and the padding", param_hint="--plan")
+    if given > 1:
+        raise typer.BadParameter(f"{names} exclude each other")
+    if (options.context is not None or options.kv_type is not None) and options.fit_memory is None:
+        raise typer.BadParameter("--context and --kv-type go with --fit-memory")
+    if given and options.calibration is None:
+        raise typer.BadParameter(
+            f"{names} need what dots1 calibrate measured", param_hint="--calibration"
+        )
+    if given and (typed or options.plan):
+        raise typer.BadParameter("--type and --plan leave a budget nothing to decide")
+
+
+def _read_budget(options: ConvertOptions) -> "Budget | None":
+    """Return the budget that needs no checkpoint, or None."""
+    from dots1_local.convert import Budget
+    from dots1_local.sizes import parse_size
+
+    if options.size is not None:
+        return Budget("size", parse_size(options.size))
+    if options.bpw is not None:
+        return Budget("bpw", options.bpw)
+    return None if options.max_kld is None else Budget("kld", options.max_kld)
+
+
+def _memory_budget(config: "Dots1Config", memory: str, options: ConvertOptions) -> "Budget":
+    """Return what a memory or machine leaves for weights, and print how that was reckoned."""
+    from dots1_local.convert import Budget
+    from dots1_local.devices.machine import find_hardware, hardware_names
+    from dots1_local.placement.memory import Memory, memory_of, parse_context, weights_budget
+    from dots1_local.placement.placement import default_context
+
+    described: str | Memory = memory
+    if memory in hardware_names() or Path(memory).is_file():
+        described = memory_of(find_hardware(memory))
+    tokens = default_context(config.max_position_embeddings)
+    if options.context:
+        tokens = parse_context(options.context)
+    found = weights_budget(config, described, tokens, options.kv_type or "f16")
+    notice(found.explanation)
+    return Budget("weights", found.weights)
+
+
+def _open_checkpoint(options: ConvertOptions) -> "Checkpoint":
+    """Open the folder or the model on the hub."""
+    from dots1_local.hub import HubCheckpoint, open_checkpoint
+
+    with exit_on_interrupt("stopped"):
+        checkpoint = open_checkpoint(options.checkpoint, options.revision)
+    if options.low_disk and not isinstance(checkpoint, HubCheckpoint):
+        raise typer.BadParameter("a folder is on the disk already", param_hint="--low-disk")
+    return checkpoint
 
 
 def _prepare(
-    checkpoint: "Checkpoint",
-    budget: "Budget | None",
-    type_: str | None,
-    plan: Path | None,
-    calibration: Path | None,
-    split: int | None,
-    *,
-    imatrix: Path | None,
-    padding: Literal["auto", "on", "off"],
-    overrides: list[str],
+    checkpoint: "Checkpoint", budget: "Budget | None", split: int | None, options: ConvertOptions
 ) -> "Conversion":
     from dots1_local.convert import Conversion
     from dots1_local.quant.plan import load_plan
 
-    if budget is None or calibration is None:
-        recipe = load_plan(plan) if plan else "DQ4" if type_ is None else type_
-        return Conversion.prepare(
+    imatrix, padding = options.imatrix, options.pad_experts
+    overrides = options.tensor_type or []
+    recipe = load_plan(options.plan) if options.plan else options.type_
+    if budget is not None and options.calibration is not None:
+        return Conversion.allocate(
             checkpoint,
-            recipe,
+            budget,
+            calibration=options.calibration,
             imatrix=imatrix,
-            calibration=calibration,
             padding=padding,
             overrides=overrides,
+            split_max_size=split,
         )
-    if type_ is not None or plan is not None:
-        raise typer.BadParameter("--type and --plan leave a budget nothing to decide")
-    conversion = Conversion.allocate(
+    return Conversion.prepare(
         checkpoint,
-        budget,
-        calibration=calibration,
+        "DQ4" if recipe is None else recipe,
         imatrix=imatrix,
+        calibration=options.calibration,
         padding=padding,
         overrides=overrides,
-        split_max_size=split,
     )
-    warn_of_importance(conversion, calibration)
-    return conversion
 
 
-def _run(conversion: "Conversion", output: Path, **options: Any) -> tuple[Path, ...]:
-    try:
-        with progress_bar(output.name) as progress:
-            result = conversion.run(output, **options, progress=progress, on_resume=notice_resumed)
-    except KeyboardInterrupt:
-        notice("stopped; run the same command again to go on from here")
-        raise typer.Exit(130) from None
-    return result.paths
-
-
-def _warn(conversion: "Conversion", calibration: Path | None) -> None:
-    recipe, importance = conversion.plan.recipe, conversion.importance
-    if calibration is not None and conversion.predicted_kl is None:
-        notice(
-            f"no KL divergence is predicted: {calibration} holds no measurement of all these "
-            "types with this importance"
-        )
-    if recipe.endswith("without importance"):
-        notice(f"{recipe}: --imatrix FILE makes this size better")
-    if importance is not None and importance.partial:
-        count = sum(len(experts) for experts in importance.partial.values())
-        notice(
-            f"{importance.path.name} has no data for {count} experts in "
-            f"{len(importance.partial)} tensors; their columns count equally"
-        )
-
-
-def _warn_of_overrides(conversion: "Conversion", overrides: list[str]) -> None:
-    from dots1_local.quant.plan import parse_override
-    from dots1_local.quant.stock import is_quantisable
-
-    for text in overrides:
-        pattern = parse_override(text).pattern
-        if not any(
-            pattern.search(t.spec.name) for t in conversion.tensors if is_quantisable(t.spec)
-        ):
-            notice(f"--tensor-type {text} changes nothing: no tensor that can be quantised matches")
-
-
-def _show(conversion: "Conversion", tensors: bool, json: bool, file_bytes: int) -> None:
-    from dots1_local.cli._output import print_table, size_table
-
-    if json:
-        print_json(_summary(conversion, file_bytes))
-        return
-    if tensors:
-        rows = [
-            (t.spec.name, t.kind.name, " x ".join(map(str, t.spec.shape)), human_bytes(t.nbytes))
-            for t in conversion.tensors
-        ]
-        print_table(("tensor", "type", "shape", "bytes"), rows, numbers_from=2)
-        print()
-    if conversion.allocation is not None:
-        print_allocation(conversion, conversion.allocation, file_bytes)
-        return
-    size_table(
-        (t.spec.role, t.kind.name, t.spec.source_elements, t.nbytes) for t in conversion.tensors
-    )
-    if conversion.predicted_kl is not None:
-        print(f"\npredicted KL divergence: {nats(conversion.predicted_kl)} nats a token")
-
-
-def _summary(conversion: "Conversion", file_bytes: int) -> dict[str, Any]:
-    """The plan, as --plan reads it, and what it comes to."""
-    from json import loads
-
-    parameters = sum(tensor.spec.source_elements for tensor in conversion.tensors)
-    allocation = conversion.allocation
-    return {
-        **loads(conversion.plan.to_json()),
-        "parameters": parameters,
-        "bytes": conversion.nbytes,
-        "file_bytes": file_bytes,
-        "bpw": conversion.nbytes * 8 / parameters,
-        "predicted_kl": conversion.predicted_kl,
-        **({"allocation": allocation_json(conversion, allocation)} if allocation else {}),
-        **hub_json(conversion),
-    }
+def _run(
+    conversion: "Conversion", output: Path, split: int | None, options: ConvertOptions
+) -> tuple[Path, ...]:
+    with (
+        exit_on_interrupt("stopped; run the same command again to resume"),
+        progress_bar(output.name) as progress,
+    ):
+        return conversion.run(
+            output,
+            split_max_size=split,
+            threads=options.threads,
+            force=options.force,
+            low_disk=options.low_disk,
+            progress=progress,
+            on_resume=notice_resumed,
+        ).paths

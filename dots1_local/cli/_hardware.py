@@ -1,12 +1,14 @@
-"""`dots1 hardware`: the devices there are for a model, their memory and how fast they are."""
+"""`dots1 hardware`: show the devices of a machine, their memory and their speeds."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dots1_local.cli._output import Json, human_bytes, notice, print_json, print_table, progress_bar
+from dots1_local.cli._options import Json, Workers
+from dots1_local.cli._output import notice, print_json, print_table, progress_bar
 from dots1_local.errors import UsageError
+from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     from dots1_local.devices.hardware import Device, Hardware, Speed
@@ -18,23 +20,19 @@ def hardware(
     file: Annotated[
         str | None,
         typer.Option(
-            "--hardware", help="Show another machine: a description's file or name.", metavar="FILE"
+            "--hardware",
+            metavar="FILE",
+            help="Show the machine that this file or name describes.",
+            show_default="this machine",
         ),
     ] = None,
-    worker: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--worker",
-            help="HOST:PORT of a dots1 worker to count in; may be repeated.",
-            metavar="HOST:PORT",
-        ),
-    ] = None,
+    worker: Workers = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Measure again what was measured before.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show this machine's devices, and measure them the first time (a minute).
+    """Show this machine's devices; the first time, measure them, which takes a minute.
 
     dots1 hardware
 
@@ -44,9 +42,9 @@ def hardware(
     """
     from dots1_local.devices.machine import find_hardware, missing_backends, this_machine
 
-    if file is not None and (worker or refresh):
-        raise UsageError("--hardware shows a description; leave out --worker and --refresh")
     if file is not None:
+        if worker or refresh:
+            raise UsageError("--hardware shows a description; leave out --worker and --refresh")
         found = find_hardware(file)
     else:
         with progress_bar("measuring") as report:
@@ -72,23 +70,18 @@ def _show(machine: "Hardware") -> None:
         print(line)
     for device in devices:
         if device.speed is not None:
-            print(f"\n{device.name}, billions of multiply-adds a second")
+            print(f"\n{device.name}, billions of multiply-adds per second")
             _print_speed(device.speed)
 
 
 def _device_row(device: "Device") -> tuple[str, ...]:
-    where = f"{device.description} ({device.backend})" if device.backend != "CPU" else ""
-    row = (device.name, where or device.description, human_bytes(device.free))
-    if device.speed is None:
-        return (*row, human_bytes(device.total), "-", "-", "-")
-    speed = device.speed
-    return (
-        *row,
-        human_bytes(device.total),
-        f"{human_bytes(speed.bandwidth)}/s",
-        f"{speed.node * 1e6:.1f} µs",
-        f"{speed.split * 1e6:.0f} µs",
-    )
+    backend = "" if device.backend == "CPU" else f" ({device.backend})"
+    memory = human_bytes(device.free), human_bytes(device.total)
+    speeds: tuple[str, ...] = ("-", "-", "-")
+    if (speed := device.speed) is not None:
+        node, split = f"{speed.node * 1e6:.1f} µs", f"{speed.split * 1e6:.0f} µs"
+        speeds = (f"{human_bytes(speed.bandwidth)}/s", node, split)
+    return (device.name, f"{device.description}{backend}", *memory, *speeds)
 
 
 def _links(machine: "Hardware") -> Iterator[str]:

@@ -1,36 +1,40 @@
-"""`dots1 inspect`: what a GGUF file or a checkpoint holds."""
+"""`dots1 inspect`: show what a GGUF file or a checkpoint holds."""
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._output import Json, human_bytes, print_json, print_table, size_table
+from dots1_local.cli._options import Json
+from dots1_local.cli._output import plural, print_json, print_sizes, print_table
+from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     from dots1_local.files.inspection import InspectedTensor, Inspection
 
 __all__ = ["inspect"]
 
-_SHOWN_ITEMS = 4
-_SHOWN_CHARACTERS = 120
+_MAX_ITEMS = 4
+_MAX_CHARACTERS = 120
 
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A GGUF file (any shard of a split one) or a checkpoint folder.")
+        Path,
+        typer.Argument(help="A GGUF file, any shard of a split one, or a checkpoint's folder."),
     ],
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="List every tensor with type, shape and size.")
+        bool, typer.Option("--tensors", help="List every tensor with its type, shape and size.")
     ] = False,
     keys: Annotated[
-        bool, typer.Option("--keys", help="List the metadata keys, long values abbreviated.")
+        bool, typer.Option("--keys", help="List the metadata keys; long values are abbreviated.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a model file holds, by role of its tensors.
+    """Show what a model file holds, summed up by the role of its tensors.
 
     dots1 inspect dots1-Q4_K_M.gguf
 
@@ -52,13 +56,12 @@ def inspect(
 
 
 def _print_summary(inspection: "Inspection") -> None:
-    files = len(inspection.files)
     print(
         f"{inspection.path}: {inspection.architecture} {inspection.kind}, "
-        f"{files} file{'s' * (files != 1)}, {human_bytes(inspection.nbytes)} of tensors, "
+        f"{plural(len(inspection.files), 'file')}, {human_bytes(inspection.nbytes)} of tensors, "
         f"{_human_count(inspection.parameters)} parameters, {inspection.bpw:.3f} bits per weight\n"
     )
-    size_table((each.role, each.type, each.parameters, each.nbytes) for each in inspection.tensors)
+    print_sizes((each.role, each.type, each.parameters, each.nbytes) for each in inspection.tensors)
 
 
 def _human_count(count: int) -> str:
@@ -74,24 +77,22 @@ def _print_tensors(tensors: "Iterable[InspectedTensor]") -> None:
 
 
 def _print_keys(keys: Mapping[str, Any]) -> None:
-    rows = ((key, _abbreviated(value)) for key, value in keys.items())
+    rows = ((key, _abbreviate(value)) for key, value in keys.items())
     print_table(("key", "value"), rows, numbers_from=2)
 
 
-def _abbreviated(value: Any) -> str:
-    """A value on one line; JSON, so that no control character of a file reaches the terminal."""
-    if isinstance(value, list) and len(value) > _SHOWN_ITEMS:
-        shown = ", ".join(map(_abbreviated, value[:_SHOWN_ITEMS]))
+def _abbreviate(value: Any) -> str:
+    """Return a value on one line as JSON, which escapes a file's control characters."""
+    if isinstance(value, list) and len(value) > _MAX_ITEMS:
+        shown = ", ".join(map(_abbreviate, value[:_MAX_ITEMS]))
         return f"[{shown}, … {len(value):,} in all]"
     text = json.dumps(value, ensure_ascii=False)
-    if len(text) > _SHOWN_CHARACTERS:
-        return f"{text[:_SHOWN_CHARACTERS]}… ({len(text):,} characters)"
+    if len(text) > _MAX_CHARACTERS:
+        return f"{text[:_MAX_CHARACTERS]}… ({len(text):,} characters)"
     return text
 
 
 def _as_json(inspection: "Inspection") -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {
         "path": str(inspection.path),
         "kind": inspection.kind,

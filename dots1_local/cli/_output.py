@@ -1,70 +1,73 @@
-"""What the verbs share: data to stdout, everything else to stderr, colour only on a terminal.
+"""What verbs print: data to stdout, everything else to stderr, colour on a terminal only.
 
-Tables on stdout: ruled on a terminal, plain aligned columns in a pipe or a file.
+Tables have rules on a terminal and are plain aligned columns in a pipe or a file. `ControlFilter`
+drops terminal control from what a model or a file says.
 """
 
 import json
+import re
 import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from shutil import get_terminal_size
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from dots1_local.architecture import ROLES
 from dots1_local.progress import Progress
 from dots1_local.sizes import human_bytes
 
 __all__ = [
-    "Json",
-    "Threads",
-    "human_bytes",
+    "ControlFilter",
     "notice",
     "notice_resumed",
+    "one_line",
+    "plain",
+    "plural",
     "print_json",
+    "print_sizes",
     "print_table",
     "progress_bar",
-    "size_table",
 ]
 
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", min=1, help="CPU threads; one a core if unset.")
-]
+_PIPE_WIDTH = 10_000  # off a terminal nothing is wrapped or cut, because scripts want whole cells
+_LINE_LENGTH = 60  # characters of a text that `one_line` keeps
 
 
 def notice(message: str) -> None:
-    """Say something to the person, on stderr; a terminal's width breaks no word."""
+    """Print a message on stderr; on a terminal, wrap it between words."""
     if sys.stderr.isatty():
         width = get_terminal_size().columns
-        message = "\n".join(_wrapped(line, width) for line in message.split("\n"))
+        message = "\n".join(_wrap(line, width) for line in message.split("\n"))
     print(message, file=sys.stderr)
 
 
 def notice_resumed(done: int, total: int, unit: str, what: str) -> None:
-    """Say how much of the work a former run has done; a `Progress`."""
+    """Print how much of the work an earlier run has done; a `Progress`."""
     notice(f"resuming: {done} of {total} {unit} are done")
 
 
-def _wrapped(line: str, width: int) -> str:
+def _wrap(line: str, width: int) -> str:
     if len(line) < width:
         return line
     return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def print_json(value: Any) -> None:
-    """The one way JSON leaves the program."""
+    """Print JSON on stdout, in ASCII if stdout does not take Unicode."""
     readable = (sys.stdout.encoding or "").lower().startswith("utf")
     print(json.dumps(value, indent=2, ensure_ascii=not readable))
 
 
+def plural(count: int, noun: str) -> str:
+    """Return for example "1 file" or "3 files"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
-    """A bar on stderr with amount, rate and time left; nothing where stderr is no terminal."""
+    """Show a bar with amount, rate and time left on stderr if stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -100,16 +103,13 @@ def _amount(done: int, total: int, speed: float, unit: str) -> str:
     return f"{done:,} of {total:,} {unit}, {speed:,.0f}/s"
 
 
-_PIPE_WIDTH = 10_000  # off a terminal nothing is wrapped or cut: a script wants whole cells
+def print_sizes(tensors: Iterable[tuple[str, str, int, int]]) -> None:
+    """Print the sums of (role, type, parameters, bytes): a row per role and type, and a total.
 
-
-def size_table(entries: Iterable[tuple[str, str, int, int]]) -> None:
-    """Sum tensors given as (role, type, parameters, bytes): a row per role and type, and a total.
-
-    Rows come in the order of `ROLES`, then of first appearance; share is of the bytes.
+    Rows are in the order of `ROLES`, then of first appearance. The share is that of the bytes.
     """
     sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
-    for role, kind, parameters, nbytes in entries:
+    for role, kind, parameters, nbytes in tensors:
         for place, amount in enumerate((1, parameters, nbytes)):
             sums[role, kind][place] += amount
     whole = [sum(column) for column in zip(*sums.values(), strict=True)] or [0, 0, 0]
@@ -122,6 +122,13 @@ def size_table(entries: Iterable[tuple[str, str, int, int]]) -> None:
     print_table(header, rows, numbers_from=2, total=_size_row("total", "", whole, whole[2]))
 
 
+def _size_row(role: str, kind: str, counts: Sequence[int], all_bytes: int) -> tuple[str, ...]:
+    tensors, parameters, nbytes = counts
+    bpw = f"{8 * nbytes / parameters:.3f}" if parameters else "-"
+    share = f"{nbytes / all_bytes:.1%}" if all_bytes else "-"
+    return role, kind, f"{tensors:,}", f"{parameters:,}", human_bytes(nbytes), bpw, share
+
+
 def print_table(
     header: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -129,7 +136,7 @@ def print_table(
     numbers_from: int,
     total: Sequence[str] | None = None,
 ) -> None:
-    """Print `rows` with the columns from `numbers_from` on aligned to the right."""
+    """Print `rows`, and align the columns from `numbers_from` on to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -157,8 +164,61 @@ def print_table(
     print("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
-def _size_row(role: str, kind: str, counts: Sequence[int], all_bytes: int) -> tuple[str, ...]:
-    tensors, parameters, nbytes = counts
-    bpw = f"{8 * nbytes / parameters:.3f}" if parameters else "-"
-    share = f"{nbytes / all_bytes:.1%}" if all_bytes else "-"
-    return role, kind, f"{tensors:,}", f"{parameters:,}", human_bytes(nbytes), bpw, share
+# Control sequences of ECMA-48, in their 7-bit (ESC) and 8-bit (C1) forms. A string (OSC, DCS, APC,
+# PM or SOS) ends at the next sequence, too. A payload longer than 1,024 characters is shown from
+# there on, so that an unterminated one cannot swallow an answer.
+_SEQUENCE = re.compile(
+    r"(?:\x1b[]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x18\x1a\x1b\x90\x98\x9b-\x9f]{0,1024}"
+    r"(?P<string_end>[\x07\x18\x1a\x9c])?"
+    r"|(?:\x1b\[|\x9b)[ -?]{0,1024}(?P<csi_end>[@-~])?"
+    r"|\x1b[ -/]{0,1024}(?P<escape_end>[0-~])?"
+    # Line ends, C0 and C1, and bidirectional controls: these would make a command read differently
+    # from its bytes.
+    r"|\r\n?|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+class ControlFilter:
+    r"""Drops control sequences from a stream, however the stream is cut into pieces.
+
+    `\r\n` and a lone `\r`, which would overwrite what was read already, both become `\n`. Of the
+    C0 controls only tab and newline remain.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""  # a sequence that has not ended
+        self._after_return = False
+
+    def feed(self, text: str) -> str:
+        """Return the part of `text` that is safe to print."""
+        if not text:
+            return ""
+        if self._after_return:
+            text = text.removeprefix("\n")
+        text, self._held = self._held + text, ""
+        shown = _SEQUENCE.sub(self._replace, text)
+        self._after_return = not self._held and text.endswith("\r")
+        return shown
+
+    def finish(self) -> None:
+        """End the stream: an unfinished sequence is dropped."""
+        self._held, self._after_return = "", False
+
+    def _replace(self, match: re.Match[str]) -> str:
+        if match[0][0] == "\r":
+            return "\n"
+        introduces = match[0][0] in "\x1b\x90\x98\x9b\x9d\x9e\x9f"
+        if introduces and match.lastgroup is None and match.end() == len(match.string):
+            self._held = match[0]
+        return ""
+
+
+def plain(text: str) -> str:
+    """Return the text without terminal control."""
+    return ControlFilter().feed(text)
+
+
+def one_line(text: str) -> str:
+    """Return the beginning of the text on one line, without terminal control."""
+    line = " ".join(plain(text).split())
+    return line if len(line) <= _LINE_LENGTH else f"{line[:_LINE_LENGTH]}…"

@@ -1,62 +1,90 @@
-"""`dots1 perplexity`: how well a model predicts a text, and how far it is from another model."""
+"""`dots1 perplexity`: measure how well a model predicts a text, and how far it is from another."""
 
-from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
-from dots1_local.cli._planned import Plan, Workers, chosen_placement, one_sentence
+from dots1_local.cli._options import (
+    Json,
+    Model,
+    Plan,
+    Threads,
+    Workers,
+    choose_placement,
+    report_abort,
+    verb,
+)
+from dots1_local.cli._output import notice, print_json, progress_bar
+from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     from dots1_local.evaluate.divergence import Divergence
     from dots1_local.evaluate.perplexity import Perplexity
 
-__all__ = ["perplexity"]
+__all__ = ["PerplexityOptions", "perplexity"]
 
-_FEW = 100  # scored tokens; under these llama-perplexity prints no statistics
+_FEW = 100  # scored tokens; llama-perplexity prints no statistics for fewer
 
 
-def perplexity(
-    model: Annotated[Path, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")],
-    text: Annotated[
-        Path | None, typer.Option("--file", "-f", help="The text to predict, UTF-8.")
-    ] = None,
+@dataclass(frozen=True)
+class PerplexityOptions:
+    """The arguments and options of `dots1 perplexity`."""
+
+    model: Model
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Predict this text, UTF-8. Optional with --logits."),
+    ] = None
     context: Annotated[
         int | None,
         typer.Option(
-            "--context", "-c", min=8, help="Tokens in a chunk; half are scored.", show_default="512"
+            "--context",
+            "-c",
+            min=8,
+            help="Cut the text into chunks of this many tokens; the second half of each is scored.",
+            show_default="512",
         ),
-    ] = None,
+    ] = None
     chunks: Annotated[
-        int | None, typer.Option("--chunks", min=1, help="Stop after so many chunks.")
-    ] = None,
+        int | None,
+        typer.Option(min=1, help="Stop after this many chunks.", show_default="all"),
+    ] = None
     reference: Annotated[
         Path | None,
-        typer.Option(metavar="OTHER.gguf", help="Compare with this model, run side by side."),
-    ] = None,
+        typer.Option(metavar="OTHER.gguf", help="Compare with this model, and run both."),
+    ] = None
     logits: Annotated[
         Path | None,
-        typer.Option(help="Compare with the model that wrote this file; it brings the text."),
-    ] = None,
+        typer.Option(help="Compare with the model that wrote this file, which holds the text."),
+    ] = None
     save_logits: Annotated[
         Path | None,
-        typer.Option(help="Write log-probabilities, as llama-perplexity --kl-divergence-base."),
-    ] = None,
+        typer.Option(
+            help="Write log-probabilities to this file, as llama-perplexity --kl-divergence-base "
+            "does."
+        ),
+    ] = None
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing logits file.")
-    ] = False,
+        bool, typer.Option("--force", help="Replace an existing file of log-probabilities.")
+    ] = False
     histogram: Annotated[
-        bool, typer.Option("--histogram", help="Show KL divergence by token, when comparing.")
-    ] = False,
-    plan: Plan = None,
-    worker: Workers = None,
-    threads: Threads = None,
-    json: Json = False,
-) -> None:
-    """Measure perplexity, or KL divergence from another model, in llama-perplexity's numbers.
+        bool,
+        typer.Option(
+            "--histogram", help="With --reference or --logits: show KL divergence by token."
+        ),
+    ] = False
+    plan: Plan = None
+    worker: Workers = None
+    threads: Threads = None
+    json: Json = False
+
+
+@verb
+def perplexity(options: PerplexityOptions) -> None:
+    """Measure perplexity, or KL divergence from another model, as llama-perplexity defines them.
 
     Examples:
 
@@ -68,106 +96,91 @@ def perplexity(
 
       dots1 perplexity dots-DQ4.gguf -f wiki.test.raw --reference dots-Q8_0.gguf
     """
-    compares = reference is not None or logits is not None
-    if sum(option is not None for option in (reference, logits, save_logits)) > 1:
-        raise typer.BadParameter("give one of --reference, --logits and --save-logits")
-    if logits is None and text is None:
-        raise typer.BadParameter("name the text to predict", param_hint="--file / -f")
-    if logits is not None and text is not None:
-        raise typer.BadParameter("--logits brings its own text; leave out -f")
-    if histogram and (json or not compares):
-        raise typer.BadParameter("--histogram goes with --reference or --logits, without --json")
-    where = {
-        "placement": chosen_placement(plan, worker or ()),
-        "workers": tuple(worker or ()),
-        "threads": threads,
+    compares = options.reference is not None or options.logits is not None
+    _check(options, compares)
+    run: dict[str, Any] = {
+        "placement": choose_placement(options.plan, options.worker or ()),
+        "workers": tuple(options.worker or ()),
+        "threads": options.threads,
         "tell": notice,
+        "n_chunks": options.chunks,
     }
-    with one_sentence():
+    with report_abort():
         if compares:
-            _compare(model, text, reference, logits, context, chunks, where, json, histogram)
-        elif text is not None:
-            _measure(model, text, save_logits, force, context, chunks, where, json)
+            _compare(options, run)
+        else:
+            _measure(options, run)
 
 
-def _measure(
-    model: Path,
-    text: Path,
-    save_logits: Path | None,
-    force: bool,
-    context: int | None,
-    chunks: int | None,
-    where: Mapping[str, Any],
-    json: bool,
-) -> None:
+def _check(options: PerplexityOptions, compares: bool) -> None:
+    """Refuse options that contradict each other."""
+    logits_files = (options.reference, options.logits, options.save_logits)
+    if sum(path is not None for path in logits_files) > 1:
+        raise typer.BadParameter("give one of --reference, --logits and --save-logits")
+    if options.logits is None and options.file is None:
+        raise typer.BadParameter("name the text to predict", param_hint="--file / -f")
+    if options.logits is not None and options.file is not None:
+        raise typer.BadParameter("--logits brings its own text; leave out -f")
+    if options.histogram and (options.json or not compares):
+        raise typer.BadParameter("--histogram goes with --reference or --logits, without --json")
+
+
+def _measure(options: PerplexityOptions, run: dict[str, Any]) -> None:
     from dots1_local.evaluate import perplexity as evaluate
 
-    content = evaluate.read_text(text)
+    assert options.file is not None
+    saved = options.save_logits
     with progress_bar("perplexity") as report:
         result = evaluate.perplexity(
-            model,
-            content,
-            n_ctx=context or 512,
-            n_chunks=chunks,
-            save_logits=save_logits,
-            force=force,
+            options.model,
+            evaluate.read_text(options.file),
+            n_ctx=options.context or 512,
+            save_logits=saved,
+            force=options.force,
             progress=report,
-            **where,
+            **run,
         )
-    if save_logits is not None:
-        notice(f"wrote {save_logits} ({human_bytes(save_logits.stat().st_size)})")
-    if json:
+    if saved is not None:
+        notice(f"wrote {saved} ({human_bytes(saved.stat().st_size)})")
+    if options.json:
         print_json(_summary(result))
     else:
         print(f"Final estimate: {result}")
 
 
-def _compare(
-    model: Path,
-    text: Path | None,
-    reference: Path | None,
-    logits: Path | None,
-    context: int | None,
-    chunks: int | None,
-    where: Mapping[str, Any],
-    json: bool,
-    histogram: bool,
-) -> None:
+def _compare(options: PerplexityOptions, run: dict[str, Any]) -> None:
     from dots1_local.evaluate import perplexity as evaluate
-    from dots1_local.evaluate.divergence import histogram as picture
+    from dots1_local.evaluate.divergence import histogram
 
-    content = None if text is None else evaluate.read_text(text)
     with progress_bar("KL divergence") as report:
         result = evaluate.kl_divergence(
-            model,
-            logits=logits,
-            reference=reference,
-            text=content,
-            n_ctx=context,
-            n_chunks=chunks,
+            options.model,
+            logits=options.logits,
+            reference=options.reference,
+            text=None if options.file is None else evaluate.read_text(options.file),
+            n_ctx=options.context,
             progress=report,
-            **where,
+            **run,
         )
     if result.tokens < _FEW:
         notice(
-            f"only {result.tokens} tokens were scored: llama-perplexity prints nothing for fewer "
-            f"than {_FEW}, and errors and percentiles mean little here"
+            f"only {result.tokens} tokens were scored: llama-perplexity prints no statistics for "
+            f"fewer than {_FEW}, and errors and percentiles mean little here"
         )
-    if json:
+    if options.json:
         print_json(_summary(result))
         return
     print(result)
-    if histogram:
-        print(f"\n{picture(result.per_token)}")
+    if options.histogram:
+        print(f"\n{histogram(result.per_token)}")
 
 
 def _summary(result: "Perplexity | Divergence") -> dict[str, Any]:
-    """All figures but those of single tokens; null for what is not defined."""
-    from dataclasses import asdict
+    """Return all figures but those of single tokens; a figure that is not defined is None."""
 
-    def plain(value: Any) -> Any:
+    def finite(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
+            return {key: finite(item) for key, item in value.items()}
         return value if not isinstance(value, float) or isfinite(value) else None
 
-    return {key: plain(value) for key, value in asdict(result).items() if key != "per_token"}
+    return {key: finite(value) for key, value in asdict(result).items() if key != "per_token"}

@@ -1,51 +1,90 @@
-"""`dots1 plan`: where a model would live on a machine, and how fast it would be."""
+"""`dots1 plan`: show where a model would live on a machine, and how fast it would be."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
-from dots1_local.cli._planned import Ram, Vram, Workers, limits
+from dots1_local.cli._options import (
+    Json,
+    KVType,
+    Model,
+    Ram,
+    Threads,
+    Vram,
+    Workers,
+    memory_limits,
+    verb,
+)
+from dots1_local.cli._output import notice, plural, print_json, print_table, progress_bar
 from dots1_local.errors import UsageError
+from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     from dots1_local.devices.hardware import Hardware
-    from dots1_local.placement.model_graph import ModelGraph
+    from dots1_local.placement.speed_model import Forecast
     from dots1_local.placement.placement import Placement
+    from dots1_local.placement.model_graph import ModelGraph
 
-__all__ = ["plan"]
+__all__ = ["PlanOptions", "plan"]
+
+# The classes of bytes that the table shows, and the fields of a Usage that each class sums.
+_CLASSES = {
+    "attention": ("attention", "norm"),
+    "shared experts": ("shared",),
+    "routed experts": ("routed",),
+    "other weights": ("dense", "router", "embedding", "head"),
+    "KV cache": ("kv",),
+    "compute": ("compute", "scratch"),
+}
+_HOST_MEMORY = {
+    "plain": "as it is",
+    "pinned": "pinned, which GPUs read at full speed",
+    "repacked": "repacked in the order that the CPU's kernels like best",
+    "mapped": "the file itself, mapped",
+}
+_NEVER = 1 << 20  # tokens; no placement has a batch that large
 
 
-def plan(
-    model: Annotated[Path, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")],
+@dataclass(frozen=True)
+class PlanOptions:
+    """The arguments and options of `dots1 plan`."""
+
+    model: Model
     context: Annotated[
         str | None,
-        typer.Option("--context", "-c", help="Tokens such as 8k; 16k by default."),
-    ] = None,
-    kv: Annotated[
-        str | None,
-        typer.Option("--kv", help="KV cache type; f16 if unset, or q8_0 if only that fits."),
-    ] = None,
+        typer.Option(
+            "--context", "-c", help="Plan for this many tokens, such as 32k.", show_default="16k"
+        ),
+    ] = None
+    kv: KVType = None
     parallel: Annotated[
-        int, typer.Option("--parallel", help="For so many answers at once, with a context each.")
-    ] = 1,
-    vram: Vram = None,
-    ram: Ram = None,
+        int,
+        typer.Option(help="Plan for this many answers at once, each with the whole context."),
+    ] = 1
+    vram: Vram = None
+    ram: Ram = None
     hardware: Annotated[
         str | None,
-        typer.Option("--hardware", help="Another machine: a description's file or name."),
-    ] = None,
-    worker: Workers = None,
-    threads: Threads = None,
+        typer.Option(
+            help="Plan for the machine that this file or name describes.",
+            show_default="this machine",
+        ),
+    ] = None
+    worker: Workers = None
+    threads: Threads = None
     plan: Annotated[
         Path | None,
-        typer.Option("--plan", help="Show this plan, which you may have edited, not a new one."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Show where a model's parts would live, and how fast it would run.
+        typer.Option(help="Show this plan, which you may have edited, instead of a new one."),
+    ] = None
+    json: Json = False
+
+
+@verb
+def plan(options: PlanOptions) -> None:
+    """Show where the parts of a model would live, and how fast it would run.
 
     dots1 plan dots1-DQ4.gguf --context 16k
 
@@ -58,61 +97,72 @@ def plan(
     dots1 plan dots1-DQ4.gguf --plan plan.json
     """
     from dots1_local.files.gguf import GGUFFile
-    from dots1_local.placement.alternatives import explain_shortfall
     from dots1_local.placement.footprint import limited
     from dots1_local.placement.memory import parse_context
-    from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import check_made_for, load_placement
+    from dots1_local.placement.alternatives import explain_shortfall
     from dots1_local.placement.planner import place
+    from dots1_local.placement.model_graph import ModelGraph
 
-    if plan and (context or kv or parallel != 1 or threads or worker):
-        raise UsageError(
-            "--plan says all of --context, --kv, --parallel, --threads and --worker; edit it, or "
-            "leave them out"
-        )
-    tokens = parse_context(context) if context else None
-    bounds = limits(vram, ram)
-    gguf = GGUFFile.open(model)
+    _check(options)
+    tokens = parse_context(options.context) if options.context else None
+    limits = memory_limits(options.vram, options.ram)
+    gguf = GGUFFile.open(options.model)
     graph = ModelGraph.read(gguf)
-    made = load_placement(plan) if plan else None
-    if made:
-        check_made_for(made, gguf)
-    workers = [*made.workers] if made and hardware is None else worker or []
-    found = _machine(hardware, workers)
-    machine = limited(found, **bounds)
-    placement = made or place(
-        gguf, machine, context=tokens, sequences=parallel, kv_type=kv, threads=threads
+    placement = load_placement(options.plan) if options.plan else None
+    if placement:
+        check_made_for(placement, gguf)
+    found = _find_machine(options, placement)
+    machine = limited(found, **limits)
+    placement = placement or place(
+        gguf,
+        machine,
+        context=tokens,
+        sequences=options.parallel,
+        kv_type=options.kv,
+        threads=options.threads,
     )
-    for sentence in (
+    for warning in (
         *_warnings(graph, found, placement),
-        *_beyond(found, bounds),
-        *_unmeasured(found, described=hardware is not None),
+        *_excess_limits(found, limits),
+        *_missing_speeds(found, described=options.hardware is not None),
     ):
-        notice(sentence)
+        notice(warning)
     shortfall = explain_shortfall(graph, machine, placement)
-    if as_json:
+    if options.json:
         print_json(_as_json(graph, machine, placement, shortfall))
     else:
-        _show(model, graph, machine, placement)
+        _show(options.model, graph, machine, placement)
     if shortfall is not None:
-        notice(f"dots1: {model.name} on {machine.name}: {shortfall}")
+        notice(f"dots1: {options.model.name} on {machine.name}: {shortfall}")
         raise typer.Exit(1)
 
 
-def _machine(name: str | None, workers: list[str]) -> "Hardware":
-    """The machine to plan for: this one, or a description's."""
+def _check(options: PlanOptions) -> None:
+    """Refuse options that contradict each other."""
+    new = (options.context, options.kv, options.threads, options.worker)
+    if options.plan and (any(new) or options.parallel != 1):
+        raise UsageError(
+            "--plan sets all of --context, --kv, --parallel, --threads and --worker; edit the "
+            "file, or leave these options out"
+        )
+    if options.hardware is not None and options.worker:
+        raise UsageError("--worker is for this machine; a description has its workers in it")
+
+
+def _find_machine(options: PlanOptions, placement: "Placement | None") -> "Hardware":
+    """Return this machine with its workers, or the described one."""
     from dots1_local.devices.machine import find_hardware, this_machine
 
-    if name is None:
-        with progress_bar("looking at this machine") as report:
-            return this_machine(workers, measure="cached", progress=report)
-    if workers:
-        raise UsageError("--worker is for this machine; a description has its workers in it")
-    return find_hardware(name)
+    if options.hardware is not None:
+        return find_hardware(options.hardware)
+    workers = [*placement.workers] if placement else options.worker or []
+    with progress_bar("looking at this machine") as report:
+        return this_machine(workers, measure="cached", progress=report)
 
 
 def _warnings(graph: "ModelGraph", machine: "Hardware", placement: "Placement") -> Iterator[str]:
-    """What to know of a plan beforehand."""
+    """Say what a person should know of a plan beforehand."""
     from dots1_local.placement.footprint import kv_type_unsupported
 
     trained = graph.config.max_position_embeddings
@@ -125,44 +175,37 @@ def _warnings(graph: "ModelGraph", machine: "Hardware", placement: "Placement") 
         yield f"{sentence}; the CPU does it then, and the KV cache is copied there for every token"
 
 
-def _beyond(machine: "Hardware", bounds: dict[str, int | None]) -> Iterator[str]:
-    """Which limits are none, the machine having less."""
+def _excess_limits(machine: "Hardware", limits: dict[str, int | None]) -> Iterator[str]:
+    """Say which limits are larger than what the machine has."""
     gpus = [device for device in machine.devices if not device.worker]
-    asked = [("--ram", machine.cpu), *(("--vram", gpu) for gpu in gpus)]
-    for option, device in asked:
-        wanted = bounds[option.removeprefix("--")]
+    for option, device in [("--ram", machine.cpu), *(("--vram", gpu) for gpu in gpus)]:
+        wanted = limits[option.removeprefix("--")]
         if wanted is not None and wanted > device.total:
             yield (
                 f"{option} {human_bytes(wanted)} is more than the {human_bytes(device.total)} of "
-                f"{device.name}, which is planned with"
+                f"{device.name}; the plan uses {human_bytes(device.total)}"
             )
 
 
-def _unmeasured(machine: "Hardware", *, described: bool) -> Iterator[str]:
-    """Of which devices no speeds are known, and how they would be."""
-    lacking = [each.name for each in (machine.cpu, *machine.devices) if each.speed is None]
-    if lacking and described:
-        yield f"{machine.name} gives no speeds of {', '.join(lacking)}"
-    elif lacking:
+def _missing_speeds(machine: "Hardware", *, described: bool) -> Iterator[str]:
+    """Say which devices have no known speed, and how to measure them."""
+    missing = [each.name for each in (machine.cpu, *machine.devices) if each.speed is None]
+    if missing and described:
+        yield f"{machine.name} gives no speeds of {', '.join(missing)}"
+    elif missing:
         workers = dict.fromkeys(each.worker for each in machine.devices if each.worker)
         command = " ".join(["dots1 hardware", *(f"--worker {worker}" for worker in workers)])
         yield (
-            f"{machine.name} has not been measured ({', '.join(lacking)}): run {command}, and "
+            f"{machine.name} has not been measured ({', '.join(missing)}): run {command}, and "
             "plan again with speeds"
         )
-
-
-def _show(model: Path, graph: "ModelGraph", machine: "Hardware", placement: "Placement") -> None:
-    from dots1_local.cli._plan_screen import show_plan
-
-    show_plan(model, graph, machine, placement)
 
 
 def _as_json(
     graph: "ModelGraph", machine: "Hardware", placement: "Placement", shortfall: Any
 ) -> dict[str, Any]:
-    from dots1_local.placement.llama_args import command_line
     from dots1_local.placement.speed_model import forecast
+    from dots1_local.placement.llama_args import command_line
 
     predicted = {
         "hardware": machine.name,
@@ -171,3 +214,120 @@ def _as_json(
         "shortfall": None if shortfall is None else str(shortfall),
     }
     return placement.to_json() | {"predicted": predicted}
+
+
+def _show(model: Path, graph: "ModelGraph", machine: "Hardware", placement: "Placement") -> None:
+    """Print bytes by device, what is where, speeds, and the flags for llama.cpp."""
+    from dots1_local.placement.speed_model import forecast
+    from dots1_local.placement.llama_args import command_line
+    from dots1_local.placement.placement import human_context
+
+    predicted = forecast(graph, machine, placement)
+    print(
+        f"{model.name} ({human_bytes(placement.model_bytes)}) on {machine.name}, "
+        f"context of {human_context(placement.context, placement.sequences)} "
+        f"token{'s' * (placement.tokens != 1)}\n"
+    )
+    _print_bytes(predicted)
+    print()
+    for line in (*_locations(graph, placement), *_settings(placement)):
+        print(line)
+    print()
+    _print_speeds(predicted)
+    if placement.sequences > 1 and predicted.speeds:
+        print("All speeds are those of one answer alone.")
+    print("\nllama.cpp's own programs do the same with:")
+    print(command_line(placement, machine, str(graph.gguf.files[0])))
+
+
+def _print_bytes(predicted: "Forecast") -> None:
+    usage = predicted.usage
+    rows = [
+        (label, *(human_bytes(sum(getattr(used, n) for n in names)) for used in usage.values()))
+        for label, names in _CLASSES.items()
+    ]
+    rows.append(("margin left", *(_signed(predicted.free[name]) for name in usage)))
+    total = ("in all", *(human_bytes(usage[n].total + predicted.free[n]) for n in usage))
+    header = ("", *("RAM" if name == "CPU" else name for name in usage))
+    print_table(header, rows, numbers_from=1, total=total)
+
+
+def _signed(nbytes: int) -> str:
+    return human_bytes(nbytes) if nbytes >= 0 else f"-{human_bytes(-nbytes)}"
+
+
+def _locations(graph: "ModelGraph", placement: "Placement") -> Iterable[str]:
+    """Say on which devices the weights, KV cache and routed experts of each layer are."""
+    from dots1_local.placement.model_graph import is_routed
+
+    where: dict[str, dict[str, list[int]]] = {"layers": {}, "KV cache": {}, "routed experts": {}}
+    partly: dict[int, dict[str, str]] = {}
+    for step in graph.ops:
+        if step.part == "attn_q":
+            device = placement.device_of(step.name)
+            where["layers"].setdefault(device, []).append(step.layer)
+            kv = placement.device_of_layer(step.layer)
+            where["KV cache"].setdefault(kv, []).append(step.layer)
+        elif is_routed(step.part):
+            partly.setdefault(step.layer, {})[step.part] = placement.device_of(step.name)
+    for layer, devices in partly.items():
+        if len(set(devices.values())) == 1:
+            where["routed experts"].setdefault(next(iter(devices.values())), []).append(layer)
+    for label, devices_of in where.items():
+        yield f"{label:16}{_by_device(devices_of)}"
+    for layer, devices in partly.items():
+        if len(set(devices.values())) > 1:
+            parts = (f"{part} on {_name(device)}" for part, device in devices.items())
+            yield f"{f'in layer {layer}':16}{', '.join(parts)}"
+
+
+def _by_device(layers: Mapping[str, list[int]]) -> str:
+    return ", ".join(f"{_ranges(each)} on {_name(name)}" for name, each in layers.items())
+
+
+def _name(device: str) -> str:
+    return "RAM" if device == "CPU" else device
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2 5'."""
+    text = []
+    for number in numbers:
+        if number - 1 not in numbers:
+            last = number
+            while last + 1 in numbers:
+                last += 1
+            text.append(str(number) if last == number else f"{number}-{last}")
+    return " ".join(text)
+
+
+def _settings(placement: "Placement") -> Iterable[str]:
+    flash = "flash attention" if placement.flash_attention else "no flash attention"
+    yield f"{'KV type':16}{placement.kv_type}, {flash}"
+    yield f"{'ubatch':16}{placement.ubatch:,} tokens, {plural(placement.threads, 'thread')}"
+    held = _HOST_MEMORY[placement.host_memory]
+    batch = placement.offload_min_batch
+    if batch is not None:
+        held += (
+            "; no ubatch is worth fetching weights for"
+            if batch >= _NEVER
+            else f"; ubatches of {batch:,} tokens or more fetch weights to the first GPU"
+        )
+    yield f"{'host memory':16}{held}"
+
+
+def _print_speeds(predicted: "Forecast") -> None:
+    if not predicted.speeds:
+        print("Speeds are not predicted: the machine has not been measured.")
+        return
+    rows = [
+        (f"{at.context:,}", _speed(at.prefill), f"{at.decode:.2f}", f"{at.cost:.3f}")
+        for at in predicted.speeds
+    ]
+    header = ("context", "prefill tok/s", "decode tok/s", "1,000 more cost tok/s")
+    print_table(header, rows, numbers_from=0)
+    print(f"Prefill is of a prompt of {plural(predicted.prompt, 'token')}.")
+
+
+def _speed(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"

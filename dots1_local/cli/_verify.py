@@ -1,11 +1,15 @@
-"""`dots1 verify`: is a GGUF file what it should be, and a corrected copy where keys are wrong."""
+"""`dots1 verify`: check a GGUF file, and write a copy with corrected keys."""
 
+from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._output import Json, Threads, human_bytes, notice, print_json, progress_bar
+from dots1_local.cli._options import Json, ModelShard, Threads, exit_on_interrupt
+from dots1_local.cli._output import notice, plural, print_json, print_table, progress_bar
+from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,35 +20,31 @@ __all__ = ["verify"]
 
 
 def verify(
-    file: Annotated[
-        Path,
-        typer.Argument(help="A dots1 GGUF (any shard of a split one).", metavar="FILE.gguf"),
-    ],
+    file: ModelShard,
     against: Annotated[
         Path | None,
         typer.Option(
-            "--against",
-            help="The checkpoint it was made of: compare keys, and every tensor by relative error.",
             metavar="CHECKPOINT",
+            help="Compare keys, and the relative error of every tensor, with the checkpoint that "
+            "the file was made of.",
         ),
     ] = None,
     fix: Annotated[
         Path | None,
         typer.Option(
-            "--fix",
-            help="Write a copy with corrected keys; tensors are copied as they are, and a split "
-            "file becomes OUT-00001-of-0000N.gguf and so on.",
             metavar="OUT.gguf",
+            help="Write a copy with corrected keys and the same tensors. The copy of a split file "
+            "is OUT-00001-of-0000N.gguf and so on.",
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Check the header only, not the tensors' data.")
+        bool, typer.Option("--quick", help="Check the header only, not the data of tensors.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.gguf.")] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Check header, keys, tensors and every block of a file; exit 1 if there is an error.
+    """Check header, keys, tensors and every block of a file; exit with 1 if there is an error.
 
     dots1 verify dots1-Q4_K_M.gguf
 
@@ -57,15 +57,12 @@ def verify(
 
     if fix:
         check_output(file, fix, force=force)
-    try:
+    with exit_on_interrupt("stopped; nothing was written"):
         with progress_bar(file.name) as progress:
             report = verify_gguf(file, against, quick=quick, threads=threads, progress=progress)
         if not as_json:
             _print(report)
         fixed = _fix(report, fix, force) if fix else ()
-    except KeyboardInterrupt:
-        notice("stopped; nothing was written")
-        raise typer.Exit(130) from None
     if as_json:
         print_json(_as_json(report, fixed))
     left = [f for f in report.findings if f.severity == "error" and not (fixed and f.changes)]
@@ -77,7 +74,7 @@ def _fix(report: "Report", output: Path, force: bool) -> "Sequence[Path]":
     from dots1_local.verify.fix import write_fixed
 
     if not report.changes:
-        notice(f"no key is to be corrected; {output} is not written")
+        notice(f"no key has to be corrected; {output} is not written")
         return ()
     with progress_bar(output.name) as progress:
         paths = write_fixed(report, output, force=force, progress=progress)
@@ -88,13 +85,13 @@ def _fix(report: "Report", output: Path, force: bool) -> "Sequence[Path]":
 
 def _print(report: "Report") -> None:
     for finding in report.findings:
-        # A file's own words, such as a template's, keep their hands off the terminal.
+        # The message may quote a file, whose control characters must not reach the terminal.
         message = "".join(c if c.isprintable() else " " for c in finding.message)
         print(f"{finding.severity}: {message}")
     if worst := report.worst():
         _print_worst(worst)
     counts = [
-        f"{count} {severity}{'s' * (count != 1)}"
+        plural(count, severity)
         for severity in ("error", "warning", "note")
         if (count := sum(finding.severity == severity for finding in report.findings))
     ]
@@ -110,8 +107,6 @@ def _print(report: "Report") -> None:
 
 
 def _print_worst(tensors: "Sequence[TensorCheck]") -> None:
-    from dots1_local.cli._output import print_table
-
     header = ("tensor", "role", "type", "relative error", "worst expert")
     print_table(header, map(_row, tensors), numbers_from=3)
     print()
@@ -124,9 +119,6 @@ def _row(tensor: "TensorCheck") -> tuple[str, ...]:
 
 
 def _as_json(report: "Report", fixed: "Sequence[Path]") -> dict[str, Any]:
-    from dataclasses import asdict
-    from math import isfinite
-
     findings = [
         {
             "check": finding.check,

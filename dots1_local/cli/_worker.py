@@ -1,6 +1,5 @@
-"""`dots1 worker`: lend this machine's devices to a model that another one runs."""
+"""`dots1 worker`: lend this machine's devices to a model that another machine runs."""
 
-import os
 import signal
 from contextlib import closing
 from pathlib import Path
@@ -8,33 +7,39 @@ from typing import Annotated, Any
 
 import typer
 
-from dots1_local.cli._output import Threads, notice
+from dots1_local.cli._options import Threads, exit_on_interrupt, user_folder
+from dots1_local.cli._output import notice
+from dots1_local.errors import UsageError
 
 __all__ = ["worker"]
 
 
 def worker(
     host: Annotated[
-        str, typer.Option("--host", help="Listen at this address; others than loopback are open.")
+        str,
+        typer.Option(
+            help="Listen at this address; every address but a loopback one is open to others."
+        ),
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=1, max=65535, help="Listen at this port.")
-    ] = 50052,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Listen at this port.")] = 50052,
     threads: Threads = None,
     device: Annotated[
         list[str] | None,
-        typer.Option("--device", help="Serve this; all GPUs or else the CPU if unset. Repeatable."),
+        typer.Option(
+            help="Lend this device; repeatable.", show_default="all GPUs, or else the CPU"
+        ),
     ] = None,
     cache: Annotated[
         bool,
         typer.Option(
-            "--cache", help="Keep weights in $XDG_CACHE_HOME/dots1/rpc; they are sent only once."
+            "--cache",
+            help="Keep weights in $XDG_CACHE_HOME/dots1/rpc, so that they are sent only once.",
         ),
     ] = False,
 ) -> None:
-    """Lend this machine's devices to a model on another; Ctrl-C ends it.
+    """Lend this machine's devices to a model on another machine; Ctrl-C ends it.
 
-    There is no authentication: use it over a private link or an SSH tunnel only.
+    There is no authentication: use a worker over a private link or an SSH tunnel only.
 
     dots1 worker --port 50052
 
@@ -43,27 +48,20 @@ def worker(
     from dots1_local.devices.worker import serve
 
     signal.signal(signal.SIGTERM, _terminate)
-    folder = _cache_folder() if cache else None
+    folder = _weights_folder() if cache else None
     events = serve(host, port, threads=threads, devices=device or (), cache=folder)
-    try:
-        with closing(events):
-            for event in events:
-                notice(event)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    with exit_on_interrupt(), closing(events):
+        for event in events:
+            notice(event)
 
 
 def _terminate(number: int, frame: Any) -> None:
-    """End as the signal would have it, but by way of what frees the port."""
+    """Exit as the signal would, but by an exception, so that the port is freed."""
     raise SystemExit(128 + number)
 
 
-def _cache_folder() -> Path:
-    """The person's own, by the XDG rules."""
-    from dots1_local.errors import UsageError
-
-    cache = os.environ.get("XDG_CACHE_HOME", "")
+def _weights_folder() -> Path:
     try:
-        return Path(cache if os.path.isabs(cache) else "~/.cache").expanduser() / "dots1" / "rpc"
+        return user_folder("cache") / "rpc"
     except RuntimeError:
         raise UsageError("there is no home folder to keep weights in; set XDG_CACHE_HOME") from None

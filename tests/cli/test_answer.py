@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from dots1_local.cli.repl import loop
-from dots1_local.cli.repl.answer import NotAnswered, show, stream
+from dots1_local.cli.repl.answer import NotAnswered, print_answer, stream
 from dots1_local.errors import Dots1Error
 from dots1_local.progress import Progress
 
@@ -130,7 +130,7 @@ def test_what_stdout_cannot_encode_is_a_question_mark(
 ) -> None:
     data = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(data, encoding=encoding))
-    show(lambda progress: (piece for piece in ["中", "文"]), markdown=False)
+    print_answer(lambda progress: (piece for piece in ["中", "文"]), markdown=False)
     assert data.getvalue().decode(encoding) == shown
 
 
@@ -140,4 +140,4 @@ def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sys.stdout, "write", fail)
     with pytest.raises(Dots1Error, match="cannot write the answer: No space left"):
-        show(lambda progress: (piece for piece in ["a"]), markdown=True)
+        print_answer(lambda progress: (piece for piece in ["a"]), markdown=True)

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
 from dots1_local.cli import app
-from dots1_local.cli._calibrate import Texts
+from dots1_local.cli._calibrate import open_vocabulary, tokenize
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.importance import load_importance
 from tests.conftest import Converted
@@ -94,8 +94,9 @@ def test_experts_seen_too_little_are_said_to_be(micro: Path, text: Path, tmp_pat
 def test_tokens_are_those_of_the_tokenizer(tiny: Path) -> None:
     content = (tiny / "heldout.txt").read_text(encoding="utf-8").removesuffix("\n")
     expected = Tokenizer.from_file(str(tiny / "tokenizer.json")).encode(content).ids
-    with Texts(Checkpoint.open(tiny), 512) as texts:
-        chunks = texts.chunks([tiny / "heldout.txt"], [], None)
+    checkpoint = Checkpoint.open(tiny)
+    with open_vocabulary(checkpoint) as vocabulary:
+        chunks = tokenize(checkpoint, vocabulary, 512, [tiny / "heldout.txt"], [], None)
     assert chunks.ravel().tolist() == expected[: len(expected) // 512 * 512]
 
 
@@ -110,9 +111,10 @@ def test_conversations_have_the_templates_tokens_and_no_smuggled_ones(
         {"role": "assistant", "content": "Nobody."},
     ]
     path.write_text((json.dumps({"messages": messages}) + "\n\n") * 9)
-    with Texts(Checkpoint.open(tiny), 16) as texts:
-        tokens = texts.chunks([], [path], None).ravel().tolist()
-    end = tokens.index(Checkpoint.open(tiny).raw_config["eos_token_id"])
+    checkpoint = Checkpoint.open(tiny)
+    with open_vocabulary(checkpoint) as vocabulary:
+        tokens = tokenize(checkpoint, vocabulary, 16, [], [path], None).ravel().tolist()
+    end = tokens.index(checkpoint.raw_config["eos_token_id"])
     rendered = tokenizer.decode(tokens[: end + 1], skip_special_tokens=False)
     assert rendered == (
         "<|system|>Be brief.<|endofsystem|><|userprompt|>Who is <|endofresponse|>?"
@@ -126,8 +128,9 @@ def test_a_line_of_conversations_ends_where_json_lines_do(micro: Path, tmp_path:
     messages = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "d"}]
     line = json.dumps({"messages": messages}, ensure_ascii=False)
     path.write_text(f"{line}\r\n" * 9, encoding="utf-8", newline="")
-    with Texts(Checkpoint.open(micro), 16) as texts:
-        assert len(texts.chunks([], [path], None))
+    checkpoint = Checkpoint.open(micro)
+    with open_vocabulary(checkpoint) as vocabulary:
+        assert len(tokenize(checkpoint, vocabulary, 16, [], [path], None))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from dots1_local.chat.conversation import save_conversation
 from dots1_local.chat.message import Message
 from dots1_local.chat.session import Session
-from dots1_local.cli.repl.commands import COMMANDS, run_command
+from dots1_local.cli.repl.commands import COMMANDS
 from dots1_local.cli.repl.loop import Repl
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import UsageError
@@ -29,7 +29,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 def repl(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repl]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     with Session(engine) as session:
-        yield Repl(session)
+        yield Repl(session, COMMANDS)
 
 
 def test_no_two_commands_share_a_name() -> None:
@@ -58,13 +58,13 @@ def test_no_two_commands_share_a_name() -> None:
 def test_a_setting_is_changed_and_shown(
     repl: Repl, capsys: pytest.CaptureFixture[str], line: str, shown: str
 ) -> None:
-    run_command(repl, line)
+    repl.run_command(line)
     assert capsys.readouterr() == ("", shown + "\n")
 
 
 def test_settings_reach_the_session(repl: Repl) -> None:
     for line in ("/set min_p 0.1", "/set max_tokens 3", "/set stop a 'b c'", "/set overflow stop"):
-        run_command(repl, line)
+        repl.run_command(line)
     session = repl.session
     assert (session.sampling.min_p, session.max_tokens) == (0.1, 3)
     assert (session.stop, session.overflow) == (("a", "b c"), "stop")
@@ -75,16 +75,16 @@ def test_settings_reach_the_session(repl: Repl) -> None:
     [
         ("/set heat 1", "no setting 'heat'; choose from temperature, "),
         ("/set to 1", "choose from top_k, top_p$"),
-        ("/set temp hot", "temperature is a number from 0 up, not 'hot'"),
+        ("/set temp hot", "temperature .*a number from 0 up, not 'hot'"),
         ("/set temp -1", "temperature is -1.0"),
         ("/set temp nan", "temperature is nan"),
-        ("/set top_k 1.5", "top_k is a whole number"),
+        ("/set top_k 1.5", "top_k .*a whole number"),
         ("/set top_p 2", "top-p is 2.0"),
-        ("/set max_tokens 0", "max_tokens is a whole number from 1 up or off"),
-        ("/set stop ''", "stop is strings"),
-        ("/set stop 'open", "stop is strings"),
-        ("/set overflow grow", "overflow is drop or stop"),
-        ("/set markdown yes", "markdown is on or off"),
+        ("/set max_tokens 0", "max_tokens .*a whole number from 1 up or off"),
+        ("/set stop ''", "stop .*strings"),
+        ("/set stop 'open", "stop .*strings"),
+        ("/set overflow grow", "overflow .*drop or stop"),
+        ("/set markdown yes", "markdown .*on or off"),
         ("/regen", "no answer to make again"),
         ("/undo", "no turn to drop"),
         ("/edit", "no message to edit"),
@@ -92,17 +92,17 @@ def test_settings_reach_the_session(repl: Repl) -> None:
         ("/save", "a file name is missing"),
         ("/load", "a file name is missing"),
         ("/load ~nobody-by-this-name/x", "no such home folder"),
-        ("/read a\x1b[31m.txt", "file names with control characters are not taken"),
-        ("/save .", r"\. is no file name"),
-        ("/load /", "/ is no file name"),
-        ("/save a/..", r"a/\.\. is no file name"),
+        ("/read a\x1b[31m.txt", "control characters"),
+        ("/save .", r"\. is not a file name"),
+        ("/load /", "/ is not a file name"),
+        ("/save a/..", r"a/\.\. is not a file name"),
         ("/undo 3", "/undo takes nothing after it"),
         ("/read nowhere.txt", "cannot read nowhere.txt: No such file"),
         ("/read .", r"\. is not a file"),
         ("/read /dev/zero", "/dev/zero is not a file"),
         ("/read pipe", "pipe is not a file"),
         ("/read large.txt", "large.txt is longer than 4,194,304 bytes"),
-        ("/read latin.txt", "latin.txt is no UTF-8 text .at byte 3"),
+        ("/read latin.txt", "latin.txt .*UTF-8 .*byte 3"),
         ("/read long.txt", "long.txt is 75 tokens long; the context holds 64"),
         ("/what", "no command /what; .*a space first"),
         ("/", "no command /; "),
@@ -118,7 +118,7 @@ def test_a_refusal_is_one_sentence(
     (tmp_path / "large.txt").write_bytes(b"x" * ((4 << 20) + 1))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match=sentence) as error:
-        run_command(repl, line)
+        repl.run_command(line)
     assert "\n" not in str(error.value)
     assert repl.attached == {}
 
@@ -126,10 +126,10 @@ def test_a_refusal_is_one_sentence(
 def test_an_attached_file_can_be_taken_back(repl: Repl, tmp_path: Path) -> None:
     path = tmp_path / "a file"
     path.write_text("text", encoding="utf-8")
-    run_command(repl, f'/read "{path}"')
-    run_command(repl, f"/read {path}")
+    repl.run_command(f'/read "{path}"')
+    repl.run_command(f"/read {path}")
     assert repl.attached == {str(path): "a file:\n\ntext"}
-    run_command(repl, "/read")
+    repl.run_command("/read")
     assert repl.attached == {}
 
 
@@ -137,7 +137,7 @@ def test_what_a_file_says_does_not_reach_the_terminal_as_control(
     repl: Repl, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repl.session.messages = [Message("user", "\x1b[2Jone\n\ntwo"), Message("assistant", "A")]
-    run_command(repl, "/undo")
+    repl.run_command("/undo")
     assert capsys.readouterr().err == "dropped: one two\n"
 
 
@@ -146,20 +146,20 @@ def test_what_is_loaded_is_told(
 ) -> None:
     repl.session.messages = [Message("user", "one"), Message("assistant", "A")]
     path = tmp_path / "talk.json"
-    run_command(repl, f"/save {path}")
+    repl.run_command(f"/save {path}")
     content = json.loads(path.read_text(encoding="utf-8"))
     content["model"] = "other\x1b[2J.gguf"
     content["settings"] |= {"temperature": 0.5, "stop": ["a\x9bb"]}
     path.write_text(json.dumps(content), encoding="utf-8")
     capsys.readouterr()
-    run_command(repl, f"/load {path}")
+    repl.run_command(f"/load {path}")
     assert capsys.readouterr().err.splitlines() == [
         f"{path}: 1 turn, held with other.gguf; the last: one",
         'settings now: temperature 0.5, stop "a"',
     ]
     content["model"] = repl.session.model
     path.write_text(json.dumps(content), encoding="utf-8")
-    run_command(repl, f"/load {path}")
+    repl.run_command(f"/load {path}")
     assert capsys.readouterr().err == f"{path}: 1 turn; the last: one\n"
 
 
@@ -169,12 +169,12 @@ def test_a_kv_cache_that_cannot_be_saved_costs_a_sentence(
     assert "".join(repl.session.ask("hello!")) == "A"
     path, state = tmp_path / "talk.json", tmp_path / "talk.kv"
     state.write_text("dear diary")
-    run_command(repl, f"/save {path}")
+    repl.run_command(f"/save {path}")
     assert capsys.readouterr().err == (
         f"saved as {path}, but without its KV cache: {state} is no saved KV cache; "
         "it stays as it is, choose another name\n"
     )
-    run_command(repl, f"/load {path}")
+    repl.run_command(f"/load {path}")
     assert capsys.readouterr().err == f"{path}: 1 turn; the last: hello!\n"
 
 
@@ -184,7 +184,7 @@ def test_a_question_without_an_answer_is_offered_again(
     path = tmp_path / "talk.json"
     asked = [Message("user", "one"), Message("assistant", "A"), Message("user", "/two")]
     save_conversation(path, repl.session, asked)
-    run_command(repl, f"/load {path}")
+    repl.run_command(f"/load {path}")
     assert capsys.readouterr().err == f"{path}: 1 turn; not answered yet: /two\n"
     assert repl.session.messages == asked[:2]
     assert repl.draft == " /two"  # a slash alone would begin a command
@@ -194,10 +194,10 @@ def test_show_counts_the_conversation_as_it_is(
     repl: Repl, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "".join(repl.session.ask("hello!")) == "A"
-    run_command(repl, "/show")
+    repl.run_command("/show")
     assert "turns           1, 3 tokens of text\n" in capsys.readouterr().err
-    run_command(repl, "/clear")
-    run_command(repl, "/show")
+    repl.run_command("/clear")
+    repl.run_command("/show")
     assert "turns           0, 0 tokens of text\n" in capsys.readouterr().err
 
 
@@ -205,6 +205,6 @@ def test_show_counts_the_conversation_as_it_is(
 def test_help_names_every_command(
     repl: Repl, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    run_command(repl, name)
+    repl.run_command(name)
     shown = capsys.readouterr().err
     assert all(command.name in shown and command.help in shown for command in COMMANDS)

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from dots1_local.cli._markdown import MarkdownStream
+from dots1_local.cli.repl.markdown import MarkdownStream
 
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 BAR = "\x1b[2m│\x1b[0m"

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from dots1_local.cli._markdown import MarkdownStream
+from dots1_local.cli.repl.markdown import MarkdownStream
 from tests.cli.test_markdown import SGR, letters, render, visible
 
 PROSE = st.lists(st.text("abcdefgéß,.?’", min_size=1, max_size=12), min_size=1)

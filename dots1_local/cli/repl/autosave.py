@@ -1,45 +1,43 @@
-"""Conversations put into files and taken up again, their KV cache with them.
+"""Conversations in files: saved by name with their KV cache, and automatically as they grow.
 
-The conversation on disk while it goes on: whatever ends the process, what was said is kept.
+Whatever ends the process, the conversation is kept: in the session's file, or in a recovery file
+that is removed when the dialogue ends well. A locked file tells other processes that it is in use.
 """
 
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dots1_local.cli._output import human_bytes, notice, progress_bar
-from dots1_local.cli._plain import one_line
+from dots1_local.cli._options import user_folder
+from dots1_local.cli._output import notice, one_line, plural, progress_bar
 from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.files.partial_file import check_target, open_locked
+from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     from dots1_local.chat.conversation import Conversation
     from dots1_local.chat.dialogue import Dialogue
-
-import fcntl
-import os
-import time
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, BinaryIO
-
-from dots1_local.cli.repl.line_editor import state_folder
-
-if TYPE_CHECKING:
-    from dots1_local.chat.dialogue import Dialogue
     from dots1_local.chat.message import Message
 
 __all__ = [
-    "Keeper",
+    "AutoSave",
+    "find_session",
     "in_use",
-    "left_behind",
     "resume",
     "save",
+    "save_at_end",
+    "unfinished_sessions",
 ]
 
 
 def save(path: Path, session: "Dialogue", *, quiet: bool = False) -> None:
-    """Write the conversation to `path` and its KV cache beside it, in place of another's.
+    """Write the conversation to `path`, and its KV cache beside it.
 
-    What keeps the cache from being written is a notice; `quiet` leaves out the one of success.
+    If the KV cache cannot be written, that is a notice. `quiet` leaves out the notice of success.
 
     Raises:
         UsageError: the conversation cannot be written there.
@@ -47,9 +45,9 @@ def save(path: Path, session: "Dialogue", *, quiet: bool = False) -> None:
     from dots1_local.chat.conversation import save_conversation, state_path
     from dots1_local.chat.kv_state import drop_state
 
-    goes_on = _goes_on(path, session)
+    continues = _continues(path, session)
     save_conversation(path, session)
-    if not goes_on:
+    if not continues:
         drop_state(state_path(path))
     try:
         with progress_bar("saving") as report:
@@ -62,8 +60,8 @@ def save(path: Path, session: "Dialogue", *, quiet: bool = False) -> None:
         notice(f"saved as {path}{cache}")
 
 
-def _goes_on(path: Path, session: "Dialogue") -> bool:
-    """Whether the session goes on from what is in the file, so that its KV cache is of use."""
+def _continues(path: Path, session: "Dialogue") -> bool:
+    """Return whether the session continues the conversation in the file, so the cache fits."""
     from dots1_local.chat.conversation import load_conversation
 
     try:
@@ -77,7 +75,7 @@ def _goes_on(path: Path, session: "Dialogue") -> bool:
 def resume(
     path: Path, conversation: "Conversation", session: "Dialogue", *, quiet: bool = False
 ) -> None:
-    """Put the session where the conversation of `path` was, with as much KV cache as is usable."""
+    """Put the session where the conversation of `path` was, with as much KV cache as fits."""
     from dots1_local.chat.conversation import state_path
 
     conversation.apply(session)
@@ -88,9 +86,8 @@ def resume(
 
 
 def _summary(conversation: "Conversation", session: "Dialogue", cached: int) -> str:
-    """How far it is, and of another model it was held with."""
     turns = [message.text for message in conversation.messages if message.role == "user"]
-    parts = [f"{len(turns)} turn{'s' * (len(turns) != 1)}"]
+    parts = [plural(len(turns), "turn")]
     if cached:
         parts.append(f"{cached:,} tokens of it cached")
     if conversation.model != session.model:
@@ -101,52 +98,69 @@ def _summary(conversation: "Conversation", session: "Dialogue", cached: int) -> 
     return f"{summary}; the last: {one_line(turns[-1])}" if turns else summary
 
 
-_PATTERN = "recovery-*.json"
+def find_session(file: Path | None) -> Path | None:
+    """Return the session's file if it exists; else check that the file can be made.
+
+    Raises:
+        UsageError: another dialogue uses the file.
+        Dots1Error: the file cannot be made.
+    """
+    if file and not file.exists():
+        check_target(file, force=True)
+        return None
+    if file and in_use(file):
+        raise UsageError(f"another dialogue uses {file}; leave it first, or name another file")
+    return file
 
 
-def left_behind() -> list[Path]:
-    """Recovery files of dialogues that came to no good end, the latest last.
+@contextmanager
+def save_at_end(session: "Dialogue", file: Path | None) -> Iterator[None]:
+    """Save what is answered within, even if only in part or if llama.cpp aborts the process."""
+    from dots1_local.chat.conversation import save_conversation
+    from dots1_local.engine.abort import handling
 
-    One with a KV cache beside it is no longer that: a person saved in it.
+    def rescue(reason: str) -> None:
+        notice("\n" * sys.stdout.isatty() + f"dots1: {reason}")  # below an unfinished answer
+        if file:
+            save_conversation(file, session, session.so_far)
+
+    with handling(rescue):
+        try:
+            yield
+        finally:
+            if file and session.stats is not None:
+                save(file, session, quiet=not sys.stderr.isatty())
+
+
+def unfinished_sessions() -> list[Path]:
+    """Return the recovery files of dialogues that did not end well, the latest last.
+
+    A recovery file with a KV cache beside it does not count, because a person saved in it.
     """
     from dots1_local.chat.conversation import state_path
 
     try:
-        found = sorted(state_folder().glob(_PATTERN))
+        found = sorted(user_folder("state").glob("recovery-*.json"))
         return [path for path in found if not state_path(path).exists() and not in_use(path)]
     except (OSError, RuntimeError):
         return []
 
 
-def in_use(path: Path) -> bool:
-    """Whether a dialogue keeps its conversation in this file."""
-    if not path.is_file():  # a pipe would be waited for
-        return False
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-class Keeper:
-    """Keeps a dialogue's conversation in `file`, or else in a recovery file until a good end."""
+class AutoSave:
+    """Saves a dialogue as it grows: in `file`, or else in a recovery file until a good end."""
 
     def __init__(self, session: "Dialogue", file: Path | None = None) -> None:
         self._session, self._file = session, file
         self._recovery: Path | None = None
-        self._locks: dict[Path, BinaryIO] = {}  # files that are ours, by what they really are
-        self._complained = False
+        self._locks: dict[Path, ExitStack] = {}  # by real path
+        self._warned = False
         if file:
-            self._own(file)
+            self._claim(file)
 
-    def keep(self, messages: Sequence["Message"] | None = None) -> Path | None:
-        """Write the conversation, or other `messages`, if anything is said in it; where to.
+    def save(self, messages: Sequence["Message"] | None = None) -> Path | None:
+        """Write the conversation, or other `messages`, if it has a turn; return the file.
 
-        If it cannot be where it was asked for, that costs a notice, and the recovery file serves.
+        If `file` cannot be written, there is a notice, and the recovery file is used.
         """
         from dots1_local.chat.turns import last_turn
 
@@ -156,62 +170,64 @@ class Keeper:
         if self._file:
             problem = self._write(self._file, messages)
             if problem is None:
-                self._own(self._file)
                 return self._file
-            if not self._complained:
+            if not self._warned:
                 notice(problem)
-                self._complained = True
+                self._warned = True
         try:
             recovery = self._recovery_file()
         except (OSError, RuntimeError):
             return None
-        if self._write(recovery, messages) is not None:
-            return None
-        self._own(recovery)
-        return recovery
+        return recovery if self._write(recovery, messages) is None else None
 
-    def adopt(self, path: Path) -> None:
-        """Take over a recovery file that was loaded: a good end removes it.
+    def claim(self, path: Path) -> None:
+        """Take over a recovery file that was loaded, so that a good end removes it.
 
-        One that was loaded before stays, as this is another conversation now.
+        One that was loaded earlier is released, because this is another conversation now.
         """
-        for other in self._locks.keys() - {_real(each) for each in (path, *self._ours)}:
+        kept = {_real(each) for each in (path, self._file, self._recovery) if each}
+        for other in self._locks.keys() - kept:
             self._locks.pop(other).close()
-        if _real(path) in map(_real, left_behind()):
-            self._own(path)
+        if _real(path) in map(_real, unfinished_sessions()):
+            self._claim(path)
 
-    def save(self, path: Path) -> None:
-        """Save it where a person says, KV cache and all; no end removes that.
+    def save_as(self, path: Path) -> None:
+        """Save to a file that a person names, with the KV cache; a good end does not remove it.
 
         Raises:
-            UsageError: it cannot be saved there.
+            UsageError: the conversation cannot be saved there.
         """
         self._check_free(path)
         save(path, self._session)
         if (lock := self._locks.pop(_real(path), None)) is not None:
             lock.close()
         if self._file and _real(path) == _real(self._file):
-            self._own(self._file)
+            self._claim(self._file)
 
-    def end(self) -> None:
-        """Save in the file that was asked for, KV cache and all; there is nothing to recover.
+    def finish(self) -> None:
+        """Save to `file` with the KV cache, and remove the recovery files.
 
         Raises:
-            UsageError: it cannot be saved there; a recovery file stays.
+            UsageError: the conversation cannot be saved there; the recovery files stay.
         """
         from dots1_local.chat.turns import last_turn
 
         if self._file and (self._file.exists() or last_turn(self._session.messages) is not None):
-            self.save(self._file)
-        for path, file in self._locks.items():
+            self.save_as(self._file)
+        for path in self._locks:
             if not self._file or path != _real(self._file):
                 with suppress(OSError):
                     path.unlink()
-            file.close()
+        self.release()
+
+    def release(self) -> None:
+        """Leave all files as they are, for others to use."""
+        for lock in self._locks.values():
+            lock.close()
         self._locks.clear()
 
     def _write(self, path: Path, messages: Sequence["Message"]) -> str | None:
-        """What kept it from being written, if anything did."""
+        """Write the conversation and claim the file; return the error if that failed."""
         from dots1_local.chat.conversation import save_conversation
 
         try:
@@ -219,12 +235,8 @@ class Keeper:
             save_conversation(path, self._session, messages)
         except UsageError as error:
             return str(error)
+        self._claim(path)
         return None
-
-    @property
-    def _ours(self) -> list[Path]:
-        """Where this conversation is kept."""
-        return [path for path in (self._file, self._recovery) if path]
 
     def _check_free(self, path: Path) -> None:
         if _real(path) not in self._locks and in_use(path):
@@ -234,30 +246,35 @@ class Keeper:
 
     def _recovery_file(self) -> Path:
         if self._recovery is None:
+            folder = user_folder("state")
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             name = time.strftime(f"recovery-%Y%m%d-%H%M%S-{os.getpid()}.json")
-            self._recovery = state_folder() / name
+            self._recovery = folder / name
         return self._recovery
 
-    def _own(self, path: Path) -> None:
-        """Lock it, as a sign to other dialogues that it is in use."""
-        if (file := _locked(path)) is not None:
-            before, self._locks[_real(path)] = self._locks.get(_real(path)), file
-            if before is not None:  # the file that was replaced
-                before.close()
+    def _claim(self, path: Path) -> None:
+        """Lock the file, which may have replaced one that is locked."""
+        path, lock = _real(path), ExitStack()
+        with suppress(OSError, Dots1Error):
+            if path.is_file():
+                lock.enter_context(open_locked(path, "in use"))
+                before, self._locks[path] = self._locks.get(path), lock
+                if before is not None:
+                    before.close()
+
+
+def in_use(path: Path) -> bool:
+    """Return whether a dialogue keeps its conversation in this file."""
+    if not path.is_file():  # opening a pipe would wait
+        return False
+    try:
+        with open_locked(_real(path), "in use"):
+            return False
+    except Dots1Error:
+        return True
+    except OSError:
+        return False
 
 
 def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
-
-
-def _locked(path: Path) -> BinaryIO | None:
-    """The file, locked until it is closed; None if another process has it."""
-    with suppress(OSError):
-        file = path.open("rb")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise
-        return file
-    return None

@@ -1,19 +1,14 @@
-"""The files that commands name, and the text in them.
-
-The line a person types: editing, history, completion and messages of several lines.
-
-The person's own editor on a piece of text.
-"""
+"""What a person types: a line with history and completion, a path, or text in an editor."""
 
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import create_app_session
@@ -28,32 +23,46 @@ from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 
-from dots1_local.cli._plain import ControlFilter
+from dots1_local.cli._options import user_folder
+from dots1_local.cli._output import plain
 from dots1_local.errors import UsageError
-
-if TYPE_CHECKING:
-    from dots1_local.cli.repl.commands import Command
 
 __all__ = [
     "QUOTES",
+    "Completes",
     "LineEditor",
-    "conversation_path",
     "edit_text",
-    "editor_command",
+    "message_from",
     "read_text",
-    "state_folder",
+    "typed_as",
     "typed_path",
 ]
 
+QUOTES = '"""'
+Completes = Literal["path"] | tuple[str, ...]  # what Tab offers after a command
 
 _LARGEST_FILE = 4 << 20  # bytes; a context of 32,768 tokens holds some 150 kB of English
 
 
+def message_from(entered: str) -> str:
+    """Return the message without its quotes, or without the space that hides a slash."""
+    if entered.startswith(QUOTES):
+        entered = entered.rstrip().removeprefix(QUOTES).removesuffix(QUOTES)
+    elif entered.startswith((" /", f" {QUOTES}")):
+        entered = entered[1:]
+    return entered.strip("\n") if entered.strip() else ""
+
+
+def typed_as(message: str) -> str:
+    """Return what to type to send the message, the inverse of `message_from`."""
+    return f" {message}" if message.startswith(("/", QUOTES)) else message
+
+
 def typed_path(rest: str) -> Path:
-    """A path as it is typed: quoted, escaped, or plain with spaces.
+    """Return a path that is typed in quotes, with escapes, or as it is.
 
     Raises:
-        UsageError: there is none, or one that would steer the terminal when it is shown.
+        UsageError: there is no path, or it has control characters.
     """
     try:
         words = shlex.split(rest)
@@ -62,47 +71,22 @@ def typed_path(rest: str) -> Path:
     name = words[0] if len(words) == 1 else rest
     if not name:
         raise UsageError("a file name is missing")
-    if ControlFilter().feed(name) != name:
-        raise UsageError("file names with control characters are not taken")
+    if plain(name) != name:
+        raise UsageError("a file name must not have control characters")
     try:
         return Path(name).expanduser()
     except RuntimeError:
         raise UsageError(f"there is no such home folder: {name}") from None
 
 
-def conversation_path(rest: str) -> Path:
-    """The same, with .json where it has no ending.
-
-    Raises:
-        UsageError: there is none.
-    """
-    path = typed_path(rest)
-    if path.name in ("", ".."):
-        raise UsageError(f"{rest} is no file name")
-    return path if path.suffix else path.with_name(f"{path.name}.json")
-
-
-def state_folder() -> Path:
-    """The person's own folder for what outlives a dialogue, in the XDG state folder; it is there.
-
-    Raises:
-        OSError: it cannot be made.
-        RuntimeError: there is no home folder.
-    """
-    state = os.environ.get("XDG_STATE_HOME", "")
-    folder = Path(state if os.path.isabs(state) else "~/.local/state").expanduser() / "dots1"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
-
-
 def read_text(path: Path) -> str:
-    """The text of a file of bearable size.
+    """Return the text of a file that may fit in a context.
 
     Raises:
-        UsageError: no file, unreadable, too long for any context, or not UTF-8.
+        UsageError: the file cannot be read, is too long, or is not UTF-8 text.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe or a terminal would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe or a terminal would wait
             raise UsageError(f"{path} is not a file")
         with path.open("rb") as file:
             content = file.read(_LARGEST_FILE + 1)
@@ -113,23 +97,23 @@ def read_text(path: Path) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no UTF-8 text (at byte {error.start:,})") from None
-
-
-QUOTES = '"""'
+        raise UsageError(f"{path} is not UTF-8 text (at byte {error.start:,})") from None
 
 
 class LineEditor:
-    """Reads what a person enters; everything it shows goes to the terminal, never to a pipe."""
+    """Reads lines at the terminal, and writes to nothing else.
 
-    def __init__(self, commands: Sequence["Command"], settings: Sequence[str]) -> None:
-        with create_app_session(output=_terminal()):  # given itself, it would not see a dumb one
+    Tab completes `names` of commands, and after a name what `arguments` has for it.
+    """
+
+    def __init__(self, names: Sequence[str], arguments: Mapping[str, Completes]) -> None:
+        with create_app_session(output=_terminal()):  # a PromptSession misses dumb terminals
             self._prompt: PromptSession[str] = PromptSession(
                 "> ",
                 multiline=Condition(lambda: _is_open(self._prompt.default_buffer.text)),
                 prompt_continuation=lambda width, line, wrapped: "  " if wrapped else ". ",
                 history=_history(),
-                completer=_CommandCompleter(commands, settings),
+                completer=_CommandCompleter(names, arguments),
                 complete_while_typing=False,
                 complete_style=CompleteStyle.READLINE_LIKE,
                 key_bindings=_keys(),
@@ -137,14 +121,14 @@ class LineEditor:
             )
 
     def read(self, draft: str = "") -> str:
-        """What was entered, maybe several lines; it begins as `draft`.
+        """Return what is entered, perhaps several lines; the first line begins as `draft`.
 
         Raises:
             EOFError: Ctrl-D on an empty line.
-            KeyboardInterrupt: Ctrl-C on an empty line; elsewhere it clears the line.
+            KeyboardInterrupt: Ctrl-C on an empty line; on others Ctrl-C clears the line.
         """
         text = self._prompt.prompt(default=draft, handle_sigint=False)  # Ctrl-C is a key here
-        return text.encode("utf-8", errors="replace").decode()  # bytes that are no UTF-8
+        return text.encode("utf-8", errors="replace").decode()  # bytes that are not UTF-8
 
 
 def _terminal() -> Output:
@@ -153,7 +137,7 @@ def _terminal() -> Output:
 
 
 def _is_open(text: str) -> bool:
-    """Whether a quoted message has begun and not ended, so that Enter makes a new line."""
+    """Return whether a quoted message has not ended, so that Enter begins a new line."""
     ended = len(text.rstrip()) >= 2 * len(QUOTES) and text.rstrip().endswith(QUOTES)
     return text.startswith(QUOTES) and not ended
 
@@ -172,7 +156,7 @@ def _keys() -> KeyBindings:
 
 
 class _History(FileHistory):
-    """A disk that fills up costs the history, not the conversation."""
+    """A history whose lines are lost, and nothing else, if the disk is full."""
 
     def store_string(self, string: str) -> None:
         with suppress(OSError, UnicodeError):
@@ -180,9 +164,11 @@ class _History(FileHistory):
 
 
 def _history() -> History:
-    """The person's own file in the XDG state folder, or none where that cannot be written."""
+    """Return the history in the person's XDG state folder, or in memory if that fails."""
     try:
-        path = state_folder() / "history"
+        folder = user_folder("state")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = folder / "history"
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, mode=0o600))
         path.chmod(0o600)
     except (OSError, RuntimeError):  # RuntimeError: there is no home folder
@@ -191,10 +177,10 @@ def _history() -> History:
 
 
 class _CommandCompleter(Completer):
-    """Names of commands, then whatever the command wants next."""
+    """Offers names of commands, then what a command takes."""
 
-    def __init__(self, commands: Sequence["Command"], settings: Sequence[str]) -> None:
-        self._commands, self._settings = commands, settings
+    def __init__(self, names: Sequence[str], arguments: Mapping[str, Completes]) -> None:
+        self._names, self._arguments = names, arguments
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(
@@ -203,15 +189,12 @@ class _CommandCompleter(Completer):
         word, space, rest = document.text_before_cursor.partition(" ")
         if not word.startswith("/"):
             return
-        if not space:
-            yield from _starting(word, (command.name for command in self._commands))
-            return
-        wants = {name: each.completes for each in self._commands for name in each.names}.get(word)
-        if wants == "path":
+        offered = self._arguments.get(word, ()) if space else self._names
+        if offered == "path":
             rest = rest.lstrip()
             yield from self._paths.get_completions(Document(rest, len(rest)), complete_event)
-        elif wants == "setting" and " " not in rest:
-            yield from _starting(rest, self._settings)
+        else:
+            yield from _starting(rest if space else word, offered)
 
 
 def _starting(prefix: str, words: Iterable[str]) -> Iterator[Completion]:
@@ -220,30 +203,26 @@ def _starting(prefix: str, words: Iterable[str]) -> Iterator[Completion]:
             yield Completion(word, start_position=-len(prefix))
 
 
-def editor_command() -> list[str]:
-    """$VISUAL or $EDITOR, as words; none if neither is set.
+def edit_text(text: str) -> str | None:
+    """Let a person edit `text` in $VISUAL or $EDITOR; None if neither is set.
+
+    The newline that editors put at the end of a file is dropped.
 
     Raises:
-        UsageError: it has an unclosed quote.
+        UsageError: the editor cannot be run, fails, or leaves something that is not UTF-8.
     """
-    command = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ""
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ""
     try:
-        return shlex.split(command)
+        command = shlex.split(editor)
     except ValueError as error:
-        raise UsageError(f"the editor {command!r} is no command: {error}") from None
-
-
-def edit_text(command: list[str], text: str) -> str:
-    """What a person makes of `text`, without the newline that editors end a file with.
-
-    Raises:
-        UsageError: the editor cannot be run, fails, or leaves what is no UTF-8.
-    """
+        raise UsageError(f"cannot run the editor {editor!r}: {error}") from None
+    if not command:
+        return None
     with TemporaryDirectory(prefix="dots1-") as folder:
         path = Path(folder) / "message.md"
         path.write_text(text, encoding="utf-8")
         try:
-            # stdout may be a pipe for answers; an editor wants the terminal.
+            # stdout may be a pipe for answers, but an editor needs the terminal.
             status = subprocess.run([*command, str(path)], stdout=sys.stderr, check=False)
             edited = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -1,42 +1,59 @@
-"""The loop of a dialogue: a line in, a command carried out or an answer streamed."""
+"""The loop of a dialogue: read a line, then run a command or stream an answer."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dots1_local.cli._output import notice
+from dots1_local.cli._output import notice, plain
 from dots1_local.cli.repl.answer import (
     Ask,
     NotAnswered,
+    echo_controls,
     interrupts,
-    show,
-    show_caret,
-    tell,
-    tell_status,
+    notify,
+    print_answer,
+    print_status,
 )
-from dots1_local.cli.repl.autosave import Keeper
-from dots1_local.cli.repl.commands import COMMANDS, run_command
-from dots1_local.cli.repl.line_editor import QUOTES, LineEditor
-from dots1_local.cli.repl.settings import SETTINGS
-from dots1_local.errors import Dots1Error
+from dots1_local.cli.repl.autosave import AutoSave
+from dots1_local.cli.repl.line_editor import Completes, LineEditor, message_from, typed_as
+from dots1_local.errors import Dots1Error, UsageError
 
 if TYPE_CHECKING:
     from dots1_local.chat.conversation import Conversation
     from dots1_local.chat.dialogue import Dialogue
     from dots1_local.chat.message import AnswerStats
 
-__all__ = ["Repl"]
+__all__ = ["Command", "Repl"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a dialogue: `run` gets the rest of the line, and Tab offers `completes`."""
+
+    name: str
+    aliases: tuple[str, ...]
+    arguments: str
+    help: str
+    run: Callable[["Repl", str], None]
+    completes: Completes = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and the aliases."""
+        return (self.name, *self.aliases)
 
 
 @dataclass
 class Repl:
-    """A dialogue and what its commands act on; `attached` files go with the next message.
+    """A session, and what commands change beside it.
 
-    The conversation is kept in `file`, or else until a good end in a recovery file. `draft` is
-    what the next line begins with.
+    The conversation is saved to `file`, or else to a recovery file until a good end. `attached`
+    files go with the next message. `draft` is what the next line begins with.
     """
 
     session: "Dialogue"
+    commands: Sequence[Command] = ()
     markdown: bool = True
     file: Path | None = None
     attached: dict[str, str] = field(default_factory=dict)
@@ -45,37 +62,42 @@ class Repl:
     done: bool = False
 
     def __post_init__(self) -> None:
-        self.keeper = Keeper(self.session, self.file)
+        self.autosave = AutoSave(self.session, self.file)
 
     def run(self) -> None:
-        """Take lines until /exit, or Ctrl-D on an empty one; no error ends it."""
+        """Take lines until /exit, or Ctrl-D on an empty line; no error ends the loop."""
         from dots1_local.engine.abort import handling
 
-        self.editor = LineEditor(COMMANDS, [setting.name for setting in SETTINGS])
-        with interrupts(), handling(self._rescue):  # Ctrl-C must not end it between its turns
+        completes = {name: each.completes for each in self.commands for name in each.names}
+        self.editor = LineEditor([command.name for command in self.commands], completes)
+        with interrupts(), handling(self._rescue):  # Ctrl-C must not end it between turns
             while not self.done:
                 self._turn()
             try:
-                self.keeper.end()
+                self.autosave.finish()
             except Dots1Error as error:
                 notice(str(error))
 
-    def take_up(self, path: Path, conversation: "Conversation") -> None:
-        """Go on with what was loaded from `path`: a question without an answer can be asked."""
-        self.keeper.adopt(path)
-        self.draft = _as_entered(conversation.unanswered)
+    def resume(self, path: Path, conversation: "Conversation") -> None:
+        """Continue what was loaded from `path`, and offer its unanswered question again."""
+        self.autosave.claim(path)
+        self.draft = typed_as(conversation.unanswered)
 
     def _rescue(self, reason: str) -> None:
-        """The engine ends the process."""
-        path = self.keeper.keep(self.session.so_far)
-        show_caret()
-        kept = f"; /load {path} goes on from here" if path else ""
-        notice(f"\ndots1: {reason}{kept}")
+        """Save the conversation when llama.cpp aborts the process."""
+        path = self.autosave.save(self.session.so_far)
+        echo_controls(True)
+        saved = f"; /load {path} goes on from here" if path else ""
+        notice(f"\ndots1: {reason}{saved}")
 
     def _turn(self) -> None:
         try:
             draft, self.draft = self.draft, ""
-            self._take(self.editor.read(draft))
+            entered = self.editor.read(draft)
+            if entered.startswith("/"):
+                self.run_command(entered)
+            elif text := message_from(entered):
+                self._ask(text)
         except EOFError:
             self.done = True
         except KeyboardInterrupt:
@@ -83,55 +105,53 @@ class Repl:
         except Dots1Error as error:
             notice(str(error))
 
-    def _take(self, entered: str) -> None:
-        if entered.startswith("/"):
-            run_command(self, entered)
-            return
-        text = _message(entered)
-        if not text:
-            return
-        whole = "\n\n".join([*self.attached.values(), text])
+    def run_command(self, line: str) -> None:
+        """Run a line that begins with a slash.
+
+        Raises:
+            UsageError: there is no such command, or it does not take these arguments.
+        """
+        name, *others = line.split(maxsplit=1)
+        rest = others[0].strip() if others else ""
+        command = next((each for each in self.commands if name.lower() in each.names), None)
+        if command is None:
+            raise UsageError(
+                f"there is no command {plain(name)}; /help lists them (to send it, type a space "
+                "first)"
+            )
+        if rest and not command.arguments:
+            raise UsageError(f"{name} takes nothing after it")
+        command.run(self, rest)
+
+    def _ask(self, text: str) -> None:
+        question = "\n\n".join([*self.attached.values(), text])
         if self.answer(
-            lambda progress: self.session.ask(whole, progress=progress),
+            lambda progress: self.session.ask(question, progress=progress),
             "stopped; the question is no part of the conversation (arrow-up brings it back)",
-            whole,
+            question,
         ):
             self.attached.clear()
 
     def answer(self, ask: Ask, unanswered: str, question: str = "") -> bool:
-        """Show an answer and how it went; whether it is part of the conversation now.
+        """Print an answer and how it went; return whether it is part of the conversation now.
 
-        Where Ctrl-C came before its first word it is not, and `unanswered` is said. `question` is
-        what is asked, if it is new.
+        If Ctrl-C comes before the first word, it is not, and the notice is `unanswered`. `question`
+        is what is asked, if it is new.
         """
         from dots1_local.chat.message import Message
 
         before = list(self.session.messages)
-        self.keeper.keep([*before, Message("user", question)] if question else before)
+        self.autosave.save([*before, Message("user", question)] if question else before)
         try:
-            show(ask, markdown=self.markdown)
+            print_answer(ask, markdown=self.markdown)
         except NotAnswered:
             self.session.messages = before
             notice(unanswered)
             return False
         finally:
-            self.keeper.keep()
+            self.autosave.save()
         if self.session.stats is not None:
             self.answers.append(self.session.stats)
-            tell(self.session.stats, self.session.n_ctx)
-            tell_status(self.session)
+            notify(self.session.stats, self.session.n_ctx)
+            print_status(self.session)
         return True
-
-
-def _as_entered(text: str) -> str:
-    """What `_message` makes `text` of."""
-    return f" {text}" if text.startswith(("/", QUOTES)) else text
-
-
-def _message(entered: str) -> str:
-    """What is sent: without the quotes of a block, or the space that keeps a slash from acting."""
-    if entered.startswith(QUOTES):
-        entered = entered.rstrip().removeprefix(QUOTES).removesuffix(QUOTES)
-    elif entered.startswith((" /", f" {QUOTES}")):
-        entered = entered[1:]
-    return entered.strip("\n") if entered.strip() else ""

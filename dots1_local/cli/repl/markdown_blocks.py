@@ -1,55 +1,52 @@
-"""The quotes and list items around a block: what its lines begin with on the screen.
-
-A Markdown table as aligned columns that fit a terminal, wide characters counted as such.
-"""
+"""Blocks of Markdown: the quotes and list items around a block, and tables."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from dots1_local.cli._markdown.inline import BOLD, DIM, Inline, Wrapper, visible_width
+from dots1_local.cli.repl.markdown_inline import BOLD, DIM, Inline, Wrapper, visible_width
 
-__all__ = [
-    "Nesting",
-    "render_table",
-]
-
+__all__ = ["Nesting", "render_table"]
 
 _BAR = f"\x1b[{DIM}m│\x1b[0m "
+_COLUMN_BAR = f" {_BAR}"
+_UNLIMITED = 10**6
+_NARROWEST_COLUMN = 4
+_CELL_END = re.compile(r"(?<!\\)\|")
 
 
 @dataclass(frozen=True)
 class _Item:
-    """An open list item: its marker's column in the source, its text's on the screen."""
+    """An open list item: the column of its marker in the source, and of its text on the screen."""
 
     column: int
     indent: int
 
 
 class Nesting:
-    """Where the current block is; indents stay within half of `width` terminal cells."""
+    """The quotes and items around the current block; indents stay within half of `width`."""
 
     def __init__(self, width: int) -> None:
         self._width = width
         self.depth = 0  # quotes, as shown
         self._items: list[_Item] = []  # within the quotes
-        self._outside: list[_Item] = []  # around them
-        self._gap: int | None = None  # blank lines were seen, in so many quotes
+        self._outside: list[_Item] = []  # around the quotes
+        self._gap: int | None = None  # the quotes around the blank lines before the block
 
     @property
     def margin(self) -> str:
-        """What the lines of the block begin with."""
+        """The beginning of each line of the block."""
         return self._bars(self.depth) + " " * self._indent
 
     @property
     def blank_margin(self) -> str:
-        """The same for an empty line."""
+        """The beginning of an empty line of the block."""
         return self._bars(self.depth).rstrip()
 
     @property
     def room(self) -> int:
-        """The terminal cells left for the block."""
+        """The terminal cells that are left for the block."""
         return max(1, self._width - visible_width(self.margin))
 
     @property
@@ -58,16 +55,16 @@ class Nesting:
         return bool(self._items)
 
     def add_blank(self, depth: int) -> None:
-        """A blank line, within `depth` quotes, before the block to come."""
+        """Note a blank line, within `depth` quotes, before the next block."""
         self._gap = depth if self._gap is None else min(self._gap, depth)
 
     def take_blank(self) -> str:
-        """The line to print before the block: many blank lines are one, none is none."""
+        """Return the line to print before the block, which stands for all blank lines."""
         gap, self._gap = self._gap, None
         return "" if gap is None else self._bars(min(gap, self.depth)).rstrip() + "\n"
 
     def enter_quotes(self, depth: int, indent: int) -> None:
-        """The block to come is within `depth` quotes, the first of them at column `indent`."""
+        """Put the next block within `depth` quotes, the first of which is at column `indent`."""
         if depth == self.depth:
             return
         if self.depth == 0:
@@ -79,15 +76,15 @@ class Nesting:
         self.depth = depth
 
     def leave_items(self, indent: int) -> None:
-        """Close the items that a block at column `indent` is no part of.
+        """Close the items that a block at column `indent` does not belong to.
 
-        Two columns after the marker are enough to be a part: models rarely indent by more.
+        A block belongs to an item from two columns after its marker: models rarely indent by more.
         """
         while self._items and indent < self._items[-1].column + 2:
             self._items.pop()
 
     def enter_item(self, marker: str, column: int) -> None:
-        """Open an item whose `marker`, as shown, is at `column` of the source."""
+        """Open an item whose shown `marker` is at `column` of the source."""
         deepest = max(0, self._width // 2 - visible_width(self._bars(self.depth)))
         self._items.append(_Item(column, min(self._indent + len(marker) + 1, deepest)))
 
@@ -100,17 +97,11 @@ class Nesting:
         return " " * outside + _BAR * depth
 
 
-_COLUMN_BAR = f" \x1b[{DIM}m│\x1b[0m "
-_UNLIMITED = 10**6
-_NARROWEST_COLUMN = 4
-_CELL_END = re.compile(r"(?<!\\)\|")
-
-
 def render_table(lines: Sequence[str], width: int) -> list[str]:
-    """The lines to print for the header, delimiter and body rows of a table, styled.
+    """Return the styled lines for the header, delimiter and body rows of a table.
 
-    Cells are wrapped where the table is wider than `width` cells. With more columns than fit at
-    all, each row is a paragraph.
+    If the table is wider than `width` terminal cells, its cells are wrapped. If its columns do not
+    fit at all, each row is a paragraph.
     """
     header, delimiter, *body = map(_split, lines)
     rows = [header, *body]
@@ -146,7 +137,7 @@ def _widest(column: Sequence[str]) -> int:
 
 
 def _fit(widths: list[int], width: int) -> list[int]:
-    """Take from the widest columns until they fit, bars included."""
+    """Narrow the widest columns until all columns and bars fit."""
     widths = [max(size, 1) for size in widths]
     while sum(widths) + 3 * (len(widths) - 1) > width:
         widths[widths.index(max(widths))] -= 1
@@ -168,7 +159,7 @@ def _pad(text: str, width: int, side: str) -> str:
 
 
 def _cell(text: str, width: int, style: str = "") -> list[str]:
-    """A cell's text as lines of at most `width` terminal cells."""
+    """Return the text of a table cell as lines of at most `width` terminal cells."""
     out: list[str] = []
     wrapper = Wrapper(width, out.append, chop=True)
     inline = Inline(wrapper.put, style)

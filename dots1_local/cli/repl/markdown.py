@@ -1,9 +1,9 @@
-"""Renders Markdown while it streams: words appear as they come, and nothing printed is changed.
+"""Render Markdown while it streams: words appear as they come, and nothing printed is changed.
 
-An own renderer because others want whole blocks: at 8 tokens a second, a paragraph that comes when
-it is finished leaves ten seconds with nothing to read. The output is text, newlines and colour
-codes (SGR), so it can be scrolled, copied and piped. A line's start is held back until its kind is
-clear, a table until it ends.
+Other renderers need whole blocks: at 8 tokens per second, a paragraph that appears when it is
+complete leaves ten seconds with nothing to read. The output is text, newlines and colour codes
+(SGR), so it can be scrolled, copied and piped. The start of a line is held back until its kind is
+clear, and a table until it ends.
 """
 
 import re
@@ -11,17 +11,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dots1_local.cli._markdown.blocks import Nesting, render_table
-from dots1_local.cli._markdown.inline import BOLD, CODE, DIM, Inline, Wrapper
+from dots1_local.cli.repl.markdown_blocks import Nesting, render_table
+from dots1_local.cli.repl.markdown_inline import BOLD, CODE, DIM, Inline, Wrapper
 
 __all__ = ["MarkdownStream"]
 
 _NARROWEST = 20
-_DEEPEST_QUOTE = 4  # quotes further in are shown at this depth
+_DEEPEST_QUOTE = 4  # deeper quotes are shown at this depth
 _TAB = 4
 _HEADING, _TITLE = f"{BOLD};35", f"{BOLD};4;35"
 
-# A line's start that may still become something else. Longer rows of dashes are text.
+# The start of a line that may still become something else. Longer rows of dashes are text.
 _UNDECIDED = re.compile(
     r"#{0,6}|(?=.{1,200}\Z)([-*_+])(?:[ \t]*+\1)*+[ \t]*|\d{1,9}[.)]?"
     r"|`{1,2}|~{1,2}|`{3,}[^`\n]*|~{3,}[^\n]*|\|[^\n]*"
@@ -36,7 +36,7 @@ _DELIMITER = re.compile(r"\|[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*
 
 @dataclass(frozen=True)
 class _Fence:
-    """An open code block: the marker that closes it, its column, and the quotes around it."""
+    """An open code block: its closing marker, its column, and the quotes around it."""
 
     marker: str
     column: int
@@ -44,10 +44,10 @@ class _Fence:
 
 
 class MarkdownStream:
-    """Renders Markdown at most `width` terminal cells wide through `write`, append-only.
+    """Renders Markdown at most `width` terminal cells wide, and only appends through `write`.
 
-    The text must hold no control characters but tab and newline. How it is cut into pieces makes
-    no difference to the output.
+    The only control characters in the text must be tab and newline. The output does not depend on
+    how the text is cut into pieces.
     """
 
     def __init__(self, width: int, write: Callable[[str], None]) -> None:
@@ -58,28 +58,28 @@ class MarkdownStream:
         self._sent = False
         self._wrapper = Wrapper(width, self._out.append)
         self._nesting = Nesting(width)
-        self._head = ""  # of the line, as long as its kind is open
+        self._head = ""  # the start of the line, while its kind is open
         self._base = 0  # the column where `_head` starts
-        self._inline: Inline | None = None  # of the paragraph, item or heading that is open
-        self._in_text = False  # the rest of the line belongs to it
+        self._inline: Inline | None = None  # the open paragraph, item or heading
+        self._in_text = False  # whether the rest of the line belongs to it
         self._is_heading = False
         self._depth = 0  # quotes around the line
-        self._quote_indent = 0  # the column of the first of them
+        self._quote_indent = 0  # the column of the first quote
         self._fence: _Fence | None = None
-        self._code_gap = 0  # blank lines in code, shown when more code follows
-        self._rows: list[str] = []  # of a table, or a line that may become one
-        self._row_place = 0, 0  # their quotes and column
+        self._code_gap = 0  # blank lines in code, which are shown when more code follows
+        self._rows: list[str] = []  # of a table, or a line that may begin one
+        self._row_place = 0, 0  # the quotes and the column of the rows
         self._is_table = False
 
     def feed(self, text: str) -> None:
-        """Render more of the text, as far as it is clear what it means."""
+        """Render more of the text, as far as its meaning is clear."""
         self._queue.extend(text)
         while self._queue:
             self._next(self._queue.popleft())
         self._send()
 
     def finish(self) -> None:
-        """Render all that was held back; the output ends with one newline and no colour."""
+        """Render all that is held back, and end with one newline and no colour."""
         if self._head or self._in_text:
             self.feed("\n")
         self._end_table()
@@ -110,7 +110,7 @@ class MarkdownStream:
         self._head, self._base, self._depth = "", 0, 0
 
     def _begin_line(self) -> None:
-        """Act on the start of a line once it says what the line is."""
+        """Start a block once the start of the line tells the kind of the line."""
         rest = self._head.lstrip(" \t")
         if _UNDECIDED.fullmatch(rest):
             return
@@ -129,7 +129,7 @@ class MarkdownStream:
             self._block(rest, indent)
 
     def _again(self, rest: str, base: int) -> None:
-        """Go on with the line after a marker: what follows may be a block of any kind."""
+        """Continue the line after a marker, where a block of any kind may follow."""
         self._head, self._base = "", base
         self._queue.extendleft(reversed(rest))
 
@@ -157,12 +157,12 @@ class MarkdownStream:
             self._text(rest)
 
     def _may_list(self, marker: str) -> bool:
-        """Whether a list may start here: in a paragraph, "2024. " at a line's start is text."""
+        """Return whether a list may start here: within a paragraph, "2024. " is text."""
         starts = marker in {"-", "*", "+", "1.", "1)"}
         return starts or self._inline is None or self._nesting.in_list
 
     def _text(self, text: str) -> None:
-        """More of a line that belongs to the open paragraph, item or heading."""
+        """Add to the open paragraph, item or heading."""
         self._in_text = True
         if self._inline is not None:
             self._inline.feed(text)
@@ -187,7 +187,7 @@ class MarkdownStream:
             self._again(match.string[match.end() :], indent + len(match[0]))
 
     def _start(self, indent: int) -> None:
-        """End the block before; a new one begins at column `indent`."""
+        """End the block before, and begin one at column `indent`."""
         self._end_block()
         self._nesting.leave_items(indent)
 
@@ -236,7 +236,7 @@ class MarkdownStream:
             self._code_gap = 0
 
     def _row(self, line: str, indent: int) -> None:
-        """A line that begins with |: the second of a table decides whether it is one."""
+        """Hold a line that begins with |; a second line decides whether they are a table."""
         is_second = len(self._rows) == 1 and not self._is_table
         same_quotes = self._row_place[0] == self._depth
         if is_second and same_quotes and _DELIMITER.fullmatch(line):
@@ -250,7 +250,7 @@ class MarkdownStream:
         self._end_line()
 
     def _end_table(self) -> None:
-        """Show the table that was held back, or the line that did not become one."""
+        """Render the table that is held back, or the line that did not begin a table."""
         rows, self._rows = self._rows, []
         if self._is_table:
             self._is_table = False

@@ -11,7 +11,7 @@ import pytest
 from dots1_local.chat.conversation import save_conversation
 from dots1_local.chat.message import Message
 from dots1_local.chat.sampling import Sampling
-from dots1_local.cli.repl.autosave import Keeper, in_use, left_behind
+from dots1_local.cli.repl.autosave import AutoSave, in_use, unfinished_sessions
 from dots1_local.errors import UsageError
 
 SAID = [Message("user", "one"), Message("assistant", "A")]
@@ -30,44 +30,43 @@ def session(messages: list[Message]) -> Any:
     )
 
 
-def keeper(*files: Path) -> Keeper:
-    return Keeper(session(list(SAID)), *files)
+def autosave(*files: Path) -> AutoSave:
+    return AutoSave(session(list(SAID)), *files)
 
 
 def test_what_is_in_use_is_not_left_behind_until_its_process_is_gone(folder: Path) -> None:
-    kept = keeper()
+    kept = autosave()
     for asked in ("two", "three"):
-        path = kept.keep([*SAID, Message("user", asked)])
+        path = kept.save([*SAID, Message("user", asked)])
         assert path is not None
         assert json.loads(path.read_text())["unanswered"] == asked
         assert list(folder.iterdir()) == [path]
-        assert left_behind() == []
-    for lock in kept._locks.values():  # as the end of a process does
-        lock.close()
-    assert left_behind() == [path]
+        assert unfinished_sessions() == []
+    kept.release()  # as the end of a process does
+    assert unfinished_sessions() == [path]
 
 
 def test_a_good_end_leaves_nothing_of_its_own_or_of_what_it_took_over(folder: Path) -> None:
     lost = folder / "recovery-20250101-000000-1.json"
     folder.mkdir(parents=True)
     lost.write_text(json.dumps({"format": "dots1-conversation"}))
-    kept = keeper()
-    kept.keep()
-    kept.adopt(folder / "elsewhere.json")
-    kept.adopt(lost)
-    assert left_behind() == []
-    other = keeper()
-    other.adopt(lost)
-    other.end()
+    kept = autosave()
+    kept.save()
+    kept.claim(folder / "elsewhere.json")
+    kept.claim(lost)
+    assert unfinished_sessions() == []
+    other = autosave()
+    other.claim(lost)
+    other.finish()
     assert lost.exists()  # it is the other's
-    kept.end()
+    kept.finish()
     assert list(folder.iterdir()) == []
 
 
 def test_nothing_said_is_nothing_to_keep(folder: Path, tmp_path: Path) -> None:
-    kept = Keeper(session([Message("system", "S")]), tmp_path / "talk.json")
-    assert kept.keep() is None
-    kept.end()
+    kept = AutoSave(session([Message("system", "S")]), tmp_path / "talk.json")
+    assert kept.save() is None
+    kept.finish()
     assert not (tmp_path / "talk.json").exists()
 
 
@@ -76,14 +75,13 @@ def test_a_file_that_cannot_be_written_is_told_once_and_stood_in_for(
 ) -> None:
     file = tmp_path / "diary.json"
     file.write_text("dear diary")
-    kept = keeper(file)
-    paths = {kept.keep(), kept.keep()}
+    kept = autosave(file)
+    paths = {kept.save(), kept.save()}
     assert capsys.readouterr().err.count("diary.json is no saved conversation") == 1
     with pytest.raises(UsageError, match="it stays as it is"):
-        kept.end()
+        kept.finish()
     assert paths == set(folder.iterdir())
-    for lock in kept._locks.values():
-        lock.close()
+    kept.release()
 
 
 def test_no_place_at_all_costs_nothing_but_the_recovery(
@@ -91,18 +89,18 @@ def test_no_place_at_all_costs_nothing_but_the_recovery(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    assert keeper().keep() is None
-    assert left_behind() == []
+    assert autosave().save() is None
+    assert unfinished_sessions() == []
 
 
 def test_a_recovery_file_that_is_gone_on_with_in_place_stays(folder: Path) -> None:
     lost = folder / "recovery-20250101-000000-1.json"
     folder.mkdir(parents=True)
     save_conversation(lost, session(SAID))
-    kept = keeper(lost)
-    kept.adopt(lost)
-    kept.keep()
-    kept.end()
+    kept = autosave(lost)
+    kept.claim(lost)
+    kept.save()
+    kept.finish()
     assert list(folder.iterdir()) == [lost]
 
 
@@ -110,14 +108,14 @@ def test_what_is_saved_in_a_recovery_file_is_no_longer_one(folder: Path) -> None
     lost = folder / "recovery-20250101-000000-1.json"
     folder.mkdir(parents=True)
     save_conversation(lost, session(SAID))
-    kept = keeper()
-    kept.adopt(lost)
-    kept.save(lost)
-    kept.end()
+    kept = autosave()
+    kept.claim(lost)
+    kept.save_as(lost)
+    kept.finish()
     assert lost.exists()
-    assert left_behind() == [lost]
+    assert unfinished_sessions() == [lost]
     lost.with_suffix(".kv").touch()  # as there is if anything was computed
-    assert left_behind() == []
+    assert unfinished_sessions() == []
 
 
 def test_of_recovery_files_only_the_one_gone_on_with_is_removed(folder: Path) -> None:
@@ -125,11 +123,11 @@ def test_of_recovery_files_only_the_one_gone_on_with_is_removed(folder: Path) ->
     first, second = paths = [folder / f"recovery-20250101-000000-{n}.json" for n in (1, 2)]
     for path in paths:
         save_conversation(path, session(SAID))
-    kept = keeper()
-    kept.adopt(first)  # and look at it
-    kept.adopt(second)
-    assert left_behind() == [first]
-    kept.end()
+    kept = autosave()
+    kept.claim(first)  # and look at it
+    kept.claim(second)
+    assert unfinished_sessions() == [first]
+    kept.finish()
     assert list(folder.iterdir()) == [first]
     assert not second.exists()
 
@@ -138,25 +136,24 @@ def test_no_dialogue_writes_where_another_keeps_its_conversation(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "talk.json"
-    one, two = keeper(file), keeper(file)
+    one, two = autosave(file), autosave(file)
     assert not in_use(file)
     for _ in range(2):  # each time it is another file
-        assert one.keep() == file
+        assert one.save() == file
         assert in_use(file)
-    recovery = two.keep([*SAID, Message("user", "two")])
+    recovery = two.save([*SAID, Message("user", "two")])
     assert recovery is not None
     assert recovery.parent == folder
     assert "another dialogue keeps its conversation in" in capsys.readouterr().err
-    for deed in (two.end, lambda: keeper().save(file)):
+    for deed in (two.finish, lambda: autosave().save_as(file)):
         with pytest.raises(UsageError, match="choose another name"):
             deed()
     assert "unanswered" not in json.loads(file.read_text())
-    one.save(file)  # by name, too
+    one.save_as(file)  # by name, too
     assert in_use(file)
-    one.end()
+    one.finish()
     assert not in_use(file)
-    for lock in two._locks.values():
-        lock.close()
+    two.release()
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from dots1_local.chat.conversation import load_conversation
 from dots1_local.chat.session import Session
 from dots1_local.cli.repl.autosave import resume, save
-from dots1_local.cli.repl.commands import run_command
+from dots1_local.cli.repl.commands import COMMANDS
 from dots1_local.cli.repl.loop import Repl
 from dots1_local.engine.engine import Engine
 from dots1_local.placement.placement import Placement
@@ -86,7 +86,7 @@ def test_links_lead_to_what_is_written(session: Session, tmp_path: Path) -> None
 def test_show_tells_where_the_model_lives(
     session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_command(Repl(session), "/show")
+    Repl(session, COMMANDS).run_command("/show")
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("on CPU")]
     assert " kB weights, " in line
     assert "planned" not in line
@@ -106,7 +106,7 @@ def test_show_tells_where_the_model_lives(
         Engine.open(model, placement=placement, n_ctx=256) as engine,  # which wins over the plan's
         Session(engine) as planned,
     ):
-        run_command(Repl(planned), "/show")
+        Repl(planned, COMMANDS).run_command("/show")
         kv = next(each for each in planned.memory if each.what == "kv")
     assert kv.device == "CPU"
     # Keys and values of 3 layers, each 64 wide at 2 bytes, for 256 tokens.

@@ -1,7 +1,4 @@
-"""Markdown within a paragraph, while it streams: emphasis, code spans, links.
-
-Wraps styled text to the width of a terminal as it streams, in any script.
-"""
+"""Text of Markdown as it streams: emphasis, code spans and links, wrapped in any script."""
 
 import re
 from collections.abc import Callable
@@ -9,22 +6,14 @@ from string import punctuation
 
 from rich.cells import cell_len
 
-__all__ = [
-    "BOLD",
-    "CODE",
-    "DIM",
-    "Inline",
-    "Wrapper",
-    "visible_width",
-]
+__all__ = ["BOLD", "CODE", "DIM", "Inline", "Wrapper", "visible_width"]
 
-
-# SGR parameters. Of the 16 colours, those that read on a dark and on a light background.
+# SGR parameters; the colours are readable on a dark and on a light background.
 BOLD, DIM, ITALIC, UNDERLINE, STRIKE, CODE = "1", "2", "3", "4", "9", "36"
 
 _LONGEST_HOLD = 200  # characters held back for the other end of a span
 
-# What a span may hold: code and escaped characters are atoms, so that no marker in them counts.
+# The content of a span: a marker within code or after a backslash does not count.
 _ATOM = r"`+[^`]+`+|\\."
 _CONTENT = rf"((?>{_ATOM}|[^`\\])+?)(?<=\S)"
 _EMPHASIS = [
@@ -53,26 +42,26 @@ _BEFORE_UNDERSCORE = "([{\"'*~“‘（「『《【，。：；！？、—-"
 
 
 class Inline:
-    """Finds the spans of a paragraph as it comes, and hands on characters with their style.
+    """Finds the spans of a paragraph while it streams, and passes on text with its style.
 
-    A marker is held back until its other end is there. Where that does not come within the
-    paragraph or the next 200 characters, it is text.
+    An opening marker is held back until its closing marker comes. If that does not come within the
+    paragraph or the next 200 characters, the opening marker is text.
     """
 
     def __init__(self, put: Callable[[str, str], None], style: str = "") -> None:
         self._put = put
         self._style = style
         self._held = ""
-        self._word = ""  # what was handed on since the last space
+        self._word = ""  # what was passed on since the last space
 
     def feed(self, text: str) -> None:
-        """More of the paragraph; newlines in it stay."""
+        """Add to the paragraph; its newlines stay."""
         for character in text:
             self._held += character
             self._resolve(final=False)
 
     def finish(self) -> None:
-        """The paragraph is complete: nothing is held any longer."""
+        """End the paragraph, and pass on what is held back."""
         self._resolve(final=True)
 
     def _resolve(self, final: bool) -> None:
@@ -80,18 +69,18 @@ class Inline:
             self._held = self._held[taken:]
 
     def _take(self, text: str, style: str, final: bool) -> int:
-        """Hand on what `text` begins with; how many characters that was, 0 to wait for more."""
+        """Pass on the beginning of `text`; return its length, or 0 to wait for more."""
         if text[0] not in "\\`*_~[!$":
             return self._emit(text[0], style)
         if not self._may_open(text):
             return self._literal(text, style)
-        # A span counts when the character after it is there: it may belong to the closing marker.
+        # Wait for the character after a span, which may belong to the closing marker.
         if (taken := self._span(text, style, len(text) - (not final))) or final:
             return taken or self._literal(text, style)
         return self._literal(text, style) if len(text) >= _LONGEST_HOLD else 0
 
     def _may_open(self, text: str) -> bool:
-        """Whether `text` begins with a marker that opens a span, or may yet become one."""
+        """Return whether `text` begins with a marker that may open a span."""
         marker = text[0]
         if marker in "\\`":
             return True
@@ -114,7 +103,7 @@ class Inline:
                 return run == 2 or (not after.isdigit() and "\n" not in text[:-1])
 
     def _span(self, text: str, style: str, limit: int) -> int:
-        """Hand on the span that `text` begins with, if it ends by `limit`; its length or 0."""
+        """Pass on the span that begins `text` if it ends by `limit`; return its length or 0."""
         for find, show in (
             (_MATH, self._show_math),
             (_CODE_SPAN, self._show_code),
@@ -152,7 +141,7 @@ class Inline:
         if text[1] != "\n":
             self._emit(text[1] if text[1] in punctuation else text[:2], style)
         elif len(text) > 2:
-            self._emit("\n", style)  # a line break, unless the paragraph ends with it
+            self._emit("\n", style)  # a line break, unless the paragraph ends here
         else:
             return 0
         return 2
@@ -183,16 +172,16 @@ _SKIN_TONES = ("\U0001f3fb", "\U0001f3ff")
 
 
 def visible_width(text: str) -> int:
-    """The terminal cells that `text` takes, colour codes aside."""
+    """Return the terminal cells that `text` takes without its colour codes."""
     return cell_len(_SGR.sub("", text))
 
 
 class Wrapper:
-    """Wraps styled text to `width` terminal cells, a word at a time, and never goes back.
+    """Wraps styled text to `width` terminal cells, a word at a time, and changes nothing written.
 
-    A newline stays one: models break lines where they mean it, as in verse. A word wider than a
-    line is left for the terminal to break, unless `chop`. Between wide characters a line may end
-    anywhere, save next to punctuation that belongs to its neighbour.
+    Newlines stay, because models break lines on purpose, as in verse. A word that is wider than a
+    line is broken with `chop`, else by the terminal. A line may end between any two wide
+    characters, except next to punctuation that belongs to its neighbour.
     """
 
     def __init__(self, width: int, write: Callable[[str], None], *, chop: bool = False) -> None:
@@ -202,22 +191,22 @@ class Wrapper:
         self.begin("", "")
 
     def begin(self, first: str, rest: str, above: str = "") -> None:
-        """Start a block whose lines begin with `first`, from the second on with `rest`.
+        """Start a block whose first line begins with `first`, and the others with `rest`.
 
-        `above` is written before all of it, unless the block turns out to be empty.
+        `above` is written before the block unless the block is empty.
         """
         self._above, self._prefix, self._rest = above, first, rest
-        self._begun = False  # whether the line has anything on it
-        self._used = 0  # cells of it
+        self._begun = False  # whether anything is on the line
+        self._used = 0  # terminal cells of the line
         self._active = ""
         self._word: list[tuple[str, str]] = []
         self._last = ""
-        self._is_endless = False  # the word is wider than a line, and written as it comes
+        self._is_endless = False  # whether the word is wider than a line, and is written at once
         self._gap = ""  # spaces and newlines since the last word
         self._gap_style = ""
 
     def put(self, text: str, style: str) -> None:
-        """More of the block."""
+        """Add to the block."""
         for character in text:
             if character in " \t\n":
                 self._commit()
@@ -235,7 +224,7 @@ class Wrapper:
                     self._is_endless = True
 
     def end(self) -> None:
-        """Complete the block and its last line."""
+        """End the block and its last line."""
         self._commit()
         if self._begun:
             self._new_line()
@@ -250,12 +239,12 @@ class Wrapper:
             return False
         if after not in _NOT_AT_START and before not in _NOT_AT_END:
             return True
-        # A row of such punctuation is broken where the line ends; a long address keeps its own.
+        # Break a row of such punctuation at the line's end, but keep that of a long address.
         room = self._width - visible_width(self._rest)
         return 0 <= room - cell_len("".join(c for c, _ in self._word)) < size
 
     def _commit(self) -> None:
-        """Write the word held, on this line or the next."""
+        """Write the word that is held back, on this line or the next."""
         if not self._word:
             return
         word, self._word = self._word, []
@@ -280,7 +269,7 @@ class Wrapper:
         self._gap = ""
 
     def _space(self) -> str:
-        """What stands for the gap before a word: a space, a new line, or nothing."""
+        """Return the space before a word, if any, or begin a new line."""
         if not self._gap or not self._begun:
             return ""
         if "\n" in self._gap:

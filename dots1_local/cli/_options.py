@@ -1,0 +1,193 @@
+"""Options that several verbs share, and what verbs do with them.
+
+A verb with many options declares them as the fields of a frozen dataclass, so that its helpers
+take one argument. `verb` turns the fields into the parameters that Typer reads.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
+
+import typer
+
+from dots1_local.cli._output import notice, progress_bar
+from dots1_local.errors import UsageError
+
+if TYPE_CHECKING:
+    from dots1_local.engine.engine import Engine
+
+__all__ = [
+    "Context",
+    "Force",
+    "Json",
+    "KVType",
+    "Model",
+    "ModelShard",
+    "Plan",
+    "Ram",
+    "Threads",
+    "Vram",
+    "Workers",
+    "choose_placement",
+    "exit_on_interrupt",
+    "memory_limits",
+    "open_engine",
+    "report_abort",
+    "user_folder",
+    "verb",
+]
+
+Model = Annotated[Path, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")]
+ModelShard = Annotated[
+    Path,
+    typer.Argument(help="A dots1 GGUF file, or any shard of a split one.", metavar="FILE.gguf"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON for scripts.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", "-t", min=1, help="Use this many CPU threads.", show_default="one per core"
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")]
+Context = Annotated[
+    str | None,
+    typer.Option(
+        "--context",
+        "-c",
+        help="Let a conversation or request have this many tokens, such as 8k; 0 is as many as "
+        "the model was trained for.",
+        show_default="16k",
+    ),
+]
+Plan = Annotated[
+    Path | None,
+    typer.Option(
+        help="Run the model as this file of dots1 plan --json says.",
+        show_default="a plan made now if there is a GPU or a worker",
+    ),
+]
+Workers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--worker", metavar="HOST:PORT", help="Use the dots1 worker at this address; repeatable."
+    ),
+]
+KVType = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        help="Keep the KV cache in this type.",
+        show_default="f16, or q8_0 if only that fits",
+    ),
+]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        help="Plan with this much memory of each GPU, such as 20GB; 0 uses no GPU.",
+        show_default="what is free",
+    ),
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(help="Plan with this much RAM, such as 60GB.", show_default="what is free"),
+]
+
+
+def verb(run: Callable[[Any], None]) -> Callable[..., None]:
+    """Turn a function of one dataclass into a function with a parameter for each field."""
+    options = get_type_hints(run)["options"]
+
+    def call(**values: Any) -> None:
+        run(options(**values))
+
+    call.__name__, call.__doc__ = run.__name__, run.__doc__
+    call.__annotations__ = get_type_hints(options, include_extras=True)
+    cast("Any", call).__signature__ = inspect.signature(options)
+    return call
+
+
+@contextmanager
+def exit_on_interrupt(message: str = "") -> Iterator[None]:
+    """Exit with 130 at Ctrl-C, as shells do, after the message."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if message:
+            notice(message)
+        raise typer.Exit(130) from None
+
+
+def memory_limits(vram: str | None, ram: str | None) -> dict[str, int | None]:
+    """Return the bytes to plan with, as `limited` takes them; 0 leaves a device unused.
+
+    Raises:
+        UsageError: an option is not a size.
+    """
+    from dots1_local.sizes import parse_size
+
+    def nbytes(size: str | None) -> int | None:
+        if size is None or size.strip() == "0":
+            return None if size is None else 0
+        return parse_size(size)
+
+    return {"vram": nbytes(vram), "ram": nbytes(ram)}
+
+
+def choose_placement(plan: Path | None, workers: Sequence[str]) -> Path | Literal["auto"] | None:
+    """Return the plan, "auto" if there is a device beside the CPU, or else None.
+
+    Raises:
+        UsageError: both a plan and workers are given.
+    """
+    from dots1_local.ggml import gpu_backends
+
+    if plan and workers:
+        raise UsageError("--plan names the workers it uses; leave out --worker")
+    return plan or ("auto" if workers or gpu_backends() else None)
+
+
+def open_engine(
+    model: Path, context: str | None, plan: Path | None, workers: Sequence[str], **options: Any
+) -> "Engine":
+    """Load the model as the options say; a context of "0" is all that it was trained for.
+
+    `options` are those of `Engine.open`.
+
+    Raises:
+        UsageError: the context or the plan is not valid.
+        Dots1Error: the model cannot be loaded.
+    """
+    from dots1_local.engine.planned import load
+    from dots1_local.placement.memory import parse_context
+
+    if context is not None:
+        options["n_ctx"] = 0 if context.strip() == "0" else parse_context(context)
+    placement = choose_placement(plan, workers)
+    with progress_bar("loading") as report:
+        return load(
+            model, placement, workers=tuple(workers), tell=notice, progress=report, **options
+        )
+
+
+@contextmanager
+def report_abort() -> Iterator[None]:
+    """Print one sentence if llama.cpp aborts the process within."""
+    from dots1_local.engine.abort import handling
+
+    with handling(lambda reason: notice(f"dots1: {reason}")):
+        yield
+
+
+def user_folder(kind: Literal["cache", "state"]) -> Path:
+    """Return the person's folder for this program, by the XDG rules; it may not exist.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    base = os.environ.get(f"XDG_{kind.upper()}_HOME", "")
+    default = {"cache": "~/.cache", "state": "~/.local/state"}[kind]
+    return Path(base if os.path.isabs(base) else default).expanduser() / "dots1"

@@ -12,6 +12,7 @@ import pytest
 
 from dots1_local.cli.repl import loop
 from dots1_local.cli.repl.answer import NotAnswered, print_answer, stream
+from dots1_local.cli.repl.commands import COMMANDS
 from dots1_local.errors import Dots1Error
 from dots1_local.progress import Progress
 
@@ -118,7 +119,7 @@ def test_a_dialogue_outlives_them_wherever_they_come(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(loop, "LineEditor", Editor)
     monkeypatch.setattr(loop, "notice", notice)
-    loop.Repl(cast("Session", None)).run()
+    loop.Repl(cast("Session", None), COMMANDS).run()
     assert [message.split()[0] for message in told] == ["Ctrl-D", "there"]
 
 

@@ -239,7 +239,9 @@ def test_help_tells_the_defaults() -> None:
         "--min-p": usual.min_p,
         "--repeat-penalty": usual.repeat_penalty,
     }.items():
-        line = next(line for line in shown.splitlines() if f"{option} " in line)
+        line = next(
+            line for line in shown.splitlines() if line[0:1] == "│" and f"{option} " in line
+        )
         assert f"[default: ({value})]" in line
 
 

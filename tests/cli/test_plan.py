@@ -121,9 +121,9 @@ def test_shows_an_edited_plan(model: Path, a_gpu: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "sentence"),
     [
-        ({}, ["--context", "16k"], "--plan .*--context"),
-        ({}, ["--parallel", "2"], "--plan .*--parallel"),
-        ({}, ["--worker", "10.0.0.1:50052"], "--plan .*--worker"),
+        ({}, ["--context", "16k"], "--plan sets"),
+        ({}, ["--parallel", "2"], "--parallel"),
+        ({}, ["--worker", "10.0.0.1:50052"], "--worker"),
         ({"model_bytes": 5}, [], "this placement was made for model.gguf (5 bytes"),
         ({"layers": {"CUDA1": 4}}, [], "has no device CUDA1; it has CUDA0, CPU"),
         ({"layers": {"CPU": 4}}, [], "counts layers of the CPU"),

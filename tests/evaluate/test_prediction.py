@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dots1_local.calibrate.run import calibrate
-from dots1_local.cli._calibrate import Texts
+from dots1_local.cli._calibrate import open_vocabulary, tokenize
 from dots1_local.convert import Conversion
 from dots1_local.evaluate.perplexity import kl_divergence, perplexity, read_text
 from dots1_local.files.checkpoint import Checkpoint
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.perplexity
 @pytest.fixture(scope="module")
 def calibrated(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, checkpoint = tmp_path_factory.mktemp("prediction") / "out", Checkpoint.open(tiny)
-    with Texts(checkpoint, 512) as texts:
-        tokens = texts.chunks([tiny / "calibration.txt"], [], CHUNKS)
+    with open_vocabulary(checkpoint) as vocabulary:
+        tokens = tokenize(checkpoint, vocabulary, 512, [tiny / "calibration.txt"], [], CHUNKS)
     calibrate(checkpoint, folder, tokens, threads=1)
     return folder
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from dots1_local.errors import Dots1Error, UsageError
+
+if TYPE_CHECKING:  # numpy takes 100 ms, which verbs like `dots1 inspect` do without
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "KV_TYPES",
@@ -164,10 +166,10 @@ def quant_type(name: str) -> QuantType:
         raise UsageError(f"no type {name!r}; there are {', '.join(TYPES)}") from None
 
 
-def to_float32(raw: NDArray[np.uint8], dtype: str, out: NDArray[np.float32]) -> None:
+def to_float32(raw: "NDArray[np.uint8]", dtype: str, out: "NDArray[np.float32]") -> None:
     """Convert safetensors bytes of `dtype` (F32, F16 or BF16) to float32 in `out`."""
     if dtype == "F32":
-        out.reshape(-1).view(np.uint8)[:] = raw
+        out.reshape(-1).view("u1")[:] = raw
     else:
         name = "ggml_bf16_to_fp32_row" if dtype == "BF16" else "ggml_fp16_to_fp32_row"
         getattr(library(), name)(raw.ctypes.data, out.ctypes.data, out.size)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from dots1_local.devices.hardware import Hardware
     from dots1_local.engine.bench import Contender, Outcome
     from dots1_local.engine.measure import Depth
-    from dots1_local.placement.placement import Placement
     from dots1_local.placement.model_graph import ModelGraph
+    from dots1_local.placement.placement import Placement
 
 __all__ = ["BenchOptions", "bench"]
 
@@ -76,9 +76,9 @@ def bench(options: BenchOptions) -> None:
     from dots1_local.engine.bench import bench as run
     from dots1_local.files.gguf import GGUFFile
     from dots1_local.placement.footprint import limited
+    from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import load_placement
     from dots1_local.placement.planner import place
-    from dots1_local.placement.model_graph import ModelGraph
 
     depths = _numbers(options.context, "--context")
     ubatches = [] if options.ubatch is None else _numbers(options.ubatch, "--ubatch")

@@ -24,9 +24,9 @@ from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     from dots1_local.devices.hardware import Hardware
-    from dots1_local.placement.speed_model import Forecast
-    from dots1_local.placement.placement import Placement
     from dots1_local.placement.model_graph import ModelGraph
+    from dots1_local.placement.placement import Placement
+    from dots1_local.placement.speed_model import Forecast
 
 __all__ = ["PlanOptions", "plan"]
 
@@ -97,12 +97,12 @@ def plan(options: PlanOptions) -> None:
     dots1 plan dots1-DQ4.gguf --plan plan.json
     """
     from dots1_local.files.gguf import GGUFFile
+    from dots1_local.placement.alternatives import explain_shortfall
     from dots1_local.placement.footprint import limited
     from dots1_local.placement.memory import parse_context
-    from dots1_local.placement.placement import check_made_for, load_placement
-    from dots1_local.placement.alternatives import explain_shortfall
-    from dots1_local.placement.planner import place
     from dots1_local.placement.model_graph import ModelGraph
+    from dots1_local.placement.placement import check_made_for, load_placement
+    from dots1_local.placement.planner import place
 
     _check(options)
     tokens = parse_context(options.context) if options.context else None
@@ -204,8 +204,8 @@ def _missing_speeds(machine: "Hardware", *, described: bool) -> Iterator[str]:
 def _as_json(
     graph: "ModelGraph", machine: "Hardware", placement: "Placement", shortfall: Any
 ) -> dict[str, Any]:
-    from dots1_local.placement.speed_model import forecast
     from dots1_local.placement.llama_args import command_line
+    from dots1_local.placement.speed_model import forecast
 
     predicted = {
         "hardware": machine.name,
@@ -218,9 +218,9 @@ def _as_json(
 
 def _show(model: Path, graph: "ModelGraph", machine: "Hardware", placement: "Placement") -> None:
     """Print bytes by device, what is where, speeds, and the flags for llama.cpp."""
-    from dots1_local.placement.speed_model import forecast
     from dots1_local.placement.llama_args import command_line
     from dots1_local.placement.placement import human_context
+    from dots1_local.placement.speed_model import forecast
 
     predicted = forecast(graph, machine, placement)
     print(

@@ -5,14 +5,15 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Self
 
 from dots1_local.architecture import Role
 from dots1_local.errors import GGUFError
 from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor, Keys, Value
+
+if TYPE_CHECKING:  # numpy takes 100 ms, which verbs like `dots1 inspect` do without
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["GGUFFile", "GGUFTensor", "OpenFiles", "Value", "cores", "role_of"]
 
@@ -130,7 +131,7 @@ class OpenFiles:
         for fd in self._open.values():
             os.close(fd)
 
-    def read(self, path: Path, offset: int, count: int) -> NDArray[np.uint8]:
+    def read(self, path: Path, offset: int, count: int) -> "NDArray[np.uint8]":
         """Bytes of a GGUF file, valid until the thread reads again.
 
         Raises:
@@ -156,8 +157,10 @@ class OpenFiles:
                 self._open[path] = os.open(path, os.O_RDONLY)
             return self._open[path]
 
-    def buffer(self, name: str, size: int) -> NDArray[np.uint8]:
+    def buffer(self, name: str, size: int) -> "NDArray[np.uint8]":
         """The calling thread's memory of this name; its contents are undefined."""
+        import numpy as np
+
         held: NDArray[np.uint8] | None = getattr(self._local, name, None)
         if held is None or held.size < size:
             held = np.empty(size, np.uint8)

@@ -14,7 +14,7 @@ from dots1_local.chat.turns import AnswerText
 from dots1_local.engine.engine import Engine, Entry
 from dots1_local.errors import Dots1Error
 from dots1_local.serve.generation import Event, Finished, Piece, QueuedChoice, TokenLogprob
-from dots1_local.serve.slots import Slot, Slots
+from dots1_local.serve.slots import CacheSlot, Slots
 
 __all__ = ["Choice", "PieceBuilder", "token_logprob"]
 
@@ -27,7 +27,7 @@ class Choice:
     The slot always holds a prefix of the choice's tokens. `close` the choice at the end.
     """
 
-    def __init__(self, queued: QueuedChoice, slot: Slot, engine: Engine) -> None:
+    def __init__(self, queued: QueuedChoice, slot: CacheSlot, engine: Engine) -> None:
         self.handle, self._index, self._request = queued.handle, queued.index, queued.request
         self.prompt = self._request.prompt
         self.slot, self._engine = slot, engine
@@ -150,17 +150,15 @@ class PieceBuilder:
         """Add a token; return the text and logprobs that are now certain, if any."""
         if logprob:
             self._held.append((self._text.length, logprob))
-        text = self._text.add(token, piece)
-        self._sent += len(text)
-        return self._piece(text, self._sent)
+        return self._piece(self._text.add(token, piece))
 
     def finish(self) -> Piece | None:
         """Return what was held back, because no token follows."""
-        text = self._text.finish()
-        self._sent += len(text)
-        return self._piece(text, self._sent if self.stopped else self._text.length + 1)
+        return self._piece(self._text.finish(), ended=not self.stopped)
 
-    def _piece(self, text: str, end: int) -> Piece | None:
+    def _piece(self, text: str, ended: bool = False) -> Piece | None:
+        self._sent += len(text)
+        end = self._text.length + 1 if ended else self._sent
         logprobs = []
         while self._held and self._held[0][0] < end:
             logprobs.append(self._held.popleft()[1])

@@ -7,11 +7,11 @@ from itertools import count
 from dots1_local.chat.kv_cache import common_prefix
 from dots1_local.engine.engine import Engine
 
-__all__ = ["Slot", "Slots"]
+__all__ = ["CacheSlot", "Slots"]
 
 
 @dataclass
-class Slot:
+class CacheSlot:
     """A sequence of the engine and the tokens in its KV cache, which a free slot keeps."""
 
     seq_id: int
@@ -29,7 +29,7 @@ class Slots:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._slots = [Slot(seq_id) for seq_id in range(engine.settings.n_sequences)]
+        self._slots = [CacheSlot(seq_id) for seq_id in range(engine.settings.n_sequences)]
         self._releases = count(1)
         self.forget()
 
@@ -41,7 +41,7 @@ class Slots:
         """Whether a slot can be taken."""
         return any(slot.free for slot in self._slots)
 
-    def take(self, prompt: Sequence[int], next_in_line: Sequence[Sequence[int]]) -> Slot:
+    def take(self, prompt: Sequence[int], next_in_line: Sequence[Sequence[int]]) -> CacheSlot:
         """Take a free slot (there must be one) and fill it with the known prefix of a prompt.
 
         The slot that shares most with the prompt is taken if at least half of its tokens are
@@ -56,7 +56,7 @@ class Slots:
         self.fill(slot, prompt)
         return slot
 
-    def fill(self, slot: Slot, prompt: Sequence[int]) -> None:
+    def fill(self, slot: CacheSlot, prompt: Sequence[int]) -> None:
         """Make a slot hold exactly the longest prefix of a prompt that any slot holds.
 
         The prompt's last token is always computed, because its logits choose the next token.
@@ -71,11 +71,11 @@ class Slots:
             self._engine.share(source.seq_id, slot.seq_id, length)
         slot.tokens = list(known[:length])
 
-    def release(self, slot: Slot) -> None:
+    def release(self, slot: CacheSlot) -> None:
         """Make a slot free; its tokens stay until it is taken."""
         slot.free, slot.released = True, next(self._releases)
 
-    def empty(self, slot: Slot) -> None:
+    def empty(self, slot: CacheSlot) -> None:
         """Drop a slot's tokens."""
         self._engine.forget(0, slot.seq_id)
         slot.tokens = []
@@ -87,5 +87,5 @@ class Slots:
             slot.tokens, slot.free = [], True
 
 
-def _longest_prefix(slot: Slot, prompts: Sequence[Sequence[int]]) -> int:
+def _longest_prefix(slot: CacheSlot, prompts: Sequence[Sequence[int]]) -> int:
     return max(map(slot.common, prompts), default=0)

@@ -8,15 +8,7 @@ from msgspec import Meta, Struct
 from dots1_local.chat.dialogue import SYSTEM_PROMPT
 from dots1_local.chat.message import Message, ToolCall
 from dots1_local.engine.engine import Engine
-from dots1_local.serve.http.request import (
-    Options,
-    SharedFields,
-    TokenCount,
-    convert_body,
-    invalid,
-    missing,
-    read_options,
-)
+from dots1_local.serve.http.request import Options, SharedFields, TokenCount, invalid, missing
 
 __all__ = ["read_chat"]
 
@@ -93,13 +85,13 @@ def read_chat(
 
     Raise an ApiError if a field is invalid or unsupported, or if fields contradict each other.
     """
-    fields = convert_body(raw, _ChatFields)
+    fields = _ChatFields.read(raw)
     if fields.tool_choice not in (None, "auto", "none"):
         message = "tool_choice must be auto or none: this server cannot force a call"
         raise invalid(message, "tool_choice")
     tools = [] if fields.tool_choice == "none" else raw.get("tools") or []
     max_tokens = fields.max_completion_tokens or fields.max_tokens
-    options = read_options(fields, engine, max_tokens, _top_logprobs(fields))
+    options = fields.options(engine, max_tokens, _top_logprobs(fields))
     if tools and options.choice.grammar:  # the grammar would not let the model write a call
         raise invalid("response_format cannot be combined with tools", "response_format")
     return _messages(fields.messages), tools, options

@@ -9,14 +9,7 @@ from msgspec import Meta
 from dots1_local.engine.engine import Engine
 from dots1_local.files.json_file import brief
 from dots1_local.serve.generation import Finished, Piece, TokenLogprob
-from dots1_local.serve.http.request import (
-    MAX_CHOICES,
-    Options,
-    SharedFields,
-    convert_body,
-    invalid,
-    read_options,
-)
+from dots1_local.serve.http.request import MAX_CHOICES, Options, SharedFields, invalid
 from dots1_local.serve.http.response import Document, Writer, named_logprob
 
 __all__ = ["CompletionWriter", "read_completion"]
@@ -43,12 +36,11 @@ def read_completion(
 
     Raise an ApiError if a field is invalid or unsupported, or if fields contradict each other.
     """
-    fields = convert_body(raw, _CompletionFields)
+    fields = _CompletionFields.read(raw)
     if fields.echo and fields.logprobs is not None:
         raise invalid("echo with logprobs is not supported; leave out one of them", "echo")
-    options = read_options(
-        fields, engine, fields.max_tokens or _DEFAULT_MAX_TOKENS, fields.logprobs
-    )
+    max_tokens = fields.max_tokens or _DEFAULT_MAX_TOKENS
+    options = fields.options(engine, max_tokens, fields.logprobs)
     if fields.best_of not in (None, options.n):
         raise invalid("best_of other than n is not supported; leave it out", "best_of")
     prompts = _prompts(fields.prompt, engine.n_vocab)

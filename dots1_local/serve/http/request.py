@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
@@ -26,12 +26,10 @@ __all__ = [
     "SharedFields",
     "TokenCount",
     "check_model_name",
-    "convert_body",
     "invalid",
     "missing",
     "parse_body",
     "read_body",
-    "read_options",
 ]
 
 MAX_CHOICES = 128  # per request, OpenAI's limit
@@ -46,7 +44,6 @@ _Share = Annotated[float, Meta(ge=0, le=1)]
 _RepeatPenalty = Annotated[float, Meta(ge=0.1, le=10)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=_MAX_STOP_LENGTH)]
-_Fields = TypeVar("_Fields", bound="SharedFields")
 _ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -129,6 +126,24 @@ def parse_body(body: bytes) -> dict[str, Any]:
         raise _refusal(error) from None
 
 
+@dataclass(frozen=True)
+class Options:
+    """How to generate and send choices: `n` for each prompt, each like `choice`."""
+
+    choice: GenerationRequest  # without a prompt
+    n: int
+    stream: bool
+    include_usage: bool
+
+    def requests(self, prompt: tuple[int, ...]) -> Iterator[GenerationRequest]:
+        """Yield a prompt's choices; with a seed, choice i has the seed plus i."""
+        seed = self.choice.sampling.seed
+        for index in range(self.n):
+            each = None if seed is None else seed + index
+            sampling = replace(self.choice.sampling, seed=each)
+            yield replace(self.choice, prompt=prompt, sampling=sampling)
+
+
 class _StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
 
@@ -184,18 +199,55 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
         **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex"), ()),
     }
 
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> Self:
+        """Convert a body, or raise an ApiError that names the wrong field."""
+        try:
+            fields = convert_json(raw, cls)
+        except JsonError as error:
+            raise _refusal(error) from None
+        for name, harmless in cls.unsupported.items():
+            value = raw.get(name)
+            if value is not None and value not in harmless:
+                raise invalid(f"{name} is not supported here; leave it out", name, "unsupported")
+        return fields
 
-def convert_body(raw: Mapping[str, Any], kind: type[_Fields]) -> _Fields:
-    """Convert a body to an endpoint's fields, or raise an ApiError that names the wrong field."""
-    try:
-        fields = convert_json(raw, kind)
-    except JsonError as error:
-        raise _refusal(error) from None
-    for name, harmless in kind.unsupported.items():
-        value = raw.get(name)
-        if value is not None and value not in harmless:
-            raise invalid(f"{name} is not supported here; leave it out", name, "unsupported")
-    return fields
+    def options(self, engine: Engine, max_tokens: int | None, top_logprobs: int | None) -> Options:
+        """Return the options, or raise an ApiError if fields contradict each other."""
+        if self.stream_options and not self.stream:
+            raise invalid("stream_options needs stream; set stream to true", "stream_options")
+        choice = GenerationRequest(
+            prompt=(),
+            sampling=self._sampling(engine.n_vocab),
+            max_tokens=max_tokens,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            grammar=_grammar(self.response_format, engine),
+            top_logprobs=top_logprobs,
+        )
+        include_usage = bool(self.stream_options and self.stream_options.include_usage)
+        return Options(choice, self.n or 1, bool(self.stream), include_usage)
+
+    def _sampling(self, n_vocab: int) -> Sampling:
+        given = {
+            "temperature": self.temperature,
+            "top_k": self.top_k and max(self.top_k, 0),
+            "top_p": None if self.top_p is None else max(self.top_p, _MIN_TOP_P),
+            "min_p": self.min_p,
+            "repeat_penalty": self._repeat_penalty(),
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "seed": self.seed,
+            "logit_bias": tuple(_biases(self.logit_bias or {}, n_vocab).items()),
+        }
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return Sampling(**chosen)
+
+    def _repeat_penalty(self) -> float | None:
+        one, other = self.repetition_penalty, self.repeat_penalty
+        if one is not None and other is not None and one != other:
+            message = "repetition_penalty and repeat_penalty mean the same here; give one of them"
+            raise invalid(message, "repeat_penalty")
+        return other if one is None else one
 
 
 def _refusal(error: JsonError) -> ApiError:
@@ -204,66 +256,6 @@ def _refusal(error: JsonError) -> ApiError:
     if field := re.fullmatch(r"object missing required field (\w+)", error.reason):
         return missing(f"{path}.{field[1]}".removeprefix("."))
     return invalid(f"{path or 'the body'} is invalid: {error.reason:.200}", path or None)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to generate and send choices: `n` for each prompt, each like `choice`."""
-
-    choice: GenerationRequest  # without a prompt
-    n: int
-    stream: bool
-    include_usage: bool
-
-    def requests(self, prompt: tuple[int, ...]) -> Iterator[GenerationRequest]:
-        """Yield a prompt's choices; with a seed, choice i has the seed plus i."""
-        seed = self.choice.sampling.seed
-        for index in range(self.n):
-            each = None if seed is None else seed + index
-            sampling = replace(self.choice.sampling, seed=each)
-            yield replace(self.choice, prompt=prompt, sampling=sampling)
-
-
-def read_options(
-    fields: SharedFields, engine: Engine, max_tokens: int | None, top_logprobs: int | None
-) -> Options:
-    """Return a request's options, or raise an ApiError if they contradict each other."""
-    if fields.stream_options and not fields.stream:
-        raise invalid("stream_options needs stream; set stream to true", "stream_options")
-    choice = GenerationRequest(
-        prompt=(),
-        sampling=_sampling(fields, engine.n_vocab),
-        max_tokens=max_tokens,
-        stop=(fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ()),
-        grammar=_grammar(fields.response_format, engine),
-        top_logprobs=top_logprobs,
-    )
-    include_usage = bool(fields.stream_options and fields.stream_options.include_usage)
-    return Options(choice, fields.n or 1, bool(fields.stream), include_usage)
-
-
-def _sampling(fields: SharedFields, n_vocab: int) -> Sampling:
-    given = {
-        "temperature": fields.temperature,
-        "top_k": fields.top_k and max(fields.top_k, 0),
-        "top_p": None if fields.top_p is None else max(fields.top_p, _MIN_TOP_P),
-        "min_p": fields.min_p,
-        "repeat_penalty": _repeat_penalty(fields),
-        "frequency_penalty": fields.frequency_penalty,
-        "presence_penalty": fields.presence_penalty,
-        "seed": fields.seed,
-        "logit_bias": tuple(_biases(fields.logit_bias or {}, n_vocab).items()),
-    }
-    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return Sampling(**chosen)
-
-
-def _repeat_penalty(fields: SharedFields) -> float | None:
-    one, other = fields.repetition_penalty, fields.repeat_penalty
-    if one is not None and other is not None and one != other:
-        message = "repetition_penalty and repeat_penalty mean the same here; give one of them"
-        raise invalid(message, "repeat_penalty")
-    return other if one is None else one
 
 
 def _biases(raw: Mapping[str, float | None], n_vocab: int) -> dict[int, float]:

@@ -1,23 +1,26 @@
-"""GGUF to a Hugging Face checkpoint of what it decodes to, which any tool of that world reads.
+"""GGUF to a Hugging Face checkpoint, for tools that read only those.
 
 `Export.prepare` decides and checks everything from headers; `run` does the work.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.export.configuration import check_computes_the_same, config_json
+from dots1_local.export.documents import check_computes_the_same, documents, encoded
 from dots1_local.export.expert_width import true_width
-from dots1_local.export.folder import Folder
-from dots1_local.export.layout import Shard, index_json, lay_out, model_tensors, tensors_of
+from dots1_local.export.folder import ExportFolder
 from dots1_local.export.pipeline import write_shards
-from dots1_local.export.tokenizer import end_tokens, tokenizer_config_json, tokenizer_json, why_none
+from dots1_local.export.shards import (
+    Shard,
+    exported_tensors,
+    index_json,
+    lay_out,
+    model_tensors,
+)
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.progress import Progress, silent
 from dots1_local.verify import check_loadable
@@ -41,8 +44,8 @@ class Exported:
 class Export:
     """An export that is decided and checked, but not yet written.
 
-    Weights are BF16, as published, and the bias that experts are chosen by is F32. `stored_width`
-    is how wide experts are in the GGUF, padding included. `notices` are sentences for the user.
+    Weights become BF16, as published; the bias that chooses experts becomes F32. `stored_width` is
+    the width of experts in the GGUF, with padding. `notices` are sentences for the user.
     """
 
     gguf: GGUFFile
@@ -61,11 +64,11 @@ class Export:
         threads: int | None = None,
         progress: Progress = silent,
     ) -> "Export":
-        """Read a file's header (any shard of a split one), and find out whether experts are padded.
+        """Read a file's header (any shard of a split one) and measure the padding of experts.
 
         Raises:
-            GGUFError: not a dots1 GGUF that llama.cpp loads, or one that holds what a checkpoint
-                has no place for.
+            GGUFError: llama.cpp would not load the file as dots1, or the file holds something that
+                has no place in a checkpoint.
         """
         gguf = GGUFFile.open(path)
         check_loadable(gguf)
@@ -75,11 +78,10 @@ class Export:
         width = true_width(tensors, stored, threads=threads, progress=progress)
         config = replace(stored, moe_intermediate_size=width)
         stored_width = stored.moe_intermediate_size
-        shards = lay_out(tensors_of(gguf, config, stored_width), shard_size)
-        documents, notices = _documents(gguf, config)
-        documents["model.safetensors.index.json"] = index_json(shards)
-        written = {name: _encoded(value) for name, value in documents.items()}
-        return cls(gguf, config, stored_width, shards, written, tuple(notices))
+        shards = lay_out(exported_tensors(gguf, config, stored_width), shard_size)
+        small, notices = documents(gguf, config)
+        small["model.safetensors.index.json"] = encoded(index_json(shards))
+        return cls(gguf, config, stored_width, shards, small, tuple(notices))
 
     @property
     def nbytes(self) -> int:
@@ -95,17 +97,17 @@ class Export:
         progress: Progress = silent,
         on_resume: Progress = silent,
     ) -> Exported:
-        """Write the folder, going on at the shard where a former run of the same export stopped.
+        """Write the folder; resume at the shard where a former run of the same export stopped.
 
-        With `force` a former export is replaced. `on_resume` is called once, with shards done and
-        in all, if there was such a run.
+        With `force` a former export is replaced. If there was a former run, `on_resume` is called
+        once, with the number of finished shards and of all shards.
 
         Raises:
             Dots1Error: the folder is not empty, cannot be written or does not fit the disk, or a
-                weight is not finite. What is written so far stays for the next run.
+                weight is not finite. The next run takes over what is written so far.
         """
         path = Path(output)
-        place = Folder(path, self.shards, self.documents, self._identity(), force=force)
+        place = ExportFolder(path, self.shards, self.documents, self._identity(), force=force)
         with place as folder:
             if folder.done:
                 on_resume(len(folder.done), len(self.shards), "shards", "")
@@ -116,7 +118,7 @@ class Export:
         return Exported(path, files, self.nbytes, len(folder.done))
 
     def _identity(self) -> str:
-        """Changes when the export does; sizes and times stand for the contents of the GGUF."""
+        """A digest of what the export depends on; files count with their sizes and times."""
         digest = hashlib.sha256()
         for file in self.gguf.files:
             stat = file.stat()
@@ -138,32 +140,6 @@ def export_checkpoint(
     force: bool = False,
     progress: Progress = silent,
 ) -> Exported:
-    """Write what a GGUF decodes to as a Hugging Face checkpoint; see `Export` for the steps."""
+    """Decode a GGUF into a Hugging Face checkpoint; see `Export` for the steps."""
     export = Export.prepare(path, shard_size=shard_size, threads=threads)
     return export.run(output, threads=threads, force=force, progress=progress)
-
-
-def _documents(gguf: GGUFFile, config: Dots1Config) -> tuple[dict[str, Any], list[str]]:
-    """The small files as JSON, and notices about them."""
-    notices, ends = [], end_tokens(gguf)
-    documents: dict[str, Any] = {"config.json": config_json(config, ends)}
-    if ends:
-        documents["generation_config.json"] = {"eos_token_id": ends}  # config.json has the first
-    else:
-        notices.append(
-            "generation_config.json is left out: the file names no token that ends a response"
-        )
-    if reason := why_none(gguf):
-        notices.append(
-            f"tokenizer.json is left out, as none would split text like the file's: {reason}; "
-            "take the original model's"
-        )
-    else:
-        context = config.max_position_embeddings
-        documents["tokenizer.json"] = tokenizer_json(gguf)
-        documents["tokenizer_config.json"] = tokenizer_config_json(gguf, context)
-    return documents, notices
-
-
-def _encoded(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

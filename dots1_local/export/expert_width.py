@@ -1,8 +1,8 @@
-"""How wide the experts of a file really are: padding is zeros at the end of all of them.
+"""The true width of a file's experts: padding is zeros at the end of every expert.
 
 No key records the width. A unit whose rows of gate and up are zero adds exactly nothing to an
 expert's output, whatever its column of down decodes to, so the model without it computes the same.
-It is padding only if that holds for every expert in every layer.
+A unit is padding only if this holds for every expert in every layer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from dots1_local.quant.encode import decode
 
 __all__ = ["true_width"]
 
-_PIECE = 1 << 20  # weights looked at together
+_PIECE = 1 << 20  # weights that are decoded at a time
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def true_width(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> int:
-    """The experts' width without padding; `config` has the width they are stored in.
+    """The experts' width without padding; `config` has the stored width.
 
     Raises:
         GGUFError: the file cannot be read.
@@ -75,7 +75,7 @@ def _all_units(tensors: Mapping[str, GGUFTensor], config: Dots1Config) -> Iterat
 
 
 def _needed(files: OpenFiles, units: _Units, least: int) -> int:
-    """How many units come up to the last one that is not zero, `least` or more."""
+    """The number of units up to the last one that is not zero, but at least `least`."""
     tensor, kind = units.tensor, TYPES[units.tensor.type]
     columns = tensor.shape[-1]
     row_bytes = kind.row_bytes(columns)

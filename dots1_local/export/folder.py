@@ -1,7 +1,7 @@
-"""The folder an export writes: `DIR.partial` until all is there, with finished shards kept.
+"""The folder an export writes: `DIR.partial` until it is complete, so that runs can resume.
 
-`DIR.journal` says what the shards in `DIR.partial` are made of. A shard has its name when it is
-complete and on disk, so a killed run loses the one it was at.
+`DIR.journal` identifies the export that wrote the shards in `DIR.partial`. A shard gets its name
+when it is complete and on disk, so a killed run loses only the shard it was writing.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from dots1_local.errors import Dots1Error
-from dots1_local.export.layout import Shard
+from dots1_local.export.shards import Shard
 from dots1_local.files.partial_file import (
     check_parent,
     check_space,
@@ -23,7 +23,7 @@ from dots1_local.files.partial_file import (
     partial_path,
 )
 
-__all__ = ["Folder"]
+__all__ = ["ExportFolder"]
 
 _WRITTEN = re.compile(
     r"model-\d{5,}-of-\d{5,}\.safetensors(\.partial)?|model\.safetensors\.index\.json"
@@ -31,14 +31,14 @@ _WRITTEN = re.compile(
 )
 
 
-class Folder:
+class ExportFolder:
     """Where one export is written; use it in a `with` statement.
 
-    `done` are the shards that a former run with the same `identity` has finished.
+    `done` are the names of the shards that a former run with the same `identity` has finished.
 
     Raises:
-        Dots1Error: `output` exists (without `force`), cannot be a folder, holds a file that no
-            export writes, or is on a disk without enough room.
+        Dots1Error: `output` is not empty (without `force`), cannot be a folder, holds a file that
+            no export writes, or does not fit the disk.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Folder:
         self._lock.close()
 
     def write(self, shard: Shard, fill: Callable[[int], None]) -> None:
-        """Make a shard: `fill` writes its tensors to the descriptor it is given.
+        """Write a shard: `fill` gets a descriptor and writes the tensors to it.
 
         Raises:
             Dots1Error: the disk is full; or whatever `fill` raises.
@@ -87,7 +87,7 @@ class Folder:
         """Write the small files, and give the complete folder its name.
 
         Raises:
-            Dots1Error: the disk is full, or the name was taken meanwhile.
+            Dots1Error: the disk is full, or somebody else has taken the name meanwhile.
         """
         with disk_errors(self._path):
             for name, data in self._documents.items():
@@ -110,9 +110,9 @@ class Folder:
 
     def _check_replaceable(self, force: bool) -> None:
         if not self._path.is_dir():
-            raise Dots1Error(f"{self._path} is no folder; name another")
+            raise Dots1Error(f"{self._path} is not a folder; name another place")
         if os.path.ismount(self._path):
-            raise Dots1Error(f"{self._path} is where a disk is mounted; name a folder in it")
+            raise Dots1Error(f"{self._path} is a mount point; name a folder in it")
         if any(self._path.iterdir()):
             if not force:
                 raise Dots1Error(f"{self._path} is not empty; give --force to replace it")
@@ -139,7 +139,7 @@ class Folder:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder that an export wrote; what is in it may have changed since `_check`."""
+    """Remove a folder that an export wrote; its contents may have changed since `_check`."""
     _check_written(folder)
     shutil.rmtree(folder)
 
@@ -151,6 +151,5 @@ def _check_written(folder: Path) -> None:
     for entry in folder.iterdir():
         if not _WRITTEN.fullmatch(entry.name) or entry.is_dir():
             raise Dots1Error(
-                f"{folder} holds {entry.name}, which no export writes, and is not removed; write "
-                "to another folder"
+                f"{folder} holds {entry.name}, which no export writes; write to another folder"
             )

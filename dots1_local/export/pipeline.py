@@ -1,6 +1,6 @@
-"""The export itself: read ▸ decode ▸ cut off padding ▸ round ▸ write, on all cores.
+"""Writing shards: read ▸ decode ▸ cut off padding ▸ round ▸ write, on all cores.
 
-Pieces are a million weights, so memory holds a few megabytes per core.
+A core works on a million weights at a time, so memory holds a few megabytes per core.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import GGUFError
-from dots1_local.export.folder import Folder
-from dots1_local.export.layout import ExportedTensor, Shard
+from dots1_local.export.folder import ExportFolder
+from dots1_local.export.shards import ExportedTensor, Shard
 from dots1_local.files.gguf import OpenFiles, cores
 from dots1_local.files.partial_file import write_all
 from dots1_local.ggml import TYPES
@@ -27,7 +27,7 @@ _PIECE = 1 << 20  # weights decoded at a time
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _RowRange:
     """Rows [start, stop) of a tensor, which go to `offset` of its shard."""
 
     tensor: ExportedTensor
@@ -37,16 +37,16 @@ class _Piece:
 
 
 def write_shards(
-    folder: Folder,
+    folder: ExportFolder,
     shards: tuple[Shard, ...],
     *,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write those shards that the folder does not hold yet.
+    """Write the shards that the folder does not hold yet.
 
     Raises:
-        GGUFError: a weight is not finite or does not fit BF16, or the file ends early.
+        GGUFError: a weight is not finite or is too large for BF16, or the file ends early.
         Dots1Error: the disk is full.
     """
     total = sum(shard.nbytes for shard in shards)
@@ -71,28 +71,28 @@ def write_shards(
             pool.shutdown(cancel_futures=True)
 
 
-def _pieces(shard: Shard) -> Iterator[_Piece]:
+def _pieces(shard: Shard) -> Iterator[_RowRange]:
     for tensor, offset in shard.tensors:
         step = max(1, _PIECE // tensor.columns)
         row_bytes = tensor.columns * tensor.kind.bytes
         for start in range(0, tensor.rows, step):
             stop = min(start + step, tensor.rows)
-            yield _Piece(tensor, start, stop, offset + start * row_bytes)
+            yield _RowRange(tensor, start, stop, offset + start * row_bytes)
 
 
-def _write(files: OpenFiles, fd: int, piece: _Piece) -> int:
-    """Bytes written."""
+def _write(files: OpenFiles, fd: int, piece: _RowRange) -> int:
+    """Write one range of rows; return the number of bytes."""
     kind, rows = piece.tensor.kind, _rows(files, piece)
     out = files.buffer("rounded", rows.size * kind.bytes).reshape(len(rows), -1)
     data = encode(rows, kind, out=out)
-    if bad_blocks(data.reshape(-1), kind.name).size:  # F32 goes a little further than BF16
+    if bad_blocks(data.reshape(-1), kind.name).size:  # F32 reaches a little further than BF16
         raise GGUFError(f"{_where(piece)} has weights beyond the range of BF16")
     write_all(fd, data.reshape(-1).data, piece.offset)
     return data.nbytes
 
 
-def _rows(files: OpenFiles, piece: _Piece) -> NDArray[np.float32]:
-    """The piece decoded, without padding."""
+def _rows(files: OpenFiles, piece: _RowRange) -> NDArray[np.float32]:
+    """The decoded rows, without padding."""
     tensor, stored = piece.tensor, piece.tensor.stored
     kind, columns = TYPES[stored.type], stored.shape[-1]
     row_bytes = kind.row_bytes(columns)
@@ -107,6 +107,6 @@ def _rows(files: OpenFiles, piece: _Piece) -> NDArray[np.float32]:
     return np.ascontiguousarray(rows[:, : tensor.columns])
 
 
-def _where(piece: _Piece) -> str:
+def _where(piece: _RowRange) -> str:
     stored = piece.tensor.stored
     return f"{stored.name} of {stored.file} ({piece.tensor.name})"

@@ -101,7 +101,7 @@ def test_keys_that_compute_something_else(
         ({"without": ["blk.1.exp_probs_b.bias"]}, "chooses experts without it"),
         ({"without": ["output.weight"]}, "output.weight missing"),
         ({"tensors": {"blk.1.ffn_up_exps.scale": np.ones(8, np.float32)}}, "no place"),
-        ({"tensors": {"blk.1.attn_q.bias": np.ones(64, np.float32)}}, "no part of a dots1"),
+        ({"tensors": {"blk.1.attn_q.bias": np.ones(64, np.float32)}}, "not part of a dots1"),
     ],
 )
 def test_files_that_are_no_dots1_model(tmp_path: Path, options: dict[str, Any], says: str) -> None:
@@ -119,7 +119,7 @@ def test_a_type_that_is_not_decoded_here(tmp_path: Path, monkeypatch: pytest.Mon
     path = write_random_gguf(tmp_path / "m.gguf")
     found = {tensor.name: tensor.tensor_type for tensor in GGUFReader(path).tensors}
     assert found["blk.0.attn_q.weight"] == GGMLQuantizationType.I8
-    with pytest.raises(GGUFError, match=r"stores blk\.0\.attn_q\.weight as I8, which"):
+    with pytest.raises(GGUFError, match=r"blk\.0\.attn_q\.weight as I8"):
         Export.prepare(path)
 
 

@@ -12,7 +12,7 @@ from dots1_local.files.gguf import GGUFFile, GGUFTensor
 from dots1_local.ggml import TYPES, QuantType
 from dots1_local.verify.tensors import expected_tensors
 
-__all__ = ["ExportedTensor", "Shard", "index_json", "lay_out", "model_tensors", "tensors_of"]
+__all__ = ["ExportedTensor", "Shard", "exported_tensors", "index_json", "lay_out", "model_tensors"]
 
 _ALIGNMENT = 8  # of a safetensors header
 _BIAS = "e_score_correction_bias"
@@ -20,10 +20,10 @@ _BIAS = "e_score_correction_bias"
 
 @dataclass(frozen=True)
 class ExportedTensor:
-    """One tensor of the checkpoint, and the rows of the GGUF's tensor that hold it.
+    """One tensor of the checkpoint, and where the GGUF's tensor `stored` holds it.
 
-    They begin at `first_row`, counted over all experts. Where the `stored` rows are longer, the
-    rest of each is padding.
+    Its rows begin at `first_row`, counted over all experts. If the stored rows are longer, the rest
+    of each is padding.
     """
 
     name: str
@@ -34,12 +34,12 @@ class ExportedTensor:
 
     @property
     def dtype(self) -> str:
-        """Published checkpoints keep the bias that experts are chosen by in F32; so does this."""
+        """BF16, except for the bias that chooses experts, as in published checkpoints."""
         return "F32" if self.name.endswith(_BIAS) else "BF16"
 
     @property
     def kind(self) -> QuantType:
-        """The type it has in the checkpoint."""
+        """The type in the checkpoint."""
         return TYPES[self.dtype]
 
     @property
@@ -72,7 +72,7 @@ def model_tensors(gguf: GGUFFile, config: Dots1Config) -> dict[str, GGUFTensor]:
     """The tensors of a file that llama.cpp can load, by name.
 
     Raises:
-        GGUFError: one has no place in a checkpoint, or a type that is not decoded here.
+        GGUFError: a tensor has no place in a checkpoint, or a type that is not decoded.
     """
     specs = expected_tensors(config, gguf, config.moe_intermediate_size)
     wanted = {spec.name for spec in specs}
@@ -84,16 +84,18 @@ def model_tensors(gguf: GGUFFile, config: Dots1Config) -> dict[str, GGUFTensor]:
             )
         if tensor.type not in TYPES:
             raise GGUFError(
-                f"{tensor.file} stores {tensor.name} as {tensor.type}, which dots1-local does not "
-                f"decode; it does {', '.join(TYPES)}"
+                f"{tensor.file} stores {tensor.name} as {tensor.type}, but dots1-local decodes "
+                f"only {', '.join(TYPES)}"
             )
     return {tensor.name: tensor for tensor in gguf.tensors}
 
 
-def tensors_of(gguf: GGUFFile, config: Dots1Config, stored_width: int) -> list[ExportedTensor]:
-    """Every tensor in the published order: layer by layer, and in a layer expert by expert.
+def exported_tensors(
+    gguf: GGUFFile, config: Dots1Config, stored_width: int
+) -> list[ExportedTensor]:
+    """Every tensor in the published order: layer by layer, and expert by expert in a layer.
 
-    `config` has the true expert width; `stored_width` may be a padded one.
+    `config` has the true expert width; `stored_width` may include padding.
     """
     stored = {tensor.name: tensor for tensor in gguf.tensors}
     specs = expected_tensors(config, gguf, stored_width)
@@ -112,7 +114,7 @@ def _parts(spec: TensorSpec, stored: GGUFTensor) -> Iterator[ExportedTensor]:
 
 
 def lay_out(tensors: Iterable[ExportedTensor], shard_size: int) -> tuple[Shard, ...]:
-    """Shards of at most `shard_size` bytes of tensors; a larger tensor has one for itself."""
+    """Shards of at most `shard_size` bytes of tensors; a larger tensor gets its own shard."""
     groups: list[list[ExportedTensor]] = []
     room = 0
     for tensor in tensors:
@@ -129,7 +131,7 @@ def lay_out(tensors: Iterable[ExportedTensor], shard_size: int) -> tuple[Shard, 
 
 
 def _shard(name: str, tensors: Sequence[ExportedTensor]) -> Shard:
-    """F32 comes first, so that every number is aligned."""
+    """F32 tensors come first, so that every number is aligned."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     places, end = [], 0
     for tensor in sorted(tensors, key=lambda tensor: -tensor.kind.bytes):
@@ -145,7 +147,7 @@ def _shard(name: str, tensors: Sequence[ExportedTensor]) -> Shard:
 
 
 def index_json(shards: Sequence[Shard]) -> dict[str, object]:
-    """What model.safetensors.index.json says."""
+    """The contents of model.safetensors.index.json."""
     weight_map = {tensor.name: shard.name for shard in shards for tensor, _ in shard.tensors}
     total = sum(tensor.nbytes for shard in shards for tensor, _ in shard.tensors)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

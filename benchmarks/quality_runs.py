@@ -26,7 +26,7 @@ from dots1_local.architecture import Dots1Config
 from dots1_local.convert import convert_checkpoint
 from dots1_local.errors import UsageError
 from dots1_local.evaluate.divergence import Estimate
-from dots1_local.evaluate.logits_writer import LogitsWriter
+from dots1_local.evaluate.logits_file import LogitsWriter
 from dots1_local.evaluate.perplexity import kl_divergence, read_text
 from dots1_local.evaluate.scoring import cut, open_engine, score
 from dots1_local.files.checkpoint import Checkpoint

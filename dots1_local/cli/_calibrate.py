@@ -182,7 +182,7 @@ def _run(
     options: CalibrateOptions,
 ) -> "list[Coverage]":
     from dots1_local.calibrate.run import calibrate as run
-    from dots1_local.evaluate.logits_writer import LogitsWriter, check_logits_target
+    from dots1_local.evaluate.logits_file import LogitsWriter, check_logits_target
 
     writer, force = None, options.force
     if options.logits is not None and evaluation is not None:

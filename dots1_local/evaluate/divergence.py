@@ -1,10 +1,9 @@
-"""KL divergence and its companions, as llama-perplexity defines and prints them.
+"""KL divergence and related statistics, as llama-perplexity defines and prints them.
 
-P is the base model's next-token distribution, Q the one that is judged. `compare` gives a row of
-figures for each scored token, `summarise` the statistics over all of them. Which numbers are
-float32 and which float64 is llama-perplexity's choice, so that the digits it prints come out.
-
-A picture of KL divergence by token, in text: how many tokens are how far off.
+P is the next-token distribution of the base model, Q that of the model under test. `compare`
+returns figures for each scored token, `summarise` statistics over all of them, and `histogram` a
+picture of the KL divergence of tokens. Numbers are float32 or float64 as in llama-perplexity, so
+that the printed digits agree.
 """
 
 from collections.abc import Mapping
@@ -15,35 +14,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
-from dots1_local.evaluate.logits_file import decode, exp32, log_sum_exp
+from dots1_local.evaluate.logits_file import decode
+from dots1_local.evaluate.scoring import NOT_FINITE, Floats, exp32, log_sum_exp
 
-__all__ = [
-    "ROW",
-    "Divergence",
-    "Estimate",
-    "compare",
-    "histogram",
-    "summarise",
-]
+__all__ = ["ROW", "Divergence", "Estimate", "compare", "histogram", "summarise"]
 
-
-# Natural logarithms; delta_p is Q's probability of the true token less P's.
+# Logarithms are natural; delta_p is Q's probability of the true token minus P's.
 ROW = np.dtype(
     [("nll", "f4"), ("nll_base", "f4"), ("kld", "f8"), ("delta_p", "f4"), ("same_top", "?")]
 )
-_FLOOR = np.float32(-16)  # tokens that P finds less likely than e^-16 do not count
+_FLOOR = np.float32(-16)  # tokens whose probability in P is below e^-16 do not count
 
 KL_POINTS = (100.0, 99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1, 0.0)
 DELTA_P_POINTS = (100.0, 99.9, 99.0, 95.0, 90.0, 75.0, 50.0, 25.0, 10.0, 5.0, 1.0, 0.1, 0.0)
 _NAMES = {100.0: "Maximum", 50.0: "Median ", 0.0: "Minimum"}
 
-Floats = NDArray[np.float32]
 Figures = NDArray[np.void]  # of type ROW
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or what is made of means, and its standard error (0 for 10 values or fewer)."""
+    """A mean, or a function of means, and its standard error (0 for 10 values or fewer)."""
 
     value: float
     error: float
@@ -51,10 +42,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How a model differs from its base on `tokens` scored tokens; `str` is llama-perplexity's.
+    """How a model differs from its base on `tokens` scored tokens.
 
-    Percentiles are by percent: 100 is the maximum, 50 the median. Probabilities are 0 to 1 here
-    and percent in print. What is not defined, such as the correlation of constants, is NaN.
+    `str` is llama-perplexity's output. Percentiles are by percent: 100 is the maximum, 50 the
+    median. Probabilities are 0 to 1 here and percent in the output. Undefined values, such as the
+    correlation of constants, are NaN.
     """
 
     tokens: int
@@ -123,7 +115,7 @@ def compare(base: NDArray[np.uint16], logits: Floats, targets: NDArray[np.int32]
     """Figures (n,) of type `ROW` for encoded rows of P, logits of Q (n, n_vocab), true tokens (n,).
 
     Raises:
-        Dots1Error: the logits are not finite.
+        Dots1Error: a logit is not finite.
     """
     each = np.arange(len(targets))
     rows = np.empty(len(targets), ROW)
@@ -142,12 +134,12 @@ def compare(base: NDArray[np.uint16], logits: Floats, targets: NDArray[np.int32]
         terms *= p
         rows["kld"] = terms.sum(axis=1, dtype=np.float64)
     if not np.isfinite(rows["kld"]).all():
-        raise Dots1Error("the model computes logits that are no numbers; is its file damaged?")
+        raise Dots1Error(NOT_FINITE)
     return rows
 
 
 def summarise(rows: Figures, n_ctx: int) -> Divergence:
-    """Statistics over all figures (chunks, scored tokens)."""
+    """Compute statistics over all figures (chunks, scored tokens)."""
     every = rows.reshape(-1)
     count = len(every)
     with np.errstate(all="ignore"):  # 0 / 0 and the like are NaN, as in C
@@ -183,7 +175,7 @@ def summarise(rows: Figures, n_ctx: int) -> Divergence:
 
 
 def _mean(values: NDArray[Any]) -> Estimate:
-    """Squares are taken in the precision of `values`, sums in float64."""
+    """The mean; values are squared in their own precision and summed in float64."""
     count = len(values)
     mean = values.sum(dtype=np.float64) / count
     variance = (values * values).sum(dtype=np.float64) / count - mean * mean
@@ -192,7 +184,7 @@ def _mean(values: NDArray[Any]) -> Estimate:
 
 
 def _covariance(a: Floats, b: Floats) -> float:
-    """Of the two means."""
+    """The covariance of the two means."""
     count = len(a)
     if count < 10:
         return 0.0
@@ -207,13 +199,13 @@ def _exp(log: Estimate) -> Estimate:
 
 
 def _difference(a: Estimate, b: Estimate, covariance: float) -> float:
-    """The error of a - b."""
+    """The standard error of a - b."""
     variance = a.error * a.error + b.error * b.error - 2 * covariance
     return float(np.sqrt(np.float64(variance)))
 
 
 def _percentile(ascending: Floats, percent: float) -> float:
-    """Between the two nearest values, in float32 up to the place; the median is exact."""
+    """Interpolate between the two nearest values in float32; the median is exact."""
     last = len(ascending) - 1
     if percent == 50:
         return float(np.float32(0.5) * (ascending[last // 2] + ascending[(last + 1) // 2]))
@@ -226,17 +218,18 @@ def _percentile(ascending: Floats, percent: float) -> float:
     return float((np.float32(1) - part) * ascending[lower] + part * upper)
 
 
-_LOWEST, _HIGHEST = -21, 9  # thirds of a decade: 1e-7, under which all is rounding, to 1000
+_LOWEST, _HIGHEST = -21, 9  # thirds of a decade: 1e-7, below which all is rounding, to 1000
 _MARKS = (10.0, 50.0, 90.0, 99.0, 99.9)
 _WIDTH = 36
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def histogram(values: NDArray[np.float32]) -> str:
-    """Bars of the tokens (values,) by KL divergence, on a log scale, in at most 80 columns.
+    """Draw bars of the number of tokens by KL divergence (tokens,) in at most 80 columns.
 
-    A row is a third of a decade and begins at the value printed; the first holds all below 1e-7,
-    zero and negative values included. At the right: the percentiles that fall into the row.
+    The scale is logarithmic. Each row is a third of a decade and begins at the value printed; the
+    first row holds everything below 1e-7, including zero and negative values. On the right are the
+    percentiles that fall into the row.
     """
     if not values.size:
         return "no tokens"
@@ -260,6 +253,6 @@ def _edges() -> NDArray[np.float32]:
 
 
 def _bar(share: float) -> str:
-    """A bar in eighths of a character; what is there shows as one of them at least."""
+    """A bar in eighths of a character; if `share` is not 0, at least one eighth."""
     eighths = max(round(share * _WIDTH * 8), share > 0)
     return (_EIGHTHS[8] * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()

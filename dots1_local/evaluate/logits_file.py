@@ -1,84 +1,44 @@
-"""Softmax in llama-perplexity's precision: exponentials in float32, their sums in float64.
+"""llama-perplexity's logits file: what a model predicts for every next token, in 16 bits each.
 
-llama-perplexity's logits file: what a model thinks of every next token, in 16 bits each.
-
-`--kl-divergence-base` writes and reads it. Little-endian, without padding between the parts:
+llama-perplexity's `--kl-divergence-base` writes and reads such files. They are little-endian, and
+nothing is padded:
 
     "_logits_", int32 n_ctx, int32 n_vocab, int32 chunks
     int32 tokens, (chunks, n_ctx)
     rows, (chunks, n_ctx - 1 - n_ctx // 2), one for each scored token:
-        float32 scale, float32 floor, uint16 values (n_vocab), one more 0 if n_vocab is odd
+        float32 scale, float32 floor, uint16 values (n_vocab), and a 0 if n_vocab is odd
 
-A log-probability is scale * value + floor. Those more than 16 below the row's largest are cut off
-to value 0. At a vocabulary of 152,064, 100 chunks of 512 are 7.8 GB: nothing here holds more than
-the rows it is given or asked for.
+A log-probability is scale * value + floor. Log-probabilities more than 16 below the largest of
+their row have the value 0. With a vocabulary of 152,064, 100 chunks of 512 tokens take 7.8 GB, so
+only the rows that are asked for or given are in memory.
 """
 
 import os
 import struct
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
+from dots1_local.evaluate.scoring import Floats, log_sum_exp
+from dots1_local.files.partial_file import (
+    check_space,
+    check_target,
+    disk_errors,
+    open_partial,
+    partial_path,
+    write_all,
+)
 
-__all__ = [
-    "MAGIC",
-    "Layout",
-    "LogitsFile",
-    "decode",
-    "encode",
-    "exp32",
-    "log_sum_exp",
-    "negative_log",
-    "negative_log32",
-]
+__all__ = ["LogitsFile", "LogitsWriter", "check_logits_target", "decode", "encode"]
 
-
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
-
-
-def exp32(x: Floats) -> Floats:
-    """exp(x), rounded once: numpy's own float32 exp is off by more than C's expf."""
-    out = np.empty_like(x)
-    np.exp(x, dtype=np.float64, out=out, casting="same_kind")
-    return out
-
-
-def log_sum_exp(logits: Floats) -> tuple[Floats, Doubles]:
-    """Of rows (n, n_vocab): their maxima (n,) and log(sum(exp(logits - maximum))) (n,).
-
-    Raises:
-        Dots1Error: a row has no finite maximum, as a damaged model gives it.
-    """
-    top: Floats = logits.max(axis=1)
-    if not np.isfinite(top).all():
-        raise Dots1Error("the model computes logits that are no numbers; is its file damaged?")
-    sums = exp32(logits - top[:, None]).sum(axis=1, dtype=np.float64)
-    return top, np.log(sums)
-
-
-def negative_log(logits: Floats, targets: NDArray[np.int32]) -> Doubles:
-    """-log softmax(logits)[target] of rows (n, n_vocab) and targets (n,)."""
-    top, log_sum = log_sum_exp(logits)
-    return log_sum - (logits[np.arange(len(targets)), targets] - top)
-
-
-def negative_log32(logits: Floats, targets: NDArray[np.int32]) -> Floats:
-    """The same in float32, as llama-perplexity has it when it writes or reads a logits file."""
-    top, log_sum = log_sum_exp(logits)
-    log_z = top + log_sum.astype(np.float32)
-    nll: Floats = log_z - logits[np.arange(len(targets)), targets]
-    return nll
-
-
-MAGIC = b"_logits_"
+_MAGIC = b"_logits_"
 _HEADER = struct.Struct("<8s3i")
-_MAX_TOKENS = 1 << 27  # 512 MB of them; a sparse file could claim any number
+_MAX_TOKENS = 1 << 27  # 512 MB; a sparse file could claim any number
 _STEPS = np.float32(65535)
 _RANGE = np.float32(16)
 
@@ -86,8 +46,8 @@ Rows = NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where everything is in a file of `chunks` chunks of `n_ctx` tokens; sizes in bytes."""
+class LogitsLayout:
+    """Where the parts of a file of `chunks` chunks of `n_ctx` tokens are; sizes are in bytes."""
 
     n_ctx: int
     n_vocab: int
@@ -108,18 +68,18 @@ class Layout:
 
     @property
     def header(self) -> bytes:
-        return _HEADER.pack(MAGIC, self.n_ctx, self.n_vocab, self.chunks)
+        return _HEADER.pack(_MAGIC, self.n_ctx, self.n_vocab, self.chunks)
 
     def offset(self, chunk: int, row: int) -> int:
-        """The place of a row."""
+        """The offset of a row."""
         tokens = 4 * self.chunks * self.n_ctx
         return _HEADER.size + tokens + (chunk * self.scored + row) * self.row_bytes
 
 
 def encode(logits: Floats) -> Rows:
-    """Rows of logits or log-probabilities (n, n_vocab) as they stand in the file: (n, slots).
+    """Encode logits or log-probabilities (n, n_vocab) as rows of a logits file (n, slots).
 
-    The arithmetic is llama-perplexity's, in float32, so that the bytes are the same.
+    The arithmetic is llama-perplexity's, in float32, so that the bytes are equal.
     """
     n_vocab = logits.shape[1]
     top, log_sum = log_sum_exp(logits)
@@ -139,7 +99,7 @@ def encode(logits: Floats) -> Rows:
 
 
 def decode(rows: Rows, n_vocab: int) -> Floats:
-    """Log-probabilities (n, n_vocab) of rows as `encode` makes them."""
+    """Decode rows that `encode` made to log-probabilities (n, n_vocab)."""
     head = rows[:, :4].view("<f4")
     values = rows[:, 4 : 4 + n_vocab].astype(np.float32)
     values *= head[:, :1]
@@ -154,7 +114,7 @@ def _slots(n_vocab: int) -> int:
 class LogitsFile:
     """A logits file to read; use it in a `with` statement.
 
-    `tokens` is (chunks, n_ctx), each of them checked to be in the vocabulary.
+    `tokens` is (chunks, n_ctx), and every token is checked to be in the vocabulary.
     """
 
     def __init__(self, path: Path, fd: int) -> None:
@@ -164,13 +124,13 @@ class LogitsFile:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Check everything but the rows.
+        """Open a file and check everything except the rows.
 
         Raises:
-            Dots1Error: the file is missing, of another kind, truncated or corrupt.
+            Dots1Error: the file is missing, is not a logits file, or is truncated or damaged.
         """
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # do not wait for a pipe
         except OSError as error:
             raise Dots1Error(f"cannot read {path}: {error.strerror}") from None
         try:
@@ -186,42 +146,43 @@ class LogitsFile:
         os.close(self._fd)
 
     def rows(self, chunk: int, start: int, count: int) -> Rows:
-        """`count` encoded rows of a chunk from row `start` on; threads may call this.
+        """Read `count` encoded rows of a chunk from row `start` on; threads may call this.
 
         Raises:
-            Dots1Error: the file got shorter, or a row holds no log-probabilities.
+            Dots1Error: the file has become shorter, or a row is not log-probabilities.
         """
         size = self.layout.row_bytes
         raw = self._read(self.layout.offset(chunk, start), count * size)
         rows = np.frombuffer(raw, "<u2").reshape(count, size // 2)
         with np.errstate(invalid="ignore"):  # NaN and infinity fail a comparison
             scale, floor = rows[:, :4].view("<f4").astype(np.float64).T
-            # A probability may be a rounding error above 1.
+            # Rounding can make a probability a little larger than 1.
             sound = (scale >= 0) & (floor > -1e4) & (floor + 65535 * scale < 0.01)
         if not sound.all():
             row = start + int(np.argmin(sound))
             raise Dots1Error(
-                f"{self.path} is damaged: row {row} of chunk {chunk} holds no log-probabilities"
+                f"{self.path} is damaged: row {row} of chunk {chunk} does not hold "
+                "log-probabilities; write the file again"
             )
         return rows
 
-    def _read_layout(self) -> Layout:
+    def _read_layout(self) -> LogitsLayout:
         size = os.fstat(self._fd).st_size
-        if size < _HEADER.size or self._read(0, 8) != MAGIC:
+        if size < _HEADER.size or self._read(0, 8) != _MAGIC:
             raise Dots1Error(
-                f"{self.path} is no logits file; make one with dots1 perplexity --save-logits or "
-                "llama-perplexity --kl-divergence-base"
+                f"{self.path} is not a logits file; make one with dots1 perplexity --save-logits "
+                "or llama-perplexity --kl-divergence-base"
             )
         _, n_ctx, n_vocab, chunks = _HEADER.unpack(self._read(0, _HEADER.size))
-        layout = Layout(n_ctx, n_vocab, chunks)
+        layout = LogitsLayout(n_ctx, n_vocab, chunks)
         if min(layout.scored, n_vocab, chunks) < 1 or n_ctx * chunks > _MAX_TOKENS:
             raise Dots1Error(
                 f"{self.path} claims {chunks} chunks of {n_ctx} tokens and a vocabulary of "
-                f"{n_vocab}, which no logits file has"
+                f"{n_vocab}, which no logits file has; write the file again"
             )
         if size != layout.nbytes:
             raise Dots1Error(
-                f"{self.path} has {size} bytes where {chunks} chunks take {layout.nbytes}; it is "
+                f"{self.path} has {size} bytes, but {chunks} chunks take {layout.nbytes}; it is "
                 "incomplete or damaged, write it again"
             )
         return layout
@@ -232,19 +193,85 @@ class LogitsFile:
         tokens: NDArray[np.int32] = np.frombuffer(raw, "<i4").reshape(shape)
         if tokens.min() < 0 or tokens.max() >= self.layout.n_vocab:
             raise Dots1Error(
-                f"{self.path} is damaged: it has tokens {tokens.min()} to {tokens.max()} in a "
-                f"vocabulary of {self.layout.n_vocab}"
+                f"{self.path} is damaged: it has tokens {tokens.min()} to {tokens.max()}, but a "
+                f"vocabulary of {self.layout.n_vocab}; write the file again"
             )
         return tokens
 
     def _read(self, offset: int, count: int) -> bytes:
         raw = b""
         try:
-            while len(raw) < count:  # the kernel gives at most 2 GiB at a time
+            while len(raw) < count:  # the kernel reads at most 2 GiB at a time
                 part = os.pread(self._fd, count - len(raw), offset + len(raw))
                 if not part:
-                    raise Dots1Error(f"{self.path} got shorter while it was read")
+                    raise Dots1Error(f"{self.path} became shorter while it was read")
                 raw += part
         except OSError as error:
             raise Dots1Error(f"cannot read {self.path}: {error.strerror}") from None
         return raw
+
+
+def check_logits_target(path: Path, force: bool) -> None:
+    """Refuse a path where a file must stay; even `force` only replaces a logits file.
+
+    Raises:
+        Dots1Error: `check_target` refuses the path, or another kind of file is there.
+    """
+    check_target(path, force=force)
+    try:
+        with path.open("rb") as file:
+            if file.read(8) not in (_MAGIC, b""):
+                raise Dots1Error(f"{path} exists and is not a logits file; name another file")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise Dots1Error(f"cannot write {path}: {error.strerror}") from None
+
+
+class LogitsWriter:
+    """Writes a logits file, rows in any order and from any thread; use it in a `with` statement.
+
+    `PATH.partial` has its final size from the start. It gets its name when the block ends and all
+    rows are written, and is removed when the block raises an exception.
+    """
+
+    def __init__(
+        self, path: Path, tokens: NDArray[np.int32], n_vocab: int, *, force: bool = False
+    ) -> None:
+        """`tokens` is (chunks, n_ctx). Nothing is written before the `with` block begins."""
+        self.path = path.resolve()  # if it is a link, the file it points to is written
+        self.layout = LogitsLayout(tokens.shape[1], n_vocab, tokens.shape[0])
+        self._tokens, self._force = tokens, force
+        self._written = np.zeros((self.layout.chunks, self.layout.scored), bool)
+        self._open = ExitStack()
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        check_logits_target(self.path, self._force)
+        check_space(self.path, self.layout.nbytes, [partial_path(self.path)])
+        with disk_errors(self.path, kept=False), ExitStack() as opened:
+            self._fd = opened.enter_context(open_partial(self.path)).fileno()
+            os.ftruncate(self._fd, self.layout.nbytes)
+            header = self.layout.header + self._tokens.astype("<i4").tobytes()
+            write_all(self._fd, memoryview(header), 0)
+            self._open = opened.pop_all()
+        return self
+
+    def write(self, chunk: int, start: int, logits: Floats) -> None:
+        """Write logits or log-probabilities (n, n_vocab) to a chunk from row `start` on.
+
+        Raises:
+            Dots1Error: the disk is full or fails.
+        """
+        rows = encode(logits)
+        with disk_errors(self.path, kept=False):
+            write_all(self._fd, memoryview(rows.tobytes()), self.layout.offset(chunk, start))
+        self._written[chunk, start : start + len(rows)] = True
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        if kind is not None:
+            self._open.__exit__(kind, *exception)
+            return
+        with disk_errors(self.path, kept=False), self._open:
+            if not self._written.all():
+                raise Dots1Error(f"{self.path} lacks rows and is not kept")

@@ -14,9 +14,18 @@ from numpy.typing import NDArray
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import UsageError
 from dots1_local.evaluate.divergence import ROW, Divergence, compare, summarise
-from dots1_local.evaluate.logits_file import LogitsFile, encode, negative_log, negative_log32
-from dots1_local.evaluate.logits_writer import LogitsWriter, check_logits_target
-from dots1_local.evaluate.scoring import Block, Ubatch, cut, open_engine, score, thread_pool
+from dots1_local.evaluate.logits_file import LogitsFile, LogitsWriter, check_logits_target, encode
+from dots1_local.evaluate.scoring import (
+    Block,
+    ScoredUbatch,
+    Tokens,
+    cut,
+    negative_log,
+    negative_log32,
+    open_engine,
+    score,
+    thread_pool,
+)
 from dots1_local.placement.placement import Placement
 from dots1_local.progress import Progress, silent
 
@@ -24,9 +33,8 @@ __all__ = ["Perplexity", "kl_divergence", "perplexity", "read_text"]
 
 _N_CTX = 512
 
-Tokens = NDArray[np.int32]  # (chunks, n_ctx)
-Base = Callable[[Block], NDArray[np.uint16]]  # the base model's encoded rows for a block
-Steps = Iterator[tuple[Ubatch, Base]]
+Base = Callable[[Block], NDArray[np.uint16]]  # returns the base model's encoded rows for a block
+Steps = Iterator[tuple[ScoredUbatch, Base]]
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,10 @@ class Perplexity:
 
 
 def read_text(path: str | Path) -> str:
-    """A text file as llama-perplexity reads it: line ends as they are, less one final newline.
+    """Read a text file as llama-perplexity does: line ends are kept, one final newline is not.
 
     Raises:
-        UsageError: unreadable, or not UTF-8.
+        UsageError: the file is unreadable, or not UTF-8.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8")
@@ -72,16 +80,16 @@ def perplexity(
     tell: Callable[[str], None] = lambda sentence: None,
     progress: Progress = silent,
 ) -> Perplexity:
-    """The perplexity of the model at `path` on `text`, on at most `n_chunks` chunks.
+    """Measure the perplexity of the model at `path` on at most `n_chunks` chunks of `text`.
 
-    `save_logits` keeps its log-probabilities in a file for `kl_divergence` and for
-    llama-perplexity; `force` lets it replace another such file. `placement` and `workers` say
-    where the model lives, as to `load`; `tell` hears the plan and the engine's warnings.
+    `save_logits` is a file to write the log-probabilities to, for `kl_divergence` and for
+    llama-perplexity; with `force` it may replace another logits file. `placement` and `workers` say
+    where the model lives, as in `load`; `tell` is called with the plan and the engine's warnings.
 
     Raises:
         UsageError: the text has fewer than 2 * n_ctx tokens.
         GGUFError: the model cannot be loaded.
-        Dots1Error: the logits file exists, cannot be written or does not fit the disk.
+        Dots1Error: the logits file exists, cannot be written, or does not fit the disk.
     """
     target = None if save_logits is None else Path(save_logits)
     if target is not None:
@@ -121,7 +129,7 @@ def _summary(losses: NDArray[np.float64], n_ctx: int) -> Perplexity:
 
 
 def _exp(x: float) -> float:
-    """Infinite where a float has no room, as in C: of a broken model this is the answer."""
+    """exp(x), which is infinite beyond the range of a float, as in C; a broken model needs it."""
     with np.errstate(over="ignore"):
         return float(np.exp(np.float64(x)))
 
@@ -140,17 +148,18 @@ def kl_divergence(
     tell: Callable[[str], None] = lambda sentence: None,
     progress: Progress = silent,
 ) -> Divergence:
-    """How far the model at `path` is from a base model, on at most `n_chunks` chunks.
+    """Measure how far the model at `path` is from a base model on at most `n_chunks` chunks.
 
-    The base is either a `logits` file, which brings its own tokens and n_ctx, or a `reference`
-    model, evaluated side by side on `text` in chunks of `n_ctx` (default 512) tokens. Its logits
-    then go through the file's 16 bits in memory, so that both give the same digits. `placement`,
-    `workers` and `tell` are about the model at `path`; a reference is run from RAM.
+    The base is either a `logits` file, which has its own tokens and n_ctx, or a `reference` model,
+    which is evaluated side by side on `text` in chunks of `n_ctx` (512 by default) tokens. The
+    reference's logits are encoded in 16 bits like a file's, so that both give the same digits.
+    `placement`, `workers` and `tell` are for the model at `path`; the reference runs in RAM.
 
     Raises:
-        UsageError: not one base; a text or another n_ctx beside a file; vocabularies that differ.
+        UsageError: there is no base, or there are two; a text or another n_ctx is given with a
+            file; or the vocabularies differ.
         GGUFError: a model cannot be loaded.
-        Dots1Error: the file is no logits file, or damaged.
+        Dots1Error: the file is not a logits file, or it is damaged.
     """
     if (logits is None) == (reference is None):
         raise UsageError("KL divergence needs one base: a logits file or a reference model")
@@ -158,12 +167,12 @@ def kl_divergence(
     with ExitStack() as stack:
         if logits is not None:
             if text is not None:
-                raise UsageError(f"{logits} brings its own text; give no other")
+                raise UsageError(f"{logits} has its own text; leave out the other text")
             base = stack.enter_context(LogitsFile.open(logits))
             chunks, steps = _beside_file(stack, path, base, n_ctx, n_chunks, threads, where)
         elif reference is not None:
             if text is None:
-                raise UsageError("a reference model needs a text to be compared on")
+                raise UsageError("a reference model needs a text to compare the models on")
             engines = _open_both(stack, path, reference, n_ctx or _N_CTX, threads, where)
             chunks, steps = _beside_model(*engines, text, n_ctx or _N_CTX, n_chunks)
         rows = _rows(chunks, steps, stack.enter_context(thread_pool(threads)), progress)
@@ -179,14 +188,14 @@ def _beside_file(
     threads: int | None,
     where: Mapping[str, Any],
 ) -> tuple[Tokens, Steps]:
-    """The file's chunks, and what `path` computes for them."""
+    """The file's chunks, and what the model at `path` computes for them."""
     layout = base.layout
     if n_ctx not in (None, layout.n_ctx):
         raise UsageError(f"{base.path} has chunks of {layout.n_ctx} tokens, not {n_ctx}")
     engine = stack.enter_context(open_engine(path, layout.n_ctx, threads, **where))
     if engine.n_vocab != layout.n_vocab:
         raise UsageError(
-            f"{base.path} is of a vocabulary of {layout.n_vocab}, {path} has {engine.n_vocab}"
+            f"{base.path} has a vocabulary of {layout.n_vocab}, but {path} has {engine.n_vocab}"
         )
     chunks = base.tokens[:n_chunks]
     return chunks, ((ubatch, _from_file(base)) for ubatch in score(engine, chunks))
@@ -208,7 +217,7 @@ def _open_both(
     base = stack.enter_context(open_engine(reference, n_ctx, threads))
     if model.n_vocab != base.n_vocab:
         raise UsageError(
-            f"{reference} has a vocabulary of {base.n_vocab}, {path} one of {model.n_vocab}"
+            f"{reference} has a vocabulary of {base.n_vocab}, but {path} has {model.n_vocab}"
         )
     return model, base
 
@@ -216,7 +225,7 @@ def _open_both(
 def _beside_model(
     model: Engine, base: Engine, text: str, n_ctx: int, n_chunks: int | None
 ) -> tuple[Tokens, Steps]:
-    """The text's chunks, and what both models compute for them in turn."""
+    """The text's chunks, and what both models compute for them, ubatch by ubatch."""
     chunks = cut(model, text, n_ctx, n_chunks)
     if not np.array_equal(chunks, cut(base, text, n_ctx, n_chunks)):
         raise UsageError("the two models divide the text into different tokens")
@@ -224,7 +233,7 @@ def _beside_model(
     return chunks, ((ubatch, _from_logits(reference)) for ubatch, reference in both)
 
 
-def _from_logits(reference: Ubatch) -> Base:
+def _from_logits(reference: ScoredUbatch) -> Base:
     logits = {(block.chunk, block.start): block.logits for block in reference.blocks}
     return lambda block: encode(logits[block.chunk, block.start])
 
@@ -232,7 +241,7 @@ def _from_logits(reference: Ubatch) -> Base:
 def _rows(
     chunks: Tokens, steps: Steps, pool: ThreadPoolExecutor, progress: Progress
 ) -> NDArray[np.void]:
-    """Figures (chunks, scored tokens) of type `ROW`."""
+    """Compute figures (chunks, scored tokens) of type `ROW`."""
     n_ctx = chunks.shape[1]
     rows = np.empty((len(chunks), n_ctx - n_ctx // 2 - 1), ROW)
     for ubatch, base in steps:

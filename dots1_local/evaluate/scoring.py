@@ -1,8 +1,9 @@
-"""The loop that all evaluation shares: chunks of tokens in, logits of the scored ones out.
+"""The loop that all evaluation shares: it takes chunks of tokens and yields the scored logits.
 
-The text is cut into chunks of n_ctx tokens. Each is evaluated on its own, and every token after
-the first half is scored: the model then has at least n_ctx / 2 tokens to go by. Chunks are
-batched as llama-perplexity batches them, because the last digits depend on it.
+A text is divided into chunks of n_ctx tokens. Each chunk is evaluated on its own, and every token
+after its first half is scored, so that at least n_ctx / 2 tokens come before it. Chunks are batched
+as llama-perplexity batches them, because the last digits depend on it. So does the precision of
+softmax, which is llama-perplexity's too: exponentials in float32, their sums in float64.
 """
 
 import os
@@ -18,34 +19,52 @@ from numpy.typing import NDArray
 from dots1_local.devices.limits import physical_cores
 from dots1_local.engine.engine import Engine, Entry
 from dots1_local.engine.planned import load
-from dots1_local.errors import UsageError
+from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.placement.placement import MAX_SEQUENCES
 
-__all__ = ["Block", "Ubatch", "cut", "open_engine", "score", "thread_pool"]
+__all__ = [
+    "NOT_FINITE",
+    "Block",
+    "Doubles",
+    "Floats",
+    "ScoredUbatch",
+    "Tokens",
+    "cut",
+    "exp32",
+    "log_sum_exp",
+    "negative_log",
+    "negative_log32",
+    "open_engine",
+    "score",
+    "thread_pool",
+]
 
-_N_BATCH = 2048  # llama-perplexity's default; chunks are evaluated side by side up to this
-_BLOCK = 1 << 18  # logits a thread works on at a time: what it makes of them fits its cache
+NOT_FINITE = "the model computes NaN or infinite logits; its file may be damaged"
+_N_BATCH = 2048  # tokens; llama-perplexity's default, chunks are evaluated side by side up to it
+_BLOCK = 1 << 18  # logits that a thread works on at a time, so that its results fit its cache
 
 Tokens = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Logits (n, n_vocab) of n scored tokens in a row, the first being `start` of its chunk's.
+    """Logits (n, n_vocab) of n successive scored tokens, of which `start` is the first's number.
 
-    `targets` (n,) are the tokens to predict. The logits are llama.cpp's own, valid until the
-    engine computes the next ubatch.
+    `targets` (n,) are the tokens to predict. The logits are llama.cpp's own memory, which is valid
+    until the engine computes the next ubatch.
     """
 
     chunk: int
     start: int
-    logits: NDArray[np.float32]
+    logits: Floats
     targets: Tokens
 
 
 @dataclass(frozen=True)
-class Ubatch:
-    """What one step gave: `tokens` evaluated so far, `chunks` that were complete before it."""
+class ScoredUbatch:
+    """The blocks of a ubatch, the `tokens` evaluated so far, and the `chunks` complete before."""
 
     tokens: int
     chunks: int
@@ -53,7 +72,7 @@ class Ubatch:
 
 
 def open_engine(path: str | Path, n_ctx: int, threads: int | None, **options: Any) -> Engine:
-    """An engine that `score` can use; `options` are those of `load`."""
+    """Load a model so that `score` can use it; `options` are those of `load`."""
     return load(
         path,
         n_ctx=n_ctx,
@@ -65,12 +84,12 @@ def open_engine(path: str | Path, n_ctx: int, threads: int | None, **options: An
 
 
 def thread_pool(threads: int | None) -> ThreadPoolExecutor:
-    """Threads for blocks; numpy computes outside the interpreter lock."""
+    """Threads that work on blocks; numpy computes outside the interpreter lock."""
     return ThreadPoolExecutor(min(threads or physical_cores(), os.cpu_count() or 1))
 
 
 def cut(engine: Engine, text: str, n_ctx: int, n_chunks: int | None) -> Tokens:
-    """Tokens (chunks, n_ctx) of at most `n_chunks` chunks, the rest of the text cut off.
+    """Tokenize at most `n_chunks` chunks (chunks, n_ctx); the rest of the text is left out.
 
     Raises:
         UsageError: the text has fewer than 2 * n_ctx tokens.
@@ -85,11 +104,11 @@ def cut(engine: Engine, text: str, n_ctx: int, n_chunks: int | None) -> Tokens:
     return np.array(tokens[: count * n_ctx], np.int32).reshape(count, n_ctx)
 
 
-def score(engine: Engine, chunks: Tokens) -> Iterator[Ubatch]:
+def score(engine: Engine, chunks: Tokens) -> Iterator[ScoredUbatch]:
     """Evaluate chunks (chunks, n_ctx), a ubatch at a time.
 
-    Chunks are evaluated side by side, a stretch of positions of all of them in a ubatch: this is
-    how llama.cpp splits the batches that llama-perplexity gives it.
+    A ubatch holds the same positions of several chunks, because llama.cpp splits the batches of
+    llama-perplexity in this way.
     """
     n_ctx = chunks.shape[1]
     for before in range(0, len(chunks), _at_once(n_ctx)):
@@ -101,7 +120,7 @@ def score(engine: Engine, chunks: Tokens) -> Iterator[Ubatch]:
             logits = engine.submit(_entries(group[:, start:end], start, n_ctx // 2, engine.bos))
             rows = logits.reshape(len(group), -1, engine.n_vocab)
             blocks = list(_blocks(rows, group, before, max(start, n_ctx // 2)))
-            yield Ubatch(before * n_ctx + len(group) * end, before, blocks)
+            yield ScoredUbatch(before * n_ctx + len(group) * end, before, blocks)
 
 
 def _at_once(n_ctx: int) -> int:
@@ -109,7 +128,7 @@ def _at_once(n_ctx: int) -> int:
 
 
 def _entries(stretch: Tokens, start: int, first: int, bos: int | None) -> list[Entry]:
-    """A ubatch of the same positions of every chunk; a chunk begins with BOS if the model does."""
+    """A ubatch of the same positions of every chunk; BOS replaces a chunk's first token."""
     if start == 0 and bos is not None:
         stretch = stretch.copy()
         stretch[:, 0] = bos
@@ -120,15 +139,47 @@ def _entries(stretch: Tokens, start: int, first: int, bos: int | None) -> list[E
     ]
 
 
-def _blocks(
-    rows: NDArray[np.float32], chunks: Tokens, before: int, position: int
-) -> Iterator[Block]:
-    """Cut logits (chunks, n, n_vocab) of n tokens from `position` on into blocks."""
+def _blocks(rows: Floats, chunks: Tokens, before: int, position: int) -> Iterator[Block]:
+    """Divide logits (chunks, n, n_vocab) of n tokens from `position` on into blocks."""
     n_ctx = chunks.shape[1]
     size = max(1, _BLOCK // rows.shape[2])
-    stop = min(position + rows.shape[1], n_ctx - 1)  # what follows the last token is not known
+    stop = min(position + rows.shape[1], n_ctx - 1)  # no token follows the last one
     for number, (logits, tokens) in enumerate(zip(rows, chunks, strict=True)):
         for start in range(position, stop, size):
             end = min(start + size, stop)
             part = logits[start - position : end - position]
             yield Block(before + number, start - n_ctx // 2, part, tokens[start + 1 : end + 1])
+
+
+def exp32(x: Floats) -> Floats:
+    """exp(x), rounded once; numpy's float32 exp is less exact than C's expf."""
+    out = np.empty_like(x)
+    np.exp(x, dtype=np.float64, out=out, casting="same_kind")
+    return out
+
+
+def log_sum_exp(logits: Floats) -> tuple[Floats, Doubles]:
+    """The maxima (n,) of rows (n, n_vocab), and log(sum(exp(logits - maximum))) (n,).
+
+    Raises:
+        Dots1Error: a row has no finite maximum, which happens if a model is damaged.
+    """
+    top: Floats = logits.max(axis=1)
+    if not np.isfinite(top).all():
+        raise Dots1Error(NOT_FINITE)
+    sums = exp32(logits - top[:, None]).sum(axis=1, dtype=np.float64)
+    return top, np.log(sums)
+
+
+def negative_log(logits: Floats, targets: Tokens) -> Doubles:
+    """-log softmax(logits)[target] (n,) of rows (n, n_vocab) and targets (n,)."""
+    top, log_sum = log_sum_exp(logits)
+    return log_sum - (logits[np.arange(len(targets)), targets] - top)
+
+
+def negative_log32(logits: Floats, targets: Tokens) -> Floats:
+    """`negative_log` in float32, which llama-perplexity uses if there is a logits file."""
+    top, log_sum = log_sum_exp(logits)
+    log_z = top + log_sum.astype(np.float32)
+    nll: Floats = log_z - logits[np.arange(len(targets)), targets]
+    return nll

@@ -77,9 +77,9 @@ def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
 
 def test_a_model_of_another_vocabulary_is_refused(noisy: Path, tmp_path: Path) -> None:
     other = write_random_gguf(tmp_path / "other.gguf")
-    with pytest.raises(UsageError, match=r"of a vocabulary of 267, .*other.gguf has 268"):
+    with pytest.raises(UsageError, match=r"vocabulary of 267, .*other.gguf has 268"):
         kl_divergence(other, logits=BASE, threads=1)
-    with pytest.raises(UsageError, match=r"other.gguf has a vocabulary of 268, .* one of 267"):
+    with pytest.raises(UsageError, match=r"other.gguf has a vocabulary of 268, .* has 267"):
         kl_divergence(noisy, reference=other, text=text(), n_ctx=N_CTX, threads=1)
 
 
@@ -98,7 +98,7 @@ def test_contradictions_are_refused(base: Path, noisy: Path) -> None:
         kl_divergence(noisy, text=text())
     with pytest.raises(UsageError, match="needs one base"):
         kl_divergence(noisy, text=text(), logits=BASE, reference=base)
-    with pytest.raises(UsageError, match="brings its own text"):
+    with pytest.raises(UsageError, match=r"base\.kld has its own text"):
         kl_divergence(noisy, text=text(), logits=BASE)
     with pytest.raises(UsageError, match="needs a text"):
         kl_divergence(noisy, reference=base)
@@ -123,7 +123,7 @@ def test_rows_that_are_damaged_stop_the_run(noisy: Path, tmp_path: Path) -> None
     with path.open("r+b") as file:
         file.seek(-2 * (len(TYPES) - 1 + 5), os.SEEK_END)
         file.write(struct.pack("<f", np.nan))
-    with pytest.raises(Dots1Error, match="row 30 of chunk 3 holds no log-probabilities"):
+    with pytest.raises(Dots1Error, match="row 30 of chunk 3"):
         kl_divergence(noisy, logits=path, threads=1)
 
 

@@ -89,7 +89,7 @@ class RecordingScheduler(Scheduler):
     def __init__(self, engine: Engine, **options: Any) -> None:
         self.ubatches: list[list[Entry]] = []
         self._gate: Gate | None = None
-        self._submit = engine.submit
+        self.engine, self.engine_submit = engine, engine.submit
         engine.submit = self._recorded  # type: ignore[method-assign]
         super().__init__(engine, **options)
 
@@ -125,19 +125,19 @@ class RecordingScheduler(Scheduler):
 
     def _recorded(self, entries: Sequence[Entry]) -> NDArray[np.float32]:
         gate = self._gate
-        self._check_cache()
+        self._check_cache(entries)
         self.ubatches.append(list(entries))
         if gate:
             gate.arrived.release()
             assert gate.allowed.acquire(timeout=TIMEOUT)
-        return self._submit(entries)
+        return self.engine_submit(entries)
 
-    def _check_cache(self) -> None:
-        """Check that each sequence in the engine has as many tokens as the scheduler believes."""
-        memory = llama.llama_get_memory(self._engine.context)
-        for slot in self._slots._slots:
-            last = llama.llama_memory_seq_pos_max(memory, slot.seq_id)
-            assert last == len(slot.tokens) - 1
+    def _check_cache(self, entries: Sequence[Entry]) -> None:
+        """Check that each sequence continues where its tokens in the engine end."""
+        memory = llama.llama_get_memory(self.engine.context)
+        for seq_id in {entry.seq_id for entry in entries}:
+            first = min(entry.position for entry in entries if entry.seq_id == seq_id)
+            assert llama.llama_memory_seq_pos_max(memory, seq_id) == first - 1
 
 
 @contextmanager

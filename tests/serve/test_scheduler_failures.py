@@ -30,13 +30,13 @@ def scheduler(model: Path) -> Iterator[RecordingScheduler]:
 
 
 def fail_once(scheduler: RecordingScheduler, error: Exception) -> None:
-    submit = scheduler._submit
+    submit = scheduler.engine_submit
 
     def fail(entries: Any) -> Any:
-        scheduler._submit = submit
+        scheduler.engine_submit = submit
         raise error
 
-    scheduler._submit = fail
+    scheduler.engine_submit = fail
 
 
 def test_an_engine_failure_fails_running_choices_only(scheduler: RecordingScheduler) -> None:
@@ -85,7 +85,7 @@ def test_an_engine_that_cannot_continue_closes_the_scheduler(
     running, waiting = scheduler.ask(*[greedy("a")] * 2), scheduler.ask(greedy("b"))
     scheduler.next_ubatch()
     fail_once(scheduler, Dots1Error("the GPU fell out"))
-    monkeypatch.setattr(scheduler._engine, "forget", forget)
+    monkeypatch.setattr(scheduler.engine, "forget", forget)
     scheduler.release()
     assert running.wait().failure == "the GPU fell out"
     assert "cannot continue" in waiting.wait().failure
@@ -169,7 +169,7 @@ def test_closing_without_a_timeout_fails_accepted_requests(scheduler: RecordingS
         assert not thread.is_alive()
     for listener in (running, waiting):
         assert "shutting down" in listener.wait().failure
-    scheduler._engine.decode(tokens_of("free again"), 0)
+    scheduler.engine.decode(tokens_of("free again"), 0)
 
 
 def test_nothing_is_logged_without_failures(

@@ -90,8 +90,11 @@ def read_chat(
         message = "tool_choice must be auto or none: this server cannot force a call"
         raise invalid(message, "tool_choice")
     tools = [] if fields.tool_choice == "none" else raw.get("tools") or []
+    if fields.top_logprobs and not fields.logprobs:
+        raise invalid("top_logprobs needs logprobs; set logprobs to true", "top_logprobs")
+    top_logprobs = fields.top_logprobs or 0 if fields.logprobs else None
     max_tokens = fields.max_completion_tokens or fields.max_tokens
-    options = fields.options(engine, max_tokens, _top_logprobs(fields))
+    options = fields.options(engine, max_tokens, top_logprobs)
     if tools and options.choice.grammar:  # the grammar would not let the model write a call
         raise invalid("response_format cannot be combined with tools", "response_format")
     return _messages(fields.messages), tools, options
@@ -128,12 +131,3 @@ def _text(content: _Content) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(part.text if isinstance(part, _TextPart) else part.refusal for part in content)
-
-
-def _top_logprobs(fields: _ChatFields) -> int | None:
-    """Return how many of the likeliest tokens to list for each token; None for no logprobs."""
-    if fields.logprobs:
-        return fields.top_logprobs or 0
-    if fields.top_logprobs:
-        raise invalid("top_logprobs needs logprobs; set logprobs to true", "top_logprobs")
-    return None

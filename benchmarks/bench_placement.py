@@ -18,7 +18,7 @@ from statistics import median
 
 from dots1_local.devices.hardware import Hardware
 from dots1_local.devices.machine import this_machine
-from dots1_local.engine.measure import try_out
+from dots1_local.engine.measure import measure_placement
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.alternatives import all_on_cpu, experts_in_ram
 from dots1_local.placement.footprint import limited, shortfall
@@ -81,7 +81,7 @@ def _by_layer_counts(machine: Hardware, ours: Placement) -> Iterator[tuple[str, 
 
 def _turn(model: Path, name: str, placement: Placement) -> float:
     prompt, answer = reference_turn(_CONTEXT)
-    [depth] = try_out(model, placement, [_DEPTH]).depths
+    [depth] = measure_placement(model, placement, [_DEPTH]).depths
     seconds = prompt / depth.prefill + answer / depth.decode
     print(f"| {name} | {depth.prefill:.1f} | {depth.decode:.2f} | {seconds:.2f} |", flush=True)
     return seconds

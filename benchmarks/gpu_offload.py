@@ -28,8 +28,13 @@ from benchmarks.gpu_table import markdown
 from dots1_local.architecture import Dots1Config
 from dots1_local.devices.hardware import Hardware
 from dots1_local.devices.machine import this_machine
-from dots1_local.engine.bench import Outcome, predicted_depths
-from dots1_local.engine.measure import Depth, Trial, try_out
+from dots1_local.engine.measure import (
+    BenchResult,
+    Depth,
+    Measurement,
+    measure_placement,
+    predicted_depths,
+)
 from dots1_local.errors import Dots1Error
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.alternatives import baselines, with_ubatch
@@ -52,7 +57,7 @@ _RUNS, _LOADED, _WRITTEN = 12, 2e9, 1e9  # bytes a second
 _DEPTHS = ((512, 4608), (512,), (128,))  # the first that is predicted to take no longer than this
 _LONGEST = 20.0  # seconds
 _ROOM = 32  # tokens of the context that are written at a depth
-_PATIENCE = 90.0  # seconds that a run may take, a third of the time left if that is more
+_TIMEOUT = 90.0  # seconds that a run may take, or a third of the time left if that is more
 _UBATCHES = (512, 1024, 2048, 4096)
 _HOST_MEMORIES: tuple[HostMemory, ...] = ("pinned", "mapped")
 _SMALL = {
@@ -76,7 +81,7 @@ class Run:
     results: dict[str, Any]
 
     def measure(self, name: str, placement: Placement | None) -> None:
-        """Predict and try a placement (None: llama.cpp's own), and write down what came of it."""
+        """Predict and measure a placement (None: llama.cpp's own), and write down the results."""
         left = self.deadline - time.monotonic()
         print(f"{name} ({left:.0f} s left)", file=sys.stderr)
         predicted: tuple[Depth, ...] = ()
@@ -85,12 +90,12 @@ class Run:
         if placement is not None:
             usage = footprint(self.graph, placement)
             depths, predicted = self._predict(placement)
-        trial, error = None, None
+        measurement, error = None, None
         try:
-            trial = self._try(placement, depths, min(left, max(left / 3, _PATIENCE)))
+            measurement = self._measure(placement, depths, min(left, max(left / 3, _TIMEOUT)))
         except Dots1Error as failure:
             error = str(failure)
-        outcome = Outcome(name, placement, predicted, usage, trial, error).to_json()
+        outcome = BenchResult(name, placement, predicted, usage, measurement, error).to_json()
         outcome["planned_bytes"] = {device: each.total for device, each in usage.items()}
         self.results["outcomes"].append(outcome)
         self.write()
@@ -112,7 +117,9 @@ class Run:
     def _possible(self) -> list[Sequence[int]]:
         return [depths for depths in _DEPTHS if depths[-1] + _ROOM <= self.context]
 
-    def _try(self, placement: Placement | None, depths: Sequence[int], seconds: float) -> Trial:
+    def _measure(
+        self, placement: Placement | None, depths: Sequence[int], seconds: float
+    ) -> Measurement:
         end = time.monotonic() + seconds
 
         def watch(done: int, total: int, unit: str, what: str) -> None:
@@ -121,7 +128,7 @@ class Run:
 
         watch(0, 0, "", "")
         model = self.graph.gguf.files[0]
-        return try_out(
+        return measure_placement(
             model, placement, depths, workers=self.workers, limit=self.limit, progress=watch
         )
 
@@ -184,12 +191,12 @@ def _benchmark(args: argparse.Namespace, deadline: float, open_workers: ExitStac
     graph = ModelGraph.read(GGUFFile.open(model))
     run = Run(args.out, deadline, graph, machine, limit, args.context, workers, results)
     run.write()
-    for name, placement in _contenders(run):
+    for name, placement in _baselines(run):
         run.measure(name, placement)
 
 
-def _contenders(run: Run) -> Iterator[tuple[str, Placement | None]]:
-    """What to measure, the most telling first."""
+def _baselines(run: Run) -> Iterator[tuple[str, Placement | None]]:
+    """What to measure, the most informative first."""
     graph, machine = run.graph, run.machine
     ours = place(graph.gguf, machine, context=run.context)
     yield f"ours ({ours.host_memory}, ubatch {ours.ubatch})", _on_workers(run, ours)

@@ -17,7 +17,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 folder=$root/build/gpu_offload
 engine=$folder/engine
 python=${PYTHON:-python3}
-packages=(diskcache gguf jinja2 numpy typing-extensions)
+packages=(diskcache filelock gguf jinja2 msgspec numpy typing-extensions)
 pythons=(3.11 3.12 3.13)
 most_bytes=$((64 << 20))
 

@@ -13,7 +13,7 @@ from dots1_local.errors import UsageError
 from dots1_local.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from dots1_local.engine.report import Difference
+    from dots1_local.engine.log import Difference
 
 __all__ = ["SYSTEM_PROMPT", "Dialogue", "Overflow"]
 

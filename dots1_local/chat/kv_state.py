@@ -82,7 +82,7 @@ def opened_state(path: Path, engine: Engine) -> Iterator[KVState | None]:
 def restore_state(state: KVState, engine: Engine) -> bool:
     """Load a state into sequence 0 of the engine; if that fails, the cache is empty."""
     tokens, count = (llama.llama_token * len(state.tokens))(), ctypes.c_size_t()
-    with engine_log.errors():
+    with engine_log.capture():
         read = llama.llama_state_seq_load_file(
             engine.context, _name(state.file), _SEQUENCE, tokens, len(tokens), ctypes.byref(count)
         )
@@ -158,7 +158,7 @@ def _binding(engine: Engine) -> str:
 
     Of the model that is every shard's header and length, and blocks spread over its weights.
     """
-    gguf, kv_type = engine.gguf, engine.settings.kv_type.upper()
+    gguf, kv_type = engine.gguf, engine.params.kv_type.upper()
     rotation = os.environ.get("LLAMA_ATTN_ROT_DISABLE", "")  # of quantised keys and values
     settings = version("llama-cpp-python"), engine.n_ctx, kv_type, rotation
     digest = hashlib.sha256(repr(settings).encode())
@@ -213,13 +213,13 @@ def _make_room(path: Path, nbytes: int) -> None:
 
 def _write(file: BinaryIO, engine: Engine, tokens: Sequence[int]) -> int:
     array = (llama.llama_token * len(tokens))(*tokens)
-    with engine_log.errors() as errors:
+    with engine_log.capture() as log:
         nbytes: int = llama.llama_state_seq_save_file(
             engine.context, _name(file), _SEQUENCE, array, len(tokens)
         )
     # llama.cpp does not check whether its last bytes arrive.
     if not nbytes or os.fstat(file.fileno()).st_size != nbytes:
-        raise OSError(0, errors.last().removeprefix("error saving sequence state file: "))
+        raise OSError(0, log.cause().removeprefix("error saving sequence state file: "))
     return nbytes
 
 

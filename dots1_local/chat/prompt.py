@@ -17,8 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from dots1_local.chat.message import Message, ToolCall
-from dots1_local.engine.engine import Engine
-from dots1_local.engine.vocabulary import Vocabulary
+from dots1_local.engine.engine import Vocabulary
 from dots1_local.errors import GGUFError, UsageError
 from dots1_local.files.chat_template import ChatTemplate
 from dots1_local.files.json_file import brief
@@ -99,7 +98,7 @@ _REPEATS = 8  # times that a template may write each message, on average
 class RawPrompter:
     """The tokeniser of one model, without a template: messages make up one document."""
 
-    def __init__(self, engine: Engine | Vocabulary) -> None:
+    def __init__(self, engine: Vocabulary) -> None:
         self._engine = engine
         source = engine.gguf.keys.get("tokenizer.chat_template")
         self._source = source if isinstance(source, str) else None
@@ -172,7 +171,7 @@ class Prompter(RawPrompter):
         GGUFError: the file has no chat template, or one that does not parse.
     """
 
-    def __init__(self, engine: Engine | Vocabulary, name: str | None = None) -> None:
+    def __init__(self, engine: Vocabulary, name: str | None = None) -> None:
         super().__init__(engine)
         self._file = name or str(engine.gguf.files[0])
         if self._source is None:

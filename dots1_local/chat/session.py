@@ -18,7 +18,7 @@ from dots1_local.chat.sampler import Sampler
 from dots1_local.chat.sampling import Sampling
 from dots1_local.chat.turns import AnswerText, EngineTurn, blame, drop_oldest, turns_to_drop
 from dots1_local.engine.engine import Engine
-from dots1_local.engine.report import Difference, compare
+from dots1_local.engine.log import Difference, compare
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.progress import Progress, silent
 

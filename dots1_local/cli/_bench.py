@@ -24,8 +24,7 @@ from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     from dots1_local.devices.hardware import Hardware
-    from dots1_local.engine.bench import Contender, Outcome
-    from dots1_local.engine.measure import Depth
+    from dots1_local.engine.measure import Baseline, BenchResult, Depth
     from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import Placement
 
@@ -73,7 +72,7 @@ def bench(options: BenchOptions) -> None:
     dots1 bench dots1-DQ4.gguf --plan plan.json --no-alternatives --json
     """
     from dots1_local.devices.machine import this_machine
-    from dots1_local.engine.bench import bench as run
+    from dots1_local.engine.measure import bench as run
     from dots1_local.files.gguf import GGUFFile
     from dots1_local.placement.footprint import limited
     from dots1_local.placement.model_graph import ModelGraph
@@ -94,16 +93,16 @@ def bench(options: BenchOptions) -> None:
         ("ours", place(gguf, machine, context=tokens, kv_type=options.kv, threads=threads))
     ]
     alternatives = options.alternatives and not plans
-    contenders = list(_contenders(graph, machine, ours, ubatches, alternatives))
-    outcomes: list[Outcome] = []
-    for number, contender in enumerate(contenders, 1):
-        with progress_bar(f"{contender[0]} ({number} of {len(contenders)})") as report:
-            outcomes += run(graph, machine, [contender], depths, report, threads=threads)
+    placements = list(_placements(graph, machine, ours, ubatches, alternatives))
+    results: list[BenchResult] = []
+    for number, each in enumerate(placements, 1):
+        with progress_bar(f"{each[0]} ({number} of {len(placements)})") as report:
+            results += run(graph, machine, [each], depths, report, threads=threads)
     if options.json:
-        print_json({"machine": machine.to_json(), "outcomes": [o.to_json() for o in outcomes]})
+        print_json({"machine": machine.to_json(), "outcomes": [o.to_json() for o in results]})
     else:
-        _show(outcomes)
-    if any(outcome.error for outcome in outcomes[: len(ours)]):
+        _show(results)
+    if any(result.error for result in results[: len(ours)]):
         raise typer.Exit(1)
 
 
@@ -126,13 +125,13 @@ def _choose_workers(plans: Sequence["Placement"], given: Sequence[str]) -> Seque
     return [*named.pop()] if named else given
 
 
-def _contenders(
+def _placements(
     graph: "ModelGraph",
     machine: "Hardware",
     ours: Sequence[tuple[str, "Placement"]],
     ubatches: Sequence[int],
     alternatives: bool,
-) -> Iterable["Contender"]:
+) -> Iterable["Baseline"]:
     from dots1_local.placement.alternatives import baselines, with_ubatch
 
     yield from ours
@@ -152,29 +151,29 @@ def _contenders(
         yield "llama.cpp by itself", None
 
 
-def _show(outcomes: Sequence["Outcome"]) -> None:
-    rows = [row for outcome in outcomes for row in _speed_rows(outcome)]
+def _show(results: Sequence["BenchResult"]) -> None:
+    rows = [row for result in results for row in _speed_rows(result)]
     header = ("placement", "context", "prefill", "predicted", "decode", "predicted", "loaded in")
     print_table(header, rows, numbers_from=1)
     print("\ntokens per second; prefill continues the context, decode adds single tokens to it\n")
-    usage = [row for outcome in outcomes for row in _byte_rows(outcome)]
+    usage = [row for result in results for row in _byte_rows(result)]
     if usage:
         print_table(("placement", "device", "what", "bytes", "predicted"), usage, numbers_from=3)
-    for outcome in outcomes:
-        if outcome.error:
-            notice(f"{outcome.name}: {outcome.error}")
-        for warning in outcome.trial.warnings if outcome.trial else ():
-            notice(f"{outcome.name}: {warning}")
+    for result in results:
+        if result.error:
+            notice(f"{result.name}: {result.error}")
+        for warning in result.measurement.warnings if result.measurement else ():
+            notice(f"{result.name}: {warning}")
 
 
-def _speed_rows(outcome: "Outcome") -> Iterable[Sequence[str]]:
-    trial = outcome.trial
-    if trial is None:
-        yield outcome.name, "-", "failed", "-", "failed", "-", "-"
+def _speed_rows(result: "BenchResult") -> Iterable[Sequence[str]]:
+    found = result.measurement
+    if found is None:
+        yield result.name, "-", "failed", "-", "failed", "-", "-"
         return
-    predicted = {depth.tokens: depth for depth in outcome.predicted}
-    name, seconds = outcome.name, f"{trial.load_seconds:.1f} s"
-    for depth in trial.depths:
+    predicted = {depth.tokens: depth for depth in result.predicted}
+    name, seconds = result.name, f"{found.load_seconds:.1f} s"
+    for depth in found.depths:
         expected = predicted.get(depth.tokens)
         yield (
             name,
@@ -196,13 +195,13 @@ def _compared(predicted: "Depth | None", real: "Depth", what: str) -> str:
     return f"{value:.{1 if what == 'prefill' else 2}f} ({value / getattr(real, what) - 1:+.0%})"
 
 
-def _byte_rows(outcome: "Outcome") -> Iterable[Sequence[str]]:
-    from dots1_local.engine.report import compare
+def _byte_rows(result: "BenchResult") -> Iterable[Sequence[str]]:
+    from dots1_local.engine.log import compare
 
-    if outcome.trial is None:
+    if result.measurement is None:
         return
-    name = outcome.name
-    for each in compare(outcome.trial.taken, outcome.usage):
-        predicted = human_bytes(each.predicted) if outcome.usage else "-"
+    name = result.name
+    for each in compare(result.measurement.allocated, result.usage):
+        predicted = human_bytes(each.predicted) if result.usage else "-"
         yield name, each.device, each.what, human_bytes(each.real), predicted
         name = ""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from dots1_local.calibrate.run import Coverage
     from dots1_local.chat.message import Message
-    from dots1_local.engine.vocabulary import Vocabulary
+    from dots1_local.engine.engine import Vocabulary
     from dots1_local.files.checkpoint import Checkpoint
 
     Tokens = NDArray[np.int32]
@@ -235,12 +235,12 @@ def open_vocabulary(checkpoint: "Checkpoint") -> Iterator["Vocabulary"]:
         CheckpointError: the checkpoint has no tokeniser that can be converted.
     """
     from dots1_local.convert.tokenizer import write_vocabulary
-    from dots1_local.engine.vocabulary import Vocabulary
+    from dots1_local.engine.engine import Vocabulary
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "vocabulary.gguf"
         write_vocabulary(checkpoint, path)
-        vocabulary = Vocabulary.open(path)
+        vocabulary = Vocabulary.load(path)
     with vocabulary:
         yield vocabulary
 

@@ -169,16 +169,16 @@ def open_engine(
     placement = choose_placement(plan, workers)
     with progress_bar("loading") as report:
         return load(
-            model, placement, workers=tuple(workers), tell=notice, progress=report, **options
+            model, placement, workers=tuple(workers), notify=notice, progress=report, **options
         )
 
 
 @contextmanager
 def report_abort() -> Iterator[None]:
     """Print one sentence if llama.cpp aborts the process within."""
-    from dots1_local.engine.abort import handling
+    from dots1_local.engine.abort import on_abort
 
-    with handling(lambda reason: notice(f"dots1: {reason}")):
+    with on_abort(lambda reason: notice(f"dots1: {reason}")):
         yield
 
 

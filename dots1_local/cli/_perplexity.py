@@ -102,7 +102,7 @@ def perplexity(options: PerplexityOptions) -> None:
         "placement": choose_placement(options.plan, options.worker or ()),
         "workers": tuple(options.worker or ()),
         "threads": options.threads,
-        "tell": notice,
+        "notify": notice,
         "n_chunks": options.chunks,
     }
     with report_abort():

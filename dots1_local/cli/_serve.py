@@ -95,7 +95,7 @@ def serve(options: ServeOptions) -> None:
                 server.open(engine, options.queue)
                 notice(
                     f"listening on {url} as {name}, context of {engine.n_ctx:,} tokens, "
-                    f"{plural(engine.settings.n_sequences, 'answer')} at once"
+                    f"{plural(engine.params.n_sequences, 'answer')} at once"
                 )
                 server.wait()
                 if server.busy:

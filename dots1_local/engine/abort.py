@@ -1,7 +1,7 @@
-"""When the engine ends the process: what was not saved is saved first, and one sentence told.
+"""What happens when llama.cpp ends the process: save first, and say why in one sentence.
 
-llama.cpp calls abort() over a lost worker or an error of a device, from whatever thread notices,
-and prints a backtrace. Here that ends in functions of ours, and then with exit code 1.
+llama.cpp calls abort() when it loses a worker or a device fails, from any of its threads, and
+prints a backtrace. Within `on_abort` it calls functions of ours instead, and the exit code is 1.
 """
 
 import ctypes
@@ -15,38 +15,38 @@ from typing import Any
 
 from dots1_local.ggml import library
 
-__all__ = ["Rescue", "explain", "handling"]
+__all__ = ["AbortHandler", "explain", "on_abort"]
 
-Rescue = Callable[[str], None]  # given the sentence that says what happened
+AbortHandler = Callable[[str], None]  # is given the sentence that says what happened
 
-_PATIENCE = 10  # seconds a rescue may take: it may wait for an engine that is no more
-_WHERE = re.compile(r"^.*?:\d+: ")  # file and line of the C++ source
+_TIMEOUT = 10  # seconds for a handler, which may wait for an engine that no longer answers
+_SOURCE = re.compile(r"^.*?:\d+: ")  # file and line of the C++ source
 _DEVICE_ERROR = re.compile(r"(?:CUDA|ROCm|MUSA) error: (.+)")
-_rescues: list[Rescue] = []
+_handlers: list[AbortHandler] = []
 _ending = Lock()
 
 
 @contextmanager
-def handling(rescue: Rescue) -> Iterator[None]:
-    """Have `rescue` called should the engine end the process in this block.
+def on_abort(handler: AbortHandler) -> Iterator[None]:
+    """Call `handler` if llama.cpp ends the process within this block.
 
-    The innermost block's comes first. It runs in a thread of its own while everything else stands
-    still, must not use the engine, and is given up after 10 seconds. The exit code is 1.
+    Handlers of inner blocks come first. A handler runs in a thread of its own while everything else
+    stands still. It must not use the engine, and it has 10 seconds. The exit code is 1.
     """
     base = library()
-    replaced = [_replace(base, name, handler) for name, handler in _HANDLERS.items()]
-    _rescues.append(rescue)
+    replaced = [_replace(base, name, function) for name, function in _HOOKS.items()]
+    _handlers.append(handler)
     try:
         yield
     finally:
-        _rescues.remove(rescue)
-        for name, handler in zip(_HANDLERS, replaced, strict=True):
-            _replace(base, name, handler)
+        _handlers.remove(handler)
+        for name, function in zip(_HOOKS, replaced, strict=True):
+            _replace(base, name, function)
 
 
 def explain(message: str, log: Sequence[str] = ()) -> str:
-    """A sentence for what the engine says when it aborts; `log` is what it complained of before."""
-    message = _WHERE.sub("", message).strip()
+    """A sentence for llama.cpp's message when it aborts; `log` are the errors that it logged."""
+    message = _SOURCE.sub("", message).strip()
     if message.startswith("Remote RPC server crashed"):
         return (
             "the connection to a worker was lost: look there for why it ended, and start dots1 "
@@ -58,9 +58,9 @@ def explain(message: str, log: Sequence[str] = ()) -> str:
     if found and "out of memory" in found[0]:
         return "the GPU ran out of memory while it computed: plan again with less --vram"
     if found:
-        return f"the GPU failed ({found[0]}); nothing more can be computed there until a new start"
+        return f"the GPU failed ({found[0]}); start the program again to use it"
     details = "; ".join(filter(None, (message, *log[-1:])))
-    return "llama.cpp failed in a way that it cannot go on from" + (details and f": {details}")
+    return "llama.cpp failed and cannot continue" + (details and f": {details}")
 
 
 def _aborted(message: bytes) -> None:
@@ -68,45 +68,45 @@ def _aborted(message: bytes) -> None:
 
 
 def _uncaught() -> None:
-    """A C++ exception that nobody caught, of which no more is known here."""
+    """Handle a C++ exception that nobody caught; its message is not known here."""
     _end("")
 
 
-# What replaces a handler and returns the one before: ours. The second is std::set_terminate, as
-# compilers name it on Linux and macOS.
-_HANDLERS: dict[str, Any] = {
+# Functions that install a handler and return the one before, and our handlers. The second one is
+# std::set_terminate, by its name on Linux and macOS.
+_HOOKS: dict[str, Any] = {
     "ggml_set_abort_callback": ctypes.CFUNCTYPE(None, ctypes.c_char_p)(_aborted),
     "_ZSt13set_terminatePFvvE": ctypes.CFUNCTYPE(None)(_uncaught),
 }
 
 
 def _replace(base: ctypes.CDLL, name: str, handler: Any) -> ctypes.c_void_p | None:
-    function = getattr(base, name, None)
-    if function is None:
+    install = getattr(base, name, None)
+    if install is None:
         return None
-    function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
-    return ctypes.c_void_p(function(ctypes.cast(handler, ctypes.c_void_p)))
+    install.argtypes, install.restype = [ctypes.c_void_p], ctypes.c_void_p
+    return ctypes.c_void_p(install(ctypes.cast(handler, ctypes.c_void_p)))
 
 
 def _end(message: str) -> None:
-    """Call the rescues and end the process; whoever comes second waits for that."""
+    """Call the handlers and end the process; a second thread that aborts waits for that."""
     if not _ending.acquire(blocking=False):
         Event().wait()
-    from dots1_local.engine import log as engine_log
+    from dots1_local.engine.log import recent_errors
 
-    sentence = explain(message, engine_log.recent())
+    sentence = explain(message, recent_errors())
     try:
-        for rescue in reversed(_rescues):
-            thread = Thread(target=_attempt, args=(rescue, sentence), daemon=True)
+        for handler in reversed(_handlers):
+            thread = Thread(target=_call, args=(handler, sentence), daemon=True)
             thread.start()
-            thread.join(_PATIENCE)
-    finally:  # also where there is no thread to be had
+            thread.join(_TIMEOUT)
+    finally:  # even if no thread can be started
         os._exit(1)
 
 
-def _attempt(rescue: Rescue, sentence: str) -> None:
+def _call(handler: AbortHandler, sentence: str) -> None:
     with suppress(BaseException):
-        rescue(sentence)
+        handler(sentence)
     for stream in (sys.stdout, sys.stderr):
         with suppress(BaseException):
             stream.flush()

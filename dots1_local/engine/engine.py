@@ -1,15 +1,15 @@
 """A dots1 GGUF loaded into llama.cpp: tokens in, logits out.
 
-This is llama.cpp's C API as the llama-cpp-python bindings expose it, not their `Llama` class,
-which cannot place experts and keeps logits for a whole context. No call here computes more than
-one ubatch, so that Ctrl-C is heard between two of them.
+This uses llama.cpp's C API through the llama-cpp-python bindings, not their `Llama` class, which
+cannot place experts and keeps logits for a whole context. No call computes more than one ubatch, so
+that Ctrl-C takes effect between two of them.
 """
 
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from llama_cpp import llama_cpp as llama
@@ -17,17 +17,16 @@ from numpy.typing import NDArray
 
 from dots1_local.engine import log as engine_log
 from dots1_local.engine.loading import Loaded, load_model
-from dots1_local.engine.model_params import Settings, settings
-from dots1_local.engine.vocabulary import tokenize
+from dots1_local.engine.model_params import EngineParams
 from dots1_local.errors import Dots1Error, GGUFError, UsageError
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.placement import Placement
 from dots1_local.progress import Progress, silent
 from dots1_local.verify import check_loadable
 
-__all__ = ["Engine", "Entry"]
+__all__ = ["Engine", "Entry", "Vocabulary", "open_loadable"]
 
-_LONGEST_PIECE = 1 << 16
+_MAX_PIECE = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -40,80 +39,30 @@ class Entry:
     logits: bool = False
 
 
-class Engine:
-    """A model and one context; use it in a `with` statement.
+class Vocabulary:
+    """The tokeniser of a GGUF file, which need not hold tensors; use it in a `with` statement."""
 
-    `n_ctx` is what one sequence may hold; `vocab` is a llama.cpp handle. `report` is what the
-    engine took of each device, and `predicted` what the placement should take, if there is one;
-    `warnings` are sentences for whoever asked for it.
-    """
-
-    def __init__(
-        self, gguf: GGUFFile, loaded: Loaded, made: Settings, placement: Placement | None
-    ) -> None:
-        self.gguf = gguf
-        self.n_ctx, self.n_ubatch = made.n_ctx, made.n_ubatch
-        self.settings, self.placement = made, placement
-        self.report, self.predicted = loaded.report, loaded.predicted
-        self.warnings = loaded.warnings
-        self._n_outputs = made.n_outputs
-        self._loaded, self.context = loaded, loaded.context
-        self._memory = llama.llama_get_memory(self.context)
-        self._batch = llama.llama_batch_init(self.n_ubatch, 0, 1)
-        self.vocab = llama.llama_model_get_vocab(loaded.model)
-        self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocab)
-        self._ends = {gguf.keys.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")}
+    def __init__(self, gguf: GGUFFile, model: Any) -> None:
+        self.gguf, self._model = gguf, model
+        self.vocab = llama.llama_model_get_vocab(model)
         adds_bos = llama.llama_vocab_get_add_bos(self.vocab)
         self.bos: int | None = llama.llama_vocab_bos(self.vocab) if adds_bos else None
-        # Without the key llama.cpp ends responses at token 11, which is a comma here.
-        known = "tokenizer.ggml.eos_token_id" in gguf.keys
-        self._assumed_end = None if known else llama.llama_vocab_eos(self.vocab)
 
     @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        *,
-        placement: Placement | None = None,
-        n_ctx: int | None = None,
-        n_ubatch: int | None = None,
-        n_sequences: int = 1,
-        threads: int | None = None,
-        flash_attention: bool | None = None,
-        kv_type: str | None = None,
-        all_logits: bool = False,
-        shared_cache: bool = False,
-        progress: Progress = silent,
-    ) -> Self:
-        """Load the model and make a context of `n_sequences` × `n_ctx` tokens.
-
-        All on the CPU, or as `placement` says; what is given besides wins over what that says.
-        `n_ctx` is by default what `default_context` says; 0 is all that the model was trained for.
-        `all_logits` makes room for the logits of a whole ubatch (512 tokens); without it, one row a
-        sequence can be asked for. `flash_attention` None leaves the choice to llama.cpp. With a
-        `shared_cache` sequences can `share` what they begin with.
+    def load(cls, path: str | Path) -> "Vocabulary":
+        """Load the keys of a file alone.
 
         Raises:
-            GGUFError: unreadable, another architecture, or something llama.cpp refuses.
-            UsageError: a placement for another file or other devices.
-            OutOfMemory: a device has too little; nothing is left of the attempt.
-            Dots1Error: no such context, or a worker that does not answer.
+            GGUFError: the file is missing or corrupt, or llama.cpp refuses it.
         """
         gguf = GGUFFile.open(path)
-        check_loadable(gguf)
-        wanted = settings(
-            gguf,
-            placement,
-            n_ctx=n_ctx,
-            n_ubatch=n_ubatch,
-            n_sequences=n_sequences,
-            threads=threads,
-            flash_attention=flash_attention,
-            kv_type=kv_type,
-            all_logits=all_logits,
-            shared_cache=shared_cache,
-        )
-        return cls(gguf, load_model(gguf, placement, wanted, progress), wanted, placement)
+        params = llama.llama_model_default_params()
+        params.vocab_only, params.n_gpu_layers = True, 0
+        with engine_log.capture() as log:
+            model = llama.llama_model_load_from_file(bytes(Path(path)), params)
+        if model is None:
+            raise GGUFError(f"llama.cpp cannot load {path}: {log.cause()}")
+        return Vocabulary(gguf, model)
 
     def __enter__(self) -> Self:
         return self
@@ -122,23 +71,86 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Free the context and the model; a second call does nothing."""
-        if self.context is not None:
-            llama.llama_batch_free(self._batch)
-            self._loaded.free()
-            self.context = self.vocab = None
+        """Free what was loaded; a second call does nothing."""
+        if self._model is not None:
+            llama.llama_model_free(self._model)
+            self._model = self.vocab = None
 
     def tokenize(self, text: str, *, special: bool, add_bos: bool = False) -> list[int]:
-        """Token ids of `text`; only with `special` does "<|system|>" in it become that token.
+        """Token ids of `text`; "<|system|>" in it becomes that token only if `special`.
 
         `add_bos` follows the file's own rule (`tokenizer.ggml.add_bos_token`).
         """
-        return tokenize(self.vocab, text, special=special, add_bos=add_bos)
+        raw = text.encode("utf-8", errors="replace")
+        room = len(raw) + 2
+        tokens = (llama.llama_token * room)()
+        count = llama.llama_tokenize(self.vocab, raw, len(raw), tokens, room, add_bos, special)
+        if count < 0:
+            raise Dots1Error("llama.cpp could not tokenise the text")
+        return list(tokens[:count])
+
+
+class Engine(Vocabulary):
+    """A model and one context; use it in a `with` statement.
+
+    `n_ctx` is the tokens that one sequence may hold, and `vocab` a handle of llama.cpp's. `report`
+    is what the engine allocated on each device, and `predicted` what the placement, if there is
+    one, should take. `warnings` are sentences for the user.
+    """
+
+    def __init__(
+        self, gguf: GGUFFile, loaded: Loaded, params: EngineParams, placement: Placement | None
+    ) -> None:
+        super().__init__(gguf, loaded.model)
+        self.n_ctx, self.n_ubatch = params.n_ctx, params.n_ubatch
+        self.params, self.placement = params, placement
+        self.report, self.predicted = loaded.report, loaded.predicted
+        self.warnings = loaded.warnings
+        self._loaded, self.context = loaded, loaded.context
+        self._memory = llama.llama_get_memory(self.context)
+        self._batch = llama.llama_batch_init(self.n_ubatch, 0, 1)
+        self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocab)
+        self._ends = {gguf.keys.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")}
+        # Without the key llama.cpp ends responses at token 11, which is a comma here.
+        known = "tokenizer.ggml.eos_token_id" in gguf.keys
+        self._assumed_end = None if known else llama.llama_vocab_eos(self.vocab)
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | GGUFFile,
+        *,
+        placement: Placement | None = None,
+        progress: Progress = silent,
+        **params: Any,
+    ) -> "Engine":
+        """Load a model and make a context, on the CPU or as `placement` says.
+
+        `model` is a path, or a file that `open_loadable` has read. `params` are those of
+        `EngineParams`, and take precedence over the placement.
+
+        Raises:
+            GGUFError: the file is unreadable, of another architecture, or llama.cpp refuses it.
+            UsageError: the placement is for another file or other devices, or llama.cpp cannot make
+                such a context.
+            OutOfMemory: a device has too little memory; nothing stays loaded.
+            Dots1Error: llama.cpp cannot make the context, or a worker does not answer.
+        """
+        gguf = model if isinstance(model, GGUFFile) else open_loadable(model)
+        chosen = EngineParams.choose(gguf, placement, **params)
+        return cls(gguf, load_model(gguf, placement, chosen, progress), chosen, placement)
+
+    def close(self) -> None:
+        """Free the context and the model; a second call does nothing."""
+        if self._model is not None:
+            llama.llama_batch_free(self._batch)
+            self._loaded.free()
+            self._model = self.context = self.vocab = None
 
     def piece(self, token: int) -> bytes:
-        """The bytes a token stands for, maybe a part of a character; none for a control token."""
+        """The bytes of a token, perhaps a part of a character; none for a control token."""
         size = 64
-        while size <= _LONGEST_PIECE:
+        while size <= _MAX_PIECE:
             buffer = ctypes.create_string_buffer(size)
             count: int = llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
             if count >= 0:
@@ -155,7 +167,7 @@ class Engine:
     def decode(
         self, tokens: Sequence[int], position: int, sequence: int = 0
     ) -> NDArray[np.float32]:
-        """Append `tokens` at `position` of a sequence; the logits (n_vocab,) of the last one."""
+        """Append `tokens` at `position` of a sequence; return the last one's logits (n_vocab,)."""
         last = len(tokens) - 1
         entries = [Entry(t, position + i, sequence, i == last) for i, t in enumerate(tokens)]
         for start in range(0, len(entries), self.n_ubatch):
@@ -166,7 +178,7 @@ class Engine:
     def decode_all(
         self, tokens: Sequence[int], position: int, sequence: int = 0
     ) -> Iterator[NDArray[np.float32]]:
-        """The same, yielding the logits (n, n_vocab) of all tokens a ubatch at a time.
+        """As `decode`, but yield the logits (n, n_vocab) of all tokens, a ubatch at a time.
 
         Each array is llama.cpp's own and valid until the next one; needs `all_logits`.
         """
@@ -175,28 +187,30 @@ class Engine:
             yield self.submit(entries[start : start + self.n_ubatch])
 
     def submit(self, entries: Sequence[Entry]) -> NDArray[np.float32]:
-        """Compute one ubatch; the logits (entries with logits, n_vocab), valid until the next call.
+        """Compute one ubatch; return the logits (entries with logits, n_vocab).
+
+        The array is valid until the next call.
 
         Raises:
-            UsageError: more entries than a ubatch holds.
+            UsageError: a ubatch does not hold so many entries.
             Dots1Error: llama.cpp failed; its context is full, or memory ran out.
         """
         if not 0 < len(entries) <= self.n_ubatch:
             raise UsageError(f"a ubatch holds 1 to {self.n_ubatch} tokens, not {len(entries)}")
-        wanted = sum(entry.logits for entry in entries)
-        if wanted > self._n_outputs:  # llama.cpp would abort
+        n_rows = sum(entry.logits for entry in entries)
+        if n_rows > self.params.n_outputs:  # llama.cpp would abort
             raise UsageError("open the engine with all_logits to ask for so many logits")
         self._fill(entries)
-        with engine_log.errors() as errors:
+        with engine_log.capture() as log:
             status = llama.llama_decode(self.context, self._batch)
         if status == 1:
             raise Dots1Error(f"the context of {self.n_ctx} tokens is full")
         if status:
-            raise Dots1Error(f"llama.cpp failed to compute ({status}): {errors.last()}")
-        if not wanted:
+            raise Dots1Error(f"llama.cpp failed to compute ({status}): {log.cause()}")
+        if not n_rows:
             return np.empty((0, self.n_vocab), np.float32)
         logits = llama.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(logits, shape=(wanted, self.n_vocab))
+        return np.ctypeslib.as_array(logits, shape=(n_rows, self.n_vocab))
 
     def _fill(self, entries: Sequence[Entry]) -> None:
         batch = self._batch
@@ -213,10 +227,22 @@ class Engine:
         llama.llama_memory_seq_rm(self._memory, sequence, position, -1)
 
     def share(self, source: int, target: int, length: int) -> None:
-        """Have an empty sequence begin with the first `length` tokens of another, computed once.
+        """Let an empty sequence begin with the first `length` tokens of another.
 
-        Both use the same cells, which stay as long as one of them does; needs `shared_cache`.
+        They are not computed again: both sequences use the same cells, which stay as long as one of
+        them does. Needs `shared_cache`.
         """
-        if not self.settings.shared_cache:  # llama.cpp would abort
+        if not self.params.shared_cache:  # llama.cpp would abort
             raise UsageError("open the engine with shared_cache to let sequences share tokens")
         llama.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+
+def open_loadable(path: str | Path) -> GGUFFile:
+    """Read a file's header and refuse what llama.cpp cannot load.
+
+    Raises:
+        GGUFError: the file is unreadable, of another architecture, or something in it is wrong.
+    """
+    gguf = GGUFFile.open(path)
+    check_loadable(gguf)
+    return gguf

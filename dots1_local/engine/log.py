@@ -1,52 +1,73 @@
-"""What llama.cpp logs: kept out of the terminal, what we need of it kept for ourselves.
+"""What llama.cpp logs: errors, and the sizes of the buffers that it allocates on each device.
 
-That is its complaints, for our error messages, and the sizes of the buffers that it allocates.
+Nothing of it reaches the terminal. The errors go into our own messages; the sizes are added up by
+device and compared with what was predicted.
 """
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any
 
 from llama_cpp import llama_cpp as llama
 
-__all__ = ["Errors", "errors", "recent"]
+from dots1_local.devices.hardware import CPU
+from dots1_local.placement.footprint import Usage
+from dots1_local.sizes import human_bytes
+
+__all__ = [
+    "Allocated",
+    "Difference",
+    "Log",
+    "Report",
+    "capture",
+    "compare",
+    "device_of",
+    "memory_warnings",
+    "read_report",
+    "recent_errors",
+]
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR; the binding's own table is of an older llama.cpp
-_lines: deque[str] = deque(maxlen=64)
+_MIB = 1 << 20
+_TOLERANCE = 300 * _MIB, 0.02  # what a prediction may be off by, in bytes or as a share of it
+_SIZE = re.compile(r"(\S+) +(model|KV|output|compute) buffer size = +(\d+\.\d+) MiB")
+_CLASSES = {"model": "weights", "KV": "kv", "output": "compute", "compute": "compute"}
+_errors: deque[str] = deque(maxlen=64)
 _sizes: deque[str] = deque(maxlen=1024)
 
 
-class Errors:
-    """The complaints logged since a `with errors()` began, and the lines on buffers' sizes."""
+class Log:
+    """Lines that llama.cpp logged: its errors, and the `sizes` of buffers."""
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
+        self.errors: list[str] = []
         self.sizes: list[str] = []
 
-    def last(self) -> str:
-        """The most telling one: the first error, which later ones only repeat in other words."""
-        return self.lines[0] if self.lines else "it did not say why"
+    def cause(self) -> str:
+        """The first error, which the later ones only repeat in other words."""
+        return self.errors[0] if self.errors else "it did not say why"
 
 
 @contextmanager
-def errors() -> Iterator[Errors]:
-    """Collect the errors that calls into llama.cpp log in this block."""
-    # Each time: whoever else uses llama.cpp in this process may have set a callback since.
+def capture() -> Iterator[Log]:
+    """Collect what calls into llama.cpp log; the lines are there when the block ends."""
+    # Each time, because others who use llama.cpp in this process may have set a callback.
     llama.llama_log_set(_keep, None)
-    found = Errors()
-    _lines.clear()
+    log = Log()
+    _errors.clear()
     _sizes.clear()
     try:
-        yield found
+        yield log
     finally:
-        found.lines, found.sizes = list(_lines), list(_sizes)
+        log.errors, log.sizes = list(_errors), list(_sizes)
 
 
-def recent() -> list[str]:
-    """The last complaints, the newest at the end: for a call that never returns."""
-    return list(_lines)
+def recent_errors() -> list[str]:
+    """The latest errors, the newest last: for a call that never returns."""
+    return list(_errors)
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
@@ -55,5 +76,97 @@ def _keep(level: int, text: bytes, _: Any) -> None:
         return
     line = text.decode("utf-8", errors="replace").strip()
     if line:
-        kept = _lines if level == _ERROR else _sizes
-        kept.append(re.sub(r"^\w+: +", "", line))  # the C++ function's name says nothing
+        kept = _errors if level == _ERROR else _sizes
+        kept.append(re.sub(r"^\w+: +", "", line))  # without the name of the C++ function
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """Bytes that the engine allocated on one device, by its log, which is exact to 5 kB."""
+
+    weights: int = 0
+    kv: int = 0
+    compute: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.compute
+
+
+Report = Mapping[str, Allocated]  # by device, the CPU first
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Bytes of one class on one device, as predicted and as the engine allocated them."""
+
+    device: str
+    what: str
+    predicted: int
+    real: int
+
+
+def read_report(lines: Iterable[str], devices: Mapping[str, str], weights: int) -> Report:
+    """Add up what these lines of the log say by device.
+
+    `devices` maps the names of buffers to the names of devices; all other buffers are in RAM:
+    plain, pinned, repacked or mapped. `weights` is the bytes of all weights. A mapping spans the
+    file from the first to the last tensor in RAM, including tensors between them that are
+    elsewhere, so no more is counted than the weights that are not elsewhere.
+    """
+    sizes = {device: dict.fromkeys(_names(), 0) for device in (CPU, *devices.values())}
+    mapped = 0
+    for match in filter(None, map(_SIZE.fullmatch, lines)):
+        buffer, kind, mebibytes = match.groups()
+        nbytes = round(float(mebibytes) * _MIB)
+        if buffer == f"{CPU}_Mapped":
+            mapped += nbytes
+        else:
+            sizes[device_of(buffer, devices)][_CLASSES[kind]] += nbytes
+    elsewhere = sum(each["weights"] for each in sizes.values())
+    sizes[CPU]["weights"] += min(mapped, max(weights - elsewhere, 0))
+    return {device: Allocated(**each) for device, each in sizes.items()}
+
+
+def device_of(buffer: str, devices: Mapping[str, str]) -> str:
+    """The device of a buffer, given the devices by the names of their buffers; the CPU if none.
+
+    The first device of every worker has buffers called RPC0[HOST:PORT], the buffers of MTL0 may be
+    called MTL0_Mapped, and CUDA_Host is RAM.
+    """
+    return devices.get(buffer, devices.get(buffer.removesuffix("_Mapped"), CPU))
+
+
+def compare(report: Report, predicted: Mapping[str, Usage]) -> tuple[Difference, ...]:
+    """Prediction and outcome by device and class of memory, where either is more than 0 bytes."""
+    found = (
+        Difference(
+            device,
+            what,
+            getattr(predicted.get(device, Usage()), what),
+            getattr(report.get(device, Allocated()), what),
+        )
+        for device in dict.fromkeys((*report, *predicted))
+        for what in _names()
+    )
+    return tuple(each for each in found if each.predicted or each.real)
+
+
+def memory_warnings(report: Report, predicted: Mapping[str, Usage]) -> list[str]:
+    """A sentence for each device of which the engine took notably more or less than predicted.
+
+    Scratch memory is left out, because the engine does not log it.
+    """
+    sentences = []
+    for device, usage in predicted.items():
+        expected, real = usage.total - usage.scratch, report.get(device, Allocated()).total
+        if abs(real - expected) > max(_TOLERANCE[0], _TOLERANCE[1] * expected):
+            sentences.append(
+                f"the engine took {human_bytes(real)} of {device}, but {human_bytes(expected)} "
+                "were predicted"
+            )
+    return sentences
+
+
+def _names() -> tuple[str, ...]:
+    return tuple(field.name for field in fields(Allocated))

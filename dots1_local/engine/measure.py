@@ -1,39 +1,59 @@
-"""A placement tried out in a process of its own, and timed at several depths of context.
+"""Placements measured at several depths of context, and compared with what was predicted.
 
-A child leaves nothing behind for the next placement: no device memory, no environment variable
-that the engine reads once, and no end of this process where the engine aborts. Tokens are random,
-which spreads them over the experts.
+Each is measured in a child process, which leaves nothing behind: no device memory, no environment
+variable that the engine reads once, and no end of this process if the engine aborts. Tokens are
+random, which spreads them over the experts.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from dots1_local.devices import child
-from dots1_local.engine.engine import Engine
-from dots1_local.engine.model_params import buffer_names
-from dots1_local.engine.report import Taken
+from dots1_local.devices import backends, child, rpc
+from dots1_local.devices.hardware import Hardware
+from dots1_local.engine.abort import on_abort
+from dots1_local.engine.engine import Engine, open_loadable
+from dots1_local.engine.loading import load_by_default
+from dots1_local.engine.log import Allocated, compare
+from dots1_local.engine.model_params import EngineParams
 from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.files.json_file import convert_json
+from dots1_local.placement.footprint import Usage, footprint
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import MIN_BATCH, Placement, placement_from_json
+from dots1_local.placement.speed_model import SpeedModel, is_measured
 from dots1_local.progress import Progress, silent
 
-__all__ = ["Depth", "Trial", "measure_depths", "try_out"]
+__all__ = [
+    "Baseline",
+    "BenchResult",
+    "Depth",
+    "Measurement",
+    "bench",
+    "measure_depths",
+    "measure_placement",
+    "predicted_depths",
+]
 
-_WRITTEN = 24  # tokens written at each depth; the median of their times counts
+_N_DECODED = 24  # tokens at each depth; the median of their times counts
 _TIMEOUT = 900.0  # seconds for a ubatch, or for llama.cpp to make the context
+
+Baseline = tuple[str, Placement | None]  # name and placement; None: as llama.cpp does by itself
 
 
 @dataclass(frozen=True)
 class Depth:
     """Tokens a second with `tokens` in the context.
 
-    `prefill` is of the tokens read since the depth before, `decode` of single ones after them.
+    `prefill` is the speed of the tokens since the depth before, `decode` of single tokens after it.
     """
 
     tokens: int
@@ -42,20 +62,108 @@ class Depth:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What came of a placement: bytes by device as the engine says, speeds, seconds of loading.
+class Measurement:
+    """How long a placement took to load, what it took of each device, and how fast it ran.
 
-    `used` are the bytes that the drivers of this machine's GPUs say are no longer free.
+    `allocated` is by the engine's log. `driver_bytes` are the bytes that are no longer free by the
+    drivers of this machine's GPUs.
     """
 
     load_seconds: float
-    taken: Mapping[str, Taken]
-    used: Mapping[str, int]
+    allocated: Mapping[str, Allocated]
+    driver_bytes: Mapping[str, int]
     depths: tuple[Depth, ...]
     warnings: tuple[str, ...]
 
 
-def try_out(
+@dataclass(frozen=True)
+class BenchResult:
+    """What was predicted of a placement, if anything, and its measurement or the error."""
+
+    name: str
+    placement: Placement | None
+    predicted: tuple[Depth, ...]
+    usage: Mapping[str, Usage]
+    measurement: Measurement | None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for scripts."""
+        found = self.measurement
+        return {
+            "name": self.name,
+            "placement": self.placement.to_json() if self.placement else None,
+            "predicted": [vars(depth) for depth in self.predicted],
+            "measured": [vars(depth) for depth in found.depths] if found else [],
+            "bytes": [vars(each) for each in compare(found.allocated, self.usage)] if found else [],
+            "driver_bytes": dict(found.driver_bytes) if found else {},
+            "load_seconds": found.load_seconds if found else None,
+            "warnings": list(found.warnings) if found else [],
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the child is asked for; `placement` is as `Placement.to_json` returns it."""
+
+    path: str
+    placement: dict[str, Any] | None
+    depths: tuple[int, ...]
+    workers: tuple[str, ...]
+    threads: int | None
+    limit: int | None
+
+
+def bench(
+    graph: ModelGraph,
+    machine: Hardware,
+    baselines: Iterable[Baseline],
+    depths: Sequence[int],
+    progress: Progress = silent,
+    *,
+    threads: int | None = None,
+) -> Iterator[BenchResult]:
+    """Measure placements one after the other; one that fails does not end the others.
+
+    `threads` are for llama.cpp by itself; see `measure_placement`.
+    """
+    workers = [device.worker for device in machine.devices if device.worker]
+    for name, placement in baselines:
+        predicted: tuple[Depth, ...] = ()
+        usage: Mapping[str, Usage] = {}
+        measurement, error = None, None
+        try:
+            if placement is not None:
+                predicted = predicted_depths(graph, machine, placement, depths)
+                usage = footprint(graph, placement)
+            measurement = measure_placement(
+                graph.gguf.files[0],
+                placement,
+                depths,
+                workers=workers,
+                threads=threads,
+                progress=progress,
+            )
+        except Dots1Error as failure:
+            error = str(failure)
+        yield BenchResult(name, placement, predicted, usage, measurement, error)
+
+
+def predicted_depths(
+    graph: ModelGraph, machine: Hardware, placement: Placement, depths: Sequence[int]
+) -> tuple[Depth, ...]:
+    """What `measure_placement` should find; nothing if a device's speed is unknown."""
+    if not is_measured(machine, placement.used_devices):
+        return ()
+    model = SpeedModel(graph, machine, placement)
+    return tuple(
+        Depth(end, (end - start) / model.prefill(end - start, start), 1 / model.decode(end))
+        for start, end in pairwise((0, *depths))
+    )
+
+
+def measure_placement(
     path: str | Path,
     placement: Placement | None,
     depths: Sequence[int],
@@ -64,68 +172,61 @@ def try_out(
     threads: int | None = None,
     limit: int | None = None,
     progress: Progress = silent,
-) -> Trial:
+) -> Measurement:
     """Load the model as placed, or as llama.cpp does by itself (None), and time it at `depths`.
 
     `workers` and `threads` (by default one a core) are for llama.cpp by itself; a placement has its
-    own. `limit` bytes are left free on each GPU before the model is loaded, whatever it has.
+    own. `limit` is the bytes that are left free on each GPU before the model is loaded.
 
     Raises:
-        Dots1Error: it cannot be loaded so, or the engine failed.
+        Dots1Error: the model cannot be loaded so, or the engine failed.
     """
-    request = {
-        "path": str(path),
-        "placement": None if placement is None else placement.to_json(),
-        "depths": list(depths),
-        "workers": list(workers),
-        "threads": threads,
-        "limit": limit,
-    }
+    plan = None if placement is None else placement.to_json()
+    request = _Request(str(path), plan, tuple(depths), tuple(workers), threads, limit)
     environment = {}
     if placement is not None and placement.offload_min_batch is not None:
-        environment[MIN_BATCH] = str(placement.offload_min_batch)  # devices are counted first
-    doing = f"trying {Path(path).name}"
+        # The child asks the devices for their memory, which starts them, before it loads.
+        environment[MIN_BATCH] = str(placement.offload_min_batch)
     answer = child.ask(
-        __name__, request, doing, progress, timeout=_TIMEOUT, environment=environment
+        __name__,
+        msgspec.to_builtins(request),
+        f"measuring {Path(path).name}",
+        progress,
+        timeout=_TIMEOUT,
+        environment=environment,
     )
-    return Trial(
-        load_seconds=answer["load_seconds"],
-        taken={name: Taken(**sizes) for name, sizes in answer["taken"].items()},
-        used=answer["used"],
-        depths=tuple(Depth(**depth) for depth in answer["depths"]),
-        warnings=tuple(answer["warnings"]),
-    )
+    return convert_json(answer, Measurement)
 
 
 def measure_depths(
     engine: Engine, depths: Sequence[int], progress: Progress = silent
 ) -> tuple[Depth, ...]:
-    """How fast the engine reads up to each of `depths` (ascending), and writes there.
+    """Time prefill up to each of `depths` (ascending), and decoding there.
 
     Raises:
-        UsageError: depths that do not ascend, or beyond the context.
+        UsageError: the depths do not ascend, or exceed the context.
     """
-    if not depths or any(b <= a for a, b in zip((0, *depths), depths, strict=False)):
+    if not depths or any(b <= a for a, b in pairwise((0, *depths))):
         raise UsageError("contexts to measure at must ascend from 1")
-    if depths[-1] + _WRITTEN > engine.n_ctx:
+    if depths[-1] + _N_DECODED > engine.n_ctx:
         raise UsageError(
-            f"a context of {engine.n_ctx} tokens has no room to write {_WRITTEN} after "
-            f"{depths[-1]} of them"
+            f"a context of {engine.n_ctx} tokens has no room to decode {_N_DECODED} tokens after "
+            f"{depths[-1]}"
         )
     rng = np.random.default_rng(0)
-    tokens: list[int] = rng.integers(0, engine.n_vocab, depths[-1] + _WRITTEN).tolist()
+    tokens: list[int] = rng.integers(0, engine.n_vocab, depths[-1] + _N_DECODED).tolist()
     _warm_up(engine, tokens)
     found, start = [], 0
     for depth in depths:
-        prefill = _read(engine, tokens, start, depth, progress)
-        found.append(Depth(depth, prefill, _write(engine, tokens, depth, progress)))
+        prefill = _prefill(engine, tokens, start, depth, progress)
+        found.append(Depth(depth, prefill, _decode(engine, tokens, depth, progress)))
         engine.forget(depth)
         start = depth
     return tuple(found)
 
 
 def _warm_up(engine: Engine, tokens: Sequence[int]) -> None:
-    """Bring a mapped file's pages in, and the engine's graphs about."""
+    """Read a mapped file's pages, and build the engine's graphs."""
     engine.forget()
     first = tokens[: min(engine.n_ubatch, len(tokens) - 1)]
     engine.decode(first, 0)
@@ -133,57 +234,50 @@ def _warm_up(engine: Engine, tokens: Sequence[int]) -> None:
     engine.forget()
 
 
-def _read(engine: Engine, tokens: Sequence[int], start: int, end: int, progress: Progress) -> float:
+def _prefill(
+    engine: Engine, tokens: Sequence[int], start: int, end: int, progress: Progress
+) -> float:
     begin = time.perf_counter()
     for place in range(start, end, engine.n_ubatch):
         stop = min(place + engine.n_ubatch, end)
         engine.decode(tokens[place:stop], place)
-        progress(stop, len(tokens), "tokens", f"reading to {end:,}")
+        progress(stop, len(tokens), "tokens", f"prefill to {end:,}")
     return (end - start) / (time.perf_counter() - begin)
 
 
-def _write(engine: Engine, tokens: Sequence[int], depth: int, progress: Progress) -> float:
+def _decode(engine: Engine, tokens: Sequence[int], depth: int, progress: Progress) -> float:
     seconds = []
-    for place in range(depth, depth + _WRITTEN):
+    for place in range(depth, depth + _N_DECODED):
         begin = time.perf_counter()
         engine.decode(tokens[place : place + 1], place)
         seconds.append(time.perf_counter() - begin)
-        progress(place + 1, len(tokens), "tokens", f"writing at {depth:,}")
+        progress(place + 1, len(tokens), "tokens", f"decoding at {depth:,}")
     return 1 / median(seconds)
 
 
-def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The child's part."""
-    from dots1_local.engine.abort import handling
-
-    with handling(child.report_error):
-        return _tried(request)
-
-
-def _tried(request: Mapping[str, Any]) -> dict[str, Any]:
-    with ExitStack() as stack:
-        if request["limit"] is not None:
-            stack.enter_context(_limited(request["limit"]))
+def _answer(raw: Any) -> dict[str, Any]:
+    """The child's part of `measure_placement`."""
+    request = convert_json(raw, _Request)
+    with on_abort(child.report_error), ExitStack() as stack:
+        if request.limit is not None:
+            stack.enter_context(_limited(request.limit))
         before, begin = _free(request), time.perf_counter()
-        engine = stack.enter_context(_engine(request))
-        seconds, lowest = time.perf_counter() - begin, _free(request)
-        depths = measure_depths(engine, request["depths"], child.report_progress)
-        lowest = {name: min(free, lowest[name]) for name, free in _free(request).items()}
-        return {
-            "load_seconds": seconds,
-            "taken": {name: asdict(taken) for name, taken in engine.report.items()},
-            "used": {name: free - lowest[name] for name, free in before.items()},
-            "depths": [asdict(depth) for depth in depths],
-            "warnings": list(engine.warnings),
-        }
+        engine = stack.enter_context(_open(request))
+        seconds, loaded = time.perf_counter() - begin, _free(request)
+        depths = measure_depths(engine, request.depths, child.report_progress)
+        lowest = {name: min(free, loaded[name]) for name, free in _free(request).items()}
+        used = {name: free - lowest[name] for name, free in before.items()}
+        found = Measurement(seconds, engine.report, used, depths, engine.warnings)
+        answer: dict[str, Any] = msgspec.to_builtins(found)
+        return answer
 
 
-def _engine(request: Mapping[str, Any]) -> Engine:
-    if (raw := request["placement"]) is None:
-        return _unplaced(request)
-    placement = placement_from_json(raw, "the placement")
+def _open(request: _Request) -> Engine:
+    if request.placement is None:
+        return _open_by_default(request)
+    placement = placement_from_json(request.placement, "the placement")
     return Engine.open(
-        request["path"],
+        request.path,
         placement=placement,
         n_sequences=placement.sequences,
         shared_cache=placement.sequences > 1,
@@ -191,67 +285,40 @@ def _engine(request: Mapping[str, Any]) -> Engine:
     )
 
 
-def _unplaced(request: Mapping[str, Any]) -> Engine:
-    """What llama.cpp's library makes of the file, told nothing but the context and threads.
+def _open_by_default(request: _Request) -> Engine:
+    """An engine as llama.cpp sets it up, but with as many threads as the others have.
 
-    Its own 4 threads would be more than some machines have cores, and fewer than most.
+    llama.cpp's default of 4 threads is more than some machines have cores, and fewer than most.
     """
-    from llama_cpp import llama_cpp as llama
-
-    from dots1_local.devices import backends
-    from dots1_local.devices.rpc import probe_all
-    from dots1_local.engine import log as engine_log
-    from dots1_local.engine.loading import Loaded
-    from dots1_local.engine.model_params import settings
-    from dots1_local.engine.report import read_report
-    from dots1_local.files.gguf import GGUFFile
-    from dots1_local.verify import check_loadable
-
-    probe_all(request["workers"])
-    for worker in request["workers"]:
+    rpc.probe_all(request.workers)
+    for worker in request.workers:
         backends.add_worker(worker)
-    gguf = GGUFFile.open(request["path"])
-    check_loadable(gguf)
-    params = llama.llama_context_default_params()
-    n_ctx = request["depths"][-1] + _WRITTEN
-    made = settings(gguf, None, n_ctx=n_ctx, n_ubatch=params.n_ubatch, threads=request["threads"])
-    params.n_ctx, params.n_threads, params.n_threads_batch = n_ctx, made.threads, made.threads
-    with engine_log.errors() as log:
-        model = llama.llama_model_load_from_file(
-            bytes(gguf.files[0]), llama.llama_model_default_params()
-        )
-        context = model and llama.llama_init_from_model(model, params)
-    if not context:
-        raise Dots1Error(f"llama.cpp does not load it by itself: {log.last()}")
-    names = [device.name for device in backends.devices() if device.kind in ("gpu", "igpu")]
-    report = read_report(
-        log.sizes, buffer_names(names), sum(tensor.nbytes for tensor in gguf.tensors)
-    )
-    return Engine(gguf, Loaded(model, context, report, ()), made, None)
+    gguf = open_loadable(request.path)
+    n_ctx = request.depths[-1] + _N_DECODED
+    params = EngineParams.choose(gguf, None, n_ctx=n_ctx, threads=request.threads)
+    return Engine(gguf, load_by_default(gguf, params), params, None)
 
 
 @contextmanager
 def _limited(limit: int) -> Iterator[None]:
-    """Take what GPUs have free beyond `limit`, so that more cannot be used unnoticed."""
+    """Occupy the GPUs' memory beyond `limit`, so that a model cannot use more unnoticed."""
     from dots1_local.devices.bench_graph import BenchDevice
 
-    with ExitStack() as held:
+    with ExitStack() as stack:
         for name, free in _local_gpus().items():
             if free > limit:
-                held.enter_context(BenchDevice(name, free - limit))
+                stack.enter_context(BenchDevice(name, free - limit))
         yield
 
 
-def _free(request: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes free on GPUs; not asked where none is used, as that starts their drivers."""
-    placement = request["placement"]
-    return _local_gpus() if placement is None or placement["layers"] else {}
+def _free(request: _Request) -> dict[str, int]:
+    """Bytes free on GPUs; nothing if the placement uses none, so that no driver starts."""
+    plan = request.placement
+    return _local_gpus() if plan is None or plan["layers"] else {}
 
 
 def _local_gpus() -> dict[str, int]:
     """Bytes free on each GPU of this machine, as its driver says."""
-    from dots1_local.devices import backends
-
     found = backends.devices()
     return {each.name: each.free for each in found if each.kind == "gpu" and each.backend != "RPC"}
 

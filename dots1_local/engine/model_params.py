@@ -1,23 +1,22 @@
-"""What llama.cpp is told of a placement before it loads a model.
+"""The parameters of an engine, and what llama.cpp is told of a placement before it loads a model.
 
-The order matters: what backends read from the environment is set before they start, a worker is
-asked before the engine connects to it, and a device is looked up before it is named.
-
-How a context is made: what was asked for, else what a placement says, else what is usual.
+The order matters: backends read the environment once when they start, a worker is probed before the
+engine connects to it, and a device is looked up before it is used.
 """
 
 import ctypes
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llama_cpp import llama_cpp as llama
 
+from dots1_local.architecture import Dots1Config
 from dots1_local.devices import backends, rpc
 from dots1_local.devices.limits import physical_cores
-from dots1_local.errors import GGUFError, UsageError
+from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.ggml import library
 from dots1_local.placement.placement import (
@@ -30,16 +29,87 @@ from dots1_local.placement.placement import (
 )
 
 __all__ = [
-    "Settings",
+    "EngineParams",
     "buffer_names",
     "connected",
     "endpoints",
     "free_memory",
     "model_params",
     "prepare",
-    "settings",
-    "trained_for",
 ]
+
+
+@dataclass(frozen=True)
+class EngineParams:
+    """How an engine runs a model: the keywords that `load` and `Engine.open` take.
+
+    A keyword that is left out or None takes its value from the placement, if there is one, else
+    the default. The context holds `n_sequences` sequences (1) of `n_ctx` tokens each. `n_ctx` is
+    by default what `default_context` says; 0 stands for all that the model was trained for.
+    `n_ubatch` is the tokens that are computed at once (512). `threads` is for the CPU, by default
+    its physical cores. `flash_attention` None leaves the choice to llama.cpp. `kv_type` is the
+    type of the KV cache (F16). `all_logits` makes room for the logits of a whole ubatch; without
+    it, a ubatch can give the logits of one token for each sequence. With a `shared_cache`
+    sequences can share their first tokens, and a ubatch may mix sequences of any length.
+    """
+
+    n_ctx: int
+    n_ubatch: int = 512
+    n_sequences: int = 1
+    threads: int = field(default_factory=physical_cores)
+    flash_attention: bool | None = None
+    kv_type: str = "F16"
+    all_logits: bool = False
+    shared_cache: bool = False
+
+    @classmethod
+    def choose(cls, gguf: GGUFFile, placement: Placement | None, **given: Any) -> "EngineParams":
+        """Complete the parameters that are `given`.
+
+        Raises:
+            GGUFError: the file lacks numbers of the model.
+            UsageError: llama.cpp cannot make such a context, or a number is too small or large.
+        """
+        known: dict[str, Any] = {}
+        if placement:
+            known |= {
+                "n_ctx": placement.context,
+                "n_ubatch": placement.ubatch,
+                "threads": placement.threads,
+                "kv_type": placement.kv_type,
+                "flash_attention": placement.flash_attention,
+            }
+        known |= {name: value for name, value in given.items() if value is not None}
+        trained = Dots1Config.from_gguf(gguf.keys, gguf.files[0]).max_position_embeddings
+        default = default_context(trained, known.get("n_sequences") or 1)
+        params = cls(**known | {"n_ctx": known.get("n_ctx", default) or trained})
+        check_context(params.n_ctx, params.n_sequences)
+        for name in ("n_ubatch", "threads"):
+            if getattr(params, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(params, name)}")
+        return replace(
+            params,
+            n_ubatch=min(params.n_ubatch, params.n_ctx * params.n_sequences),
+            # more threads than cores only slow llama.cpp down, or keep it from starting
+            threads=min(params.threads, os.cpu_count() or params.threads),
+        )
+
+    @property
+    def n_outputs(self) -> int:
+        """Tokens of a ubatch that can have logits."""
+        return self.n_ubatch if self.all_logits else self.n_sequences
+
+    def applied_to(self, placement: Placement) -> Placement:
+        """The placement with these parameters in place of its own."""
+        return replace(
+            placement,
+            context=self.n_ctx,
+            sequences=self.n_sequences if self.shared_cache else 1,
+            ubatch=self.n_ubatch,
+            threads=self.threads,
+            kv_type=self.kv_type.upper(),
+            flash_attention=bool(self.flash_attention),
+        )
 
 
 _NONE, _MMAP = 0, 1  # enum llama_load_mode
@@ -48,17 +118,17 @@ _DEVICE: backends.Signatures = {
     "ggml_backend_buft_name": (ctypes.c_char_p, (ctypes.c_void_p,)),
     "ggml_backend_dev_memory": (None, (ctypes.c_void_p, _SIZE, _SIZE)),
 }
-connected: Counter[str] = Counter()  # models that are loaded now, by worker
-_started = False  # whether the backends have read their environment
-# llama.cpp takes the first kind of RAM that fits a weight: pinned, repacked, plain. So each is had
-# by forbidding the others: load mode, use_extra_bufts (repacked), no_host (not pinned).
+connected: Counter[str] = Counter()  # the number of loaded models by worker
+_started = False  # whether the backends have read the environment
+# llama.cpp takes the first kind of RAM that fits a weight: pinned, repacked, plain. The other kinds
+# are forbidden by: the load mode, use_extra_bufts (repacked), no_host (not pinned).
 _HOST_MEMORY: dict[HostMemory, tuple[int, bool, bool]] = {
     "plain": (_NONE, False, True),
     "pinned": (_NONE, False, False),
     "repacked": (_NONE, True, True),
     "mapped": (_MMAP, False, True),
 }
-# How the names of a backend's devices begin: the option that compiles it in.
+# How the names of a backend's devices begin, and the build option that compiles it in.
 _BUILDS = {
     "CUDA": "GGML_CUDA",
     "ROCm": "GGML_HIP",
@@ -76,16 +146,16 @@ class _Override(ctypes.Structure):
 
 
 def prepare(gguf: GGUFFile, placement: Placement) -> list[str]:
-    """See to it that the placement can be used with this file; sentences to warn with.
+    """Check that the placement can be used with this file, connect its workers; return warnings.
 
     Raises:
-        UsageError: it is for another file.
+        UsageError: the placement is for another file.
         Dots1Error: a worker does not answer.
     """
     check_made_for(placement, gguf)
     warnings = _set_min_batch(placement)
     workers = endpoints(placement)
-    # The engine would end the process over a wrong address; who serves us already answers nobody.
+    # The engine would abort over a wrong address. A worker that serves this process answers nobody.
     rpc.probe_all(worker for worker in workers if not connected[worker])
     for worker in workers:
         backends.add_worker(worker)
@@ -93,22 +163,22 @@ def prepare(gguf: GGUFFile, placement: Placement) -> list[str]:
 
 
 def endpoints(placement: Placement | None) -> tuple[str, ...]:
-    """The placement's workers, as host:port.
+    """The placement's workers as host:port.
 
     Raises:
-        UsageError: one of them is no address.
+        UsageError: an address is malformed.
     """
     return tuple(dict.fromkeys(map(rpc.parse_endpoint, placement.workers))) if placement else ()
 
 
 def _set_min_batch(placement: Placement) -> list[str]:
-    """Tell the backends, which read it once, when they start."""
+    """Set the environment variable of `offload_min_batch`; return a warning if it is too late."""
     wanted = placement.offload_min_batch
     if wanted is None or os.environ.get(MIN_BATCH) == str(wanted):
         return []
     if _started:
         return [
-            f"batches of {os.environ.get(MIN_BATCH, 'the usual number of')} tokens, not "
+            f"batches of {os.environ.get(MIN_BATCH, 'the default number of')} tokens, not "
             f"{wanted}, fetch weights from RAM: the engine cannot change that once it runs"
         ]
     os.environ[MIN_BATCH] = str(wanted)
@@ -119,24 +189,24 @@ def _handle(device: str) -> int:
     try:
         return backends.device_handle(device)
     except UsageError as error:
-        raise UsageError(f"{error}; {_way_to(device)}") from None
+        raise UsageError(f"{error}; {_remedy(device)}") from None
 
 
-def _way_to(device: str) -> str:
+def _remedy(device: str) -> str:
     backend = device.rstrip("0123456789")
     if backend in _BUILDS and backend not in backends.backend_names():
         command = backends.build_with(*dict.fromkeys((_BUILDS[backend], "GGML_RPC")))
-        return f"this llama-cpp-python was built without {backend}, build it anew: {command}"
+        return f"this llama-cpp-python was built without {backend}; build it anew: {command}"
     if backend == "RPC":
         return "name the worker that has it, in the plan or with --worker HOST:PORT"
     return "plan again on this machine"
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that are free on a device of the engine now; None where it does not tell.
+    """Bytes that are free on a device now; None if the device does not tell.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: this engine has no such device.
     """
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     base = backends.declare(library(), _DEVICE)
@@ -145,10 +215,10 @@ def free_memory(device: str) -> int | None:
 
 
 def buffer_names(devices: Iterable[str]) -> dict[str, str]:
-    """The devices by what the engine's log calls their memory.
+    """The devices by the names of their buffers in the engine's log.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: this engine has no such device.
     """
     base = backends.declare(library(), _DEVICE)
     names = {name: backends.buffer_type(name) for name in devices if _handle(name)}
@@ -156,20 +226,20 @@ def buffer_names(devices: Iterable[str]) -> dict[str, str]:
 
 
 def model_params(placement: Placement | None) -> Any:
-    """struct llama_model_params; the caller must hold on to it while the model loads.
+    """A struct llama_model_params; the caller must keep it while the model loads.
 
     Raises:
-        UsageError: no such device here; the message says how to come by it.
+        UsageError: this engine has no such device; the message says how to get it.
     """
-    global _started  # noqa: PLW0603 -- as is the registry of backends
+    global _started  # noqa: PLW0603 -- ggml's registry of backends is global too
     _started = True
     params = llama.llama_model_default_params()
     devices = placement.used_devices if placement else ()
-    # Never NULL: then llama.cpp would take all devices there are, lost workers too, and abort.
+    # Never NULL: llama.cpp would then take all devices, lost workers too, and abort.
     handles = (ctypes.c_void_p * (len(devices) + 1))(*map(_handle, devices), None)
     params.devices = ctypes.cast(handles, ctypes.c_void_p)
     params.n_gpu_layers = placement.gpu_layers if placement else 0
-    params.kept = [handles]  # what the structure only points to
+    params.kept = [handles]  # the struct only points to it
     if placement:
         counts = (ctypes.c_float * llama.llama_max_devices())(
             *(placement.layers.get(device, 0) for device in devices)
@@ -184,104 +254,8 @@ def model_params(placement: Placement | None) -> Any:
 
 
 def _overrides(placement: Placement) -> Any:
-    """An array for `tensor_buft_overrides`, ended by NULLs.
-
-    For the CPU's own buffer type llama.cpp chooses the kind of RAM itself.
-    """
+    """An array for `tensor_buft_overrides`, which ends with NULLs."""
     pairs = [
         (pattern.encode(), backends.buffer_type(device)) for pattern, device in placement.overrides
     ]
     return (_Override * (len(pairs) + 1))(*(_Override(*pair) for pair in pairs))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the context is made: `n_sequences` × `n_ctx` tokens, `n_outputs` logits a ubatch.
-
-    In a `shared_cache` sequences may hold the same cells, and a ubatch may mix them at will.
-    """
-
-    n_ctx: int
-    n_ubatch: int
-    n_sequences: int
-    n_outputs: int
-    threads: int
-    flash_attention: bool | None
-    kv_type: str
-    shared_cache: bool = False
-
-    def applied_to(self, placement: Placement) -> Placement:
-        """The placement as it will be: what was asked for explicitly has replaced its own."""
-        return replace(
-            placement,
-            context=self.n_ctx,
-            sequences=self.n_sequences if self.shared_cache else 1,
-            ubatch=self.n_ubatch,
-            threads=self.threads,
-            kv_type=self.kv_type.upper(),
-            flash_attention=bool(self.flash_attention),
-        )
-
-
-def settings(
-    gguf: GGUFFile,
-    placement: Placement | None,
-    *,
-    n_ctx: int | None = None,
-    n_ubatch: int | None = None,
-    n_sequences: int = 1,
-    threads: int | None = None,
-    flash_attention: bool | None = None,
-    kv_type: str | None = None,
-    all_logits: bool = False,
-    shared_cache: bool = False,
-) -> Settings:
-    """What was asked for, else what the placement says, else what is usual.
-
-    Raises:
-        GGUFError: the file does not say what context the model was trained for.
-        UsageError: a context that llama.cpp cannot count, or too many sequences.
-    """
-    if placement:
-        n_ctx = placement.context if n_ctx is None else n_ctx
-        n_ubatch = n_ubatch or placement.ubatch
-        threads = threads or placement.threads
-        kv_type = kv_type or placement.kv_type
-        if flash_attention is None:
-            flash_attention = placement.flash_attention
-    n_ctx = _context_length(gguf, n_ctx, n_sequences)
-    n_ubatch = min(n_ubatch or 512, n_ctx * n_sequences)
-    return Settings(
-        n_ctx=n_ctx,
-        n_ubatch=n_ubatch,
-        n_sequences=n_sequences,
-        n_outputs=n_ubatch if all_logits else n_sequences,
-        threads=_threads(threads),
-        flash_attention=flash_attention,
-        kv_type=kv_type or "F16",
-        shared_cache=shared_cache,
-    )
-
-
-def _context_length(gguf: GGUFFile, wanted: int | None, n_sequences: int) -> int:
-    trained = trained_for(gguf)
-    n_ctx = default_context(trained, n_sequences) if wanted is None else wanted or trained
-    check_context(n_ctx, n_sequences)
-    return n_ctx
-
-
-def trained_for(gguf: GGUFFile) -> int:
-    """The context that the model was trained for, in tokens.
-
-    Raises:
-        GGUFError: the file does not say.
-    """
-    trained = gguf.keys.get("dots1.context_length")
-    if not isinstance(trained, int) or trained < 1:
-        raise GGUFError(f"{gguf.files[0]} has no dots1.context_length; convert it again")
-    return trained
-
-
-def _threads(wanted: int | None) -> int:
-    """As asked, but never more than there are: llama.cpp only gets slower, or fails to start."""
-    return min(wanted, os.cpu_count() or wanted) if wanted else physical_cores()

@@ -1,25 +1,26 @@
-"""An engine by a plan: one at hand, one from a file, or one made now for this machine."""
+"""Load an engine by a plan: a given one, one from a file, or one that is made now."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dots1_local.architecture import Dots1Config
 from dots1_local.devices.hardware import Hardware
-from dots1_local.engine.engine import Engine
+from dots1_local.engine.engine import Engine, open_loadable
 from dots1_local.engine.loading import OutOfMemory
-from dots1_local.engine.model_params import trained_for
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.footprint import Usage, footprint
 from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement, human_context, load_placement
 from dots1_local.sizes import human_bytes
-from dots1_local.verify import check_loadable
 
 __all__ = ["load"]
 
 _ATTEMPTS = 4
-_LESS = 1_000_000_000  # bytes, doubled with each attempt
+_MARGIN = 1_000_000_000  # bytes, doubled with each attempt
+
+Notify = Callable[[str], None]
 
 
 def load(
@@ -27,59 +28,59 @@ def load(
     placement: Placement | str | Path | None = None,
     *,
     workers: tuple[str, ...] = (),
-    tell: Callable[[str], None] = lambda sentence: None,
-    **options: Any,
+    notify: Notify = lambda sentence: None,
+    **params: Any,
 ) -> Engine:
-    """Load a model: all in RAM, by a placement or the plan file it is in, or by "auto".
+    """Load a model: into RAM, by a placement, by a plan file, or with "auto" by a plan made now.
 
-    That plans for this machine and the `workers` (host:port), as measured before, and where memory
-    turns out to be short three times more with less of it; the engine's `warnings` tell of that.
-    `tell` hears what such a plan takes and how fast it will be, before it is carried out, and the
-    engine's warnings.
-    `options` are those of `Engine.open`. With a `shared_cache` and no `n_sequences` there are as
-    many as the plan is for; for more of them its context is shared out, unless `n_ctx` says what
-    each may have, and `tell` hears of that.
+    "auto" plans for this machine and the `workers` (host:port), with the speeds that were measured
+    before. If memory runs short, it plans again with less, up to three times, and the engine's
+    `warnings` say so. `notify` is called with sentences: what a new plan takes and how fast it will
+    be, before it is carried out, and the engine's warnings.
+
+    `params` are those of `EngineParams`, and a `progress`. With a `shared_cache`, `n_sequences` is
+    by default what the plan is for. For more sequences than that, the plan's context is divided
+    among them unless `n_ctx` is given.
 
     Raises:
-        OutOfMemory: a device has too little, for "auto" after all attempts.
-        Dots1Error: whatever else `Engine.open` and `place` raise.
+        OutOfMemory: a device has too little memory, with "auto" after all attempts.
+        Dots1Error: `Engine.open` or `place` failed in another way.
     """
-    if placement == "auto":
-        engine = _load_planned(path, workers, tell, options)
+    known = load_placement(placement) if isinstance(placement, Path) else placement
+    if isinstance(known, str) and known != "auto":
+        known = load_placement(known)
+    gguf = open_loadable(path)
+    if isinstance(known, str):
+        engine = _load_planned(gguf, workers, notify, _with_sequences(None, params, notify))
     else:
-        known = load_placement(placement) if isinstance(placement, str | Path) else placement
-        engine = Engine.open(path, placement=known, **_shared_out(known, options, tell))
+        engine = Engine.open(gguf, placement=known, **_with_sequences(known, params, notify))
     for warning in engine.warnings:
-        tell(warning)
+        notify(warning)
     return engine
 
 
 def _load_planned(
-    path: str | Path, workers: tuple[str, ...], tell: Callable[[str], None], options: dict[str, Any]
+    gguf: GGUFFile, workers: tuple[str, ...], notify: Notify, params: dict[str, Any]
 ) -> Engine:
     from dots1_local.devices.machine import this_machine
 
-    gguf = GGUFFile.open(path)
-    check_loadable(gguf)
-    options = _shared_out(None, options, tell)
     reserved: dict[str, int] = {}
     warnings: list[str] = []
     for attempt in range(_ATTEMPTS):
-        machine = this_machine(workers, measure="cached")
-        machine = _without(machine, reserved)
-        placement = _plan(gguf, machine, options)
+        machine = _without(this_machine(workers, measure="cached"), reserved)
+        placement = _plan(gguf, machine, params)
         for sentence in _outline(gguf, machine, placement):
-            tell(sentence)
+            notify(sentence)
         try:
-            engine = Engine.open(path, placement=placement, **options)
+            engine = Engine.open(gguf, placement=placement, **params)
         except OutOfMemory as error:
             if attempt == _ATTEMPTS - 1:
                 raise
-            less = _LESS << attempt
-            excess = _unused(gguf, machine, placement, error.device) + less
+            margin = _MARGIN << attempt
+            excess = _unused(gguf, machine, placement, error.device) + margin
             reserved[error.device] = reserved.get(error.device, 0) + excess
             warnings.append(
-                f"{error.reason}; planned again to take at least {human_bytes(less)} less of it"
+                f"{error.reason}; planned again to take at least {human_bytes(margin)} less of it"
             )
         else:
             break
@@ -87,49 +88,49 @@ def _load_planned(
     return engine
 
 
-def _shared_out(
-    known: Placement | None, options: dict[str, Any], tell: Callable[[str], None]
+def _with_sequences(
+    placement: Placement | None, params: dict[str, Any], notify: Notify
 ) -> dict[str, Any]:
-    """The options with numbers of sequences and of tokens for each, as the placement has them."""
-    shared = known if options.get("shared_cache") else None
+    """Complete `n_sequences`, and `n_ctx` if a plan's context has to be divided."""
+    shared = placement if params.get("shared_cache") else None
     planned = shared.sequences if shared else 1
-    asked = options.get("n_sequences")
-    sequences = planned if asked is None else asked
-    options = {**options, "n_sequences": sequences}
-    if shared and sequences > planned and options.get("n_ctx") is None:
-        share = max(1, shared.tokens // sequences)
-        tell(
-            f"the plan's context of {human_context(shared.context, planned)} tokens is shared out: "
-            f"{human_context(share, sequences)}"
+    sequences = params.get("n_sequences") or planned
+    params = {**params, "n_sequences": sequences}
+    if shared and sequences > planned and params.get("n_ctx") is None:
+        params["n_ctx"] = max(1, shared.tokens // sequences)
+        notify(
+            f"the plan's context of {human_context(shared.context, planned)} tokens is divided: "
+            f"{human_context(params['n_ctx'], sequences)}"
         )
-        options["n_ctx"] = share
-    return options
+    return params
 
 
-def _plan(gguf: GGUFFile, machine: Hardware, options: dict[str, Any]) -> Placement:
+def _plan(gguf: GGUFFile, machine: Hardware, params: dict[str, Any]) -> Placement:
     from dots1_local.placement.planner import place
 
-    n_ctx = options.get("n_ctx")
+    n_ctx = params.get("n_ctx")
+    if n_ctx == 0:
+        n_ctx = Dots1Config.from_gguf(gguf.keys, gguf.files[0]).max_position_embeddings
     return place(
         gguf,
         machine,
-        context=trained_for(gguf) if n_ctx == 0 else n_ctx,
-        sequences=options["n_sequences"],
-        kv_type=options.get("kv_type"),
-        threads=options.get("threads"),
+        context=n_ctx,
+        sequences=params["n_sequences"],
+        kv_type=params.get("kv_type"),
+        threads=params.get("threads"),
     )
 
 
 def _unused(gguf: GGUFFile, machine: Hardware, placement: Placement, device: str) -> int:
-    """Bytes that the plan left of what it might have taken, and that were never there."""
+    """Bytes that the plan did not use of what seemed free on the device, but was not."""
     from dots1_local.placement.footprint import usable_bytes
 
-    taken = footprint(ModelGraph.read(gguf), placement).get(device, Usage()).total
-    return max(usable_bytes(machine.device(device)) - taken, 0)
+    used = footprint(ModelGraph.read(gguf), placement).get(device, Usage()).total
+    return max(usable_bytes(machine.device(device)) - used, 0)
 
 
 def _without(machine: Hardware, reserved: dict[str, int]) -> Hardware:
-    """The machine as it would be with so many bytes of its devices taken by something else."""
+    """The machine with these bytes of its devices taken by something else."""
     cpu, *devices = (
         replace(device, free=max(device.free - reserved.get(device.name, 0), 0))
         for device in (machine.cpu, *machine.devices)
@@ -138,7 +139,7 @@ def _without(machine: Hardware, reserved: dict[str, int]) -> Hardware:
 
 
 def _outline(gguf: GGUFFile, machine: Hardware, placement: Placement) -> Iterator[str]:
-    """What it will take and how fast it will be, and what is short."""
+    """Sentences on what the plan will take, how fast it will be, and which memory is short."""
     from dots1_local.placement.alternatives import explain_shortfall
     from dots1_local.placement.speed_model import forecast
 

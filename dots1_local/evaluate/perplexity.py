@@ -77,14 +77,14 @@ def perplexity(
     threads: int | None = None,
     placement: Placement | str | Path | None = None,
     workers: tuple[str, ...] = (),
-    tell: Callable[[str], None] = lambda sentence: None,
+    notify: Callable[[str], None] = lambda sentence: None,
     progress: Progress = silent,
 ) -> Perplexity:
     """Measure the perplexity of the model at `path` on at most `n_chunks` chunks of `text`.
 
     `save_logits` is a file to write the log-probabilities to, for `kl_divergence` and for
     llama-perplexity; with `force` it may replace another logits file. `placement` and `workers` say
-    where the model lives, as in `load`; `tell` is called with the plan and the engine's warnings.
+    where the model lives, as in `load`; `notify` is called with the plan and the engine's warnings.
 
     Raises:
         UsageError: the text has fewer than 2 * n_ctx tokens.
@@ -95,7 +95,7 @@ def perplexity(
     if target is not None:
         check_logits_target(target, force)
     with ExitStack() as stack:
-        where = {"placement": placement, "workers": workers, "tell": tell}
+        where = {"placement": placement, "workers": workers, "notify": notify}
         engine = stack.enter_context(open_engine(path, n_ctx, threads, **where))
         chunks = cut(engine, text, n_ctx, n_chunks)
         writer = None
@@ -145,7 +145,7 @@ def kl_divergence(
     threads: int | None = None,
     placement: Placement | str | Path | None = None,
     workers: tuple[str, ...] = (),
-    tell: Callable[[str], None] = lambda sentence: None,
+    notify: Callable[[str], None] = lambda sentence: None,
     progress: Progress = silent,
 ) -> Divergence:
     """Measure how far the model at `path` is from a base model on at most `n_chunks` chunks.
@@ -153,7 +153,7 @@ def kl_divergence(
     The base is either a `logits` file, which has its own tokens and n_ctx, or a `reference` model,
     which is evaluated side by side on `text` in chunks of `n_ctx` (512 by default) tokens. The
     reference's logits are encoded in 16 bits like a file's, so that both give the same digits.
-    `placement`, `workers` and `tell` are for the model at `path`; the reference runs in RAM.
+    `placement`, `workers` and `notify` are for the model at `path`; the reference runs in RAM.
 
     Raises:
         UsageError: there is no base, or there are two; a text or another n_ctx is given with a
@@ -163,7 +163,7 @@ def kl_divergence(
     """
     if (logits is None) == (reference is None):
         raise UsageError("KL divergence needs one base: a logits file or a reference model")
-    where = {"placement": placement, "workers": workers, "tell": tell}
+    where = {"placement": placement, "workers": workers, "notify": notify}
     with ExitStack() as stack:
         if logits is not None:
             if text is not None:

@@ -229,8 +229,8 @@ class Scheduler:
 
 
 def _check_engine(engine: Engine) -> None:
-    n_sequences = engine.settings.n_sequences
-    if n_sequences > 1 and not engine.settings.shared_cache:
+    n_sequences = engine.params.n_sequences
+    if n_sequences > 1 and not engine.params.shared_cache:
         raise UsageError("open the engine with shared_cache to serve several sequences")
     if engine.n_ubatch < n_sequences:
         raise UsageError(

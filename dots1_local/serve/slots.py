@@ -29,7 +29,7 @@ class Slots:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._slots = [CacheSlot(seq_id) for seq_id in range(engine.settings.n_sequences)]
+        self._slots = [CacheSlot(seq_id) for seq_id in range(engine.params.n_sequences)]
         self._releases = count(1)
         self.forget()
 

@@ -11,7 +11,7 @@ from transformers import Dots1ForCausalLM
 
 from dots1_local.calibrate.run import calibrate
 from dots1_local.convert.tokenizer import write_vocabulary
-from dots1_local.engine.vocabulary import Vocabulary
+from dots1_local.engine.engine import Vocabulary
 from dots1_local.errors import CheckpointError, Dots1Error, UsageError
 from dots1_local.evaluate.perplexity import read_text
 from dots1_local.files.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Importance
     """The example's importance on the tokens that llama-imatrix had for the golden."""
     folder, checkpoint = tmp_path_factory.mktemp("tiny"), Checkpoint.open(tiny)
     write_vocabulary(checkpoint, folder / "vocabulary.gguf")
-    with Vocabulary.open(folder / "vocabulary.gguf") as vocabulary:
+    with Vocabulary.load(folder / "vocabulary.gguf") as vocabulary:
         tokens = vocabulary.tokenize(read_text(tiny / "heldout.txt"), special=False)
     chunks = np.array(tokens[: CHUNKS * N_CTX], np.int32).reshape(CHUNKS, N_CTX)
     calibrate(

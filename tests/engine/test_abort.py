@@ -14,12 +14,12 @@ SETUP = """
 import sys
 from pathlib import Path
 from dots1_local.ggml import library
-from dots1_local.engine.abort import handling
+from dots1_local.engine.abort import on_abort
 
 def save(sentence):
     Path(sys.argv[1]).write_text("the conversation")
 
-def tell(sentence):
+def show(sentence):
     print(f"dots1: {sentence}", file=sys.stderr)
 """
 LOST = (
@@ -50,8 +50,8 @@ def run(tmp_path: Path, script: str, *arguments: str) -> tuple[int, str, str]:
             ["an earlier complaint", "CUDA error: an illegal memory access was encountered"],
             "the GPU failed (an illegal memory access was encountered)",
         ),
-        ("GGML_ASSERT(n > 0) failed", [], "cannot go on from: GGML_ASSERT(n > 0) failed"),
-        ("", ["vk::DeviceLostError"], "cannot go on from: vk::DeviceLostError"),
+        ("GGML_ASSERT(n > 0) failed", [], "cannot continue: GGML_ASSERT(n > 0) failed"),
+        ("", ["vk::DeviceLostError"], "cannot continue: vk::DeviceLostError"),
     ],
 )
 def test_says_what_happened(message: str, log: list[str], sentence: str) -> None:
@@ -74,7 +74,7 @@ placement = Placement(
     path, os.path.getsize(path), 3, 256, "F16", True, 64, 1, "plain",
     layers={"RPC0": 2}, workers=(worker,),
 )
-with handling(tell), handling(save), Engine.open(path, placement=placement) as engine:
+with on_abort(show), on_abort(save), Engine.open(path, placement=placement) as engine:
     engine.decode([1, 2, 3], 0)
     print("an answer that", end=" ")
     os.kill(int(pid), 9)
@@ -88,33 +88,33 @@ with handling(tell), handling(save), Engine.open(path, placement=placement) as e
     assert (tmp_path / "saved").read_text() == "the conversation"
 
 
-def test_a_rescue_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
+def test_a_handler_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
     script = """
-with handling(tell), handling(save), handling(lambda sentence: 1 / 0):
+with on_abort(show), on_abort(save), on_abort(lambda sentence: 1 / 0):
     library().ggml_abort(b"ggml.c", 7, b"out of luck")
 """
     code, out, err = run(tmp_path, script)
     assert (code, out) == (1, "")
-    assert err == "dots1: llama.cpp failed in a way that it cannot go on from: out of luck\n"
+    assert err == "dots1: llama.cpp failed and cannot continue: out of luck\n"
     assert (tmp_path / "saved").exists()
 
 
 def test_a_cpp_exception_is_a_sentence_too(tmp_path: Path) -> None:
     script = """
 terminate = getattr(library(), "_ZSt9terminatev", None)
-with handling(tell):
+with on_abort(show):
     terminate() if terminate else library().ggml_abort(b"ggml.c", 7, b"")
 """
     code, _, err = run(tmp_path, script)
     assert code == 1
-    assert err == "dots1: llama.cpp failed in a way that it cannot go on from\n"
+    assert err == "dots1: llama.cpp failed and cannot continue\n"
 
 
 def test_after_the_block_the_engine_ends_as_it_would(tmp_path: Path) -> None:
     script = """
 import os
 os.environ["GGML_NO_BACKTRACE"] = "1"
-with handling(tell):
+with on_abort(show):
     pass
 library().ggml_abort(b"ggml.c", 7, b"out of luck")
 """
@@ -127,25 +127,25 @@ def test_ends_once_whoever_aborts_and_even_without_threads(tmp_path: Path) -> No
     script = """
 from threading import Barrier, Thread
 
-together = Barrier(5)
+barrier = Barrier(5)
 
 def fail():
-    together.wait()
+    barrier.wait()
     library().ggml_abort(b"ggml.c", 7, b"out of luck")
 
-with handling(tell), handling(save):
+with on_abort(show), on_abort(save):
     for _ in range(4):
         Thread(target=fail, daemon=True).start()
     if len(sys.argv) > 2:
         def start(self):
             raise RuntimeError("can't start new thread")
         Thread.start = start
-    together.wait()
+    barrier.wait()
     while True:
         sum(range(1000))
 """
     code, out, err = run(tmp_path, script)
     assert (code, out) == (1, "")
-    assert err == "dots1: llama.cpp failed in a way that it cannot go on from: out of luck\n"
+    assert err == "dots1: llama.cpp failed and cannot continue: out of luck\n"
     assert (tmp_path / "saved").exists()
     assert run(tmp_path, script, "without")[0] == 1

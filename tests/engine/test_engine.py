@@ -36,15 +36,15 @@ def engine(model: Path) -> Iterator[Engine]:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"without": ["expert_gating_func"]}, "expert_gating_func is missing: .* aborts"),
-        ({"gating": 1}, "expert_gating_func is 1: .* in another way"),
+        ({"without": ["expert_gating_func"]}, "expert_gating_func is missing"),
+        ({"gating": 1}, "expert_gating_func is 1"),
         ({"architecture": "llama"}, "architecture 'llama'"),
         ({"tensors": {"output_norm.weight": np.ones(64, np.float16)}}, "output_norm.weight is F16"),
         (
             {"tensors": {"blk.1.exp_probs_b.bias": np.ones(8, np.float16)}},
             "exp_probs_b.bias is F16",
         ),
-        ({"without": ["blk.1.exp_probs_b.bias"]}, "chooses experts without it"),
+        ({"without": ["blk.1.exp_probs_b.bias"]}, "exp_probs_b.bias"),
         ({"without": ["blk.1.attn_q.weight"]}, "blk.1.attn_q.weight"),
         ({"without": ["embedding_length"]}, "dots1.embedding_length"),
     ],
@@ -62,12 +62,12 @@ def test_refuses_what_would_abort_or_run_wrong(
 def test_refuses_repeated_tokens_that_would_abort(model: Path, tmp_path: Path) -> None:
     tokens = {"tokenizer.ggml.tokens": [*TOKENS[:-1], TOKENS[0]]}
     path = rewrite(model, tmp_path / "bad.gguf", tokens)
-    with pytest.raises(GGUFError, match="is there 2 times"):
+    with pytest.raises(GGUFError, match=r"token.* 2 times"):
         Engine.open(path, threads=1)
 
 
 def test_says_why_a_context_cannot_be_made(model: Path) -> None:
-    with pytest.raises(Dots1Error, match="quantized V cache requires flash_attn"):
+    with pytest.raises(Dots1Error, match="flash_attn"):
         Engine.open(model, kv_type="Q8_0", flash_attention=False, threads=1)
 
 
@@ -104,15 +104,15 @@ def test_warns_of_a_shared_cache_without_flash_attention(
 
 @pytest.mark.parametrize("n_ctx", [-1, 1 << 31, 1 << 40])
 def test_refuses_contexts_that_cannot_be_counted(model: Path, n_ctx: int) -> None:
-    with pytest.raises(UsageError, match=f"no context of {n_ctx:,} tokens"):
+    with pytest.raises(UsageError, match=f"{n_ctx:,} tokens"):
         Engine.open(model, n_ctx=n_ctx, threads=1)
 
 
 def test_refuses_more_sequences_than_llama_cpp_has(model: Path) -> None:
     for n_sequences in (0, 257):
-        with pytest.raises(UsageError, match=f"has 1 to 256 sequences at once, not {n_sequences}"):
+        with pytest.raises(UsageError, match=f"256 sequences.* {n_sequences}"):
             Engine.open(model, n_ctx=8, n_sequences=n_sequences, threads=1)
-    with pytest.raises(UsageError, match="no context of 256 × 8,388,608 tokens"):
+    with pytest.raises(UsageError, match="256 × 8,388,608 tokens"):
         Engine.open(model, n_ctx=1 << 23, n_sequences=256, threads=1)
     Engine.open(model, n_ctx=8, n_sequences=256, shared_cache=True, threads=1).close()
 
@@ -219,5 +219,5 @@ def test_refuses_requests_that_would_abort(model: Path) -> None:
 def test_a_full_context_is_an_error(model: Path) -> None:
     with Engine.open(model, n_ctx=256, threads=1) as engine:
         engine.decode([0] * 256, 0)
-        with pytest.raises(Dots1Error, match="context of 256 tokens is full"):
+        with pytest.raises(Dots1Error, match="256 tokens is full"):
             engine.decode([0], 256)

@@ -6,9 +6,15 @@ import pytest
 from llama_cpp import llama_cpp as llama
 
 from dots1_local.devices.machine import find_hardware, this_machine
-from dots1_local.engine.bench import bench, predicted_depths
 from dots1_local.engine.engine import Engine
-from dots1_local.engine.measure import _unplaced, measure_depths, try_out
+from dots1_local.engine.loading import load_by_default
+from dots1_local.engine.measure import (
+    bench,
+    measure_depths,
+    measure_placement,
+    predicted_depths,
+)
+from dots1_local.engine.model_params import EngineParams
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.alternatives import all_on_cpu, experts_in_ram
@@ -23,7 +29,7 @@ DEPTHS = (40, 100)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_gguf(tmp_path_factory.mktemp("trial") / "model.gguf")
+    return write_random_gguf(tmp_path_factory.mktemp("measure") / "model.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -49,49 +55,50 @@ def test_measures_at_every_depth_and_forgets(engine: Engine) -> None:
 
 @pytest.mark.parametrize("depths", [(), (0,), (40, 40), (40, 30)])
 def test_depths_must_ascend(engine: Engine, depths: tuple[int, ...]) -> None:
-    with pytest.raises(UsageError, match="must ascend from 1"):
+    with pytest.raises(UsageError, match="ascend"):
         measure_depths(engine, depths)
 
 
 def test_depths_must_leave_room_to_write(engine: Engine) -> None:
-    with pytest.raises(UsageError, match="context of 128 tokens has no room to write 24 after 105"):
+    with pytest.raises(UsageError, match=r"128 tokens .*24 tokens after 105"):
         measure_depths(engine, [105])
 
 
 def test_a_plan_for_several_takes_what_they_need(model: Path, ours: Placement) -> None:
-    trial = try_out(model, replace(ours, context=128, sequences=4), DEPTHS)
-    assert trial.taken["CPU"].kv == pytest.approx(512 * 3 * 2 * 64 * 2, abs=10_000)
-    assert trial.warnings == ()
+    found = measure_placement(model, replace(ours, context=128, sequences=4), DEPTHS)
+    assert found.allocated["CPU"].kv == pytest.approx(512 * 3 * 2 * 64 * 2, abs=10_000)
+    assert found.warnings == ()
 
 
-def test_a_worker_and_llama_cpp_by_itself_are_tried_in_processes_of_their_own(
+def test_a_worker_and_llama_cpp_by_itself_are_measured_in_processes_of_their_own(
     model: Path, ours: Placement
 ) -> None:
     steps: list[tuple[int, int, str, str]] = []
     with local_worker() as worker:
         machine = this_machine([worker.endpoint], measure=False)
-        moved = experts_in_ram(machine, ours, ())
-        tried = try_out(model, moved, DEPTHS, progress=lambda *step: steps.append(step))
-        alone = try_out(model, None, DEPTHS, workers=[worker.endpoint])
-    assert [depth.tokens for depth in tried.depths] == list(DEPTHS)
-    assert tried.taken["RPC0"].weights > tried.taken["CPU"].weights  # the embedding
-    assert alone.taken["RPC0"].weights == tried.taken["RPC0"].weights
-    assert ("tokens", "reading to 100") in {step[2:] for step in steps}
+        placed = experts_in_ram(machine, ours, ())
+        moved = measure_placement(model, placed, DEPTHS, progress=lambda *step: steps.append(step))
+        alone = measure_placement(model, None, DEPTHS, workers=[worker.endpoint])
+    assert [depth.tokens for depth in moved.depths] == list(DEPTHS)
+    assert moved.allocated["RPC0"].weights > moved.allocated["CPU"].weights  # the embedding
+    assert alone.allocated["RPC0"].weights == moved.allocated["RPC0"].weights
+    assert ("tokens", "prefill to 100") in {step[2:] for step in steps}
 
 
 def test_llama_cpp_by_itself_has_as_many_threads_as_the_others(model: Path) -> None:
-    request = {"path": model, "workers": [], "depths": DEPTHS, "threads": 1}
-    with _unplaced(request) as engine:
-        assert llama.llama_n_threads(engine.context) == 1
+    gguf = GGUFFile.open(model)
+    loaded = load_by_default(gguf, EngineParams.choose(gguf, None, n_ctx=128, threads=1))
+    assert llama.llama_n_threads(loaded.context) == 1
+    loaded.free()
 
 
-def test_a_contender_that_fails_does_not_end_the_others(model: Path, ours: Placement) -> None:
+def test_a_placement_that_fails_does_not_end_the_others(model: Path, ours: Placement) -> None:
     graph, machine = ModelGraph.read(GGUFFile.open(model)), find_hardware("24gb-64gb")
     lost = experts_in_ram(machine, ours, ())
     bad, good = bench(graph, machine, [("on no GPU", lost), ("ours", ours)], DEPTHS)
-    assert bad.trial is None
+    assert bad.measurement is None
     assert "no device CUDA0" in (bad.error or "")
-    assert good.trial
+    assert good.measurement
     assert [depth.tokens for depth in good.predicted] == list(DEPTHS)
     assert good.error is None
     facts = good.to_json()
@@ -100,11 +107,11 @@ def test_a_contender_that_fails_does_not_end_the_others(model: Path, ours: Place
         assert each["predicted"] == pytest.approx(each["real"], abs=1 << 20)
 
 
-def test_a_trial_says_why_a_file_cannot_be_loaded(tmp_path: Path) -> None:
+def test_a_measurement_says_why_a_file_cannot_be_loaded(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF")
     with pytest.raises(Dots1Error, match=r"model\.gguf is not a GGUF file"):
-        try_out(path, None, DEPTHS)
+        measure_placement(path, None, DEPTHS)
 
 
 def test_nothing_is_predicted_of_an_unmeasured_machine(model: Path, ours: Placement) -> None:

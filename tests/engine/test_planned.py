@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from dots1_local import load
+from dots1_local.cli import app
 from dots1_local.devices.hardware import Device, Hardware
 from dots1_local.engine.engine import Engine
 from dots1_local.engine.loading import OutOfMemory
 from dots1_local.errors import UsageError
+from dots1_local.files.gguf_header import GGUFHeader
 from dots1_local.placement.footprint import Usage
 from dots1_local.placement.placement import Placement
 from tests.helpers import write_random_gguf
@@ -50,7 +53,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
         return MACHINE
 
     monkeypatch.setattr("dots1_local.devices.machine.this_machine", this_machine)
-    monkeypatch.setattr("dots1_local.placement.planner.place", place)
+    for module in ("alternatives", "planner"):  # the first keeps what it imports from the second
+        monkeypatch.setattr(f"dots1_local.placement.{module}.place", place)
     return made
 
 
@@ -64,6 +68,41 @@ def test_loads_by_a_plan_file_or_all_in_ram(model: Path, tmp_path: Path) -> None
         assert engine.placement is None
     with pytest.raises(UsageError, match="cannot read"):
         load(model, tmp_path / "missing.json")
+
+
+@pytest.fixture
+def headers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files whose headers are parsed."""
+    parsed: list[str] = []
+    read = GGUFHeader.read
+
+    def counted(path: Path) -> GGUFHeader:
+        parsed.append(path.name)
+        return read(path)
+
+    monkeypatch.setattr(GGUFHeader, "read", counted)
+    return parsed
+
+
+def test_a_load_parses_each_header_once(
+    model: Path, tmp_path: Path, plans: list[Any], headers: list[str]
+) -> None:
+    for placement in (None, in_ram(model), "auto"):
+        headers.clear()
+        load(model, placement, n_ctx=256, threads=1).close()
+        assert headers == ["model.gguf"]
+    write_random_gguf(tmp_path / "split.gguf", shard_tensors=20)
+    shards = sorted(tmp_path.iterdir())
+    headers.clear()
+    load(shards[-1], threads=1).close()
+    assert sorted(headers) == [shard.name for shard in shards]
+
+
+def test_chat_parses_the_header_once(model: Path, tmp_path: Path, headers: list[str]) -> None:
+    kept = ("--session", str(tmp_path / "conversation.json"))
+    result = CliRunner().invoke(app, ["chat", str(model), "-p", "hi", "-n", "1", *kept])
+    assert result.exit_code == 0
+    assert headers == ["model.gguf"]
 
 
 def test_plans_for_what_is_asked(model: Path, plans: list[Any]) -> None:
@@ -83,8 +122,8 @@ def test_plans_for_what_is_asked(model: Path, plans: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("planned", "options", "each", "sentence"),
     [
-        ((512, 1), {"n_sequences": 4}, 128, "context of 512 tokens is shared out: 4 × 128"),
-        ((512, 2), {"n_sequences": 4}, 256, "context of 2 × 512 tokens is shared out: 4 × 256"),
+        ((512, 1), {"n_sequences": 4}, 128, "context of 512 tokens is divided: 4 × 128"),
+        ((512, 2), {"n_sequences": 4}, 256, "context of 2 × 512 tokens is divided: 4 × 256"),
         ((512, 4), {"n_sequences": None}, 512, None),
         ((512, 4), {"n_sequences": 2}, 512, None),
         ((512, 1), {"n_sequences": 4, "n_ctx": 384}, 384, None),
@@ -96,9 +135,9 @@ def test_sequences_share_the_context_of_a_plan(
 ) -> None:
     plan = replace(in_ram(model), context=planned[0], sequences=planned[1])
     told: list[str] = []
-    with load(model, plan, tell=told.append, shared_cache=True, threads=1, **options) as engine:
+    with load(model, plan, notify=told.append, shared_cache=True, threads=1, **options) as engine:
         sequences = options["n_sequences"] or planned[1]
-        assert (engine.settings.n_sequences, engine.n_ctx) == (sequences, each)
+        assert (engine.params.n_sequences, engine.n_ctx) == (sequences, each)
         # 3 layers, keys and values of 64 numbers in F16
         kv = sequences * each * 3 * 2 * 64 * 2
         assert engine.predicted["CPU"].kv == kv
@@ -111,7 +150,7 @@ def test_sequences_share_the_context_of_a_plan(
 
 def test_a_plan_for_several_serves_one(model: Path) -> None:
     with load(model, replace(in_ram(model), sequences=4), threads=1) as engine:
-        assert (engine.settings.n_sequences, engine.n_ctx) == (1, 512)
+        assert (engine.params.n_sequences, engine.n_ctx) == (1, 512)
         assert engine.predicted["CPU"].kv == 512 * 3 * 2 * 64 * 2
 
 

@@ -114,7 +114,7 @@ def test_longer_chunks_than_the_model_was_trained_for_are_warned_of(tmp_path: Pa
         out.write(b"_logits_" + struct.pack("<3i", n_ctx, len(TOKENS), 1))
         out.truncate(20 + 4 * n_ctx + (n_ctx // 2 - 1) * slots * 2)
     told: list[str] = []
-    kl_divergence(model, logits=file, threads=1, tell=told.append)
+    kl_divergence(model, logits=file, threads=1, notify=told.append)
     assert "was trained for contexts of 1,024 tokens" in "".join(told)
 
 

@@ -117,14 +117,14 @@ def find_session(file: Path | None) -> Path | None:
 def save_at_end(session: "Dialogue", file: Path | None) -> Iterator[None]:
     """Save what is answered within, even if only in part or if llama.cpp aborts the process."""
     from dots1_local.chat.conversation import save_conversation
-    from dots1_local.engine.abort import handling
+    from dots1_local.engine.abort import on_abort
 
     def rescue(reason: str) -> None:
         notice("\n" * sys.stdout.isatty() + f"dots1: {reason}")  # below an unfinished answer
         if file:
             save_conversation(file, session, session.so_far)
 
-    with handling(rescue):
+    with on_abort(rescue):
         try:
             yield
         finally:

@@ -19,7 +19,7 @@ from dots1_local.sizes import human_bytes
 if TYPE_CHECKING:
     from dots1_local.chat.dialogue import Dialogue
     from dots1_local.chat.message import AnswerStats
-    from dots1_local.engine.report import Difference
+    from dots1_local.engine.log import Difference
 
 __all__ = ["COMMANDS"]
 

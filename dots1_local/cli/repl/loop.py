@@ -66,11 +66,11 @@ class Repl:
 
     def run(self) -> None:
         """Take lines until /exit, or Ctrl-D on an empty line; no error ends the loop."""
-        from dots1_local.engine.abort import handling
+        from dots1_local.engine.abort import on_abort
 
         completes = {name: each.completes for each in self.commands for name in each.names}
         self.editor = LineEditor([command.name for command in self.commands], completes)
-        with interrupts(), handling(self._rescue):  # Ctrl-C must not end it between turns
+        with interrupts(), on_abort(self._rescue):  # Ctrl-C must not end it between turns
             while not self.done:
                 self._turn()
             try:

@@ -16,6 +16,7 @@ from dots1_local.cli._options import (
     Vram,
     Workers,
     memory_limits,
+    option,
     verb,
 )
 from dots1_local.cli._output import notice, print_json, print_table, progress_bar
@@ -39,21 +40,17 @@ class BenchOptions:
 
     model: Model
     context: Annotated[
-        str, typer.Option("--context", "-c", help="Measure after this many tokens; a list.")
+        str, option("Measure after these numbers of tokens.", "--context", "-c")
     ] = "512,4096"
     ubatch: Annotated[
-        str | None,
-        typer.Option(help="Try our placement with these ubatches too, such as 512,2048."),
+        str | None, option("Try our placement with these ubatches too, such as 512,2048.")
     ] = None
     plan: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Try this file of dots1 plan --json instead of our placement; repeatable."
-        ),
+        option("Try this file of dots1 plan --json instead of our placement; repeatable."),
     ] = None
     alternatives: Annotated[
-        bool,
-        typer.Option("--alternatives/--no-alternatives", help="Try other placements too."),
+        bool, option("Try other placements too.", "--alternatives/--no-alternatives")
     ] = True
     kv: KVType = None
     vram: Vram = None

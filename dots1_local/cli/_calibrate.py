@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dots1_local.cli._options import Json, Threads, exit_on_interrupt, verb
+from dots1_local.cli._options import Json, Threads, exit_on_interrupt, option, verb
 from dots1_local.cli._output import (
     notice,
     notice_resumed,
@@ -47,71 +47,58 @@ class CalibrateOptions:
     """The arguments and options of `dots1 calibrate`."""
 
     checkpoint: Annotated[Path, typer.Argument(help="A folder with config.json and safetensors.")]
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Write to this folder.", metavar="DIR")
-    ]
+    output: Annotated[Path, option("Write to this folder.", "--output", "-o", metavar="DIR")]
     file: Annotated[
-        list[Path] | None,
-        typer.Option("--file", "-f", help="Calibrate on this text, UTF-8; repeatable."),
+        list[Path] | None, option("Calibrate on this text, UTF-8; repeatable.", "--file", "-f")
     ] = None
     chat: Annotated[
         list[Path] | None,
-        typer.Option(
+        option(
+            "Calibrate on these conversations, in the chat template's format; repeatable.",
             metavar="FILE.jsonl",
-            help="Calibrate on these conversations, in the chat template's format; repeatable.",
         ),
     ] = None
     logits: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "Write the checkpoint's log-probabilities to this file, for dots1 perplexity.",
             metavar="FILE",
-            help="Write the checkpoint's log-probabilities to this file, for dots1 perplexity.",
         ),
     ] = None
     logits_text: Annotated[
-        Path | None,
-        typer.Option(metavar="TEXT", help="Compute --logits for this text, UTF-8."),
+        Path | None, option("Compute --logits for this text, UTF-8.", metavar="TEXT")
     ] = None
     context: Annotated[
-        int,
-        typer.Option("--context", "-c", min=16, help="Cut texts into chunks of this many tokens."),
+        int, option("Cut texts into chunks of this many tokens.", "--context", "-c", min=16)
     ] = 512
     chunks: Annotated[
-        int | None,
-        typer.Option(min=1, help="Calibrate on at most this many chunks.", show_default="all"),
+        int | None, option("Calibrate on at most this many chunks.", min=1, default="all")
     ] = None
     logits_chunks: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Write the logits of at most this many chunks.", show_default="all"
-        ),
+        int | None, option("Write the logits of at most this many chunks.", min=1, default="all")
     ] = None
-    importance_only: Annotated[
-        bool, typer.Option("--importance-only", help="Do not measure sensitivity.")
-    ] = False
+    importance_only: Annotated[bool, option("Do not measure sensitivity.", "--importance-only")] = (
+        False
+    )
     shrink_below: Annotated[
         int,
-        typer.Option(
+        option(
+            "Shrink the importance of experts that fewer tokens reach towards their layer's "
+            "mean; 0 shrinks none.",
             metavar="TOKENS",
             min=0,
-            help="Shrink the importance of experts that fewer tokens reach towards their layer's "
-            "mean; 0 shrinks none.",
         ),
     ] = 100
     device: Annotated[
-        str | None,
-        typer.Option(help="Compute on this torch device.", show_default="a GPU if there is one"),
+        str | None, option("Compute on this torch device.", default="a GPU if there is one")
     ] = None
     precision: Annotated[
         Literal["F32", "BF16"],
-        typer.Option(
-            help="Multiply matrices in this type; BF16 is 2 to 4 times faster on CPUs that have it."
-        ),
+        option("Multiply matrices in this type; BF16 is 2 to 4 times faster on CPUs that have it."),
     ] = "F32"
     threads: Threads = None
     force: Annotated[
-        bool,
-        typer.Option("--force", help="Replace results, and drop another unfinished run."),
+        bool, option("Replace earlier results, and drop an unfinished run.", "--force")
     ] = False
     json: Json = False
 
@@ -121,8 +108,8 @@ def calibrate(options: CalibrateOptions) -> None:
     """Measure what quantisation should spare, one layer of the checkpoint at a time.
 
     This writes DIR/imatrix.gguf, for --imatrix of dots1 convert and of llama-quantize, and
-    DIR/sensitivity.json, what each type does to each tensor, for --calibration of dots1 convert. If
-    a run is interrupted, the same command resumes it after the last layer that was finished.
+    DIR/sensitivity.json, which tells dots1 convert --calibration DIR what each type does to each
+    tensor. If a run is interrupted, the same command resumes it after the last finished layer.
 
     Examples:
 

@@ -16,6 +16,7 @@ from dots1_local.cli._options import (
     Threads,
     Workers,
     open_engine,
+    option,
     report_abort,
     verb,
 )
@@ -42,94 +43,73 @@ class ChatOptions:
     ] = None
     url: Annotated[
         str | None,
-        typer.Option(
-            help="Talk to an OpenAI-compatible server, such as http://HOST:8000/v1, instead of a "
-            "FILE."
+        option(
+            "Talk to an OpenAI-compatible server, such as http://HOST:8000/v1, instead of a FILE."
         ),
     ] = None
     model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help="Use this model of the server.", show_default="its only one"
-        ),
+        str | None, option("Use this model of the server.", "--model", "-m", default="its only one")
     ] = None
     prompt: Annotated[
         str | None,
-        typer.Option(
-            "--prompt",
-            "-p",
-            help="Ask this one question.",
-            show_default="what is piped in, or a dialogue",
+        option(
+            "Ask this one question.", "--prompt", "-p", default="what is piped in, or a dialogue"
         ),
     ] = None
-    system: Annotated[
-        str | None, typer.Option(help="Replace the system prompt; '' removes it.")
-    ] = None
-    load: Annotated[Path | None, typer.Option(help="Resume a conversation that /save wrote.")] = (
-        None
-    )
+    system: Annotated[str | None, option("Replace the system prompt; '' removes it.")] = None
+    load: Annotated[Path | None, option("Resume a conversation that /save wrote.")] = None
     session: Annotated[
-        Path | None,
-        typer.Option(help="Keep the conversation in this file, and resume it if the file exists."),
+        Path | None, option("Keep the conversation in this file, and resume it if the file exists.")
     ] = None
     raw: Annotated[
-        bool,
-        typer.Option("--raw", help="Complete text without a chat template, as for a base model."),
+        bool, option("Complete text without a chat template, as for a base model.", "--raw")
     ] = False
     temperature: Annotated[
         float | None,
-        typer.Option(
+        option(
+            "Sample at this temperature; 0 always takes the likeliest token.",
             "--temperature",
             "--temp",
-            help="Sample at this temperature; 0 always takes the likeliest token.",
-            show_default="0.7",
+            default="0.7",
         ),
     ] = None
     top_k: Annotated[
-        int | None,
-        typer.Option(help="Choose among this many likeliest tokens; 0 is off.", show_default="40"),
+        int | None, option("Choose among this many likeliest tokens; 0 is off.", default="40")
     ] = None
     top_p: Annotated[
         float | None,
-        typer.Option(
-            help="Choose among the likeliest tokens that add up to this probability; 1 is off.",
-            show_default="0.95",
+        option(
+            "Choose among the likeliest tokens that add up to this probability; 1 is off.",
+            default="0.95",
         ),
     ] = None
     min_p: Annotated[
         float | None,
-        typer.Option(
-            help="Drop tokens below this share of the likeliest token's probability; 0 is off.",
-            show_default="0.05",
+        option(
+            "Drop tokens below this share of the likeliest token's probability; 0 is off.",
+            default="0.05",
         ),
     ] = None
     repeat_penalty: Annotated[
-        float | None,
-        typer.Option(help="Weaken recent tokens by this factor; 1 is off.", show_default="1.0"),
+        float | None, option("Weaken recent tokens by this factor; 1 is off.", default="1.0")
     ] = None
     seed: Annotated[
-        int | None,
-        typer.Option(help="Make answers repeatable.", show_default="a new one for every answer"),
+        int | None, option("Make answers repeatable.", default="a new one for every answer")
     ] = None
     max_tokens: Annotated[
-        int | None,
-        typer.Option("--max-tokens", "-n", min=1, help="Cut an answer off after this many tokens."),
+        int | None, option("Cut an answer off after this many tokens.", "--max-tokens", "-n", min=1)
     ] = None
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End an answer before this text; repeatable.")
-    ] = None
+    stop: Annotated[list[str] | None, option("End an answer before this text; repeatable.")] = None
     overflow: Annotated[
         Literal["drop", "stop"] | None,
-        typer.Option(
-            help="When the context is full, drop the oldest turns, or stop.", show_default="drop"
-        ),
+        option("When the context is full, drop the oldest turns, or stop.", default="drop"),
     ] = None
     context: Context = None
     plan: Plan = None
     worker: Workers = None
     threads: Threads = None
     plain: Annotated[
-        bool, typer.Option("--plain", help="Print answers as they are, without rendering Markdown.")
+        bool, option("Print answers as they are, without rendering Markdown.", "--plain")
     ] = False
     json: Json = False
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dots1_local.cli._options import Force, Json, Threads, exit_on_interrupt, verb
+from dots1_local.cli._options import Force, Json, Threads, exit_on_interrupt, option, verb
 from dots1_local.cli._output import notice, notice_resumed, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ConvertOptions", "convert"]
 
-_types = partial(typer.Option, rich_help_panel="Types")
-_budget = partial(
-    typer.Option, rich_help_panel="Types under a budget, by what dots1 calibrate measured"
-)
-_hub = partial(typer.Option, rich_help_panel="A checkpoint on the hub")
+_types = partial(option, rich_help_panel="Types")
+_budget = partial(option, rich_help_panel="Types under a budget, by what dots1 calibrate measured")
+_hub = partial(option, rich_help_panel="A checkpoint on the hub")
 
 
 @dataclass(frozen=True)
@@ -36,107 +34,97 @@ class ConvertOptions:
         ),
     ]
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Write this GGUF file. Optional with --dry-run."),
+        Path | None, option("Write this GGUF file. Optional with --dry-run.", "--output", "-o")
     ] = None
     type_: Annotated[
         str | None,
         _types(
-            "--type",
-            help="Use DQ2 to DQ6 (dynamic: routed experts in few bits, the rest in more), or a "
+            "Use DQ2 to DQ6 (dynamic: routed experts in few bits, the rest in more), or a "
             "stock mix of llama-quantize: Q4_K_M, IQ2_XXS, BF16, ...",
-            show_default="DQ4",
+            "--type",
+            default="DQ4",
         ),
     ] = None
     tensor_type: Annotated[
         list[str] | None,
         _types(
-            metavar="REGEX=TYPE",
-            help="Store the tensors whose names match in this type; repeatable.",
+            "Store the tensors whose names match in this type; repeatable.", metavar="REGEX=TYPE"
         ),
     ] = None
     imatrix: Annotated[
-        Path | None,
-        _types(help="Use this importance file of llama-imatrix (GGUF or .dat)."),
+        Path | None, _types("Use this importance file of llama-imatrix (GGUF or .dat).")
     ] = None
     pad_experts: Annotated[
         Literal["auto", "on", "off"],
-        _types(help="Zero-pad the width of experts to a multiple of 256, so that every type fits."),
+        _types("Zero-pad the width of experts to a multiple of 256, so that every type fits."),
     ] = "auto"
     plan: Annotated[
-        Path | None,
-        _types(help="Take every type from this file, which --dry-run --json wrote."),
+        Path | None, _types("Take every type from this file, which --dry-run --json wrote.")
     ] = None
     calibration: Annotated[
         Path | None,
         _budget(
-            metavar="DIR",
-            help="Use this folder, which dots1 calibrate wrote. Without a budget, its importance "
+            "Use this folder, which dots1 calibrate wrote. Without a budget, its importance "
             "file is used and the KL divergence is predicted.",
+            metavar="DIR",
         ),
     ] = None
     size: Annotated[
         str | None,
-        _budget(metavar="SIZE", help="Choose types for a file of at most SIZE, such as 48GB."),
+        _budget("Choose types for a file of at most SIZE, such as 48GB.", metavar="SIZE"),
     ] = None
     bpw: Annotated[
-        float | None,
-        _budget(metavar="BITS", help="Choose types for at most this many bits per weight."),
+        float | None, _budget("Choose types for at most this many bits per weight.", metavar="BITS")
     ] = None
     max_kld: Annotated[
         float | None,
         _budget(
+            "Choose types for the smallest file whose predicted KL divergence is at most this.",
             metavar="NATS",
-            help="Choose types for the smallest file whose predicted KL divergence is at most "
-            "this.",
         ),
     ] = None
     fit_memory: Annotated[
         str | None,
         _budget(
-            metavar="MEMORY",
-            help="Choose types to fit '24GB gpu + 64GB ram', or a machine that dots1 plan "
+            "Choose types to fit '24GB gpu + 64GB ram', or a machine that dots1 plan "
             "--hardware takes.",
+            metavar="MEMORY",
         ),
     ] = None
     context: Annotated[
         str | None,
         _budget(
+            "With --fit-memory: leave room for this context, such as 32k.",
             metavar="TOKENS",
-            help="With --fit-memory: leave room for this context, such as 32k.",
-            show_default="16k, or what the model was trained for",
+            default="16k, or what the model was trained for",
         ),
     ] = None
     kv_type: Annotated[
         str | None,
         _budget(
-            metavar="TYPE",
-            help="With --fit-memory: keep the KV cache in this type.",
-            show_default="f16",
+            "With --fit-memory: keep the KV cache in this type.", metavar="TYPE", default="f16"
         ),
     ] = None
     split_max_size: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Write shards of at most SIZE, such as 48G."),
+        str | None, option("Write shards of at most SIZE, such as 48G.", metavar="SIZE")
     ] = None
     revision: Annotated[
-        str | None,
-        _hub(metavar="REVISION", help="Take this branch, tag or commit.", show_default="main"),
+        str | None, _hub("Take this branch, tag or commit.", metavar="REVISION", default="main")
     ] = None
     low_disk: Annotated[
         bool,
         _hub(
-            "--low-disk",
-            help="Fetch, convert and delete one shard after another: the disk needs room for the "
+            "Fetch, convert and delete one shard after another: the disk needs room for the "
             "GGUF file and a few shards.",
+            "--low-disk",
         ),
     ] = False
     threads: Threads = None
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print types and sizes, and write nothing.")
-    ] = False
+    dry_run: Annotated[bool, option("Print types and sizes, and write nothing.", "--dry-run")] = (
+        False
+    )
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="With --dry-run: print a row for every tensor.")
+        bool, option("With --dry-run: print a row for every tensor.", "--tensors")
     ] = False
     force: Force = False
     json: Json = False

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._options import Json, ModelShard, Threads, exit_on_interrupt
+from dots1_local.cli._options import Json, ModelShard, Threads, exit_on_interrupt, option
 from dots1_local.cli._output import (
     notice,
     notice_resumed,
@@ -26,23 +26,14 @@ def export(
     file: ModelShard,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Write to this folder. Optional with --dry-run.",
-            metavar="DIR",
-        ),
+        option("Write to this folder. Optional with --dry-run.", "--output", "-o", metavar="DIR"),
     ] = None,
-    shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Write shards of at most SIZE.")
-    ] = "5GB",
+    shard_size: Annotated[str, option("Write shards of at most SIZE.", metavar="SIZE")] = "5GB",
     threads: Threads = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
+        bool, option("Print what would be written, and write nothing.", "--dry-run")
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Replace an earlier export in DIR.")
-    ] = False,
+    force: Annotated[bool, option("Replace an earlier export in DIR.", "--force", "-f")] = False,
     json: Json = False,
 ) -> None:
     """Decode a GGUF file to a Hugging Face checkpoint in bf16.

@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from dots1_local.cli._options import Json, Workers
+from dots1_local.cli._options import Json, Workers, option
 from dots1_local.cli._output import notice, print_json, print_table, progress_bar
 from dots1_local.errors import UsageError
 from dots1_local.sizes import human_bytes
@@ -19,16 +17,16 @@ __all__ = ["hardware"]
 def hardware(
     file: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Show the machine that this file or name describes.",
             "--hardware",
             metavar="FILE",
-            help="Show the machine that this file or name describes.",
-            show_default="this machine",
+            default="this machine",
         ),
     ] = None,
     worker: Workers = None,
     refresh: Annotated[
-        bool, typer.Option("--refresh", help="Measure again what was measured before.")
+        bool, option("Measure again what was measured before.", "--refresh")
     ] = False,
     as_json: Json = False,
 ) -> None:

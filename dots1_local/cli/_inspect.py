@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._options import Json
+from dots1_local.cli._options import Json, option
 from dots1_local.cli._output import plural, print_json, print_sizes, print_table
 from dots1_local.sizes import human_bytes
 
@@ -27,10 +27,10 @@ def inspect(
         typer.Argument(help="A GGUF file, any shard of a split one, or a checkpoint's folder."),
     ],
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="List every tensor with its type, shape and size.")
+        bool, option("List every tensor with its type, shape and size.", "--tensors")
     ] = False,
     keys: Annotated[
-        bool, typer.Option("--keys", help="List the metadata keys; long values are abbreviated.")
+        bool, option("List the metadata keys; long values are abbreviated.", "--keys")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -35,65 +35,66 @@ __all__ = [
     "exit_on_interrupt",
     "memory_limits",
     "open_engine",
+    "option",
     "report_abort",
     "user_folder",
     "verb",
 ]
+
+
+def option(text: str, *names: str, default: str | bool = True, **settings: Any) -> Any:
+    """Declare an option by its help, its names if a field's name is not enough, and its default.
+
+    `default` says in words what happens without the option; `settings` are those of `typer.Option`.
+    """
+    return typer.Option(*names, help=text, show_default=default, **settings)
+
 
 Model = Annotated[Path, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")]
 ModelShard = Annotated[
     Path,
     typer.Argument(help="A dots1 GGUF file, or any shard of a split one.", metavar="FILE.gguf"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON for scripts.")]
+Json = Annotated[bool, option("Print the result as JSON for scripts.", "--json")]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        "--threads", "-t", min=1, help="Use this many CPU threads.", show_default="one per core"
-    ),
+    option("Use this many CPU threads.", "--threads", "-t", min=1, default="one per core"),
 ]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")]
+Force = Annotated[bool, option("Replace an existing file.", "--force", "-f")]
 Context = Annotated[
     str | None,
-    typer.Option(
+    option(
+        "Let a conversation or request have this many tokens, such as 8k; 0 is as many as "
+        "the model was trained for.",
         "--context",
         "-c",
-        help="Let a conversation or request have this many tokens, such as 8k; 0 is as many as "
-        "the model was trained for.",
-        show_default="16k",
+        default="16k",
     ),
 ]
 Plan = Annotated[
     Path | None,
-    typer.Option(
-        help="Run the model as this file of dots1 plan --json says.",
-        show_default="a plan made now if there is a GPU or a worker",
+    option(
+        "Run the model as this file of dots1 plan --json says.",
+        default="a plan made now if there is a GPU or a worker",
     ),
 ]
 Workers = Annotated[
     list[str] | None,
-    typer.Option(
-        "--worker", metavar="HOST:PORT", help="Use the dots1 worker at this address; repeatable."
-    ),
+    option("Use the dots1 worker at this address; repeatable.", "--worker", metavar="HOST:PORT"),
 ]
 KVType = Annotated[
     str | None,
-    typer.Option(
-        "--kv",
-        help="Keep the KV cache in this type.",
-        show_default="f16, or q8_0 if only that fits",
-    ),
+    option("Keep the KV cache in this type.", "--kv", default="f16, or q8_0 if only that fits"),
 ]
 Vram = Annotated[
     str | None,
-    typer.Option(
-        help="Plan with this much memory of each GPU, such as 20GB; 0 uses no GPU.",
-        show_default="what is free",
+    option(
+        "Plan with this much memory of each GPU, such as 20GB; 0 uses no GPU.",
+        default="what is free",
     ),
 ]
 Ram = Annotated[
-    str | None,
-    typer.Option(help="Plan with this much RAM, such as 60GB.", show_default="what is free"),
+    str | None, option("Plan with this much RAM, such as 60GB.", default="what is free")
 ]
 
 

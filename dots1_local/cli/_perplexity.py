@@ -14,6 +14,7 @@ from dots1_local.cli._options import (
     Threads,
     Workers,
     choose_placement,
+    option,
     report_abort,
     verb,
 )
@@ -35,46 +36,38 @@ class PerplexityOptions:
 
     model: Model
     file: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", help="Predict this text, UTF-8. Optional with --logits."),
+        Path | None, option("Predict this text, UTF-8. Optional with --logits.", "--file", "-f")
     ] = None
     context: Annotated[
         int | None,
-        typer.Option(
+        option(
+            "Cut the text into chunks of this many tokens; the second half of each is scored.",
             "--context",
             "-c",
             min=8,
-            help="Cut the text into chunks of this many tokens; the second half of each is scored.",
-            show_default="512",
+            default="512",
         ),
     ] = None
-    chunks: Annotated[
-        int | None,
-        typer.Option(min=1, help="Stop after this many chunks.", show_default="all"),
-    ] = None
+    chunks: Annotated[int | None, option("Stop after this many chunks.", min=1, default="all")] = (
+        None
+    )
     reference: Annotated[
-        Path | None,
-        typer.Option(metavar="OTHER.gguf", help="Compare with this model, and run both."),
+        Path | None, option("Compare with this model, and run both.", metavar="OTHER.gguf")
     ] = None
     logits: Annotated[
-        Path | None,
-        typer.Option(help="Compare with the model that wrote this file, which holds the text."),
+        Path | None, option("Compare with the model that wrote this file, which holds the text.")
     ] = None
     save_logits: Annotated[
         Path | None,
-        typer.Option(
-            help="Write log-probabilities to this file, as llama-perplexity --kl-divergence-base "
-            "does."
+        option(
+            "Write log-probabilities to this file, as llama-perplexity --kl-divergence-base does."
         ),
     ] = None
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing file of log-probabilities.")
-    ] = False
+    force: Annotated[bool, option("Replace an existing file of log-probabilities.", "--force")] = (
+        False
+    )
     histogram: Annotated[
-        bool,
-        typer.Option(
-            "--histogram", help="With --reference or --logits: show KL divergence by token."
-        ),
+        bool, option("With --reference or --logits: show KL divergence by token.", "--histogram")
     ] = False
     plan: Plan = None
     worker: Workers = None

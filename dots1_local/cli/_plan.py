@@ -16,6 +16,7 @@ from dots1_local.cli._options import (
     Vram,
     Workers,
     memory_limits,
+    option,
     verb,
 )
 from dots1_local.cli._output import notice, plural, print_json, print_table, progress_bar
@@ -55,29 +56,22 @@ class PlanOptions:
     model: Model
     context: Annotated[
         str | None,
-        typer.Option(
-            "--context", "-c", help="Plan for this many tokens, such as 32k.", show_default="16k"
-        ),
+        option("Plan for this many tokens, such as 32k.", "--context", "-c", default="16k"),
     ] = None
     kv: KVType = None
     parallel: Annotated[
-        int,
-        typer.Option(help="Plan for this many answers at once, each with the whole context."),
+        int, option("Plan for this many answers at once, each with the whole context.")
     ] = 1
     vram: Vram = None
     ram: Ram = None
     hardware: Annotated[
         str | None,
-        typer.Option(
-            help="Plan for the machine that this file or name describes.",
-            show_default="this machine",
-        ),
+        option("Plan for the machine that this file or name describes.", default="this machine"),
     ] = None
     worker: Workers = None
     threads: Threads = None
     plan: Annotated[
-        Path | None,
-        typer.Option(help="Show this plan, which you may have edited, instead of a new one."),
+        Path | None, option("Show this plan, which you may have edited, instead of a new one.")
     ] = None
     json: Json = False
 
@@ -178,11 +172,11 @@ def _warnings(graph: "ModelGraph", machine: "Hardware", placement: "Placement") 
 def _excess_limits(machine: "Hardware", limits: dict[str, int | None]) -> Iterator[str]:
     """Say which limits are larger than what the machine has."""
     gpus = [device for device in machine.devices if not device.worker]
-    for option, device in [("--ram", machine.cpu), *(("--vram", gpu) for gpu in gpus)]:
-        wanted = limits[option.removeprefix("--")]
+    for name, device in [("ram", machine.cpu), *(("vram", gpu) for gpu in gpus)]:
+        wanted = limits[name]
         if wanted is not None and wanted > device.total:
             yield (
-                f"{option} {human_bytes(wanted)} is more than the {human_bytes(device.total)} of "
+                f"--{name} {human_bytes(wanted)} is more than the {human_bytes(device.total)} of "
                 f"{device.name}; the plan uses {human_bytes(device.total)}"
             )
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from dots1_local.cli._options import (
     Context,
     Model,
@@ -16,6 +14,7 @@ from dots1_local.cli._options import (
     Workers,
     exit_on_interrupt,
     open_engine,
+    option,
     report_abort,
     verb,
 )
@@ -36,32 +35,31 @@ class ServeOptions:
 
     model: Model
     host: Annotated[
-        str, typer.Option(help="Listen at this address; 0.0.0.0 is every address of this machine.")
+        str, option("Listen at this address; 0.0.0.0 is every address of this machine.")
     ] = "127.0.0.1"
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Listen at this port; 0 picks a free one.")
-    ] = 8000
+    port: Annotated[int, option("Listen at this port; 0 picks a free one.", min=0, max=65535)] = (
+        8000
+    )
     name: Annotated[
-        str, typer.Option("--served-model-name", help="Let clients call the model by this name.")
+        str, option("Let clients call the model by this name.", "--served-model-name")
     ] = "dots1"
     api_key: Annotated[
         str | None,
-        typer.Option(
-            envvar="DOTS1_API_KEY",
-            help="Ask clients for this key. Prefer the environment variable, because every user of "
+        option(
+            "Ask clients for this key. Prefer the environment variable, because every user of "
             "this machine can read the options of a process.",
+            envvar="DOTS1_API_KEY",
         ),
     ] = None
     parallel: Annotated[
-        int | None,
-        typer.Option(min=1, max=256, help="Write this many answers at once.", show_default="1"),
+        int | None, option("Write this many answers at once.", min=1, max=256, default="1")
     ] = None
-    queue: Annotated[
-        int, typer.Option(min=0, help="Let this many more requests wait, and refuse others.")
-    ] = 64
+    queue: Annotated[int, option("Let this many more requests wait, and refuse others.", min=0)] = (
+        64
+    )
     cors: Annotated[
         list[str] | None,
-        typer.Option(help="Let web pages of this origin call the server, '*' for all; repeatable."),
+        option("Let web pages of this origin call the server, '*' for all; repeatable."),
     ] = None
     context: Context = None
     plan: Plan = None

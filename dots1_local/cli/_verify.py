@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._options import Json, ModelShard, Threads, exit_on_interrupt
+from dots1_local.cli._options import Json, ModelShard, Threads, exit_on_interrupt, option
 from dots1_local.cli._output import notice, plural, print_json, print_table, progress_bar
 from dots1_local.sizes import human_bytes
 
@@ -23,24 +23,24 @@ def verify(
     file: ModelShard,
     against: Annotated[
         Path | None,
-        typer.Option(
-            metavar="CHECKPOINT",
-            help="Compare keys, and the relative error of every tensor, with the checkpoint that "
+        option(
+            "Compare keys, and the relative error of every tensor, with the checkpoint that "
             "the file was made of.",
+            metavar="CHECKPOINT",
         ),
     ] = None,
     fix: Annotated[
         Path | None,
-        typer.Option(
-            metavar="OUT.gguf",
-            help="Write a copy with corrected keys and the same tensors. The copy of a split file "
+        option(
+            "Write a copy with corrected keys and the same tensors. The copy of a split file "
             "is OUT-00001-of-0000N.gguf and so on.",
+            metavar="OUT.gguf",
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Check the header only, not the data of tensors.")
+        bool, option("Check the header only, not the data of tensors.", "--quick")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.gguf.")] = False,
+    force: Annotated[bool, option("Replace an existing OUT.gguf.", "--force")] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:

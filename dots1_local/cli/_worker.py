@@ -5,9 +5,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from dots1_local.cli._options import Threads, exit_on_interrupt, user_folder
+from dots1_local.cli._options import Threads, exit_on_interrupt, option, user_folder
 from dots1_local.cli._output import notice
 from dots1_local.errors import UsageError
 
@@ -16,24 +14,18 @@ __all__ = ["worker"]
 
 def worker(
     host: Annotated[
-        str,
-        typer.Option(
-            help="Listen at this address; every address but a loopback one is open to others."
-        ),
+        str, option("Listen at this address; every address but a loopback one is open to others.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Listen at this port.")] = 50052,
+    port: Annotated[int, option("Listen at this port.", min=1, max=65535)] = 50052,
     threads: Threads = None,
     device: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Lend this device; repeatable.", show_default="all GPUs, or else the CPU"
-        ),
+        option("Lend this device; repeatable.", default="all GPUs, or else the CPU"),
     ] = None,
     cache: Annotated[
         bool,
-        typer.Option(
-            "--cache",
-            help="Keep weights in $XDG_CACHE_HOME/dots1/rpc, so that they are sent only once.",
+        option(
+            "Keep weights in $XDG_CACHE_HOME/dots1/rpc, so that they are sent only once.", "--cache"
         ),
     ] = False,
 ) -> None:

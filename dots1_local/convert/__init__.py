@@ -1,4 +1,4 @@
-"""Safetensors to GGUF, streaming.
+"""Convert safetensors to GGUF, streaming.
 
 `Conversion.prepare` decides and checks everything from headers alone; `run` does the work.
 """
@@ -11,13 +11,15 @@ from functools import cache
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFWriter
 
 from dots1_local.convert.budget import Budget, load_calibration, predicted_kl
-from dots1_local.convert.from_hub import fetch_shards, remove_shards
+from dots1_local.convert.from_hub import fetch_shards
 from dots1_local.convert.metadata import end_tokens, write_metadata
 from dots1_local.convert.pipeline import Pipeline, verify_layout
+from dots1_local.convert.shard_supply import remove_shards
 from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
 from dots1_local.convert.writer import ALIGNMENT, Journal, Output, lay_out
 from dots1_local.errors import Dots1Error
@@ -45,10 +47,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that is decided and checked, and not yet done.
+    """A conversion that is decided and checked, but not done yet.
 
-    `predicted_kl` is in nats a token, known where calibration measured every type; `allocation`
-    tells why the types are what they are, where a budget decided.
+    `predicted_kl` is in nats per token, and known if calibration measured every type; if a budget
+    decided, `allocation` explains its choice of types.
     """
 
     checkpoint: Checkpoint
@@ -70,34 +72,31 @@ class Conversion:
         padding: Padding = "auto",
         overrides: Sequence[str] = (),
     ) -> "Conversion":
-        """Choose every tensor's type and make sure the checkpoint holds what it promises.
+        """Choose every tensor's type, and check that the checkpoint holds every tensor.
 
-        The importance is `imatrix`, or else that in the folder `calibration`. A checkpoint on the
-        hub is given as what `open_hub` returns.
+        The importance is `imatrix`, or else that in the folder `calibration`. Pass the result of
+        `open_hub` for a checkpoint on the hub.
 
         Raises:
-            CheckpointError: the checkpoint is incomplete or corrupt, or of another architecture.
-            UsageError: an unknown recipe or type, or one that lacks the importance it needs.
+            CheckpointError: the checkpoint is incomplete, corrupt, or of another architecture.
+            UsageError: a recipe or type is unknown, or needs importance that is not given.
         """
         source = _opened(checkpoint)
         if calibration is not None and imatrix is None:
             imatrix = Path(calibration) / "imatrix.gguf"
         importance = load_importance(imatrix) if imatrix else None
-        plan = (
-            recipe
-            if isinstance(recipe, QuantPlan)
-            else make_plan(
+        if not isinstance(recipe, QuantPlan):
+            recipe = make_plan(
                 source.config,
                 recipe,
                 has_importance=importance is not None,
                 padding=padding,
                 overrides=parse_overrides(overrides),
             )
-        )
-        conversion = cls._checked(source, plan, importance)
+        conversion = cls._checked(source, recipe, importance)
         if calibration is None or importance is None:
             return conversion
-        predicted = predicted_kl(Path(calibration), source.config, plan, importance)
+        predicted = predicted_kl(Path(calibration), source.config, recipe, importance)
         return replace(conversion, predicted_kl=predicted)
 
     @classmethod
@@ -112,16 +111,16 @@ class Conversion:
         overrides: Sequence[str] = (),
         split_max_size: int | None = None,
     ) -> "Conversion":
-        """Choose the types that calibration predicts to do least damage within a budget.
+        """Choose the types with the least predicted KL divergence within a budget.
 
         `calibration` is the folder with sensitivity.json and imatrix.gguf. Give `split_max_size`
-        here as well as to `run`: the headers of shards count for a budget of file size.
+        here as well as to `run`: a budget of file size includes the headers of shards.
 
         Raises:
             CheckpointError: as `prepare`.
-            UsageError: the budget is out of reach; the message names what is possible.
-            Dots1Error: the folder lacks a file, or holds another model's, or files that do not
-                belong together; with an `imatrix` the latter is taken as meant.
+            UsageError: the budget cannot be met; the message names what is possible.
+            Dots1Error: the folder lacks a file, or its files belong to another model or, unless
+                `imatrix` is given, not to each other.
         """
         source = _opened(checkpoint)
         sensitivity, importance = load_calibration(Path(calibration), imatrix)
@@ -148,10 +147,7 @@ class Conversion:
 
     @classmethod
     def _checked(
-        cls,
-        source: Checkpoint,
-        plan: QuantPlan,
-        importance: Importance | None,
+        cls, source: Checkpoint, plan: QuantPlan, importance: Importance | None
     ) -> "Conversion":
         tensors = plan.tensors(source.config)
         specs = tuple(tensor.spec for tensor in tensors)
@@ -172,11 +168,11 @@ class Conversion:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, headers not counted."""
+        """Bytes of all tensors, without headers."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def file_bytes(self, split_max_size: int | None = None) -> int:
-        """Bytes of the file or files, headers and alignment included."""
+        """Return the bytes of the file or files, with headers and alignment."""
         return self._lay_out(Path("any.gguf"), split_max_size).total_bytes
 
     def _overhead(self, split_max_size: int | None) -> int:
@@ -193,35 +189,34 @@ class Conversion:
         progress: Progress = silent,
         on_resume: Progress = silent,
     ) -> Result:
-        """Write the file, going on where a former run of the same conversion stopped.
+        """Write the file; an interrupted run of the same conversion is resumed.
 
-        `on_resume` is called once, with tensors done and in all, if there was such a run. The
-        shards of a checkpoint on the hub are fetched into its cache first; with `low_disk` they
-        come to the output's folder one after another, and go when they are converted: `progress`
-        counts both what is fetched and what is written.
+        If there was such a run, `on_resume` is called once, with finished tensors and all tensors.
+        The shards of a checkpoint on the hub are fetched into its cache first; with `low_disk` they
+        are fetched into the output's folder one after another and removed once converted. Then
+        `progress` counts the bytes that are fetched as well as those that are written.
 
         Raises:
             Dots1Error: the output exists, cannot be written or does not fit the disk, a weight
-                is not finite, the hub cannot be reached or sends damaged files. What is written
-                and fetched so far stays for the next run.
-            UsageError: `low_disk` of a folder, which is on the disk already.
+                is not finite, or the hub cannot be reached or sends damaged files. The next run
+                resumes with what is written and fetched.
+            UsageError: `low_disk` is given for a folder, which is on the disk already.
         """
         path = Path(output)
-        # What a link points to is written, not the link.
-        path = path.resolve() if os.path.islink(path) else path
+        path = path.resolve() if os.path.islink(path) else path  # replace the target, not the link
         laid_out, source = self._lay_out(path, split_max_size), self.checkpoint
         try:
             _check_target(laid_out, force, source.shards)
-            low = fetch_shards(source, laid_out, self.tensors, low_disk, progress)
+            shards = fetch_shards(source, laid_out, self.tensors, low_disk, progress)
         except OSError as error:
             raise Dots1Error(f"cannot use {error.filename or path}: {error.strerror}") from None
         with (
             Journal(laid_out, self._fingerprint(), progress, source.fingerprint) as journal,
-            low.supply(journal.done) if low else nullcontext() as supply,
+            shards.without(journal.done) if shards else nullcontext() as supply,
         ):
             if journal.done:
                 on_resume(len(journal.done), len(self.tensors), "tensors", "")
-            source = low.checkpoint if low else source
+            source = supply.checkpoint if supply else source
             Pipeline(source, journal, self.importance, threads, supply).run(progress)
             verify_layout(laid_out)
             journal.publish()
@@ -235,10 +230,10 @@ class Conversion:
         return lay_out(path, writer, self.tensors, split_max_size)
 
     def _fingerprint(self) -> str:
-        """Changes when an input does."""
-        shards = self.checkpoint.fingerprint
-        # Another encoder may choose other bytes: a file never mixes two.
-        return f"{shards} {self.importance and self.importance.sha256} {_encoder_version()}"
+        """Identify the inputs and the encoders: a resumed file must not mix two of either."""
+        encoders = f"{version('dots1-local')} {version('llama-cpp-python')}"
+        importance = self.importance and self.importance.sha256
+        return f"{self.checkpoint.fingerprint} {importance} {encoders}"
 
 
 def convert_checkpoint(
@@ -249,24 +244,13 @@ def convert_checkpoint(
     imatrix: str | Path | None = None,
     padding: Padding = "auto",
     overrides: Sequence[str] = (),
-    split_max_size: int | None = None,
-    threads: int | None = None,
-    force: bool = False,
-    low_disk: bool = False,
-    progress: Progress = silent,
+    **options: Any,
 ) -> Result:
-    """Convert a Hugging Face dots1 checkpoint to GGUF; see `Conversion` for the steps."""
+    """Convert a Hugging Face dots1 checkpoint to GGUF; `options` are those of `Conversion.run`."""
     conversion = Conversion.prepare(
         checkpoint, recipe, imatrix=imatrix, padding=padding, overrides=overrides
     )
-    return conversion.run(
-        output,
-        split_max_size=split_max_size,
-        threads=threads,
-        force=force,
-        low_disk=low_disk,
-        progress=progress,
-    )
+    return conversion.run(output, **options)
 
 
 def _opened(checkpoint: str | Path | Checkpoint) -> Checkpoint:
@@ -277,16 +261,8 @@ def _aligned_bytes(tensor: PlannedTensor) -> int:
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _encoder_version() -> str:
-    return f"{version('dots1-local')} {version('llama-cpp-python')}"
-
-
 def _check_target(output: Output, force: bool, sources: Sequence[Path]) -> None:
     for path in output.paths:
-        if path.is_file() and any(_same(path, source) for source in sources):
+        if path.is_file() and any(path.samefile(each) for each in sources if each.exists()):
             raise Dots1Error(f"{path} is part of the checkpoint; write to another file")
         check_target(path, force=force)
-
-
-def _same(path: Path, source: Path) -> bool:
-    return source.exists() and path.samefile(source)

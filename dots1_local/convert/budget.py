@@ -1,7 +1,4 @@
-"""What bounds a file that is to be made: its size, its bits per weight, or its damage.
-
-What the folder of a calibration brings to a conversion.
-"""
+"""The budget of a conversion, and the calibration that decides how to spend it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,20 +15,16 @@ from dots1_local.quant.importance import Importance, load_importance
 from dots1_local.quant.plan import QuantPlan
 from dots1_local.quant.sensitivity import Sensitivity, load_sensitivity
 
-__all__ = [
-    "Budget",
-    "load_calibration",
-    "predicted_kl",
-]
+__all__ = ["Budget", "load_calibration", "predicted_kl"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """One bound and its value.
+    """A limit of one kind.
 
-    "size" is in bytes of all files, headers and alignment included; "weights" in bytes of the
-    tensors alone, and may be more than there is a use for; "bpw" in bits of the tensors per
-    parameter of the model; "kld" in nats a token.
+    "size" is in bytes of all files, with headers and alignment; "weights" in bytes of the tensors
+    alone, and may be more than the largest plan takes; "bpw" in bits of the tensors per parameter
+    of the model; "kld" is the predicted KL divergence in nats per token.
     """
 
     kind: Literal["size", "weights", "bpw", "kld"]
@@ -39,7 +32,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not 0 < self.value < 1e18:  # nor NaN
-            raise UsageError(f"a budget is a number above 0 and below 1e18, not {self.value:g}")
+            raise UsageError(f"a budget must be above 0 and below 1e18, not {self.value:g}")
 
     def __str__(self) -> str:
         if self.kind == "kld":
@@ -51,28 +44,26 @@ class Budget:
     def allocate(
         self, allocator: Allocator, parameters: int, overhead: Callable[[Allocation | None], int]
     ) -> Allocation:
-        """The best plan for a model of so many `parameters` under this budget.
+        """Return the best plan within this budget for a model of so many `parameters`.
 
-        `overhead` tells the bytes that a file of a plan takes beside its tensors; given None, of
-        any plan.
+        `overhead` returns the bytes that a file takes beside its tensors, for a plan or, given
+        None, for any plan.
 
         Raises:
-            UsageError: out of reach; the message names what is possible.
+            UsageError: the budget cannot be met; the message names what is possible.
         """
         recipe = f"measured {self}"
         if self.kind == "kld":
             return allocator.reaching(self.value, recipe)
         if self.kind == "bpw":
             unit = parameters / 8
-
-            def say(count: float) -> str:
-                return f"{_rounded_up(count / unit, 4):.9g} bpw"
-
-            return allocator.within(self.value * unit, recipe, say)
+            return allocator.within(
+                self.value * unit, recipe, lambda n: f"{_rounded_up(n / unit, 4):.9g} bpw"
+            )
         if self.kind == "weights":
             return allocator.within(min(self.value, allocator.largest), recipe, _decimal)
         extra = overhead(None)
-        while True:  # shards change with the plan, and with them the bytes of headers
+        while True:  # the plan decides the shards, and these the bytes of headers
             allocation = self._beside(allocator, extra, recipe)
             if (found := overhead(allocation)) <= extra:
                 return allocation
@@ -83,7 +74,7 @@ class Budget:
 
 
 def _decimal(count: float) -> str:
-    """48000000000 -> '48 GB', to five digits, rounded up."""
+    """Format bytes as '48 GB', to five digits, rounded up."""
     unit, scale = next(
         ((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s), ("B", 1.0)
     )
@@ -92,30 +83,29 @@ def _decimal(count: float) -> str:
 
 
 def _rounded_up(value: float, digits: int) -> float:
-    """To so many digits after the point; what is a number of so few stays that number."""
+    """Round up to so many digits after the point; a number that has no more stays as it is."""
     return float(ceil(round(value * 10.0**digits, 9)) / 10.0**digits)
 
 
 def load_calibration(
     folder: Path, imatrix: str | Path | None = None
 ) -> tuple[Sensitivity, Importance]:
-    """The folder's sensitivity, and its importance, or that in the file `imatrix`.
+    """Load the folder's sensitivity, and its importance or that in the file `imatrix`.
 
     Raises:
-        Dots1Error: there is no such folder, it lacks one, or its two do not belong together.
+        Dots1Error: the folder or one of its files is missing, or they do not belong together.
     """
     if not folder.is_dir():
-        raise Dots1Error(f"{folder} is no folder; dots1 calibrate -o {folder} makes it")
+        raise Dots1Error(f"there is no folder {folder}; make it with dots1 calibrate -o {folder}")
     for name in (SENSITIVITY, *([] if imatrix else [IMATRIX])):
         if not (folder / name).is_file():
-            raise Dots1Error(f"{folder} has no {name}; dots1 calibrate -o {folder} makes it")
+            raise Dots1Error(f"{folder} has no {name}; make it with dots1 calibrate -o {folder}")
     sensitivity = load_sensitivity(folder / SENSITIVITY)
     importance = load_importance(imatrix or folder / IMATRIX)
     if imatrix is None and importance.sha256 != sensitivity.imatrix:
         raise Dots1Error(
             f"{folder / SENSITIVITY} was measured with another importance file than "
-            f"{importance.path} is; calibrate again, or name the file by --imatrix to use it "
-            "nevertheless"
+            f"{importance.path}; calibrate again, or name the file with --imatrix to use it anyway"
         )
     return sensitivity, importance
 
@@ -123,10 +113,13 @@ def load_calibration(
 def predicted_kl(
     folder: Path, config: Dots1Config, plan: QuantPlan, importance: Importance
 ) -> float | None:
-    """What the folder's sensitivity says of a plan; None where it has none or not of its types.
+    """Predict a plan's KL divergence in nats per token from the folder's sensitivity.
+
+    The result is None if there is no sensitivity.json for this importance, or if a type was not
+    measured.
 
     Raises:
-        Dots1Error: it is another model's, or damaged.
+        Dots1Error: sensitivity.json is damaged or belongs to another model.
     """
     if not (folder / SENSITIVITY).is_file():
         return None

@@ -1,4 +1,4 @@
-"""config.json, model card and recipe to GGUF keys."""
+"""Write config.json, model card and recipe as GGUF keys."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,7 @@ def write_metadata(
     importance: Importance | None,
     predicted_kl: float | None = None,
 ) -> None:
-    """Add every key but the tokenizer's; `predicted_kl` is in nats a token."""
+    """Add every key except the tokenizer's; `predicted_kl` is in nats per token."""
     _general(writer, checkpoint)
     _architecture(writer, checkpoint.config, plan.expert_width)
     writer.add_file_type(plan.file_type)
@@ -34,11 +34,11 @@ def write_metadata(
 
 
 def _general(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
-    """Name, licence, languages and the like, as gguf-py reads them off the model card."""
+    """Add name, licence, languages and so on, as gguf-py reads them from the model card."""
     writer.add_type("model")
     try:
         metadata = _card(checkpoint)
-    except Exception as error:  # gguf-py checks nothing: a bad card fails in any way there is
+    except Exception as error:  # gguf-py checks nothing, so a bad card may raise anything
         raise CheckpointError(
             f"the model card {checkpoint.path / 'README.md'} is not readable: {error}"
         ) from None
@@ -47,7 +47,7 @@ def _general(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def _card(checkpoint: Checkpoint) -> Metadata:
-    """gguf-py makes the model's name of the folder's, which in the hub's cache is a commit."""
+    """Read the card; gguf-py names the model by its folder, a commit in the hub's cache."""
     folder = checkpoint.path.resolve()
     if folder.name == checkpoint.name:
         return Metadata.load(None, folder, None, 0)
@@ -77,12 +77,12 @@ def _architecture(writer: GGUFWriter, config: Dots1Config, expert_width: int) ->
     writer.add_expert_feed_forward_length(expert_width)
     writer.add_expert_weights_scale(config.routed_scaling_factor)
     writer.add_expert_weights_norm(config.norm_topk_prob)
-    # Every published router form means sigmoid; without this key llama.cpp aborts on loading.
+    # Every published form of the router is sigmoid; without this key llama.cpp aborts.
     writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
 
 
 def _importance(writer: GGUFWriter, importance: Importance) -> None:
-    """What the weights were steered by, under stock llama-quantize's keys and with its hash."""
+    """Add the importance file under stock llama-quantize's keys, and its hash."""
     writer.add_string("quantize.imatrix.file", importance.path.name)
     if importance.datasets:
         writer.add_string("quantize.imatrix.dataset", ", ".join(importance.datasets))
@@ -93,10 +93,10 @@ def _importance(writer: GGUFWriter, importance: Importance) -> None:
 
 
 def end_tokens(checkpoint: Checkpoint) -> list[int]:
-    """The ids generation ends with: generation_config.json's first, then config.json's.
+    """Return the token ids that end generation: generation_config.json's, then config.json's.
 
     Raises:
-        CheckpointError: something else than token ids stands there.
+        CheckpointError: an eos_token_id is not an integer.
     """
     ends: list[int] = []
     for raw in (checkpoint.generation_config, checkpoint.raw_config):
@@ -105,6 +105,8 @@ def end_tokens(checkpoint: Checkpoint) -> list[int]:
             if index is None or index in ends:
                 continue
             if type(index) is not int:
-                raise CheckpointError(f"{checkpoint.path} has the eos_token_id {value!r}")
+                raise CheckpointError(
+                    f"{checkpoint.path} has the eos_token_id {value!r}, which is not a token id"
+                )
             ends.append(index)
     return ends

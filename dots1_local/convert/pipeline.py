@@ -1,11 +1,9 @@
 """The conversion itself: read ▸ assemble ▸ encode ▸ write, on all cores, in bounded memory.
 
-Every core takes the next piece of rows, reads it, pads it, encodes it and writes it where it
-belongs; the kernel reads ahead and writes behind. Tensors go one after another, so that whatever
-kills the run costs one tensor at most; pieces are small (a million weights), so that cores hardly
-wait for one another at a tensor's end, and memory holds a few megabytes per core.
-
-Does a finished file say what was decided? Its header is read back and compared.
+Every core takes the next block of rows, reads it, pads it, encodes it and writes it to its place;
+the kernel reads ahead and writes behind. Tensors are converted one after another, so that a kill
+costs one tensor at most. Blocks are small (a million weights), so that cores hardly wait for one
+another at a tensor's end, and memory holds a few megabytes per core.
 """
 
 import os
@@ -20,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
-from dots1_local.convert.from_hub import ShardSupply
-from dots1_local.convert.writer import Journal, Output, Slot
+from dots1_local.convert.shard_supply import ShardSupply
+from dots1_local.convert.writer import Journal, Output, TensorSlot
 from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.checkpoint import Checkpoint, Slice, read_exactly
 from dots1_local.files.gguf import cores
@@ -31,20 +29,16 @@ from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import encode, is_valid
 from dots1_local.quant.importance import Importance
 
-__all__ = [
-    "Pipeline",
-    "verify_layout",
-]
+__all__ = ["Pipeline", "verify_layout"]
 
-
-_PIECE = 1 << 20  # weights encoded at a time
-_READ_AHEAD = 16  # pieces the kernel is asked to fetch early
+_BLOCK = 1 << 20  # weights encoded at a time
+_READ_AHEAD = 16  # blocks the kernel is asked to fetch early
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Rows [start, stop) of one expert (or of a plain tensor, expert 0)."""
+class _RowBlock:
+    """Rows [start, stop) of one expert; a tensor without experts is expert 0."""
 
     expert: int
     start: int
@@ -52,9 +46,9 @@ class _Piece:
 
 
 class Pipeline:
-    """Carries a laid-out conversion to its end; `run` may be called once.
+    """Writes the tensors of a conversion; `run` may be called once.
 
-    With a `supply`, shards come and go while tensors are converted in its order.
+    With a `supply`, tensors are converted in its order while shards are fetched and removed.
     """
 
     def __init__(
@@ -74,7 +68,7 @@ class Pipeline:
         self._sources: dict[Path, int] = {}
 
     def run(self, progress: Progress = silent) -> None:
-        """Encode and write every tensor that the journal does not already hold.
+        """Encode and write every tensor that the journal does not hold yet.
 
         Raises:
             CheckpointError: a weight is NaN or infinite, or a shard ends early.
@@ -108,55 +102,55 @@ class Pipeline:
             for fd in self._sources.values():
                 os.close(fd)
 
-    def _tensor(self, pool: ThreadPoolExecutor, slot: Slot) -> Iterator[tuple[int, int]]:
+    def _tensor(self, pool: ThreadPoolExecutor, slot: TensorSlot) -> Iterator[tuple[int, int]]:
         spec = slot.tensor.spec
         weights = self._importance.for_tensor(spec) if self._importance else None
-        pieces = list(_pieces(spec))
+        blocks = list(_blocks(spec))
         futures: list[Future[tuple[int, int]]] = []
-        for index, piece in enumerate(pieces):
+        for index, block in enumerate(blocks):
             first = index + _READ_AHEAD if index else 0
-            ahead = pieces[first : index + _READ_AHEAD + 1]
-            futures.append(pool.submit(self._do, slot, piece, weights, ahead))
+            ahead = blocks[first : index + _READ_AHEAD + 1]
+            futures.append(pool.submit(self._do, slot, block, weights, ahead))
         for future in futures:
             yield future.result()
 
     def _do(
         self,
-        slot: Slot,
-        piece: _Piece,
+        slot: TensorSlot,
+        block: _RowBlock,
         weights: NDArray[np.float32] | None,
-        ahead: Sequence[_Piece],
+        ahead: Sequence[_RowBlock],
     ) -> tuple[int, int]:
         tensor = slot.tensor
         for later in ahead:
             self._prefetch(tensor.spec, later)
-        rows = self._rows(tensor.spec, piece)
-        _check_finite(rows, tensor.spec, piece)
-        importance = None if weights is None else weights[piece.expert]
+        rows = self._rows(tensor.spec, block)
+        _check_finite(rows, tensor.spec, block)
+        importance = None if weights is None else weights[block.expert]
         data = encode(rows, tensor.kind, importance)
         if not is_valid(data, tensor.kind):
             raise CheckpointError(
-                f"{tensor.spec.sources[piece.expert]} has weights larger than {tensor.kind.name} "
-                "holds; give the tensor another type with --tensor-type, such as BF16"
+                f"{tensor.spec.sources[block.expert]} has weights that are too large for "
+                f"{tensor.kind.name}; give it another type with --tensor-type, such as BF16"
             )
         rows_per_expert = tensor.spec.rows // len(tensor.spec.sources)
-        first = piece.expert * rows_per_expert + piece.start
+        first = block.expert * rows_per_expert + block.start
         return self._journal.write(slot, data, first * tensor.row_bytes)
 
-    def _rows(self, spec: TensorSpec, piece: _Piece) -> NDArray[np.float32]:
-        """The piece as float32, zeros where the tensor is wider or taller than its source."""
-        source = self._checkpoint.locate(spec.sources[piece.expert])
+    def _rows(self, spec: TensorSpec, block: _RowBlock) -> NDArray[np.float32]:
+        """Read a block as float32, padded with zeros to the tensor's width and height."""
+        source = self._checkpoint.locate(spec.sources[block.expert])
         columns = source.shape[-1]
-        stop = min(piece.stop, _row_count(source))
-        count = max(stop - piece.start, 0)
-        out = self._buffer("rows", (piece.stop - piece.start, spec.columns), np.float32)
+        rows = source.shape[0] if len(source.shape) > 1 else 1
+        count = max(min(block.stop, rows) - block.start, 0)
+        out = self._buffer("rows", (block.stop - block.start, spec.columns), np.float32)
         if count == len(out) and columns == spec.columns:
-            self._read(source, piece.start, count, out)
+            self._read(source, block.start, count, out)
             return out
         out[:] = 0
         if count:
             unpadded = self._buffer("unpadded", (count, columns), np.float32)
-            self._read(source, piece.start, count, unpadded)
+            self._read(source, block.start, count, unpadded)
             out[:count, :columns] = unpadded
         return out
 
@@ -167,19 +161,19 @@ class Pipeline:
         read_exactly(fd, raw, source.offset + start * row, source.file)
         to_float32(raw, source.dtype, out)
 
-    def _prefetch(self, spec: TensorSpec, piece: _Piece) -> None:
-        source = self._checkpoint.locate(spec.sources[piece.expert])
+    def _prefetch(self, spec: TensorSpec, block: _RowBlock) -> None:
+        source = self._checkpoint.locate(spec.sources[block.expert])
         row = source.shape[-1] * source.item_bytes
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(
                 self._open(source.file),
-                source.offset + piece.start * row,
-                (piece.stop - piece.start) * row,
+                source.offset + block.start * row,
+                (block.stop - block.start) * row,
                 os.POSIX_FADV_WILLNEED,
             )
 
     def _open(self, path: Path) -> int:
-        """A shared descriptor; if two threads race, the dictionary keeps one and both work."""
+        """Return a shared descriptor; if two threads race, the dictionary keeps one of two."""
         fd = self._sources.get(path)
         if fd is None:
             try:
@@ -197,7 +191,7 @@ class Pipeline:
             os.close(fd)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: type[_Scalar]) -> NDArray[_Scalar]:
-        """Scratch memory that a thread keeps from piece to piece."""
+        """Return scratch memory that a thread keeps from block to block."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         held: NDArray[np.uint8] | None = getattr(self._local, name, None)
         if held is None or held.size < size:
@@ -206,42 +200,38 @@ class Pipeline:
         return held[:size].view(dtype).reshape(shape)
 
 
-def _row_count(source: Slice) -> int:
-    return source.shape[0] if len(source.shape) > 1 else 1
-
-
-def _pieces(spec: TensorSpec) -> Iterator[_Piece]:
+def _blocks(spec: TensorSpec) -> Iterator[_RowBlock]:
     rows = spec.rows // len(spec.sources)
-    step = max(1, _PIECE // spec.columns)
+    step = max(1, _BLOCK // spec.columns)
     for expert in range(len(spec.sources)):
         for start in range(0, rows, step):
-            yield _Piece(expert, start, min(start + step, rows))
+            yield _RowBlock(expert, start, min(start + step, rows))
 
 
-def _check_finite(rows: NDArray[np.float32], spec: TensorSpec, piece: _Piece) -> None:
-    """A NaN or Inf shows in the sum, which is far cheaper than looking at every weight."""
+def _check_finite(rows: NDArray[np.float32], spec: TensorSpec, block: _RowBlock) -> None:
+    """Refuse NaN and infinity; they show in the sum, which is far cheaper than a check of each."""
     with np.errstate(all="ignore"):
         suspicious = not np.isfinite(rows.sum())
     if suspicious and not np.isfinite(rows).all():
         bad = int(np.argmin(np.isfinite(rows).all(axis=1)))
         raise CheckpointError(
-            f"{spec.sources[piece.expert]} has NaN or infinite weights in row {piece.start + bad}; "
+            f"{spec.sources[block.expert]} has NaN or infinite weights in row {block.start + bad}; "
             "the checkpoint is damaged"
         )
 
 
 def verify_layout(output: Output) -> None:
-    """Compare name, type, shape, place and size of every tensor with what was laid out.
+    """Read headers back, and compare name, type, shape, place and size of every tensor.
 
     Raises:
-        Dots1Error: they differ; something else wrote to the file.
+        Dots1Error: a header differs; another program wrote to the file.
     """
     for index, (partial, size) in enumerate(zip(output.partials, output.sizes, strict=True)):
         found = GGUFHeader.read(partial).tensors
         intact = partial.stat().st_size == size
         if not intact or found != tuple(_expected(output, index)):
             raise Dots1Error(
-                f"{partial} does not hold what was written; delete it and convert again"
+                f"{partial} differs from what was written; delete it and convert again"
             )
 
 

@@ -1,27 +1,23 @@
-"""tokenizer.json to GGUF's tokenizer keys.
+"""Write tokenizer.json as GGUF's tokenizer keys.
 
-llama.cpp knows the Qwen2 pre-tokeniser by name, so only that one is accepted; anything else
-would tokenise differently without a word.
-
-A checkpoint's tokenizer as a GGUF file without tensors, for llama.cpp to tokenise with.
+llama.cpp knows pre-tokenisers by name. Only Qwen2's is accepted, because llama.cpp would silently
+tokenise differently with any other.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 from gguf import GGUFWriter, TokenType
 
 from dots1_local.convert.metadata import end_tokens
 from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint, load_json
+from dots1_local.files.json_file import JsonError, convert_json
 
-__all__ = [
-    "QWEN2_SPLIT",
-    "Tokenizer",
-    "read_tokenizer",
-    "write_vocabulary",
-]
+__all__ = ["QWEN2_SPLIT", "Tokenizer", "read_tokenizer", "write_vocabulary"]
 
 
 # The split pattern of Qwen2's tokenizer.json, which llama.cpp calls "qwen2".
@@ -33,9 +29,27 @@ _END_OF_RESPONSE = "<|endofresponse|>"
 _END_OF_TEXT = "<|endoftext|>"
 
 
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+    special: bool
+
+
+class _Model(msgspec.Struct):
+    type: Literal["BPE"]
+    vocab: Annotated[dict[str, int], msgspec.Meta(min_length=1)]
+    merges: list[str | list[str]]
+
+
+class _TokenizerFile(msgspec.Struct):
+    model: _Model
+    added_tokens: list[_AddedToken]
+    pre_tokenizer: Any = None
+
+
 @dataclass(frozen=True)
 class Tokenizer:
-    """Everything GGUF needs to know of a tokenizer; `tokens` is as long as vocab_size."""
+    """What GGUF stores of a tokenizer; `tokens` is as long as vocab_size."""
 
     tokens: tuple[str, ...]
     types: tuple[int, ...]
@@ -46,7 +60,7 @@ class Tokenizer:
     chat_template: str | None
 
     def write(self, writer: GGUFWriter) -> None:
-        """Add the keys. No BOS: llama.cpp would otherwise begin every text with token 11."""
+        """Add the keys. Without add_bos_token, llama.cpp would begin every text with token 11."""
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2")
         writer.add_token_list(list(self.tokens))
@@ -62,41 +76,36 @@ class Tokenizer:
 
 
 def read_tokenizer(folder: Path, vocab_size: int, end_tokens: list[int]) -> Tokenizer:
-    """Read tokenizer.json and what is beside it.
+    """Read tokenizer.json, tokenizer_config.json and the chat template.
 
-    `end_tokens` are the ids the configs end generation with, most specific first.
+    `end_tokens` are the ids that end generation according to the configs, most specific first.
 
     Raises:
-        CheckpointError: missing or broken files, another pre-tokeniser, ids beyond vocab_size.
+        CheckpointError: a file is missing or malformed, the pre-tokeniser is not Qwen2's, or an id
+            is beyond vocab_size.
     """
     path = folder / "tokenizer.json"
-    raw = load_json(path)
     try:
-        vocab, merges = _ordinary(raw)
-        added = {int(t["id"]): (str(t["content"]), bool(t["special"])) for t in raw["added_tokens"]}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise CheckpointError(f"{path} is no byte-level BPE tokenizer") from None
-    if not _has_qwen2_split(raw.get("pre_tokenizer")):
+        found = convert_json(load_json(path), _TokenizerFile)
+        merges = tuple(_merges(found.model))
+    except JsonError as error:
+        raise CheckpointError(f"{path} is not a byte-level BPE tokenizer: {error}") from None
+    if not _has_qwen2_split(found.pre_tokenizer):
         raise CheckpointError(
-            f"{path} has another pre-tokeniser than Qwen2's, which is the one dots1 models use"
+            f"{path} has another pre-tokeniser than Qwen2's, which dots1 models use"
         )
-    tokens, types = _table(path, vocab, added, vocab_size)
+    tokens, types = _table(path, found, vocab_size)
     eos, eot = _end_pair(path, tokens, end_tokens)
     pad = _pad_token(folder, tokens)
     return Tokenizer(tokens, types, merges, eos, eot, pad, _chat_template(folder))
 
 
-def _ordinary(raw: dict[str, Any]) -> tuple[dict[str, int], tuple[str, ...]]:
-    model = raw["model"]
-    if model["type"] != "BPE":
-        raise ValueError("not BPE")
-    vocab = {str(token): int(index) for token, index in model["vocab"].items()}
-    if not vocab:
-        raise ValueError("no tokens")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    if not all(len(pair) == 2 and "".join(pair) in vocab for pair in pairs):
-        raise ValueError("a merge of something else than two parts of a token")
-    return vocab, tuple(map(" ".join, pairs))
+def _merges(model: _Model) -> Iterator[str]:
+    for merge in model.merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if len(pair) != 2 or "".join(pair) not in model.vocab:
+            raise JsonError(f"{merge!r:.40} does not join two parts of a token", "model.merges")
+        yield " ".join(pair)
 
 
 def _has_qwen2_split(pre_tokenizer: Any) -> bool:
@@ -109,17 +118,19 @@ def _has_qwen2_split(pre_tokenizer: Any) -> bool:
 
 
 def _table(
-    path: Path, vocab: dict[str, int], added: dict[int, tuple[str, bool]], vocab_size: int
+    path: Path, found: _TokenizerFile, vocab_size: int
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Tokens and types by id; rows without a token become `[PADn]`, as stock names them."""
+    """Return tokens and types by id; ids without a token become `[PADn]`, stock's names."""
+    vocab = found.model.vocab
     by_id = {index: (token, TokenType.NORMAL) for token, index in vocab.items()}
     if len(by_id) != len(vocab):
         raise CheckpointError(f"{path} gives two tokens the same id")
-    for index, (token, special) in added.items():
-        by_id[index] = (token, TokenType.CONTROL if special else TokenType.USER_DEFINED)
+    for added in found.added_tokens:
+        kind = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+        by_id[added.id] = (added.content, kind)
     lowest, highest = min(by_id), max(by_id)
     if lowest < 0:
-        raise CheckpointError(f"{path} has the token id {lowest}")
+        raise CheckpointError(f"{path} has the negative token id {lowest}")
     if highest >= vocab_size:
         raise CheckpointError(
             f"{path} has token id {highest}, but config.json's vocab_size is only {vocab_size}"
@@ -129,16 +140,15 @@ def _table(
 
 
 def _end_pair(path: Path, tokens: tuple[str, ...], end_tokens: list[int]) -> tuple[int, int]:
-    """The two ids generation stops at.
+    """Return the ids of end of sequence and end of turn, of which GGUF holds one each.
 
-    GGUF holds one id each for end of sequence and end of turn. The checkpoint's own choice comes
-    first; `<|endofresponse|>` and `<|endoftext|>` fill up the pair.
+    The configs' own ids come first; `<|endofresponse|>` and `<|endoftext|>` complete the pair.
     """
     ends = list(end_tokens)
-    if strange := [index for index in ends if not 0 <= index < len(tokens)]:
+    if unknown := [index for index in ends if not 0 <= index < len(tokens)]:
         raise CheckpointError(
-            f"the configs beside {path} end responses with token {strange[0]}, which the "
-            f"vocabulary of {len(tokens)} does not have"
+            f"the configs beside {path} end responses with token {unknown[0]}, but the vocabulary "
+            f"has {len(tokens)} tokens"
         )
     ids = {token: index for index, token in enumerate(tokens)}
     for name in (_END_OF_RESPONSE, _END_OF_TEXT):
@@ -162,7 +172,7 @@ def _pad_token(folder: Path, tokens: tuple[str, ...]) -> int | None:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """From chat_template.jinja, where newer transformers put it, or tokenizer_config.json."""
+    """Read chat_template.jinja, where newer transformers save it, or tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
@@ -171,19 +181,19 @@ def _chat_template(folder: Path) -> str | None:
             raise CheckpointError(f"{path} is not readable text: {error}") from None
     template = _tokenizer_config(folder).get("chat_template")
     try:
-        if isinstance(template, list):  # several named ones; "default" is the chat
+        if isinstance(template, list):  # several named templates; "default" is for chats
             template = {t["name"]: t["template"] for t in template}.get("default")
     except (KeyError, TypeError):
         path = folder / "tokenizer_config.json"
-        raise CheckpointError(f"{path} has a garbled chat_template") from None
+        raise CheckpointError(f"{path} has a malformed chat_template") from None
     return template if isinstance(template, str) else None
 
 
 def write_vocabulary(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the keys a tokeniser needs.
+    """Write a GGUF file without tensors, for llama.cpp to tokenise with.
 
     Raises:
-        CheckpointError: missing or broken tokenizer files, or another pre-tokeniser.
+        CheckpointError: as `read_tokenizer`.
     """
     tokenizer = read_tokenizer(
         checkpoint.path, checkpoint.config.vocab_size, end_tokens(checkpoint)

@@ -1,8 +1,8 @@
-"""GGUF out: every byte's place is known up front, so that threads may write anywhere.
+"""Write GGUF files; every byte's place is known in advance, so that threads may write anywhere.
 
-Data goes to `NAME.partial`, and a journal beside it records each finished tensor with checksums
-of its pieces. A killed run finds both, checks what the journal promises, and goes on from there.
-The file gets its name only when it is complete.
+Data goes to `NAME.partial`, and a journal beside it records each finished tensor with checksums of
+its pieces. After a kill, the next run checks the recorded tensors and resumes from there. The file
+gets its name only when it is complete.
 """
 
 import hashlib
@@ -32,14 +32,14 @@ from dots1_local.files.partial_file import (
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.plan import PlannedTensor
 
-__all__ = ["ALIGNMENT", "Journal", "Output", "Slot", "interrupted_source", "lay_out"]
+__all__ = ["ALIGNMENT", "Journal", "Output", "TensorSlot", "interrupted_source", "lay_out"]
 
 ALIGNMENT = 32
 _LONGEST_FIRST_LINE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSlot:
     """Where one tensor's bytes go."""
 
     tensor: PlannedTensor
@@ -51,18 +51,19 @@ class Slot:
 class Output:
     """One GGUF, in one file or several: headers, names and the place of every tensor.
 
-    `target` is the name that was asked for; with several files each of `paths` is derived from it.
+    `target` is the name that the user gave; if there are several files, their `paths` derive from
+    it.
     """
 
     target: Path
     paths: tuple[Path, ...]
     headers: tuple[bytes, ...]
     sizes: tuple[int, ...]
-    slots: tuple[Slot, ...]
+    slots: tuple[TensorSlot, ...]
 
     @property
     def path(self) -> Path:
-        """What to load: the file, or the first of its shards."""
+        """The path to load: the file, or its first shard."""
         return self.paths[0]
 
     @property
@@ -77,12 +78,12 @@ class Output:
 def lay_out(
     path: Path, writer: GGUFWriter, tensors: Sequence[PlannedTensor], split_max_size: int | None
 ) -> Output:
-    """Serialise the header(s) with `writer`, which holds the keys, and place every tensor."""
+    """Serialise the headers with `writer`, which holds the keys, and place every tensor."""
     writer.split_max_size = split_max_size or 0
     for tensor in tensors:
         spec, kind = tensor.spec, tensor.kind
         writer.add_tensor_info(spec.name, spec.shape, np.float32, tensor.nbytes, kind.ggml)
-    writer.split_max_size = 0  # placed; it would warn where everything fits one file
+    writer.split_max_size = 0  # the tensors are placed, and it would warn of a single file
     headers = _headers(path, writer)
     count = len(headers)
     names = [SHARD_NAME_FORMAT.format(path.stem, i + 1, count) for i in range(count)]
@@ -92,7 +93,7 @@ def lay_out(
     slots = []
     for tensor in tensors:
         file = shard_of[tensor.spec.name]
-        slots.append(Slot(tensor, file, ends[file]))
+        slots.append(TensorSlot(tensor, file, ends[file]))
         ends[file] += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return Output(path, paths, headers, tuple(ends), tuple(slots))
 
@@ -111,18 +112,18 @@ def _aligned(data: bytes) -> bytes:
 
 
 class Journal:
-    """The open output files of one conversion and the record of what is finished in them.
+    """The open output files of one conversion, and the record of finished tensors.
 
-    Use as a context manager. `done` holds the tensors that a former run finished and that still
-    read back with the checksums it recorded.
+    Use it in a `with` statement. `done` holds the tensors that a former run finished and whose
+    checksums still match. `source` is recorded for `interrupted_source`; `progress` hears of the
+    check.
     """
 
     def __init__(
         self, output: Output, fingerprint: str, progress: Progress = silent, source: str = ""
     ) -> None:
         self.output = output
-        self._source = source  # for those who find the journal
-        self._progress = progress  # of checking what a former run wrote
+        self._source, self._progress = source, progress
         self.done: set[str] = set()
         self._path = _journal_path(output)
         digest = hashlib.sha256(fingerprint.encode())
@@ -170,7 +171,7 @@ class Journal:
             write_all(fd, memoryview(header), 0)
 
     def _resume(self, lines: Sequence[Mapping[str, Any]]) -> bool:
-        """Take over what a former run recorded in `lines`; False if its files are not there."""
+        """Take over the tensors recorded in `lines`; return False if their files are not there."""
         intact = all(
             os.fstat(fd).st_size == size and os.pread(fd, len(header), 0) == header
             for fd, header, size in zip(
@@ -190,13 +191,13 @@ class Journal:
         return True
 
     def _take_back_shards(self) -> None:
-        """A run of this very output that was killed while it published gets its shards back."""
+        """Undo the renaming of shards, in case a former run was killed while it published."""
         for partial, path in zip(self.output.partials, self.output.paths, strict=True):
             if path.exists() and not partial.exists():
                 os.replace(path, partial)
 
     def _clear_stale(self, names: Any) -> None:
-        """Remove the working files of a former run that was to write something else."""
+        """Remove the working files of a former run with other inputs."""
         ours = {partial.name for partial in self.output.partials}
         for name in names if isinstance(names, list) else ():
             stale = self.output.target.with_name(Path(str(name)).name)
@@ -204,13 +205,13 @@ class Journal:
                 stale.unlink(missing_ok=True)
 
     def _recorded(self) -> list[dict[str, Any]]:
-        """The journal's lines; one torn by the kill is cut off, so that the next starts clean."""
+        """Read the journal's lines, and cut off a line that a kill left incomplete."""
         self._journal.seek(0)
         whole = [line for line in self._journal if line.endswith(b"\n")]
         self._journal.truncate(sum(map(len, whole)))
         return [_parsed(line) for line in whole]
 
-    def _reads_back(self, slot: Slot, line: Mapping[str, Any]) -> bool:
+    def _reads_back(self, slot: TensorSlot, line: Mapping[str, Any]) -> bool:
         try:
             pieces = [(int(size), int(crc)) for size, crc in line["pieces"]]
         except (KeyError, TypeError, ValueError):
@@ -225,15 +226,15 @@ class Journal:
             for offset, (size, crc) in zip(offsets, pieces, strict=False)
         )
 
-    def write(self, slot: Slot, data: NDArray[np.uint8], offset: int) -> tuple[int, int]:
-        """Put a piece `offset` bytes into a tensor; returns its size and checksum."""
+    def write(self, slot: TensorSlot, data: NDArray[np.uint8], offset: int) -> tuple[int, int]:
+        """Write a piece `offset` bytes into a tensor; return its size and checksum."""
         view = data.reshape(-1).data
         with disk_errors(self.output.path):
             write_all(self._files[slot.file], view, slot.offset + offset)
         return len(view), zlib.crc32(view)
 
-    def finish(self, slot: Slot, pieces: Sequence[tuple[int, int]]) -> None:
-        """Record a tensor as complete; `pieces` are what `write` returned, in order."""
+    def finish(self, slot: TensorSlot, pieces: Sequence[tuple[int, int]]) -> None:
+        """Record a tensor as complete; `pieces` are the results of `write`, in order."""
         self._record({"tensor": slot.tensor.spec.name, "pieces": pieces})
 
     def _record(self, line: Mapping[str, Any]) -> None:
@@ -242,7 +243,7 @@ class Journal:
             self._journal.flush()
 
     def publish(self) -> None:
-        """Give the complete files their names and forget the journal."""
+        """Give the complete files their names and remove the journal."""
         with disk_errors(self.output.path):
             for fd in self._files:
                 os.fsync(fd)
@@ -252,7 +253,7 @@ class Journal:
 
 
 def interrupted_source(output: Output) -> str:
-    """What an unfinished conversion to this output was from; nothing where there is none."""
+    """Return the source of an unfinished conversion to this output, "" if there is none."""
     try:
         with open(_journal_path(output), "rb") as journal:
             return str(_parsed(journal.readline(_LONGEST_FIRST_LINE)).get("source", ""))
@@ -265,7 +266,7 @@ def _journal_path(output: Output) -> Path:
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """A journal line; one that is no record counts as not written."""
+    """Parse a line of the journal; a malformed line counts as not written."""
     try:
         value = json.loads(line)
     except ValueError:

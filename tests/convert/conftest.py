@@ -1,7 +1,7 @@
 """A server on this machine that answers as the Hugging Face hub does."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +10,13 @@ import huggingface_hub.utils._http
 import pytest
 from huggingface_hub import constants
 
-from dots1_local.hub import client
-from tests.hub_server import HubServer
+from dots1_local.convert import Conversion
+from dots1_local.errors import CheckpointError, Dots1Error
+from dots1_local.hub import client, open_hub
+from tests.hub_server import NAME, HubServer
 
 CHUNK = 1 << 16  # bytes that a cut connection loses at most
+SECOND = "model-00002-of-00003.safetensors"  # of the example
 
 
 @pytest.fixture
@@ -36,3 +39,22 @@ def hub(tiny: Path, cache: Path) -> Iterator[HubServer]:
     with HubServer(tiny) as server:
         yield server
         huggingface_hub.close_session()
+
+
+def prepare(hub: HubServer, revision: str | None = None) -> Conversion:
+    """Prepare a conversion of the hub's checkpoint that is quick to encode."""
+    return Conversion.prepare(open_hub(NAME, revision, endpoint=hub.endpoint), "Q8_0")
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every shard."""
+    return {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+
+
+def refusal(action: Callable[[], object], kind: type[Dots1Error] = CheckpointError) -> str:
+    """The sentence that an action ends with."""
+    with pytest.raises(kind) as caught:
+        action()
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence

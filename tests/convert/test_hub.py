@@ -15,8 +15,7 @@ from dots1_local.files.checkpoint import INDEX
 from dots1_local.hub import open_checkpoint, open_hub
 from dots1_local.hub.client import HubFile
 from tests.conftest import Converted
-from tests.convert.conftest import CHUNK
-from tests.convert.hub import SECOND, prepare, refusal, sizes
+from tests.convert.conftest import CHUNK, SECOND, prepare, refusal, sizes
 from tests.hub_server import FORMER_NAME, HEADER, NAME, HubServer, is_shard
 from tests.micro import micro_checkpoint
 

@@ -16,8 +16,7 @@ from dots1_local.errors import CheckpointError, Dots1Error, UsageError
 from dots1_local.files.checkpoint import INDEX, Checkpoint
 from dots1_local.hub import HubCheckpoint
 from tests.conftest import Converted
-from tests.convert.conftest import CHUNK
-from tests.convert.hub import SECOND, prepare, sizes
+from tests.convert.conftest import CHUNK, SECOND, prepare, sizes
 from tests.hub_server import HubServer
 from tests.micro import micro_checkpoint
 

@@ -19,7 +19,7 @@ from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.checkpoint import INDEX
 from dots1_local.hub import open_checkpoint, open_hub
 from tests.conftest import Converted
-from tests.convert.hub import SECOND, prepare, refusal, sizes
+from tests.convert.conftest import SECOND, prepare, refusal, sizes
 from tests.hub_server import NAME, HubServer
 from tests.micro import edit_json
 

@@ -1,4 +1,4 @@
-"""Whatever kills a conversion, running it again finishes it with the same bytes."""
+"""A killed conversion is finished by running it again, with the same bytes."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from tests.micro import micro_checkpoint
 
 POINTS = [0.05 + 0.1 * step for step in range(10)]
 
-# Reports where it is once it has passed a share of the bytes, and waits there to be killed;
-# other threads of it are still encoding and writing.
+# Prints the tensor it is at once it has passed a share of the bytes, and waits to be killed, while
+# its other threads still encode and write.
 CHILD = """
 import sys, time
 from dots1_local.convert import Conversion
@@ -35,7 +35,7 @@ Conversion.prepare(sys.argv[1], "Q2_K").run(
 
 
 class Stopped(Exception):
-    """Stands for the user's Ctrl-C."""
+    """Stands for Ctrl-C."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def names(checkpoint: Path) -> list[str]:
 
 
 def kill_at(point: float, checkpoint: Path, output: Path) -> tuple[int, str]:
-    """Tensors that the run took over, and the one it was at when it was killed."""
+    """Kill a conversion; return how many tensors it resumed with, and the one it was at."""
     command = [sys.executable, "-c", CHILD, str(checkpoint), str(output), str(point)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -80,7 +80,7 @@ def kill_at(point: float, checkpoint: Path, output: Path) -> tuple[int, str]:
 
 
 def run_until(point: float, checkpoint: Path, output: Path) -> int:
-    """Interrupt a conversion in this process; returns how many tensors were finished by then."""
+    """Interrupt a conversion in this process; return how many tensors were finished."""
     at = ""
 
     def stop(done: int, total: int, unit: str, what: str) -> None:
@@ -126,7 +126,9 @@ def test_killed_ten_times(checkpoint: Path, expected: str, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_torn_journal_costs_one_tensor(checkpoint: Path, expected: str, tmp_path: Path) -> None:
+def test_a_torn_line_of_the_journal_costs_one_tensor(
+    checkpoint: Path, expected: str, tmp_path: Path
+) -> None:
     output = tmp_path / "out.gguf"
     run_until(0.3, checkpoint, output)
     os.truncate(journal(output), journal(output).stat().st_size - 9)
@@ -135,7 +137,9 @@ def test_torn_journal_costs_one_tensor(checkpoint: Path, expected: str, tmp_path
     assert sha256(output) == expected
 
 
-def test_damaged_data_is_done_again(checkpoint: Path, expected: str, tmp_path: Path) -> None:
+def test_a_damaged_tensor_is_converted_again(
+    checkpoint: Path, expected: str, tmp_path: Path
+) -> None:
     output = tmp_path / "out.gguf"
     finished = run_until(0.5, checkpoint, output)
     with open(partial(output), "r+b") as file:
@@ -148,7 +152,7 @@ def test_damaged_data_is_done_again(checkpoint: Path, expected: str, tmp_path: P
 
 
 @pytest.mark.parametrize("left", [b"", b"garbage\n", b"\xff\xfe\x00", b'{"identity": 5}\n{}\n'])
-def test_journal_of_something_else(
+def test_a_malformed_journal_is_ignored(
     checkpoint: Path, expected: str, tmp_path: Path, left: bytes
 ) -> None:
     output = tmp_path / "out.gguf"
@@ -159,7 +163,7 @@ def test_journal_of_something_else(
 
 
 @pytest.mark.parametrize("pieces", [None, [], [[1]], [[-5, 0]], [["a", "b"]], [[10**12, 0]], 7])
-def test_journal_line_that_makes_no_sense(
+def test_a_malformed_line_of_the_journal_costs_one_tensor(
     checkpoint: Path, expected: str, tmp_path: Path, pieces: object
 ) -> None:
     output = tmp_path / "out.gguf"
@@ -171,7 +175,9 @@ def test_journal_line_that_makes_no_sense(
     assert sha256(output) == expected
 
 
-def test_partial_lost_or_cut(checkpoint: Path, expected: str, tmp_path: Path) -> None:
+def test_a_partial_file_that_is_lost_or_cut(
+    checkpoint: Path, expected: str, tmp_path: Path
+) -> None:
     output = tmp_path / "out.gguf"
     run_until(0.5, checkpoint, output)
     partial(output).unlink()
@@ -181,7 +187,7 @@ def test_partial_lost_or_cut(checkpoint: Path, expected: str, tmp_path: Path) ->
     assert sha256(output) == expected
 
 
-def test_changed_checkpoint_starts_afresh(checkpoint: Path, expected: str, tmp_path: Path) -> None:
+def test_a_changed_checkpoint_begins_again(checkpoint: Path, expected: str, tmp_path: Path) -> None:
     output = tmp_path / "out.gguf"
     run_until(0.5, checkpoint, output)
     os.utime(next(checkpoint.glob("*.safetensors")))
@@ -189,7 +195,7 @@ def test_changed_checkpoint_starts_afresh(checkpoint: Path, expected: str, tmp_p
     assert sha256(output) == expected
 
 
-def test_other_type_starts_afresh(checkpoint: Path, tmp_path: Path) -> None:
+def test_another_type_begins_again(checkpoint: Path, tmp_path: Path) -> None:
     output, direct = tmp_path / "out.gguf", tmp_path / "direct.gguf"
     run_until(0.5, checkpoint, output)
     result = Conversion.prepare(checkpoint, "Q8_0").run(output)

@@ -1,4 +1,4 @@
-"""What would have become a wrong file without a word."""
+"""Inputs that would silently become a wrong file."""
 
 import json
 import os
@@ -27,28 +27,26 @@ def test_weights_too_large_for_the_type(checkpoint: Path, tmp_path: Path, recipe
     weights = load_file(checkpoint / SHARD)
     weights["model.layers.0.self_attn.q_proj.weight"][3, 5] = 1e30
     save_file(weights, checkpoint / SHARD)
-    with pytest.raises(
-        Dots1Error, match=r"layers\.0\.self_attn\.q_proj\.weight has weights larger"
-    ):
+    with pytest.raises(Dots1Error, match=rf"layers\.0\.self_attn\.q_proj\.weight .*{recipe}"):
         Conversion.prepare(checkpoint, recipe).run(tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_tensors_without_a_place(checkpoint: Path) -> None:
+def test_tensors_that_the_model_has_no_place_for(checkpoint: Path) -> None:
     edit_json(checkpoint / "config.json", lambda config: config.update(num_hidden_layers=1))
-    with pytest.raises(Dots1Error, match=r"model\.layers\.1\..* has no place in the model"):
+    with pytest.raises(Dots1Error, match=r"model\.layers\.1\."):
         Conversion.prepare(checkpoint)
 
 
 @pytest.mark.parametrize(
     ("file", "changes", "says"),
     [
-        ("config.json", {"norm_topk_prob": "false"}, "norm_topk_prob to be true or false"),
+        ("config.json", {"norm_topk_prob": "false"}, "norm_topk_prob"),
         ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id 'x'"),
         ("generation_config.json", {"eos_token_id": [99999]}, "token 99999"),
     ],
 )
-def test_configs_that_were_guessed_at(
+def test_configs_with_values_of_another_type(
     checkpoint: Path, file: str, changes: dict[str, object], says: str
 ) -> None:
     edit_json(checkpoint / file, lambda config: config.update(changes))
@@ -56,9 +54,9 @@ def test_configs_that_were_guessed_at(
         Conversion.prepare(checkpoint)
 
 
-def test_merges_of_nothing(checkpoint: Path) -> None:
+def test_merges_that_join_no_token(checkpoint: Path) -> None:
     edit_json(checkpoint / "tokenizer.json", lambda t: t["model"].update(merges=["a"]))
-    with pytest.raises(Dots1Error, match="no byte-level BPE tokenizer"):
+    with pytest.raises(Dots1Error, match=r"tokenizer\.json.*model\.merges"):
         Conversion.prepare(checkpoint)
 
 
@@ -79,7 +77,7 @@ def test_plans_that_no_engine_could_load(checkpoint: Path, change) -> None:  # t
         Conversion.prepare(checkpoint, QuantPlan.from_json(json.dumps(plan)))
 
 
-def test_links_keep_pointing_and_devices_stay(checkpoint: Path, tmp_path: Path) -> None:
+def test_links_and_devices_are_not_replaced(checkpoint: Path, tmp_path: Path) -> None:
     link, target = tmp_path / "link.gguf", tmp_path / "target.gguf"
     link.symlink_to(target)
     Conversion.prepare(checkpoint, "Q8_0").run(link)
@@ -138,7 +136,7 @@ def test_a_plan_leaves_nothing_to_choose(checkpoint: Path, tmp_path: Path) -> No
     assert CliRunner().invoke(app, [*arguments, "--type", "Q2_K"]).exit_code == 2
 
 
-def test_overrides_without_effect_are_said(checkpoint: Path) -> None:
+def test_overrides_without_effect_are_told(checkpoint: Path) -> None:
     from dots1_local.cli import app
 
     arguments = ["convert", str(checkpoint), "--dry-run", "--tensor-type", "ffn_norm=F16"]

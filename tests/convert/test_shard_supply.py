@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from dots1_local.architecture import inventory
-from dots1_local.convert.shard_order import Peak, ShardOrder, order_tensors
+from dots1_local.convert.shard_supply import Peak, ShardOrder, order_tensors
 from dots1_local.files.checkpoint import Checkpoint
 from tools.make_wide import published_config, write_checkpoint
 

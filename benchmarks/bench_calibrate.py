@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_calibrate --tokens 16384 65536 --precision F32 BF16
 
-A checkpoint is made once and kept (7.5 GB). What each layer took is extrapolated to dots.llm1: on
-the way forward a line through the rows of a precision, for each kind of layer; on the way back,
-where the probed tokens are always as many, and for the head, as it was.
+A checkpoint is made once and kept (7.5 GB). The time of each layer is extrapolated to dots.llm1.
+For the forward pass a line is fitted through the rows of a precision, for each kind of layer. The
+backward pass, whose number of tokens is fixed, and the head count as measured.
 """
 
 import argparse
@@ -28,7 +28,7 @@ Spent = dict[str, float]  # core-seconds by what progress called it
 
 
 def run(checkpoint: Path, tokens: int, precision: str) -> tuple[Usage, Spent]:
-    """Calibrate in a process of its own on random tokens."""
+    """Calibrate on random tokens in a new process."""
     folder = checkpoint.with_name("calibrated")
     shutil.rmtree(folder, ignore_errors=True)
     module = "benchmarks.bench_calibrate"
@@ -40,7 +40,7 @@ def run(checkpoint: Path, tokens: int, precision: str) -> tuple[Usage, Spent]:
 
 
 def calibrate_once(checkpoint: Path, tokens: int, precision: str) -> None:
-    """What is measured."""
+    """Calibrate, and write the core-seconds of each part to spent.json."""
     from dots1_local.calibrate.run import calibrate
 
     source = Checkpoint.open(checkpoint)
@@ -67,7 +67,7 @@ def calibrate_once(checkpoint: Path, tokens: int, precision: str) -> None:
 
 
 def extrapolated(by_tokens: dict[int, Spent]) -> dict[str, float]:
-    """Core-seconds for dots.llm1 and 131,072 tokens: forward, head, back."""
+    """Core-seconds for dots.llm1 and 131,072 tokens: forward, head, backward."""
     largest = by_tokens[max(by_tokens)]
     layers = {_DENSE: 1, _MOE: _LAYERS - 1}
     forward = 0.0
@@ -75,8 +75,8 @@ def extrapolated(by_tokens: dict[int, Spent]) -> dict[str, float]:
         taken = [spent[layer] for spent in by_tokens.values()]
         line = np.polyfit(list(by_tokens), taken, 1)
         forward += count * float(np.polyval(line, _TOKENS))
-    back = sum(count * largest[f"back in {layer}"] for layer, count in layers.items())
-    return {"forward": forward, "head": largest["head"], "back": back}
+    backward = sum(count * largest[f"{layer}, backward"] for layer, count in layers.items())
+    return {"forward": forward, "head": largest["head"], "backward": backward}
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def main() -> None:
     if not (checkpoint / "config.json").exists():
         options.work.mkdir(parents=True, exist_ok=True)
         write_checkpoint(checkpoint, published_config(num_hidden_layers=2))
-    parts = (_DENSE, _MOE, "head", f"back in {_MOE}", f"back in {_DENSE}")
+    parts = (_DENSE, _MOE, "head", f"{_MOE}, backward", f"{_DENSE}, backward")
     print("core-seconds of each part, and of all\n")
     print(f"| tokens | precision | {' | '.join(parts)} | all | wall | private memory |")
     print("|---" * (len(parts) + 5) + "|")

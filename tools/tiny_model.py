@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dots1_local.architecture import Dots1Config, inventory
-from dots1_local.reference import Observer, forward, stacked_name
+from dots1_local.reference.layers import Observer
+from dots1_local.reference.model import forward, stacked_name
 
 __all__ = ["BIAS", "Model", "Team", "count_experts", "new_model", "shared_rows", "step"]
 

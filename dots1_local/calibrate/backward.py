@@ -1,17 +1,15 @@
-"""Where gradients of KL divergence begin: random ones at the logits, taken back through the head.
+"""Gradients of KL divergence, carried back from the logits through the layers, one at a time.
 
-The Hessian of KL(P, Q) in Q's logits is, where Q is P, diag(p) - p p' for each token; it is also
-the Fisher information of the model's own predictions. Gradients drawn with it for a covariance
-make KL divergence a mean over draws: that of (sum of g dy)^2 / 2 for any small change dy.
+The Hessian of KL(P, Q) in Q's logits is, where Q is P, diag(p) - p p' for each token; this is also
+the Fisher information of the model's own predictions. If gradients g are drawn with this
+covariance, the KL divergence of a small change dy is the mean of (sum of g dy)^2 / 2 over draws.
 
-Gradients of KL divergence, carried back through the layers, one at a time.
+There are two kinds of draws. The `kl` draws start at the logits. The `tie` draws are 0 there, and
+every router adds to them a gradient of its margins that stands for the experts that it might have
+chosen instead (see `router_flips`).
 
-The forward pass must have kept what entered each layer. As there, a layer's routed experts are
-read one after another, and each gets all rows that are routed to it.
-
-Two kinds of draws go together. The `kl` draws come from the logits (`logit_gradients`). The `tie`
-draws are zero there, and get something from each router they pass: a gradient of its margins that
-stands for the experts it might have chosen instead (`near_ties`).
+The forward pass must have saved the inputs of each layer. As in the forward pass, a layer's routed
+experts are read one after another, and each is applied to all rows that are routed to it.
 """
 
 import math
@@ -24,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dots1_local.architecture import inventory
-from dots1_local.calibrate.router_flips import Routing, Ties, margins
-from dots1_local.calibrate.stream import Step
+from dots1_local.calibrate.router_flips import RouterFlips, Routing, margins
+from dots1_local.calibrate.stream import Report
 from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.reference.layers import (
     Observer,
-    Outcome,
+    OutputObserver,
     Weights,
     attention,
     dense_ffn,
@@ -38,33 +36,28 @@ from dots1_local.reference.layers import (
     rms_norm,
     router_scores,
 )
-from dots1_local.reference.weights import Kernel, head_name, load_common, read_experts, read_tensor
+from dots1_local.reference.model import Compute, head_name, load_common, read_experts, read_tensor
 
-__all__ = [
-    "check_finite",
-    "generator",
-    "retreat",
-    "top",
-]
+__all__ = ["backward_layer", "generator", "head_gradients"]
 
-
-_LOGITS = 1 << 25  # computed at a time: 134 MB, of which there are five
+_LOGITS = 1 << 25  # logits computed at a time: 134 MB, of which there are five copies
+_ROWS = 1024  # rows of a layer computed at a time, with everything that autograd keeps of them
 
 
 def generator(seed: int, layer: int) -> torch.Generator:
-    """Random numbers of a layer's own, so that a run that is resumed there finds the same ones."""
+    """Each layer's own random numbers, so that a resumed run gets the same ones."""
     (state,) = np.random.SeedSequence((seed, layer)).generate_state(1)
     return torch.Generator().manual_seed(int(state))
 
 
-def top(
+def head_gradients(
     x: Tensor, checkpoint: Checkpoint, draws: int, random: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The `kl` draws at what leaves the last layer, and what the head's rows are worth.
+    """The `kl` draws at the output of the last layer, and the second moments at the logits.
 
-    From `x` [chunks, positions, hidden]: gradients [draws, chunks, positions, hidden] beside it,
-    and the expected square of the gradient at each logit, summed over tokens: [vocabulary], F64.
-    Every position counts. `random` is a CPU's generator.
+    `x` [chunks, positions, hidden] is that output. Returns gradients [draws, chunks, positions,
+    hidden] on the device of x, and the expected square of the gradient at each logit, summed over
+    tokens: [vocabulary], F64. Every position counts. `random` is a CPU generator.
 
     Raises:
         CheckpointError: a tensor is missing or unreadable, or the gradient is NaN or infinite.
@@ -83,9 +76,9 @@ def top(
         squares += (p - p.square()).sum(0).cpu().double()
         for draw in at_rows:
             z = _logit_gradients(p, random)
-            (back,) = torch.autograd.grad(normed, part, z @ head, retain_graph=True)
-            draw[block : block + size] = back.to(g.device)
-    check_finite((g, squares), "the head")
+            (at_part,) = torch.autograd.grad(normed, part, z @ head, retain_graph=True)
+            draw[block : block + size] = at_part.to(g.device)
+    _check_finite((g, squares), "the head")
     return g, squares
 
 
@@ -95,18 +88,15 @@ def _logit_gradients(p: Tensor, random: torch.Generator) -> Tensor:
     return scaled.sub_(p * scaled.sum(-1, keepdim=True))
 
 
-def check_finite(tensors: Iterable[Tensor], where: str) -> None:
-    """A NaN or infinity shows in the sum, which needs no second copy."""
+def _check_finite(tensors: Iterable[Tensor], where: str) -> None:
+    """NaN and infinity show in the sum, which needs no second copy."""
     if not all(torch.isfinite(tensor.sum()) for tensor in tensors):
         raise CheckpointError(
             f"the gradient at {where} is NaN or infinite; is the checkpoint damaged?"
         )
 
 
-_ROWS = 1024  # go through a layer at a time, with all that autograd keeps of them
-
-
-def retreat(
+def backward_layer(
     g: Tensor,
     x: Tensor,
     checkpoint: Checkpoint,
@@ -114,37 +104,38 @@ def retreat(
     kl_draws: int,
     sigma: float,
     random: torch.Generator,
-    kernel: Kernel,
-    step: Step,
+    compute: Compute,
+    report: Report,
     observe: Observer | None = None,
-) -> tuple[dict[str, Tensor], Ties]:
-    """Turn `g`, in place, from the gradients at what leaves a layer into those at what enters it.
+) -> tuple[dict[str, Tensor], RouterFlips]:
+    """Replace `g`, the gradients at the output of a layer, by the gradients at its input.
 
-    `g` is [draws, chunks, positions, hidden], of which the first `kl_draws` are `kl` draws and the
-    others `tie` draws; `x` [chunks, positions, hidden] is what entered the layer. Both may lie on
-    another device than the kernel's. `sigma` is the standard deviation of the noise in the router's
-    margins for which its near ties are worth what their gradients say; with 0 there are none.
-    `observe` hears what reaches the matrices, near ties' rows at the expert they missed among it.
+    `g` is [draws, chunks, positions, hidden]; the first `kl_draws` are `kl` draws, the others `tie`
+    draws. `x` [chunks, positions, hidden] is the layer's input. Both may be on another device than
+    the computation. `sigma` is the standard deviation of the noise in the router's margins; with 0
+    no router flips. `observe` gets the inputs of the matrices, including rows for the next expert
+    of tokens that are nearly tied.
 
-    Returns what near ties are worth and, for each matrix but the router, under its Hugging Face
-    name relative to the layer, the square of the gradient at each of its rows' outputs, summed over
-    the tokens that reach it: [2, rows], F64, the mean of the `kl` and that of the `tie` draws.
+    Returns the second moments of the gradient at each matrix except the router, under its Hugging
+    Face name relative to the layer: for each row of the matrix, the square of the gradient at its
+    output, summed over tokens and averaged over the `kl` and over the `tie` draws: [2, rows], F64.
+    Returns also the cost of flips.
 
     Raises:
         CheckpointError: a tensor is missing or unreadable, or a gradient is NaN or infinite.
     """
-    work = _Layer(g, x, checkpoint, layer, kl_draws, kernel, step, observe)
-    ties = Ties()
+    work = _BackwardLayer(g, x, checkpoint, layer, kl_draws, compute, report, observe)
+    flips = RouterFlips()
     if checkpoint.config.is_dense(layer):
         work.dense()
     else:
-        ties = work.moe(sigma, random)
-    check_finite((g, *work.sums.values()), f"layer {layer}")
-    return work.sums, ties
+        flips = work.moe(sigma, random)
+    _check_finite((g, *work.sums.values()), f"layer {layer}")
+    return work.sums, flips
 
 
-class _Layer:
-    """The way back through one layer, whose tokens are rows of x and g."""
+class _BackwardLayer:
+    """The backward pass through one layer; tokens are rows of x and g."""
 
     def __init__(
         self,
@@ -153,14 +144,14 @@ class _Layer:
         checkpoint: Checkpoint,
         layer: int,
         kl_draws: int,
-        kernel: Kernel,
-        step: Step,
+        compute: Compute,
+        report: Report,
         observe: Observer | None,
     ) -> None:
         self.positions, hidden = x.shape[1:]
         self.g, self.x = g.view(len(g), -1, hidden), x.view(-1, hidden)
-        self.kl_draws, self.step, self.observe = kl_draws, step, observe
-        self.kernel, self.device = replace(kernel, autograd=True), kernel.device
+        self.kl_draws, self.report, self.observe = kl_draws, report, observe
+        self.compute, self.device = replace(compute, autograd=True), compute.device
         self.checkpoint, self.layer, self.config = checkpoint, layer, checkpoint.config
         prefix = f"model.layers.{layer}."
         self.sums = {
@@ -169,34 +160,34 @@ class _Layer:
             if spec.layer == layer and spec.role not in ("norm", "router")
             for source in spec.sources
         }
-        self.weights = load_common(checkpoint, layer, self.kernel)
+        self.weights = load_common(checkpoint, layer, self.compute)
 
     def dense(self) -> None:
         for rows in self._groups():
-            seen: dict[str, Tensor] = {}
-            entered = self._leaf(self.x[rows])
-            attended, normed = self._attend(entered, seen.__setitem__)
-            left = attended + self._ffn(normed, self.weights, "mlp", seen)
-            for draw, back in self._back(entered, seen, [left], [self.g[:, rows]]):
-                self.g[draw, rows] = back
-            self.step(len(entered))
+            outputs: dict[str, Tensor] = {}
+            leaf = self._leaf(self.x[rows])
+            attended, normed = self._attend(leaf, outputs.__setitem__)
+            y = attended + self._ffn(normed, self.weights, "mlp", outputs)
+            for draw, gradient in self._gradients(leaf, outputs, [y], [self.g[:, rows]]):
+                self.g[draw, rows] = gradient
+            self.report(len(leaf))
 
-    def moe(self, sigma: float, random: torch.Generator) -> Ties:
-        """Experts first: their outputs are what the router's shares of them are worth."""
+    def moe(self, sigma: float, random: torch.Generator) -> RouterFlips:
+        """The experts come first, because the gradients at their shares need their outputs."""
         normed, routing = self._forward()
-        within = torch.zeros_like(self.g)
-        worth = len(self.x) / (self.config.n_routed_experts + 1)  # what is read takes the time
-        dots = self._experts(normed, within, routing, worth)
-        ties = routing.ties(dots[: self.kl_draws], sigma)
-        noise = math.sqrt(2 * ties.rate) * torch.randn(dots.shape[:2], generator=random)
+        at_normed = torch.zeros_like(self.g)
+        work = len(self.x) / (self.config.n_routed_experts + 1)  # reading takes most of the time
+        dots = self._experts(normed, at_normed, routing, work)
+        flips = routing.flips(dots[: self.kl_draws], sigma)
+        noise = math.sqrt(2 * flips.rate) * torch.randn(dots.shape[:2], generator=random)
         noise[: self.kl_draws] = 0
-        self._common(within, routing, dots, noise)
-        self.step(worth)
-        return ties
+        self._common(at_normed, routing, dots, noise)
+        self.report(work)
+        return flips
 
     @torch.no_grad()
     def _forward(self) -> tuple[Tensor, Routing]:
-        """What enters the FFN [rows, hidden], beside x, and what its router does with it."""
+        """The FFN's input [rows, hidden], on the device of x, and its router's choices."""
         normed, scores = torch.empty_like(self.x), []
         for rows in self._groups():
             _, part = self._attend(self.x[rows].to(self.device))
@@ -205,51 +196,50 @@ class _Layer:
         bias = self.weights["mlp.gate.e_score_correction_bias"]
         return normed, Routing(torch.cat(scores), bias, self.config)
 
-    def _experts(self, normed: Tensor, within: Tensor, routing: Routing, worth: float) -> Tensor:
-        """Add to `within` [draws, rows, hidden] the gradients at what enters the experts.
+    def _experts(self, normed: Tensor, at_normed: Tensor, routing: Routing, work: float) -> Tensor:
+        """Add the gradients at the experts' inputs to `at_normed` [draws, rows, hidden].
 
-        Returns the products of the experts' outputs with the gradients at what leaves the layer:
+        Returns the products of the experts' outputs with the gradients at the layer's output:
         [draws, rows, k + 1] for `routing.wanted`.
         """
         wanted, shares = routing.wanted, routing.shares
         dots = torch.zeros(len(self.g), *wanted.shape, device=self.device)
         for expert, stored in enumerate(read_experts(self.checkpoint, self.layer)):
-            matrices = {name: self.kernel.ready(name, tensor) for name, tensor in stored.items()}
+            matrices = {name: self.compute.prepare(name, tensor) for name, tensor in stored.items()}
             prefix = f"mlp.experts.{expert}"
             rows, slots = (wanted == expert).nonzero(as_tuple=True)
             for start in range(0, len(rows), _ROWS):
                 at, slot = rows[start : start + _ROWS], slots[start : start + _ROWS]
-                home = at.to(self.x.device)
-                seen: dict[str, Tensor] = {}
-                entered = self._leaf(normed[home])
-                out = self._ffn(entered, matrices, prefix, seen)
-                left = self.g[:, home].to(self.device)
-                dots[:, at, slot] = (left * out.detach()).sum(-1)
-                left *= shares[at, slot, None]
-                for draw, back in self._back(entered, seen, [out], [left]):
-                    within[draw].index_add_(0, home, back)
-            self.step(worth)
+                index = at.to(self.x.device)
+                outputs: dict[str, Tensor] = {}
+                leaf = self._leaf(normed[index])
+                y = self._ffn(leaf, matrices, prefix, outputs)
+                at_y = self.g[:, index].to(self.device)
+                dots[:, at, slot] = (at_y * y.detach()).sum(-1)
+                at_y *= shares[at, slot, None]
+                for draw, gradient in self._gradients(leaf, outputs, [y], [at_y]):
+                    at_normed[draw].index_add_(0, index, gradient)
+            self.report(work)
         return dots
 
-    def _common(self, within: Tensor, routing: Routing, dots: Tensor, noise: Tensor) -> None:
-        """Back from what leaves the layer, what enters the experts, their shares and margins."""
+    def _common(self, at_normed: Tensor, routing: Routing, dots: Tensor, noise: Tensor) -> None:
+        """Carry the gradients at the layer's output, at the experts' inputs, at their shares and
+        at the margins back to the layer's input."""
         k = self.config.num_experts_per_tok
         for rows in self._groups():
-            seen: dict[str, Tensor] = {}
-            entered = self._leaf(self.x[rows])
-            attended, normed = self._attend(entered, seen.__setitem__)
-            shared = self._ffn(normed, self.weights, "mlp.shared_experts", seen)
+            outputs: dict[str, Tensor] = {}
+            leaf = self._leaf(self.x[rows])
+            attended, normed = self._attend(leaf, outputs.__setitem__)
+            shared = self._ffn(normed, self.weights, "mlp.shared_experts", outputs)
             scores, ranked = router_scores(normed, self.weights["mlp.gate.weight"]), routing.ranked
             shares = expert_shares(scores, ranked[rows, :k], self.config)
-            outputs = [
-                attended + shared, normed, shares, margins(scores, ranked[rows], self.config)
-            ]  # fmt: skip
-            gradients = [self.g[:, rows], within[:, rows], dots[:, rows, :k], noise[:, rows]]
-            for draw, back in self._back(entered, seen, outputs, gradients):
-                self.g[draw, rows] = back
+            ends = [attended + shared, normed, shares, margins(scores, ranked[rows], self.config)]
+            at_ends = [self.g[:, rows], at_normed[:, rows], dots[:, rows, :k], noise[:, rows]]
+            for draw, gradient in self._gradients(leaf, outputs, ends, at_ends):
+                self.g[draw, rows] = gradient
 
     def _groups(self) -> Iterator[slice]:
-        """Whole chunks, as many as are computed at once."""
+        """Whole chunks, as many as are computed together."""
         size = max(1, _ROWS // self.positions) * self.positions
         for start in range(0, len(self.x), size):
             yield slice(start, min(start + size, len(self.x)))
@@ -257,39 +247,43 @@ class _Layer:
     def _leaf(self, rows: Tensor) -> Tensor:
         return rows.to(self.device).requires_grad_()
 
-    def _attend(self, rows: Tensor, outcome: Outcome | None = None) -> tuple[Tensor, Tensor]:
-        """Whole chunks after attention, and the same normed for what comes next."""
+    def _attend(self, rows: Tensor, outputs: OutputObserver | None = None) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and normed for the FFN; rows are whole chunks."""
         x = rows.view(-1, self.positions, rows.shape[-1])
-        observe = self.observe if outcome is not None else None  # what comes twice
-        mixed = attention(self._norm(x, "input"), self.weights, self.config, observe, outcome)
+        # `_forward` and `_common` both compute this; inputs are observed only once.
+        observe = self.observe if outputs is not None else None
+        mixed = attention(self._norm(x, "input"), self.weights, self.config, observe, outputs)
         attended = (x + mixed).flatten(0, 1)
         return attended, self._norm(attended, "post_attention")
 
-    def _ffn(self, rows: Tensor, weights: Weights, prefix: str, seen: dict[str, Tensor]) -> Tensor:
-        return dense_ffn(rows, weights, prefix, self.observe, seen.__setitem__)
+    def _ffn(
+        self, rows: Tensor, weights: Weights, prefix: str, outputs: dict[str, Tensor]
+    ) -> Tensor:
+        return dense_ffn(rows, weights, prefix, self.observe, outputs.__setitem__)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return rms_norm(x, self.weights[f"{name}_layernorm.weight"], self.config.rms_norm_eps)
 
-    def _back(
+    def _gradients(
         self,
-        entered: Tensor,
-        seen: dict[str, Tensor],
-        outputs: Sequence[Tensor],
-        gradients: Sequence[Tensor],
+        leaf: Tensor,
+        outputs: dict[str, Tensor],
+        ends: Sequence[Tensor],
+        at_ends: Sequence[Tensor],
     ) -> Iterator[tuple[int, Tensor]]:
-        """Each draw's gradient at `entered`, beside x; those at the matrices' outputs are added up.
+        """Each draw's gradient at `leaf`, on the device of x, from those at `ends`; the squares
+        of the gradients at the matrices' `outputs` are added to the sums.
 
-        One draw after another: all at once would take as many times the memory.
+        Draws are computed one after another to save memory.
         """
         for draw in range(len(self.g)):
-            at_outputs = [gradient[draw].to(self.device) for gradient in gradients]
-            *at_matrices, back = torch.autograd.grad(
-                outputs, [*seen.values(), entered], at_outputs, retain_graph=True
+            given = [gradient[draw].to(self.device) for gradient in at_ends]
+            *at_outputs, at_leaf = torch.autograd.grad(
+                ends, [*outputs.values(), leaf], given, retain_graph=True
             )
-            for name, gradient in zip(seen, at_matrices, strict=True):
+            for name, gradient in zip(outputs, at_outputs, strict=True):
                 self._add(name, draw, gradient)
-            yield draw, back.to(self.x.device)
+            yield draw, at_leaf.to(self.x.device)
 
     def _add(self, name: str, draw: int, gradient: Tensor) -> None:
         is_tie = draw >= self.kl_draws

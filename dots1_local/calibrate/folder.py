@@ -1,22 +1,29 @@
-"""What a calibration keeps on disk between two layers, so that a kill costs at most one.
+"""The files of a calibration between two layers, so that a killed run loses at most one layer.
 
-`DIR/work` holds `identity`, what the run belongs to; `layer-NNNN.gguf`, the importance measured in
-each finished layer; and `after-NNNN.f32`, the residual stream that left the last of them. Files get
-their names when they are complete, the stream's after the layer's. Those of `probe_folder` lie
-there too.
+`DIR/work` holds `identity`, a digest of the run's inputs; `layer-NNNN.gguf`, the importance
+measured in each finished layer; and `after-NNNN.f32`, the residual stream after the last finished
+layer NNNN. A layer's file is complete before the stream after it.
+
+For sensitivity there are also `probe-NNNN.npy`, the probed chunks' inputs to each layer;
+`noise-NNNN.json`, how far rounding moves the router's margins there; `back-NNNN.npy`, the
+gradients at the input of the last layer that the backward pass finished; and `effects-NNNN.json`,
+what it measured in each layer, complete before the gradients.
 """
 
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import IO, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
+from dots1_local.files.json_file import convert_json, parse_json
 from dots1_local.files.partial_file import (
     check_space,
     check_target,
@@ -25,24 +32,29 @@ from dots1_local.files.partial_file import (
     open_partial,
 )
 from dots1_local.quant.importance import load_importance, write_imatrix
+from dots1_local.quant.sensitivity import Effect
 
-__all__ = ["IMATRIX", "SENSITIVITY", "CalibrationFolder", "Entries"]
+__all__ = ["IMATRIX", "SENSITIVITY", "CalibrationFolder", "Effects", "Entries", "ProbeFiles"]
 
-IMATRIX, SENSITIVITY = "imatrix.gguf", "sensitivity.json"  # what it holds in the end
+IMATRIX, SENSITIVITY = "imatrix.gguf", "sensitivity.json"  # the results
 
 Floats = NDArray[np.float32]
-Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (parts, columns), counts
+Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (experts, columns), counts
+Effects = Mapping[str, Mapping[str, Effect]]  # by GGUF name and type
+T = TypeVar("T")
 
 _NAMES = re.compile(
     r"lock|identity|sensitivity\.json|(after-\d+\.f32|layer-\d+\.gguf|imatrix\.gguf"
     r"|(probe|back)-\d+\.npy|(noise|effects)-\d+\.json)(\.partial)?"
+    r"|(after|(probe|back|noise|effects)-\d+)\.partial"  # of earlier versions
 )
 
 
 class CalibrationFolder:
-    """The folder a calibration writes to; use it in a `with` statement, which locks it.
+    """The folder that a calibration writes to; a `with` statement opens and locks it.
 
-    `finished` layers are done when it is opened. `results` are the files it is to hold in the end.
+    `finished` is the number of layers that the forward pass had finished when it was opened.
+    `results` are the names of the files to write in the end.
     """
 
     def __init__(
@@ -55,8 +67,9 @@ class CalibrationFolder:
         force: bool,
         results: Sequence[str],
     ) -> None:
-        self.path, self.work = path, path / "work"
+        self.path, self._work = path, path / "work"
         self.finished = 0
+        self.probe = ProbeFiles(self._work)
         self._identity = identity
         self._stream_bytes, self._probe_bytes = stream_bytes, probe_bytes
         self._force, self._results = force, results
@@ -67,38 +80,38 @@ class CalibrationFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in self._results:
                 check_target(self.path / name, force=self._force)
-            self.work.mkdir(exist_ok=True)
+            self._work.mkdir(exist_ok=True)
             busy = f"another calibration is running in {self.path}"
-            opened.enter_context(open_locked(self.work / "lock", busy))
-            self._take_up()
-            # One stream is written while the other is still there.
+            opened.enter_context(open_locked(self._work / "lock", busy))
+            self._resume_or_clear()
+            # A new stream is written before the old one is removed.
             needed = 2 * self._stream_bytes + self._probe_bytes
-            there = [*self._files("after"), *self._files("probe"), *self._files("back")]
-            check_space(self.work / "after", needed, there, what="calibration")
+            present = [*self._files("after"), *self._files("probe"), *self._files("back")]
+            check_space(self._work / "after", needed, present, what="calibration")
             self._lock = opened.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._lock.close()
 
-    def load(self, chunk: int) -> Iterator[Floats]:
-        """What left the last finished layer, in pieces of `chunk` numbers."""
+    def load_stream(self, count: int) -> Iterator[Floats]:
+        """The residual stream after the last finished layer, in arrays of `count` numbers."""
         path = self._stream(self.finished)
         try:
             with path.open("rb") as file:
-                for _ in range(self._stream_bytes // (4 * chunk)):
-                    values = np.fromfile(file, np.float32, chunk)
-                    if len(values) < chunk:
+                for _ in range(self._stream_bytes // (4 * count)):
+                    values = np.fromfile(file, np.float32, count)
+                    if len(values) < count:
                         raise Dots1Error(f"{path} got shorter while it was read")
                     yield values
         except OSError as error:
             raise Dots1Error(f"cannot read {path}: {error.strerror}") from None
 
-    def finish_layer(self, entries: Entries, chunk_size: int, chunks: Iterable[Floats]) -> None:
-        """Keep what was measured in the next layer, and the stream that left it.
+    def finish_layer(self, entries: Entries, chunk_size: int, stream: Iterable[Floats]) -> None:
+        """Save what was measured in the next layer, and the residual stream after it.
 
         Raises:
-            Dots1Error: the disk is full or broken; the layers before are still there.
+            Dots1Error: the disk is full or broken; the earlier layers stay finished.
         """
         before, after = self._stream(self.finished), self._stream(self.finished + 1)
         with disk_errors(self.path):
@@ -106,42 +119,41 @@ class CalibrationFolder:
                 path = self._layer(self.finished)
                 write_imatrix(path, entries, datasets=[], chunk_count=0, chunk_size=chunk_size)
             with open_partial(after) as file:
-                for chunk in chunks:
-                    file.write(np.ascontiguousarray(chunk).data)
+                for values in stream:
+                    file.write(np.ascontiguousarray(values).data)
             before.unlink(missing_ok=True)
         self.finished += 1
 
     def measured(self) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
-        """Everything measured in the finished layers."""
+        """Everything that was measured in the finished layers."""
         for layer in range(self.finished):
             importance = load_importance(self._layer(layer))
             for name, tensor in importance.tensors.items():
                 yield name, (importance.sums(name), tensor.counts)
 
     def draft(self, name: str) -> Path:
-        """Where to write one of the results."""
-        return self.work / name
+        """The path at which to write one of the results."""
+        return self._work / name
 
     def publish(self) -> None:
-        """Move the results to where they belong, and remove what only an unfinished run needs.
+        """Move the results to their places, and remove the files of an unfinished run.
 
         Raises:
-            Dots1Error: the folder may no longer be written to.
+            Dots1Error: the folder is no longer writable.
         """
         with disk_errors(self.path):
             for name in self._results:
                 os.replace(self.draft(name), self.path / name)
-            # Without its identity, half of what is here is not taken for an unfinished run.
+            # Without `identity`, the other files are not taken for an unfinished run.
             for file in [*self._files("identity"), *self._files("")]:
                 file.unlink(missing_ok=True)
-        with suppress(OSError):  # someone else's files lie there too, or it is a link
-            self.work.rmdir()
+        with suppress(OSError):  # it is a link, or holds files of somebody else
+            self._work.rmdir()
 
-    def _take_up(self) -> None:
-        """Go on with a former run of the same; another's is dropped only by force."""
-        path = self.work / "identity"
-        same = path.exists() and path.read_text(errors="replace") == self._identity
-        if same:
+    def _resume_or_clear(self) -> None:
+        """Resume a run with the same inputs; remove the files of another one if `force` is set."""
+        path = self._work / "identity"
+        if path.exists() and path.read_text(errors="replace") == self._identity:
             self.finished = self._count_finished()
             for stream in self._streams():
                 if stream != self._stream(self.finished):
@@ -149,8 +161,8 @@ class CalibrationFolder:
             return
         if self._streams() and not self._force:
             raise Dots1Error(
-                f"{self.work} holds an unfinished calibration of another checkpoint, text or "
-                "setting; give --force to drop it, or name another folder"
+                f"{self._work} holds an unfinished calibration of another checkpoint, text or "
+                "setting; give --force to remove it, or name another folder"
             )
         for old in self._files(""):
             if old.name != "lock":
@@ -158,7 +170,7 @@ class CalibrationFolder:
         path.write_text(self._identity)
 
     def _count_finished(self) -> int:
-        """Layers done before the stream that is there, if it is whole."""
+        """The number of layers before the residual stream that is saved as a whole."""
         numbers = [
             int(path.stem.removeprefix("after-"))
             for path in self._streams()
@@ -167,15 +179,121 @@ class CalibrationFolder:
         return max(numbers, default=0)
 
     def _files(self, start: str) -> list[Path]:
-        """What a run made; other files may lie in a folder called work."""
-        ours = [path for path in self.work.iterdir() if _NAMES.fullmatch(path.name)]
+        """The files of a calibration; a folder called work may hold others too."""
+        ours = [path for path in self._work.iterdir() if _NAMES.fullmatch(path.name)]
         return [path for path in ours if path.name.startswith(start) and path.is_file()]
 
     def _streams(self) -> list[Path]:
         return [path for path in self._files("after-") if path.suffix == ".f32"]
 
     def _stream(self, finished: int) -> Path:
-        return self.work / f"after-{finished:04}.f32"
+        return self._work / f"after-{finished:04}.f32"
 
     def _layer(self, layer: int) -> Path:
-        return self.work / f"layer-{layer:04}.gguf"
+        return self._work / f"layer-{layer:04}.gguf"
+
+
+class ProbeFiles:
+    """The files of the probed chunks. Methods that write raise OSError if the disk is full."""
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+
+    def save_forward(self, layer: int, inputs: Floats, noise: float) -> None:
+        """Save a layer's inputs, and the noise of its router's margins (0 if it has no router)."""
+        self._save(self._inputs(layer), inputs)
+        self._save(self._noise(layer), noise)
+
+    def inputs(self, layer: int, shape: tuple[int, ...]) -> Floats:
+        """The inputs that `save_forward` saved.
+
+        Raises:
+            Dots1Error: the file is damaged, or has another shape.
+        """
+        return self._load(self._inputs(layer), shape)
+
+    def noise(self, layer: int) -> float:
+        """The noise that `save_forward` saved.
+
+        Raises:
+            Dots1Error: the file is damaged.
+        """
+        return self._read(self._noise(layer), float)
+
+    def save_backward(self, layer: int, gradients: Floats, effects: Effects) -> None:
+        """Save what was measured in a layer, and the gradients at its input.
+
+        The head counts as the layer after the last one.
+        """
+        measured = {
+            name: {kind: asdict(effect) for kind, effect in by_type.items()}
+            for name, by_type in effects.items()
+        }
+        self._save(self._effects(layer), measured)
+        self._save(self._gradients(layer), gradients)
+        self._gradients(layer + 1).unlink(missing_ok=True)
+
+    def reached(self, layers: int) -> int | None:
+        """The last layer that `save_backward` was called for, or None."""
+        present = (layer for layer in range(layers + 1) if self._gradients(layer).exists())
+        return next(present, None)
+
+    def gradients(self, layer: int, shape: tuple[int, ...]) -> Floats:
+        """The gradients that `save_backward` saved for the layer that is `reached`.
+
+        Raises:
+            Dots1Error: the file is damaged, or has another shape.
+        """
+        return self._load(self._gradients(layer), shape)
+
+    def effects(self, layers: int) -> dict[str, dict[str, Effect]]:
+        """Everything that was measured, from the head back to the first layer.
+
+        Raises:
+            Dots1Error: a file is damaged.
+        """
+        found: dict[str, dict[str, Effect]] = {}
+        for layer in range(layers, -1, -1):
+            found |= self._read(self._effects(layer), dict[str, dict[str, Effect]])
+        return found
+
+    def _inputs(self, layer: int) -> Path:
+        return self._work / f"probe-{layer:04}.npy"
+
+    def _noise(self, layer: int) -> Path:
+        return self._work / f"noise-{layer:04}.json"
+
+    def _gradients(self, layer: int) -> Path:
+        return self._work / f"back-{layer:04}.npy"
+
+    def _effects(self, layer: int) -> Path:
+        return self._work / f"effects-{layer:04}.json"
+
+    def _save(self, path: Path, value: Any) -> None:
+        with open_partial(path) as file:
+            if isinstance(value, np.ndarray):
+                np.save(file, value)
+            else:
+                file.write(json.dumps(value).encode())
+
+    def _load(self, path: Path, shape: tuple[int, ...]) -> Floats:
+        def parse(file: IO[bytes]) -> Floats:
+            values = np.lib.format.read_array(file, allow_pickle=False)
+            if values.dtype != np.float32 or values.shape != shape:
+                raise ValueError(f"it holds {values.dtype} {values.shape}")
+            return np.asarray(values)
+
+        return self._parsed(path, parse)
+
+    def _read(self, path: Path, kind: type[T]) -> T:
+        return self._parsed(path, lambda file: convert_json(parse_json(file.read()), kind))
+
+    def _parsed(self, path: Path, parse: Callable[[IO[bytes]], T]) -> T:
+        try:
+            with path.open("rb") as file:
+                return parse(file)
+        except (OSError, ValueError, EOFError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise Dots1Error(
+                f"{path} is damaged ({reason}); remove {self._work} to start over"
+            ) from None

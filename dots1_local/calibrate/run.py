@@ -1,19 +1,10 @@
-"""Experts that calibration saw little of: how many, and what to make of them.
+"""Calibration: a forward pass over a checkpoint measures importance and writes reference logits;
+a backward pass measures sensitivity.
 
-A mean square over five tokens is mostly noise, and llama.cpp gives an expert without any token the
-weight 1 in every column, whatever its layer's scale. Both are drawn towards the layer's mean here:
-
-    importance = (tokens * own mean + (least - tokens) * layer's mean) / least
-
-below `least` tokens, and from there on the expert's own.
-
-One streaming pass over a checkpoint that measures importance, and reference logits; and another,
-from the last layer to the first, that measures sensitivity.
-
-All tokens pass layer n; then its weights are dropped and what was measured goes to disk. Memory
-holds the residual stream twice (32 KiB a token of dots.llm1) and the part of a layer that all
-tokens share (0.8 GB for its dense layer, 0.4 GB for the others; twice that, exact and rounded, for
-sensitivity), whatever the number of layers. The way back does without the residual stream.
+All tokens pass layer n; then its weights are dropped, and what was measured is saved. Memory holds
+the residual stream twice (32 KiB per token of dots.llm1) and the part of a layer that all tokens
+use (0.8 GB for dots.llm1's dense layer, 0.4 GB for the others; twice that for sensitivity, exact
+and rounded), whatever the number of layers. The backward pass needs no residual stream.
 """
 
 from collections.abc import Sequence
@@ -31,78 +22,38 @@ from torch import Tensor
 
 from dots1_local.architecture import inventory
 from dots1_local.calibrate.folder import IMATRIX, SENSITIVITY, CalibrationFolder
-from dots1_local.calibrate.forward import PROBED, Forward
-from dots1_local.calibrate.probe import WORTH, Probe
-from dots1_local.calibrate.probe_folder import ProbeFolder
+from dots1_local.calibrate.forward import PROBED, ForwardPass
+from dots1_local.calibrate.probe import BACKWARD_WORK, Probe, rounded_divergence
 from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import disk_errors
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.importance import load_importance, write_imatrix
-from dots1_local.reference.weights import Kernel
+from dots1_local.reference.model import Compute
 
-__all__ = [
-    "LEAST",
-    "Coverage",
-    "LogitsSink",
-    "calibrate",
-    "coverage",
-    "shrink",
-]
+__all__ = ["FEW_TOKENS", "Coverage", "LogitsSink", "calibrate", "coverage", "shrink"]
 
-
-LEAST = 100  # tokens from which an expert's own mean stands; its error is then 10% or so
+FEW_TOKENS = 100  # above this an expert's own mean is used; its error is then about 10%
 
 Floats = NDArray[np.float32]
+Tokens = NDArray[np.int32]
+Precision = Literal["F32", "BF16"]
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """The tokens that reached the routed experts of one layer."""
+    """How many tokens the routed experts of one layer got; `rare` includes `unseen` experts."""
 
     layer: int
     experts: int
     unseen: int
-    rare: int  # unseen ones among them
+    rare: int
     fewest: int
     median: int
 
 
-def coverage(layer: int, counts: Floats, least: int = LEAST) -> Coverage:
-    """What `counts` (experts,) of a layer come to; experts below `least` tokens are rare."""
-    return Coverage(
-        layer,
-        len(counts),
-        int((counts == 0).sum()),
-        int((counts < least).sum()),
-        int(counts.min()),
-        int(np.median(counts)),
-    )
-
-
-def shrink(sums: Floats, counts: Floats, least: int = LEAST) -> tuple[Floats, Floats]:
-    """Sums (experts, columns) and counts (experts,) whose quotient is the shrunk importance.
-
-    Counts stay, but that an unseen expert's is 1: without a count there is no quotient.
-    """
-    total = counts.sum(dtype=np.float64)
-    rare = counts < least
-    if total == 0 or not rare.any():
-        return sums, counts
-    mean = sums.sum(axis=0, dtype=np.float64) / total
-    seen = counts[rare].astype(np.float64)[:, None]
-    shrunk = (sums[rare] + (least - seen) * mean) / least
-    sums, counts = sums.copy(), np.maximum(counts, 1)
-    sums[rare] = shrunk * counts[rare, None]
-    return sums, counts
-
-
-Precision = Literal["F32", "BF16"]
-Tokens = NDArray[np.int32]
-
-
 class LogitsSink(Protocol):
-    """What `LogitsWriter` is: it keeps logits when its `with` block ends without an exception."""
+    """Keeps logits, if its `with` block ends without an exception; `LogitsWriter` is one."""
 
     def __enter__(self) -> Self: ...
 
@@ -114,7 +65,7 @@ class LogitsSink(Protocol):
         /,
     ) -> None: ...
 
-    def write(self, chunk: int, start: int, logits: NDArray[np.float32], /) -> None:
+    def write(self, chunk: int, start: int, logits: Floats, /) -> None:
         """Take logits (n, n_vocab) of a chunk's scored rows from row `start` on."""
 
 
@@ -130,73 +81,75 @@ def calibrate(
     device: str | None = None,
     precision: Precision = "F32",
     threads: int | None = None,
-    least: int = LEAST,
+    least: int = FEW_TOKENS,
     force: bool = False,
     progress: Progress = silent,
     on_resume: Progress = silent,
 ) -> list[Coverage]:
-    """Measure on `tokens` (chunks, n_ctx) the importance of every matrix: `folder`/imatrix.gguf,
-    and what each type of it does to the model: `folder`/sensitivity.json.
+    """Measure on `tokens` (chunks, n_ctx) the importance of every matrix (`folder`/imatrix.gguf)
+    and the effects of every type of it (`folder`/sensitivity.json).
 
-    `evaluation`, chunks of the same length, pass through the model beside them, and what it thinks
-    of their scored tokens goes to `logits`. A run that was killed goes on after the last layer it
-    finished, of either pass; `on_resume` is then called with layers of that pass done and in all.
-    `device` is a GPU if there is one. In BF16 activations are rounded before each multiplication,
-    which CPUs with AVX512-BF16 or AMX do several times faster.
+    `evaluation` are more chunks of the same length; the logits of their scored tokens go to
+    `logits`. A run that was killed is resumed after the last layer that it finished; `on_resume` is
+    then called with the finished layers of the pass and their total. By default `device` is a GPU
+    if there is one. With BF16, activations are rounded before each multiplication, which CPUs with
+    AVX512-BF16 or AMX compute several times faster.
 
-    Experts that fewer than `least` tokens reach get a share of their layer's mean; 0 leaves them
-    as llama-imatrix has them. Returns how well each layer's experts are covered.
+    The importance of experts with fewer than `least` tokens is drawn to their layer's mean (see
+    `shrink`); 0 leaves it as llama-imatrix computes it. Returns the coverage of each layer.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete or corrupt, or computes what is no number.
-        UsageError: no tokens, too long chunks, an unknown device.
-        Dots1Error: there is a result already, or an unfinished run of something else, and no
-            `force`; the disk is full; the folder cannot be written; what an unfinished run left is
-            damaged; there is too little memory.
+        CheckpointError: the checkpoint is incomplete or corrupt, or a result is NaN or infinite.
+        UsageError: there are no tokens, chunks are too long, or the device is unknown.
+        Dots1Error: a result exists, or an unfinished run with other inputs, and `force` is not set;
+            the disk is full; the folder is not writable; a file of the unfinished run is damaged;
+            there is too little memory.
     """
     evaluated = tokens[:0] if evaluation is None else evaluation
     _check(checkpoint, np.concatenate([tokens, evaluated]))
-    kernel = Kernel(_device(device), precision == "BF16")
+    compute = Compute(_device(device), precision == "BF16")
     if threads is not None:
         torch.set_num_threads(threads)
     probed = min(len(tokens), max(1, PROBED // tokens.shape[1])) if sensitivity else 0
-    forward = Forward(checkpoint, _probed_first(tokens, probed), evaluated, probed, kernel, threads)
-    kept = CalibrationFolder(
+    ordered = _probed_first(tokens, probed)
+    forward = ForwardPass(checkpoint, ordered, evaluated, probed, compute, threads)
+    opened = CalibrationFolder(
         Path(folder),
-        # What was measured on the way back belongs to the importance that guided the encoders.
+        # The effects depend on the importance that the encoders used, and so on `least`.
         forward.identity() + (f" {least}" if probed else ""),
         forward.stream_bytes,
         forward.probe_bytes,
         force=force,
         results=[IMATRIX] * (len(tokens) > 0) + [SENSITIVITY] * (probed > 0),
     )
-    with kept, forward.enough_memory():
-        _say_what_is_done(kept, checkpoint.config.num_hidden_layers, on_resume)
+    with opened, forward.memory_errors():
+        _report_resumed(opened, checkpoint.config.num_hidden_layers, on_resume)
         with logits or nullcontext() as sink:
-            x = forward.run(kept, _part(progress, 0, WORTH * forward.probed_tokens))
-            covered = _write_imatrix(forward, x, kept, datasets, least) if len(tokens) else []
+            x = forward.run(opened, _part(progress, 0, BACKWARD_WORK * forward.probed_tokens))
+            covered = _write_imatrix(forward, x, opened, datasets, least) if len(tokens) else []
             if probed:
-                reference_kl, x = forward.reference_kl(x), forward.probes(x)  # the rest is let go
-                back = _part(progress, forward.tokens.size, 0)
-                _write_sensitivity(forward, x, reference_kl, kept, back)
+                # The rest of the residual stream is freed.
+                reference_kl, x = _reference_kl(forward, x), forward.exact_probes(x)
+                backward = _part(progress, forward.tokens.size, 0)
+                _write_sensitivity(forward, x, reference_kl, opened, backward)
             if sink is not None:
-                x = forward.run(kept, silent) if probed else x
+                x = forward.run(opened, silent) if probed else x
                 for chunk, start, rows in forward.logits(x):
                     sink.write(chunk, start, rows)
-        kept.publish()
+        opened.publish()
     return covered
 
 
-def _say_what_is_done(kept: CalibrationFolder, layers: int, on_resume: Progress) -> None:
-    reached = ProbeFolder(kept.work).reached(layers)
-    if kept.finished == layers and reached is not None:
-        on_resume(layers - reached, layers, "layers on the way back", "")
-    elif kept.finished:
-        on_resume(kept.finished, layers, "layers", "")
+def _report_resumed(folder: CalibrationFolder, layers: int, on_resume: Progress) -> None:
+    reached = folder.probe.reached(layers)
+    if folder.finished == layers and reached is not None:
+        on_resume(layers - reached, layers, "layers of the backward pass", "")
+    elif folder.finished:
+        on_resume(folder.finished, layers, "layers", "")
 
 
 def _part(progress: Progress, before: int, after: int) -> Progress:
-    """Reports a part of the work as `progress` of all of it."""
+    """Report a part of the work to `progress`, with the amounts of work before and after it."""
 
     def report(done: int, total: int, unit: str, what: str) -> None:
         progress(before + done, before + total + after, unit, what)
@@ -205,7 +158,7 @@ def _part(progress: Progress, before: int, after: int) -> Progress:
 
 
 def _probed_first(tokens: Tokens, probed: int) -> Tokens:
-    """The same chunks, but that `probed` of them, spread over the text, come first."""
+    """All chunks, of which `probed`, evenly spread over the text, come first."""
     first = np.arange(probed) * len(tokens) // max(1, probed)
     return np.concatenate([tokens[first], np.delete(tokens, first, axis=0)])
 
@@ -220,7 +173,7 @@ def _check(checkpoint: Checkpoint, tokens: Tokens) -> None:
     if tokens.shape[1] > longest:
         raise UsageError(f"the model was trained for contexts of {longest} tokens")
     if tokens.min() < 0 or tokens.max() >= checkpoint.config.vocab_size:
-        raise UsageError("the tokens are not of this model's vocabulary")
+        raise UsageError("a token is not in this model's vocabulary")
 
 
 def _device(name: str | None) -> torch.device:
@@ -229,57 +182,101 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, ImportError):  # what torch raises, by kind of device
+    except (RuntimeError, AssertionError, ImportError):  # depending on the kind of device
         raise UsageError(f"torch has no device {name!r} here") from None
     return device
 
 
 def _write_imatrix(
-    forward: Forward, x: Tensor, kept: CalibrationFolder, datasets: Sequence[str], least: int
+    forward: ForwardPass,
+    x: Tensor,
+    folder: CalibrationFolder,
+    datasets: Sequence[str],
+    least: int,
 ) -> list[Coverage]:
-    """Put all that was measured into one file; how well the layers' experts are covered."""
+    """Write all that was measured to one file; return the coverage of each layer."""
     covered = []
-    entries: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+    entries: dict[str, tuple[Floats, Floats]] = {}
     specs = {spec.name: spec for spec in inventory(forward.checkpoint.config)}
-    for name, (sums, counts) in chain(kept.measured(), forward.head(x).items()):
+    for name, (sums, counts) in chain(folder.measured(), forward.head(x).items()):
         spec = specs[name]
         is_routed = spec.role == "routed"
         entries[name] = shrink(sums, counts, least) if is_routed else (sums, counts)
         if spec.layer is not None and spec.part == "ffn_gate_exps":
             covered.append(coverage(spec.layer, counts, least))
-    with disk_errors(kept.path):
+    with disk_errors(folder.path):
         write_imatrix(
-            kept.draft(IMATRIX),
+            folder.draft(IMATRIX),
             entries,
             datasets=datasets,
             chunk_count=len(forward.calibration),
             chunk_size=x.shape[1],
             extra={
-                "dots1_local.calibration.precision": "BF16" if forward.kernel.bf16 else "F32",
+                "dots1_local.calibration.precision": "BF16" if forward.compute.bf16 else "F32",
                 "dots1_local.calibration.shrunk_below": least,
             },
         )
     return covered
 
 
+def coverage(layer: int, counts: Floats, least: int = FEW_TOKENS) -> Coverage:
+    """The coverage of a layer by `counts` (experts,); experts below `least` tokens are rare."""
+    return Coverage(
+        layer,
+        len(counts),
+        int((counts == 0).sum()),
+        int((counts < least).sum()),
+        int(counts.min()),
+        int(np.median(counts)),
+    )
+
+
+def shrink(sums: Floats, counts: Floats, least: int = FEW_TOKENS) -> tuple[Floats, Floats]:
+    """Draw the importance of experts with fewer than `least` tokens to their layer's mean.
+
+    A mean square over five tokens is mostly noise, and llama.cpp gives an expert without tokens
+    the weight 1 in every column, whatever its layer's scale. Below `least` tokens this uses instead
+
+        importance = (tokens * own mean + (least - tokens) * layer's mean) / least
+
+    Returns sums (experts, columns) and counts (experts,) with this quotient. Counts stay as they
+    are, except that 0 becomes 1.
+    """
+    total = counts.sum(dtype=np.float64)
+    rare = counts < least
+    if total == 0 or not rare.any():
+        return sums, counts
+    mean = sums.sum(axis=0, dtype=np.float64) / total
+    seen = counts[rare].astype(np.float64)[:, None]
+    shrunk = (sums[rare] + (least - seen) * mean) / least
+    sums, counts = sums.copy(), np.maximum(counts, 1)
+    sums[rare] = shrunk * counts[rare, None]
+    return sums, counts
+
+
+def _reference_kl(forward: ForwardPass, x: Tensor) -> float:
+    exact, rounded = forward.exact_probes(x), forward.rounded_probes(x)
+    device = forward.compute.device
+    return rounded_divergence(exact, rounded, forward.checkpoint, forward.rounding, device)
+
+
 def _write_sensitivity(
-    forward: Forward,
-    left: Tensor,
+    forward: ForwardPass,
+    output: Tensor,
     reference_kl: float,
-    kept: CalibrationFolder,
+    folder: CalibrationFolder,
     progress: Progress,
 ) -> None:
-    counts = np.bincount(
-        forward.calibration.ravel(), minlength=forward.checkpoint.config.vocab_size
-    )
+    vocabulary = forward.checkpoint.config.vocab_size
+    counts = np.bincount(forward.calibration.ravel(), minlength=vocabulary)
     probe = Probe(
         forward.checkpoint,
-        ProbeFolder(kept.work),
-        load_importance(kept.draft(IMATRIX)),
+        folder.probe,
+        load_importance(folder.draft(IMATRIX)),
         counts / counts.sum(),
-        forward.kernel,
+        forward.compute,
         forward.threads,
     )
-    with disk_errors(kept.path):
-        measured = probe.run(left, reference_kl, progress)
-        kept.draft(SENSITIVITY).write_text(measured.to_json(), encoding="utf-8")
+    with disk_errors(folder.path):
+        measured = probe.run(output, reference_kl, progress)
+        folder.draft(SENSITIVITY).write_text(measured.to_json(), encoding="utf-8")

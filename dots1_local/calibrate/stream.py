@@ -1,11 +1,14 @@
-"""The model over many tokens, a layer at a time, so that each weight is read once for all of them.
+"""The model over many tokens, one layer at a time, so that each weight is read once for all tokens.
 
-Between two layers there is only the residual stream, x [chunks, positions, hidden]. Within a layer
-attention goes by groups of chunks; then the routed experts are read one after another, and each
-gets all rows that are routed to it: a layer of 8.9 GB in F32 never lies in memory whole.
+Only the residual stream, x [chunks, positions, hidden], is passed from layer to layer. Within a
+layer, attention is computed for groups of chunks; then the routed experts are read one after
+another, and each is applied to all rows that are routed to it. So a layer, which has 8.9 GB in F32,
+is never in memory as a whole.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +18,11 @@ from torch import Tensor
 from dots1_local.architecture import inventory
 from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.ggml import QuantType
+from dots1_local.quant.encode import decode, encode
 from dots1_local.reference.layers import Observer, Weights, attention, dense_ffn, rms_norm, route
-from dots1_local.reference.weights import (
-    Kernel,
+from dots1_local.reference.model import (
+    Compute,
     Rounding,
     head_name,
     load_common,
@@ -25,21 +30,30 @@ from dots1_local.reference.weights import (
     read_tensor,
 )
 
-__all__ = ["Segment", "Step", "advance", "embed", "observe_head", "output_logits"]
+__all__ = [
+    "Report",
+    "Segment",
+    "embed",
+    "forward_layer",
+    "observe_head",
+    "output_logits",
+    "rounding_to",
+]
 
-_ROWS = 2048  # multiplied at a time; with more a matrix product gets no faster
-_LOGITS = 1 << 25  # computed at a time: 134 MB
+_ROWS = 2048  # rows in one matrix product; more are no faster
+_LOGITS = 1 << 25  # logits computed at a time: 134 MB
+_PIECE = 1 << 20  # weights encoded at a time
 
-Step = Callable[[float], None]
-"""Called with what was just computed, in tokens' worth of a layer."""
+Report = Callable[[float], None]
+"""Called with the work done since the last call, in tokens per layer."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Chunks [start, stop) of x, who observes them, and how their layers' matrices are rounded.
+    """Chunks [start, stop) of x, their observer, and the rounding of the weights that they see.
 
-    Rows of two segments are never multiplied together, so that neither depends on the other being
-    there, to the last bit.
+    Rows of two segments are never in one matrix product, so that the results of a segment do not
+    depend, to the last bit, on the other segments.
     """
 
     start: int
@@ -48,10 +62,36 @@ class Segment:
     rounding: Rounding | None = None
 
 
+def rounding_to(kind: QuantType, threads: int | None = None) -> Rounding:
+    """A function that encodes a matrix [rows, columns] to `kind`, without importance, and decodes
+    it to F32.
+
+    It returns a matrix unchanged if the blocks of `kind` do not fit its rows.
+    """
+
+    def rounded(stored: Tensor) -> Tensor:
+        columns = stored.shape[1]
+        if not kind.fits(columns):
+            return stored
+        out = torch.empty(stored.shape)
+        size = max(1, _PIECE // columns)
+
+        def fill(start: int) -> None:
+            rows = stored[start : start + size].float().contiguous().numpy()
+            decoded = decode(encode(rows, kind), kind, columns)
+            out[start : start + size] = torch.from_numpy(decoded)
+
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            list(pool.map(fill, range(0, len(stored), size)))
+        return out
+
+    return rounded
+
+
 def embed(
     checkpoint: Checkpoint, tokens: Tensor, x: Tensor, rounding: Rounding | None = None
 ) -> None:
-    """Fill `x` with the embeddings of `tokens` [chunks, positions], rounded if so wanted.
+    """Fill `x` with the embeddings of `tokens` [chunks, positions], rounded if `rounding` is given.
 
     Raises:
         CheckpointError: the embedding is missing or unreadable.
@@ -62,22 +102,22 @@ def embed(
 
 
 @torch.no_grad()
-def advance(
+def forward_layer(
     x: Tensor,
     checkpoint: Checkpoint,
     layer: int,
     segments: Sequence[Segment],
-    kernel: Kernel,
-    step: Step,
+    compute: Compute,
+    report: Report,
 ) -> None:
-    """Turn `x`, in place, from what enters a layer into what leaves it.
+    """Replace `x`, the residual stream before a layer, by the residual stream after it.
 
-    `x` may lie on another device than the kernel's.
+    `x` may be on another device than the computation.
 
     Raises:
-        CheckpointError: a tensor is missing or unreadable, or the router's bias is no number.
+        CheckpointError: a tensor is missing or unreadable, or the router's bias is NaN or infinite.
     """
-    work = _Layer(x, checkpoint, layer, segments, kernel, step)
+    work = _ForwardLayer(x, checkpoint, layer, segments, compute, report)
     if checkpoint.config.is_dense(layer):
         work.dense()
     else:
@@ -88,10 +128,10 @@ def advance(
 def output_logits(
     x: Tensor, checkpoint: Checkpoint, first: int, device: torch.device
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Chunk, number of the first row, and logits [rows, vocabulary] of blocks of `x`.
+    """Chunk, number of the first row, and logits [rows, vocabulary], for blocks of rows.
 
-    `x` is what leaves the last layer. Rows are positions from `first` on, and the last position,
-    whose next token is not known, is left out.
+    `x` is the residual stream after the last layer. Row 0 of a chunk is position `first`; the last
+    position, whose next token is not known, is left out.
     """
     config = checkpoint.config
     norm = read_tensor(checkpoint, "model.norm.weight").to(device).float()
@@ -107,9 +147,9 @@ def output_logits(
 def observe_head(
     x: Tensor, checkpoint: Checkpoint, observe: Observer, device: torch.device
 ) -> None:
-    """Let `observe` hear what the head is multiplied by, at every position, under its full name.
+    """Call `observe` with the inputs of the head at every position, and the head's full name.
 
-    `x` is what leaves the last layer.
+    `x` is the residual stream after the last layer.
     """
     config = checkpoint.config
     norm = read_tensor(checkpoint, "model.norm.weight").to(device).float()
@@ -119,8 +159,8 @@ def observe_head(
             observe(head_name(config), normed)
 
 
-class _Layer:
-    """One layer's way over x."""
+class _ForwardLayer:
+    """One layer applied to x."""
 
     def __init__(
         self,
@@ -128,29 +168,30 @@ class _Layer:
         checkpoint: Checkpoint,
         layer: int,
         segments: Sequence[Segment],
-        kernel: Kernel,
-        step: Step,
+        compute: Compute,
+        report: Report,
     ) -> None:
         self.x, self.segments = x, segments
-        self.kernel, self.device = kernel, kernel.device
+        self.compute, self.device = compute, compute.device
         self.checkpoint, self.layer, self.config = checkpoint, layer, checkpoint.config
         self.weights = {
-            rounding: load_common(checkpoint, layer, kernel, rounding)
+            rounding: load_common(checkpoint, layer, compute, rounding)
             for rounding in {segment.rounding for segment in segments}
         }
-        self.step = step
+        self.report = report
 
     def dense(self) -> None:
         for group, segment in self._groups():
             attended, normed = self._attend(group, segment)
             attended += _ffn(normed, self.weights[segment.rounding], "mlp", segment.observe)
             self._put(self.x, group, attended)
-            self.step(len(normed))
+            self.report(len(normed))
 
     def moe(self) -> None:
-        """While experts are added up in `after`, x holds what they all begin with."""
+        """Compute everything but the routed experts first; x then holds the experts' inputs, while
+        their outputs are added to `after`."""
         after, routes = torch.empty_like(self.x), []
-        worth = self._common_worth()
+        part = self._common_part()
         for group, segment in self._groups():
             weights, observe = self.weights[segment.rounding], segment.observe
             attended, normed = self._attend(group, segment)
@@ -161,13 +202,13 @@ class _Layer:
             attended += _ffn(normed, weights, "mlp.shared_experts", observe)
             self._put(self.x, group, normed)
             self._put(after, group, attended)
-            self.step(len(normed) * worth)
+            self.report(len(normed) * part)
         chosen, shares = (torch.cat(parts) for parts in zip(*routes, strict=True))
-        self._experts(after, chosen, shares, (1 - worth) / self.config.num_experts_per_tok)
+        self._experts(after, chosen, shares, (1 - part) / self.config.num_experts_per_tok)
         self.x.copy_(after)
 
     def _checked_bias(self, weights: Weights) -> Tensor:
-        """It only ranks experts: NaN in it chooses them, and shows in nothing they compute."""
+        """The router's bias. It only ranks experts, so NaN in it would not show in any output."""
         name = "mlp.gate.e_score_correction_bias"
         if not torch.isfinite(weights[name]).all():
             raise CheckpointError(
@@ -176,14 +217,14 @@ class _Layer:
         return weights[name]
 
     def _groups(self) -> Iterator[tuple[slice, Segment]]:
-        """Slices of chunks to be computed at once."""
+        """Slices of chunks that are computed together."""
         size = max(1, _ROWS // self.x.shape[1])
         for segment in self.segments:
             for start in range(segment.start, segment.stop, size):
                 yield slice(start, min(start + size, segment.stop)), segment
 
     def _attend(self, group: slice, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Chunks after attention, and the same normed for what comes next: both [rows, hidden]."""
+        """The residual stream after attention, and normed for the FFN: both [rows, hidden]."""
         weights, eps = self.weights[segment.rounding], self.config.rms_norm_eps
         part = self.x[group].to(self.device)
         normed = rms_norm(part, weights["input_layernorm.weight"], eps)
@@ -194,30 +235,30 @@ class _Layer:
     def _put(self, target: Tensor, group: slice, rows: Tensor) -> None:
         target[group].copy_(rows.view(-1, *self.x.shape[1:]))
 
-    def _experts(self, after: Tensor, chosen: Tensor, shares: Tensor, worth: float) -> None:
-        """Add to `after` what each expert makes of the rows routed to it."""
+    def _experts(self, after: Tensor, chosen: Tensor, shares: Tensor, work: float) -> None:
+        """Add the output of each expert to `after`, for the rows that are routed to it."""
         inputs, outputs = self.x.flatten(0, 1), after.flatten(0, 1)
         for expert, stored in enumerate(read_experts(self.checkpoint, self.layer)):
             prefix = f"mlp.experts.{expert}"
             rows, slots = (chosen == expert).nonzero(as_tuple=True)
-            ready: dict[Rounding | None, Weights] = {}
+            prepared: dict[Rounding | None, Weights] = {}
             for segment, blocks in self._blocks(rows):
-                matrices = ready.get(segment.rounding) or {
-                    name: self.kernel.ready(name, tensor, segment.rounding)
+                matrices = prepared.get(segment.rounding) or {
+                    name: self.compute.prepare(name, tensor, segment.rounding)
                     for name, tensor in stored.items()
                 }
-                ready[segment.rounding] = matrices
+                prepared[segment.rounding] = matrices
                 for block in blocks:
                     at = rows[block].to(inputs.device)
                     gathered = inputs[at].to(self.device)
                     result = dense_ffn(gathered, matrices, prefix, segment.observe)
                     result *= shares[rows[block], slots[block], None]
                     outputs.index_add_(0, at, result.to(outputs.device))
-                    self.step(len(at) * worth)
+                    self.report(len(at) * work)
 
     def _blocks(self, rows: Tensor) -> Iterator[tuple[Segment, list[slice]]]:
-        """Cut ascending row numbers where a segment ends, and into pieces; segments without any
-        are left out."""
+        """Split ascending row numbers at the ends of segments, and further into blocks; segments
+        without rows are left out."""
         for segment in self.segments:
             ends = torch.tensor([segment.start, segment.stop]) * self.x.shape[1]
             first, last = torch.searchsorted(rows, ends.to(rows.device)).tolist()
@@ -225,8 +266,8 @@ class _Layer:
                 starts = range(first, last, _ROWS)
                 yield segment, [slice(start, min(start + _ROWS, last)) for start in starts]
 
-    def _common_worth(self) -> float:
-        """The share of the work on a token that is not the routed experts'."""
+    def _common_part(self) -> float:
+        """The part of the work on a token that is not done by the routed experts."""
         specs = [s for s in inventory(self.config) if s.layer == self.layer]
         routed = sum(s.source_elements for s in specs if s.role == "routed")
         common = sum(s.source_elements for s in specs if s.role != "routed")
@@ -235,5 +276,5 @@ class _Layer:
 
 
 def _ffn(rows: Tensor, weights: Weights, prefix: str, observe: Observer | None) -> Tensor:
-    """`dense_ffn` in pieces: a chunk may be longer than what is multiplied at a time."""
+    """`dense_ffn` in blocks: a chunk may have more rows than one matrix product should."""
     return torch.cat([dense_ffn(part, weights, prefix, observe) for part in rows.split(_ROWS)])

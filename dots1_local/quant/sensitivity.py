@@ -26,8 +26,7 @@ from dots1_local.ggml import TYPES
 
 __all__ = ["Effect", "Sensitivity", "geometry", "load_sensitivity"]
 
-# Figures in a file: nats, counts and errors have this limit, so that sums of them stay finite.
-_Figure = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+_LARGEST = 1e9  # of every figure in a file, so that sums of them stay finite
 # The shapes and names of all tensors follow from these.
 _GEOMETRY = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -44,9 +43,9 @@ class Effect:
     that output. `damage` is in nats a token, `flips` in nats squared.
     """
 
-    error: _Figure
-    damage: _Figure
-    flips: _Figure
+    error: float
+    damage: float
+    flips: float
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ class Sensitivity:
     imatrix: str
     tokens: int
     reference_type: str
-    reference_kl: _Figure
-    reference_damage: _Figure
+    reference_kl: Annotated[float, msgspec.Meta(ge=0, le=_LARGEST)]
+    reference_damage: Annotated[float, msgspec.Meta(ge=0, le=_LARGEST)]
     tensors: Mapping[str, Mapping[str, Effect]]
 
     def predict(self, types: Mapping[str, str]) -> float:
@@ -125,8 +124,12 @@ def load_sensitivity(path: str | Path) -> Sensitivity:
     except JsonError as error:
         raise Dots1Error(f"{path} is not a sensitivity file: {error}") from None
     for name, by_type in found.tensors.items():
-        if unknown := by_type.keys() - TYPES.keys():
-            raise Dots1Error(f"{path}: {name} has the unknown type {min(unknown)!r}")
+        for kind, effect in by_type.items():
+            if kind not in TYPES:
+                raise Dots1Error(f"{path}: {name} has the unknown type {kind!r}")
+            for figure, value in vars(effect).items():
+                if not 0 <= value <= _LARGEST:
+                    raise Dots1Error(f"{path}: {name} has the {figure} {value!r} as {kind}")
     return found
 
 

@@ -3,8 +3,8 @@
 A layer's weights are a mapping from Hugging Face names relative to the layer
 (`self_attn.q_proj.weight`, `mlp.gate.weight`, ...) to tensors, except that the routed experts
 are stacked: `mlp.experts.gate_proj` and `mlp.experts.up_proj` are [experts, width, hidden],
-`mlp.experts.down_proj` is [experts, hidden, width]. Nothing here owns state, so the tensors may
-be autograd parameters (training), one layer read from disk (calibration) or de-quantised
+`mlp.experts.down_proj` is [experts, hidden, width]. The functions have no state, so the tensors
+may be autograd parameters (training), one layer read from disk (calibration) or de-quantised
 weights (comparison).
 """
 
@@ -18,7 +18,7 @@ from dots1_local.architecture import Dots1Config
 
 __all__ = [
     "Observer",
-    "Outcome",
+    "OutputObserver",
     "Weights",
     "attention",
     "dense_ffn",
@@ -26,9 +26,7 @@ __all__ = [
     "layer_forward",
     "moe",
     "rms_norm",
-    "rope",
     "route",
-    "routed_experts",
     "router_scores",
 ]
 
@@ -39,13 +37,13 @@ Observer = Callable[[str, Tensor], None]
 """Called with a weight matrix's Hugging Face name, relative to the layer, and the rows that are
 about to be multiplied by it: [rows, columns of the matrix]."""
 
-Outcome = Callable[[str, Tensor], None]
-"""Called with the same name and what came of the multiplication, as the layer goes on with it:
-[..., rows of the matrix]. Autograd gives the gradient with respect to it."""
+OutputObserver = Callable[[str, Tensor], None]
+"""Called with the same name and the result of the multiplication: [..., rows of the matrix]. The
+layer continues with this very tensor, so autograd gives the gradient with respect to it."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x` over its root mean square along the last axis, in F32, times `weight`."""
+    """`x` divided by its root mean square along the last axis, in F32, times `weight`."""
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps)
 
 
@@ -54,9 +52,9 @@ def linear(
     weights: Weights,
     name: str,
     observe: Observer | None,
-    outcome: Outcome | None = None,
+    observe_output: OutputObserver | None = None,
 ) -> Tensor:
-    """`x` times the named matrix [out, in], in the precision and the layout that this has."""
+    """`x` times the named matrix [out, in], in the matrix's own precision and layout."""
     weight = weights[name]
     if observe is not None:
         observe(name, x.flatten(0, -2))
@@ -66,13 +64,13 @@ def linear(
         y = F.linear(x.bfloat16(), weight).to(x.dtype)
     else:
         y = F.linear(x, weight)
-    if outcome is not None:
-        outcome(name, y)
+    if observe_output is not None:
+        observe_output(name, y)
     return y
 
 
 def rope(x: Tensor, theta: float) -> Tensor:
-    """`x` [..., positions, head_dim] rotated NEOX style: dimension i with i + head_dim / 2."""
+    """`x` [..., positions, head_dim] rotated in NEOX style: dimension i with i + head_dim / 2."""
     positions, head_dim = x.shape[-2:]
     steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=x.device)
     angles = torch.arange(positions, device=x.device).float()[:, None] / theta ** (steps / head_dim)
@@ -86,15 +84,15 @@ def attention(
     weights: Weights,
     config: Dots1Config,
     observe: Observer | None = None,
-    outcome: Outcome | None = None,
+    observe_output: OutputObserver | None = None,
 ) -> Tensor:
-    """Causal self-attention over `x` [batch, positions, hidden], positions counted from 0.
+    """Causal self-attention over `x` [batch, positions, hidden], at positions from 0.
 
-    q and k are normalised per head before RoPE, not after.
+    q and k are normalised per head before RoPE.
     """
 
     def heads(name: str) -> Tensor:
-        projected = linear(x, weights, f"self_attn.{name}_proj.weight", observe, outcome)
+        projected = linear(x, weights, f"self_attn.{name}_proj.weight", observe, observe_output)
         return projected.view(*x.shape[:-1], -1, config.head_dim).transpose(1, 2)
 
     def rotated(name: str) -> Tensor:
@@ -110,7 +108,7 @@ def attention(
         enable_gqa=config.num_key_value_heads != config.num_attention_heads,
     )
     joined = mixed.transpose(1, 2).flatten(2)
-    return linear(joined, weights, "self_attn.o_proj.weight", observe, outcome)
+    return linear(joined, weights, "self_attn.o_proj.weight", observe, observe_output)
 
 
 def dense_ffn(
@@ -118,22 +116,22 @@ def dense_ffn(
     weights: Weights,
     prefix: str,
     observe: Observer | None = None,
-    outcome: Outcome | None = None,
+    observe_output: OutputObserver | None = None,
 ) -> Tensor:
     """SwiGLU with the matrices `PREFIX.{gate,up,down}_proj.weight`."""
-    gate = linear(x, weights, f"{prefix}.gate_proj.weight", observe, outcome)
-    up = linear(x, weights, f"{prefix}.up_proj.weight", observe, outcome)
-    return linear(F.silu(gate) * up, weights, f"{prefix}.down_proj.weight", observe, outcome)
+    gate = linear(x, weights, f"{prefix}.gate_proj.weight", observe, observe_output)
+    up = linear(x, weights, f"{prefix}.up_proj.weight", observe, observe_output)
+    return linear(F.silu(gate) * up, weights, f"{prefix}.down_proj.weight", observe, observe_output)
 
 
 def router_scores(x: Tensor, weight: Tensor) -> Tensor:
-    """What the router gives each expert, for each row of `x`: [rows, experts] from 0 to 1, F32."""
+    """The router's score of each expert, for each row of `x`: [rows, experts] from 0 to 1, F32."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.float(), weight.float()).sigmoid()
 
 
 def expert_shares(scores: Tensor, chosen: Tensor, config: Dots1Config) -> Tensor:
-    """The weights of the experts chosen for each row: [rows, experts per token], as `chosen`."""
+    """The factors of the chosen experts' outputs, shaped as `chosen` [rows, experts per token]."""
     shares = scores.gather(-1, chosen)
     if config.norm_topk_prob:
         shares = shares / (shares.sum(dim=-1, keepdim=True) + 1e-20)
@@ -141,9 +139,10 @@ def expert_shares(scores: Tensor, chosen: Tensor, config: Dots1Config) -> Tensor
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor, config: Dots1Config) -> tuple[Tensor, Tensor]:
-    """The experts chosen for each row of `x`, and their weights: both [rows, experts per token].
+    """The experts chosen for each row of `x`, and the factors of their outputs (`expert_shares`):
+    both [rows, experts per token].
 
-    The bias takes part in the choice and not in the weights.
+    The bias affects the choice, but not the factors.
     """
     scores = router_scores(x, weight)
     chosen = (scores.detach() + bias).topk(config.num_experts_per_tok, dim=-1).indices
@@ -154,10 +153,10 @@ def routed_experts(
     x: Tensor, chosen: Tensor, shares: Tensor, weights: Weights, observe: Observer | None = None
 ) -> Tensor:
     """The chosen experts' outputs, weighted by `shares` and summed, for each row of `x`."""
-    # (row, slot) pairs grouped by expert: one gather, one scatter, whatever the number of experts
+    # (row, slot) pairs are grouped by expert, so that one gather and one scatter suffice.
     order = chosen.flatten().argsort(stable=True)
     rows = order // chosen.shape[-1]
-    # unbind, not indexing: the gradient of w[e] would be a tensor as large as w, for every e
+    # Not w[e]: its gradient would be a tensor as large as w, for every expert e.
     gates, ups, downs = (
         weights[f"mlp.experts.{name}_proj"].unbind() for name in ("gate", "up", "down")
     )
@@ -178,7 +177,7 @@ def routed_experts(
 def moe(
     x: Tensor, weights: Weights, config: Dots1Config, observe: Observer | None = None
 ) -> Tensor:
-    """Routed experts plus the shared expert, which is added unscaled."""
+    """The routed experts' output plus the shared expert's, which is not scaled."""
     rows = x.flatten(0, -2)
     if observe is not None:
         observe("mlp.gate.weight", rows)
@@ -192,7 +191,7 @@ def moe(
 def layer_forward(
     x: Tensor, weights: Weights, config: Dots1Config, layer: int, observe: Observer | None = None
 ) -> Tensor:
-    """The residual stream `x` [batch, positions, hidden] after layer number `layer`."""
+    """The residual stream after a layer, from `x` before it: both [batch, positions, hidden]."""
     normed = rms_norm(x, weights["input_layernorm.weight"], config.rms_norm_eps)
     x = x + attention(normed, weights, config, observe)
     normed = rms_norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps)

@@ -1,4 +1,5 @@
-"""What tests of the way back share: a forward pass that keeps all, and a step back."""
+"""Shared by tests of the backward pass: a forward pass that saves every layer's inputs, and one
+layer of the backward pass."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,19 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dots1_local.calibrate.backward import generator, retreat
-from dots1_local.calibrate.router_flips import Ties
+from dots1_local.calibrate.backward import backward_layer, generator
+from dots1_local.calibrate.router_flips import RouterFlips
 from dots1_local.files.checkpoint import Checkpoint
-from dots1_local.reference import layer_forward, load_layers, load_outer
-from dots1_local.reference.weights import Kernel
+from dots1_local.reference.layers import layer_forward
+from dots1_local.reference.model import Compute, load_layers, load_outer
 
-CPU = Kernel(torch.device("cpu"))
+CPU = Compute(torch.device("cpu"))
 CHUNKS, POSITIONS, DRAWS = 3, 40, 2
 
 
 @dataclass(frozen=True)
 class Passed:
-    """What a forward pass leaves: inputs of the layers, and what leaves the last one."""
+    """The results of a forward pass: the inputs of all layers, and the output of the last one."""
 
     checkpoint: Checkpoint
     tokens: Tensor
@@ -48,11 +49,11 @@ def back(
     *,
     kl_draws: int | None = None,
     sigma: float = 0.0,
-    kernel: Kernel = CPU,
-) -> tuple[dict[str, Tensor], Ties]:
+    kernel: Compute = CPU,
+) -> tuple[dict[str, Tensor], RouterFlips]:
     draws = len(g) if kl_draws is None else kl_draws
     random = generator(0, layer)
-    return retreat(
+    return backward_layer(
         g, run.x[layer], run.checkpoint, layer, draws, sigma, random, kernel, lambda tokens: None
     )
 

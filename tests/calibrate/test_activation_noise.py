@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from dots1_local import ggml
 from dots1_local.architecture import Dots1Config
-from dots1_local.calibrate.rounding import BLOCKS, ActivationNoise
+from dots1_local.calibrate.forward import ColumnSums
+from dots1_local.calibrate.probe import BLOCKS, activation_errors
 from dots1_local.ggml import TYPES, QuantType
 from tests.micro import micro_config
 
@@ -59,10 +60,10 @@ def test_errors_are_those_of_llama_cpp() -> None:
     config = Dots1Config.from_json(micro_config(hidden_size=512))
     rows = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     rows[:, 7] *= 20  # an outlier, which 256 of them share a scale with
-    noise = ActivationNoise(config, 1)
+    noise = ColumnSums(config, 1, activation_errors)
     noise.observe("self_attn.q_proj.weight", rows[:40])
     noise.observe("self_attn.q_proj.weight", rows[40:])
-    by_length = noise.by_name()["blk.1.attn_q.weight"]
+    by_length = noise.means()["blk.1.attn_q.weight"]
     assert by_length.shape == (2, 1, 512)
     for ours, kind in zip(by_length, (8, 15), strict=True):
         expected = np.square(rounded(rows.numpy(), kind) - rows.numpy()).mean(axis=0)
@@ -73,9 +74,9 @@ def test_errors_are_those_of_llama_cpp() -> None:
 
 def test_experts_are_kept_apart_and_may_go_without_tokens() -> None:
     config = Dots1Config.from_json(micro_config())
-    noise = ActivationNoise(config, 1)
+    noise = ColumnSums(config, 1, activation_errors)
     noise.observe("mlp.experts.2.up_proj.weight", torch.rand(5, 64))
-    found = noise.by_name()
+    found = noise.means()
     assert set(found) == {"blk.1.ffn_up_exps.weight"}
     by_expert = found["blk.1.ffn_up_exps.weight"].sum(axis=(0, 2))
     assert by_expert[2] > 0
@@ -84,8 +85,8 @@ def test_experts_are_kept_apart_and_may_go_without_tokens() -> None:
 
 def test_rows_need_not_fill_a_block() -> None:
     config = Dots1Config.from_json(micro_config(moe_intermediate_size=40))
-    noise = ActivationNoise(config, 1)
+    noise = ColumnSums(config, 1, activation_errors)
     exact = torch.zeros(3, 40)
     exact[:, 32:] = torch.tensor([127.0, 1, 2, 3, 4, 5, 6, 7])  # a scale of 1: nothing to round
     noise.observe("mlp.experts.0.down_proj.weight", exact)
-    assert not noise.by_name()["blk.1.ffn_down_exps.weight"].any()
+    assert not noise.means()["blk.1.ffn_down_exps.weight"].any()

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dots1_local.reference.layers as layers_module
-from dots1_local.calibrate.backward import generator, top
+from dots1_local.calibrate.backward import generator, head_gradients
 from dots1_local.errors import CheckpointError
-from dots1_local.reference import layer_forward, load_layer, load_layers, load_outer, rms_norm
-from dots1_local.reference.weights import Kernel
+from dots1_local.reference.layers import layer_forward, rms_norm
+from dots1_local.reference.model import Compute, load_layer, load_layers, load_outer
 from tests.calibrate.passes import Passed, back, forward, gradients
 from tests.micro import micro_checkpoint
 
@@ -76,7 +76,7 @@ def test_bf16_is_nearly_the_same(passed: Passed) -> None:
     layer = passed.layers - 1
     exact, rounded = gradients(passed), gradients(passed)
     expected, _ = back(passed, exact, layer)
-    found, _ = back(passed, rounded, layer, kernel=Kernel(torch.device("cpu"), bf16=True))
+    found, _ = back(passed, rounded, layer, kernel=Compute(torch.device("cpu"), bf16=True))
     assert float((rounded - exact).norm() / exact.norm()) < 0.02
     for name in ("self_attn.q_proj.weight", "mlp.shared_experts.up_proj.weight"):
         torch.testing.assert_close(found[name].sum(), expected[name].sum(), rtol=0.03, atol=0)
@@ -87,7 +87,9 @@ def test_predicts_the_kl_divergence_of_small_noise(
 ) -> None:
     """Noise in what enters layer 2, against the logits computed with it and the same choices."""
     first, draws, noises = 2, 32, 8
-    g, _ = top(passed.x[-1], passed.checkpoint, draws, generator(0, 5), torch.device("cpu"))
+    g, _ = head_gradients(
+        passed.x[-1], passed.checkpoint, draws, generator(0, 5), torch.device("cpu")
+    )
     for layer in reversed(range(first, passed.layers)):
         back(passed, g, layer)
     outer, config = load_outer(passed.checkpoint), passed.checkpoint.config

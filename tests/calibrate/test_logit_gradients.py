@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dots1_local.calibrate.backward import generator, top
+from dots1_local.calibrate.backward import generator, head_gradients
 from dots1_local.files.checkpoint import Checkpoint
-from dots1_local.reference import load_outer, logits, rms_norm
+from dots1_local.reference.layers import rms_norm
+from dots1_local.reference.model import load_outer, logits
 from tests.calibrate.passes import forward
 from tests.micro import micro_checkpoint
 
@@ -23,7 +24,9 @@ def test_logit_gradients_have_the_hessian_of_kl_for_a_covariance(
     run = forward(micro_checkpoint(tmp_path, tie_word_embeddings=tied), 1, 3)
     p = logits(run.checkpoint, run.tokens)[0].double().softmax(-1)
     draws = 2000
-    g, squares = top(run.x[-1], run.checkpoint, draws, generator(0, 2), torch.device("cpu"))
+    g, squares = head_gradients(
+        run.x[-1], run.checkpoint, draws, generator(0, 2), torch.device("cpu")
+    )
     assert g.shape == (draws, 1, 3, 64)
     torch.testing.assert_close(squares, (p * (1 - p)).sum(0), rtol=1e-5, atol=1e-9)
     outer = load_outer(run.checkpoint)
@@ -59,7 +62,7 @@ def test_head_of_three_words(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dots1_local.calibrate.backward.read_tensor", replaced)
         x = normed.expand(1, 2, 64).contiguous()
-        _, squares = top(x, run.checkpoint, 1, generator(0, 0), torch.device("cpu"))
+        _, squares = head_gradients(x, run.checkpoint, 1, generator(0, 0), torch.device("cpu"))
     expected = 2 * torch.tensor([1 / 4, 2 / 9, 5 / 36], dtype=torch.float64)
     torch.testing.assert_close(squares[:3], expected, rtol=1e-4, atol=0)
     assert float(squares[3:].sum()) < 1e-9

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import dots1_local.reference.layers as layers_module
 from dots1_local.calibrate.backward import generator
-from dots1_local.calibrate.router_flips import Ties
-from dots1_local.reference import attention, load_layer, moe, rms_norm
+from dots1_local.calibrate.router_flips import RouterFlips
+from dots1_local.reference.layers import attention, moe, rms_norm
+from dots1_local.reference.model import load_layer
 from tests.calibrate.passes import CHUNKS, DRAWS, POSITIONS, Passed, back, forward, gradients
 from tests.micro import micro_checkpoint
 
@@ -89,11 +90,11 @@ def test_dense_layers_and_noiseless_margins_have_no_ties(passed: Passed) -> None
     g = torch.zeros(1, *passed.x[0].shape)
     for layer, sigma in ((0, 0.01), (1, 0.0)):
         _, ties = back(passed, g, layer, kl_draws=0, sigma=sigma)
-        assert ties == Ties()
+        assert ties == RouterFlips()
         assert not g.any()
 
 
 def test_all_experts_chosen_leaves_none_to_swap(tmp_path: Path) -> None:
     run = forward(micro_checkpoint(tmp_path, num_experts_per_tok=4))
     _, ties = back(run, gradients(run), 1, sigma=0.01)
-    assert ties == Ties()
+    assert ties == RouterFlips()

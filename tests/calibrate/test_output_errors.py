@@ -9,7 +9,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
-from dots1_local.calibrate.output_errors import candidates, measure, sample
+from dots1_local.calibrate.output_errors import measure, sample
 from dots1_local.errors import CheckpointError
 from dots1_local.ggml import TYPES
 from dots1_local.quant.encode import encode
@@ -135,16 +135,16 @@ def test_zeros_are_stored_exactly() -> None:
     assert set(case.measured(count=32).values()) == {(0.0, 0.0, 0.0)}
 
 
-def test_candidates() -> None:
-    """K- and IQ-types need rows of whole blocks of 256, which padding makes of 192 columns."""
+def test_types_that_fit_are_measured() -> None:
+    """K- and IQ-types need a multiple of 256 columns; padding makes that of 192."""
     unpadded = replace(ROUTED, shape=(4, 64, 192))
     short = {"Q8_0", "Q5_0", "Q5_1", "Q4_1", "IQ4_NL", "MXFP4"}
-    assert {kind.name for kind in candidates(unpadded, importance=True)} == short
-    exact = {"F32", "F16", "BF16"}
-    every = TYPES.keys() - exact - {"Q4_0"}
-    assert {kind.name for kind in candidates(ROUTED, importance=True)} == every
-    unguided = every - {"IQ2_XXS", "IQ2_XS", "IQ1_S"}
-    assert {kind.name for kind in candidates(PLAIN, importance=False)} == unguided
+    assert Case(unpadded).measured(count=32).keys() == short | {"reference"}
+    every = TYPES.keys() - {"F32", "F16", "BF16", "Q4_0"}
+    assert Case(ROUTED).measured(count=32).keys() == every | {"reference"}
+    case = Case(PLAIN)
+    drawn = sample(case.spec, case.rows_of, case.rows, case.columns, count=32)
+    assert measure(drawn, None)[0].keys() == every - {"IQ2_XXS", "IQ2_XS", "IQ1_S"}
 
 
 def test_reference_leaves_rows_that_are_no_whole_blocks() -> None:
@@ -157,5 +157,5 @@ def test_weights_too_large_for_a_type() -> None:
     case = Case(PLAIN)
     case.weights[:] = 1e10
     drawn = sample(case.spec, case.rows_of, case.rows, case.columns)
-    with pytest.raises(CheckpointError, match=r"output\.weight has weights larger than Q4_0 holds"):
+    with pytest.raises(CheckpointError, match=r"output\.weight .*too large for Q4_0"):
         measure(drawn, case.importance)

@@ -105,7 +105,7 @@ def test_it_says_how_far_it_has_come(
             calibrate(micro, folder, TOKENS, evaluation=EVALUATED, threads=1, force=True,
                       on_resume=lambda *now: said.append(now[:3]), progress=stop)  # fmt: skip
     forward = [(layer, LAYERS, "layers") for layer in range(1, LAYERS + 1)]
-    back = [(layer, LAYERS, "layers on the way back") for layer in range(LAYERS + 1)]
+    back = [(layer, LAYERS, "layers of the backward pass") for layer in range(LAYERS + 1)]
     assert list(dict.fromkeys(said)) == [*forward, *back]
 
 

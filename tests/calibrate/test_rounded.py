@@ -9,19 +9,19 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 
-from dots1_local.calibrate.rounding import rounded_divergence, through
+from dots1_local.calibrate.probe import rounded_divergence
 from dots1_local.calibrate.router_flips import RouterNoise
-from dots1_local.calibrate.stream import Segment, advance, embed
+from dots1_local.calibrate.stream import Segment, embed, forward_layer, rounding_to
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.ggml import TYPES
-from dots1_local.reference import forward, layer_forward, load_layers, load_outer
-from dots1_local.reference.weights import Kernel
+from dots1_local.reference.layers import layer_forward
+from dots1_local.reference.model import Compute, forward, load_layers, load_outer
 from tests.micro import micro_checkpoint
 
 Weights = dict[str, torch.Tensor]
 CPU = torch.device("cpu")
 LAYERS = 3
-Q4_0 = through(TYPES["Q4_0"], threads=1)
+Q4_0 = rounding_to(TYPES["Q4_0"], threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def streamed(checkpoint: Checkpoint, tokens: torch.Tensor, *segments: Segment) -
         part = slice(segment.start, segment.stop)
         embed(checkpoint, tokens[part], x[part], segment.rounding)
     for layer in range(LAYERS):
-        advance(x, checkpoint, layer, segments, Kernel(CPU), lambda _: None)
+        forward_layer(x, checkpoint, layer, segments, Compute(CPU), lambda _: None)
     return x
 
 
@@ -110,8 +110,8 @@ def test_divergence_is_that_of_the_whole_models(
         for change in (unchanged, rounded)
     )  # fmt: skip
     expected = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    monkeypatch.setattr("dots1_local.calibrate.rounding._VOCABULARY", 100)
-    monkeypatch.setattr("dots1_local.calibrate.rounding._ROWS", 7)
+    monkeypatch.setattr("dots1_local.calibrate.probe._VOCABULARY", 100)
+    monkeypatch.setattr("dots1_local.calibrate.probe._ROWS", 7)
     x = streamed(checkpoint, tokens.repeat(2, 1), Segment(0, 2), Segment(2, 4, rounding=Q4_0))
     measured = rounded_divergence(x[:2], x[2:], checkpoint, Q4_0, CPU)
     assert measured == pytest.approx(expected, rel=1e-4)
@@ -157,5 +157,5 @@ def test_router_hears_both_segments(micro: Checkpoint) -> None:
         )
         noise = RouterNoise(weight, bias, micro.config.num_experts_per_tok)
         segments = Segment(0, 2, noise.exact), Segment(2, 4, noise.rounded, rounding)
-        advance(x, micro, 1, segments, Kernel(CPU), lambda _: None)
+        forward_layer(x, micro, 1, segments, Compute(CPU), lambda _: None)
         assert (noise.sigma() == 0) is quiet

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dots1_local.engine.engine import Engine
 from dots1_local.evaluate.perplexity import perplexity
 from dots1_local.files.checkpoint import Checkpoint
-from dots1_local.reference import logits as reference_logits
+from dots1_local.reference.model import logits as reference_logits
 from tests.conftest import Converted
 
 N_TOKENS = 192

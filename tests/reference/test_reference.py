@@ -11,7 +11,8 @@ from transformers import Dots1ForCausalLM
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.files.checkpoint import Checkpoint
-from dots1_local.reference import load_layer, logits, moe, route
+from dots1_local.reference.layers import moe, route
+from dots1_local.reference.model import load_layer, logits
 from tools.train_tiny import GEOMETRY
 
 TEXT = "Once upon a time, there was a little dog. 话说天下大势，分久必合，合久必分。 He'll say 123!"

@@ -1,11 +1,12 @@
 """What is in a GGUF file or a checkpoint folder: tensors by role, types, sizes and keys."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dots1_local.architecture import inventory
+from dots1_local.files.checkpoint import Checkpoint, Slice
 from dots1_local.files.gguf import GGUFFile, role_of
 
 __all__ = ["InspectedTensor", "Inspection", "inspect_path"]
@@ -13,7 +14,7 @@ __all__ = ["InspectedTensor", "Inspection", "inspect_path"]
 
 @dataclass(frozen=True)
 class InspectedTensor:
-    """One tensor as it is stored; `role` is "other" where no dots1 model has such a tensor."""
+    """One tensor as it is stored; `role` is "other" for a tensor that no dots1 model has."""
 
     name: str
     role: str
@@ -26,7 +27,7 @@ class InspectedTensor:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything there is to see; `keys` are a GGUF's keys or the object in config.json."""
+    """The contents of a model; `keys` are a GGUF's keys or the object in config.json."""
 
     path: Path
     kind: Literal["gguf", "checkpoint"]
@@ -41,7 +42,7 @@ class Inspection:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors, headers not counted."""
+        """Bytes of the tensors, without headers."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
@@ -54,8 +55,8 @@ def inspect_path(path: str | Path) -> Inspection:
     """Look into a GGUF file (any shard of a split one) or a Hugging Face checkpoint folder.
 
     Raises:
-        GGUFError: not a readable GGUF file.
-        CheckpointError: an incomplete or unreadable checkpoint, or of another architecture.
+        GGUFError: the file is not a readable GGUF file.
+        CheckpointError: the checkpoint is incomplete, unreadable, or of another architecture.
     """
     return _inspect_checkpoint(Path(path)) if Path(path).is_dir() else _inspect_gguf(Path(path))
 
@@ -75,32 +76,30 @@ def _inspect_gguf(path: Path) -> Inspection:
 
 
 def _inspect_checkpoint(folder: Path) -> Inspection:
-    from dots1_local.files.checkpoint import Checkpoint
-
     checkpoint = Checkpoint.open(folder)
     specs = inventory(checkpoint.config)
     checkpoint.check(specs)
     roles = {source: spec.role for spec in reversed(specs) for source in spec.sources}
-    tensors = tuple(_located(checkpoint, roles))
+    tensors = tuple(
+        InspectedTensor(
+            name, roles.get(name, "other"), piece.dtype, piece.shape,
+            piece.nbytes // piece.item_bytes, piece.nbytes, piece.file.name,
+        )
+        for name, piece in _stored(checkpoint, roles)
+    )  # fmt: skip
     files = tuple(file.name for file in checkpoint.shards)
     return Inspection(folder, "checkpoint", "dots1", files, tensors, checkpoint.raw_config)
 
 
-def _located(checkpoint: Any, roles: Mapping[str, str]) -> Iterator[InspectedTensor]:
-    """The tensors of the model, then what else the shards hold."""
-    seen = {(piece.file, piece.offset) for piece in map(checkpoint.locate, roles)}
-    others: Iterable[str] = (name for name in checkpoint if name not in roles)
+def _stored(checkpoint: Checkpoint, roles: Mapping[str, str]) -> Iterator[tuple[str, Slice]]:
+    """The tensors of the model, then those that the shards hold besides."""
+    seen = set()
     for name in roles:
-        yield _from_slice(name, roles[name], checkpoint.locate(name))
-    for name in others:
+        piece = checkpoint.locate(name)
+        seen.add((piece.file, piece.offset))
+        yield name, piece
+    for name in checkpoint:
         piece = checkpoint.locate(name)
         # Packed experts begin where the first of the experts read from them does.
-        if (piece.file, piece.offset) not in seen:
-            yield _from_slice(name, "other", piece)
-
-
-def _from_slice(name: str, role: str, piece: Any) -> InspectedTensor:
-    parameters = piece.nbytes // piece.item_bytes
-    return InspectedTensor(
-        name, role, piece.dtype, piece.shape, parameters, piece.nbytes, piece.file.name
-    )
+        if name not in roles and (piece.file, piece.offset) not in seen:
+            yield name, piece

@@ -1,97 +1,98 @@
-"""JSON files from anywhere: what is wrong with one is said in a sentence that names it."""
+"""JSON from anywhere: an error says what is wrong with it, and where."""
 
 import json
 import os
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import pytest
 
 from dots1_local.errors import UsageError
-from dots1_local.files.json_file import Fields, read_document
-
-GOOD: dict[str, Any] = {"format": "thing", "version": 1, "size": 3}
+from dots1_local.files.json_file import JsonError, convert_json, parse_json, read_json
 
 
-def read(path: Path) -> Fields:
-    return read_document(path, "thing", "description of a thing")
+@dataclass(frozen=True)
+class Part:
+    size: Annotated[int, msgspec.Meta(ge=2, le=5)]
+    share: float = 0.5
+    kind: Literal["a", "b"] = "a"
 
 
-def test_reads_an_object_key_by_key(tmp_path: Path) -> None:
-    content = {
-        "size": 3, "share": 0.5, "none": 0, "name": "一", "on": True, "kind": "b",
-        "list": [1], "inner": {"x": 1}, "absent": None, "comment": "anything",
-    }  # fmt: skip
-    path = tmp_path / "thing.json"
-    path.write_text("\ufeff" + json.dumps(GOOD | content), encoding="utf-8")
-    raw = read(path)
-    assert (raw.integer("size"), raw.number("share"), raw.number("none", zero=True)) == (3, 0.5, 0)
-    assert (raw.text("name"), raw.boolean("on"), raw.choice("kind", "abc")) == ("一", True, "b")
-    assert (raw.items("list"), raw.given("absent"), raw.given("comment")) == ([1], False, True)
-    inner = raw.group("inner")
-    assert inner.rest() == ["x"]
-    assert inner.number("x") == 1
-    inner.end()
-    raw.ignore("comment")
-    raw.end()
+class Thing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    parts: list[Part] = []
+    on: bool = False
 
 
-@pytest.mark.parametrize(
-    ("take", "value", "says"),
-    [
-        (lambda raw: raw.integer("x"), 1.0, "has 1.0 as 'x', not an integer"),
-        (lambda raw: raw.integer("x"), True, "has True as 'x'"),
-        (lambda raw: raw.integer("x", 2, 5), 6, "an integer from 2 to 5"),
-        (lambda raw: raw.number("x"), 0, "has 0 as 'x', not a positive number"),
-        (lambda raw: raw.number("x", zero=True), -1, "has -1 as 'x'"),
-        (lambda raw: raw.number("x"), float("inf"), "has inf as 'x'"),
-        (lambda raw: raw.number("x"), float("nan"), "has nan as 'x'"),
-        (lambda raw: raw.text("x"), "a\nb", "not a line of text"),
-        (lambda raw: raw.text("x"), "a" * 5000, "not a line of text"),
-        (lambda raw: raw.boolean("x"), 1, "not true or false"),
-        (lambda raw: raw.choice("x", ["a", "b"]), "c", "not one of a, b"),
-        (lambda raw: raw.choice("x", ["a", "b"]), ["a"], "not one of a, b"),
-        (lambda raw: raw.items("x", 1), [1, 2], "not a list"),
-        (lambda raw: raw.group("x"), [], "thing, 'x', is .*, not a JSON object"),
-        (lambda raw: raw.take("y"), 1, "thing has no 'y'"),
-        (lambda raw: raw.end(), 1, "thing has an unknown key 'x'"),
-    ],
-)
-def test_names_what_is_wrong(take: Callable[[Fields], Any], value: Any, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        take(Fields({"x": value}, "thing"))
+@pytest.mark.parametrize("value", [None, True, 3, 0.5, "一", [1, [2]], {"a": {"b": "\U0001f600"}}])
+def test_parses_what_the_standard_parser_does(value: Any) -> None:
+    assert parse_json(json.dumps(value).encode()) == value
+    assert parse_json(json.dumps(value, ensure_ascii=False).encode("utf-8-sig")) == value
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "is no description of a thing"),
-        ("[]", "is no description of a thing"),
-        ("[" * 100_000, "is no description of a thing"),
-        ('{"format": "other"}', "is no description of a thing"),
-        ('{"format": "thing", "version": 2}', "of another version"),
-        ('{"format": "thing", "version": 1, "a": 1, "a": 2}', "it has 'a' twice"),
-        (b"\xff\xfe", "is no description of a thing"),
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("NaN", "NaN"),
+        ("[-Infinity]", "Infinity"),
+        ("1e999", "1e999"),
+        ('{"a": {"b": 1, "b": 1}}', "'b'"),
+        ('["\\ud83d"]', "surrogate"),
+        ("[" * 100_000, "deep"),
+        (b"\xff\xfe", "UTF-8"),
     ],
 )
-def test_refuses_other_files(text: str | bytes, says: str, tmp_path: Path) -> None:
+def test_refuses_what_is_no_json_or_ambiguous(text: str | bytes, says: str, tmp_path: Path) -> None:
+    data = text.encode() if isinstance(text, str) else text
+    with pytest.raises(JsonError, match=says):
+        parse_json(data)
     path = tmp_path / "file.json"
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(UsageError, match=rf"file\.json .*{says}|file\.json {says}"):
-        read(path)
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=rf"file\.json .*description of a thing.*{says}"):
+        read_json(path, "description of a thing")
+
+
+def test_converts_to_the_types_it_is_given() -> None:
+    raw = {"name": "x", "parts": [{"size": 2, "share": 1, "kind": "b"}, {"size": 5}]}
+    assert convert_json(raw, Thing) == Thing("x", [Part(2, 1.0, "b"), Part(5)])
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "reason"),
+    [
+        ({"name": 1}, "name", "expected str, got int"),
+        ({"on": 1}, "on", "expected bool, got int"),
+        ({"nome": "x"}, "", "nome"),
+        ({"parts": {}}, "parts", "expected array, got object"),
+        ({"parts": [{"size": 3}, {"size": True}]}, "parts[1].size", "expected int, got bool"),
+        ({"parts": [{"size": "3"}]}, "parts[0].size", "expected int, got str"),
+        ({"parts": [{"size": 6}]}, "parts[0].size", "<= 5"),
+        ({"parts": [{}]}, "parts[0]", "size"),
+        ({"parts": [{"size": 3, "kind": "c"}]}, "parts[0].kind", "'c'"),
+    ],
+)
+def test_names_the_field_that_is_wrong(change: dict[str, Any], path: str, reason: str) -> None:
+    with pytest.raises(JsonError) as error:
+        convert_json({"name": "x"} | change, Thing)
+    assert error.value.path == path
+    assert reason in error.value.reason
+    assert str(error.value) == (f"{path}: " if path else "") + error.value.reason
 
 
 def test_refuses_what_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"cannot read .*: No such file"):
-        read(tmp_path / "none.json")
-    with pytest.raises(UsageError, match="is not a file"):
-        read(tmp_path)
+    with pytest.raises(UsageError, match=r"none\.json: No such file"):
+        read_json(tmp_path / "none.json", "thing")
+    with pytest.raises(UsageError, match="not a file"):
+        read_json(tmp_path, "thing")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UsageError, match="is not a file"):
-        read(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="pipe is not a file"):
+        read_json(tmp_path / "pipe", "thing")
     huge = tmp_path / "huge.json"
     with huge.open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(UsageError, match="too large"):
-        read(huge)
+    with pytest.raises(UsageError, match=r"huge\.json is too large"):
+        read_json(huge, "thing")

@@ -39,9 +39,9 @@ class BenchOptions:
     """The arguments and options of `dots1 bench`."""
 
     model: Model
-    context: Annotated[
-        str, option("Measure after these numbers of tokens.", "--context", "-c")
-    ] = "512,4096"
+    context: Annotated[str, option("Measure after these numbers of tokens.", "--context", "-c")] = (
+        "512,4096"
+    )
     ubatch: Annotated[
         str | None, option("Try our placement with these ubatches too, such as 512,2048.")
     ] = None

@@ -1,8 +1,8 @@
 """The devices of the installed engine, by ggml's own registry: names, memory, buffer types.
 
-The first call here builds that registry: environment variables such as GGML_OP_OFFLOAD_MIN_BATCH
-must be set before, and drivers start, which may take seconds or, where one is broken, the process.
-A worker that cannot be reached aborts the process too: probe it first (`rpc.probe`).
+The first call builds that registry. Environment variables such as GGML_OP_OFFLOAD_MIN_BATCH must be
+set before. Drivers start then, which may take seconds or, if one is broken, kill the process. A
+worker that does not answer aborts the process too: probe it first (`rpc.probe`).
 """
 
 import ctypes
@@ -19,18 +19,14 @@ from dots1_local.ggml import library
 
 __all__ = [
     "DeviceInfo",
-    "Kind",
     "Signatures",
     "add_worker",
     "backend_names",
-    "buffer_type",
     "build_with",
     "check_rpc",
     "declare",
-    "device_handle",
+    "device",
     "devices",
-    "extra_buffer_types",
-    "host_buffer_type",
     "serve_rpc",
 ]
 
@@ -42,7 +38,6 @@ _SIZE = ctypes.POINTER(c_size_t)
 _REGISTRY: Signatures = {
     "ggml_backend_dev_count": (c_size_t, ()),
     "ggml_backend_dev_get": (c_void_p, (c_size_t,)),
-    "ggml_backend_dev_by_name": (c_void_p, (c_char_p,)),
     "ggml_backend_reg_count": (c_size_t, ()),
     "ggml_backend_reg_get": (c_void_p, (c_size_t,)),
     "ggml_backend_reg_by_name": (c_void_p, (c_char_p,)),
@@ -56,6 +51,7 @@ _DEVICE: Signatures = {
     "ggml_backend_dev_backend_reg": (c_void_p, (c_void_p,)),
     "ggml_backend_dev_buffer_type": (c_void_p, (c_void_p,)),
     "ggml_backend_dev_host_buffer_type": (c_void_p, (c_void_p,)),
+    "ggml_backend_buft_name": (c_char_p, (c_void_p,)),
     "ggml_backend_reg_name": (c_char_p, (c_void_p,)),
     "ggml_backend_reg_dev_count": (c_size_t, (c_void_p,)),
     "ggml_backend_reg_dev_get": (c_void_p, (c_void_p, c_size_t)),
@@ -63,6 +59,7 @@ _DEVICE: Signatures = {
 }
 _GET_EXTRA = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)
 _ADD_SERVER = ctypes.CFUNCTYPE(c_void_p, c_char_p)
+_SET_THREADS = ctypes.CFUNCTYPE(None, c_void_p, c_int)
 _RPC: Signatures = {
     "ggml_backend_rpc_start_server": (
         None,
@@ -72,7 +69,7 @@ _RPC: Signatures = {
 
 
 def build_with(*flags: str) -> str:
-    """The command that installs llama-cpp-python with these of its build flags on."""
+    """The command that installs llama-cpp-python with these build flags on."""
     arguments = " ".join(f"-D{flag}=on" for flag in flags)
     return (
         f'CMAKE_ARGS="{arguments}" pip install --force-reinstall --no-cache-dir --no-deps '
@@ -82,10 +79,10 @@ def build_with(*flags: str) -> str:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """A device as the engine sees it: bytes of memory `free` now and in all, ggml's `handle`.
+    """A device as the engine sees it: bytes of memory, `free` now and in total, ggml's `handle`.
 
-    `backend` is the registry's name: CPU, CUDA, ROCm, Vulkan, Metal, RPC. An RPC device's
-    description is its worker's host:port.
+    `backend` is the registry's name: CPU, CUDA, ROCm, Vulkan, Metal, RPC. The description of an RPC
+    device is the host:port of its worker.
     """
 
     name: str
@@ -96,12 +93,66 @@ class DeviceInfo:
     total: int
     handle: int
 
+    @property
+    def buffer_type(self) -> int:
+        """The handle (`ggml_backend_buffer_type_t`) of its memory.
+
+        In an override the CPU's buffer type stands for RAM; llama.cpp chooses the kind of RAM
+        (plain, pinned, repacked) itself.
+        """
+        return int(_base().ggml_backend_dev_buffer_type(self.handle))
+
+    @property
+    def buffer_name(self) -> str:
+        """What the engine's log calls its memory."""
+        name: bytes = _base().ggml_backend_buft_name(self.buffer_type)
+        return name.decode()
+
+    @property
+    def host_buffer_type(self) -> int | None:
+        """RAM that the device can read by itself ("pinned"); None if it cannot."""
+        handle = _base().ggml_backend_dev_host_buffer_type(self.handle)
+        return None if handle is None else int(handle)
+
+    @property
+    def extra_buffer_types(self) -> tuple[int, ...]:
+        """Memory that rearranges the weights that are written to it.
+
+        llama.cpp prefers the first one that fits a tensor to the device's own memory.
+        """
+        function = self._function(b"ggml_backend_dev_get_extra_bufts")
+        found = _GET_EXTRA(function)(self.handle) if function else None
+        return tuple(takewhile(bool, found)) if found else ()
+
+    def set_threads(self, backend: int, threads: int) -> None:
+        """Set the threads of a `ggml_backend_t` of this device, if it uses any."""
+        if function := self._function(b"ggml_backend_set_n_threads"):
+            _SET_THREADS(function)(backend, threads)
+
+    def _function(self, name: bytes) -> int | None:
+        """The address of a function that the device's backend may have."""
+        registry = _base().ggml_backend_dev_backend_reg(self.handle)
+        address: int | None = _base().ggml_backend_reg_get_proc_address(registry, name)
+        return address
+
 
 def devices() -> tuple[DeviceInfo, ...]:
-    """Every device of the engine, in its order; those of workers once they were added."""
+    """The devices of the engine, in its order, including those of workers that were added."""
     ggml = _registry()
     count = ggml.ggml_backend_dev_count()
     return tuple(_info(ggml.ggml_backend_dev_get(index)) for index in range(count))
+
+
+def device(name: str) -> DeviceInfo:
+    """The device with this name.
+
+    Raises:
+        UsageError: there is none; the message lists the devices.
+    """
+    by_name = {each.name: each for each in devices()}
+    if name not in by_name:
+        raise UsageError(f"the engine has no device {name}; it has {', '.join(by_name)}")
+    return by_name[name]
 
 
 def backend_names() -> tuple[str, ...]:
@@ -111,61 +162,10 @@ def backend_names() -> tuple[str, ...]:
     return tuple(base.ggml_backend_reg_name(registry).decode() for registry in found)
 
 
-def device_handle(name: str) -> int:
-    """ggml's handle (`ggml_backend_dev_t`) of the device called `name`.
-
-    Raises:
-        UsageError: no such device; the message lists those there are.
-    """
-    ggml, base = _registry(), _base()
-    handles = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
-    by_name = {base.ggml_backend_dev_name(each).decode(): int(each) for each in handles}
-    if name not in by_name:
-        raise UsageError(f"the engine has no device {name}; it has {', '.join(by_name)}")
-    return by_name[name]
-
-
-def buffer_type(name: str) -> int:
-    """The handle (`ggml_backend_buffer_type_t`) of memory on the device called `name`.
-
-    As an override's, the CPU's is RAM, of which llama.cpp chooses the kind (plain, pinned,
-    repacked) itself.
-
-    Raises:
-        UsageError: no such device.
-    """
-    return int(_base().ggml_backend_dev_buffer_type(device_handle(name)))
-
-
-def host_buffer_type(name: str) -> int | None:
-    """RAM that the device called `name` can read by itself ("pinned"); None where it has none.
-
-    Raises:
-        UsageError: no such device.
-    """
-    handle = _base().ggml_backend_dev_host_buffer_type(device_handle(name))
-    return None if handle is None else int(handle)
-
-
-def extra_buffer_types(name: str) -> tuple[int, ...]:
-    """Memory of the device called `name` that rearranges the weights written to it.
-
-    llama.cpp prefers the first that can be used for a tensor to the device's own memory.
-
-    Raises:
-        UsageError: no such device.
-    """
-    base, handle = _base(), device_handle(name)
-    registry = base.ggml_backend_dev_backend_reg(handle)
-    function = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
-    found = _GET_EXTRA(function)(handle) if function else None
-    return tuple(takewhile(bool, found)) if found else ()
-
-
 def add_worker(endpoint: str) -> tuple[DeviceInfo, ...]:
-    """Make the devices of the worker at host:port the engine's; a second time changes nothing.
+    """Add the devices of the worker at host:port to the engine's; a second call changes nothing.
 
-    The process aborts where no worker answers: probe it first.
+    The process aborts if no worker answers: probe it first.
 
     Raises:
         Dots1Error: this build has no RPC, or the worker has no devices.
@@ -208,7 +208,7 @@ def check_rpc() -> None:
 
 
 def declare(lib: ctypes.CDLL, signatures: Signatures) -> ctypes.CDLL:
-    """Tell ctypes what functions of a library take and return."""
+    """Declare to ctypes what functions of a library take and return."""
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, list(arguments)

@@ -7,17 +7,7 @@ weights there one after the other from the start, and all other tensors into a b
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import (
-    POINTER,
-    c_bool,
-    c_char_p,
-    c_float,
-    c_int,
-    c_int64,
-    c_size_t,
-    c_uint8,
-    c_void_p,
-)
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint8, c_void_p
 from functools import cache
 from time import perf_counter
 from typing import Any, Self
@@ -25,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dots1_local.devices.backends import Signatures, declare, device_handle, host_buffer_type
+from dots1_local.devices.backends import Signatures, declare, device
 from dots1_local.errors import Dots1Error
 from dots1_local.ggml import library
 from dots1_local.sizes import human_bytes
@@ -54,7 +44,6 @@ _NODES = 1024
 _ALIGNMENT = 1 << 12
 _MAX_REPEATS = 8
 _MAX_SECONDS = 2.0
-_SET_THREADS = ctypes.CFUNCTYPE(None, c_void_p, c_int)
 
 
 class _InitParams(ctypes.Structure):
@@ -79,10 +68,7 @@ _SIGNATURES: Signatures = {
     "ggml_cast": (_P, (_P, _P, c_int)),
     "ggml_rms_norm": (_P, (_P, _P, c_float)),
     "ggml_backend_dev_init": (_P, (_P, c_char_p)),
-    "ggml_backend_dev_buffer_type": (_P, (_P,)),
-    "ggml_backend_dev_backend_reg": (_P, (_P,)),
     "ggml_backend_dev_supports_op": (c_bool, (_P, _P)),
-    "ggml_backend_reg_get_proc_address": (_P, (_P, c_char_p)),
     "ggml_backend_free": (None, (_P,)),
     "ggml_backend_graph_compute": (c_int, (_P, _P)),
     "ggml_backend_buft_alloc_buffer": (_P, (_P, c_size_t)),
@@ -109,19 +95,20 @@ class BenchDevice:
     """
 
     def __init__(
-        self, device: str, nbytes: int, *, threads: int = 1, memory: int | None = None
+        self, name: str, nbytes: int, *, threads: int = 1, memory: int | None = None
     ) -> None:
         ggml = _ggml()
-        self.handle, self.nbytes = device_handle(device), nbytes
-        self.memory = ggml.ggml_backend_dev_buffer_type(self.handle)
+        info = device(name)
+        self.handle, self.nbytes = info.handle, nbytes
+        self.memory = info.buffer_type
         self.host_writes = memory is not None
         self.backend = ggml.ggml_backend_dev_init(self.handle, None)
         self.arena = ggml.ggml_backend_buft_alloc_buffer(memory or self.memory, nbytes + _SLACK)
         if not self.backend or not self.arena:
             self.close()
-            raise Dots1Error(f"{device} has no {human_bytes(nbytes)} of memory left to measure in")
+            raise Dots1Error(f"{name} has no {human_bytes(nbytes)} of memory left to measure in")
         ggml.ggml_backend_buffer_set_usage(self.arena, _WEIGHTS)
-        self._set_threads(threads)
+        info.set_threads(self.backend, threads)
 
     def __enter__(self) -> Self:
         return self
@@ -137,18 +124,11 @@ class BenchDevice:
             _ggml().ggml_backend_free(self.backend)
         self.arena = self.backend = None
 
-    def _set_threads(self, threads: int) -> None:
-        ggml = _ggml()
-        registry = ggml.ggml_backend_dev_backend_reg(self.handle)
-        name = b"ggml_backend_set_n_threads"
-        if function := ggml.ggml_backend_reg_get_proc_address(registry, name):
-            _SET_THREADS(function)(self.backend, threads)
-
 
 @contextmanager
-def pinned_memory(device: str, nbytes: int) -> Iterator[NDArray[np.uint8] | None]:
+def pinned_memory(name: str, nbytes: int) -> Iterator[NDArray[np.uint8] | None]:
     """Yield RAM that a device can copy from by itself, or None if the device has no such RAM."""
-    kind = host_buffer_type(device)
+    kind = device(name).host_buffer_type
     buffer = kind and _ggml().ggml_backend_buft_alloc_buffer(kind, nbytes)
     if not buffer:
         yield None

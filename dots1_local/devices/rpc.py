@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import cache
 from queue import Empty, Queue
 from threading import Thread
@@ -27,8 +26,6 @@ from dots1_local.errors import Dots1Error, UsageError
 
 __all__ = [
     "DEFAULT_PORT",
-    "WorkerDevice",
-    "WorkerInfo",
     "announce",
     "keep_alive",
     "parse_endpoint",
@@ -39,28 +36,11 @@ __all__ = [
 DEFAULT_PORT = 50052  # llama.cpp's own
 
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]{0,252})", re.IGNORECASE)
-_MEMORY, _HELLO, _COUNT = 11, 14, 15  # enum rpc_cmd
+_HELLO, _COUNT = 14, 15  # enum rpc_cmd
 _CAPABILITIES = bytes(24)  # no connections other than TCP
 _MAX_DEVICES = 256
 _MAX_START = 60  # seconds; GPU drivers take some
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # a minute in all
-
-
-@dataclass(frozen=True)
-class WorkerDevice:
-    """Bytes of a device's memory as the worker reports them; a CPU's memory is all `free`."""
-
-    free: int
-    total: int
-
-
-@dataclass(frozen=True)
-class WorkerInfo:
-    """A worker at `endpoint` (host:port): the version of its RPC protocol, and its devices."""
-
-    endpoint: str
-    version: str
-    devices: tuple[WorkerDevice, ...]
 
 
 def parse_endpoint(text: str) -> str:
@@ -85,8 +65,8 @@ def parse_endpoint(text: str) -> str:
     return f"{host.lower()}:{int(number)}"
 
 
-def probe(endpoint: str, timeout: float = 5.0) -> WorkerInfo:
-    """Ask the worker at `endpoint` who it is; if this returns, the engine may connect.
+def probe(endpoint: str, timeout: float = 5.0) -> None:
+    """Check that a worker answers at `endpoint`; if this returns, the engine may connect.
 
     It takes at most `timeout` seconds, and the first time in a process also the engine's start.
 
@@ -94,10 +74,10 @@ def probe(endpoint: str, timeout: float = 5.0) -> WorkerInfo:
         UsageError: `endpoint` is not an address.
         Dots1Error: nobody answers in time, or it is not a worker that this engine can work with.
     """
-    return probe_all([endpoint], timeout)[0]
+    probe_all([endpoint], timeout)
 
 
-def probe_all(endpoints: Iterable[str], timeout: float = 5.0) -> list[WorkerInfo]:
+def probe_all(endpoints: Iterable[str], timeout: float = 5.0) -> None:
     """Probe workers that are to be used together, each for at most `timeout` seconds.
 
     All connections stay open until the last worker has answered: a worker serves one client at a
@@ -109,18 +89,16 @@ def probe_all(endpoints: Iterable[str], timeout: float = 5.0) -> list[WorkerInfo
         Dots1Error: as for `probe`, or two addresses are the same worker.
     """
     distinct = list(dict.fromkeys(map(parse_endpoint, endpoints)))
-    found = []
     with ExitStack() as stack:
         for number, endpoint in enumerate(distinct):
-            version = engine_version()
+            ours = engine_version()
             worker = _WorkerConnection.open(endpoint, timeout, others=distinct[:number])
-            found.append(_ask(stack.enter_context(worker), endpoint, version))
-    return found
+            _check(stack.enter_context(worker), endpoint, ours)
 
 
-def _ask(worker: "_WorkerConnection", endpoint: str, ours: str) -> WorkerInfo:
-    version = worker.version()
-    if version != ours:
+def _check(worker: "_WorkerConnection", endpoint: str, ours: str) -> None:
+    major, minor, patch = worker.ask(_HELLO, _CAPABILITIES, 4 + len(_CAPABILITIES))[:3]
+    if (version := f"{major}.{minor}.{patch}") != ours:
         raise Dots1Error(
             f"the worker at {endpoint} speaks version {version} of the RPC protocol and this "
             f"engine {ours}; install the same llama-cpp-python on both machines"
@@ -128,10 +106,6 @@ def _ask(worker: "_WorkerConnection", endpoint: str, ours: str) -> WorkerInfo:
     (count,) = struct.unpack("<I", worker.ask(_COUNT, b"", 4))
     if not 0 < count <= _MAX_DEVICES:
         raise Dots1Error(f"the worker at {endpoint} says it has {count:,} devices; restart it")
-    memory = [worker.ask(_MEMORY, struct.pack("<I", index), 16) for index in range(count)]
-    return WorkerInfo(
-        endpoint, version, tuple(WorkerDevice(*struct.unpack("<QQ", each)) for each in memory)
-    )
 
 
 def keep_alive(ports: Collection[int]) -> None:
@@ -231,10 +205,6 @@ class _WorkerConnection:
 
     def __exit__(self, *exception: object) -> None:
         self._socket.close()
-
-    def version(self) -> str:
-        major, minor, patch = self.ask(_HELLO, _CAPABILITIES, 4 + len(_CAPABILITIES))[:3]
-        return f"{major}.{minor}.{patch}"
 
     def ask(self, command: int, data: bytes, size: int) -> bytes:
         """The answer of `size` bytes to a command."""

@@ -12,7 +12,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from dots1_local.devices.backends import DeviceInfo, extra_buffer_types
+from dots1_local.devices.backends import DeviceInfo
 from dots1_local.devices.bench_graph import (
     F16,
     F32,
@@ -49,7 +49,7 @@ def measure_speed(device: DeviceInfo, threads: int, progress: Progress = silent)
     Raises:
         Dots1Error: the device has too little memory left, or failed.
     """
-    extra = extra_buffer_types(device.name) if device.kind == "cpu" else ()
+    extra = device.extra_buffer_types if device.kind == "cpu" else ()
     kv_types = _COMMON_KV_TYPES if device.backend == "RPC" else KV_TYPES
     total = len(TYPES) * (1 + len(extra)) + len(kv_types) + 1
     steps = count(1)

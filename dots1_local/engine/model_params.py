@@ -18,7 +18,6 @@ from dots1_local.devices import backends, rpc
 from dots1_local.devices.limits import physical_cores
 from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.ggml import library
 from dots1_local.placement.placement import (
     MIN_BATCH,
     HostMemory,
@@ -113,11 +112,6 @@ class EngineParams:
 
 
 _NONE, _MMAP = 0, 1  # enum llama_load_mode
-_SIZE = ctypes.POINTER(ctypes.c_size_t)
-_DEVICE: backends.Signatures = {
-    "ggml_backend_buft_name": (ctypes.c_char_p, (ctypes.c_void_p,)),
-    "ggml_backend_dev_memory": (None, (ctypes.c_void_p, _SIZE, _SIZE)),
-}
 connected: Counter[str] = Counter()  # the number of loaded models by worker
 _started = False  # whether the backends have read the environment
 # llama.cpp takes the first kind of RAM that fits a weight: pinned, repacked, plain. The other kinds
@@ -185,11 +179,11 @@ def _set_min_batch(placement: Placement) -> list[str]:
     return []
 
 
-def _handle(device: str) -> int:
+def _device(name: str) -> backends.DeviceInfo:
     try:
-        return backends.device_handle(device)
+        return backends.device(name)
     except UsageError as error:
-        raise UsageError(f"{error}; {_remedy(device)}") from None
+        raise UsageError(f"{error}; {_remedy(name)}") from None
 
 
 def _remedy(device: str) -> str:
@@ -208,10 +202,8 @@ def free_memory(device: str) -> int | None:
     Raises:
         UsageError: this engine has no such device.
     """
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    base = backends.declare(library(), _DEVICE)
-    base.ggml_backend_dev_memory(_handle(device), ctypes.byref(free), ctypes.byref(total))
-    return free.value if total.value else None
+    found = _device(device)
+    return found.free if found.total else None
 
 
 def buffer_names(devices: Iterable[str]) -> dict[str, str]:
@@ -220,9 +212,7 @@ def buffer_names(devices: Iterable[str]) -> dict[str, str]:
     Raises:
         UsageError: this engine has no such device.
     """
-    base = backends.declare(library(), _DEVICE)
-    names = {name: backends.buffer_type(name) for name in devices if _handle(name)}
-    return {base.ggml_backend_buft_name(kind).decode(): name for name, kind in names.items()}
+    return {_device(name).buffer_name: name for name in devices}
 
 
 def model_params(placement: Placement | None) -> Any:
@@ -236,7 +226,8 @@ def model_params(placement: Placement | None) -> Any:
     params = llama.llama_model_default_params()
     devices = placement.used_devices if placement else ()
     # Never NULL: llama.cpp would then take all devices, lost workers too, and abort.
-    handles = (ctypes.c_void_p * (len(devices) + 1))(*map(_handle, devices), None)
+    found = [_device(name).handle for name in devices]
+    handles = (ctypes.c_void_p * (len(found) + 1))(*found, None)
     params.devices = ctypes.cast(handles, ctypes.c_void_p)
     params.n_gpu_layers = placement.gpu_layers if placement else 0
     params.kept = [handles]  # the struct only points to it
@@ -256,6 +247,7 @@ def model_params(placement: Placement | None) -> Any:
 def _overrides(placement: Placement) -> Any:
     """An array for `tensor_buft_overrides`, which ends with NULLs."""
     pairs = [
-        (pattern.encode(), backends.buffer_type(device)) for pattern, device in placement.overrides
+        (pattern.encode(), backends.device(name).buffer_type)
+        for pattern, name in placement.overrides
     ]
     return (_Override * (len(pairs) + 1))(*(_Override(*pair) for pair in pairs))

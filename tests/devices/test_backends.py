@@ -14,9 +14,9 @@ import json, sys
 from dots1_local.devices import backends
 added = backends.add_worker(sys.argv[1])
 assert backends.add_worker(sys.argv[1]) == added
-assert backends.device_handle("RPC0") == added[0].handle
-assert backends.buffer_type("RPC0") != backends.buffer_type("CPU")
-assert backends.host_buffer_type("RPC0") is None
+assert backends.device("RPC0") == added[0]
+assert backends.device("RPC0").buffer_type != backends.device("CPU").buffer_type
+assert backends.device("RPC0").host_buffer_type is None
 print(json.dumps([[d.name, d.backend, d.kind, d.description, d.total] for d in backends.devices()]))
 """
 
@@ -27,14 +27,13 @@ def test_lists_the_cpu_with_its_memory() -> None:
     with open("/proc/meminfo", encoding="utf-8") as file:
         total = 1024 * int(file.readline().split()[1])
     assert cpu.total == pytest.approx(total, rel=0.01)
-    assert backends.device_handle("CPU") == cpu.handle
+    assert backends.device("CPU").handle == cpu.handle
     assert "CPU" in backends.backend_names()
 
 
 def test_an_unknown_device_is_named_beside_those_there_are() -> None:
-    for function in (backends.device_handle, backends.buffer_type, backends.host_buffer_type):
-        with pytest.raises(UsageError, match=r"no device CUDA7; it has .*CPU"):
-            function("CUDA7")
+    with pytest.raises(UsageError, match=r"CUDA7; it has .*CPU"):
+        backends.device("CUDA7")
 
 
 def test_a_workers_devices_join_the_engines() -> None:

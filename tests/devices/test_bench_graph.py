@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dots1_local.devices.backends import extra_buffer_types
+from dots1_local.devices.backends import device
 from dots1_local.devices.bench_graph import F16, F32, HEAD_DIM, I32, BenchDevice, BenchGraph
 from dots1_local.errors import Dots1Error
 from dots1_local.ggml import TYPES
@@ -70,7 +70,7 @@ def test_attention_reads_a_kv_cache(bench: BenchDevice, cast: bool) -> None:
 @pytest.mark.parametrize("repacked", [False, True])
 def test_a_pattern_is_repeated_to_the_end(repacked: bool) -> None:
     kind = TYPES["Q4_0"]
-    memory = extra_buffer_types("CPU")[-1:] if repacked else (None,)
+    memory = device("CPU").extra_buffer_types[-1:] if repacked else (None,)
     if not memory:
         pytest.skip("this CPU repacks nothing")
     rows = encode(normal(3, 64), kind)

@@ -1,4 +1,3 @@
-import os
 import socket
 import struct
 import time
@@ -13,7 +12,6 @@ from dots1_local.errors import Dots1Error, UsageError
 from tests.workers import Worker, free_port, local_worker
 
 HELLO = struct.pack("<QBBBB24x", 28, 7, 0, 0, 0)  # as llama.cpp's rpc_msg_hello_rsp, 7.0.0
-COUNT = struct.pack("<QI", 4, 1)
 
 Script = Callable[[socket.socket], None]
 Host = Callable[[Script], str]
@@ -68,12 +66,9 @@ def test_refuses_what_is_not_an_address(text: str) -> None:
         parse_endpoint(text)
 
 
-def test_a_worker_tells_its_devices_and_stays_usable(worker: Worker) -> None:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def test_a_worker_stays_usable(worker: Worker) -> None:
     for _ in range(3):
-        info = probe(worker.endpoint)
-        assert info.endpoint == worker.endpoint
-        assert [device.total for device in info.devices] == [memory]
+        probe(worker.endpoint)
 
 
 def test_nobody_listens() -> None:
@@ -130,7 +125,6 @@ def trickle(connection: socket.socket) -> None:
         (lambda connection: time.sleep(5), "does not answer.*another client"),
         (send(HELLO.replace(b"\x07", b"\x06")), "6.0.0 .*7.0.0"),
         (send(HELLO, b""), "is gone"),
-        (send(HELLO, COUNT, struct.pack("<QI", 16, 5)), "is gone"),
         (send(HELLO, struct.pack("<QI", 4, 0)), "0 devices"),
         (send(HELLO, struct.pack("<QI", 4, 1 << 31)), "2,147,483,648 devices"),
         (send(HELLO, struct.pack("<QI", 1 << 60, 1)), "another version"),
@@ -159,7 +153,7 @@ def test_a_worker_that_others_use_and_then_leave(worker: Worker) -> None:
         assert len(client.recv(36, socket.MSG_WAITALL)) == 36
         with pytest.raises(Dots1Error, match="another client"):
             probe(worker.endpoint, timeout=0.2)
-    assert probe(worker.endpoint).devices
+    probe(worker.endpoint)
 
 
 def test_one_worker_by_two_names_is_refused(worker: Worker) -> None:
@@ -167,5 +161,4 @@ def test_one_worker_by_two_names_is_refused(worker: Worker) -> None:
     with pytest.raises(Dots1Error, match=rf"localhost:.* {worker.endpoint}"):
         probe_all(names, timeout=0.5)
     with local_worker() as other:
-        found = probe_all([worker.endpoint, other.endpoint, f" {worker.endpoint} "])
-    assert [info.endpoint for info in found] == [worker.endpoint, other.endpoint]
+        probe_all([worker.endpoint, other.endpoint, f" {worker.endpoint} "])

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from dots1_local.devices import speed as module
-from dots1_local.devices.backends import devices, extra_buffer_types
+from dots1_local.devices.backends import device, devices
 from dots1_local.devices.hardware import Speed
 from dots1_local.devices.speed import measure_speed
 from dots1_local.ggml import KV_TYPES, TYPES
@@ -51,7 +51,7 @@ def test_every_type_has_a_figure(cpu: Speed, told: list[tuple[int, int]]) -> Non
         assert rate.prefill > 0
         assert rate.dense is not None
     assert set(cpu.repacked) <= set(TYPES)
-    assert bool(cpu.repacked) == bool(extra_buffer_types("CPU"))
+    assert bool(cpu.repacked) == bool(device("CPU").extra_buffer_types)
     assert [done for done, _ in told] == list(range(1, told[0][1] + 1))
 
 

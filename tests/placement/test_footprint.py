@@ -224,7 +224,7 @@ def taken_by_cuda(
     workers: Sequence[str], path: Path, decisions: Decisions, attention_bytes: int
 ) -> dict[str, Sizes]:
     device = backends.add_worker(workers[0])[0]
-    with like_cuda(device.handle, backends.buffer_type(device.name), attention_bytes):
+    with like_cuda(device.handle, device.buffer_type, attention_bytes):
         return taken_by_a_gpu(workers, path, decisions)
 
 

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dots1_local.architecture import inventory
-from dots1_local.files.checkpoint import Checkpoint, Slice
 from dots1_local.files.gguf import GGUFFile, role_of
+
+if TYPE_CHECKING:
+    from dots1_local.files.checkpoint import Checkpoint, Slice
 
 __all__ = ["InspectedTensor", "Inspection", "inspect_path"]
 
@@ -76,6 +78,8 @@ def _inspect_gguf(path: Path) -> Inspection:
 
 
 def _inspect_checkpoint(folder: Path) -> Inspection:
+    from dots1_local.files.checkpoint import Checkpoint
+
     checkpoint = Checkpoint.open(folder)
     specs = inventory(checkpoint.config)
     checkpoint.check(specs)
@@ -91,7 +95,7 @@ def _inspect_checkpoint(folder: Path) -> Inspection:
     return Inspection(folder, "checkpoint", "dots1", files, tensors, checkpoint.raw_config)
 
 
-def _stored(checkpoint: Checkpoint, roles: Mapping[str, str]) -> Iterator[tuple[str, Slice]]:
+def _stored(checkpoint: "Checkpoint", roles: Mapping[str, str]) -> "Iterator[tuple[str, Slice]]":
     """The tensors of the model, then those that the shards hold besides."""
     seen = set()
     for name in roles:

@@ -1,6 +1,7 @@
 # make demo    set up and show the main job on the example model
 # make test    set up, then lint, types and tests
 # make bench   time and memory of conversion at real width, beside stock llama.cpp
+# make wheel   a wheel in dist/, to install without a clone
 # make bench-quality   measured mixes beside hand-made and stock ones, by KL divergence
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ TINY := examples/dots1-tiny
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench bench-quality lint types clean
+.PHONY: demo test bench bench-quality wheel lint types clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python tools/demo.py $(TINY) $(BUILD)
@@ -35,8 +36,11 @@ bench-quality: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.bench_quality examples/dots1-tiny examples/dots1-deep \
 		--work $(BUILD)/quality --svg $(BUILD)/quality.svg
 
+wheel: $(VENV)/.installed
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf $(BUILD) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(BUILD) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # llama-cpp-python is compiled here, with the RPC backend. pip may hand back a wheel that was
 # built with other flags, so the build is asked what it can do, and made again if it must be.

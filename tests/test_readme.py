@@ -1,4 +1,4 @@
-"""The README promises nothing that `--help` does not know."""
+"""README and docs promise nothing that `--help`, the code or the planner does not know."""
 
 import re
 import shlex
@@ -9,11 +9,15 @@ from typer.testing import CliRunner
 
 from dots1_local.cli import app
 from dots1_local.cli.repl.commands import COMMANDS as CHAT_COMMANDS
-from tools import command_table
+from tools import command_table, draw_design, machine_table
+from tools.make_gguf import write_gguf
+from tools.make_wide import published_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [README, *(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))]
+CHAT = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page.read_text(encoding="utf-8") for page in FILES]
 COMMANDS = re.findall(r"^(?:\$ )?dots1 (.+)$", "\n".join(PAGES), re.MULTILINE)
 
 
@@ -43,11 +47,32 @@ def test_the_tree_lists_what_is_there() -> None:
 
 
 def test_the_table_of_chats_commands_is_their_registry() -> None:
-    assert f"<!-- commands -->\n{command_table.render()}<!-- /commands -->" in README
+    assert f"<!-- commands -->\n{command_table.render()}<!-- /commands -->" in CHAT
 
 
 def test_the_transcript_uses_commands_there_are() -> None:
-    used = set(re.findall(r"^> (/\S+)", README, re.MULTILINE))
-    refused = set(re.findall(r"^there is no command (/\w+)", README, re.MULTILINE))
+    used = set(re.findall(r"^> (/\S+)", CHAT, re.MULTILINE))
+    refused = set(re.findall(r"^there is no command (/\w+)", CHAT, re.MULTILINE))
     assert used - refused
     assert used - refused <= {name for command in CHAT_COMMANDS for name in command.names}
+
+
+@pytest.mark.parametrize("page", FILES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_the_table_of_machines_is_what_is_planned(tmp_path: Path) -> None:
+    [row] = re.findall(r"^\| DQ3 \|.*$", README, re.MULTILINE)
+    path = tmp_path / "dots.gguf"
+    write_gguf(path, published_config(), "DQ3", importance=False, headers_only=True)
+    cells = [cell.strip() for cell in row.split("|")[4:-1]]
+    assert cells[0] == machine_table.cell(path, machine_table.MACHINES[0], "16k")
+    assert cells[-1] == machine_table.cell(path, machine_table.MACHINES[-1], "16k")
+    assert f"{path.stat().st_size / 1e9:.1f} GB" in row
+
+
+def test_the_picture_shows_the_imports() -> None:
+    picture = (ROOT / "docs" / "design.svg").read_text(encoding="utf-8")
+    assert picture == draw_design.render(), "run python -m tools.draw_design"

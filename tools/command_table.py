@@ -1,4 +1,4 @@
-"""The table of chat's commands in README.md, written from their registry.
+"""The table of chat's commands in docs/chat.md, written from their registry.
 
     python -m tools.command_table
 
@@ -14,7 +14,7 @@ from dots1_local.cli.repl.loop import Command
 
 __all__ = ["render"]
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "chat.md"
 BLOCK = re.compile(r"(?<=<!-- commands -->\n).*?(?=<!-- /commands -->)", re.DOTALL)
 
 
@@ -34,11 +34,11 @@ def _row(*cells: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the block in README.md."""
-    text = README.read_text(encoding="utf-8")
+    """Rewrite the block in docs/chat.md."""
+    text = PAGE.read_text(encoding="utf-8")
     if not BLOCK.search(text):
-        sys.exit(f"{README.name} has no lines <!-- commands --> and <!-- /commands -->")
-    README.write_text(BLOCK.sub(lambda _: render(), text), encoding="utf-8")
+        sys.exit(f"{PAGE.name} has no lines <!-- commands --> and <!-- /commands -->")
+    PAGE.write_text(BLOCK.sub(lambda _: render(), text), encoding="utf-8")
 
 
 if __name__ == "__main__":

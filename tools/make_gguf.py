@@ -66,19 +66,21 @@ def write_gguf(
     config: dict[str, Any],
     recipe: str = "DQ4",
     *,
+    importance: bool = True,
     headers_only: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a model of `config` (what config.json would hold), each tensor in the recipe's type.
 
-    Importance is the same everywhere, for types that need one.
+    Importance is the same everywhere, for types that need one; without `importance` the recipe
+    falls back to types that need none, as `dots1 convert` does without `--imatrix`.
 
     Raises:
         Dots1Error: no such recipe, no such model, or a disk that cannot hold it.
     """
     path, rng = Path(path), np.random.default_rng(seed)
     with TemporaryDirectory() as folder:
-        output = _lay_out(path, Path(folder) / path.stem, config, recipe)
+        output = _lay_out(path, Path(folder) / path.stem, config, recipe, importance)
     if not headers_only:
         check_space(path, output.total_bytes, [path])
     with open(path, "wb") as file:
@@ -90,12 +92,14 @@ def write_gguf(
     return path
 
 
-def _lay_out(path: Path, folder: Path, config: dict[str, Any], recipe: str) -> Output:
+def _lay_out(
+    path: Path, folder: Path, config: dict[str, Any], recipe: str, importance: bool
+) -> Output:
     """Header and places; `folder` becomes a checkpoint without weights on the way."""
     folder.mkdir()
     write_tokenizer(folder, config["vocab_size"])
     checkpoint = Checkpoint(folder, config, {})
-    plan: QuantPlan = make_plan(checkpoint.config, recipe, has_importance=True)
+    plan: QuantPlan = make_plan(checkpoint.config, recipe, has_importance=importance)
     writer = GGUFWriter(None, "dots1")
     write_metadata(writer, checkpoint, plan, None)
     vocab_size = checkpoint.config.vocab_size

@@ -1,7 +1,7 @@
 """Other placements than the planned one: what would fit, and what people make by hand."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dots1_local.devices.hardware import CPU, Hardware
@@ -86,38 +86,29 @@ def explain_shortfall(
     if is_measured(hardware, list(lacks)) and placement.host_memory == "mapped":
         model = SpeedModel(graph, hardware, placement)
     kv = kv_bytes(graph.config, placement.tokens, placement.kv_type)
-    fitting = (
+    kv_types = (
         kind
         for kind in _NARROWER
         if kv - kv_bytes(graph.config, placement.tokens, kind) >= max(1, least)
         and short(placement.context, kind) <= 0
     )
+    contexts = range((placement.context - 1) // _STEP * _STEP, 0, -_STEP)
+    index = bisect_left(contexts, True, key=lambda n: short(n, placement.kv_type) <= 0)
+    file_bytes = placement.model_bytes - max(0, least)
+    narrowest = min(kind.bpw for kind in TYPES.values()) / 8
+    weights = sum(tensor.elements for tensor in graph.gguf.tensors)
     return Shortfall(
         device=device,
         lacks=least if least > 0 and device == CPU else lacks[device],
-        context=_fitting_context(placement, short),
-        kv_type=next(fitting, None),
-        file_bytes=_fitting_file(graph, placement.model_bytes - max(0, least)),
+        context=contexts[index] if index < len(contexts) else None,
+        kv_type=next(kv_types, None),
+        file_bytes=file_bytes if file_bytes >= weights * narrowest else 0,
         share_on_disk=model.share_on_disk if model else None,
         decode=1 / model.decode(placement.context // 2) if model else None,
         disk=hardware.disk or UNMEASURED_DISK,
         disk_measured=hardware.disk is not None,
         sequences=placement.sequences,
     )
-
-
-def _fitting_file(graph: ModelGraph, nbytes: int) -> int:
-    """`nbytes`, or 0 if the weights take more even in the narrowest type."""
-    narrowest = min(kind.bpw for kind in TYPES.values()) / 8
-    weights = sum(tensor.elements for tensor in graph.tensors.values())
-    return nbytes if nbytes >= weights * narrowest else 0
-
-
-def _fitting_context(placement: Placement, short: Callable[[int, str], int]) -> int | None:
-    """The largest context that would fit, in whole steps; None if the shortest does not fit."""
-    contexts = range((placement.context - 1) // _STEP * _STEP, 0, -_STEP)
-    index = bisect_left(contexts, True, key=lambda n: short(n, placement.kv_type) <= 0)
-    return contexts[index] if index < len(contexts) else None
 
 
 def baselines(

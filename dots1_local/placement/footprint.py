@@ -5,10 +5,9 @@ tensors (a few kB). The weights of a mapped file are page cache: if RAM is short
 them and reads them from disk again. It cannot drop plain, pinned and repacked weights.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from itertools import chain, groupby, islice
 
 from dots1_local.architecture import Dots1Config
@@ -26,13 +25,13 @@ __all__ = [
     "RAM_RESERVE",
     "REPACKED",
     "Usage",
-    "fetches_weights",
+    "distinct_layers",
+    "fetching_gpu",
     "footprint",
     "kv_bytes",
     "kv_cells",
     "kv_type_unsupported",
     "limited",
-    "placed_layers",
     "scratch_bytes",
     "shortfall",
     "usable_bytes",
@@ -45,12 +44,11 @@ RAM_RESERVE = 2_000_000_000
 
 # Types that the CPU's kernels rearrange so that no GPU can read them (ggml-cpu/repack.cpp).
 REPACKED = ("Q4_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4")
-# Backends that copy weights from RAM for large batches (they have an `offload_op`); RPC does not.
+# Devices that copy weights from RAM for large batches (their backends have an `offload_op`).
 _FETCHING = ("CUDA", "ROCm", "MUSA", "Vulkan", "SYCL", "MTL", "CANN")
 _CUDA_LACKS = ("IQ4_NL",)  # KV types without flash attention (ggml_cuda_fattn_kv_type_supported)
 _KV_CELLS = 256  # llama.cpp rounds the context of a sequence up to a multiple of this
 _EQUAL_LAYERS = 3  # so many of a row of equal layers need as much memory as all of them
-_IN_BLOCK = re.compile(r"blk\.(\d{1,4})\.(\w+)")
 
 
 @dataclass(frozen=True)
@@ -94,22 +92,19 @@ def footprint(
         GGUFError: the model lacks a weight.
         UsageError: the placement is for a model of another depth.
     """
-    config, tensors = graph.config, graph.tensors.values()
+    config, tensors = graph.config, graph.gguf.tensors
     if placement.blocks != config.num_hidden_layers:
         raise UsageError(
             f"this placement is for a model of {placement.blocks} blocks, but "
             f"{graph.gguf.files[0]} has {config.num_hidden_layers}; plan again"
         )
-    devices = {name: placement.device_of(name) for name in graph.tensors}
-    names = (*placement.used_devices, CPU)
-    usage = {name: dict.fromkeys((f.name for f in fields(Usage)), 0) for name in names}
+    usage = {name: Counter[str]() for name in (*placement.used_devices, CPU)}
     for tensor in tensors:
-        usage[devices[tensor.name]][role_of(tensor.name) or "norm"] += tensor.nbytes
+        usage[placement.device_of(tensor.name)][role_of(tensor.name) or "norm"] += tensor.nbytes
     layer_kv = kv_bytes(config, placement.tokens, placement.kv_type) // config.num_hidden_layers
     for layer in range(placement.blocks):
         usage[placement.device_of_layer(layer)]["kv"] += layer_kv * n_sequences
-    buffers = _compute_buffers(config, placement, tensors, devices, n_sequences, n_outputs)
-    for name, size in buffers.items():
+    for name, size in _compute_buffers(graph, placement, n_sequences, n_outputs).items():
         usage[name]["compute"] = size
     tokens = min(placement.ubatch, placement.tokens * n_sequences)
     for name, sizes in usage.items():
@@ -140,21 +135,30 @@ def kv_cells(context: int) -> int:
 
 
 def _compute_buffers(
-    config: Dots1Config,
-    placement: Placement,
-    tensors: Iterable[GGUFTensor],
-    devices: Mapping[str, str],
-    n_sequences: int,
-    n_outputs: int,
+    graph: ModelGraph, placement: Placement, n_sequences: int, n_outputs: int
 ) -> Mapping[str, int]:
-    """The compute buffer of each device; `devices` gives the device of each tensor.
+    """The compute buffer of each device.
 
     The buffer of a GPU that copies weights from RAM holds these too. The result is cached by what
     the layers differ in: where their weights are, and how many bytes a GPU copies.
     """
-    gpu = next((name for name in placement.used_devices if name.startswith(_FETCHING)), None)
-    weights = _placed_weights(placement, tensors, devices, fetches=gpu is not None)
-    kv = [placement.device_of_layer(layer) for layer in range(placement.blocks + 1)]
+    gpu = fetching_gpu(placement)
+    kept = REPACKED if placement.host_memory == "repacked" else ()
+    resident = {name: PlacedWeight(name) for name in (*placement.used_devices, CPU)}
+
+    def placed(tensor: GGUFTensor) -> PlacedWeight:
+        device = placement.device_of(tensor.name)
+        if gpu is not None and device == CPU and tensor.type not in kept:
+            return PlacedWeight(CPU, tensor.nbytes, fetched=True)
+        return resident[device]
+
+    layers = [
+        PlacedLayer(
+            placement.device_of_layer(number),
+            tuple((part, placed(tensor)) for part, tensor in parts.items()),
+        )
+        for number, parts in enumerate(graph.layers)
+    ]
     tokens = min(placement.ubatch, placement.tokens * n_sequences)
     sequences = placement.sequences * n_sequences
     ubatch = UbatchShape(
@@ -167,8 +171,8 @@ def _compute_buffers(
     )
     offloaded = placement.gpu_layers > placement.blocks
     return reserved_buffers(
-        config,
-        placed_layers(weights, kv),
+        graph.config,
+        distinct_layers(layers),
         ubatch,
         gpu=gpu,
         min_batch=placement.offload_min_batch or LLAMA_MIN_BATCH,
@@ -177,46 +181,15 @@ def _compute_buffers(
     )
 
 
-def _placed_weights(
-    placement: Placement,
-    tensors: Iterable[GGUFTensor],
-    devices: Mapping[str, str],
-    *,
-    fetches: bool,
-) -> Iterator[tuple[str, PlacedWeight]]:
-    """The name of each tensor, and where it is."""
-    repacks = placement.host_memory == "repacked"
-    resident = {device: PlacedWeight(device) for device in devices.values()}
-    for tensor in tensors:
-        device = devices[tensor.name]
-        if fetches and device == CPU and not (repacks and tensor.type in REPACKED):
-            yield tensor.name, PlacedWeight(CPU, tensor.nbytes, fetched=True)
-        else:
-            yield tensor.name, resident[device]
+def fetching_gpu(placement: Placement) -> str | None:
+    """The first GPU, if its backend copies weights from RAM for large batches."""
+    return next((name for name in placement.used_devices if name.startswith(_FETCHING)), None)
 
 
-def placed_layers(
-    weights: Iterable[tuple[str, PlacedWeight]], kv: Sequence[str]
-) -> tuple[PlacedLayer, ...]:
-    """The layers of a model; `kv` is the device of each KV cache, the last one the output layer's.
-
-    A few layers stand for each row of equal layers.
-    """
-    parts: list[list[tuple[str, PlacedWeight]]] = [[] for _ in kv]
-    for name, weight in weights:
-        layer, part = _block_and_part(name)
-        if part != "token_embd":
-            parts[min(layer, len(kv) - 1)].append((part, weight))
-    layers = [PlacedLayer(device, tuple(own)) for device, own in zip(kv, parts, strict=True)]
+def distinct_layers(layers: Sequence[PlacedLayer]) -> tuple[PlacedLayer, ...]:
+    """A few layers for each row of equal ones; the last layer is the output layer."""
     rows = (islice(row, _EQUAL_LAYERS) for _, row in groupby(layers[:-1]))
     return (*chain.from_iterable(rows), layers[-1])
-
-
-@lru_cache(maxsize=1 << 16)
-def _block_and_part(name: str) -> tuple[int, str]:
-    """The block and part of a tensor by its GGUF name; the block is huge if it is in none."""
-    match = _IN_BLOCK.match(name)
-    return (int(match[1]), match[2]) if match else (1 << 30, name.partition(".")[0])
 
 
 def scratch_bytes(
@@ -261,11 +234,6 @@ def shortfall(graph: ModelGraph, hardware: Hardware, placement: Placement) -> di
         name: usage.total - usable_bytes(hardware.device(name))
         for name, usage in footprint(graph, placement).items()
     }
-
-
-def fetches_weights(device: Device) -> bool:
-    """Whether a device copies weights from RAM for large batches (`offload_op` in ggml)."""
-    return not device.worker and device.backend not in ("CPU", "BLAS", "RPC")
 
 
 def kv_type_unsupported(hardware: Hardware, placement: Placement) -> str | None:

@@ -7,20 +7,13 @@ gap that holds it, or in the place of a source that it may overwrite, and frees 
 last use. Every device is assumed to support every operation of dots1 on every type.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.devices.hardware import CPU
-from dots1_local.placement.ubatch_graph import (
-    Node,
-    PlacedLayer,
-    UbatchGraph,
-    UbatchShape,
-    build_graph,
-)
+from dots1_local.placement.ubatch_graph import Node, PlacedLayer, UbatchGraph, UbatchShape
 
 __all__ = ["CUDA", "LLAMA_MIN_BATCH", "reserved_buffers"]
 
@@ -49,9 +42,9 @@ def reserved_buffers(
     once; CUDA, Vulkan, Metal and RPC devices can, because they have events.
     """
     pinned = offloaded or ubatch.tokens < _SMALL
-    graph = build_graph(config, layers, ubatch, pinned_norms=pinned)
+    graph = UbatchGraph(config, layers, ubatch, pinned_norms=pinned)
     _assign_devices(graph.nodes, gpu, min_batch)
-    return _BufferAllocator(graph, _split(graph), pipelined).sizes()
+    return _BufferAllocator(graph.inputs, _with_copies(graph.nodes), pipelined).sizes()
 
 
 def _assign_devices(nodes: Sequence[Node], gpu: str | None, min_batch: int) -> None:
@@ -88,43 +81,30 @@ def _spread_devices(nodes: Sequence[Node], skip_cpu: bool) -> None:
             current = None if skip_cpu and node.device == CPU else node.device
 
 
-@dataclass(slots=True)
-class _ScheduledNode:
-    """A node and the sources that it reads on its own device.
-
-    A copy between devices is a node of its own, and its source is what it copies.
-    """
-
-    node: Node
-    sources: tuple[Node, ...]
-    is_copy: bool = False
-
-
-def _split(graph: UbatchGraph) -> list[_ScheduledNode]:
+def _with_copies(nodes: Sequence[Node]) -> list[Node]:
     """All nodes in order; the copies that a split needs come before its first node.
 
     A split ends where the device changes. It also ends where an operation needs a weight from
     another device and the split already has copies, so that the memory of the last copied weight
-    can be reused.
+    can be reused. Nodes get copies in place of sources on other devices.
     """
-    scheduled: list[_ScheduledNode] = []
+    scheduled: list[Node] = []
     start, device, has_copies = 0, CPU, False
-    copies: dict[tuple[int, str], Node] = {}
-    for node in graph.nodes:
+    copies: dict[tuple[Node, str], Node] = {}
+    for node in nodes:
         assert node.device is not None
         foreign = [source for source in node.sources if source.device != node.device]
         if node.device != device or (has_copies and any(source.weight for source in foreign)):
             start, device, has_copies = len(scheduled), node.device, False
         for source in foreign:
-            if (id(source), device) not in copies:
-                copy = Node(source.size, (source,), device)
-                copies[id(source), device] = copy
-                scheduled.insert(start, _ScheduledNode(copy, (source,), is_copy=True))
+            if (source, device) not in copies:
+                copy = Node(source.size, (source,), device, is_copy=True)
+                copies[source, device] = copy
+                scheduled.insert(start, copy)
                 start, has_copies = start + 1, True
-        sources = node.sources
         if foreign:
-            sources = tuple(copies.get((id(each), device), each) for each in sources)
-        scheduled.append(_ScheduledNode(node, sources))
+            node.sources = tuple(copies.get((each, device), each) for each in node.sources)
+        scheduled.append(node)
     return scheduled
 
 
@@ -173,58 +153,41 @@ class _FreeList:
 
 
 class _BufferAllocator:
-    """Allocates the scheduled nodes of one graph."""
+    """Allocates the nodes of one graph."""
 
-    def __init__(
-        self, graph: UbatchGraph, scheduled: Sequence[_ScheduledNode], pipelined: bool
-    ) -> None:
-        self._scheduled, self._pipelined = scheduled, pipelined
+    def __init__(self, inputs: Sequence[Node], nodes: Sequence[Node], pipelined: bool) -> None:
+        self._nodes, self._pipelined = nodes, pipelined
         self._memory: defaultdict[str, _FreeList] = defaultdict(_FreeList)
         self._offsets: dict[Node, int] = {}  # of nodes that have memory and will be freed
-        self._uses: dict[Node, int] = {}
-        self._kept: dict[Node, tuple[Node, ...]] = {}
-        copies = [each.node for each in scheduled if each.is_copy] if pipelined else []
-        for node in (*graph.inputs, *copies):
+        copies = [node for node in nodes if node.is_copy] if pipelined else []
+        for node in (*inputs, *copies):
             self._place(node, lasting=pipelined)
-        self._count_uses()
+        self._uses = Counter(source for node in nodes for source in node.sources)
+        self._kept: dict[Node, tuple[Node, ...]] = {}
+        for node in nodes:
+            if node.kept is not None and (node.device or "").startswith(CUDA):
+                # CUDA fuses these operations (ggml_backend_cuda_graph_optimize)
+                self._kept[node.kept] = node.sources
+                self._uses.update(node.sources)
 
     def sizes(self) -> dict[str, int]:
         """Allocate all nodes, and return the bytes that each device needs."""
-        for each in self._scheduled:
-            node = each.node
-            if not (each.is_copy and self._pipelined) and not self._overwrites(each):
+        for node in self._nodes:
+            if not (node.is_copy and self._pipelined) and not self._overwrites(node):
                 self._place(node)
-            for source in (*each.sources, *self._kept.get(node, ())):
+            for source in (*node.sources, *self._kept.get(node, ())):
                 self._uses[source] -= 1
                 if not self._uses[source] and source in self._offsets:
-                    self._memory[source.device or CPU].give(
-                        self._offsets.pop(source), _bytes(source)
-                    )
+                    memory = self._memory[source.device or CPU]
+                    memory.give(self._offsets.pop(source), _bytes(source))
         return {device: memory.size for device, memory in self._memory.items()}
 
-    def _count_uses(self) -> None:
-        uses = self._uses
-        for each in self._scheduled:
-            for source in each.sources:
-                uses[source] = uses.get(source, 0) + 1
-            kept = each.node.kept
-            if kept is not None and (each.node.device or "").startswith(CUDA):
-                # CUDA fuses these operations (ggml_backend_cuda_graph_optimize)
-                self._kept[kept] = each.sources
-                for source in each.sources:
-                    uses[source] += 1
-
-    def _overwrites(self, scheduled: _ScheduledNode) -> bool:
+    def _overwrites(self, node: Node) -> bool:
         """Let the node take over the memory of a source that no other node needs, if it may."""
-        if scheduled.node.inplace:
-            for source in scheduled.sources:
-                if (
-                    source.size == scheduled.node.size
-                    and self._uses[source] == 1
-                    and source in self._offsets
-                ):
-                    self._offsets[scheduled.node] = self._offsets.pop(source)
-                    return True
+        for source in node.sources if node.inplace else ():
+            if source.size == node.size and self._uses[source] == 1 and source in self._offsets:
+                self._offsets[node] = self._offsets.pop(source)
+                return True
         return False
 
     def _place(self, node: Node, *, lasting: bool = False) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from dots1_local.devices.hardware import CPU, Device, Hardware
+from dots1_local.devices.hardware import CPU, Hardware
 from dots1_local.placement.llama_args import (
     EXPERT_PARTS,
     expert_overrides,
@@ -81,7 +81,10 @@ def strategies(hardware: Hardware, blocks: int) -> Iterator[SplitStrategy]:
     gpus = tuple(device.name for device in hardware.devices if not device.worker)
     if gpus:
         yield SplitStrategy(gpus)
-    workers = sorted((device for device in hardware.devices if device.worker), key=_slowness)
+    workers = sorted(
+        (device for device in hardware.devices if device.worker),
+        key=lambda each: -each.speed.bandwidth if each.speed else 0.0,
+    )
     for count in range(1, len(workers) + 1):
         chosen = tuple(device.name for device in workers[:count])
         yield SplitStrategy(gpus, expert_workers=chosen)
@@ -89,10 +92,6 @@ def strategies(hardware: Hardware, blocks: int) -> Iterator[SplitStrategy]:
             layers = (blocks + 1) * step // _VARIANTS
             yield SplitStrategy(gpus, layer_workers=chosen, worker_layers=layers)
     yield SplitStrategy()
-
-
-def _slowness(device: Device) -> float:
-    return -device.speed.bandwidth if device.speed else 0.0
 
 
 def variants(
@@ -105,11 +104,12 @@ def variants(
     layers and some of their weights; or weights only.
     """
 
-    def filled(cpu_kv_layers: int = 0, ram_weight_layers: int = 0) -> DeviceSplit | None:
-        changed = replace(
-            strategy, cpu_kv_layers=cpu_kv_layers, ram_weight_layers=ram_weight_layers
-        )
-        return fill(sizes, changed, room)
+    def filled(*, kv: int = 0, weights: int = 0) -> DeviceSplit | None:
+        return fill(sizes, replace(strategy, cpu_kv_layers=kv, ram_weight_layers=weights), room)
+
+    def has_all_weights(kv: int) -> bool:
+        split = filled(kv=kv)
+        return split is not None and split.all_weights_on_gpus
 
     def least(start: int, fits: Callable[[int], bool]) -> int | None:
         counts = range(sizes.blocks + 2)
@@ -119,20 +119,16 @@ def variants(
     if not strategy.gpus or filled():
         return [strategy]
     found = []
-    few = least(1, lambda n: filled(cpu_kv_layers=n) is not None)
+    few = least(1, lambda n: filled(kv=n) is not None)
     if few is not None:
-        full = least(few, lambda n: _has_all_weights(filled(cpu_kv_layers=n)))
+        full = least(few, has_all_weights)
         full = min(full or sizes.blocks, sizes.blocks)
         between = (few + (full - few) * step // _VARIANTS for step in range(_VARIANTS))
         found += [replace(strategy, cpu_kv_layers=n) for n in dict.fromkeys((full, *between))]
-    weights = least(1, lambda n: filled(ram_weight_layers=n) is not None)
+    weights = least(1, lambda n: filled(weights=n) is not None)
     if weights is not None and weights <= sizes.blocks:
         found.append(replace(strategy, ram_weight_layers=weights))
     return found
-
-
-def _has_all_weights(split: DeviceSplit | None) -> bool:
-    return split is not None and split.all_weights_on_gpus
 
 
 def most_similar(found: Sequence[SplitStrategy], strategy: SplitStrategy) -> list[SplitStrategy]:

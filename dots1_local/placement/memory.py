@@ -11,13 +11,13 @@ from dots1_local.ggml import TYPES
 from dots1_local.placement.footprint import (
     GPU_RESERVE,
     RAM_RESERVE,
+    distinct_layers,
     kv_bytes,
     kv_cells,
-    placed_layers,
     scratch_bytes,
 )
 from dots1_local.placement.graph_memory import reserved_buffers
-from dots1_local.placement.ubatch_graph import PlacedWeight, UbatchShape
+from dots1_local.placement.ubatch_graph import PlacedLayer, PlacedWeight, UbatchShape
 from dots1_local.sizes import human_bytes, parse_size
 
 __all__ = [
@@ -61,12 +61,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """How a memory is divided, in bytes: `total` = `kv` + `buffers` + `reserve` + `weights`.
+    """How a memory is divided, in bytes: it is `kv` + `buffers` + `reserve` + `weights`.
 
     `buffers` includes the part of a GPU that is smaller than one more matrix.
     """
 
-    total: int
     kv: int
     buffers: int
     reserve: int
@@ -76,12 +75,9 @@ class MemoryBudget:
 
 def memory_of(hardware: Hardware) -> Memory:
     """The free memory of a machine."""
-    devices = hardware.devices
-    return Memory(
-        tuple(device.free for device in devices if not device.worker),
-        hardware.cpu.free,
-        tuple(device.free for device in devices if device.worker),
-    )
+    gpus = tuple(device.free for device in hardware.devices if not device.worker)
+    workers = tuple(device.free for device in hardware.devices if device.worker)
+    return Memory(gpus, hardware.cpu.free, workers)
 
 
 def parse_memory(text: str) -> Memory:
@@ -166,11 +162,13 @@ def compute_bytes(
     outputs = min(n_outputs, tokens)
     ubatch = UbatchShape(tokens, outputs, 1, kv_cells(n_ctx), kv_type.upper(), flash_attention)
     own, copied = PlacedWeight(device), PlacedWeight(CPU, fetched, fetched=True)
-    weights = (
-        (spec.name, copied if fetched and spec.role == "routed" else own)
-        for spec in inventory(config)
-    )
-    layers = placed_layers(weights, [device] * (config.num_hidden_layers + 1))
+    parts: list[list[tuple[str, PlacedWeight]]]
+    parts = [[] for _ in range(config.num_hidden_layers + 1)]
+    for spec in inventory(config):
+        if spec.role != "embedding":
+            weight = copied if fetched and spec.role == "routed" else own
+            parts[-1 if spec.layer is None else spec.layer].append((spec.part, weight))
+    layers = distinct_layers([PlacedLayer(device, tuple(each)) for each in parts])
     return reserved_buffers(config, layers, ubatch, gpu=device if fetched else None)[device]
 
 
@@ -184,7 +182,7 @@ def _budget(config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str) -> Me
         f"{human_bytes(buffers)} buffers - {human_bytes(reserve)} left free = "
         f"{human_bytes(max(weights, 0))} for weights"
     )
-    return MemoryBudget(memory.total, kv, buffers, reserve, weights, explanation)
+    return MemoryBudget(kv, buffers, reserve, weights, explanation)
 
 
 def _buffers(
@@ -212,17 +210,17 @@ def _buffers(
 
 
 def _check_devices(config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str) -> None:
-    """Check that each GPU and the RAM have room for weights beside buffers and the reserve."""
+    """Check that each device has room for weights beside buffers and the reserve."""
+    sizes = [*memory.gpus, *memory.workers, *[memory.ram] * bool(memory.ram)]
+    names = ["a GPU"] * len(memory.gpus) + ["a worker"] * len(memory.workers) + ["RAM"]
     buffers = _buffers(config, memory, n_ctx, kv_type, _least_weights(config))
-    devices = [(gpu, GPU_RESERVE, "a GPU", "driver") for gpu in memory.gpus]
-    devices += [(worker, RAM_RESERVE, "a worker", "system") for worker in memory.workers]
-    devices += [(memory.ram, RAM_RESERVE, "RAM", "system")] if memory.ram else []
-    for (size, reserve, name, owner), buffer in zip(devices, buffers, strict=True):
-        if size <= reserve + buffer:
+    for size, name, buffer in zip(sizes, names, buffers, strict=False):
+        taken = buffer + (GPU_RESERVE if name == "a GPU" else RAM_RESERVE)
+        if size <= taken:
+            owner = "driver" if name == "a GPU" else "system"
             raise Dots1Error(
                 f"{name} of {human_bytes(size)} has no room for weights, because the {owner} and "
-                f"llama.cpp's buffers take {human_bytes(reserve + buffer)}; leave it out or "
-                "give more"
+                f"llama.cpp's buffers take {human_bytes(taken)}; leave it out or give more"
             )
 
 

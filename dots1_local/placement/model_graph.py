@@ -15,7 +15,7 @@ from typing import NamedTuple
 from dots1_local.architecture import Dots1Config
 from dots1_local.devices.hardware import CPU
 from dots1_local.errors import GGUFError
-from dots1_local.files.gguf import GGUFFile, GGUFTensor, role_of
+from dots1_local.files.gguf import GGUFFile, GGUFTensor
 
 __all__ = [
     "LayerSizes",
@@ -64,12 +64,15 @@ class ModelOp:
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """The operations of a model in llama.cpp's order; `tensors` holds all of the file's by name."""
+    """A model's operations in llama.cpp's order, and its tensors by layer and part.
+
+    The last of `layers` is the output layer; `embedding` is apart.
+    """
 
     gguf: GGUFFile
     config: Dots1Config
     ops: tuple[ModelOp, ...]
-    tensors: Mapping[str, GGUFTensor]
+    layers: tuple[Mapping[str, GGUFTensor], ...]
 
     @classmethod
     def read(cls, gguf: GGUFFile) -> "ModelGraph":
@@ -79,14 +82,19 @@ class ModelGraph:
             GGUFError: the file has another architecture, or lacks keys or tensors.
         """
         config = Dots1Config.from_gguf(gguf.keys, gguf.files[0])
-        tensors = {tensor.name: tensor for tensor in gguf.tensors}
+        layers: list[dict[str, GGUFTensor]] = [{} for _ in range(config.num_hidden_layers + 1)]
+        for tensor in gguf.tensors:
+            block = _BLOCK.match(tensor.name)
+            part = tensor.name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
+            if part != "token_embd":
+                layers[min(int(block[1]), len(layers) - 1) if block else -1][part] = tensor
         try:
-            ops = tuple(_ops(config, tensors))
+            ops = tuple(_ops(config, layers))
         except KeyError as error:
             raise GGUFError(
                 f"{gguf.files[0]} has no tensor {error.args[0]}; run dots1 verify on it"
             ) from None
-        return cls(gguf, config, ops, tensors)
+        return cls(gguf, config, ops, tuple(layers))
 
 
 def is_routed(part: str) -> bool:
@@ -94,38 +102,33 @@ def is_routed(part: str) -> bool:
     return part.endswith("_exps")
 
 
-def _ops(config: Dots1Config, tensors: Mapping[str, GGUFTensor]) -> Iterator[ModelOp]:
-    inner = config.num_attention_heads * config.head_dim
+def _ops(config: Dots1Config, layers: Sequence[Mapping[str, GGUFTensor]]) -> Iterator[ModelOp]:
+    inner, used = config.num_attention_heads * config.head_dim, config.num_experts_per_tok
+
+    def op(layer: int, part: str, nodes: int) -> ModelOp:
+        prefix = f"blk.{layer}." if layer < config.num_hidden_layers else ""
+        if part not in layers[layer]:
+            raise KeyError(f"{prefix}{part}.weight")
+        tensor = layers[layer][part]
+        is_matrix, times = len(tensor.shape) > 1, used if is_routed(part) else 1
+        # The router's output is not passed on: experts get what the router gets.
+        rows = tensor.shape[-2] if is_matrix and part != "ffn_gate_inp" else config.hidden_size
+        if part == "ffn_down_exps":
+            nodes += used  # the experts' outputs are weighted and added up
+        weights = tensor.elements if is_matrix else 0
+        return ModelOp(
+            tensor.name, part, layer, tensor.type, tensor.nbytes, weights, nodes, times * rows
+        )
+
     for layer in range(config.num_hidden_layers):
-        block = f"blk.{layer}."
         for part, nodes in _BEFORE_KV:
-            yield _op(config, tensors, block, part, layer, nodes)
+            yield op(layer, part, nodes)
         yield ModelOp("", _ATTENTION, layer, "", 0, 0, 3, inner)
         feed_forward = _DENSE if config.is_dense(layer) else (*_ROUTER, *_ROUTED, *_SHARED)
         for part, nodes in (*_AFTER_KV, *feed_forward):
-            yield _op(config, tensors, block, part, layer, nodes)
+            yield op(layer, part, nodes)
     for part, nodes in _FINAL:
-        yield _op(config, tensors, "", part, config.num_hidden_layers, nodes)
-
-
-def _op(
-    config: Dots1Config,
-    tensors: Mapping[str, GGUFTensor],
-    block: str,
-    part: str,
-    layer: int,
-    nodes: int,
-) -> ModelOp:
-    name = f"{block}{part}.weight"
-    tensor = tensors[name]
-    used = config.num_experts_per_tok if is_routed(part) else 1
-    rows = tensor.shape[-2] if len(tensor.shape) > 1 else config.hidden_size
-    if part == "ffn_gate_inp":
-        rows = config.hidden_size  # the experts' input is computed before the router
-    if part == "ffn_down_exps":
-        nodes += used  # the experts' outputs are weighted and added up
-    weights = tensor.elements if len(tensor.shape) > 1 else 0
-    return ModelOp(name, part, layer, tensor.type, tensor.nbytes, weights, nodes, used * rows)
+        yield op(config.num_hidden_layers, part, nodes)
 
 
 @dataclass(frozen=True)
@@ -144,27 +147,21 @@ class LayerSizes:
     @classmethod
     def of(cls, graph: ModelGraph, kv: int) -> "LayerSizes":
         """The sizes of a model whose KV cache takes `kv` bytes for each block."""
-        count = graph.config.num_hidden_layers + 1
-        always, output = [0] * count, [0] * count
-        experts: list[dict[str, int]] = [{} for _ in range(count)]
-        for tensor in graph.tensors.values():
-            block, role = _BLOCK.match(tensor.name), role_of(tensor.name)
-            number = min(int(block[1]), count - 1) if block else count - 1
-            part = tensor.name.rsplit(".", 2)[-2]
-            if role == "embedding":
-                continue
-            if role == "routed":
-                experts[number][part.removeprefix("ffn_").removesuffix("_exps")] = tensor.nbytes
-            else:
-                always[number] += tensor.nbytes
-            if part == "attn_output":
-                output[number] = tensor.nbytes
-        return cls(always, output, experts, kv)
+        sizes = [{part: each.nbytes for part, each in layer.items()} for layer in graph.layers]
+        return cls(
+            [sum(size for part, size in layer.items() if not is_routed(part)) for layer in sizes],
+            [layer.get("attn_output", 0) for layer in sizes],
+            [
+                {
+                    part[4:-5]: size for part, size in layer.items() if is_routed(part)
+                }  # up, gate, down
+                for layer in sizes
+            ],
+            kv,
+        )
 
     def without_weights(self, count: int) -> "LayerSizes":
         """The same sizes, but the first `count` layers have only their KV cache."""
-        if not count:
-            return self
         always = [0] * count + list(self.always[count:])
         experts: list[Mapping[str, int]] = [{}] * count
         return replace(self, always=always, experts=[*experts, *self.experts[count:]])
@@ -187,9 +184,7 @@ class LayerSizes:
 
 
 class MatrixProduct(NamedTuple):
-    """A matrix product on a device, with a weight of which each token uses all or, if it is
-    routed, a few experts. `in_ram` says where the weight is; a GPU copies it if it is `fetched`.
-    """
+    """A matrix product on a device; the weight may be in RAM and `fetched` by a GPU."""
 
     device: str
     type: str

@@ -77,7 +77,7 @@ class Placement:
     layers: Mapping[str, Annotated[int, Meta(ge=0, le=1 << 10)]] = field(default_factory=dict)
     overrides: tuple[tuple[str, str], ...] = ()
     workers: Annotated[tuple[str, ...], Meta(max_length=16)] = ()
-    sequences: int = 1
+    sequences: Annotated[int, Meta(ge=1)] = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
@@ -161,19 +161,12 @@ def placement_from_json(raw: Any, what: str) -> Placement:
         UsageError: `raw` is not a plan, or a value in it is impossible.
     """
     _check_format(raw, what)
-    content = {key: value for key, value in raw.items() if key not in ("format", "version")}
-    content.pop(
-        "predicted", None
-    )  # `dots1 plan --json` adds its predictions for people and scripts
-    if content.get("sequences", 1) is None:
-        del content["sequences"]
-    known = {field.name for field in fields(Placement)}
+    # `dots1 plan --json` adds "predicted"; "sequences" may be null.
+    ignored = ("format", "version", "predicted", *["sequences"] * (raw.get("sequences", 1) is None))
+    content = {key: value for key, value in raw.items() if key not in ignored}
     try:
-        if unknown := [key for key in content if key not in known]:
-            raise JsonError("unknown key", unknown[0])
-        for name in ("layers", "overrides", "workers"):
-            if name not in content:
-                raise JsonError(f"Object missing required field `{name}`")
+        if unknown := content.keys() - {field.name for field in fields(Placement)}:
+            raise JsonError("unknown key", min(unknown))
         placement = convert_json(content, Placement)
         _check(placement)
     except JsonError as error:
@@ -184,57 +177,45 @@ def placement_from_json(raw: Any, what: str) -> Placement:
 
 def _check_format(raw: Any, what: str) -> None:
     """Refuse JSON that is not a plan of `dots1 plan`, and say what it is if that is known."""
-    wanted = "this option needs a plan that dots1 plan --json printed"
-    if not isinstance(raw, dict):
-        raise UsageError(f"{what} is not a plan: it is not a JSON object; {wanted}")
-    kind = raw.get("format")
+    kind = raw.get("format") if isinstance(raw, dict) else None
     if kind == _FORMAT:
         if raw.get("version") != _VERSION:
             raise UsageError(f"{what} is a plan from another version of dots1-local; plan again")
-    elif "recipe" in raw and "types" in raw:
-        raise UsageError(f"{what} is a quantisation plan, which dots1 convert takes; {wanted}")
-    elif kind is None:
-        raise UsageError(f'{what} is not a plan: it has no "format"; {wanted}')
-    else:
-        raise UsageError(f'{what} is not a plan: its "format" is {kind!r:.40}; {wanted}')
+        return
+    reason = f'its "format" is {kind!r:.40}' if kind else 'it has no "format"'
+    if isinstance(raw, dict) and "recipe" in raw and "types" in raw:
+        reason = "it is a quantisation plan, which dots1 convert takes"
+    raise UsageError(f"{what} is not a plan that dots1 plan --json printed: {reason}")
 
 
 def _check(placement: Placement) -> None:
+    """Check what the types of the fields cannot say."""
+    kv_type, given = placement.kv_type, placement.gpu_layers
     if not placement.model.isprintable():
         raise JsonError("expected a line of text", "model")
-    if placement.kv_type not in KV_TYPES:
-        raise JsonError(f"{placement.kv_type!r:.40} is not one of {', '.join(KV_TYPES)}", "kv_type")
-    if placement.sequences < 1:
-        raise JsonError("expected int >= 1", "sequences")
-    if placement.gpu_layers > placement.blocks + 1:
+    if kv_type not in KV_TYPES:
+        raise JsonError(f"{kv_type!r:.40} is not one of {', '.join(KV_TYPES)}", "kv_type")
+    if not placement.flash_attention and quant_type(kv_type).block > 1:
+        raise JsonError(f"a KV cache in {kv_type} needs flash attention", "kv_type")
+    if given > placement.blocks + 1:
         raise JsonError(
-            f"devices get {placement.gpu_layers} layers, but the model has {placement.blocks + 1}",
-            "layers",
+            f"devices get {given} layers, but the model has {placement.blocks + 1}", "layers"
         )
-    if not placement.flash_attention and quant_type(placement.kv_type).block > 1:
-        raise JsonError(f"a KV cache in {placement.kv_type} needs flash attention", "kv_type")
     for number, (pattern, _) in enumerate(placement.overrides):
-        _check_pattern(pattern, f"overrides[{number}]")
+        if reason := _pattern_error(pattern):
+            raise JsonError(f"the pattern {pattern!r:.60} {reason}", f"overrides[{number}]")
 
 
-def _check_pattern(pattern: str, path: str) -> None:
+def _pattern_error(pattern: str) -> str | None:
     if len(pattern) > _MAX_PATTERN:
-        raise JsonError(
-            f"the pattern {pattern!r:.60} has {len(pattern):,} characters; "
-            f"the limit is {_MAX_PATTERN:,}",
-            path,
-        )
+        return f"has {len(pattern):,} characters; the limit is {_MAX_PATTERN:,}"
     if other := _PYTHON_ONLY.search(pattern):
-        raise JsonError(
-            f"llama.cpp's std::regex does not know {other[0]!r} in the pattern {pattern!r:.60}",
-            path,
-        )
+        return f"contains {other[0]!r}, which llama.cpp's std::regex does not know"
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise JsonError(
-            f"the pattern {pattern!r:.60} is not a regular expression: {error}", path
-        ) from None
+        return f"is not a regular expression: {error}"
+    return None
 
 
 def check_made_for(placement: Placement, gguf: GGUFFile) -> None:
@@ -252,8 +233,8 @@ def check_made_for(placement: Placement, gguf: GGUFFile) -> None:
         )
     if CPU in placement.layers:
         raise UsageError(
-            f"this placement counts layers of the {CPU}; remove {CPU} from its layers, because the "
-            f"{CPU} gets all layers that no other device has"
+            f"this placement counts layers of the {CPU}; leave them out, because the {CPU} gets "
+            "all layers that no other device has"
         )
 
 

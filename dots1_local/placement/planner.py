@@ -16,7 +16,7 @@ from dots1_local.files.gguf import GGUFFile
 from dots1_local.ggml import KV_TYPES
 from dots1_local.placement.footprint import (
     Usage,
-    fetches_weights,
+    fetching_gpu,
     footprint,
     kv_bytes,
     kv_type_unsupported,
@@ -33,7 +33,7 @@ from dots1_local.placement.placement import (
     check_context,
     default_context,
 )
-from dots1_local.placement.speed_model import SpeedModel, break_even, is_measured, seconds_of_turn
+from dots1_local.placement.speed_model import SpeedModel, is_measured, seconds_of_turn
 
 __all__ = ["Search", "place"]
 
@@ -240,15 +240,12 @@ class Search:
         return None, {}
 
     def _with_devices(self, first: Placement, layers: Mapping[str, int]) -> Placement:
-        fetching = any(fetches_weights(self._hardware.device(name)) for name in layers)
         workers = (self._hardware.device(name).worker for name in layers)
-        return replace(
-            first,
-            layers=layers,
-            host_memory="pinned" if fetching else "repacked",
-            offload_min_batch=self._min_batch if fetching else None,
-            workers=tuple(dict.fromkeys(worker for worker in workers if worker)),
-        )
+        used = tuple(dict.fromkeys(worker for worker in workers if worker))
+        placement = replace(first, layers=layers, workers=used, host_memory="repacked")
+        if fetching_gpu(placement) is None:
+            return placement
+        return replace(placement, host_memory="pinned", offload_min_batch=self._min_batch)
 
     def _timed(self, strategy: SplitStrategy, placement: Placement, short: int) -> Candidate:
         model = SpeedModel(self._graph, self._hardware, placement)
@@ -257,7 +254,7 @@ class Search:
         if not (self._measured and is_measured(self._hardware, placement.devices)):
             return Candidate(strategy, placement, short, None)
         if model.fetches:
-            placement = self._with_min_batch(placement, break_even(model), short)
+            placement = self._with_min_batch(placement, model.break_even(), short)
             model = model.placed_as(placement)
         seconds = seconds_of_turn(model, placement.context)
         return Candidate(strategy, placement, short, seconds)

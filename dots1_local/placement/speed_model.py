@@ -10,15 +10,14 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
-from dots1_local.devices.hardware import CPU, Hardware, Rate, Speed
+from dots1_local.devices.hardware import CPU, Hardware, Rate
 from dots1_local.ggml import TYPES, quant_type
 from dots1_local.placement.footprint import (
     REPACKED,
     Usage,
-    fetches_weights,
+    fetching_gpu,
     footprint,
     shortfall,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "Forecast",
     "SpeedAt",
     "SpeedModel",
-    "break_even",
     "forecast",
     "is_measured",
     "reference_turn",
@@ -64,15 +62,16 @@ class SpeedModel:
 
     def __init__(self, graph: ModelGraph, hardware: Hardware, placement: Placement) -> None:
         self._graph, self._config, self._placement = graph, graph.config, placement
-        self._speeds: dict[str, Speed] = {}
-        for name in (*placement.used_devices, CPU):
-            if speed := hardware.device(name).speed:
-                self._speeds[name] = speed
+        used = {name: hardware.device(name).speed for name in (*placement.used_devices, CPU)}
+        self._speeds = {name: speed for name, speed in used.items() if speed}
         self._devices = [placement.device_of(op.name) if op.name else "" for op in graph.ops]
-        used = placement.used_devices
-        self._gpu = next((n for n in used if fetches_weights(hardware.device(n))), None)
+        self._gpu = fetching_gpu(placement)
+        self._works: dict[tuple[str | None, bool], UbatchWork] = {}
+        self.fetches = self._gpu is not None and CPU in self._devices
+        """Whether there is a GPU that can copy weights, and weights in RAM to copy."""
+        self.share_on_disk = self._find_share_on_disk(hardware)
+        """The share of the weights in RAM that does not fit RAM."""
         self._disk = hardware.disk or UNMEASURED_DISK
-        self._on_disk = self._find_share_on_disk(hardware)
 
     def decode(self, n_past: int) -> float:
         """Seconds of the next token with `n_past` tokens in the KV cache."""
@@ -91,26 +90,33 @@ class SpeedModel:
         other._placement = placement
         return other
 
-    def batch(self, n_tokens: int, fetching: bool) -> float:
-        """Seconds of one ubatch that copies weights in RAM to a GPU, or uses them in RAM."""
-        return self._seconds(self._fetching if fetching else self._in_place, n_tokens, 0)
+    def break_even(self) -> int:
+        """The smallest ubatch, in tokens, for which copying weights to a GPU is faster."""
 
-    @property
-    def fetches(self) -> bool:
-        """Whether there is a GPU that can copy weights, and weights in RAM to copy."""
-        return self._gpu is not None and CPU in self._devices
+        def pays(n_tokens: int) -> bool:
+            copying, in_place = self._work(self._gpu), self._work(None)
+            return self._seconds(copying, n_tokens, 0) < self._seconds(in_place, n_tokens, 0)
 
-    @property
-    def share_on_disk(self) -> float:
-        """The share of the weights in RAM that does not fit RAM."""
-        return self._on_disk
+        index = bisect_left(_BATCHES, True, key=pays)
+        return _BATCHES[index] if index < len(_BATCHES) else _NEVER
 
     def _ubatch(self, n_tokens: int, n_past: int) -> float:
         least = self._placement.offload_min_batch or LLAMA_MIN_BATCH
-        work = self._in_place
-        if self._gpu and n_tokens * self._config.num_attention_heads >= least:
-            work = self._fetching if n_tokens >= least else self._fetching_norms
+        gpu = self._gpu if n_tokens * self._config.num_attention_heads >= least else None
+        # In a short ubatch, only norms by head have enough rows to be copied.
+        work = self._work(gpu, only_norms=gpu is not None and n_tokens < least)
         return self._seconds(work, n_tokens, n_past)
+
+    def _work(self, gpu: str | None, *, only_norms: bool = False) -> UbatchWork:
+        """The work of a ubatch if `gpu` copies weights from RAM, or only those of norms by head."""
+        key = gpu, only_norms
+        if key not in self._works:
+            placement = self._placement
+            kept = REPACKED if placement.host_memory == "repacked" else ()
+            kv = [placement.device_of_layer(layer) for layer in range(placement.blocks)]
+            only = _NORMS_BY_HEAD if only_norms else ()
+            self._works[key] = count_work(self._graph, self._devices, kv, gpu, kept, only)
+        return self._works[key]
 
     def _seconds(self, work: UbatchWork, n_tokens: int, n_past: int) -> float:
         seconds = sum(
@@ -145,7 +151,7 @@ class SpeedModel:
             pinned = self._placement.host_memory == "pinned"
             seconds += nbytes / (speed.upload if pinned else speed.upload_pageable)
         if product.in_ram:
-            seconds += self._on_disk * nbytes / self._disk
+            seconds += self.share_on_disk * nbytes / self._disk
         return seconds
 
     def _attention(self, device: str, copied: bool, n_tokens: int, n_past: int) -> float:
@@ -165,30 +171,11 @@ class SpeedModel:
         """Seconds of one token's logits, for which weights are never copied."""
         return self._product(matrix_product(self._graph.ops[-1], self._devices[-1]), 1)
 
-    @cached_property
-    def _in_place(self) -> UbatchWork:
-        return self._work(None)
-
-    @cached_property
-    def _fetching(self) -> UbatchWork:
-        return self._work(self._gpu)
-
-    @cached_property
-    def _fetching_norms(self) -> UbatchWork:
-        """The work of ubatches in which only norms by head have enough rows to be copied."""
-        return self._work(self._gpu, _NORMS_BY_HEAD)
-
-    def _work(self, gpu: str | None, only: Sequence[str] = ()) -> UbatchWork:
-        placement = self._placement
-        unfetched = REPACKED if placement.host_memory == "repacked" else ()
-        kv = [placement.device_of_layer(layer) for layer in range(placement.blocks)]
-        return count_work(self._graph, self._devices, kv, gpu, unfetched, only)
-
     def _find_share_on_disk(self, hardware: Hardware) -> float:
         placement = self._placement
         if placement.host_memory != "mapped":
             return 0.0
-        tensors = self._graph.tensors.values()
+        tensors = self._graph.gguf.tensors
         nbytes = sum(each.nbytes for each in tensors if placement.device_of(each.name) == CPU)
         short = shortfall(self._graph, hardware, placement)[CPU]
         return min(1.0, max(0.0, short / nbytes)) if nbytes else 0.0
@@ -216,16 +203,6 @@ def _rate(rates: Mapping[str, Rate], kind: str) -> Rate | None:
     if not known or kind not in TYPES:
         return None
     return rates[min(known, key=lambda name: abs(TYPES[name].bpw - TYPES[kind].bpw))]
-
-
-def break_even(model: SpeedModel) -> int:
-    """The smallest batch, in tokens, for which copying weights to a GPU is faster."""
-
-    def pays(n_tokens: int) -> bool:
-        return model.batch(n_tokens, True) < model.batch(n_tokens, False)
-
-    index = bisect_left(_BATCHES, True, key=pays)
-    return _BATCHES[index] if index < len(_BATCHES) else _NEVER
 
 
 def reference_turn(context: int) -> tuple[int, int]:

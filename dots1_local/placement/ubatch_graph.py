@@ -5,15 +5,14 @@ bytes, its sources, and whether it may overwrite one of them. Views are left out
 no memory.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.devices.hardware import CPU
 from dots1_local.errors import GGUFError
 from dots1_local.ggml import quant_type
 
-__all__ = ["Node", "PlacedLayer", "PlacedWeight", "UbatchGraph", "UbatchShape", "build_graph"]
+__all__ = ["Node", "PlacedLayer", "PlacedWeight", "UbatchGraph", "UbatchShape"]
 
 _ROTATION = 64  # llama.cpp rotates quantised KV by Hadamard matrices of at least this order
 
@@ -54,68 +53,52 @@ class UbatchShape:
     flash_attention: bool
 
 
+@dataclass(slots=True, eq=False)
 class Node:
     """A tensor of the graph: `size` bytes, computed from `sources`, on `device` if it is given.
 
     `rows` is the number of rows that an operation with a weight works on. An `inplace` node may
     take over the memory of a source of the same size. `extra` counts further bytes that CUDA's
     flash attention asks for, to hold keys and values as F16. If `kept` is another node, CUDA keeps
-    the sources of this node in memory until that node is computed.
+    the sources of this node in memory until that node is computed. `is_copy` marks a copy of its
+    source on another device.
     """
 
-    __slots__ = ("device", "extra", "inplace", "kept", "rows", "size", "sources", "weight")
-
-    def __init__(
-        self,
-        size: int,
-        sources: tuple["Node", ...] = (),
-        device: str | None = None,
-        *,
-        inplace: bool = False,
-        rows: int = 0,
-        weight: PlacedWeight | None = None,
-    ) -> None:
-        self.size, self.sources, self.device = size, sources, device
-        self.inplace, self.rows, self.weight = inplace, rows, weight
-        self.extra = 0
-        self.kept: Node | None = None
+    size: int
+    sources: tuple["Node", ...] = ()
+    device: str | None = None
+    inplace: bool = False
+    rows: int = 0
+    weight: PlacedWeight | None = None
+    extra: int = 0
+    kept: "Node | None" = None
+    is_copy: bool = False
 
 
-@dataclass
 class UbatchGraph:
-    """The inputs, which are in RAM from the beginning, and the computed nodes, in order."""
+    """The `inputs`, which are in RAM from the beginning, and the computed `nodes`, in order.
 
-    inputs: list[Node] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)
-
-
-def build_graph(
-    config: Dots1Config, layers: tuple[PlacedLayer, ...], ubatch: UbatchShape, *, pinned_norms: bool
-) -> UbatchGraph:
-    """Build the graph of these layers, the last of which is the output layer.
-
-    With `pinned_norms`, norms are computed on the device of their layer, wherever their input is.
+    The last of `layers` is the output layer. With `pinned_norms`, norms are computed on the device
+    of their layer, wherever their input is.
 
     Raises:
         GGUFError: a layer lacks a weight.
     """
-    return _Builder(config, ubatch, pinned_norms).build(layers)
 
-
-class _Builder:
-    """Appends nodes to a graph, layer by layer."""
-
-    def __init__(self, config: Dots1Config, ubatch: UbatchShape, pinned_norms: bool) -> None:
+    def __init__(
+        self,
+        config: Dots1Config,
+        layers: tuple[PlacedLayer, ...],
+        ubatch: UbatchShape,
+        *,
+        pinned_norms: bool,
+    ) -> None:
+        self.inputs: list[Node] = []
+        self.nodes: list[Node] = []
         self._config, self._ubatch, self._pinned_norms = config, ubatch, pinned_norms
-        self._graph = UbatchGraph()
-        self._parts: Mapping[str, Node] = {}
-        self._layer = PlacedLayer(CPU, ())
         self._tokens = ubatch.tokens  # in the last block, only those with logits
         self._hidden, self._inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self._rotates = quant_type(ubatch.kv_type).block > 1 and not config.head_dim % _ROTATION
-
-    def build(self, layers: tuple[PlacedLayer, ...]) -> UbatchGraph:
-        ubatch = self._ubatch
         self._make_inputs()
         embedding = Node(0, device=CPU, weight=PlacedWeight(CPU))  # always looked up in RAM
         x = self._op(4 * self._hidden * ubatch.tokens, embedding, self._ids)
@@ -124,8 +107,7 @@ class _Builder:
             x = self._block(x, is_last=index == len(layers) - 2)
         self._enter(layers[-1])
         norm = self._norm(x, "output_norm", self._hidden, pinned=False)
-        self._matmul("output", norm, self._config.vocab_size)
-        return self._graph
+        self._matmul("output", norm, config.vocab_size)
 
     def _make_inputs(self) -> None:
         ubatch, tokens = self._ubatch, self._ubatch.tokens
@@ -146,7 +128,7 @@ class _Builder:
 
     def _input(self, size: int) -> Node:
         node = Node(size, device=CPU)
-        self._graph.inputs.append(node)
+        self.inputs.append(node)
         return node
 
     def _enter(self, layer: PlacedLayer) -> None:
@@ -164,8 +146,8 @@ class _Builder:
     def _op(
         self, size: int, *sources: Node, inplace: bool = False, rows: int = 0, on: str | None = None
     ) -> Node:
-        node = Node(size, sources, on, inplace=inplace, rows=rows)
-        self._graph.nodes.append(node)
+        node = Node(size, sources, on, inplace, rows)
+        self.nodes.append(node)
         return node
 
     def _matmul(self, part: str, x: Node, width: int) -> Node:
@@ -209,7 +191,11 @@ class _Builder:
         cached = quant_type(ubatch.kv_type).row_bytes(self._inner) * ubatch.cells * ubatch.streams
         keys, values = Node(cached, device=kv), Node(cached, device=kv)
         if ubatch.flash_attention:
-            result = self._flash_attention(query, keys, values)
+            as_f16 = 2 * self._inner * ubatch.cells * ubatch.streams
+            if ubatch.kv_type == "F32":
+                keys, values = self._op(as_f16, keys), self._op(as_f16, values)
+            result = self._op(size, query, keys, values, self._mask)
+            result.extra = 0 if ubatch.kv_type in ("F32", "F16") else 2 * as_f16
         else:
             heads = self._config.num_attention_heads
             scores = self._op(4 * heads * ubatch.cells * ubatch.tokens, keys, query)
@@ -227,15 +213,6 @@ class _Builder:
         if not self._rotates:
             return x
         return self._op(x.size, self._k_rotation if which == "k" else self._v_rotation, x)
-
-    def _flash_attention(self, query: Node, keys: Node, values: Node) -> Node:
-        ubatch = self._ubatch
-        as_f16 = 2 * self._inner * ubatch.cells * ubatch.streams
-        if ubatch.kv_type == "F32":
-            keys, values = self._op(as_f16, keys), self._op(as_f16, values)
-        result = self._op(query.size, query, keys, values, self._mask)
-        result.extra = 0 if ubatch.kv_type in ("F32", "F16") else 2 * as_f16
-        return result
 
     def _feed_forward(self, x: Node, width: int, suffix: str) -> Node:
         gate = self._matmul(f"ffn_gate{suffix}", x, width)

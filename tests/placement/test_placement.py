@@ -110,7 +110,9 @@ def test_says_what_is_wrong_with_an_edited_one(
     assert all(word in str(error.value) for word in words)
 
 
-@pytest.mark.parametrize("key", PLACEMENT.to_json().keys() - {"offload_min_batch", "sequences"})
+@pytest.mark.parametrize(
+    "key", ["format", "version", "model", "model_bytes", "blocks", "context", "kv_type", "ubatch"]
+)
 def test_names_a_missing_field(tmp_path: Path, key: str) -> None:
     content = PLACEMENT.to_json()
     del content[key]
@@ -124,7 +126,7 @@ def test_a_plan_of_convert_is_called_what_it_is(tmp_path: Path) -> None:
     path.write_text(
         json.dumps({"recipe": "DQ4", "expert_width": 1536, "file_type": 1, "types": {}})
     )
-    with pytest.raises(UsageError, match=r"quantisation plan.*dots1 convert.*dots1 plan --json"):
+    with pytest.raises(UsageError, match=r"dots1 plan --json.*quantisation plan.*dots1 convert"):
         load_placement(path)
 
 

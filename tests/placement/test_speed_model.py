@@ -16,7 +16,7 @@ from dots1_local.placement.llama_args import (
 )
 from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import HostMemory, Placement
-from dots1_local.placement.speed_model import SpeedModel, break_even, is_measured
+from dots1_local.placement.speed_model import SpeedModel, is_measured
 from tests.helpers import CONFIG, write_random_gguf
 from tests.placement.machines import GB, machine, speed
 
@@ -168,7 +168,7 @@ def test_break_even_is_where_fetching_begins_to_pay(graph: ModelGraph) -> None:
     gpu = speed(1e18, upload=1e6, upload_pageable=1e6)
     model = SpeedModel(graph, machine(gpus=(GB,), cpu=cpu, gpu=gpu), EXPERTS_IN_RAM)
     # fetching all experts takes 0.393 s, n tokens take n / 4 x 0.049 s where they lie
-    assert break_even(model) == 32
+    assert model.break_even() == 32
 
 
 def test_what_ram_does_not_hold_comes_from_disk(graph: ModelGraph) -> None:

@@ -19,6 +19,7 @@ from dots1_local.errors import UsageError
 __all__ = ["JsonError", "brief", "convert_json", "parse_json", "read_json", "read_object"]
 
 _LARGEST = 1 << 26  # bytes
+_MAY_OVERFLOW = re.compile(rb"\d{308}|[eE]\+?\d{3}")
 _Converted = TypeVar("_Converted")
 
 
@@ -46,7 +47,7 @@ def parse_json(data: bytes) -> Any:
             data.decode("utf-8-sig"),
             object_pairs_hook=_unrepeated,
             parse_constant=_refuse_constant,
-            parse_float=_finite,
+            parse_float=_finite if _MAY_OVERFLOW.search(data) else None,  # the hook is slow
         )
         if b"\\ud" in data.lower():
             json.dumps(value, ensure_ascii=False).encode()

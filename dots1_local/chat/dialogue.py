@@ -1,9 +1,9 @@
-"""A conversation, whoever answers: its messages, its settings, and at most one open answer."""
+"""A conversation with a local or a remote model: messages, settings, and one open answer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypedDict
 from weakref import ref
 
 from dots1_local.chat.message import AnswerStats, Message
@@ -15,21 +15,32 @@ from dots1_local.progress import Progress, silent
 if TYPE_CHECKING:
     from dots1_local.engine.log import Difference
 
-__all__ = ["SYSTEM_PROMPT", "Dialogue", "Overflow"]
+__all__ = ["SYSTEM_PROMPT", "Dialogue", "Overflow", "SessionOptions"]
 
-# With an empty system prompt the model is reported to drift off topic; this is what others use.
+# With an empty system prompt the model is reported to drift off topic; others use this one.
 SYSTEM_PROMPT = "You are a helpful assistant."
 
 Overflow = Literal["drop", "stop"]
 
 
-class Dialogue(ABC):
-    """A conversation with a model, here or elsewhere; use it in a `with` statement.
+class SessionOptions(TypedDict, total=False):
+    """Options of every session; `Dialogue` describes them."""
 
-    With `raw` texts are completed without the chat template, and the conversation is one document.
-    `system` is by default `SYSTEM_PROMPT`, or with `raw` none. Where the context is full,
-    `overflow` "drop" drops whole turns, oldest first, and "stop" ends the answer or refuses the
-    question.
+    raw: bool
+    overflow: Overflow
+    stop: tuple[str, ...]
+    max_tokens: int | None
+
+
+class Dialogue(ABC):
+    """A conversation with a model; use it in a `with` statement.
+
+    The default of `system` is `SYSTEM_PROMPT`. With `raw` there is no system message by default;
+    texts are completed without the chat template, and the conversation is one document.
+
+    When the context is full, `overflow` "drop" drops whole turns, oldest first, and "stop" ends
+    the answer or refuses the question. An answer ends before a `stop` string, and after
+    `max_tokens` tokens.
     """
 
     def __init__(
@@ -37,10 +48,10 @@ class Dialogue(ABC):
         system: str | None,
         sampling: Sampling | None,
         *,
-        raw: bool,
-        overflow: Overflow,
-        stop: tuple[str, ...],
-        max_tokens: int | None,
+        raw: bool = False,
+        overflow: Overflow = "drop",
+        stop: tuple[str, ...] = (),
+        max_tokens: int | None = None,
     ) -> None:
         self._sampling = sampling or Sampling()
         self._raw = raw
@@ -63,11 +74,11 @@ class Dialogue(ABC):
     @property
     @abstractmethod
     def model(self) -> str:
-        """What the model is called where it runs."""
+        """The model's name."""
 
     @property
     def title(self) -> str:
-        """The model, and where it is if that is not this machine."""
+        """The model, and its server if it has one."""
         return self.model
 
     @property
@@ -82,7 +93,7 @@ class Dialogue(ABC):
 
     @property
     def memory(self) -> tuple["Difference", ...]:
-        """What the model takes of each device here."""
+        """The memory that the model takes of each device of this machine."""
         return ()
 
     @property
@@ -98,7 +109,7 @@ class Dialogue(ABC):
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are chosen; setting it starts the random numbers anew."""
+        """How tokens are sampled; setting it restarts the random numbers."""
         return self._sampling
 
     @sampling.setter
@@ -120,7 +131,7 @@ class Dialogue(ABC):
 
     @abstractmethod
     def count(self, text: str) -> int | None:
-        """How many tokens a text is; None if unknown."""
+        """Return how many tokens a text is; None if that is unknown."""
 
     def clear(self) -> None:
         """Drop all turns; the system message stays."""
@@ -139,13 +150,13 @@ class Dialogue(ABC):
     def ask(
         self, text: str, max_tokens: int | None = None, *, progress: Progress = silent
     ) -> Generator[str, None, None]:
-        """Say `text` and stream the answer, whole characters at a time.
+        """Ask `text` and stream the answer in whole characters.
 
-        There is a piece for every token, empty where its text is not certain yet. The turn becomes
-        part of the conversation when the answer ends, also where it is cut off by `max_tokens`, the
-        context, the caller closing the stream, or the next question; `stats` tells which.
-        `progress` is called after every ubatch of the prompt, or often while waiting for a server;
-        an exception from it before the first piece leaves the conversation as it was.
+        There is a piece for every token; it is empty while the token's text is not certain. The
+        turn becomes part of the conversation when the answer ends, even if `max_tokens`, the
+        context, the next question or the caller (by closing the stream) ends it; `stats` tells
+        which. `progress` is called after every ubatch of the prompt, or often while waiting for a
+        server. If it raises before the first piece, the conversation stays as it was.
 
         Raises:
             Dots1Error: the question does not fit into the context, or the server fails.
@@ -157,7 +168,7 @@ class Dialogue(ABC):
         return self._open([*self.messages, Message("user", text)], limit, progress)
 
     def regenerate(self, *, progress: Progress = silent) -> Generator[str, None, None]:
-        """Answer the last question again, in place of the last answer; as `ask`.
+        """Answer the last question again, and replace the last answer; otherwise like `ask`.
 
         Raises:
             UsageError: there is no answer yet.
@@ -165,20 +176,20 @@ class Dialogue(ABC):
         self._end_latest()
         index = last_turn(self.messages)
         if index is None:
-            raise UsageError("there is no answer to make again; ask something first")
+            raise UsageError("there is no answer to replace; ask something first")
         return self._open(self.messages[: index + 1], self.max_tokens, progress)
 
     def save_state(self, path: str | Path, progress: Progress = silent) -> int:
-        """Write state that spares reading the messages again; returns bytes written, 0 if none.
+        """Write state that saves computing the messages again; return the bytes written.
 
         Raises:
-            Dots1Error: it cannot be written there.
+            Dots1Error: the file cannot be written.
         """
         self._end_latest()
         return 0
 
     def load_state(self, path: str | Path) -> int:
-        """Load what `save_state` wrote; returns how many of the messages' tokens it spares."""
+        """Load what `save_state` wrote; return how many of the messages' tokens it has."""
         self._end_latest()
         return 0
 
@@ -186,13 +197,13 @@ class Dialogue(ABC):
     def _answer(
         self, asked: list[Message], limit: int | None, progress: Progress
     ) -> Generator[str, None, None]:
-        """The stream of an answer to the last of `asked`; see `_streamed`."""
+        """Return the stream of an answer to the last of `asked`; see `_streamed`."""
 
     def _open(
         self, asked: list[Message], limit: int | None, progress: Progress
     ) -> Generator[str, None, None]:
         if limit is not None and limit < 1:
-            raise UsageError(f"an answer of at most {limit} tokens is none; give 1 or more")
+            raise UsageError(f"max_tokens is {limit}; it must be at least 1")
         stream = self._answer(asked, limit, progress)
         self._latest = ref(stream)  # weak: a caller who drops the stream closes it
         return stream
@@ -200,7 +211,7 @@ class Dialogue(ABC):
     def _streamed(
         self, turn: Turn, pieces: Generator[str, None, None]
     ) -> Generator[str, None, None]:
-        """The pieces of an answer; meanwhile `so_far` has its turn."""
+        """Yield the pieces of an answer; meanwhile `so_far` has its turn."""
         self._turn = turn
         try:
             yield from pieces
@@ -208,6 +219,6 @@ class Dialogue(ABC):
             self._turn = None
 
     def _end_latest(self) -> None:
-        """End an answer that is still open; if it ended later, it would undo what follows."""
+        """End an answer that is still open; if it ended later, it would overwrite what follows."""
         if (stream := self._latest()) is not None:
             stream.close()

@@ -1,4 +1,4 @@
-"""Which tokens the engine has in its KV cache, so that only what is new is computed."""
+"""The tokens in the engine's KV cache, so that only new ones are computed."""
 
 from collections.abc import Sequence
 from itertools import compress, count
@@ -13,10 +13,10 @@ __all__ = ["KVCache"]
 
 
 class KVCache:
-    """The cache of an engine's one sequence.
+    """The cache of an engine's only sequence.
 
-    It never believes to hold more than it does: an interrupted call may leave more in the engine,
-    which the next one drops.
+    If a call is interrupted, the engine may hold more tokens than are counted here; the next call
+    drops them.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -28,9 +28,9 @@ class KVCache:
         return len(self._tokens)
 
     def hold(self, tokens: Sequence[int], progress: Progress = silent) -> int:
-        """Make it hold exactly `tokens`, a ubatch at a time; how many of them it had already.
+        """Make the cache hold exactly `tokens`; return how many of them it had already.
 
-        The last one is always computed: its logits are what comes next.
+        The last token is always computed, for the logits of the next one.
         """
         common = self.keep(tokens[:-1])
         new = len(tokens) - common
@@ -45,17 +45,17 @@ class KVCache:
         self._append([token])
 
     def keep(self, tokens: Sequence[int]) -> int:
-        """Drop all but the beginning that it has in common with `tokens`; its length."""
+        """Drop all but the common prefix with `tokens`; return its length."""
         common = common_prefix(self._tokens, tokens)
         del self._tokens[common:]
         self._engine.forget(common)
         return common
 
     def save(self, path: Path, answers: AnswerTokens = (), progress: Progress = silent) -> int:
-        """Write what it holds to a file; the bytes written, 0 where there is nothing to write.
+        """Write the cache to a file; return the bytes written, 0 if there is nothing new.
 
         Raises:
-            Dots1Error: it cannot be written there.
+            Dots1Error: the file cannot be written.
         """
         nothing_new = self._saved == (path.absolute(), self._tokens) and path.exists()
         if not self._tokens or nothing_new:
@@ -65,7 +65,7 @@ class KVCache:
         return nbytes
 
     def restore(self, path: Path, state: KVState) -> None:
-        """Hold what a file holds, of which `state` was opened; nothing if that fails."""
+        """Load `state`, which was opened from `path`; if that fails, the cache is empty."""
         self._tokens = []
         if restore_state(state, self._engine):
             self._tokens = list(state.tokens)
@@ -77,6 +77,6 @@ class KVCache:
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens they begin with alike."""
+    """Return the length of the common prefix."""
     differing = compress(count(), map(ne, left, right))  # no Python loop: they may be long
     return next(differing, min(len(left), len(right)))

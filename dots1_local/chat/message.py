@@ -1,7 +1,4 @@
-"""What is said in a conversation: messages and who they are by.
-
-How an answer went, in tokens and seconds.
-"""
+"""Messages of a conversation, and statistics of an answer."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -26,9 +23,10 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One message; `tokens` are those the model wrote, which its text may not tokenise to again.
+    """One message; `tokens` are those that the model wrote, if they are known.
 
-    An assistant's may end in `tool_calls`. A tool's is the result of the call `tool_call_id`.
+    The text may tokenise to other tokens. An assistant's message may end in `tool_calls`. A tool's
+    message is the result of the call `tool_call_id`.
     """
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -43,10 +41,10 @@ StopReason = Literal["end", "stop", "length", "context", "interrupted"]
 
 @dataclass(frozen=True)
 class AnswerStats:
-    """How the last answer went; unknown figures are None.
+    """Tokens and seconds of an answer; unknown figures are None.
 
-    With `estimate`, `generated_tokens` is one. A `stop` of "end" is the model's own end, "stop" a
-    stop string. `dropped_turns` were dropped to make room.
+    With `estimate`, `generated_tokens` is an estimate. A `stop` of "end" is the model's own end,
+    and "stop" is a stop string. `dropped_turns` is how many turns were dropped to make room.
     """
 
     prompt_tokens: int | None
@@ -60,33 +58,33 @@ class AnswerStats:
 
     @property
     def read_tokens(self) -> int | None:
-        """Tokens of the prompt that had to be computed."""
+        """Tokens of the prompt that were computed."""
         if self.prompt_tokens is None or self.reused_tokens is None:
             return None
         return self.prompt_tokens - self.reused_tokens
 
     @property
     def prompt_speed(self) -> float | None:
-        """Tokens a second over what had to be computed."""
+        """Tokens per second of the part of the prompt that was computed."""
         read = self.read_tokens
         return None if read is None else _speed(read, self.prompt_seconds)
 
     @property
     def generation_speed(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return _speed(self.generated_tokens, self.generation_seconds)
 
 
 @dataclass(frozen=True)
 class Stats(AnswerStats):
-    """The same for an engine here, which knows every figure; reused tokens were in its KV cache."""
+    """Statistics of an engine's answer, with every figure; reused tokens were in the KV cache."""
 
     prompt_tokens: int
     reused_tokens: int
 
     @property
     def prompt_speed(self) -> float:
-        """Tokens a second over what had to be computed."""
+        """Tokens per second of the part of the prompt that was computed."""
         return _speed(self.prompt_tokens - self.reused_tokens, self.prompt_seconds)
 
 

@@ -1,11 +1,9 @@
-"""Tools and tool calls in the form that chat templates take.
+"""Messages to prompt tokens, in the format of the model's own chat template or without one.
 
-Messages to prompt tokens, in the format of the model's own chat template, or in none.
-
-Only the template's own text can become special tokens: "<|endofresponse|>" typed by a person
+Only the template's own text can become special tokens: if a person types "<|endofresponse|>", it
 stays text. So the template is rendered with a placeholder for each message, and the pieces between
-placeholders are tokenised apart from what people wrote. Tools are written by the template itself,
-so what is said of them must not contain the text of a special token.
+the placeholders are tokenised apart from what people wrote. The template itself writes the tools,
+so their descriptions must not contain the text of a special token.
 """
 
 import json
@@ -22,77 +20,13 @@ from dots1_local.errors import GGUFError, UsageError
 from dots1_local.files.chat_template import ChatTemplate
 from dots1_local.files.json_file import brief
 
-__all__ = [
-    "Prompter",
-    "RawPrompter",
-    "as_variable",
-    "refuse_markers",
-]
-
-
-def as_variable(message: Message, text: str = "") -> dict[str, Any]:
-    """A message as templates expect it, with `text` in place of its own.
-
-    The content stays empty where a message with tool calls has no text: templates test for that.
-
-    Raises:
-        UsageError: the arguments of a call are no JSON object.
-    """
-    variable: dict[str, Any] = {"role": message.role, "content": text}
-    if message.tool_calls:
-        variable["content"] = text if message.text else ""
-        variable["tool_calls"] = [_called(call) for call in message.tool_calls]
-    if message.role == "tool":
-        variable["tool_call_id"] = message.tool_call_id
-    return variable
-
-
-def refuse_markers(said: Sequence[Any], markers: Sequence[str]) -> None:
-    """Make sure that what a template writes about tools contains none of its markers.
-
-    Raises:
-        UsageError: it contains one, or is not JSON.
-    """
-    try:
-        texts = list(_texts(json.loads(json.dumps(said))))
-    except (TypeError, ValueError, RecursionError):
-        raise UsageError("the tools are not JSON, or nested too deeply") from None
-    for marker in markers:
-        if any(marker in text for text in texts):
-            raise UsageError(
-                f"the tools contain {marker}, which to the model is no text; write it otherwise"
-            )
-
-
-def _called(call: ToolCall) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call.arguments)
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise UsageError(f"the arguments of a call of {brief(call.name)} are no JSON object")
-    function = {"name": call.name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, as it is and as JSON writes it."""
-    if isinstance(value, str):
-        yield value
-        yield json.dumps(value, ensure_ascii=False)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _texts(each)
-    elif isinstance(value, dict):
-        for name, each in value.items():
-            yield from _texts(name)
-            yield from _texts(each)
+__all__ = ["Prompter", "RawPrompter"]
 
 
 _CONTROL, _USER_DEFINED = 3, 4  # of enum llama_token_type
 _TOOL_CALL = "<tool_call>"
-_AT_ONCE = 1000  # markers
-_REPEATS = 8  # times that a template may write each message, on average
+_MARKERS_AT_ONCE = 1000
+_MAX_REPEATS = 8  # how often a template may write each message, on average
 
 
 class RawPrompter:
@@ -104,40 +38,40 @@ class RawPrompter:
         self._source = source if isinstance(source, str) else None
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
-        """The texts one after another; the document begins with BOS if the model's do."""
+        """Return the texts one after another, after BOS if the model's documents begin with it."""
         tokens = [] if self._engine.bos is None else [self._engine.bos]
         for message in messages:
             tokens += self.content(message)
         return tokens
 
     def content(self, message: Message) -> list[int]:
-        """The tokens of one message's text, none of them special."""
+        """Return the tokens of one message's text, none of them special."""
         if message.tokens is not None:
             return list(message.tokens)
-        parts = self._harmless(message.text)
+        parts = self._without_markers(message.text)
         return [token for part in parts for token in self._engine.tokenize(part, special=False)]
 
     def marked(self, text: str) -> list[int]:
-        """The tokens of a document in which markers count; it begins with BOS if the model's do.
+        """Return the tokens of a document in which markers become special tokens.
 
-        It is cut at every thousandth marker, as llama.cpp's time grows with the square of their
-        number.
+        The document begins with BOS if the model's documents do. It is cut at every thousandth
+        marker, because llama.cpp's time grows with the square of the number of markers.
         """
         tokens: list[int] = []
-        found = re.finditer("|".join(map(re.escape, self._marking)) or "(?!)", text)
-        starts = [match.start() for match in found][_AT_ONCE::_AT_ONCE]
+        found = re.finditer("|".join(map(re.escape, self._special_texts)) or "(?!)", text)
+        starts = [match.start() for match in found][_MARKERS_AT_ONCE::_MARKERS_AT_ONCE]
         for start, end in pairwise([0, *starts, len(text)]):
             tokens += self._engine.tokenize(text[start:end], special=True, add_bos=not start)
         return tokens
 
     @cached_property
-    def _marking(self) -> list[str]:
+    def _special_texts(self) -> list[str]:
         """The texts that could become special tokens, longest first."""
         names = [name for name in self._names(_CONTROL, _USER_DEFINED) if name.strip()]
         return sorted(names, key=len, reverse=True)
 
-    def _harmless(self, text: str) -> Iterator[str]:
-        """`text` cut inside whatever would be read as a marker.
+    def _without_markers(self, text: str) -> Iterator[str]:
+        """Cut `text` inside whatever would be read as a marker.
 
         llama.cpp keeps control tokens out of plain text, but not the added tokens that a tokenizer
         does not call special, and the markers of a chat may be among those.
@@ -156,7 +90,7 @@ class RawPrompter:
         return re.compile(f"(?={'|'.join(map(re.escape, names))})") if names else None
 
     def _names(self, *kinds: int) -> list[str]:
-        """The texts of the tokens of some kinds."""
+        """Return the texts of the tokens of these kinds."""
         keys = self._engine.gguf.keys
         tokens, types = keys.get("tokenizer.ggml.tokens"), keys.get("tokenizer.ggml.token_type")
         if not isinstance(tokens, list) or not isinstance(types, list):
@@ -165,7 +99,7 @@ class RawPrompter:
 
 
 class Prompter(RawPrompter):
-    """The chat template and the tokeniser of one model; `name` is what errors call it.
+    """The chat template and the tokeniser of one model; errors call the model `name`.
 
     Raises:
         GGUFError: the file has no chat template, or one that does not parse.
@@ -176,14 +110,14 @@ class Prompter(RawPrompter):
         self._file = name or str(engine.gguf.files[0])
         if self._source is None:
             raise GGUFError(
-                f"{self._file} has no chat template; it is a base model, whose texts --raw "
-                "completes, or was converted without tokenizer_config.json"
+                f"{self._file} has no chat template; if it is a base model, complete texts with "
+                "--raw, otherwise convert it again with tokenizer_config.json"
             )
         self._template = ChatTemplate(self._source, self._file)
 
     @property
     def takes_tools(self) -> bool:
-        """Whether the template has a place for tools."""
+        """Whether the template reads tools."""
         return "tools" in self._template.variables
 
     @property
@@ -194,18 +128,18 @@ class Prompter(RawPrompter):
     def tokens(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """The prompt that makes the model write the next assistant message.
+        """Return the prompt that makes the model write the next assistant message.
 
-        `tools` are described as in OpenAI's API, if the template takes any.
+        `tools` have the form of OpenAI's API.
 
         Raises:
-            GGUFError: the template fails on these messages, garbles them or leaves the last out.
-            UsageError: it takes no tools, or they are malformed or contain a marker.
+            GGUFError: the template fails on these messages, garbles them or leaves out the last.
+            UsageError: the template takes no tools, or they are malformed or contain a marker.
         """
         mark = secrets.token_hex(8)
         names = [f"{mark}.{index}." for index in range(len(messages))]
         rendered = self._template.render(
-            [as_variable(m, name) for m, name in zip(messages, names, strict=True)],
+            [_as_variable(m, name) for m, name in zip(messages, names, strict=True)],
             bos_token=self._special("bos"),
             eos_token=self._special("eos"),
             **self._tools(messages, tools),
@@ -214,7 +148,7 @@ class Prompter(RawPrompter):
             raise GGUFError(f"the chat template of {self._file} leaves out the last message")
         pieces = re.split(rf"{mark}\.(\d{{1,9}})\.", rendered)
         indices = [int(index) for index in pieces[1::2]]
-        if len(indices) > _REPEATS * len(messages) or max(indices, default=0) >= len(messages):
+        if len(indices) > _MAX_REPEATS * len(messages) or max(indices, default=0) >= len(messages):
             raise GGUFError(f"the chat template of {self._file} garbles the messages")
         tokens = self._engine.tokenize(pieces[0], special=True)
         for index, literal in zip(indices, pieces[2::2], strict=True):
@@ -225,23 +159,82 @@ class Prompter(RawPrompter):
     def _tools(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     ) -> dict[str, Any]:
-        """The template's variable for tools, checked for markers together with their calls."""
+        """Return the template's variable for tools; check tools and calls for markers."""
         if not tools and not any(m.role == "tool" or m.tool_calls for m in messages):
             return {}
         if not self.takes_tools:
-            raise UsageError(f"the chat template of {self._file} knows no tools")
-        refuse_markers([*(tools or ()), *map(as_variable, messages)], self._marking)
+            raise UsageError(f"the chat template of {self._file} does not support tools")
+        _refuse_markers([*(tools or ()), *map(_as_variable, messages)], self._special_texts)
         return {"tools": list(tools)} if tools else {}
 
     @cached_property
     def _hidden(self) -> bool:
-        """Whether the tags are control tokens, which answers do not show."""
+        """Whether the tag is a control token, which answers do not show."""
         return _TOOL_CALL in self._names(_CONTROL)
 
     def _special(self, name: str) -> str:
-        """The text of a special token, for templates that write `eos_token` or the like."""
+        """Return the text of a special token, for templates that use `eos_token` or the like."""
         keys = self._engine.gguf.keys
         names, token = (keys.get(f"tokenizer.ggml.{key}") for key in ("tokens", f"{name}_token_id"))
         if isinstance(names, list) and isinstance(token, int) and 0 <= token < len(names):
             return str(names[token])
         return ""
+
+
+def _as_variable(message: Message, text: str = "") -> dict[str, Any]:
+    """Return a message as templates expect it, with `text` in place of its own.
+
+    If a message with tool calls has no text, its content stays empty: templates test for that.
+
+    Raises:
+        UsageError: the arguments of a call are not a JSON object.
+    """
+    variable: dict[str, Any] = {"role": message.role, "content": text}
+    if message.tool_calls:
+        variable["content"] = text if message.text else ""
+        variable["tool_calls"] = [_call_variable(call) for call in message.tool_calls]
+    if message.role == "tool":
+        variable["tool_call_id"] = message.tool_call_id
+    return variable
+
+
+def _refuse_markers(tools: Sequence[Any], markers: Sequence[str]) -> None:
+    """Refuse tools and calls that contain a marker, because the template writes them itself.
+
+    Raises:
+        UsageError: they contain a marker, or are not JSON.
+    """
+    try:
+        texts = list(_texts(json.loads(json.dumps(tools))))
+    except (TypeError, ValueError, RecursionError):
+        raise UsageError("the tools are not JSON, or nested too deeply") from None
+    for marker in markers:
+        if any(marker in text for text in texts):
+            raise UsageError(
+                f"the tools contain {marker}, which the model would not read as text; remove it"
+            )
+
+
+def _call_variable(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.arguments)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise UsageError(f"the arguments of a call of {brief(call.name)} are not a JSON object")
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON value, as it is and as JSON writes it."""
+    if isinstance(value, str):
+        yield value
+        yield json.dumps(value, ensure_ascii=False)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _texts(name)
+            yield from _texts(each)

@@ -1,4 +1,4 @@
-"""The choice of the next token: llama.cpp's sampler chain, and a grammar's say in it.
+"""Sampling the next token with llama.cpp's sampler chain, within a grammar if there is one.
 
 With a grammar a token is sampled first and checked then, which takes microseconds. Only if the
 grammar refuses that token are all tokens masked and another one sampled.
@@ -21,15 +21,15 @@ from dots1_local.errors import Dots1Error
 __all__ = ["Sampler"]
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-_REMEMBERED = 64  # tokens that a repeat penalty looks back on, llama.cpp's default
-_COLDEST = 1e-6  # below, logits divided by the temperature overflow
+_PENALTY_WINDOW = 64  # tokens, llama.cpp's default
+_MIN_TEMPERATURE = 1e-6  # logits divided by less than this overflow
 
 
 class Sampler:
-    """A chain made from `Sampling`, with its random state; `close` it after use.
+    """A sampler chain with its random state; `close` it after use.
 
-    With a `grammar` only tokens that continue a text of it are chosen, and an end token only
-    where the text is complete.
+    With a `grammar` it samples only tokens that continue a text of the grammar, and an end token
+    only where the text is complete.
     """
 
     def __init__(self, sampling: Sampling, engine: Engine, grammar: Grammar | None = None) -> None:
@@ -37,7 +37,7 @@ class Sampler:
         self._candidates = np.empty(engine.n_vocab if grammar else 0, _CANDIDATE)
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         self._prompt_penalty = llama.llama_sampler_init_penalties(
-            engine.n_vocab, _REMEMBERED, sampling.repeat_penalty, 0.0, 0.0
+            engine.n_vocab, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
         )
         self._answer_penalty = llama.llama_sampler_init_penalties(
             engine.n_vocab,
@@ -66,18 +66,18 @@ class Sampler:
         """Start an answer; as in llama.cpp's server, the repeat penalty sees the prompt."""
         llama.llama_sampler_reset(self._prompt_penalty)
         llama.llama_sampler_reset(self._answer_penalty)
-        for token in prompt[-_REMEMBERED:]:
+        for token in prompt[-_PENALTY_WINDOW:]:
             llama.llama_sampler_accept(self._prompt_penalty, token)
         if self._matcher:
             self._matcher.reset()
 
     def next(self, engine: Engine, index: int = -1) -> int:
-        """Choose a token from the logits of the one at `index` in the last ubatch, and accept it.
+        """Sample a token from the logits at `index` in the last ubatch, and accept it.
 
-        An `index` of -1 is the last token whose logits were wanted.
+        An `index` of -1 is the last token whose logits were computed.
 
         Raises:
-            Dots1Error: the grammar allows no token of the model, or takes too long.
+            Dots1Error: the grammar allows no token of the model, or exceeds llguidance's limits.
         """
         if self._matcher:
             return self._constrained(self._matcher, engine, index)
@@ -92,12 +92,12 @@ class Sampler:
             masked = np.where(matcher.mask(), logits, np.float32(-np.inf))
             token = self._sample(masked)
             if not np.isfinite(masked[token]) or not matcher.accept(token):
-                raise Dots1Error("no token of the model continues what its answer must be")
+                raise Dots1Error("no token of the model continues the answer within its schema")
         llama.llama_sampler_accept(self._chain, token)
         return token
 
     def _sample(self, logits: NDArray[np.float32]) -> int:
-        """The chain's choice from logits (n_vocab,), which it does not accept yet."""
+        """Sample a token from logits (n_vocab,) without accepting it."""
         self._candidates["id"] = np.arange(len(logits), dtype=np.int32)
         self._candidates["logit"] = logits
         data = self._candidates.ctypes.data_as(ctypes.POINTER(llama.llama_token_data))
@@ -114,8 +114,8 @@ def _bias(biases: Sequence[tuple[int, float]], n_vocab: int) -> list[Any]:
 
 
 def _steps(sampling: Sampling) -> list[Any]:
-    """What follows penalties in llama.cpp's usual order: candidates are cut before temperature."""
-    if sampling.temperature < _COLDEST:
+    """Return what follows the penalties, in llama.cpp's order: cuts, then temperature."""
+    if sampling.temperature < _MIN_TEMPERATURE:
         return [llama.llama_sampler_init_greedy()]
     seed = secrets.randbits(32) if sampling.seed is None else sampling.seed % (1 << 32)
     return [

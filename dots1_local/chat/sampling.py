@@ -1,4 +1,4 @@
-"""How the next token is chosen: the parameters and their ranges."""
+"""How the next token is sampled: the parameters and their ranges."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,15 @@ __all__ = ["Sampling"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 always takes the likeliest token; with seed None every answer is another.
+    """Parameters of sampling.
 
-    Top-k 0, top-p 1, min-p 0, repeat penalty 1 and frequency and presence penalty 0 are off. The
-    repeat penalty weakens tokens among the last 64, prompt included. The other two, which are
-    OpenAI's, lower the logits of tokens in the answer so far: by the frequency penalty for each
-    time, and once by the presence penalty. `logit_bias` adds to the logits of tokens; ids that the
-    model lacks have no effect.
+    Temperature 0 always takes the likeliest token. With seed None every answer is different. Top-k
+    0, top-p 1, min-p 0, repeat penalty 1 and the other penalties at 0 have no effect.
+
+    The repeat penalty weakens tokens among the last 64, prompt included. OpenAI's two penalties
+    lower the logits of tokens in the answer so far: the frequency penalty once for each occurrence,
+    the presence penalty once. `logit_bias` adds to the logits of tokens; ids that the model does
+    not have are ignored.
     """
 
     temperature: float = 0.7
@@ -30,21 +32,28 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < 100:
-            raise UsageError(f"temperature is {self.temperature}; it goes from 0 to 100")
+            raise UsageError(
+                f"temperature is {self.temperature}; it must be from 0 to less than 100"
+            )
         if not isinstance(self.top_k, int) or not 0 <= self.top_k < 1 << 31:
-            raise UsageError(f"top-k is {self.top_k}; it is a number of tokens, 0 for all")
+            raise UsageError(f"top-k is {self.top_k}; it must be a number of tokens, or 0 for all")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise UsageError(f"top-p is {self.top_p} and min-p {self.min_p}; they are shares of 1")
+            raise UsageError(
+                f"top-p is {self.top_p} and min-p is {self.min_p}; top-p must be above 0, and both "
+                "must be at most 1"
+            )
         if not 0.1 <= self.repeat_penalty <= 10:
-            raise UsageError(f"repeat penalty is {self.repeat_penalty}; it goes from 0.1 to 10")
+            raise UsageError(f"repeat penalty is {self.repeat_penalty}; it must be from 0.1 to 10")
         if self.seed is not None and not isinstance(self.seed, int):
-            raise UsageError(f"seed is {self.seed}; it is a whole number")
+            raise UsageError(f"seed is {self.seed}; it must be an integer")
         for name in ("frequency_penalty", "presence_penalty"):
             if not -2 <= getattr(self, name) <= 2:
-                said = name.replace("_", " ")
-                raise UsageError(f"{said} is {getattr(self, name)}; it goes from -2 to 2")
+                label = name.replace("_", " ")
+                raise UsageError(f"{label} is {getattr(self, name)}; it must be from -2 to 2")
         for token, bias in self.logit_bias:
             if not isinstance(token, int) or not 0 <= token < 1 << 31:
-                raise UsageError(f"logit bias is for token {token}; tokens are numbers from 0 up")
+                raise UsageError(f"logit bias is for token {token}; token ids are integers from 0")
             if not -100 <= bias <= 100:
-                raise UsageError(f"logit bias of token {token} is {bias}; it goes from -100 to 100")
+                raise UsageError(
+                    f"logit bias of token {token} is {bias}; it must be from -100 to 100"
+                )

@@ -1,7 +1,4 @@
-"""An answer's text as its tokens come: whole characters, up to a stop string.
-
-The turns of a conversation: a user's message and what follows up to the next one.
-"""
+"""Turns of a conversation (a user's message and what follows), and answers as they grow."""
 
 import codecs
 from bisect import bisect_left
@@ -14,33 +11,33 @@ from dots1_local.errors import UsageError
 from dots1_local.progress import Progress
 
 __all__ = [
-    "Answer",
     "AnswerText",
     "EngineTurn",
     "Turn",
-    "blame",
     "check_stop",
     "count_turns",
     "drop_oldest",
     "last_turn",
+    "overflow_message",
     "turns_to_drop",
 ]
 
 
 def check_stop(stop: tuple[str, ...]) -> None:
-    """Refuse stop strings that every answer has.
+    """Refuse an empty stop string, which every answer contains.
 
     Raises:
         UsageError: one of them is empty.
     """
     if not all(stop):
-        raise UsageError("a stop string is empty; it would stop every answer at once")
+        raise UsageError("a stop string is empty, which would stop every answer; leave it out")
 
 
 class AnswerText:
-    """Takes bytes and gives text; what may be the beginning of a stop string is held back.
+    """Turn tokens into text, in whole characters up to a stop string.
 
-    The text ends before the stop string that begins first, wherever tokens are cut.
+    Text that may be the beginning of a stop string is held back until it is certain. The answer
+    ends before the stop string that begins first, which may begin or end inside a token.
 
     Raises:
         UsageError: a stop string is empty.
@@ -58,7 +55,7 @@ class AnswerText:
         self.stopped = False
 
     def add(self, token: int, piece: bytes) -> str:
-        """The text that is certain with this token; sets `stopped` after a stop string."""
+        """Return the text that is certain with this token; set `stopped` after a stop string."""
         text = self._decoder.decode(piece)
         self.tokens.append(token)
         self.length += len(text)
@@ -67,11 +64,11 @@ class AnswerText:
         return self._give(self._held + text, ended=False)
 
     def finish(self) -> str:
-        """What was held back, now that no more comes; half a character is not text."""
+        """Return the text held back, when no token follows; half a character is dropped."""
         return self._give(self._held, ended=True)
 
     def message(self) -> Message:
-        """The text given out so far, with its tokens if it ends where one of them does."""
+        """Return the text so far, with its tokens if the text ends where one of them ends."""
         text = "".join(self._given)
         count = self._whole.get(len(text))
         return Message("assistant", text, None if count is None else tuple(self.tokens[:count]))
@@ -87,7 +84,7 @@ class AnswerText:
         return given
 
     def _beginnings(self, text: str) -> Iterator[int]:
-        """Where the end of `text` could be the beginning of a stop string."""
+        """Yield places from which the end of `text` could be the beginning of a stop string."""
         for stop in self._stop:
             for size in range(min(len(stop) - 1, len(text)), 0, -1):
                 if text.endswith(stop[:size]):
@@ -95,8 +92,8 @@ class AnswerText:
                     break
 
 
-class Answer(Protocol):
-    """An answer's text as it comes."""
+class PartialAnswer(Protocol):
+    """An answer that grows."""
 
     def message(self) -> Message: ...
 
@@ -108,11 +105,11 @@ class Turn:
     messages: list[Message]
     limit: int | None
     progress: Progress
-    answer: Answer
+    answer: PartialAnswer
     dropped: int = field(default=0, kw_only=True)
 
     def answered(self) -> Message | None:
-        """The answer so far, if there is any text."""
+        """Return the answer so far; None while it has no text."""
         message = self.answer.message()
         return message if message.text else None
 
@@ -132,25 +129,26 @@ class EngineTurn(Turn):
 
 
 def last_turn(messages: Sequence[Message]) -> int | None:
-    """The index of the last user's message."""
+    """Return the index of the last user's message; None if there is none."""
     users = (index for index in reversed(range(len(messages))) if messages[index].role == "user")
     return next(users, None)
 
 
 def count_turns(messages: Sequence[Message]) -> int:
-    """How many messages users wrote."""
+    """Count the messages that users wrote."""
     return sum(message.role == "user" for message in messages)
 
 
-def blame(messages: Sequence[Message]) -> tuple[str, str]:
-    """What to call messages that the context does not hold, and what to do about them."""
+def overflow_message(messages: Sequence[Message], size: int, n_ctx: int, remedy: str) -> str:
+    """Say that the context does not hold `size` tokens, and what helps besides `remedy`."""
+    what, first = "the prompt alone", "shorten it"
     if count_turns(messages) > 1:
-        return "with this question the conversation", "set overflow to drop"
-    return "the prompt alone", "shorten it"
+        what, first = "with this question the conversation", "set overflow to drop"
+    return f"{what} is {size:,} tokens long and the context holds {n_ctx:,}; {first}, or {remedy}"
 
 
 def drop_oldest(messages: Sequence[Message], count: int) -> list[Message]:
-    """The messages without the `count` oldest turns; system messages stay."""
+    """Return the messages without the `count` oldest turns; system messages stay."""
     kept, turn = [], 0
     for message in messages:
         turn += message.role == "user"
@@ -162,10 +160,10 @@ def drop_oldest(messages: Sequence[Message], count: int) -> list[Message]:
 def turns_to_drop(
     messages: Sequence[Message], size: Callable[[Sequence[Message]], int], limit: int
 ) -> int:
-    """How many turns to drop from a conversation of more than `limit` tokens; the last one stays.
+    """Return how many turns to drop from a conversation of more than `limit` tokens.
 
-    What is left has to be computed again. So that this does not happen at every question, the older
-    turns that stay take at most half of what the last one leaves.
+    The last turn stays. What is left must be computed again. So that this does not happen at every
+    question, the older turns that stay take at most half of the room that the last turn leaves.
     """
 
     def left(count: int) -> int:
@@ -175,5 +173,5 @@ def turns_to_drop(
     if droppable < 1:
         return 0
     target = limit - max(0, limit - left(droppable)) // 2
-    counts = range(1, droppable)  # where none is enough, all of them
+    counts = range(1, droppable)  # if none of these is enough, all turns are dropped
     return 1 + bisect_left(counts, True, key=lambda count: left(count) <= target)

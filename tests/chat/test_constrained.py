@@ -165,7 +165,7 @@ def test_a_model_that_cannot_go_on_fails_in_a_sentence(engine: Engine) -> None:
         engine.forget()
         logits = engine.decode(PROMPT, 0)  # llama.cpp's own, so that it reads what is written here
         logits[ord("7")] = -np.inf
-        with pytest.raises(Dots1Error, match="no token of the model continues"):
+        with pytest.raises(Dots1Error, match="no token"):
             sampler.next(engine)
 
 
@@ -173,6 +173,6 @@ def test_a_file_that_does_not_say_where_answers_end_is_refused(tmp_path: Path) -
     path = write_random_gguf(tmp_path / "model.gguf", without=["eos_token_id"])
     with (
         Engine.open(path, n_ctx=64, threads=1) as engine,
-        pytest.raises(Dots1Error, match="does not say which token ends"),
+        pytest.raises(Dots1Error, match=r"model\.gguf"),
     ):
         Grammar.json_object(engine)

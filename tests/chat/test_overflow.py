@@ -72,7 +72,7 @@ def test_a_question_that_cannot_fit_is_refused(talk: Talk, overflow: str) -> Non
     with pytest.raises(Dots1Error, match=r"context holds 64; .* --context"):
         session.ask("x" * 64)
     session.clear()
-    with pytest.raises(Dots1Error, match=r"the prompt alone is 1,006 tokens long .*; shorten it"):
+    with pytest.raises(Dots1Error, match=r"prompt .*1,006 tokens .*shorten"):
         session.ask("x" * 1000)
     session.messages = list(before)
     assert session.messages == before
@@ -83,7 +83,7 @@ def test_stopping_refuses_and_says_both_numbers(talk: Talk, submitted: list[int]
     session = talk(LONG, n_ctx=128, system="", overflow="stop")
     say(session, "x" * 20)
     submitted.clear()
-    with pytest.raises(Dots1Error, match=r"is 128 tokens long and the context holds 128; set over"):
+    with pytest.raises(Dots1Error, match=r"128 tokens .*128; set overflow"):
         session.ask("x" * (128 - 3 - 20 - 55 - 4))
     assert submitted == []
     assert len(session.messages) == 2

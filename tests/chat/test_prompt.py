@@ -67,7 +67,7 @@ def test_what_people_write_never_becomes_a_marker(tmp_path: Path, kind: TokenTyp
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
-        (None, "no chat template; it is a base model, whose texts --raw completes"),
+        (None, "no chat template.*--raw"),
         ("{% for %}", "does not parse"),
         ("{{ raise_exception('no system role') }}", "no system role"),
         ("{{ ''.__class__.__mro__ }}", "fails"),

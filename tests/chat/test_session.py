@@ -74,7 +74,7 @@ def test_a_stop_string_inside_a_token_leaves_text_without_tokens(talk: Talk) -> 
 
 def test_refuses_an_empty_stop_string_and_an_answer_of_nothing(talk: Talk) -> None:
     session = talk(YES)
-    with pytest.raises(UsageError, match="0 tokens is none"):
+    with pytest.raises(UsageError, match="max_tokens"):
         session.ask("hi", max_tokens=0)
     session.stop = ("",)
     with pytest.raises(UsageError, match="stop string is empty"):

@@ -67,7 +67,7 @@ def test_a_template_that_knows_no_tools_gets_none(tmp_path: Path) -> None:
         prompter = Prompter(engine)
         assert not prompter.takes_tools
         for messages, tools in (([ASKED], [TOOL]), ([ASKED, calling(RAIN), TOLD], None)):
-            with pytest.raises(UsageError, match="knows no tools"):
+            with pytest.raises(UsageError, match="does not support tools"):
                 prompter.tokens(messages, tools)
         assert prompter.tokens([ASKED], []) == prompter.tokens([ASKED])
 
@@ -104,7 +104,7 @@ def test_what_is_said_of_tools_never_becomes_a_marker(
 def test_arguments_that_are_no_object_are_refused(tmp_path: Path, arguments: str) -> None:
     with (
         opened(tmp_path, TAKES) as engine,
-        pytest.raises(UsageError, match="the arguments of a call of 'f' are no JSON object"),
+        pytest.raises(UsageError, match=r"call of 'f' .*JSON object"),
     ):
         Prompter(engine).tokens([ASKED, calling(ToolCall("f", arguments))])
 

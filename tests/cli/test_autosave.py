@@ -77,8 +77,8 @@ def test_a_file_that_cannot_be_written_is_told_once_and_stood_in_for(
     file.write_text("dear diary")
     kept = autosave(file)
     paths = {kept.save(), kept.save()}
-    assert capsys.readouterr().err.count("diary.json is no saved conversation") == 1
-    with pytest.raises(UsageError, match="it stays as it is"):
+    assert capsys.readouterr().err.count("diary.json is not a saved conversation") == 1
+    with pytest.raises(UsageError, match=r"diary\.json"):
         kept.finish()
     assert paths == set(folder.iterdir())
     kept.release()

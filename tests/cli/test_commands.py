@@ -85,7 +85,7 @@ def test_settings_reach_the_session(repl: Repl) -> None:
         ("/set stop 'open", "stop .*strings"),
         ("/set overflow grow", "overflow .*drop or stop"),
         ("/set markdown yes", "markdown .*on or off"),
-        ("/regen", "no answer to make again"),
+        ("/regen", "no answer"),
         ("/undo", "no turn to drop"),
         ("/edit", "no message to edit"),
         ("/stats", "no answer yet"),
@@ -170,10 +170,9 @@ def test_a_kv_cache_that_cannot_be_saved_costs_a_sentence(
     path, state = tmp_path / "talk.json", tmp_path / "talk.kv"
     state.write_text("dear diary")
     repl.run_command(f"/save {path}")
-    assert capsys.readouterr().err == (
-        f"saved as {path}, but without its KV cache: {state} is no saved KV cache; "
-        "it stays as it is, choose another name\n"
-    )
+    said = capsys.readouterr().err
+    assert said.startswith(f"saved as {path}, but without its KV cache: {state} ")
+    assert said.count("\n") == 1
     repl.run_command(f"/load {path}")
     assert capsys.readouterr().err == f"{path}: 1 turn; the last: hello!\n"
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
-from dots1_local.chat.dialogue import Dialogue, Overflow
+from dots1_local.chat.dialogue import Dialogue, SessionOptions
 from dots1_local.chat.message import Message
 from dots1_local.chat.remote.address import key_from
 from dots1_local.chat.remote.reply import Refusal, Reply
@@ -13,10 +13,10 @@ from dots1_local.chat.remote.server import Server
 from dots1_local.chat.sampling import Sampling
 from dots1_local.chat.turns import (
     Turn,
-    blame,
     check_stop,
     count_turns,
     drop_oldest,
+    overflow_message,
     turns_to_drop,
 )
 from dots1_local.errors import Dots1Error, UsageError
@@ -54,15 +54,9 @@ class RemoteSession(Dialogue):
         server: Server,
         system: str | None = None,
         sampling: Sampling | None = None,
-        *,
-        raw: bool = False,
-        overflow: Overflow = "drop",
-        stop: tuple[str, ...] = (),
-        max_tokens: int | None = None,
+        **options: Unpack[SessionOptions],
     ) -> None:
-        super().__init__(
-            system, sampling, raw=raw, overflow=overflow, stop=stop, max_tokens=max_tokens
-        )
+        super().__init__(system, sampling, **options)
         self._server = server
         self._estimate = ContextEstimate()
         self._last: tuple[list[Message], int] | None = None  # a conversation and its tokens
@@ -204,11 +198,8 @@ class RemoteSession(Dialogue):
     def _overflow_message(self, turn: _RemoteTurn, prompt: int | None, said: str) -> str:
         if prompt is None or self.n_ctx is None or prompt < self.n_ctx:
             return f"the context does not hold the conversation: {said}"
-        what, remedy = blame(turn.messages)
-        return (
-            f"{what} is {prompt:,} tokens long and the context holds {self.n_ctx:,}; {remedy}, or "
-            "give the server a larger context"
-        )
+        remedy = "give the server a larger context"
+        return overflow_message(turn.messages, prompt, self.n_ctx, remedy)
 
 
 class ContextEstimate:

@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dots1_local.cli._options import (
-    Json,
-    KVType,
-    Model,
-    Ram,
-    Threads,
-    Vram,
-    Workers,
-    memory_limits,
-    option,
-    verb,
-)
+from dots1_local.cli import _options as shared
+from dots1_local.cli._options import option, verb
 from dots1_local.cli._output import notice, print_json, print_table, progress_bar
 from dots1_local.errors import UsageError
 from dots1_local.sizes import human_bytes
@@ -38,7 +28,7 @@ _MARGIN = 256  # tokens that are generated after the deepest context
 class BenchOptions:
     """The arguments and options of `dots1 bench`."""
 
-    model: Model
+    model: shared.Model
     context: Annotated[str, option("Measure after these numbers of tokens.", "--context", "-c")] = (
         "512,4096"
     )
@@ -52,12 +42,12 @@ class BenchOptions:
     alternatives: Annotated[
         bool, option("Try other placements too.", "--alternatives/--no-alternatives")
     ] = True
-    kv: KVType = None
-    vram: Vram = None
-    ram: Ram = None
-    worker: Workers = None
-    threads: Threads = None
-    json: Json = False
+    kv: shared.KVType = None
+    vram: shared.Vram = None
+    ram: shared.Ram = None
+    worker: shared.Workers = None
+    threads: shared.Threads = None
+    json: shared.Json = False
 
 
 @verb
@@ -80,7 +70,7 @@ def bench(options: BenchOptions) -> None:
     ubatches = [] if options.ubatch is None else _numbers(options.ubatch, "--ubatch")
     plans = [(path.name, load_placement(path)) for path in options.plan or ()]
     workers = _choose_workers([placement for _, placement in plans], options.worker or [])
-    limits, threads = memory_limits(options.vram, options.ram), options.threads
+    limits, threads = shared.memory_limits(options.vram, options.ram), options.threads
     gguf = GGUFFile.open(options.model)
     graph = ModelGraph.read(gguf)
     with progress_bar("looking at this machine") as report:

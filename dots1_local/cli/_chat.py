@@ -2,24 +2,15 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dots1_local.cli._options import (
-    Context,
-    Json,
-    Plan,
-    Threads,
-    Workers,
-    open_engine,
-    option,
-    report_abort,
-    verb,
-)
+from dots1_local.cli import _options as shared
+from dots1_local.cli._options import option, verb
 from dots1_local.cli._output import notice, plain, print_json
 from dots1_local.errors import UsageError
 
@@ -42,19 +33,14 @@ class ChatOptions:
         typer.Argument(help="A dots1 GGUF file. Optional with --url.", metavar="FILE.gguf"),
     ] = None
     url: Annotated[
-        str | None,
-        option(
-            "Talk to an OpenAI-compatible server, such as http://HOST:8000/v1, instead of a FILE."
-        ),
+        str | None, option("Talk to an OpenAI-compatible server, such as http://HOST:8000/v1.")
     ] = None
     model: Annotated[
         str | None, option("Use this model of the server.", "--model", "-m", default="its only one")
     ] = None
     prompt: Annotated[
         str | None,
-        option(
-            "Ask this one question.", "--prompt", "-p", default="what is piped in, or a dialogue"
-        ),
+        option("Ask this once.", "--prompt", "-p", default="what is piped in, or a dialogue"),
     ] = None
     system: Annotated[str | None, option("Replace the system prompt; '' removes it.")] = None
     load: Annotated[Path | None, option("Resume a conversation that /save wrote.")] = None
@@ -67,10 +53,7 @@ class ChatOptions:
     temperature: Annotated[
         float | None,
         option(
-            "Sample at this temperature; 0 always takes the likeliest token.",
-            "--temperature",
-            "--temp",
-            default="0.7",
+            "Sample at this temperature; 0 is greedy.", "--temperature", "--temp", default="0.7"
         ),
     ] = None
     top_k: Annotated[
@@ -78,17 +61,11 @@ class ChatOptions:
     ] = None
     top_p: Annotated[
         float | None,
-        option(
-            "Choose among the likeliest tokens that add up to this probability; 1 is off.",
-            default="0.95",
-        ),
+        option("Choose among tokens that add up to this probability; 1 is off.", default="0.95"),
     ] = None
     min_p: Annotated[
         float | None,
-        option(
-            "Drop tokens below this share of the likeliest token's probability; 0 is off.",
-            default="0.05",
-        ),
+        option("Drop tokens below this share of the top probability; 0 is off.", default="0.05"),
     ] = None
     repeat_penalty: Annotated[
         float | None, option("Weaken recent tokens by this factor; 1 is off.", default="1.0")
@@ -104,14 +81,14 @@ class ChatOptions:
         Literal["drop", "stop"] | None,
         option("When the context is full, drop the oldest turns, or stop.", default="drop"),
     ] = None
-    context: Context = None
-    plan: Plan = None
-    worker: Workers = None
-    threads: Threads = None
+    context: shared.Context = None
+    plan: shared.Plan = None
+    worker: shared.Workers = None
+    threads: shared.Threads = None
     plain: Annotated[
         bool, option("Print answers as they are, without rendering Markdown.", "--plain")
     ] = False
-    json: Json = False
+    json: shared.Json = False
 
 
 @verb
@@ -145,11 +122,7 @@ def chat(options: ChatOptions) -> None:
 
 
 def _check(options: ChatOptions) -> None:
-    """Refuse options that contradict each other, before anything is opened.
-
-    Raises:
-        UsageError: the first contradiction.
-    """
+    """Refuse options that contradict each other, before anything is opened."""
     here = ("context", "threads", "plan", "worker")
     if options.url is None:
         if options.file is None:
@@ -167,24 +140,21 @@ def _check(options: ChatOptions) -> None:
 
 
 def _question(options: ChatOptions) -> str | None:
-    """Return what to ask once, or None for a dialogue."""
-    if options.prompt is None and sys.stdin.isatty():
-        if options.json:
-            raise UsageError("--json is for one answer: ask with -p, or through a pipe")
-        return None
-    text = _piped_text() if options.prompt is None else options.prompt
+    """Return what to ask once, without the newline that ends a file, or None for a dialogue."""
+    text, source = options.prompt, "-p"
+    if text is None:
+        if sys.stdin.isatty():
+            if options.json:
+                raise UsageError("--json is for one answer: ask with -p, or through a pipe")
+            return None
+        source = "what is piped in"
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{source} is not UTF-8 text (at byte {error.start:,})") from None
     if not text.strip():
-        place = "what is piped in" if options.prompt is None else "-p"
-        raise UsageError(f"there is nothing to answer: {place} is empty")
+        raise UsageError(f"there is nothing to answer: {source} is empty")
     return text
-
-
-def _piped_text() -> str:
-    """Return all of stdin, without the newline that ends a file."""
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"what is piped in is not UTF-8 text (at byte {error.start:,})") from None
 
 
 @contextmanager
@@ -194,9 +164,6 @@ def _open_session(
     """Yield a session, and the conversation in `source` that it resumes.
 
     A setting that no option gives stays as it is by default or in the conversation.
-
-    Raises:
-        UsageError: a setting is not valid, or the file holds no conversation.
     """
     from dots1_local.chat.conversation import load_conversation
     from dots1_local.chat.sampling import Sampling
@@ -218,38 +185,38 @@ def _open_session(
         yield session, conversation
 
 
-def _connect(options: ChatOptions, sampling: "Sampling") -> "AbstractContextManager[Dialogue]":
-    """Open a session with the model in the file or with that of a server.
+@contextmanager
+def _connect(options: ChatOptions, sampling: "Sampling") -> Iterator["Dialogue"]:
+    """Open a session with the server's model or with that in the file.
 
     Raises:
         UsageError: an option is not valid, or the server has several models.
         Dots1Error: the model cannot be loaded, or the server does not answer.
     """
-    if options.url is None:
-        return _load_model(options, sampling)
-    from dots1_local.chat.remote import RemoteSession
+    if options.file is None:
+        from dots1_local.chat.remote import RemoteSession
 
-    return RemoteSession.open(
-        options.url,
-        options.model,
-        notify=lambda sentence: notice(plain(sentence)),
-        sampling=sampling,
-        raw=options.raw,
-    )
-
-
-@contextmanager
-def _load_model(options: ChatOptions, sampling: "Sampling") -> Iterator["Dialogue"]:
+        with RemoteSession.open(
+            options.url or "",
+            options.model,
+            notify=lambda sentence: notice(plain(sentence)),
+            sampling=sampling,
+            raw=options.raw,
+        ) as session:
+            yield session
+        return
     from dots1_local.chat.session import Session
 
-    assert options.file is not None
-    workers = options.worker or ()
-    with report_abort():
-        engine = open_engine(
-            options.file, options.context, options.plan, workers, threads=options.threads
+    with shared.report_abort():
+        engine = shared.open_engine(
+            options.file,
+            options.context,
+            options.plan,
+            options.worker or (),
+            threads=options.threads,
         )
-    with engine, Session(engine, sampling=sampling, raw=options.raw) as session:
-        yield session
+    with engine, Session(engine, sampling=sampling, raw=options.raw) as local:
+        yield local
 
 
 def _converse(

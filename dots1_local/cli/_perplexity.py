@@ -7,17 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._options import (
-    Json,
-    Model,
-    Plan,
-    Threads,
-    Workers,
-    choose_placement,
-    option,
-    report_abort,
-    verb,
-)
+from dots1_local.cli import _options as shared
+from dots1_local.cli._options import option, verb
 from dots1_local.cli._output import notice, print_json, progress_bar
 from dots1_local.sizes import human_bytes
 
@@ -34,7 +25,7 @@ _FEW = 100  # scored tokens; llama-perplexity prints no statistics for fewer
 class PerplexityOptions:
     """The arguments and options of `dots1 perplexity`."""
 
-    model: Model
+    model: shared.Model
     file: Annotated[
         Path | None, option("Predict this text, UTF-8. Optional with --logits.", "--file", "-f")
     ] = None
@@ -69,10 +60,10 @@ class PerplexityOptions:
     histogram: Annotated[
         bool, option("With --reference or --logits: show KL divergence by token.", "--histogram")
     ] = False
-    plan: Plan = None
-    worker: Workers = None
-    threads: Threads = None
-    json: Json = False
+    plan: shared.Plan = None
+    worker: shared.Workers = None
+    threads: shared.Threads = None
+    json: shared.Json = False
 
 
 @verb
@@ -92,13 +83,13 @@ def perplexity(options: PerplexityOptions) -> None:
     compares = options.reference is not None or options.logits is not None
     _check(options, compares)
     run: dict[str, Any] = {
-        "placement": choose_placement(options.plan, options.worker or ()),
+        "placement": shared.choose_placement(options.plan, options.worker or ()),
         "workers": tuple(options.worker or ()),
         "threads": options.threads,
         "notify": notice,
         "n_chunks": options.chunks,
     }
-    with report_abort():
+    with shared.report_abort():
         if compares:
             _compare(options, run)
         else:

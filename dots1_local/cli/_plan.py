@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dots1_local.cli._options import (
-    Json,
-    KVType,
-    Model,
-    Ram,
-    Threads,
-    Vram,
-    Workers,
-    memory_limits,
-    option,
-    verb,
-)
+from dots1_local.cli import _options as shared
+from dots1_local.cli._options import option, verb
 from dots1_local.cli._output import notice, plural, print_json, print_table, progress_bar
 from dots1_local.errors import UsageError
 from dots1_local.sizes import human_bytes
@@ -53,27 +43,27 @@ _NEVER = 1 << 20  # tokens; no placement has a batch that large
 class PlanOptions:
     """The arguments and options of `dots1 plan`."""
 
-    model: Model
+    model: shared.Model
     context: Annotated[
         str | None,
         option("Plan for this many tokens, such as 32k.", "--context", "-c", default="16k"),
     ] = None
-    kv: KVType = None
+    kv: shared.KVType = None
     parallel: Annotated[
         int, option("Plan for this many answers at once, each with the whole context.")
     ] = 1
-    vram: Vram = None
-    ram: Ram = None
+    vram: shared.Vram = None
+    ram: shared.Ram = None
     hardware: Annotated[
         str | None,
         option("Plan for the machine that this file or name describes.", default="this machine"),
     ] = None
-    worker: Workers = None
-    threads: Threads = None
+    worker: shared.Workers = None
+    threads: shared.Threads = None
     plan: Annotated[
         Path | None, option("Show this plan, which you may have edited, instead of a new one.")
     ] = None
-    json: Json = False
+    json: shared.Json = False
 
 
 @verb
@@ -100,7 +90,7 @@ def plan(options: PlanOptions) -> None:
 
     _check(options)
     tokens = parse_context(options.context) if options.context else None
-    limits = memory_limits(options.vram, options.ram)
+    limits = shared.memory_limits(options.vram, options.ram)
     gguf = GGUFFile.open(options.model)
     graph = ModelGraph.read(gguf)
     placement = load_placement(options.plan) if options.plan else None

@@ -6,18 +6,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
-from dots1_local.cli._options import (
-    Context,
-    Model,
-    Plan,
-    Threads,
-    Workers,
-    exit_on_interrupt,
-    open_engine,
-    option,
-    report_abort,
-    verb,
-)
+from dots1_local.cli import _options as shared
+from dots1_local.cli._options import option, verb
 from dots1_local.cli._output import notice, plural
 from dots1_local.errors import UsageError
 
@@ -33,7 +23,7 @@ _GRACE = 10  # seconds that answers get to finish when the server ends
 class ServeOptions:
     """The arguments and options of `dots1 serve`."""
 
-    model: Model
+    model: shared.Model
     host: Annotated[
         str, option("Listen at this address; 0.0.0.0 is every address of this machine.")
     ] = "127.0.0.1"
@@ -61,10 +51,10 @@ class ServeOptions:
         list[str] | None,
         option("Let web pages of this origin call the server, '*' for all; repeatable."),
     ] = None
-    context: Context = None
-    plan: Plan = None
-    worker: Workers = None
-    threads: Threads = None
+    context: shared.Context = None
+    plan: shared.Plan = None
+    worker: shared.Workers = None
+    threads: shared.Threads = None
 
 
 @verb
@@ -85,7 +75,7 @@ def serve(options: ServeOptions) -> None:
         if not (key or is_loopback(listener)):
             notice(f"warning: anyone who reaches {url} may use the model; set an --api-key")
         with (
-            report_abort(),
+            shared.report_abort(),
             ApiServer(listener, name, api_key=key, origins=options.cors or ()) as server,
             _open_engine(options) as engine,
         ):
@@ -121,8 +111,8 @@ def _check(options: ServeOptions) -> None:
 
 
 def _open_engine(options: ServeOptions) -> "Engine":
-    with exit_on_interrupt():
-        return open_engine(
+    with shared.exit_on_interrupt():
+        return shared.open_engine(
             options.model,
             options.context,
             options.plan,

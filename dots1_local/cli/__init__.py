@@ -16,7 +16,6 @@ from dots1_local.cli._convert import convert
 from dots1_local.cli._export import export
 from dots1_local.cli._hardware import hardware
 from dots1_local.cli._inspect import inspect
-from dots1_local.cli._options import option
 from dots1_local.cli._perplexity import perplexity
 from dots1_local.cli._plan import plan
 from dots1_local.cli._serve import serve
@@ -63,9 +62,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, option("Show tracebacks.", "--debug")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
-        bool, option("Print the version.", "--version", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     global _debug  # noqa: PLW0603 -- main() outlives the parsed context

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -29,19 +29,16 @@ class BenchOptions:
     """The arguments and options of `dots1 bench`."""
 
     model: shared.Model
-    context: Annotated[str, option("Measure after these numbers of tokens.", "--context", "-c")] = (
-        "512,4096"
+    context: str = option(
+        "Measure after these numbers of tokens.", "--context", "-c", value="512,4096"
     )
-    ubatch: Annotated[
-        str | None, option("Try our placement with these ubatches too, such as 512,2048.")
-    ] = None
-    plan: Annotated[
-        list[Path] | None,
-        option("Try this file of dots1 plan --json instead of our placement; repeatable."),
-    ] = None
-    alternatives: Annotated[
-        bool, option("Try other placements too.", "--alternatives/--no-alternatives")
-    ] = True
+    ubatch: str | None = option("Try our placement with these ubatches too, such as 512,2048.")
+    plan: list[Path] | None = option(
+        "Try this file of dots1 plan --json instead of our placement; repeatable."
+    )
+    alternatives: bool = option(
+        "Try other placements too.", "--alternatives/--no-alternatives", value=True
+    )
     kv: shared.KVType = None
     vram: shared.Vram = None
     ram: shared.Ram = None

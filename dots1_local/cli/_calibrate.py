@@ -8,14 +8,14 @@ import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from dots1_local.cli._options import Json, Threads, exit_on_interrupt, option, verb
+from dots1_local.cli._options import Json, Threads, argument, exit_on_interrupt, flag, option, verb
 from dots1_local.cli._output import (
     notice,
     notice_resumed,
@@ -46,60 +46,40 @@ _ROLES = ("system", "user", "assistant")
 class CalibrateOptions:
     """The arguments and options of `dots1 calibrate`."""
 
-    checkpoint: Annotated[Path, typer.Argument(help="A folder with config.json and safetensors.")]
-    output: Annotated[Path, option("Write to this folder.", "--output", "-o", metavar="DIR")]
-    file: Annotated[
-        list[Path] | None, option("Calibrate on this text, UTF-8; repeatable.", "--file", "-f")
-    ] = None
-    chat: Annotated[
-        list[Path] | None,
-        option(
-            "Calibrate on these conversations, in the chat template's format; repeatable.",
-            metavar="FILE.jsonl",
-        ),
-    ] = None
-    logits: Annotated[
-        Path | None,
-        option(
-            "Write the checkpoint's log-probabilities to this file, for dots1 perplexity.",
-            metavar="FILE",
-        ),
-    ] = None
-    logits_text: Annotated[
-        Path | None, option("Compute --logits for this text, UTF-8.", metavar="TEXT")
-    ] = None
-    context: Annotated[
-        int, option("Cut texts into chunks of this many tokens.", "--context", "-c", min=16)
-    ] = 512
-    chunks: Annotated[
-        int | None, option("Calibrate on at most this many chunks.", min=1, default="all")
-    ] = None
-    logits_chunks: Annotated[
-        int | None, option("Write the logits of at most this many chunks.", min=1, default="all")
-    ] = None
-    importance_only: Annotated[bool, option("Do not measure sensitivity.", "--importance-only")] = (
-        False
+    checkpoint: Path = argument("A folder with config.json and safetensors.")
+    output: Path = option("Write to this folder.", "--output", "-o", value=MISSING, metavar="DIR")
+    file: list[Path] | None = option("Calibrate on this text, UTF-8; repeatable.", "--file", "-f")
+    chat: list[Path] | None = option(
+        "Calibrate on these conversations, in the chat template's format; repeatable.",
+        metavar="FILE.jsonl",
     )
-    shrink_below: Annotated[
-        int,
-        option(
-            "Shrink the importance of experts that fewer tokens reach towards their layer's "
-            "mean; 0 shrinks none.",
-            metavar="TOKENS",
-            min=0,
-        ),
-    ] = 100
-    device: Annotated[
-        str | None, option("Compute on this torch device.", default="a GPU if there is one")
-    ] = None
-    precision: Annotated[
-        Literal["F32", "BF16"],
-        option("Multiply matrices in this type; BF16 is 2 to 4 times faster on CPUs that have it."),
-    ] = "F32"
+    logits: Path | None = option(
+        "Write the checkpoint's log-probabilities to this file, for dots1 perplexity.",
+        metavar="FILE",
+    )
+    logits_text: Path | None = option("Compute --logits for this text, UTF-8.", metavar="TEXT")
+    context: int = option(
+        "Cut texts into chunks of this many tokens.", "--context", "-c", value=512, min=16
+    )
+    chunks: int | None = option("Calibrate on at most this many chunks.", min=1, default="all")
+    logits_chunks: int | None = option(
+        "Write the logits of at most this many chunks.", min=1, default="all"
+    )
+    importance_only: bool = flag("Do not measure sensitivity.", "--importance-only")
+    shrink_below: int = option(
+        "Shrink the importance of experts that fewer tokens reach towards their layer's "
+        "mean; 0 shrinks none.",
+        value=100,
+        metavar="TOKENS",
+        min=0,
+    )
+    device: str | None = option("Compute on this torch device.", default="a GPU if there is one")
+    precision: Literal["F32", "BF16"] = option(
+        "Multiply matrices in this type; BF16 is 2 to 4 times faster on CPUs that have it.",
+        value="F32",
+    )
     threads: Threads = None
-    force: Annotated[
-        bool, option("Replace earlier results, and drop an unfinished run.", "--force")
-    ] = False
+    force: bool = flag("Replace earlier results, and drop an unfinished run.", "--force")
     json: Json = False
 
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from dots1_local.cli import _options as shared
-from dots1_local.cli._options import option, verb
+from dots1_local.cli._options import argument, flag, option, verb
 from dots1_local.cli._output import notice, plain, print_json
 from dots1_local.errors import UsageError
 
@@ -28,66 +28,48 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
 class ChatOptions:
     """The arguments and options of `dots1 chat`."""
 
-    file: Annotated[
-        Path | None,
-        typer.Argument(help="A dots1 GGUF file. Optional with --url.", metavar="FILE.gguf"),
-    ] = None
-    url: Annotated[
-        str | None, option("Talk to an OpenAI-compatible server, such as http://HOST:8000/v1.")
-    ] = None
-    model: Annotated[
-        str | None, option("Use this model of the server.", "--model", "-m", default="its only one")
-    ] = None
-    prompt: Annotated[
-        str | None,
-        option("Ask this once.", "--prompt", "-p", default="what is piped in, or a dialogue"),
-    ] = None
-    system: Annotated[str | None, option("Replace the system prompt; '' removes it.")] = None
-    load: Annotated[Path | None, option("Resume a conversation that /save wrote.")] = None
-    session: Annotated[
-        Path | None, option("Keep the conversation in this file, and resume it if the file exists.")
-    ] = None
-    raw: Annotated[
-        bool, option("Complete text without a chat template, as for a base model.", "--raw")
-    ] = False
-    temperature: Annotated[
-        float | None,
-        option(
-            "Sample at this temperature; 0 is greedy.", "--temperature", "--temp", default="0.7"
-        ),
-    ] = None
-    top_k: Annotated[
-        int | None, option("Choose among this many likeliest tokens; 0 is off.", default="40")
-    ] = None
-    top_p: Annotated[
-        float | None,
-        option("Choose among tokens that add up to this probability; 1 is off.", default="0.95"),
-    ] = None
-    min_p: Annotated[
-        float | None,
-        option("Drop tokens below this share of the top probability; 0 is off.", default="0.05"),
-    ] = None
-    repeat_penalty: Annotated[
-        float | None, option("Weaken recent tokens by this factor; 1 is off.", default="1.0")
-    ] = None
-    seed: Annotated[
-        int | None, option("Make answers repeatable.", default="a new one for every answer")
-    ] = None
-    max_tokens: Annotated[
-        int | None, option("Cut an answer off after this many tokens.", "--max-tokens", "-n", min=1)
-    ] = None
-    stop: Annotated[list[str] | None, option("End an answer before this text; repeatable.")] = None
-    overflow: Annotated[
-        Literal["drop", "stop"] | None,
-        option("When the context is full, drop the oldest turns, or stop.", default="drop"),
-    ] = None
+    file: Path | None = argument(
+        "A dots1 GGUF file. Optional with --url.", metavar="FILE.gguf", value=None
+    )
+    url: str | None = option("Talk to an OpenAI-compatible server, such as http://HOST:8000/v1.")
+    model: str | None = option(
+        "Use this model of the server.", "--model", "-m", default="its only one"
+    )
+    prompt: str | None = option(
+        "Ask this one question.", "--prompt", "-p", default="what is piped in, or a dialogue"
+    )
+    system: str | None = option("Replace the system prompt; '' removes it.")
+    load: Path | None = option("Resume a conversation that /save wrote.")
+    session: Path | None = option(
+        "Keep the conversation in this file, and resume it if the file exists."
+    )
+    raw: bool = flag("Complete text without a chat template, as for a base model.", "--raw")
+    temperature: float | None = option(
+        "Sample at this temperature; 0 is greedy.", "--temperature", "--temp", default="0.7"
+    )
+    top_k: int | None = option("Choose among this many likeliest tokens; 0 is off.", default="40")
+    top_p: float | None = option(
+        "Choose among tokens that add up to this probability; 1 is off.", default="0.95"
+    )
+    min_p: float | None = option(
+        "Drop tokens below this share of the top probability; 0 is off.", default="0.05"
+    )
+    repeat_penalty: float | None = option(
+        "Weaken recent tokens by this factor; 1 is off.", default="1.0"
+    )
+    seed: int | None = option("Make answers repeatable.", default="a new one for every answer")
+    max_tokens: int | None = option(
+        "Cut an answer off after this many tokens.", "--max-tokens", "-n", min=1
+    )
+    stop: list[str] | None = option("End an answer before this text; repeatable.")
+    overflow: Literal["drop", "stop"] | None = option(
+        "When the context is full, drop the oldest turns, or stop.", default="drop"
+    )
     context: shared.Context = None
     plan: shared.Plan = None
     worker: shared.Workers = None
     threads: shared.Threads = None
-    plain: Annotated[
-        bool, option("Print answers as they are, without rendering Markdown.", "--plain")
-    ] = False
+    plain: bool = flag("Print answers as they are, without rendering Markdown.", "--plain")
     json: shared.Json = False
 
 

@@ -1,13 +1,21 @@
 """`dots1 convert`: convert a Hugging Face checkpoint, in a folder or on the hub, to a GGUF file."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from dots1_local.cli._options import Force, Json, Threads, exit_on_interrupt, option, verb
+from dots1_local.cli._options import (
+    Force,
+    Json,
+    Threads,
+    argument,
+    exit_on_interrupt,
+    flag,
+    option,
+    verb,
+)
 from dots1_local.cli._output import notice, notice_resumed, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -17,115 +25,91 @@ if TYPE_CHECKING:
 
 __all__ = ["ConvertOptions", "convert"]
 
-_types = partial(option, rich_help_panel="Types")
-_budget = partial(option, rich_help_panel="Types under a budget, by what dots1 calibrate measured")
-_hub = partial(option, rich_help_panel="A checkpoint on the hub")
+_TYPES = "Types"
+_BUDGET = "Types under a budget, by what dots1 calibrate measured"
+_HUB = "A checkpoint on the hub"
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
     """The arguments and options of `dots1 convert`."""
 
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            help="A folder with config.json and safetensors, or organisation/model on the Hugging "
-            "Face hub."
-        ),
-    ]
-    output: Annotated[
-        Path | None, option("Write this GGUF file. Optional with --dry-run.", "--output", "-o")
-    ] = None
-    type_: Annotated[
-        str | None,
-        _types(
-            "Use DQ2 to DQ6 (dynamic: routed experts in few bits, the rest in more), or a "
-            "stock mix of llama-quantize: Q4_K_M, IQ2_XXS, BF16, ...",
-            "--type",
-            default="DQ4",
-        ),
-    ] = None
-    tensor_type: Annotated[
-        list[str] | None,
-        _types(
-            "Store the tensors whose names match in this type; repeatable.", metavar="REGEX=TYPE"
-        ),
-    ] = None
-    imatrix: Annotated[
-        Path | None, _types("Use this importance file of llama-imatrix (GGUF or .dat).")
-    ] = None
-    pad_experts: Annotated[
-        Literal["auto", "on", "off"],
-        _types("Zero-pad the width of experts to a multiple of 256, so that every type fits."),
-    ] = "auto"
-    plan: Annotated[
-        Path | None, _types("Take every type from this file, which --dry-run --json wrote.")
-    ] = None
-    calibration: Annotated[
-        Path | None,
-        _budget(
-            "Use this folder, which dots1 calibrate wrote. Without a budget, its importance "
-            "file is used and the KL divergence is predicted.",
-            metavar="DIR",
-        ),
-    ] = None
-    size: Annotated[
-        str | None,
-        _budget("Choose types for a file of at most SIZE, such as 48GB.", metavar="SIZE"),
-    ] = None
-    bpw: Annotated[
-        float | None, _budget("Choose types for at most this many bits per weight.", metavar="BITS")
-    ] = None
-    max_kld: Annotated[
-        float | None,
-        _budget(
-            "Choose types for the smallest file whose predicted KL divergence is at most this.",
-            metavar="NATS",
-        ),
-    ] = None
-    fit_memory: Annotated[
-        str | None,
-        _budget(
-            "Choose types to fit '24GB gpu + 64GB ram', or a machine that dots1 plan "
-            "--hardware takes.",
-            metavar="MEMORY",
-        ),
-    ] = None
-    context: Annotated[
-        str | None,
-        _budget(
-            "With --fit-memory: leave room for this context, such as 32k.",
-            metavar="TOKENS",
-            default="16k, or what the model was trained for",
-        ),
-    ] = None
-    kv_type: Annotated[
-        str | None,
-        _budget(
-            "With --fit-memory: keep the KV cache in this type.", metavar="TYPE", default="f16"
-        ),
-    ] = None
-    split_max_size: Annotated[
-        str | None, option("Write shards of at most SIZE, such as 48G.", metavar="SIZE")
-    ] = None
-    revision: Annotated[
-        str | None, _hub("Take this branch, tag or commit.", metavar="REVISION", default="main")
-    ] = None
-    low_disk: Annotated[
-        bool,
-        _hub(
-            "Fetch, convert and delete one shard after another: the disk needs room for the "
-            "GGUF file and a few shards.",
-            "--low-disk",
-        ),
-    ] = False
-    threads: Threads = None
-    dry_run: Annotated[bool, option("Print types and sizes, and write nothing.", "--dry-run")] = (
-        False
+    checkpoint: str = argument(
+        "A folder with config.json and safetensors, or organisation/model on the Hugging Face hub."
     )
-    tensors: Annotated[
-        bool, option("With --dry-run: print a row for every tensor.", "--tensors")
-    ] = False
+    output: Path | None = option("Write this GGUF file. Optional with --dry-run.", "--output", "-o")
+    type_: str | None = option(
+        "Use DQ2 to DQ6 (dynamic: routed experts in few bits, the rest in more), or a "
+        "stock mix of llama-quantize: Q4_K_M, IQ2_XXS, BF16, ...",
+        "--type",
+        default="DQ4",
+        panel=_TYPES,
+    )
+    tensor_type: list[str] | None = option(
+        "Store the tensors whose names match in this type; repeatable.",
+        metavar="REGEX=TYPE",
+        panel=_TYPES,
+    )
+    imatrix: Path | None = option(
+        "Use this importance file of llama-imatrix (GGUF or .dat).", panel=_TYPES
+    )
+    pad_experts: Literal["auto", "on", "off"] = option(
+        "Zero-pad the width of experts to a multiple of 256, so that every type fits.",
+        value="auto",
+        panel=_TYPES,
+    )
+    plan: Path | None = option(
+        "Take every type from this file, which --dry-run --json wrote.", panel=_TYPES
+    )
+    calibration: Path | None = option(
+        "Use this folder, which dots1 calibrate wrote. Without a budget, its importance "
+        "file is used and the KL divergence is predicted.",
+        metavar="DIR",
+        panel=_BUDGET,
+    )
+    size: str | None = option(
+        "Choose types for a file of at most SIZE, such as 48GB.", metavar="SIZE", panel=_BUDGET
+    )
+    bpw: float | None = option(
+        "Choose types for at most this many bits per weight.", metavar="BITS", panel=_BUDGET
+    )
+    max_kld: float | None = option(
+        "Choose types for the smallest file whose predicted KL divergence is at most this.",
+        metavar="NATS",
+        panel=_BUDGET,
+    )
+    fit_memory: str | None = option(
+        "Choose types to fit '24GB gpu + 64GB ram', or a machine that dots1 plan --hardware takes.",
+        metavar="MEMORY",
+        panel=_BUDGET,
+    )
+    context: str | None = option(
+        "With --fit-memory: leave room for this context, such as 32k.",
+        metavar="TOKENS",
+        default="16k, or what the model was trained for",
+        panel=_BUDGET,
+    )
+    kv_type: str | None = option(
+        "With --fit-memory: keep the KV cache in this type.",
+        metavar="TYPE",
+        default="f16",
+        panel=_BUDGET,
+    )
+    split_max_size: str | None = option(
+        "Write shards of at most SIZE, such as 48G.", metavar="SIZE"
+    )
+    revision: str | None = option(
+        "Take this branch, tag or commit.", metavar="REVISION", default="main", panel=_HUB
+    )
+    low_disk: bool = flag(
+        "Fetch, convert and delete one shard after another: the disk needs room for the "
+        "GGUF file and a few shards.",
+        "--low-disk",
+        panel=_HUB,
+    )
+    threads: Threads = None
+    dry_run: bool = flag("Print types and sizes, and write nothing.", "--dry-run")
+    tensors: bool = flag("With --dry-run: print a row for every tensor.", "--tensors")
     force: Force = False
     json: Json = False
 

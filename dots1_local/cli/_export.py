@@ -1,11 +1,20 @@
 """`dots1 export`: decode a GGUF file to a Hugging Face checkpoint."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dots1_local.cli._options import Json, ModelShard, Threads, exit_on_interrupt, option
+from dots1_local.cli._options import (
+    Json,
+    ModelShard,
+    Threads,
+    exit_on_interrupt,
+    flag,
+    option,
+    verb,
+)
 from dots1_local.cli._output import (
     notice,
     notice_resumed,
@@ -19,23 +28,26 @@ from dots1_local.sizes import human_bytes
 if TYPE_CHECKING:
     from dots1_local.export import Export
 
-__all__ = ["export"]
+__all__ = ["ExportOptions", "export"]
 
 
-def export(
-    file: ModelShard,
-    output: Annotated[
-        Path | None,
-        option("Write to this folder. Optional with --dry-run.", "--output", "-o", metavar="DIR"),
-    ] = None,
-    shard_size: Annotated[str, option("Write shards of at most SIZE.", metavar="SIZE")] = "5GB",
-    threads: Threads = None,
-    dry_run: Annotated[
-        bool, option("Print what would be written, and write nothing.", "--dry-run")
-    ] = False,
-    force: Annotated[bool, option("Replace an earlier export in DIR.", "--force", "-f")] = False,
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True)
+class ExportOptions:
+    """The arguments and options of `dots1 export`."""
+
+    file: ModelShard
+    output: Path | None = option(
+        "Write to this folder. Optional with --dry-run.", "--output", "-o", metavar="DIR"
+    )
+    shard_size: str = option("Write shards of at most SIZE.", value="5GB", metavar="SIZE")
+    threads: Threads = None
+    dry_run: bool = flag("Print what would be written, and write nothing.", "--dry-run")
+    force: bool = flag("Replace an earlier export in DIR.", "--force", "-f")
+    json: Json = False
+
+
+@verb
+def export(options: ExportOptions) -> None:
     """Decode a GGUF file to a Hugging Face checkpoint in bf16.
 
     transformers, and whatever builds on it, can then evaluate the quantised model. If an export is
@@ -50,26 +62,28 @@ def export(
     from dots1_local.export import Export
     from dots1_local.sizes import parse_size
 
-    if output is None and not dry_run:
+    output, threads = options.output, options.threads
+    if output is None and not options.dry_run:
         raise typer.BadParameter("name the folder to write", param_hint="--output / -o")
-    written: list[Path] = []
+    size = parse_size(options.shard_size)
+    written: tuple[Path, ...] = ()
     with exit_on_interrupt("stopped; run the same command again to resume"):
-        with progress_bar(file.name) as progress:
+        with progress_bar(options.file.name) as report:
             prepared = Export.prepare(
-                file, shard_size=parse_size(shard_size), threads=threads, progress=progress
+                options.file, shard_size=size, threads=threads, progress=report
             )
         for sentence in prepared.notices:
             notice(sentence)
-        if output is not None and not dry_run:
-            with progress_bar(output.name) as progress:
-                written += prepared.run(
+        if output is not None and not options.dry_run:
+            with progress_bar(output.name) as report:
+                written = prepared.run(
                     output,
                     threads=threads,
-                    force=force,
-                    progress=progress,
+                    force=options.force,
+                    progress=report,
                     on_resume=notice_resumed,
                 ).files
-    if json:
+    if options.json:
         files = {"files": [str(path) for path in written]} if written else {}
         print_json(_summary(prepared) | files)
         return

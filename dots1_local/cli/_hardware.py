@@ -1,9 +1,10 @@
 """`dots1 hardware`: show the devices of a machine, their memory and their speeds."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dots1_local.cli._options import Json, Workers, option
+from dots1_local.cli._options import Json, Workers, flag, option, verb
 from dots1_local.cli._output import notice, print_json, print_table, progress_bar
 from dots1_local.errors import UsageError
 from dots1_local.sizes import human_bytes
@@ -11,25 +12,26 @@ from dots1_local.sizes import human_bytes
 if TYPE_CHECKING:
     from dots1_local.devices.hardware import Device, Hardware, Speed
 
-__all__ = ["hardware"]
+__all__ = ["HardwareOptions", "hardware"]
 
 
-def hardware(
-    file: Annotated[
-        str | None,
-        option(
-            "Show the machine that this file or name describes.",
-            "--hardware",
-            metavar="FILE",
-            default="this machine",
-        ),
-    ] = None,
-    worker: Workers = None,
-    refresh: Annotated[
-        bool, option("Measure again what was measured before.", "--refresh")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+@dataclass(frozen=True)
+class HardwareOptions:
+    """The options of `dots1 hardware`."""
+
+    file: str | None = option(
+        "Show the machine that this file or name describes.",
+        "--hardware",
+        metavar="FILE",
+        default="this machine",
+    )
+    worker: Workers = None
+    refresh: bool = flag("Measure again what was measured before.", "--refresh")
+    json: Json = False
+
+
+@verb
+def hardware(options: HardwareOptions) -> None:
     """Show this machine's devices; the first time, measure them, which takes a minute.
 
     dots1 hardware
@@ -40,20 +42,22 @@ def hardware(
     """
     from dots1_local.devices.machine import find_hardware, missing_backends, this_machine
 
-    if file is not None:
-        if worker or refresh:
+    if options.file is not None:
+        if options.worker or options.refresh:
             raise UsageError("--hardware shows a description; leave out --worker and --refresh")
-        found = find_hardware(file)
+        found = find_hardware(options.file)
     else:
         with progress_bar("measuring") as report:
             found = this_machine(
-                worker or [], measure="again" if refresh else True, progress=report
+                options.worker or [],
+                measure="again" if options.refresh else True,
+                progress=report,
             )
-    if as_json:
+    if options.json:
         print_json(found.to_json())
     else:
         _show(found)
-    for sentence in missing_backends(found) if file is None else ():
+    for sentence in missing_backends(found) if options.file is None else ():
         notice(sentence)
 
 

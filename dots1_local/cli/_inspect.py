@@ -2,38 +2,35 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from dots1_local.cli._options import Json, option
+from dots1_local.cli._options import Json, argument, flag, verb
 from dots1_local.cli._output import plural, print_json, print_sizes, print_table
 from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     from dots1_local.files.inspection import InspectedTensor, Inspection
 
-__all__ = ["inspect"]
+__all__ = ["InspectOptions", "inspect"]
 
 _MAX_ITEMS = 4
 _MAX_CHARACTERS = 120
 
 
-def inspect(
-    path: Annotated[
-        Path,
-        typer.Argument(help="A GGUF file, any shard of a split one, or a checkpoint's folder."),
-    ],
-    tensors: Annotated[
-        bool, option("List every tensor with its type, shape and size.", "--tensors")
-    ] = False,
-    keys: Annotated[
-        bool, option("List the metadata keys; long values are abbreviated.", "--keys")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+@dataclass(frozen=True)
+class InspectOptions:
+    """The arguments and options of `dots1 inspect`."""
+
+    path: Path = argument("A GGUF file, any shard of a split one, or a checkpoint's folder.")
+    tensors: bool = flag("List every tensor with its type, shape and size.", "--tensors")
+    keys: bool = flag("List the metadata keys; long values are abbreviated.", "--keys")
+    json: Json = False
+
+
+@verb
+def inspect(options: InspectOptions) -> None:
     """Show what a model file holds, summed up by the role of its tensors.
 
     dots1 inspect dots1-Q4_K_M.gguf
@@ -42,15 +39,15 @@ def inspect(
     """
     from dots1_local.files.inspection import inspect_path
 
-    inspection = inspect_path(path)
-    if as_json:
+    inspection = inspect_path(options.path)
+    if options.json:
         print_json(_as_json(inspection))
         return
     _print_summary(inspection)
-    if tensors:
+    if options.tensors:
         print()
         _print_tensors(inspection.tensors)
-    if keys:
+    if options.keys:
         print()
         _print_keys(inspection.keys)
 

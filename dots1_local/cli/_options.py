@@ -8,6 +8,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
@@ -31,8 +32,10 @@ __all__ = [
     "Threads",
     "Vram",
     "Workers",
+    "argument",
     "choose_placement",
     "exit_on_interrupt",
+    "flag",
     "memory_limits",
     "open_engine",
     "option",
@@ -42,12 +45,31 @@ __all__ = [
 ]
 
 
-def option(text: str, *names: str, default: str | bool = True, **settings: Any) -> Any:
-    """Declare an option by its help, its names if a field's name is not enough, and its default.
+def option(
+    text: str,
+    *names: str,
+    value: Any = None,
+    default: str | bool = True,
+    panel: str | None = None,
+    **settings: Any,
+) -> Any:
+    """Declare an option as a field of a dataclass; its name is that of the field by default.
 
-    `default` says in words what happens without the option; `settings` are those of `typer.Option`.
+    Without the option, the field has `value`; `default` says in words what happens then. `settings`
+    are those of `typer.Option`.
     """
-    return typer.Option(*names, help=text, show_default=default, **settings)
+    info = typer.Option(*names, help=text, show_default=default, rich_help_panel=panel, **settings)
+    return field(default=value, metadata={"typer": info})
+
+
+def flag(text: str, *names: str, **settings: Any) -> Any:
+    """Declare an option without a value as a field of a dataclass, which is False without it."""
+    return option(text, *names, value=False, **settings)
+
+
+def argument(text: str, *, value: Any = MISSING, **settings: Any) -> Any:
+    """Declare a positional argument as a field of a dataclass; it is required without `value`."""
+    return field(default=value, metadata={"typer": typer.Argument(help=text, **settings)})
 
 
 Model = Annotated[Path, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")]
@@ -55,59 +77,80 @@ ModelShard = Annotated[
     Path,
     typer.Argument(help="A dots1 GGUF file, or any shard of a split one.", metavar="FILE.gguf"),
 ]
-Json = Annotated[bool, option("Print the result as JSON for scripts.", "--json")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON for scripts.")]
 Threads = Annotated[
     int | None,
-    option("Use this many CPU threads.", "--threads", "-t", min=1, default="one per core"),
+    typer.Option(
+        "--threads", "-t", help="Use this many CPU threads.", min=1, show_default="one per core"
+    ),
 ]
-Force = Annotated[bool, option("Replace an existing file.", "--force", "-f")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")]
 Context = Annotated[
     str | None,
-    option(
-        "Let a conversation or request have this many tokens, such as 8k; 0 is as many as "
-        "the model was trained for.",
+    typer.Option(
         "--context",
         "-c",
-        default="16k",
+        help="Let a conversation or request have this many tokens, such as 8k; 0 is as many as "
+        "the model was trained for.",
+        show_default="16k",
     ),
 ]
 Plan = Annotated[
     Path | None,
-    option(
-        "Run the model as this file of dots1 plan --json says.",
-        default="a plan made now if there is a GPU or a worker",
+    typer.Option(
+        help="Run the model as this file of dots1 plan --json says.",
+        show_default="a plan made now if there is a GPU or a worker",
     ),
 ]
 Workers = Annotated[
     list[str] | None,
-    option("Use the dots1 worker at this address; repeatable.", "--worker", metavar="HOST:PORT"),
+    typer.Option(
+        "--worker", help="Use the dots1 worker at this address; repeatable.", metavar="HOST:PORT"
+    ),
 ]
 KVType = Annotated[
     str | None,
-    option("Keep the KV cache in this type.", "--kv", default="f16, or q8_0 if only that fits"),
+    typer.Option(
+        "--kv",
+        help="Keep the KV cache in this type.",
+        show_default="f16, or q8_0 if only that fits",
+    ),
 ]
 Vram = Annotated[
     str | None,
-    option(
-        "Plan with this much memory of each GPU, such as 20GB; 0 uses no GPU.",
-        default="what is free",
+    typer.Option(
+        help="Plan with this much memory of each GPU, such as 20GB; 0 uses no GPU.",
+        show_default="what is free",
     ),
 ]
 Ram = Annotated[
-    str | None, option("Plan with this much RAM, such as 60GB.", default="what is free")
+    str | None,
+    typer.Option(help="Plan with this much RAM, such as 60GB.", show_default="what is free"),
 ]
 
 
 def verb(run: Callable[[Any], None]) -> Callable[..., None]:
     """Turn a function of one dataclass into a function with a parameter for each field."""
     options = get_type_hints(run)["options"]
+    hints = get_type_hints(options, include_extras=True)
+    parameters = []
+    for each in fields(options):
+        hint = hints[each.name]
+        if "typer" in each.metadata:
+            hint = Annotated[hint, each.metadata["typer"]]
+        default = inspect.Parameter.empty if each.default is MISSING else each.default
+        parameters.append(
+            inspect.Parameter(
+                each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
+            )
+        )
 
     def call(**values: Any) -> None:
         run(options(**values))
 
     call.__name__, call.__doc__ = run.__name__, run.__doc__
-    call.__annotations__ = get_type_hints(options, include_extras=True)
-    cast("Any", call).__signature__ = inspect.signature(options)
+    call.__annotations__ = {each.name: each.annotation for each in parameters}
+    cast("Any", call).__signature__ = inspect.Signature(parameters)
     return call
 
 

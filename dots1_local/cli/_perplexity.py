@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dots1_local.cli import _options as shared
-from dots1_local.cli._options import option, verb
+from dots1_local.cli._options import flag, option, verb
 from dots1_local.cli._output import notice, print_json, progress_bar
 from dots1_local.sizes import human_bytes
 
@@ -26,40 +26,26 @@ class PerplexityOptions:
     """The arguments and options of `dots1 perplexity`."""
 
     model: shared.Model
-    file: Annotated[
-        Path | None, option("Predict this text, UTF-8. Optional with --logits.", "--file", "-f")
-    ] = None
-    context: Annotated[
-        int | None,
-        option(
-            "Cut the text into chunks of this many tokens; the second half of each is scored.",
-            "--context",
-            "-c",
-            min=8,
-            default="512",
-        ),
-    ] = None
-    chunks: Annotated[int | None, option("Stop after this many chunks.", min=1, default="all")] = (
-        None
+    file: Path | None = option("Predict this text, UTF-8. Optional with --logits.", "--file", "-f")
+    context: int | None = option(
+        "Cut the text into chunks of this many tokens; the second half of each is scored.",
+        "--context",
+        "-c",
+        min=8,
+        default="512",
     )
-    reference: Annotated[
-        Path | None, option("Compare with this model, and run both.", metavar="OTHER.gguf")
-    ] = None
-    logits: Annotated[
-        Path | None, option("Compare with the model that wrote this file, which holds the text.")
-    ] = None
-    save_logits: Annotated[
-        Path | None,
-        option(
-            "Write log-probabilities to this file, as llama-perplexity --kl-divergence-base does."
-        ),
-    ] = None
-    force: Annotated[bool, option("Replace an existing file of log-probabilities.", "--force")] = (
-        False
+    chunks: int | None = option("Stop after this many chunks.", min=1, default="all")
+    reference: Path | None = option("Compare with this model, and run both.", metavar="OTHER.gguf")
+    logits: Path | None = option(
+        "Compare with the model that wrote this file, which holds the text."
     )
-    histogram: Annotated[
-        bool, option("With --reference or --logits: show KL divergence by token.", "--histogram")
-    ] = False
+    save_logits: Path | None = option(
+        "Write log-probabilities to this file, as llama-perplexity --kl-divergence-base does."
+    )
+    force: bool = flag("Replace an existing file of log-probabilities.", "--force")
+    histogram: bool = flag(
+        "With --reference or --logits: show KL divergence by token.", "--histogram"
+    )
     plan: shared.Plan = None
     worker: shared.Workers = None
     threads: shared.Threads = None

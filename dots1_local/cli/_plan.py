@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -44,25 +44,21 @@ class PlanOptions:
     """The arguments and options of `dots1 plan`."""
 
     model: shared.Model
-    context: Annotated[
-        str | None,
-        option("Plan for this many tokens, such as 32k.", "--context", "-c", default="16k"),
-    ] = None
+    context: str | None = option(
+        "Plan for this many tokens, such as 32k.", "--context", "-c", default="16k"
+    )
     kv: shared.KVType = None
-    parallel: Annotated[
-        int, option("Plan for this many answers at once, each with the whole context.")
-    ] = 1
+    parallel: int = option(
+        "Plan for this many answers at once, each with the whole context.", value=1
+    )
     vram: shared.Vram = None
     ram: shared.Ram = None
-    hardware: Annotated[
-        str | None,
-        option("Plan for the machine that this file or name describes.", default="this machine"),
-    ] = None
+    hardware: str | None = option(
+        "Plan for the machine that this file or name describes.", default="this machine"
+    )
     worker: shared.Workers = None
     threads: shared.Threads = None
-    plan: Annotated[
-        Path | None, option("Show this plan, which you may have edited, instead of a new one.")
-    ] = None
+    plan: Path | None = option("Show this plan, which you may have edited, instead of a new one.")
     json: shared.Json = False
 
 

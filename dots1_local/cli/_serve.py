@@ -4,7 +4,7 @@ import os
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from dots1_local.cli import _options as shared
 from dots1_local.cli._options import option, verb
@@ -24,33 +24,23 @@ class ServeOptions:
     """The arguments and options of `dots1 serve`."""
 
     model: shared.Model
-    host: Annotated[
-        str, option("Listen at this address; 0.0.0.0 is every address of this machine.")
-    ] = "127.0.0.1"
-    port: Annotated[int, option("Listen at this port; 0 picks a free one.", min=0, max=65535)] = (
-        8000
+    host: str = option(
+        "Listen at this address; 0.0.0.0 is every address of this machine.", value="127.0.0.1"
     )
-    name: Annotated[
-        str, option("Let clients call the model by this name.", "--served-model-name")
-    ] = "dots1"
-    api_key: Annotated[
-        str | None,
-        option(
-            "Ask clients for this key. Prefer the environment variable, because every user of "
-            "this machine can read the options of a process.",
-            envvar="DOTS1_API_KEY",
-        ),
-    ] = None
-    parallel: Annotated[
-        int | None, option("Write this many answers at once.", min=1, max=256, default="1")
-    ] = None
-    queue: Annotated[int, option("Let this many more requests wait, and refuse others.", min=0)] = (
-        64
+    port: int = option("Listen at this port; 0 picks a free one.", value=8000, min=0, max=65535)
+    name: str = option(
+        "Let clients call the model by this name.", "--served-model-name", value="dots1"
     )
-    cors: Annotated[
-        list[str] | None,
-        option("Let web pages of this origin call the server, '*' for all; repeatable."),
-    ] = None
+    api_key: str | None = option(
+        "Ask clients for this key. Prefer the environment variable, because every user of "
+        "this machine can read the options of a process.",
+        envvar="DOTS1_API_KEY",
+    )
+    parallel: int | None = option("Write this many answers at once.", min=1, max=256, default="1")
+    queue: int = option("Let this many more requests wait, and refuse others.", value=64, min=0)
+    cors: list[str] | None = option(
+        "Let web pages of this origin call the server, '*' for all; repeatable."
+    )
     context: shared.Context = None
     plan: shared.Plan = None
     worker: shared.Workers = None

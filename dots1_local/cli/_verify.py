@@ -1,13 +1,21 @@
 """`dots1 verify`: check a GGUF file, and write a copy with corrected keys."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dots1_local.cli._options import Json, ModelShard, Threads, exit_on_interrupt, option
+from dots1_local.cli._options import (
+    Json,
+    ModelShard,
+    Threads,
+    exit_on_interrupt,
+    flag,
+    option,
+    verb,
+)
 from dots1_local.cli._output import notice, plural, print_json, print_table, progress_bar
 from dots1_local.sizes import human_bytes
 
@@ -16,34 +24,32 @@ if TYPE_CHECKING:
 
     from dots1_local.verify import Report, TensorCheck
 
-__all__ = ["verify"]
+__all__ = ["VerifyOptions", "verify"]
 
 
-def verify(
-    file: ModelShard,
-    against: Annotated[
-        Path | None,
-        option(
-            "Compare keys, and the relative error of every tensor, with the checkpoint that "
-            "the file was made of.",
-            metavar="CHECKPOINT",
-        ),
-    ] = None,
-    fix: Annotated[
-        Path | None,
-        option(
-            "Write a copy with corrected keys and the same tensors. The copy of a split file "
-            "is OUT-00001-of-0000N.gguf and so on.",
-            metavar="OUT.gguf",
-        ),
-    ] = None,
-    quick: Annotated[
-        bool, option("Check the header only, not the data of tensors.", "--quick")
-    ] = False,
-    force: Annotated[bool, option("Replace an existing OUT.gguf.", "--force")] = False,
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
+@dataclass(frozen=True)
+class VerifyOptions:
+    """The arguments and options of `dots1 verify`."""
+
+    file: ModelShard
+    against: Path | None = option(
+        "Compare keys, and the relative error of every tensor, with the checkpoint that the file "
+        "was made of.",
+        metavar="CHECKPOINT",
+    )
+    fix: Path | None = option(
+        "Write a copy with corrected keys and the same tensors. The copy of a split file is "
+        "OUT-00001-of-0000N.gguf and so on.",
+        metavar="OUT.gguf",
+    )
+    quick: bool = flag("Check the header only, not the data of tensors.", "--quick")
+    force: bool = flag("Replace an existing OUT.gguf.", "--force")
+    threads: Threads = None
+    json: Json = False
+
+
+@verb
+def verify(options: VerifyOptions) -> None:
     """Check header, keys, tensors and every block of a file; exit with 1 if there is an error.
 
     dots1 verify dots1-Q4_K_M.gguf
@@ -55,15 +61,22 @@ def verify(
     from dots1_local.verify import verify_gguf
     from dots1_local.verify.fix import check_output
 
+    file, fix, force = options.file, options.fix, options.force
     if fix:
         check_output(file, fix, force=force)
     with exit_on_interrupt("stopped; nothing was written"):
         with progress_bar(file.name) as progress:
-            report = verify_gguf(file, against, quick=quick, threads=threads, progress=progress)
-        if not as_json:
+            report = verify_gguf(
+                file,
+                options.against,
+                quick=options.quick,
+                threads=options.threads,
+                progress=progress,
+            )
+        if not options.json:
             _print(report)
         fixed = _fix(report, fix, force) if fix else ()
-    if as_json:
+    if options.json:
         print_json(_as_json(report, fixed))
     left = [f for f in report.findings if f.severity == "error" and not (fixed and f.changes)]
     if left:

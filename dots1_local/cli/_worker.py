@@ -2,33 +2,37 @@
 
 import signal
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from dots1_local.cli._options import Threads, exit_on_interrupt, option, user_folder
+from dots1_local.cli._options import Threads, exit_on_interrupt, flag, option, user_folder, verb
 from dots1_local.cli._output import notice
 from dots1_local.errors import UsageError
 
-__all__ = ["worker"]
+__all__ = ["WorkerOptions", "worker"]
 
 
-def worker(
-    host: Annotated[
-        str, option("Listen at this address; every address but a loopback one is open to others.")
-    ] = "127.0.0.1",
-    port: Annotated[int, option("Listen at this port.", min=1, max=65535)] = 50052,
-    threads: Threads = None,
-    device: Annotated[
-        list[str] | None,
-        option("Lend this device; repeatable.", default="all GPUs, or else the CPU"),
-    ] = None,
-    cache: Annotated[
-        bool,
-        option(
-            "Keep weights in $XDG_CACHE_HOME/dots1/rpc, so that they are sent only once.", "--cache"
-        ),
-    ] = False,
-) -> None:
+@dataclass(frozen=True)
+class WorkerOptions:
+    """The options of `dots1 worker`."""
+
+    host: str = option(
+        "Listen at this address; every address but a loopback one is open to others.",
+        value="127.0.0.1",
+    )
+    port: int = option("Listen at this port.", value=50052, min=1, max=65535)
+    threads: Threads = None
+    device: list[str] | None = option(
+        "Lend this device; repeatable.", default="all GPUs, or else the CPU"
+    )
+    cache: bool = flag(
+        "Keep weights in $XDG_CACHE_HOME/dots1/rpc, so that they are sent only once.", "--cache"
+    )
+
+
+@verb
+def worker(options: WorkerOptions) -> None:
     """Lend this machine's devices to a model on another machine; Ctrl-C ends it.
 
     There is no authentication: use a worker over a private link or an SSH tunnel only.
@@ -40,8 +44,14 @@ def worker(
     from dots1_local.devices.worker import serve
 
     signal.signal(signal.SIGTERM, _terminate)
-    folder = _weights_folder() if cache else None
-    events = serve(host, port, threads=threads, devices=device or (), cache=folder)
+    folder = _weights_folder() if options.cache else None
+    events = serve(
+        options.host,
+        options.port,
+        threads=options.threads,
+        devices=options.device or (),
+        cache=folder,
+    )
     with exit_on_interrupt(), closing(events):
         for event in events:
             notice(event)

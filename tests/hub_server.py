@@ -1,7 +1,7 @@
-"""A server of this machine that speaks as much of the Hugging Face hub's API as is used.
+"""A server on this machine that speaks the part of the Hugging Face hub's API that is used.
 
-Large files are answered by way of another host name, as the hub's are. It can cut connections,
-send other bytes than it lists, refuse, and move its branch; and it remembers what was asked for.
+It redirects large files to another host name, as the hub does. It can cut connections, send other
+bytes than it lists, refuse requests, and move its branch; and it remembers the requests.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from urllib.parse import unquote, urlsplit
 __all__ = ["FORMER_NAME", "HEADER", "NAME", "HubServer", "Request", "is_shard"]
 
 NAME = "someone/dots1-tiny"
-FORMER_NAME = "before/dots1-tiny"  # which answers as a renamed repository does
-HEADER = 1 << 17  # bytes that are asked for as a shard's header, which no fault strikes
+FORMER_NAME = "before/dots1-tiny"  # answers as a renamed repository does
+HEADER = 1 << 17  # bytes of a request for a shard's header; faults do not affect these
 _CHUNK = 1 << 14
 
 
 @dataclass
 class Request:
-    """Bytes of a file that were asked for from `start`, and how many of them were sent."""
+    """A request for bytes of a file from `start`, and how many bytes were sent."""
 
     file: str
     start: int
@@ -35,7 +35,7 @@ class Request:
 
 
 class HubServer:
-    """Serves the files of folders as commits of one repository, `main` being the last of them."""
+    """Serves the files of folders as commits of one repository; `main` is the last commit."""
 
     def __init__(self, folder: Path) -> None:
         self.commits: dict[str, Path] = {}
@@ -44,10 +44,8 @@ class HubServer:
         self.cuts: dict[str, list[int]] = defaultdict(list)  # bytes after which a request ends
         self.damaged: dict[str, int] = {}  # how often a file is sent with wrong bytes
         self.statuses: dict[str, list[int]] = defaultdict(list)  # by file, or "api"
-        self.starts: dict[
-            str, bytes
-        ] = {}  # sent in place of a shard's, where its header is asked for
-        self.page: bytes | None = None  # what the API answers
+        self.starts: dict[str, bytes] = {}  # sent instead of a shard's first bytes, for its header
+        self.page: bytes | None = None  # the API's answer, if not None
         self.etags = ""  # before the hash
         self.ignores_ranges = False
         self.tokens: set[tuple[str, str]] = set()  # host names, and what they were shown
@@ -74,12 +72,12 @@ class HubServer:
         return digest
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What a process needs that is to take it for the hub."""
+        """The environment of a process that takes this server for the hub."""
         here = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_TOKEN": "", "NO_PROXY": "*"}
         return {**os.environ, **here}
 
     def find(self, revision: str) -> str | None:
-        """The commit that a revision names."""
+        """Return the commit that a revision names."""
         revision = self.main if revision == "main" else revision
         return revision if revision in self.commits else None
 
@@ -94,19 +92,19 @@ class HubServer:
             return faults[key].pop(0) if faults[key] else None
 
     def spoils(self, file: str) -> bool:
-        """Whether this answer is to be a damaged one."""
+        """Whether this answer has to be damaged."""
         with self._lock:
             left = self.damaged.get(file, 0)
             self.damaged[file] = max(left - 1, 0)
         return left > 0
 
     def shard_requests(self) -> list[Request]:
-        """Those for more of a shard than its header."""
+        """Requests for more of a shard than its header."""
         with self._lock:
             return [r for r in self.requests if is_shard(r.file) and (r.start or r.count > HEADER)]
 
     def shard_bytes(self) -> dict[str, int]:
-        """Bytes sent of each shard, headers not counted."""
+        """Bytes sent of each shard, without requests for headers."""
         total: dict[str, int] = defaultdict(int)
         for request in self.shard_requests():
             total[request.file] += request.count

@@ -1,6 +1,6 @@
-"""An HTTP server that plays back what OpenAI-compatible servers send, and keeps what it is asked.
+"""An HTTP server that plays back answers of OpenAI-compatible servers, and records requests.
 
-Shapes are those that vLLM, SGLang and llama.cpp's server document or send.
+The answers have the shapes that vLLM, SGLang and llama.cpp's server document or send.
 """
 
 import json
@@ -46,7 +46,7 @@ VLLM_MODELS = {
 
 @dataclass(frozen=True)
 class Played:
-    """One answer: its body in `pieces`, among them events to wait for; `cut` leaves out its end."""
+    """One answer: its body in `pieces`, with events to wait for; `cut` leaves its end out."""
 
     pieces: Sequence[bytes | Event] = ()
     status: int = 200
@@ -65,9 +65,9 @@ class Request:
 
 @dataclass
 class Playing:
-    """The server: where it is, what it was asked, and whether somebody `left` it in an answer.
+    """The server: its address, its requests, and whether a client `left` during an answer.
 
-    `posted` is released for every question. After `stop` nobody listens there.
+    `posted` is released for every POST request. `stop` ends the server.
     """
 
     url: str
@@ -78,7 +78,7 @@ class Playing:
 
     @property
     def bodies(self) -> list[Any]:
-        """What was posted."""
+        """The bodies of POST requests."""
         return [request.body for request in self.asked if request.method == "POST"]
 
 
@@ -94,13 +94,13 @@ def refused(
     bare: bool = False,
     **more: Any,
 ) -> Played:
-    """An error as vLLM and SGLang give it: under "error", or bare as their older versions did."""
+    """An error of vLLM or SGLang: under "error", or `bare` as in their older versions."""
     detail = {"message": message, "type": kind, "param": None, "code": status, **more}
     return as_json({"object": "error", **detail} if bare else {"error": detail}, status)
 
 
 def chunk(text: str | None = None, finish: str | None = None, **choice: Any) -> dict[str, Any]:
-    """A piece of a streamed chat."""
+    """A chunk of a streamed chat."""
     delta = {} if text is None else {"content": text}
     return {
         "id": "chatcmpl-1",
@@ -114,7 +114,7 @@ def chunk(text: str | None = None, finish: str | None = None, **choice: Any) -> 
 
 
 def usage(prompt: int, completion: int, cached: int | None = None, **more: Any) -> dict[str, Any]:
-    """The last chunk of a chat that was asked for its usage; vLLM may leave `cached` out."""
+    """The last chunk of a chat with its usage; vLLM may leave `cached` out."""
     details = None if cached is None else {"cached_tokens": cached}
     counts = {
         "prompt_tokens": prompt,
@@ -146,9 +146,9 @@ def playing(
     base: str = "/v1",
     elsewhere: Played | None = None,
 ) -> Iterator[Playing]:
-    """Serve `answers` in turn to POST requests, and `models` to a look at them under `base`.
+    """Serve `answers` in turn to POST requests, and `models` under `base`.
 
-    Other places have `elsewhere`, or else a 404.
+    Other paths get `elsewhere`, or else a 404.
     """
     found = Playing("")
     left = iter(answers)

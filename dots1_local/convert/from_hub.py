@@ -113,7 +113,7 @@ def _fetch_all(
             ) from None
     cache.fetch(progress)
     for file in cache.files:
-        checkpoint.check_start(cache.path(file))
+        checkpoint.check_header(cache.path(file))
 
 
 def _refuse_other_commit(checkpoint: HubCheckpoint, output: Output) -> None:
@@ -132,7 +132,7 @@ def _held(checkpoint: HubCheckpoint, progress: Progress) -> list[str]:
     cache, held = ShardCache(checkpoint), []
     for index, file in enumerate(cache.files):
         if cache.holds(file):
-            checkpoint.check_start(cache.path(file))
+            checkpoint.check_header(cache.path(file))
             held.append(file.name)
             progress(index + 1, len(cache.files), "shards", "checking the hub's cache")
     return held

@@ -260,7 +260,7 @@ class ShardSupply:
         self._what = f"fetching {file.name}"
         received = partial(self._received.__setitem__, file.name)
         path = self.checkpoint.repo.fetch(file, self._folder, received=received, stop=self._stop)
-        self.checkpoint.check_start(path)
+        self.checkpoint.check_header(path)
         received(file.size)
         with self._changed:
             self._present.add(file.name)

@@ -25,7 +25,7 @@ from dots1_local.ggml import to_float32
 
 __all__ = [
     "INDEX", "SINGLE", "Checkpoint", "Slice", "header_length", "load_json", "promised_tensors",
-    "read_exactly", "read_index", "tensor_table",
+    "read_exactly", "read_header", "read_index", "tensor_table",
 ]  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
@@ -223,12 +223,12 @@ def _read_headers(folder: Path) -> dict[str, Slice]:
         for shard in dict.fromkeys(weight_map.values()):
             if not os.path.isfile(folder / shard):  # Path.is_file may raise
                 raise CheckpointError(f"shard {folder / shard} is missing; fetch it again")
-        headers = {name: _read_header(folder / name) for name in dict.fromkeys(weight_map.values())}
+        headers = {name: read_header(folder / name) for name in dict.fromkeys(weight_map.values())}
         return promised_tensors(weight_map, headers)
     single = folder / SINGLE
     if not single.exists():
         raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE}")
-    return _read_header(single)
+    return read_header(single)
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -294,7 +294,7 @@ def _unpack(slices: Mapping[str, Slice], config: Dots1Config) -> Iterator[tuple[
                 yield name, packed.part(index * prod(piece), piece)
 
 
-def _read_header(path: Path) -> dict[str, Slice]:
+def read_header(path: Path) -> dict[str, Slice]:
     """The tensors of a safetensors file, by name."""
     try:
         with open(path, "rb") as file:

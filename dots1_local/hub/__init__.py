@@ -7,7 +7,7 @@ huggingface_hub (the extra `hub`) is not imported before a checkpoint is opened.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dots1_local.files.checkpoint import (
     header_length,
     load_json,
     promised_tensors,
+    read_header,
     read_index,
     tensor_table,
 )
@@ -41,21 +42,14 @@ _LARGEST_SMALL_FILE = 100 << 20  # bytes; no configuration or tokenizer is large
 class HubCheckpoint(Checkpoint):
     """A checkpoint on the hub; the folder `path` in the cache holds all files except the shards.
 
-    Shards are fetched into the same folder, or into another one: see `with_shards_in`. `starts`
-    holds the first bytes of each shard up to the end of its header, as fetched on opening.
+    Shards are fetched into the same folder, or into another one: see `with_shards_in`.
     """
 
     def __init__(
-        self,
-        repo: HubRepo,
-        path: Path,
-        raw_config: dict[str, Any],
-        slices: dict[str, Slice],
-        starts: Mapping[str, bytes],
+        self, repo: HubRepo, path: Path, raw_config: dict[str, Any], slices: dict[str, Slice]
     ) -> None:
         super().__init__(path, raw_config, slices)
         self.repo = repo
-        self._starts = starts
 
     @property
     def name(self) -> str:
@@ -82,20 +76,18 @@ class HubCheckpoint(Checkpoint):
             tensor: replace(place, file=moved.get(place.file.name, place.file))
             for tensor, place in self._slices.items()
         }
-        return HubCheckpoint(self.repo, self.path, self.raw_config, slices, self._starts)
+        return HubCheckpoint(self.repo, self.path, self.raw_config, slices)
 
-    def check_start(self, shard: Path) -> None:
-        """Make sure that a shard has the header that was fetched on opening.
+    def check_header(self, shard: Path) -> None:
+        """Make sure that a shard's tensors lie where the header said that was fetched on opening.
 
         Only this finds a header that arrived damaged: the hub lists hashes of whole files only.
 
         Raises:
-            CheckpointError: the shard has another header.
-            OSError: the shard cannot be read.
+            CheckpointError: the shard has another header, or cannot be read.
         """
-        start = self._starts.get(shard.name, b"")
-        with open(shard, "rb") as file:
-            if file.read(len(start)) != start:
+        for name, place in read_header(shard).items():
+            if name in self and self.locate(name) != place:
                 raise CheckpointError(
                     f"{shard.name} of {self.repo} has another header than the hub sent first, "
                     "which was damaged on the way: run the same command again"
@@ -187,17 +179,13 @@ def _open(repo: HubRepo) -> HubCheckpoint:
     if not repo.files:
         return _open_cached(repo)
     wanted = [*_REQUIRED, *(name for name in (*_OPTIONAL, INDEX) if name in repo.files)]
-    folders = {_fetch_small(repo, repo.file(name)).parent for name in wanted}
-    (folder,) = folders
+    for file in map(repo.file, wanted):
+        if file.size > _LARGEST_SMALL_FILE:
+            raise CheckpointError(f"{file.name} of {repo} has {file.size:,} bytes, far too many")
+        folder = repo.fetch(file).parent
     raw_config = load_json(folder / "config.json")
     Dots1Config.from_json(raw_config)
-    return HubCheckpoint(repo, folder, raw_config, *_read_headers(repo, folder))
-
-
-def _fetch_small(repo: HubRepo, file: HubFile) -> Path:
-    if file.size > _LARGEST_SMALL_FILE:
-        raise CheckpointError(f"{file.name} of {repo} is {file.size:,} bytes, far too many")
-    return repo.fetch(file)
+    return HubCheckpoint(repo, folder, raw_config, _read_headers(repo, folder))
 
 
 def _open_cached(repo: HubRepo) -> HubCheckpoint:
@@ -206,16 +194,15 @@ def _open_cached(repo: HubRepo) -> HubCheckpoint:
     config = try_to_load_from_cache(repo.name, "config.json", revision=repo.commit)
     found = Checkpoint.open(Path(str(config)).parent)
     slices = {tensor: found.locate(tensor) for tensor in found}
-    return HubCheckpoint(repo, found.path, found.raw_config, slices, {})
+    return HubCheckpoint(repo, found.path, found.raw_config, slices)
 
 
-def _read_headers(repo: HubRepo, folder: Path) -> tuple[dict[str, Slice], dict[str, bytes]]:
-    """Return the places of all tensors, and the first bytes of every shard."""
+def _read_headers(repo: HubRepo, folder: Path) -> dict[str, Slice]:
+    """Return the places of all tensors."""
     if INDEX not in repo.files:
         if SINGLE not in repo.files:
             raise CheckpointError(f"{repo} has neither {INDEX} nor {SINGLE}")
-        slices, start = _read_header(repo, SINGLE, folder)
-        return slices, {SINGLE: start}
+        return _read_header(repo, SINGLE, folder)
     weight_map = read_index(folder / INDEX)
     shards = list(dict.fromkeys(weight_map.values()))
     for shard in shards:
@@ -225,13 +212,11 @@ def _read_headers(repo: HubRepo, folder: Path) -> tuple[dict[str, Slice], dict[s
             )
         if shard not in repo.files:
             raise CheckpointError(f"{INDEX} of {repo} names {shard}, which does not exist")
-    read = parallel_map(lambda shard, _: _read_header(repo, shard, folder), shards, _AT_ONCE)
-    headers = {shard: slices for shard, (slices, _) in zip(shards, read, strict=True)}
-    starts = {shard: start for shard, (_, start) in zip(shards, read, strict=True)}
-    return promised_tensors(weight_map, headers), starts
+    headers = parallel_map(lambda shard, _: _read_header(repo, shard, folder), shards, _AT_ONCE)
+    return promised_tensors(weight_map, dict(zip(shards, headers, strict=True)))
 
 
-def _read_header(repo: HubRepo, shard: str, folder: Path) -> tuple[dict[str, Slice], bytes]:
+def _read_header(repo: HubRepo, shard: str, folder: Path) -> dict[str, Slice]:
     file, path = repo.file(shard), folder / shard
     if file.size < 8:
         raise CheckpointError(f"{shard} of {repo} is not a safetensors file")
@@ -239,4 +224,4 @@ def _read_header(repo: HubRepo, shard: str, folder: Path) -> tuple[dict[str, Sli
     end = 8 + header_length(path, start, file.size)
     if end > len(start):
         start = repo.read_start(file, end)
-    return tensor_table(path, start[8:end], file.size), start[:end]
+    return tensor_table(path, start[8:end], file.size)

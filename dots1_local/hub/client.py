@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from threading import Event, Thread
@@ -137,10 +138,8 @@ class HubRepo:
             Stopped: `stop` was set.
         """
         for force in (False, True):
-            path = self.download(
-                file.name, local_dir=folder, force_download=force,
-                tqdm_class=_progress_class(received, stop or Event()),
-            )  # fmt: skip
+            bar = _progress_class(received, stop or Event())
+            path = self.download(file.name, local_dir=folder, force_download=force, tqdm_class=bar)
             if (verified and verified(path)) or has_digest(path, file):
                 return path
         path.resolve().unlink()
@@ -222,27 +221,21 @@ def has_digest(path: Path, file: HubFile) -> bool:
     Raises:
         OSError: it cannot be read.
     """
+    if path.stat().st_size != file.size:
+        return False
+    sha1 = partial(hashlib.sha1, b"blob %d\0" % file.size, usedforsecurity=False)  # as git does
     with open(path, "rb") as found:
-        if path.stat().st_size != file.size:
-            return False
-        if len(file.digest) == 64:
-            return hashlib.file_digest(found, "sha256").hexdigest() == file.digest
-        blob = b"blob %d\0" % file.size + found.read()  # as git names contents
-        return hashlib.sha1(blob, usedforsecurity=False).hexdigest() == file.digest
+        digest = hashlib.file_digest(found, "sha256" if len(file.digest) == 64 else sha1)
+    return digest.hexdigest() == file.digest
 
 
 def _progress_class(received: Received, stop: Event) -> type:
-    """Return what huggingface_hub needs of tqdm: it reports bytes, and prints nothing."""
+    """Return a tqdm for huggingface_hub that prints nothing, reports bytes, and can be stopped."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
-    class Progress:
-        def __init__(self, *, initial: int = 0, **_: object) -> None:
-            self.n = initial
-
-        def __enter__(self) -> "Progress":
-            return self
-
-        def __exit__(self, *exception: object) -> None:
-            pass
+    class Progress(tqdm):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options | {"disable": True})
 
         def update(self, count: int) -> None:
             if stop.is_set():
@@ -251,18 +244,15 @@ def _progress_class(received: Received, stop: Event) -> type:
             received(self.n)
 
         def update_transfer(self, count: int) -> None:
-            """Xet counts bytes on the network apart from bytes on disk."""
+            """Ignore the bytes on the network, which Xet reports beside those on disk."""
 
-        def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-            pass
-
-        set_transfer_postfix_str = set_postfix_str
+        set_transfer_postfix_str = tqdm.set_postfix_str
 
     return Progress
 
 
 def _with_retries(ask: Callable[[], _Result]) -> _Result:
-    """Call `ask` again if the server or the network fails for a moment."""
+    """Call `ask`, and again if the server or the network fails for a moment."""
     import httpx2
 
     for pause in _PAUSES:

@@ -66,7 +66,11 @@ class ShardCache:
             OSError: it cannot be read.
         """
         path = self.path(file)
-        return path.is_file() and (self._is_verified(file, path) or self._verify(file, path))
+        if not path.is_file() or self._is_verified(file, path):
+            return path.is_file()
+        if whole := has_digest(path, file):
+            self._note(file, path)
+        return whole
 
     def fetch(self, progress: Progress = silent) -> None:
         """Fetch missing shards, several at once, and check the hashes of all.
@@ -76,15 +80,17 @@ class ShardCache:
             Dots1Error: the disk fills up.
             OSError: the cache cannot be used.
         """
-        left = [file for file in self.files if not self._is_known(file)]
-        arrived = {file.name: 0 if file in left else file.size for file in self.files}
+        arrived = {
+            file.name: file.size if self._is_verified(file, self.path(file)) else 0
+            for file in self.files
+        }
+        left = [file for file in self.files if not arrived[file.name]]
         total = sum(file.size for file in self.files)
 
         def provide(file: HubFile, stop: Event) -> None:
             received = partial(arrived.__setitem__, file.name)
-            path = self.repo.fetch(
-                file, verified=partial(self._is_verified, file), received=received, stop=stop
-            )
+            verified = partial(self._is_verified, file)
+            path = self.repo.fetch(file, verified=verified, received=received, stop=stop)
             self._note(file, path)
             received(file.size)
 
@@ -96,18 +102,9 @@ class ShardCache:
             with suppress(CheckpointError):
                 self.repo.download("config.json", self.repo.revision)
 
-    def _is_known(self, file: HubFile) -> bool:
-        return self.path(file).is_file() and self._is_verified(file, self.path(file))
-
-    def _verify(self, file: HubFile, path: Path) -> bool:
-        whole = has_digest(path, file)
-        if whole:
-            self._note(file, path)
-        return whole
-
     def _is_verified(self, file: HubFile, path: Path) -> bool:
-        found = path.stat()
-        return self._noted().get(file.digest) == [found.st_size, found.st_mtime_ns]
+        """Whether the shard was hashed before, and has not changed since."""
+        return path.is_file() and self._noted().get(file.digest) == _stamp(path)
 
     def _noted(self) -> dict[str, object]:
         try:
@@ -118,7 +115,11 @@ class ShardCache:
 
     def _note(self, file: HubFile, path: Path) -> None:
         """Record that the shard is undamaged; without a record it is hashed again next time."""
-        found = path.stat()
         with self._lock, suppress(OSError):
-            noted = self._noted() | {file.digest: [found.st_size, found.st_mtime_ns]}
+            noted = self._noted() | {file.digest: _stamp(path)}
             write_whole(self._record, json.dumps(noted).encode())
+
+
+def _stamp(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]

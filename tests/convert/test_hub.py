@@ -242,11 +242,8 @@ def test_a_dry_run_of_a_hub_id(hub: HubServer, tmp_path: Path) -> None:
         for options in ([], ["--json"])
     )
     assert said.stderr == found.stderr == ""
-    assert f"{NAME} at commit {hub.main[:12]}: 38.7 MB in 3 shards, 0 B of it in the cache" in (
-        said.stdout
-    )
-    assert "at most 3 shards, 38.7 MB, lie on disk at once: 52.4 MB with the file" in said.stdout
-    assert "where that does not fit, 2 shards, 25.9 MB" in said.stdout
+    for words in (hub.main[:12], "3 shards, 38.7 MB", "52.4 MB", "2 shards, 25.9 MB"):
+        assert words in said.stdout
     assert json.loads(found.stdout)["hub"] == {
         "id": NAME,
         "commit": hub.main,

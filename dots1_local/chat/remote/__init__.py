@@ -79,7 +79,7 @@ class RemoteSession(Dialogue):
             UsageError: the address is malformed, or `model` has to choose one of several.
             Dots1Error: no OpenAI-compatible server answers there.
         """
-        return cls(Server.open(url, model, key_from(), notify), **options)
+        return cls(Server(url, model, key_from(), notify), **options)
 
     @property
     def model(self) -> str:

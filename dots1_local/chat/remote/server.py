@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import httpx2
 
@@ -19,7 +19,7 @@ from dots1_local.chat.remote.reply import (
 )
 from dots1_local.chat.remote.streaming import StreamingRequest, Wake
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.files.json_file import JsonError, parse_json
+from dots1_local.files.json_file import JsonError, convert_json, parse_json
 
 __all__ = ["Server"]
 
@@ -40,42 +40,32 @@ class _ServedModel:
 class Server:
     """A server at `url` and its `model`; `n_ctx` is its context in tokens, None if unknown.
 
-    `notify` is called with what the user should know: the model is loading, or a parameter is left
-    out because the server rejects it.
+    If the server has several models, `model` has to name one. `notify` is called with what the user
+    should know: the model is loading, or a parameter is left out because the server rejects it.
+
+    Raises:
+        UsageError: the address is malformed, or there are several models and none is named.
+        Dots1Error: no OpenAI-compatible server answers there.
     """
 
     def __init__(
-        self, url: httpx2.URL, model: str, key: Key | None, notify: Callable[[str], None]
-    ) -> None:
-        self.url, self.model = url, model
-        self.n_ctx: int | None = None
-        self._key, self._notify = key, notify
-        self._models: list[str] = []
-        self._left_out: set[str] = set()
-
-    @classmethod
-    def open(
-        cls,
+        self,
         url: str,
         model: str | None = None,
         key: Key | None = None,
         notify: Callable[[str], None] = lambda _: None,
-    ) -> Self:
-        """Find the server and its model, which `model` has to name if there are several.
-
-        Raises:
-            UsageError: the address is malformed, or there are several models and none is named.
-            Dots1Error: no OpenAI-compatible server answers there.
-        """
-        address = parse_address(url)
-        if key and is_exposed(address):
+    ) -> None:
+        self.url, self.model = parse_address(url), model or ""
+        self.n_ctx: int | None = None
+        self._key, self._notify = key, notify
+        self._models: list[str] = []
+        self._left_out: set[str] = set()
+        if key and is_exposed(self.url):
             notify(
-                f"the key in {key.variable} goes to {address.host} unencrypted; use https if the "
+                f"the key in {key.variable} goes to {self.url.host} unencrypted; use https if the "
                 "server supports it"
             )
-        server = cls(address, model or "", key, notify)
-        server._find_model(model)
-        return server
+        self._find_model(model)
 
     def stream(
         self,
@@ -110,7 +100,7 @@ class Server:
                 )
 
     def _find_model(self, wanted: str | None) -> None:
-        found = self._list_versioned_models() or self._list_models()
+        found = self._list_models()
         if not found and wanted is None:
             raise Dots1Error(
                 f"{self.url} lists no models, as OpenAI-compatible servers do; check --url, or "
@@ -127,7 +117,21 @@ class Server:
             raise UsageError(f"choose one of the server's models with --model: {names}")
 
     def _list_models(self) -> list[_ServedModel]:
-        """Return the models that the server lists, or none if it has no such endpoint."""
+        """Return the models that the server lists, under /v1 if the address does not end in it.
+
+        /v1 is tried first: llama.cpp's server lists its models without it too, but completes texts
+        there in a format of its own.
+        """
+        given = self.url
+        if not given.path.endswith("/v1"):
+            self.url = given.copy_with(raw_path=given.raw_path.rstrip(b"/") + b"/v1")
+            if found := self._models_here():
+                self._notify(f"using {self.url}")
+                return found
+            self.url = given
+        return self._models_here()
+
+    def _models_here(self) -> list[_ServedModel]:
         try:
             with self._answered("models", lambda: None, timeout=_TIMEOUT) as request:
                 answer = parse_json(b"".join(request.parts()))
@@ -140,29 +144,11 @@ class Server:
         entries = answer.get("data") if isinstance(answer, dict) else None
         return list(_models(entries)) if isinstance(entries, list) else []
 
-    def _list_versioned_models(self) -> list[_ServedModel]:
-        """Return the models under /v1, if the address does not end in it.
-
-        This is tried first: llama.cpp's server lists its models without /v1 too, but completes
-        texts there in a format of its own.
-        """
-        given = self.url
-        if given.path.endswith("/v1"):
-            return []
-        self.url = given.copy_with(raw_path=given.raw_path.rstrip(b"/") + b"/v1")
-        if found := self._list_models():
-            self._notify(f"using {self.url}")
-            return found
-        self.url = given
-        return []
-
     def _parsed(self, part: bytes) -> dict[str, Any]:
         try:
-            chunk = parse_json(part)
+            chunk = convert_json(parse_json(part), dict[str, Any])
         except JsonError as error:
             raise Dots1Error(f"{self.url} sends a broken answer: {error}") from None
-        if not isinstance(chunk, dict):
-            raise Dots1Error(f"{self.url} sends a broken answer: it is not a JSON object")
         if chunk.get("error") or chunk.get("object") == "error":
             said, detail = server_error(chunk, self._key)
             code = detail.get("code")

@@ -29,7 +29,7 @@ def talk(told: list[str]) -> Iterator[Talk]:
             *answers: Played, models: Played | None = None, key: Key | None = None, **options: Any
         ) -> tuple[RemoteSession, Playing]:
             server = stack.enter_context(playing(*answers, models=models))
-            found = Server.open(server.url, None, key, told.append)
+            found = Server(server.url, None, key, told.append)
             return stack.enter_context(RemoteSession(found, **options)), server
 
         yield start

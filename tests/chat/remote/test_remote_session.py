@@ -224,7 +224,7 @@ def test_an_answer_that_breaks_off_is_kept(talk: Talk, played: Played, words: st
         (Played([sse()]), "middle of the answer"),
         (Played([b"<html>"], kind="text/html"), "not JSON"),
         (Played([b"\xff\xfe\x00"], kind="application/octet-stream"), "not UTF-8"),
-        (Played([b"[]"], kind="application/json"), "not a JSON object"),
+        (Played([b"[]"], kind="application/json"), "array"),
         (Played([sse({"error": {"message": "no"}})]), ": no$"),
         (Played([sse({"error": {"code": 500}})]), "error$"),
         (refused("EngineCore encountered an issue.", 500), "500: EngineCore"),

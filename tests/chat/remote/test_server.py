@@ -21,7 +21,7 @@ def test_opening_waits_for_a_model_that_is_loading(
     monkeypatch.setattr("dots1_local.chat.remote.server._STEP_SECONDS", 0)
     loading = refused("Loading model", 503, kind="unavailable_error")
     with playing(loading, loading, answer("a")) as server:
-        session = RemoteSession(Server.open(server.url, notify=told.append))
+        session = RemoteSession(Server(server.url, notify=told.append))
         assert say(session, "hi") == "a"
     assert len(told) == 1
     assert "loading" in told[0]
@@ -53,13 +53,13 @@ def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(
     with playing(answer("by proxy"), base=far) as proxy:
         monkeypatch.setenv("http_proxy", proxy.url.removesuffix(far))
         monkeypatch.delenv("no_proxy", raising=False)
-        assert say(RemoteSession(Server.open(far)), "hi") == "by proxy"
+        assert say(RemoteSession(Server(far)), "hi") == "by proxy"
         assert proxy.asked[-1].headers["Host"] == "far.example"
         session, _ = talk(answer("straight"))
         assert say(session, "hi") == "straight"
     monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
     with pytest.raises(Dots1Error, match=f"{far}.*SOCKS"):
-        Server.open(far)
+        Server(far)
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def test_another_kind_of_server_is_told_in_one_sentence(
 ) -> None:
     monkeypatch.setattr("dots1_local.chat.remote.server._TIMEOUT", 0.2)
     with listening(reply) as url, pytest.raises(Dots1Error, match=words) as caught:
-        Server.open(url)
+        Server(url)
     assert url in str(caught.value)
 
 
@@ -120,7 +120,7 @@ def test_a_server_that_is_not_there_is_told(
     for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(Dots1Error, match=words):
-        Server.open(url)
+        Server(url)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_server_that_is_not_there_is_told(
 )
 def test_an_address_without_v1_is_completed(elsewhere: Played, told: list[str]) -> None:
     with playing(elsewhere=elsewhere) as server:
-        found = Server.open(server.url.removesuffix("/v1"), notify=told.append)
+        found = Server(server.url.removesuffix("/v1"), notify=told.append)
         assert (str(found.url), found.model, found.n_ctx) == (server.url, "dots1", 2048)
         assert told == [f"using {server.url}"]
 
@@ -142,31 +142,31 @@ def test_an_address_without_v1_is_completed(elsewhere: Played, told: list[str]) 
 def test_llama_cpps_server_gives_its_context_elsewhere() -> None:
     entry = {"id": "m.gguf", "aliases": ["m"], "meta": {"n_ctx": 512, "n_ctx_train": 2048}}
     with playing(models=as_json({"object": "list", "data": [entry]})) as server:
-        assert Server.open(server.url).n_ctx == 512
-        assert Server.open(server.url, "any").model == "any"  # it accepts every name
+        assert Server(server.url).n_ctx == 512
+        assert Server(server.url, "any").model == "any"  # it accepts every name
 
 
 def test_one_of_several_models_is_chosen() -> None:
     models = {"data": [*VLLM_MODELS["data"], {"id": "lora"}, {"id": "\x1b[2J"}, {"id": 7}, 7]}
     with playing(models=as_json(models)) as server:
         with pytest.raises(UsageError, match=r"with --model: dots1, lora$"):
-            Server.open(server.url)
-        assert Server.open(server.url, "dots1").n_ctx == 2048
-        assert Server.open(server.url, "lora").n_ctx is None
+            Server(server.url)
+        assert Server(server.url, "dots1").n_ctx == 2048
+        assert Server(server.url, "lora").n_ctx is None
 
 
 def test_some_of_very_many_models_are_listed() -> None:
     models = {"data": [{"id": f"m{number}"} for number in range(400)]}
     with playing(models=as_json(models)) as server:
         with pytest.raises(UsageError, match=r": m0, m1, .* m19 and 380 more$"):
-            Server.open(server.url)
-        assert Server.open(server.url, "m399").model == "m399"
+            Server(server.url)
+        assert Server(server.url, "m399").model == "m399"
 
 
 def test_a_missing_model_is_told_with_the_models_there_are() -> None:
     missing = refused("The model `dots2` does not exist.", 404, kind="NotFoundError")
     with playing(missing) as server:
-        session = RemoteSession(Server.open(server.url, "dots2"))
+        session = RemoteSession(Server(server.url, "dots2"))
         with pytest.raises(Dots1Error, match=r"dots2.*dots1"):
             say(session, "hi")
 

@@ -12,7 +12,7 @@ from ctypes import c_char_p, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.ggml import library
@@ -30,10 +30,9 @@ __all__ = [
     "serve_rpc",
 ]
 
-Kind = Literal["cpu", "gpu", "igpu", "accel", "meta"]
+Kind = Literal["cpu", "gpu", "igpu", "accel", "meta"]  # in the order of enum ggml_backend_dev_type
 Signatures = Mapping[str, tuple[Any, Sequence[Any]]]  # function: (result, arguments)
 
-_KINDS: tuple[Kind, ...] = ("cpu", "gpu", "igpu", "accel", "meta")  # enum ggml_backend_dev_type
 _SIZE = ctypes.POINTER(c_size_t)
 _REGISTRY: Signatures = {
     "ggml_backend_dev_count": (c_size_t, ()),
@@ -60,11 +59,8 @@ _DEVICE: Signatures = {
 _GET_EXTRA = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)
 _ADD_SERVER = ctypes.CFUNCTYPE(c_void_p, c_char_p)
 _SET_THREADS = ctypes.CFUNCTYPE(None, c_void_p, c_int)
-_RPC: Signatures = {
-    "ggml_backend_rpc_start_server": (
-        None,
-        (c_char_p, c_char_p, c_size_t, c_size_t, ctypes.POINTER(c_void_p)),
-    ),
+_START: Signatures = {
+    "ggml_backend_rpc_start_server": (None, (c_char_p, c_char_p, c_size_t, c_size_t, c_void_p))
 }
 
 
@@ -192,7 +188,7 @@ def serve_rpc(
     """
     handles = (c_void_p * len(served))(*(device.handle for device in served))
     folder = None if cache is None else os.fsencode(cache)
-    rpc = declare(library("ggml-rpc"), _RPC)
+    rpc = declare(library("ggml-rpc"), _START)
     rpc.ggml_backend_rpc_start_server(endpoint.encode(), folder, threads, len(served), handles)
 
 
@@ -233,7 +229,7 @@ def _info(handle: int) -> DeviceInfo:
         name=base.ggml_backend_dev_name(handle).decode(),
         description=base.ggml_backend_dev_description(handle).decode(errors="replace"),
         backend=base.ggml_backend_reg_name(base.ggml_backend_dev_backend_reg(handle)).decode(),
-        kind=_KINDS[base.ggml_backend_dev_type(handle)],
+        kind=get_args(Kind)[base.ggml_backend_dev_type(handle)],
         free=free.value,
         total=total.value,
         handle=int(handle),

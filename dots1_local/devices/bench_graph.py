@@ -105,7 +105,7 @@ class BenchDevice:
         self.backend = ggml.ggml_backend_dev_init(self.handle, None)
         self.arena = ggml.ggml_backend_buft_alloc_buffer(memory or self.memory, nbytes + _SLACK)
         if not self.backend or not self.arena:
-            self.close()
+            self.__exit__()
             raise Dots1Error(f"{name} has no {human_bytes(nbytes)} of memory left to measure in")
         ggml.ggml_backend_buffer_set_usage(self.arena, _WEIGHTS)
         info.set_threads(self.backend, threads)
@@ -114,15 +114,10 @@ class BenchDevice:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free the memory; a second call does nothing."""
         if self.arena:
             _ggml().ggml_backend_buffer_free(self.arena)
         if self.backend:
             _ggml().ggml_backend_free(self.backend)
-        self.arena = self.backend = None
 
 
 @contextmanager

@@ -7,7 +7,6 @@ machine that they do not have, and plan for it.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
@@ -66,10 +65,6 @@ class Speed:
     upload_pageable: _Cost = 0.0
     repacked: Mapping[str, Rate] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for name in ("matmul", "attention", "repacked"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-
 
 @dataclass(frozen=True)
 class Device:
@@ -117,7 +112,7 @@ class Hardware:
 
     def to_json(self) -> dict[str, Any]:
         """The content of a file that `load_hardware` reads."""
-        content = msgspec.to_builtins(self, enc_hook=dict)
+        content = msgspec.to_builtins(self)
         return {"format": _FORMAT, "version": _VERSION, **content}
 
 
@@ -150,8 +145,8 @@ def hardware_from_json(raw: Any, what: str) -> Hardware:
 
 
 def _check(hardware: Hardware, content: Any) -> None:
-    for path in _unknown_fields(content, hardware.to_json()):
-        raise JsonError("unknown field", path)
+    if unknown := set(_paths(content)) - set(_paths(hardware.to_json())):
+        raise JsonError("unknown field", min(unknown))
     names = [hardware.cpu.name, *(device.name for device in hardware.devices)]
     if hardware.cpu.name != CPU:
         raise JsonError(f"expected {CPU!r}, got {hardware.cpu.name!r}", "cpu.name")
@@ -163,15 +158,10 @@ def _check(hardware: Hardware, content: Any) -> None:
                 raise JsonError("expected float > 0.0", f"devices[{number}].speed.{name}")
 
 
-def _unknown_fields(raw: Any, known: Any, path: str = "") -> Iterator[str]:
-    """The paths of keys in `raw` that `known` lacks."""
-    if isinstance(raw, dict) and isinstance(known, dict):
-        for key, value in raw.items():
-            where = f"{path}.{key}".lstrip(".")
-            if key not in known:
-                yield where
-            else:
-                yield from _unknown_fields(value, known[key], where)
-    elif isinstance(raw, list):
-        for number, (item, other) in enumerate(zip(raw, known, strict=True)):
-            yield from _unknown_fields(item, other, f"{path}[{number}]")
+def _paths(value: Any, path: str = "") -> Iterator[str]:
+    """The paths of all fields of a JSON value, such as "devices[0].name"."""
+    items = value.items() if isinstance(value, dict) else ()
+    for key, item in enumerate(value) if isinstance(value, list | tuple) else items:
+        where = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
+        yield where
+        yield from _paths(item, where)

@@ -34,20 +34,11 @@ class RAM:
     total: int
 
 
-@dataclass(frozen=True)
-class _Version:
-    """The files of one version of control groups; `controller` is the name of memory's in v1."""
-
-    mount: str
-    controller: str
-    limit: str
-    used: str
-    cache: tuple[str, str]
-
-
+# Where each version of control groups keeps figures: its mount point, the controller, the files of
+# the limit and of the usage, and the fields of memory.stat that are page cache.
 _MEMORY = (
-    _Version("sys/fs/cgroup", "", "memory.max", "memory.current", ("active_file", "inactive_file")),
-    _Version(
+    ("sys/fs/cgroup", "", "memory.max", "memory.current", ("active_file", "inactive_file")),
+    (
         "sys/fs/cgroup/memory",
         "memory",
         "memory.limit_in_bytes",
@@ -63,14 +54,14 @@ def available_ram(root: Path = _ROOT) -> RAM | None:
     if "MemTotal" not in sizes or "MemAvailable" not in sizes:
         return None
     total, available = (1024 * sizes[key] for key in ("MemTotal", "MemAvailable"))
-    for version in _MEMORY:
-        for group in _groups(root, version.mount, version.controller):
-            limit = _number(group / version.limit)
+    for mount, controller, limit_file, usage_file, cache_fields in _MEMORY:
+        for group in _groups(root, mount, controller):
+            limit = _number(group / limit_file)
             if limit is None or limit >= _UNLIMITED:
                 continue
             stat = _fields(group / "memory.stat")
-            cache = sum(stat.get(key, 0) for key in version.cache)
-            used = max((_number(group / version.used) or 0) - cache, 0)
+            cache = sum(stat.get(field, 0) for field in cache_fields)
+            used = max((_number(group / usage_file) or 0) - cache, 0)
             total, available = min(total, limit), min(available, max(limit - used, 0))
     return RAM(available, total)
 

@@ -24,7 +24,7 @@ from dots1_local.devices import child
 from dots1_local.devices.backends import DeviceInfo, add_worker, backend_names, build_with, devices
 from dots1_local.devices.hardware import CPU, Device, Hardware, hardware_from_json, load_hardware
 from dots1_local.devices.limits import available_ram, physical_cores, read_rate
-from dots1_local.devices.rpc import parse_endpoint, probe_all
+from dots1_local.devices.rpc import parse_endpoint, probe
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.partial_file import write_whole
 from dots1_local.progress import Progress, silent
@@ -33,6 +33,11 @@ __all__ = ["detect", "find_hardware", "hardware_names", "missing_backends", "thi
 
 _MACHINES = Path(__file__).parent / "machines"
 _ROOT = Path("/")
+# Backend, its build flag, who makes the GPUs, and a file or program of their driver.
+_GPUS = (
+    ("CUDA", "GGML_CUDA", "NVIDIA", "proc/driver/nvidia/version", "nvidia-smi"),
+    ("ROCm", "GGML_HIP", "AMD", "dev/kfd", ""),
+)
 _TIMEOUT = 60.0  # seconds without a report from the child
 
 
@@ -52,12 +57,13 @@ def this_machine(
         Dots1Error: a worker does not answer, or the engine died or hung.
     """
     endpoints = list(dict.fromkeys(map(parse_endpoint, workers)))
-    probe_all(endpoints)
+    probe(endpoints)
     found = _with_limits(detect({"workers": endpoints}))
     if measure is False:
         return found
-    path = _cache_path(found)
-    cached = _load(path)
+    path, cached = _cache_path(found), None
+    with suppress(UsageError):  # a missing or damaged file is written again
+        cached = load_hardware(path)
     known = _with_cached(found, cached) if cached and measure != "again" else found
     if measure == "cached":
         return known
@@ -91,8 +97,10 @@ def missing_backends(hardware: Hardware, root: Path = _ROOT) -> tuple[str, ...]:
     sentences = [
         f"there is an {vendor} GPU's driver, but this llama-cpp-python was built without "
         f"{backend}; to use the GPU: {build_with(flag, 'GGML_RPC')}"
-        for backend, flag, vendor, has_driver in _GPUS
-        if backend not in built and "Vulkan" not in built and has_driver(root)
+        for backend, flag, vendor, file, tool in _GPUS
+        if backend not in built
+        and "Vulkan" not in built
+        and ((root / file).exists() or shutil.which(tool))
     ]
     if "RPC" not in built:
         sentences.append(
@@ -100,17 +108,6 @@ def missing_backends(hardware: Hardware, root: Path = _ROOT) -> tuple[str, ...]:
             f"{build_with('GGML_RPC')}"
         )
     return tuple(sentences)
-
-
-def _has_nvidia(root: Path) -> bool:
-    return (root / "proc/driver/nvidia/version").exists() or bool(shutil.which("nvidia-smi"))
-
-
-def _has_amd(root: Path) -> bool:
-    return (root / "dev/kfd").exists()
-
-
-_GPUS = (("CUDA", "GGML_CUDA", "NVIDIA", _has_nvidia), ("ROCm", "GGML_HIP", "AMD", _has_amd))
 
 
 def detect(request: Mapping[str, Any], progress: Progress = silent) -> Hardware:
@@ -189,14 +186,6 @@ def _folder() -> Path:
 def _cache_path(found: Hardware) -> Path:
     key = sha256(f"{found.name} {found.engine}".encode()).hexdigest()[:16]
     return _folder() / f"hardware-{key}.json"
-
-
-def _load(path: Path) -> Hardware | None:
-    """The earlier measurements, or None if the file is missing or damaged."""
-    try:
-        return load_hardware(path)
-    except UsageError:
-        return None
 
 
 def _save(path: Path, hardware: Hardware, before: Hardware | None) -> None:

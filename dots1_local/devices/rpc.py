@@ -30,7 +30,6 @@ __all__ = [
     "keep_alive",
     "parse_endpoint",
     "probe",
-    "probe_all",
 ]
 
 DEFAULT_PORT = 50052  # llama.cpp's own
@@ -65,34 +64,24 @@ def parse_endpoint(text: str) -> str:
     return f"{host.lower()}:{int(number)}"
 
 
-def probe(endpoint: str, timeout: float = 5.0) -> None:
-    """Check that a worker answers at `endpoint`; if this returns, the engine may connect.
+def probe(endpoints: Iterable[str], timeout: float = 5.0) -> None:
+    """Check that workers answer at these endpoints; if this returns, the engine may connect.
 
-    It takes at most `timeout` seconds, and the first time in a process also the engine's start.
-
-    Raises:
-        UsageError: `endpoint` is not an address.
-        Dots1Error: nobody answers in time, or it is not a worker that this engine can work with.
-    """
-    probe_all([endpoint], timeout)
-
-
-def probe_all(endpoints: Iterable[str], timeout: float = 5.0) -> None:
-    """Probe workers that are to be used together, each for at most `timeout` seconds.
-
-    All connections stay open until the last worker has answered: a worker serves one client at a
-    time, so one that is listed by two names is found out here and does not hang the engine. An
+    It takes at most `timeout` seconds for each, and the first time in a process also the engine's
+    start. All connections stay open until the last worker has answered: a worker serves one client
+    at a time, so one that is listed by two names is found out here and does not hang the engine. An
     address that is given twice counts once.
 
     Raises:
         UsageError: one of them is not an address.
-        Dots1Error: as for `probe`, or two addresses are the same worker.
+        Dots1Error: nobody answers in time, it is not a worker that this engine can work with, or
+            two addresses are the same worker.
     """
     distinct = list(dict.fromkeys(map(parse_endpoint, endpoints)))
     with ExitStack() as stack:
         for number, endpoint in enumerate(distinct):
             ours = engine_version()
-            worker = _WorkerConnection.open(endpoint, timeout, others=distinct[:number])
+            worker = _WorkerConnection(endpoint, timeout, others=distinct[:number])
             _check(stack.enter_context(worker), endpoint, ours)
 
 
@@ -171,22 +160,15 @@ def announce() -> None:
 class _WorkerConnection:
     """A connection to what may be a worker, with one `deadline` for everything."""
 
-    def __init__(
-        self, endpoint: str, sock: socket.socket, deadline: float, others: Sequence[str]
-    ) -> None:
-        self._endpoint, self._socket, self._deadline = endpoint, sock, deadline
-        self._others = others  # workers that this process is connected to
-        self._answered = False
-
-    @classmethod
-    def open(cls, endpoint: str, timeout: float, others: Sequence[str] = ()) -> Self:
-        deadline = time.monotonic() + timeout
+    def __init__(self, endpoint: str, timeout: float, others: Sequence[str]) -> None:
+        self._endpoint, self._others = endpoint, others  # this process is connected to the others
+        self._deadline, self._answered = time.monotonic() + timeout, False
         host, _, port = endpoint.partition(":")
         address = _within(timeout, lambda: socket.gethostbyname(host))
         if address is None:
             raise Dots1Error(f"cannot find the host {host!r}; check the name, or give its address")
         try:
-            sock = socket.create_connection((address, int(port)), _left(deadline))
+            self._socket = socket.create_connection((address, int(port)), self._left())
         except ConnectionRefusedError:
             raise Dots1Error(
                 f"nobody listens at {endpoint}; start dots1 worker there, or check the port"
@@ -198,7 +180,6 @@ class _WorkerConnection:
             ) from None
         except OSError as error:
             raise Dots1Error(f"cannot reach {endpoint}: {error.strerror or error}") from None
-        return cls(endpoint, sock, deadline, others)
 
     def __enter__(self) -> Self:
         return self
@@ -209,7 +190,7 @@ class _WorkerConnection:
     def ask(self, command: int, data: bytes, size: int) -> bytes:
         """The answer of `size` bytes to a command."""
         try:
-            self._socket.settimeout(_left(self._deadline))
+            self._socket.settimeout(self._left())
             self._socket.sendall(struct.pack("<BQ", command, len(data)) + data)
             (length,) = struct.unpack("<Q", self._receive(8))
             if length != size:
@@ -228,12 +209,16 @@ class _WorkerConnection:
     def _receive(self, size: int) -> bytes:
         received = bytearray()
         while len(received) < size:
-            self._socket.settimeout(_left(self._deadline))
+            self._socket.settimeout(self._left())
             data = self._socket.recv(size - len(received))
             if not data:
                 raise Dots1Error(self._closed())
             received += data
         return bytes(received)
+
+    def _left(self) -> float:
+        """Seconds until the deadline, at least a millisecond: 0 would mean not to wait."""
+        return max(self._deadline - time.monotonic(), 0.001)
 
     def _silent(self) -> str:
         others = f", or it is the same as {' or '.join(self._others)}" if self._others else ""
@@ -250,11 +235,6 @@ class _WorkerConnection:
             f"{self._endpoint} closes the connection: it is not a worker, or has another version "
             "of llama-cpp-python"
         )
-
-
-def _left(deadline: float) -> float:
-    """Seconds until the deadline, at least a few milliseconds: 0 would mean not to wait."""
-    return max(deadline - time.monotonic(), 0.001)
 
 
 def _within(seconds: float, work: Callable[[], str]) -> str | None:

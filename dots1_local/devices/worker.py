@@ -64,8 +64,7 @@ def serve(
             device does not exist, or this build has no RPC.
         Dots1Error: the server cannot start.
     """
-    address = _address(host, port)
-    _check_free(address, host, port)
+    address = _free_address(host, port)
     request = {
         "endpoint": f"{address}:{port}",
         "threads": min(threads, os.cpu_count() or 1) if threads else physical_cores(),
@@ -126,27 +125,21 @@ def _check_room(folder: Path) -> None:
         os.posix_fallocate(file.fileno(), 0, _ROOM)
 
 
-def _address(host: str, port: int) -> str:
+def _free_address(host: str, port: int) -> str:
+    """The IPv4 address of `host`, at which nobody listens yet."""
     parse_endpoint(f"{host}:{port}")
     try:
-        return socket.gethostbyname(host)
-    except (OSError, UnicodeError):
-        raise UsageError(
-            f"cannot find the host {host!r}; give an address of this machine"
-        ) from None
-
-
-def _check_free(address: str, host: str, port: int) -> None:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        address = socket.gethostbyname(host)
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((address, port))
             listener.listen(1)
-        except OSError as error:
-            raise UsageError(
-                f"cannot listen at {host}:{port}: {error.strerror or error}; choose another "
-                "--port, or an address of this machine as --host"
-            ) from None
+    except (OSError, UnicodeError) as error:
+        raise UsageError(
+            f"cannot listen at {host}:{port}: {getattr(error, 'strerror', error)}; choose another "
+            "--port, or an address of this machine as --host"
+        ) from None
+    return address
 
 
 def _run_server(request: Mapping[str, Any], cache: Path | None) -> Generator[str, None, None]:
@@ -161,7 +154,7 @@ def _run_server(request: Mapping[str, Any], cache: Path | None) -> Generator[str
         for line in process.stdout or ():
             log.append(line.strip())
             listened = listened or "listening" in line
-            yield from _events(line, request, cache)
+            yield from _events(line, cache)
         reason = _reason(process.wait(), log)
     if not listened:
         raise Dots1Error(f"the server cannot start: {reason}")
@@ -186,28 +179,17 @@ def _server_process(request: Mapping[str, Any]) -> Iterator[subprocess.Popen[str
             process.kill()
 
 
-def _events(line: str, request: Mapping[str, Any], cache: Path | None) -> Iterator[str]:
+def _events(line: str, cache: Path | None) -> Iterator[str]:
     """The events that a line of the server's output stands for."""
     if line.startswith("{"):
-        yield from _own_events(json.loads(line), request)
+        message = json.loads(line)
+        if "error" in message:
+            raise UsageError(message["error"])
+        yield message["event"]
     elif line.startswith(_REFUSED):
         yield "refused a connection that did not speak llama.cpp's RPC protocol"
     elif cache and (saved := _SAVED.search(line)) and not keep_weights(cache / saved[1]):
         yield f"weights are not kept, because the disk of {cache} is full"
-
-
-def _own_events(message: Mapping[str, Any], request: Mapping[str, Any]) -> Iterator[str]:
-    """The events that a line of `_main` stands for."""
-    if "error" in message:
-        raise UsageError(message["error"])
-    for name, description, free, total in message.get("devices", ()):
-        memory = "" if free == total else f"{human_bytes(free)} free of "
-        yield f"serving {name} ({description.strip()}) with {memory}{human_bytes(total)}"
-    if "listening" in message:
-        threads, endpoint = request["threads"], request["endpoint"]
-        yield f"listening at {endpoint}, {threads} thread{'s' * (threads > 1)}"
-        shown = re.sub(r"^0\.0\.0\.0", "ADDRESS", endpoint)
-        yield f"use it with dots1 chat FILE.gguf --worker {shown}; Ctrl-C ends it"
 
 
 def _reason(status: int, log: Iterable[str]) -> str:
@@ -224,16 +206,20 @@ def _main(request: str) -> None:
     Lines of JSON on stdout, among llama.cpp's own, tell the parent what happens.
     """
     asked = json.loads(request)
+    endpoint, threads = asked["endpoint"], asked["threads"]
     Thread(target=_end_with_input, daemon=True).start()
     try:
         backends.check_rpc()
         chosen = _choose(asked["devices"])
     except Dots1Error as error:
-        _send(error=str(error))
+        _send("error", str(error))
         return
-    _send(devices=[[each.name, each.description, each.free, each.total] for each in chosen])
-    Thread(target=_report_listening, args=(asked["endpoint"],), daemon=True).start()
-    backends.serve_rpc(asked["endpoint"], chosen, threads=asked["threads"], cache=asked["cache"])
+    for each in chosen:
+        free = "" if each.free == each.total else f"{human_bytes(each.free)} free of "
+        memory = f"{free}{human_bytes(each.total)}"
+        _send("event", f"serving {each.name} ({each.description.strip()}) with {memory}")
+    Thread(target=_report_listening, args=(endpoint, threads), daemon=True).start()
+    backends.serve_rpc(endpoint, chosen, threads=threads, cache=asked["cache"])
 
 
 def _choose(names: Sequence[str]) -> list[DeviceInfo]:
@@ -251,7 +237,7 @@ def _end_with_input() -> None:
     os._exit(0)
 
 
-def _report_listening(endpoint: str) -> None:
+def _report_listening(endpoint: str, threads: int) -> None:
     """Wait until the server accepts connections, and tell the parent."""
     host, _, port = endpoint.partition(":")
     while True:
@@ -259,11 +245,15 @@ def _report_listening(endpoint: str) -> None:
             break
         time.sleep(0.01)
     keep_alive([int(port)])  # accepted connections inherit the option
-    _send(listening=True)
+    _send("event", f"listening at {endpoint}, {threads} thread{'s' * (threads > 1)}")
+    shown = re.sub(r"^0\.0\.0\.0", "ADDRESS", endpoint)
+    _send("event", f"use it with dots1 chat FILE.gguf --worker {shown}; Ctrl-C ends it")
 
 
-def _send(**message: Any) -> None:
-    os.write(1, json.dumps(message).encode() + b"\n")  # C's stdio buffers; whole lines do not mix
+def _send(key: str, text: str) -> None:
+    os.write(
+        1, json.dumps({key: text}).encode() + b"\n"
+    )  # C's stdio buffers; whole lines do not mix
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ def _open_by_default(request: _Request) -> Engine:
 
     llama.cpp's default of 4 threads is more than some machines have cores, and fewer than most.
     """
-    rpc.probe_all(request.workers)
+    rpc.probe(request.workers)
     for worker in request.workers:
         backends.add_worker(worker)
     gguf = open_loadable(request.path)

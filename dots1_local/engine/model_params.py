@@ -150,7 +150,7 @@ def prepare(gguf: GGUFFile, placement: Placement) -> list[str]:
     warnings = _set_min_batch(placement)
     workers = endpoints(placement)
     # The engine would abort over a wrong address. A worker that serves this process answers nobody.
-    rpc.probe_all(worker for worker in workers if not connected[worker])
+    rpc.probe(worker for worker in workers if not connected[worker])
     for worker in workers:
         backends.add_worker(worker)
     return warnings

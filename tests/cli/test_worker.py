@@ -34,7 +34,7 @@ def test_serves_and_says_so_on_stderr_alone(tmp_path: Path) -> None:
     arguments = ("worker", "--port", str(port), "-t", "1", "--device", "CPU", str(output))
     with Program("-c", command, *arguments) as program:
         program.wait_for("listening")
-        probe(f"127.0.0.1:{port}")
+        probe([f"127.0.0.1:{port}"])
         program.process.terminate()
         program.wait_for_end()
     assert output.read_bytes() == b""

@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 
-from dots1_local.devices.rpc import parse_endpoint, probe, probe_all
+from dots1_local.devices.rpc import parse_endpoint, probe
 from dots1_local.errors import Dots1Error, UsageError
 from tests.workers import Worker, free_port, local_worker
 
@@ -68,13 +68,13 @@ def test_refuses_what_is_not_an_address(text: str) -> None:
 
 def test_a_worker_stays_usable(worker: Worker) -> None:
     for _ in range(3):
-        probe(worker.endpoint)
+        probe([worker.endpoint])
 
 
 def test_nobody_listens() -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     with pytest.raises(Dots1Error, match=f"{endpoint}.*dots1 worker"):
-        probe(endpoint)
+        probe([endpoint])
 
 
 def test_a_host_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,13 +83,13 @@ def test_a_host_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "gethostbyname", unknown)
     with pytest.raises(Dots1Error, match="host 'box'"):
-        probe("box:1")
+        probe(["box:1"])
 
 
 def test_a_resolver_that_takes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostbyname", lambda name: time.sleep(60))
     with pytest.raises(Dots1Error, match="host 'box'"):
-        probe("box:1", timeout=0.1)
+        probe(["box:1"], timeout=0.1)
 
 
 def send(*pieces: bytes) -> Script:
@@ -133,7 +133,7 @@ def trickle(connection: socket.socket) -> None:
 def test_says_why_it_is_not_a_usable_worker(host: Host, script: Script, message: str) -> None:
     endpoint = host(script)
     with pytest.raises(Dots1Error, match=message) as error:
-        probe(endpoint, timeout=0.5)
+        probe([endpoint], timeout=0.5)
     assert endpoint in str(error.value)
 
 
@@ -143,7 +143,7 @@ def test_a_worker_that_resets_the_connection(host: Host) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     with pytest.raises(Dots1Error, match=r"lost 127\.0\.0\.1|closes the connection"):
-        probe(host(reset), timeout=5)
+        probe([host(reset)], timeout=5)
 
 
 def test_a_worker_that_others_use_and_then_leave(worker: Worker) -> None:
@@ -152,13 +152,13 @@ def test_a_worker_that_others_use_and_then_leave(worker: Worker) -> None:
         client.sendall(hello)
         assert len(client.recv(36, socket.MSG_WAITALL)) == 36
         with pytest.raises(Dots1Error, match="another client"):
-            probe(worker.endpoint, timeout=0.2)
-    probe(worker.endpoint)
+            probe([worker.endpoint], timeout=0.2)
+    probe([worker.endpoint])
 
 
 def test_one_worker_by_two_names_is_refused(worker: Worker) -> None:
     names = [worker.endpoint, f"localhost:{worker.port}"]
     with pytest.raises(Dots1Error, match=rf"localhost:.* {worker.endpoint}"):
-        probe_all(names, timeout=0.5)
+        probe(names, timeout=0.5)
     with local_worker() as other:
-        probe_all([worker.endpoint, other.endpoint, f" {worker.endpoint} "])
+        probe([worker.endpoint, other.endpoint, f" {worker.endpoint} "])

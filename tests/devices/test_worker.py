@@ -107,7 +107,7 @@ def test_a_malformed_request_does_not_occupy_the_worker(request_bytes: bytes) ->
     with local_worker() as worker:
         with socket.create_connection(("127.0.0.1", worker.port)) as stranger:
             stranger.sendall(request_bytes)
-        probe(worker.endpoint)
+        probe([worker.endpoint])
 
 
 def test_the_server_is_started_again_after_a_request_that_ends_it(serve: Serve) -> None:
@@ -119,7 +119,7 @@ def test_the_server_is_started_again_after_a_request_that_ends_it(serve: Serve) 
             stranger.sendall(HELLO + struct.pack("<BQ", SET_TENSOR, 1 << 63))
             assert "started again: what(): " in program.wait_for("died")  # a C++ exception's
         program.wait_for("listening")
-    probe(f"127.0.0.1:{port}")
+    probe([f"127.0.0.1:{port}"])
 
 
 def test_the_server_ends_with_the_supervisor(serve: Serve) -> None:

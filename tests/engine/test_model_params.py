@@ -30,7 +30,7 @@ def test_one_worker_by_two_names_is_refused(model: Path) -> None:
 
 
 def impatient(path: Path, decisions: Decisions) -> None:
-    with patch.object(rpc.probe_all, "__defaults__", (0.5,)):
+    with patch.object(rpc.probe, "__defaults__", (0.5,)):
         Engine.open(path, placement=placement_for(path, **decisions))
 
 

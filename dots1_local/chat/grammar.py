@@ -17,9 +17,9 @@ from dots1_local.files.json_file import brief
 
 __all__ = ["Grammar", "Matcher"]
 
-_LONGEST = 1 << 18  # bytes of a schema
+_MAX_BYTES = 1 << 18
 # llguidance compiles recursively and overflows a stack of 8 MiB after some 4,000 levels.
-_MOST_LEVELS = 800
+_MAX_LEVELS = 800
 # Without a bound on white space, models are known to write line breaks without end.
 _OPTIONS: Any = {"whitespace_pattern": r" |\n[ \t]{0,32}"}
 # A schema compiles in at most a second or two, and one step takes at most a tenth of a second.
@@ -34,7 +34,7 @@ _SINGLE = ("items", "additionalProperties")
 class Matcher:
     """The state of one answer that is constrained by a grammar.
 
-    Every method raises Dots1Error where the answer exceeds llguidance's limits on time and memory.
+    `accept` and `mask` raise Dots1Error if the answer exceeds llguidance's limits.
     """
 
     def __init__(self, matcher: LLMatcher, ends: frozenset[int], n_vocab: int) -> None:
@@ -58,8 +58,8 @@ class Matcher:
         return allowed
 
     def mask(self) -> NDArray[np.bool_]:
-        """The tokens (n_vocab,) that may come next."""
-        if self._matcher.is_stopped():  # the text is complete; llguidance masks nothing any more
+        """Return which tokens (n_vocab,) may come next."""
+        if self._matcher.is_stopped():  # the text is complete, and llguidance computes no mask
             allowed = np.zeros(self._n_vocab, np.bool_)
             allowed[list(self._ends)] = self._matcher.is_accepting()
         else:
@@ -92,7 +92,8 @@ class Grammar:
             raise UsageError(f"the schema is not supported: {reason}")
         start = self._compiled.deep_copy()
         if not any(start.compute_bitmask()) or start.is_error():
-            raise UsageError("the schema allows no document at all")
+            reason = _sentence(start.get_error()) or "the schema allows none"
+            raise UsageError(f"no document can be written: {reason}")
 
     @classmethod
     def of_json_schema(cls, schema: Any, engine: Engine) -> Self:
@@ -109,12 +110,14 @@ class Grammar:
             closed = schema if _combines(schema) else _closed(schema)
         except (TypeError, ValueError, RecursionError):
             raise UsageError("the schema is not JSON, or it is nested too deeply") from None
-        if length > _LONGEST:
-            raise UsageError(f"the schema has {length:,} bytes; at most {_LONGEST:,} are supported")
-        if levels > _MOST_LEVELS:
+        if length > _MAX_BYTES:
+            raise UsageError(
+                f"the schema has {length:,} bytes; at most {_MAX_BYTES:,} are supported"
+            )
+        if levels > _MAX_LEVELS:
             raise UsageError(
                 f"the schema and its references nest up to {levels:,} levels deep; at most "
-                f"{_MOST_LEVELS} are supported"
+                f"{_MAX_LEVELS} are supported"
             )
         if schema is False or not isinstance(schema, bool | dict):
             raise UsageError(f"the schema is {brief(schema)}, not an object")
@@ -128,7 +131,7 @@ class Grammar:
         return cls.of_json_schema({"type": "object"}, engine)
 
     def matcher(self) -> Matcher:
-        """The state of an answer that has no tokens yet."""
+        """Return the state of an answer that has no tokens yet."""
         return Matcher(self._compiled.deep_copy(), self._ends, self._n_vocab)
 
 
@@ -155,11 +158,11 @@ _building = Lock()
 
 
 def _tokenizer(engine: Engine) -> LLTokenizer:
-    """The engine's tokens in llguidance's form, made once; that takes about 10 µs a token."""
+    """Return the engine's tokens in llguidance's form, made once; that takes 10 µs per token."""
     if "tokenizer.ggml.eos_token_id" not in engine.gguf.keys:  # llama.cpp would take id 11 for it
         raise Dots1Error(
-            f"{engine.gguf.files[0]} does not say which token ends an answer, so its answers "
-            "cannot be kept to a schema"
+            f"{engine.gguf.files[0]} does not say which token ends an answer, so answers cannot be "
+            "kept to a schema; leave out response_format"
         )
     with _building:
         if engine not in _tokenizers:
@@ -171,7 +174,7 @@ def _tokenizer(engine: Engine) -> LLTokenizer:
 
 
 def _levels(schema: Any) -> int:
-    """A bound on how deep a schema nests when each reference is followed once."""
+    """Return a bound on the depth of a schema when each reference is followed once."""
     depths: dict[int, int] = {}
 
     def measure(value: Any) -> int:
@@ -186,7 +189,7 @@ def _levels(schema: Any) -> int:
 
 
 def _target(schema: Any, reference: str) -> Any:
-    """The part that a local reference such as "#/$defs/node" means; else the whole schema."""
+    """Return the part that a reference such as "#/$defs/node" names; if none, the whole schema."""
     found = schema
     for part in unquote(reference).removeprefix("#/").split("/"):
         name = part.replace("~1", "/").replace("~0", "~")
@@ -200,7 +203,7 @@ def _target(schema: Any, reference: str) -> Any:
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Every JSON object in a value."""
+    """Yield every JSON object in a value."""
     if isinstance(value, dict):
         yield value
     if isinstance(value, dict | list):
@@ -209,7 +212,7 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_bounds(schema: Any) -> None:
-    """Refuse bounds for which llguidance 1.9 would allow the excluded one: 0 if 0 < x <= 0.5."""
+    """Refuse bounds for which llguidance 1.9 allows the excluded one: 0 if 0 < x <= 0.5."""
     for part in _objects(schema):
         given = {key: part[key] for key in _BOUNDS if type(part.get(key)) in (int, float)}
         excluded = [value for key, value in given.items() if "exclusive" in key and value % 1 == 0]
@@ -222,7 +225,7 @@ def _check_bounds(schema: Any) -> None:
 
 
 def _combines(schema: Any) -> bool:
-    """Whether documents must satisfy several schemas at once, which cannot be closed apart."""
+    """Whether an object must satisfy several schemas at once, which cannot be closed one by one."""
     return any(
         "allOf" in part or ("properties" in part and any(key in part for key in _COMBINING))
         for part in _objects(schema)
@@ -230,9 +233,10 @@ def _combines(schema: Any) -> bool:
 
 
 def _closed(schema: Any) -> Any:
-    """The schema without properties beyond those it names, and with OpenAPI's `nullable` applied.
+    """Return the schema with no properties beyond those it names, and with `nullable` applied.
 
     JSON Schema allows further properties by default, which invites a model to invent some.
+    `nullable` is OpenAPI's.
     """
     if not isinstance(schema, dict):
         return schema
@@ -254,6 +258,6 @@ def _closed(schema: Any) -> Any:
 
 
 def _sentence(error: str) -> str:
-    """llguidance's reason in one line; it may quote a regular expression over several."""
+    """Return llguidance's reason in one line."""
     advice = "Enable 'coerce_one_of' option to approximate oneOf with anyOf"
     return " ".join(error.split()).replace(advice, "Use anyOf instead")[:300]

@@ -1,4 +1,4 @@
-"""Sessions with models of milliseconds."""
+"""Sessions with tiny models."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -52,7 +52,7 @@ def talk(tmp_path: Path) -> Iterator[Talk]:
 
 @pytest.fixture
 def submitted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each call of llama_decode since the last `clear()` was given."""
+    """The number of tokens of each ubatch since the last `clear()`."""
     sizes: list[int] = []
     submit = Engine.submit
 

@@ -12,7 +12,7 @@ LONGEST = 1000  # tokens
 
 
 def thing(required: list[str] | None = None, /, **properties: Any) -> dict[str, Any]:
-    """The schema of an object."""
+    """Return the schema of an object."""
     return {"type": "object", "properties": properties, "required": required or []}
 
 
@@ -23,9 +23,9 @@ def accepts(grammar: Grammar, text: str) -> bool:
 
 
 def written(grammar: Grammar, rng: random.Random, patience: int = 40) -> str | None:
-    """A random text of the grammar, which closes what is open after `patience` tokens.
+    """Return a random text of the grammar, which closes what is open after `patience` tokens.
 
-    None if it has no end after LONGEST tokens.
+    Return None if the text has no end after LONGEST tokens.
     """
     matcher, text = grammar.matcher(), b""
     for count in range(LONGEST):

@@ -97,7 +97,7 @@ FEATURES: list[tuple[str, Any, str]] = [
 
 
 def table(engine: Engine) -> str:
-    """What docs/serve.md says about every feature."""
+    """Return what docs/serve.md says about every feature."""
     outcomes = [(name, _outcome(schema, text, engine)) for name, schema, text in FEATURES]
     enforced = ", ".join(name for name, outcome in outcomes if outcome == "enforced")
     ignored = ", ".join(name for name, outcome in outcomes if outcome == "ignored")
@@ -118,7 +118,7 @@ def _outcome(schema: Any, text: str, engine: Engine) -> str:
 
 
 def documented(page: str) -> str:
-    """The part of docs/serve.md between the markers."""
+    """Return the part of docs/serve.md between the markers."""
     return page.partition(BEGIN)[2].partition(END)[0]
 
 

@@ -25,7 +25,7 @@ BRIEF = tuple((token, 4.0) for token in (*b'"]}0,', EOS))
 def written(
     engine: Engine, grammar: Grammar, sampling: Sampling, sampler: Sampler | None = None
 ) -> bytes | None:
-    """An answer up to its end token; None if it has none in 900 tokens."""
+    """Return an answer up to its end token; None if 900 tokens have no end token."""
     made = sampler or Sampler(sampling, engine, grammar)
     try:
         made.begin(PROMPT)
@@ -59,7 +59,7 @@ SCHEMAS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 @pytest.mark.parametrize("options", [{}, {"top_k": 0, "top_p": 1, "min_p": 0}, {"min_p": 0.5}])
-def test_whatever_is_answered_is_valid(
+def test_every_answer_is_valid(
     engine: Engine, schema: dict[str, Any], options: dict[str, Any]
 ) -> None:
     grammar, ended = Grammar.of_json_schema(schema, engine), 0
@@ -92,7 +92,7 @@ def test_an_answer_may_be_greedy_and_repeated(engine: Engine) -> None:
     assert set(json.loads(first)) <= {"中"}
 
 
-def test_a_fitting_choice_stays_as_it_is_without_a_grammar(engine: Engine) -> None:
+def test_an_allowed_token_is_the_one_sampled_without_a_grammar(engine: Engine) -> None:
     grammar = Grammar.of_json_schema({"type": "string"}, engine)
     for seed in range(20):
         sampling = Sampling(1.0, seed=seed)
@@ -116,7 +116,7 @@ def test_after_a_whole_document_only_the_end_is_left(engine: Engine) -> None:
     assert json.loads(answer) == {"a": [1]}
 
 
-def test_control_tokens_are_no_text_of_an_answer(tmp_path: Path) -> None:
+def test_control_tokens_are_not_text_of_an_answer(tmp_path: Path) -> None:
     # This model wants to say "<|system|>"; as a token that is no part of an answer.
     marker = TYPES.index(TokenType.CONTROL) + 1
     tensors = scripted_tensors([marker])
@@ -127,13 +127,13 @@ def test_control_tokens_are_no_text_of_an_answer(tmp_path: Path) -> None:
     assert answer == b'"<|system|>"'
 
 
-def test_characters_in_parts_are_whole_in_the_end(engine: Engine) -> None:
+def test_characters_split_over_tokens_are_completed(engine: Engine) -> None:
     split = Grammar.of_json_schema({"enum": ["中文", "中国", "é"]}, engine)
     answers = {written(engine, split, Sampling(9, top_k=0, seed=seed)) for seed in range(12)}
     assert {json.loads(each) for each in answers if each} == {"中文", "中国", "é"}
 
 
-def test_characters_of_too_many_bytes_are_refused(engine: Engine) -> None:
+def test_overlong_utf8_is_refused(engine: Engine) -> None:
     # E0 82 80 would be U+0080 in more bytes than UTF-8 allows.
     grammar = Grammar.of_json_schema({"type": "string", "minLength": 1, "maxLength": 1}, engine)
     wish = ((0xE0, 60.0), *((byte, 40.0) for byte in range(0x82, 0xA0)))
@@ -160,7 +160,7 @@ def test_an_answer_that_exceeds_llguidances_limits_fails_alone(engine: Engine) -
     assert written(engine, small, Sampling(0)) == b"7"
 
 
-def test_a_model_that_cannot_go_on_fails_in_a_sentence(engine: Engine) -> None:
+def test_an_answer_without_an_allowed_token_is_an_error(engine: Engine) -> None:
     with Sampler(Sampling(0), engine, Grammar.of_json_schema({"const": 7}, engine)) as sampler:
         engine.forget()
         logits = engine.decode(PROMPT, 0)  # llama.cpp's own, so that it reads what is written here

@@ -37,7 +37,7 @@ def written(tmp_path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_a_conversation_comes_back_and_goes_on(talk: Talk, tmp_path: Path) -> None:
+def test_a_conversation_is_restored_and_continues(talk: Talk, tmp_path: Path) -> None:
     sampling = Sampling(0, 7, 0.5, 0.25, 1.5, 3, 0.5, -0.5, ((5, -100), (6, 1.5)))
     settings = {"sampling": sampling, "max_tokens": 4, "stop": ("zz", "中z"), "overflow": "stop"}
     session = talk([*tokens_of("中文"), EOS], system="S", **settings)
@@ -82,7 +82,7 @@ def test_a_question_without_an_answer_is_kept_apart(talk: Talk, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "state"), [("talk.json", "talk.kv"), ("talk", "talk.kv"), ("a.txt", "a.txt.kv")]
 )
-def test_the_kv_cache_has_its_place_beside_it(tmp_path: Path, name: str, state: str) -> None:
+def test_the_kv_cache_is_kept_beside_it(tmp_path: Path, name: str, state: str) -> None:
     assert state_path(tmp_path / name) == tmp_path / state
 
 
@@ -128,16 +128,14 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
 
 
 @pytest.mark.parametrize("name", ["missing/talk.json", "a\0b", "x" * 300])
-def test_a_place_that_cannot_be_written_or_read_is_one_sentence(
-    talk: Talk, tmp_path: Path, name: str
-) -> None:
+def test_an_unusable_path_is_one_sentence(talk: Talk, tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"cannot (write|read) "):
         save_conversation(tmp_path / name, talk([EOS]))
     with pytest.raises(UsageError, match="cannot read "):
         load_conversation(tmp_path / name)
 
 
-def test_reads_what_it_should(tmp_path: Path) -> None:
+def test_missing_settings_have_defaults(tmp_path: Path) -> None:
     messages = (Message("system", "S"), Message("user", "中"), Message("assistant", "文"))
     assert load_conversation(written(tmp_path)) == Conversation(
         "dots.gguf", messages, Sampling(temperature=0.5), 9, ("x",), "drop"
@@ -192,7 +190,7 @@ def test_a_damaged_conversation_is_one_sentence(
 @pytest.mark.parametrize(
     "data", [b"", b"\xff", b"[" * 100_000, b"null", b'{"version": 1}', b"1" * 9999, b'{"x": NaN}']
 )
-def test_what_is_no_conversation_at_all_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "f").write_bytes(data)
     with pytest.raises(UsageError, match="not a saved conversation"):
         load_conversation(tmp_path / "f")

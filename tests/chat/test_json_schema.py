@@ -1,4 +1,4 @@
-"""Schemas as grammars: what they write is valid, and what is valid they let pass.
+"""Generated schemas: answers within their grammars are valid, and valid documents pass.
 
 The judges are the matcher that constrains answers, and the `jsonschema` library.
 """
@@ -178,7 +178,7 @@ CASES = st.recursive(
 
 @SLOW
 @given(case=CASES, seed=st.integers(0, 99))
-def test_what_a_grammar_writes_is_valid(compiled: Compile, case: Case, seed: int) -> None:
+def test_written_documents_are_valid(compiled: Compile, case: Case, seed: int) -> None:
     grammar, rng = compiled(case.schema), random.Random(seed)
     valid = Draft202012Validator(case.schema)
     for text in (written(grammar, rng) for _ in range(5)):
@@ -188,7 +188,7 @@ def test_what_a_grammar_writes_is_valid(compiled: Compile, case: Case, seed: int
 
 @SLOW
 @given(case=CASES, data=st.data(), layout=st.sampled_from(LAYOUTS))
-def test_what_is_valid_passes(
+def test_valid_documents_pass(
     compiled: Compile, case: Case, data: st.DataObject, layout: dict[str, Any]
 ) -> None:
     document = data.draw(case.documents)

@@ -26,7 +26,7 @@ def test_only_what_is_new_is_computed(tmp_path: Path, submitted: list[int]) -> N
 
 @pytest.mark.parametrize("name", ["submit", "forget"])
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_an_interrupted_call_is_made_up_for(
+def test_an_interrupted_call_leaves_no_wrong_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, moment: str
 ) -> None:
     path = write_random_gguf(tmp_path / "model.gguf")

@@ -25,7 +25,7 @@ LAYERS, ROW = 3, 2 * 32 * 4  # of a key or a value: heads, head_dim, F32
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """It says anything in capitals, which as text are the tokens that it wrote."""
+    """Write a model that answers in capitals, which tokenise to the tokens that it wrote."""
     head = random_tensors()["output.weight"]
     head[: ord("A")] = head[ord("Z") + 1 :] = 0
     return write_random_gguf(tmp_path / "model.gguf", tensors={"output.weight": head})
@@ -47,12 +47,12 @@ def say(session: Session, text: str) -> str:
 
 
 def texts(messages: list[Message]) -> list[Message]:
-    """As a conversation's file has them."""
+    """Return the messages as a conversation's file has them."""
     return [Message(message.role, message.text) for message in messages]
 
 
-def gone_on(model: Path, state: Path, messages: list[Message], **changes: Any) -> tuple[int, str]:
-    """How many tokens a new engine need not compute, and what it answers to "more"."""
+def resumed(model: Path, state: Path, messages: list[Message], **changes: Any) -> tuple[int, str]:
+    """Return how many tokens a new engine reuses, and what it answers to "more"."""
     with engine(model, **changes) as opened, Session(opened, sampling=GREEDY) as session:
         session.messages = texts(messages)
         spared = session.load_state(state)
@@ -63,7 +63,7 @@ def gone_on(model: Path, state: Path, messages: list[Message], **changes: Any) -
         return session.stats.reused_tokens, answer
 
 
-def test_a_new_process_goes_on_without_reading_again(
+def test_a_new_process_resumes_without_computing_again(
     session: Session, model: Path, tmp_path: Path
 ) -> None:
     say(session, "hello 中")
@@ -74,10 +74,10 @@ def test_a_new_process_goes_on_without_reading_again(
     assert stat.S_IMODE(state.stat().st_mode) == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "talk.kv"]
     expected = say(session, "more")  # what was never interrupted
-    assert gone_on(model, state, messages) == (used, expected)
+    assert resumed(model, state, messages) == (used, expected)
 
 
-def test_what_is_on_disk_already_is_not_written_again(session: Session, tmp_path: Path) -> None:
+def test_a_current_file_is_not_written_again(session: Session, tmp_path: Path) -> None:
     assert session.save_state(tmp_path / "nothing.kv") == 0
     assert not (tmp_path / "nothing.kv").exists()
     say(session, "hello")
@@ -90,20 +90,18 @@ def test_what_is_on_disk_already_is_not_written_again(session: Session, tmp_path
     assert session.save_state(state) > 0
 
 
-def test_a_tail_that_differs_is_all_that_is_computed(
-    session: Session, model: Path, tmp_path: Path
-) -> None:
+def test_only_a_different_tail_is_computed(session: Session, model: Path, tmp_path: Path) -> None:
     say(session, "one")
     first = session.context_used
     say(session, "two")
     session.save_state(tmp_path / "talk.kv")
-    spared, answer = gone_on(model, tmp_path / "talk.kv", session.messages[:-2])
+    spared, answer = resumed(model, tmp_path / "talk.kv", session.messages[:-2])
     assert first <= spared < len("two") + first + 3  # up to the second question
     session.undo()
     assert answer == say(session, "more")
 
 
-def test_what_was_undone_is_not_in_the_file(session: Session, tmp_path: Path) -> None:
+def test_an_undone_turn_is_not_in_the_file(session: Session, tmp_path: Path) -> None:
     say(session, "one")
     say(session, "secret")
     session.undo()
@@ -115,9 +113,7 @@ def test_what_was_undone_is_not_in_the_file(session: Session, tmp_path: Path) ->
     assert "".join(session.regenerate())
 
 
-def test_commands_after_loading_are_those_of_a_conversation_held_here(
-    session: Session, tmp_path: Path
-) -> None:
+def test_commands_work_the_same_after_loading(session: Session, tmp_path: Path) -> None:
     say(session, "one")
     say(session, "two")
     session.save_state(tmp_path / "talk.kv")
@@ -141,18 +137,18 @@ def test_commands_after_loading_are_those_of_a_conversation_held_here(
 
 
 @pytest.mark.parametrize("changes", [{"n_ctx": 512}, {"kv_type": "F16"}, {"flash_attention": True}])
-def test_another_context_is_read_again(
+def test_another_context_is_computed_again(
     session: Session, model: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     say(session, "hello")
     session.save_state(tmp_path / "talk.kv")
-    spared, answer = gone_on(model, tmp_path / "talk.kv", session.messages, **changes)
-    again = gone_on(model, tmp_path / "none.kv", session.messages, **changes)
+    spared, answer = resumed(model, tmp_path / "talk.kv", session.messages, **changes)
+    again = resumed(model, tmp_path / "none.kv", session.messages, **changes)
     assert (spared, answer) == (0, again[1])
 
 
 @pytest.mark.parametrize("change", ["weight", "size", "key"])
-def test_another_model_is_read_again(
+def test_another_model_is_computed_again(
     session: Session, model: Path, tmp_path: Path, change: str
 ) -> None:
     say(session, "hello")
@@ -166,22 +162,22 @@ def test_another_model_is_read_again(
         content = content.replace(b"[PAD267]", b"[PAD268]")
     other = tmp_path / "other.gguf"
     other.write_bytes(content)
-    spared, answer = gone_on(other, tmp_path / "talk.kv", session.messages)
-    assert (spared, answer) == (0, gone_on(other, tmp_path / "none.kv", session.messages)[1])
+    spared, answer = resumed(other, tmp_path / "talk.kv", session.messages)
+    assert (spared, answer) == (0, resumed(other, tmp_path / "none.kv", session.messages)[1])
 
 
-def test_shards_are_told_apart(tmp_path: Path) -> None:
+def test_another_shard_is_another_model(tmp_path: Path) -> None:
     write_random_gguf(tmp_path / "m.gguf", shard_tensors=20)
     first, *_, last = sorted(tmp_path.glob("m-*.gguf"))
     with engine(first) as opened, Session(opened, sampling=GREEDY) as session:
         say(session, "hello")
         session.save_state(tmp_path / "talk.kv")
         messages = session.messages
-    assert gone_on(first, tmp_path / "talk.kv", messages)[0] > 0
+    assert resumed(first, tmp_path / "talk.kv", messages)[0] > 0
     content = bytearray(last.read_bytes())
     content[-1] ^= 1
     last.write_bytes(content)
-    assert gone_on(first, tmp_path / "talk.kv", messages)[0] == 0
+    assert resumed(first, tmp_path / "talk.kv", messages)[0] == 0
 
 
 def test_answers_keep_the_tokens_that_the_model_wrote(talk: Talk, tmp_path: Path) -> None:
@@ -195,7 +191,7 @@ def test_answers_keep_the_tokens_that_the_model_wrote(talk: Talk, tmp_path: Path
 
 
 @pytest.mark.parametrize("claim", [[TOKENS.index("<|endofresponse|>")], [*b"hex"], [-1], [1 << 40]])
-def test_tokens_that_a_file_claims_are_not_believed(talk: Talk, tmp_path: Path, claim: Any) -> None:
+def test_tokens_that_do_not_spell_it_are_ignored(talk: Talk, tmp_path: Path, claim: Any) -> None:
     session = talk([*tokens_of("hel"), EOS])
     say(session, "hi")
     state = tmp_path / "talk.kv"
@@ -220,7 +216,7 @@ def test_a_file_with_another_footer_is_not_read(
     assert session.load_state(state) == 0
 
 
-def test_no_room_is_one_sentence(
+def test_a_full_disk_is_one_sentence(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     say(session, "hello")
@@ -270,13 +266,13 @@ def body_of(path: Path) -> bytes:
 def test_no_damage_ends_the_process_or_changes_the_answer(
     session: Session, model: Path, tmp_path: Path
 ) -> None:
-    """llama.cpp aborts on many of these: all headers, and a file that ends early."""
+    """llama.cpp would abort on many of these."""
     say(session, "hello")
     state, messages = tmp_path / "talk.kv", texts(session.messages)
     session.save_state(state)
     whole, body = state.read_bytes(), body_of(state)
     count = struct.unpack_from("<I", body, 8)[0]
-    expected = gone_on(model, tmp_path / "none.kv", messages)[1]
+    expected = resumed(model, tmp_path / "none.kv", messages)[1]
     layer = 12 + 4 * count + 8 + 12 * count  # where the transposition, then layers are told
     random = Random(0)
 
@@ -313,7 +309,7 @@ def test_no_damage_ends_the_process_or_changes_the_answer(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_cache_of_no_numbers_is_computed_again(
+def test_a_cache_of_nan_or_infinity_is_computed_again(
     session: Session, model: Path, tmp_path: Path, value: float
 ) -> None:
     say(session, "hello")
@@ -324,5 +320,5 @@ def test_a_cache_of_no_numbers_is_computed_again(
     first = 12 + 16 * count + 8 + 8 + 12
     body[first : first + ROW * count] = np.full(ROW * count // 4, value, "<f4").tobytes()
     rewrite(state, bytes(body))
-    expected = gone_on(model, tmp_path / "none.kv", messages)[1]
-    assert gone_on(model, state, messages) == (0, expected)
+    expected = resumed(model, tmp_path / "none.kv", messages)[1]
+    assert resumed(model, state, messages) == (0, expected)

@@ -1,4 +1,4 @@
-"""What happens where a conversation meets the end of the context."""
+"""Conversations that do not fit into the context."""
 
 from itertools import pairwise
 from typing import Any
@@ -102,7 +102,7 @@ def test_one_turn_alone_ends_with_the_context(talk: Talk) -> None:
     assert (stats(session).stop, stats(session).dropped_turns) == ("context", 0)
 
 
-def test_an_answer_goes_on_over_the_end_of_the_context(
+def test_an_answer_continues_beyond_the_context(
     talk: Talk, submitted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Engine, "is_end", lambda engine, token: False)
@@ -139,7 +139,7 @@ def test_raw_documents_lose_their_beginning(talk: Talk) -> None:
     assert session.context_used <= 64
 
 
-def test_a_template_that_forbids_what_is_left_is_an_error(talk: Talk) -> None:
+def test_a_template_that_refuses_the_remaining_turns_is_an_error(talk: Talk) -> None:
     picky = "{% if messages|length == 3 %}{{ raise_exception('three') }}{% endif %}" + TEMPLATE
     session = talk(LONG, n_ctx=128, system="", gguf={"template": picky})
     say(session, "x" * 30)
@@ -148,7 +148,7 @@ def test_a_template_that_forbids_what_is_left_is_an_error(talk: Talk) -> None:
     assert [m.role for m in session.messages] == ["user", "assistant"]
 
 
-def test_turns_taken_over_from_elsewhere_may_be_in_any_order(talk: Talk) -> None:
+def test_messages_may_be_in_any_order(talk: Talk) -> None:
     session = talk(LONG, n_ctx=128, system="S")
     odd = [
         Message("assistant", "a" * 40),

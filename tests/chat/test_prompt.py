@@ -51,7 +51,7 @@ def test_markers_that_overlap_are_all_cut() -> None:
 
 
 @pytest.mark.parametrize("kind", [TokenType.CONTROL, TokenType.USER_DEFINED])
-def test_what_people_write_never_becomes_a_marker(tmp_path: Path, kind: TokenType) -> None:
+def test_a_persons_text_never_becomes_a_marker(tmp_path: Path, kind: TokenType) -> None:
     types = [kind if each == TokenType.CONTROL else each for each in TYPES]
     with ExitStack() as stack:
         engine = opened(tmp_path, stack, types=types)
@@ -111,13 +111,13 @@ def test_a_document_begins_with_bos_where_the_file_says_so(
 
 
 @pytest.mark.parametrize("text", ["", "hello", "<|system|>", "a<|system|>hello<|response|>" * 1500])
-def test_in_a_document_markers_can_be_meant(tmp_path: Path, text: str) -> None:
+def test_markers_in_a_document_become_tokens(tmp_path: Path, text: str) -> None:
     with ExitStack() as stack:
         engine = opened(tmp_path, stack)
         assert RawPrompter(engine).marked(text) == engine.tokenize(text, special=True)
 
 
-def test_very_many_markers_come_to_an_end(tmp_path: Path) -> None:
+def test_many_markers_take_little_time(tmp_path: Path) -> None:
     with ExitStack() as stack:
         prompter = RawPrompter(opened(tmp_path, stack))
         # llama.cpp alone takes minutes.

@@ -25,7 +25,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 def drawn(engine: Engine, chosen: Sampling, count: int = 3000) -> set[int]:
-    """What comes up in so many draws after the same text."""
+    """Return the tokens that `count` draws after the same text give."""
     engine.forget()
     engine.decode(list(b"the quick brown fox"), 0)
     with Sampler(chosen, engine) as sampler:
@@ -36,7 +36,7 @@ def drawn(engine: Engine, chosen: Sampling, count: int = 3000) -> set[int]:
 def candidates(
     logits: NDArray[np.float32], top_k: int = 0, top_p: float = 1, min_p: float = 0
 ) -> set[int]:
-    """The tokens left over by the three cuts, one after another, at temperature 1."""
+    """Return the tokens that the three cuts leave, one after another, at temperature 1."""
     order = np.argsort(-logits)[: top_k or None]
     shares = np.exp(logits[order] - logits[order[0]])
     before = np.cumsum(shares) - shares
@@ -61,7 +61,7 @@ def test_candidates_are_cut_before_temperature(engine: Engine, cut: dict[str, An
     assert drawn(engine, hot) == candidates(logits, **cut)
 
 
-def test_cold_is_greedy(engine: Engine) -> None:
+def test_low_temperature_is_greedy(engine: Engine) -> None:
     engine.forget()
     likeliest = int(engine.decode(list(b"the quick brown fox"), 0).argmax())
     for chosen in (Sampling(0), Sampling(1e-30), Sampling(1.5, top_k=1), Sampling(9, min_p=1)):
@@ -106,7 +106,7 @@ def test_a_repeat_penalty_looks_back_on_64_tokens_of_one_answer(engine: Engine) 
 
 
 @pytest.mark.parametrize(("frequency", "presence"), [(0.3, 0), (0, 1.5), (-0.2, 2), (1, -0.5)])
-def test_openais_penalties_weaken_what_the_answer_has_said(
+def test_openais_penalties_weaken_tokens_of_the_answer(
     engine: Engine, frequency: float, presence: float
 ) -> None:
     prompt = list(b"the quick brown fox")
@@ -140,7 +140,7 @@ def test_a_bias_is_added_before_penalties(engine: Engine) -> None:
         assert sampler.next(engine) == second
 
 
-def test_any_token_of_a_ubatch_can_be_gone_on_from(tmp_path: Path) -> None:
+def test_any_token_of_a_ubatch_can_be_sampled_from(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "model.gguf")
     with (
         Engine.open(path, n_ctx=64, n_sequences=2, threads=1) as engine,
@@ -157,7 +157,7 @@ def test_any_token_of_a_ubatch_can_be_gone_on_from(tmp_path: Path) -> None:
         assert [sampler.next(engine, 4), sampler.next(engine, 7)] == rows.argmax(axis=1).tolist()
 
 
-def test_a_seed_repeats_an_answer_and_a_second_one_is_another(talk: Talk) -> None:
+def test_a_seed_repeats_answers_and_the_second_answer_differs(talk: Talk) -> None:
     def answers(seed: int) -> list[str]:
         session = talk(sampling=Sampling(1.5, seed=seed))
         first = "".join(session.ask("hi", max_tokens=16))
@@ -168,7 +168,7 @@ def test_a_seed_repeats_an_answer_and_a_second_one_is_another(talk: Talk) -> Non
     assert len({first, again, *other}) == 4
 
 
-def test_setting_the_sampling_frees_the_chain_before(
+def test_setting_the_sampling_frees_the_old_chain(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = talk(sampling=Sampling(5, seed=1))
@@ -192,7 +192,7 @@ def test_setting_the_sampling_frees_the_chain_before(
         {"logit_bias": ((-1, 0),)}, {"logit_bias": ((1, 101),)},
     ],
 )  # fmt: skip
-def test_refuses_senseless_sampling(values: dict[str, Any]) -> None:
+def test_refuses_values_out_of_range(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Sampling(**values)
 

@@ -68,7 +68,7 @@ def nested(depth: int) -> Any:
 
 
 def chained(part: Callable[[dict[str, str]], Any], length: int) -> dict[str, Any]:
-    """Definitions that each refer to the next one."""
+    """Return definitions that each refer to the next one."""
     parts = {f"d{n}": part({"$ref": f"#/$defs/d{n + 1}"}) for n in range(length)}
     return {"$defs": {**parts, f"d{length}": TEXT}, "$ref": "#/$defs/d0"}
 
@@ -105,7 +105,7 @@ def test_the_deepest_references_leave_stack_to_spare(
 
 
 def twice(keyword: str, count: int = 60) -> dict[str, Any]:
-    """Each definition has the next one twice: 2 ** 60 in all."""
+    """Return definitions that each have the next one twice: 2 ** 60 in all."""
     return chained(lambda further: {keyword: [further] * 2}, count)
 
 

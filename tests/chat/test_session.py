@@ -96,7 +96,7 @@ def test_a_second_turn_computes_only_what_is_new(talk: Talk, submitted: list[int
     assert session.context_used == second.prompt_tokens + 3
 
 
-def test_undo_and_another_answer_reuse_what_stays(talk: Talk, submitted: list[int]) -> None:
+def test_undo_and_regenerate_reuse_the_rest(talk: Talk, submitted: list[int]) -> None:
     session = talk(YES)
     say(session, "one")
     say(session, "two")
@@ -131,7 +131,7 @@ def test_the_cache_does_not_change_the_answer(talk: Talk) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_was_done_before_the_answer_is_a_fresh_sessions(talk: Talk, seed: int) -> None:
+def test_any_history_gives_a_fresh_sessions_answer(talk: Talk, seed: int) -> None:
     choose = Random(seed)
     session, fresh = (talk(n_ctx=128, n_ubatch=16, stop=("e", "zz")) for _ in range(2))
 
@@ -158,7 +158,7 @@ def test_whatever_was_done_before_the_answer_is_a_fresh_sessions(talk: Talk, see
         assert session.context_used == fresh.context_used <= 128
 
 
-def test_a_long_prompt_is_read_a_ubatch_at_a_time_and_told(
+def test_a_long_prompt_is_computed_by_ubatches_and_reported(
     talk: Talk, submitted: list[int]
 ) -> None:
     session = talk(YES, n_ubatch=16, system="")
@@ -169,9 +169,7 @@ def test_a_long_prompt_is_read_a_ubatch_at_a_time_and_told(
 
 
 @pytest.mark.parametrize("last", [0, 16, 32, 40])
-def test_reading_can_be_stopped_and_goes_on_from_there(
-    talk: Talk, submitted: list[int], last: int
-) -> None:
+def test_prefill_can_be_stopped_and_resumed(talk: Talk, submitted: list[int], last: int) -> None:
     def stop(done: int, total: int, unit: str, what: str) -> None:
         if done == last:
             raise KeyboardInterrupt
@@ -185,7 +183,7 @@ def test_reading_can_be_stopped_and_goes_on_from_there(
     assert sum(submitted[:-3]) == max(40 - last, 1)
 
 
-def test_another_answer_that_is_stopped_while_reading_keeps_the_one_before(talk: Talk) -> None:
+def test_regenerate_stopped_in_prefill_keeps_the_old_answer(talk: Talk) -> None:
     def stop(done: int, total: int, unit: str, what: str) -> None:
         raise KeyboardInterrupt
 
@@ -197,7 +195,7 @@ def test_another_answer_that_is_stopped_while_reading_keeps_the_one_before(talk:
     assert session.messages == before
 
 
-def test_a_closed_stream_leaves_a_conversation_to_go_on_with(talk: Talk) -> None:
+def test_a_conversation_continues_after_a_closed_stream(talk: Talk) -> None:
     session = talk([*tokens_of("abcdef"), EOS])
     stream = session.ask("hi")
     assert list(islice(stream, 3)) == ["a", "b", "c"]
@@ -216,7 +214,7 @@ def test_the_answer_kept_is_what_was_shown(talk: Talk) -> None:
         assert session.messages[-1].text == shown
 
 
-def test_what_is_said_so_far_is_there_at_any_time(talk: Talk) -> None:
+def test_so_far_has_the_unfinished_answer(talk: Talk) -> None:
     session = talk([*tokens_of("ab"), EOS], system="")
     seen: list[list[str]] = []
 
@@ -229,13 +227,13 @@ def test_what_is_said_so_far_is_there_at_any_time(talk: Talk) -> None:
     assert session.so_far == session.messages
 
 
-def test_a_stream_that_is_not_begun_is_no_turn(talk: Talk) -> None:
+def test_an_unstarted_stream_is_not_a_turn(talk: Talk) -> None:
     session = talk(YES)
     session.ask("hi").close()
     assert [message.role for message in session.messages] == ["system"]
 
 
-def test_an_answer_left_open_ends_where_the_next_begins(talk: Talk) -> None:
+def test_an_open_answer_ends_when_the_next_begins(talk: Talk) -> None:
     session = talk([*tokens_of("abc"), EOS], system="")
     first = session.ask("one")
     assert next(first) == "a"
@@ -249,7 +247,7 @@ def test_an_answer_left_open_ends_where_the_next_begins(talk: Talk) -> None:
     assert session.messages == []
 
 
-def test_another_answer_takes_the_place_of_the_last(talk: Talk) -> None:
+def test_regenerate_replaces_the_last_answer(talk: Talk) -> None:
     session = talk(YES)
     with pytest.raises(UsageError, match="no answer"):
         session.regenerate()
@@ -300,7 +298,7 @@ def test_raw_completes_one_document(talk: Talk, submitted: list[int]) -> None:
     assert say(session, "\nt") == "qu"
 
 
-def test_raw_has_nothing_to_say_about_nothing(talk: Talk) -> None:
+def test_raw_refuses_an_empty_document(talk: Talk) -> None:
     with pytest.raises(UsageError, match="nothing to complete"):
         talk(YES, raw=True).ask("")
 

@@ -1,4 +1,4 @@
-"""Tools in prompts, by a template like those that take them."""
+"""Tools in prompts, with a template that supports them."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def opened(path: Path, template: str, **options: Any) -> Engine:
 
 
 def shown(engine: Engine, tokens: list[int]) -> str:
-    """The text of tokens, markers in double angle brackets."""
+    """Return the text of tokens, with markers in double angle brackets."""
     return b"".join(
         engine.piece(token) or f"<<{TOKENS[token]}>>".encode() for token in tokens
     ).decode()
@@ -62,7 +62,7 @@ def test_tools_calls_and_results_reach_the_model(tmp_path: Path) -> None:
     )
 
 
-def test_a_template_that_knows_no_tools_gets_none(tmp_path: Path) -> None:
+def test_a_template_without_tools_gets_none(tmp_path: Path) -> None:
     with opened(tmp_path, TEMPLATE + "{# tools #}") as engine:
         prompter = Prompter(engine)
         assert not prompter.takes_tools
@@ -72,7 +72,7 @@ def test_a_template_that_knows_no_tools_gets_none(tmp_path: Path) -> None:
         assert prompter.tokens([ASKED], []) == prompter.tokens([ASKED])
 
 
-def test_tags_that_answers_do_not_show_are_no_calls(tmp_path: Path) -> None:
+def test_hidden_tags_are_not_calls(tmp_path: Path) -> None:
     with opened(tmp_path, TAKES.replace("<tool_call>", "<call>")) as engine:
         assert not Prompter(engine).writes_tool_calls
 
@@ -89,7 +89,7 @@ def test_tags_that_answers_do_not_show_are_no_calls(tmp_path: Path) -> None:
         ([ASKED, Message("tool", "x", tool_call_id="<|system|>")], None),
     ],
 )  # fmt: skip
-def test_what_is_said_of_tools_never_becomes_a_marker(
+def test_markers_in_tools_are_refused(
     tmp_path: Path, kind: TokenType, messages: list[Message], tools: Any
 ) -> None:
     types = [kind if each == TokenType.CONTROL else each for each in TYPES]
@@ -101,7 +101,7 @@ def test_what_is_said_of_tools_never_becomes_a_marker(
 
 
 @pytest.mark.parametrize("arguments", ["", "[]", '"x"', "{", "[" * 100_000])
-def test_arguments_that_are_no_object_are_refused(tmp_path: Path, arguments: str) -> None:
+def test_arguments_that_are_not_an_object_are_refused(tmp_path: Path, arguments: str) -> None:
     with (
         opened(tmp_path, TAKES) as engine,
         pytest.raises(UsageError, match=r"call of 'f' .*JSON object"),

@@ -1,6 +1,6 @@
-"""dots1-local: rednote's dots.llm1 on hardware people own.
+"""dots1-local runs rednote's dots.llm1 on hardware people own.
 
-The public API. Names are loaded when they are first used, so that importing the package is free:
+This is the public API. A name is loaded at its first use, so importing the package is free:
 
     from dots1_local import convert_checkpoint, load, perplexity, Session
 

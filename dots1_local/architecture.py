@@ -1,10 +1,10 @@
-"""What a dots.llm1 model is made of: its configuration and the inventory of its tensors.
+"""What a dots.llm1 model consists of: its configuration and the inventory of its tensors.
 
-Everything else in the package is a decision about one of the tensors listed here.
+Everything else in the package decides something about the tensors listed here.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,31 @@ _LIMIT = 1 << 24
 _MOST_LAYERS = _MOST_EXPERTS = 1024
 
 
+# The key, without "dots1.", of each field of a config.
+_GGUF_KEYS = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "intermediate_size": "feed_forward_length",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "n_routed_experts": "expert_count",
+    "n_shared_experts": "expert_shared_count",
+    "num_experts_per_tok": "expert_used_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "routed_scaling_factor": "expert_weights_scale",
+    "norm_topk_prob": "expert_weights_norm",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "max_position_embeddings": "context_length",
+}
+
+
 @dataclass(frozen=True)
 class Dots1Config:
-    """The numbers of a dots1 model, under the names `config.json` gives them."""
+    """The numbers of a dots1 model, under their names in config.json."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -55,31 +77,9 @@ class Dots1Config:
                 variant that llama.cpp does not compute.
         """
         _check_architecture(raw)
-        values = _Values("config.json", raw, CheckpointError)
-        heads = values.integer("num_attention_heads")
-        hidden = values.integer("hidden_size")
-        config = cls(
-            hidden_size=hidden,
-            num_hidden_layers=values.integer("num_hidden_layers", most=_MOST_LAYERS),
-            num_attention_heads=heads,
-            num_key_value_heads=values.integer("num_key_value_heads", default=heads),
-            head_dim=values.integer("head_dim", default=hidden // heads),
-            intermediate_size=values.integer("intermediate_size"),
-            moe_intermediate_size=values.integer("moe_intermediate_size"),
-            n_routed_experts=values.integer("n_routed_experts", most=_MOST_EXPERTS),
-            n_shared_experts=values.integer("n_shared_experts"),
-            num_experts_per_tok=values.integer("num_experts_per_tok"),
-            first_k_dense_replace=values.integer("first_k_dense_replace", least=0),
-            routed_scaling_factor=values.number("routed_scaling_factor"),
-            norm_topk_prob=values.boolean("norm_topk_prob", default=False),
-            vocab_size=values.integer("vocab_size"),
-            rms_norm_eps=values.number("rms_norm_eps"),
-            rope_theta=_rope_theta(values),
-            max_position_embeddings=values.integer("max_position_embeddings"),
-            tie_word_embeddings=values.boolean("tie_word_embeddings", default=False),
-        )
-        _check_consistent(config, values)
-        return config
+        given = {key: value for key, value in raw.items() if value is not None}
+        given = {"norm_topk_prob": False, "tie_word_embeddings": False} | given
+        return _config(_Values("config.json", given | _rope_theta(raw), CheckpointError))
 
     @classmethod
     def from_gguf(cls, keys: Mapping[str, Any], file: str | Path) -> "Dots1Config":
@@ -97,37 +97,15 @@ class Dots1Config:
                 f"{file} holds a model of architecture {architecture!r:.40}; "
                 "dots1-local runs dots1 models only"
             )
-        numbers = {key: _uniform(keys[key]) for key in keys if key.startswith("dots1.")}
-        values = _Values(str(file), numbers, GGUFError)
-        heads = values.integer("dots1.attention.head_count")
-        hidden = values.integer("dots1.embedding_length")
-        dense = values.integer("dots1.leading_dense_block_count", default=0, least=0)
+        names = {field: f"dots1.{key}" for field, key in _GGUF_KEYS.items()}
+        raw = {field: _uniform(keys[name]) for field, name in names.items() if name in keys}
+        raw = {"first_k_dense_replace": 0, "tie_word_embeddings": False} | raw
+        if raw["first_k_dense_replace"] == 0:
+            raw.setdefault("intermediate_size", 1)
         tokens = keys.get("tokenizer.ggml.tokens")
-        config = cls(
-            hidden_size=hidden,
-            num_hidden_layers=values.integer("dots1.block_count", most=_MOST_LAYERS),
-            num_attention_heads=heads,
-            num_key_value_heads=values.integer("dots1.attention.head_count_kv", default=heads),
-            head_dim=values.integer("dots1.attention.key_length", default=hidden // heads),
-            intermediate_size=values.integer(
-                "dots1.feed_forward_length", default=None if dense else 1
-            ),
-            moe_intermediate_size=values.integer("dots1.expert_feed_forward_length"),
-            n_routed_experts=values.integer("dots1.expert_count", most=_MOST_EXPERTS),
-            n_shared_experts=values.integer("dots1.expert_shared_count"),
-            num_experts_per_tok=values.integer("dots1.expert_used_count"),
-            first_k_dense_replace=dense,
-            routed_scaling_factor=values.number("dots1.expert_weights_scale"),
-            norm_topk_prob=values.boolean("dots1.expert_weights_norm"),
-            vocab_size=(
-                len(tokens) if isinstance(tokens, list) else values.integer("dots1.vocab_size")
-            ),
-            rms_norm_eps=values.number("dots1.attention.layer_norm_rms_epsilon", zero=True),
-            rope_theta=values.number("dots1.rope.freq_base"),
-            max_position_embeddings=values.integer("dots1.context_length"),
-        )
-        _check_consistent(config, values)
-        return config
+        if isinstance(tokens, list):
+            raw["vocab_size"] = len(tokens)
+        return _config(_Values(str(file), raw, GGUFError, names))
 
     def is_dense(self, layer: int) -> bool:
         """Whether `layer` has a plain FFN instead of routed experts."""
@@ -135,16 +113,16 @@ class Dots1Config:
 
 
 def padded_width(width: int, multiple: int = 256) -> int:
-    """The expert width rounded up so that every K- and IQ-type fits its rows."""
+    """The expert width, rounded up so that rows fit every K- and IQ-type."""
     return -(-width // multiple) * multiple
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the GGUF file and where in the checkpoint it comes from.
+    """One tensor of the GGUF file, and the checkpoint's tensors that it is made from.
 
-    `shape` is in numpy order, (experts, rows, columns) for routed experts; `source_shape` is that
-    of each tensor in `sources`, which is smaller than `shape` where expert width is padded.
+    `shape` is in numpy order, (experts, rows, columns) for routed experts. Each tensor in `sources`
+    has `source_shape`, which is smaller than `shape` if the expert width is padded.
     """
 
     name: str
@@ -161,12 +139,12 @@ class TensorSpec:
 
     @property
     def columns(self) -> int:
-        """Row length: the dimension that quantisation blocks run along."""
+        """The length of a row: quantisation blocks run along this dimension."""
         return self.shape[-1]
 
     @property
     def rows(self) -> int:
-        """Rows over all experts."""
+        """The number of rows, over all experts."""
         return prod(self.shape[:-1])
 
     @property
@@ -175,12 +153,12 @@ class TensorSpec:
 
     @property
     def source_elements(self) -> int:
-        """Weights the checkpoint holds for this tensor, padding not counted."""
+        """The number of weights that the checkpoint holds for this tensor, without padding."""
         return prod(self.source_shape) * len(self.sources)
 
 
 def inventory(config: Dots1Config, expert_width: int | None = None) -> tuple[TensorSpec, ...]:
-    """Every tensor of the model in file order; `expert_width` pads the experts up to that width."""
+    """Every tensor of the model in file order, with experts padded to `expert_width`."""
     return tuple(_tensors(config, expert_width or config.moe_intermediate_size))
 
 
@@ -282,43 +260,70 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Values:
-    """Values of `source` by key, checked when they are taken; a wrong one raises `error`."""
+    """Values by field of a config, checked when they are taken.
+
+    A wrong value raises `error`, which names `source` and the field's name there.
+    """
 
     source: str
     raw: Mapping[str, Any]
     error: type[Dots1Error]
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def integer(
-        self, key: str, *, default: int | None = None, least: int = 1, most: int = _LIMIT
+        self, name: str, *, default: int | None = None, least: int = 1, most: int = _LIMIT
     ) -> int:
-        value = self.raw.get(key)
-        if value is None and default is not None:
-            return default
+        value = self.raw.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise self._wrong(key, f"an integer from {least} to {most}")
+            raise self._wrong(name, f"an integer from {least} to {most}")
         return value
 
-    def number(self, key: str, *, zero: bool = False) -> float:
+    def number(self, name: str, *, zero: bool = False) -> float:
         """A number above 0, or 0 if `zero` allows it."""
-        value = self.raw.get(key)
+        value = self.raw.get(name)
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self._wrong(key, "a positive number")
+            raise self._wrong(name, "a number")
         if not (0 < value < 1e12 or (zero and value == 0)):
-            raise self._wrong(key, "a positive number")
+            raise self._wrong(name, "a positive number")
         return float(value)
 
-    def boolean(self, key: str, *, default: bool | None = None) -> bool:
-        value = self.raw.get(key)
-        if value is None and default is not None:
-            return default
+    def boolean(self, name: str) -> bool:
+        value = self.raw.get(name)
         if not isinstance(value, bool):
-            raise self._wrong(key, "true or false")
+            raise self._wrong(name, "true or false")
         return value
 
-    def _wrong(self, key: str, wanted: str) -> Dots1Error:
-        value = self.raw.get(key)
-        found = "is missing" if value is None else f"is {value!r:.40}"
-        return self.error(f"{self.source} needs {key} to be {wanted}, but it {found}")
+    def _wrong(self, name: str, wanted: str) -> Dots1Error:
+        found = f"is {self.raw[name]!r:.40}" if name in self.raw else "is missing"
+        named = self.names.get(name, name)
+        return self.error(f"{self.source} needs {named} to be {wanted}, but it {found}")
+
+
+def _config(values: _Values) -> Dots1Config:
+    heads = values.integer("num_attention_heads")
+    hidden = values.integer("hidden_size")
+    config = Dots1Config(
+        hidden_size=hidden,
+        num_hidden_layers=values.integer("num_hidden_layers", most=_MOST_LAYERS),
+        num_attention_heads=heads,
+        num_key_value_heads=values.integer("num_key_value_heads", default=heads),
+        head_dim=values.integer("head_dim", default=hidden // heads),
+        intermediate_size=values.integer("intermediate_size"),
+        moe_intermediate_size=values.integer("moe_intermediate_size"),
+        n_routed_experts=values.integer("n_routed_experts", most=_MOST_EXPERTS),
+        n_shared_experts=values.integer("n_shared_experts"),
+        num_experts_per_tok=values.integer("num_experts_per_tok"),
+        first_k_dense_replace=values.integer("first_k_dense_replace", least=0),
+        routed_scaling_factor=values.number("routed_scaling_factor"),
+        norm_topk_prob=values.boolean("norm_topk_prob"),
+        vocab_size=values.integer("vocab_size"),
+        rms_norm_eps=values.number("rms_norm_eps", zero=True),
+        rope_theta=values.number("rope_theta"),
+        max_position_embeddings=values.integer("max_position_embeddings"),
+        tie_word_embeddings=values.boolean("tie_word_embeddings"),
+    )
+    _check_consistent(config, values)
+    return config
 
 
 def _check_consistent(config: Dots1Config, values: _Values) -> None:
@@ -345,13 +350,13 @@ def _uniform(value: Any) -> Any:
     return value[0] if is_array and len(set(value)) == 1 else value
 
 
-def _rope_theta(values: _Values) -> float:
-    """`rope_theta`, which transformers >= 5 moves under `rope_parameters`. It has no default."""
-    parameters = values.raw.get("rope_parameters")
-    for rope in (parameters, values.raw.get("rope_scaling")):
+def _rope_theta(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` if it is under `rope_parameters`, where transformers >= 5 puts it."""
+    parameters = raw.get("rope_parameters")
+    for rope in (parameters, raw.get("rope_scaling")):
         kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
         if kind not in (None, "default"):
             raise CheckpointError(f"config.json scales RoPE ({kind!r}), which is not supported")
     if isinstance(parameters, Mapping) and "rope_theta" in parameters:
-        return _Values(values.source, parameters, values.error).number("rope_theta")
-    return values.number("rope_theta")
+        return {"rope_theta": parameters["rope_theta"]}
+    return {}

@@ -1,11 +1,8 @@
-"""ggml's functions, by ctypes, from the libraries that llama-cpp-python ships.
+"""ggml: its table of tensor types, and its functions by ctypes.
 
-Only `libggml-base` is opened: importing `llama_cpp` would also load and initialise the engine.
-
-The table of quantisation types: block length, bytes a block takes, which rows they fit.
-
-Ids and block sizes are ggml's (`enum ggml_type`); tests compare them with gguf-py's table and
-with the installed engine.
+Ids and block sizes are ggml's (`enum ggml_type`); tests compare them with gguf-py's table and with
+the installed engine. Functions come from the libraries that llama-cpp-python ships. Only
+`libggml-base` is opened: importing `llama_cpp` would also load and initialise the engine.
 """
 
 import ctypes
@@ -42,7 +39,7 @@ _NAMES = {"darwin": "lib{}.dylib", "win32": "{}.dll"}
 
 
 def library_folder() -> Path:
-    """Where llama-cpp-python keeps its shared libraries."""
+    """The folder of llama-cpp-python's shared libraries."""
     spec = find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         raise Dots1Error("llama-cpp-python is not installed; run pip install llama-cpp-python")
@@ -50,7 +47,7 @@ def library_folder() -> Path:
 
 
 def gpu_backends() -> tuple[str, ...]:
-    """The backends beside CPU and RPC that this build has libraries of: ("cuda",)."""
+    """The GPU backends whose libraries this build has, such as ("cuda",)."""
     names = {
         path.name.partition("ggml-")[2].partition(".")[0] for path in library_folder().iterdir()
     }
@@ -75,8 +72,8 @@ def library(name: str = "ggml-base") -> ctypes.CDLL:
 def _shared_object(name: str) -> Path:
     """The copy of a library that libllama itself is linked to.
 
-    Wheels hold libggml-base.so, .so.0 and .so.0.1.2 as copies, not links: opening another one than
-    the loader does (the soname, .so.0) would put a second ggml into the process.
+    Wheels hold libggml-base.so, .so.0 and .so.0.1.2 as copies, not links. The loader opens the
+    soname (.so.0); opening another copy would put a second ggml into the process.
     """
     path = library_folder() / _NAMES.get(sys.platform, "lib{}.so").format(name)
     sonames = sorted(path.parent.glob(f"{path.name}.*"), key=lambda file: len(file.name))
@@ -118,8 +115,8 @@ class QuantType:
         """Bytes of one row of `columns` weights."""
         if not self.fits(columns):
             raise UsageError(
-                f"{self.name} stores rows in blocks of {self.block}, which {columns} is no "
-                "multiple of"
+                f"{self.name} stores rows in blocks of {self.block} weights, and {columns} is not "
+                f"a multiple of {self.block}"
             )
         return columns // self.block * self.bytes
 
@@ -155,15 +152,15 @@ TYPES: dict[str, QuantType] = {
 
 
 def quant_type(name: str) -> QuantType:
-    """The type called `name`, in any case.
+    """The type called `name`, in upper or lower case.
 
     Raises:
-        UsageError: no such type; the message lists those there are.
+        UsageError: there is no such type; the message lists all types.
     """
     try:
         return TYPES[name.upper()]
     except KeyError:
-        raise UsageError(f"no type {name!r}; there are {', '.join(TYPES)}") from None
+        raise UsageError(f"there is no type {name!r}; the types are {', '.join(TYPES)}") from None
 
 
 def to_float32(raw: "NDArray[np.uint8]", dtype: str, out: "NDArray[np.float32]") -> None:

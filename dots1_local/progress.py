@@ -1,4 +1,4 @@
-"""How long work reports what it has done: one callback, so that the library never prints."""
+"""How long work reports its progress: through one callback, because the library never prints."""
 
 from typing import Protocol
 

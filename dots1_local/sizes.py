@@ -10,10 +10,10 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(?:([kmgt])(i?)b?|b)?", re.IGNO
 
 
 def parse_size(text: str) -> int:
-    """Bytes from '48G', '1.5 GB', '24GiB' or a plain number; decimal units unless they say 'i'.
+    """Bytes from '48G', '1.5 GB', '24GiB' or a plain number; units without an 'i' are decimal.
 
     Raises:
-        UsageError: no number, no such unit, or less than a byte.
+        UsageError: the text is not a size of at least one byte.
     """
     match = _SIZE.fullmatch(text.strip())
     if match:
@@ -21,7 +21,7 @@ def parse_size(text: str) -> int:
         power = " kmgt".index((prefix or " ").lower())
         if size := int(float(number) * (1024 if binary else 1000) ** power):
             return size
-    raise UsageError(f"{text!r} is no size such as 48G, 500MB or 24GiB")
+    raise UsageError(f"{text!r} is not a size such as 48G, 500MB or 24GiB")
 
 
 def human_bytes(count: float) -> str:

@@ -23,7 +23,7 @@ def test_reads_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "G", "0", "0.1", "-1G", "1e3", "12 apples", "5iB", "1" * 400])
 def test_refuses_what_is_no_size(text: str) -> None:
-    with pytest.raises(UsageError, match="is no size such as 48G"):
+    with pytest.raises(UsageError, match="48G"):
         parse_size(text)
 
 

@@ -1,1 +1,1 @@
-"""What lies on disk: read without trusting it, and written whole."""
+"""Files on disk: they are read without trust, and written as a whole."""

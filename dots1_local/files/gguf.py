@@ -33,7 +33,7 @@ _ROLES: dict[str, Role] = {
 
 
 def role_of(name: str) -> Role | None:
-    """The role of a GGUF tensor by its name; None where no dots1 model has such a tensor."""
+    """The role of a GGUF tensor by its name; None if no dots1 model has such a tensor."""
     match = re.fullmatch(r"(?:blk\.\d+\.)?(\w+)\.(?:weight|bias)", name)
     return _ROLES.get(match[1]) if match else None
 

@@ -176,7 +176,7 @@ def test_importance_comes_from_the_folder(tiny: Path, calibration: Path, tmp_pat
         (["--max-kld", "1e-9"], "no plan has a KL divergence of 1e-09 or less"),
         (["--bpw", "nan"], "below 1e18, not nan"),
         (["--max-kld", "-1"], "below 1e18, not -1"),
-        (["--size", "x"], "'x' is no size"),
+        (["--size", "x"], "'x' is not a size"),
         (["--size", "9MB", "--bpw", "3"], "exclude each other"),
         (["--size", "9MB", "--type", "DQ4"], "leave a budget nothing to decide"),
         (["--size", "9MB", "--context", "4k"], "go with --fit-memory"),

@@ -14,7 +14,7 @@ experts are read one after another, and each is applied to all rows that are rou
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -125,44 +125,39 @@ def backward_layer(
         CheckpointError: a tensor is missing or unreadable, or a gradient is NaN or infinite.
     """
     work = _BackwardLayer(g, x, checkpoint, layer, kl_draws, compute, report, observe)
-    flips = RouterFlips()
-    if checkpoint.config.is_dense(layer):
-        work.dense()
-    else:
-        flips = work.moe(sigma, random)
+    flips = work.dense() if checkpoint.config.is_dense(layer) else work.moe(sigma, random)
     _check_finite((g, *work.sums.values()), f"layer {layer}")
     return work.sums, flips
 
 
+@dataclass
 class _BackwardLayer:
     """The backward pass through one layer; tokens are rows of x and g."""
 
-    def __init__(
-        self,
-        g: Tensor,
-        x: Tensor,
-        checkpoint: Checkpoint,
-        layer: int,
-        kl_draws: int,
-        compute: Compute,
-        report: Report,
-        observe: Observer | None,
-    ) -> None:
-        self.positions, hidden = x.shape[1:]
-        self.g, self.x = g.view(len(g), -1, hidden), x.view(-1, hidden)
-        self.kl_draws, self.report, self.observe = kl_draws, report, observe
-        self.compute, self.device = replace(compute, autograd=True), compute.device
-        self.checkpoint, self.layer, self.config = checkpoint, layer, checkpoint.config
-        prefix = f"model.layers.{layer}."
+    g: Tensor
+    x: Tensor
+    checkpoint: Checkpoint
+    layer: int
+    kl_draws: int
+    compute: Compute
+    report: Report
+    observe: Observer | None
+
+    def __post_init__(self) -> None:
+        self.positions, hidden = self.x.shape[1:]
+        self.g, self.x = self.g.view(len(self.g), -1, hidden), self.x.view(-1, hidden)
+        self.config, self.device = self.checkpoint.config, self.compute.device
+        self.compute = replace(self.compute, autograd=True)
+        prefix = f"model.layers.{self.layer}."
         self.sums = {
             source.removeprefix(prefix): torch.zeros(2, spec.source_shape[0], dtype=torch.float64)
             for spec in inventory(self.config)
-            if spec.layer == layer and spec.role not in ("norm", "router")
+            if spec.layer == self.layer and spec.role not in ("norm", "router")
             for source in spec.sources
         }
-        self.weights = load_common(checkpoint, layer, self.compute)
+        self.weights = load_common(self.checkpoint, self.layer, self.compute)
 
-    def dense(self) -> None:
+    def dense(self) -> RouterFlips:
         for rows in self._groups():
             outputs: dict[str, Tensor] = {}
             leaf = self._leaf(self.x[rows])
@@ -171,6 +166,7 @@ class _BackwardLayer:
             for draw, gradient in self._gradients(leaf, outputs, [y], [self.g[:, rows]]):
                 self.g[draw, rows] = gradient
             self.report(len(leaf))
+        return RouterFlips()
 
     def moe(self, sigma: float, random: torch.Generator) -> RouterFlips:
         """The experts come first, because the gradients at their shares need their outputs."""

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
@@ -50,42 +50,38 @@ _NAMES = re.compile(
 )
 
 
+@dataclass
 class CalibrationFolder:
     """The folder that a calibration writes to; a `with` statement opens and locks it.
 
-    `finished` is the number of layers that the forward pass had finished when it was opened.
-    `results` are the names of the files to write in the end.
+    `results` are the names of the files to write in the end. `finished` is the number of layers
+    that the forward pass has finished, also in an earlier run with the same `identity`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        identity: str,
-        stream_bytes: int,
-        probe_bytes: int = 0,
-        *,
-        force: bool,
-        results: Sequence[str],
-    ) -> None:
-        self.path, self._work = path, path / "work"
-        self.finished = 0
+    path: Path
+    identity: str
+    stream_bytes: int
+    probe_bytes: int
+    force: bool
+    results: Sequence[str]
+    finished: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._work = self.path / "work"
         self.probe = ProbeFiles(self._work)
-        self._identity = identity
-        self._stream_bytes, self._probe_bytes = stream_bytes, probe_bytes
-        self._force, self._results = force, results
         self._lock = ExitStack()
 
     def __enter__(self) -> Self:
         with disk_errors(self.path), ExitStack() as opened:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in self._results:
-                check_target(self.path / name, force=self._force)
+            for name in self.results:
+                check_target(self.path / name, force=self.force)
             self._work.mkdir(exist_ok=True)
             busy = f"another calibration is running in {self.path}"
             opened.enter_context(open_locked(self._work / "lock", busy))
             self._resume_or_clear()
             # A new stream is written before the old one is removed.
-            needed = 2 * self._stream_bytes + self._probe_bytes
+            needed = 2 * self.stream_bytes + self.probe_bytes
             present = [*self._files("after"), *self._files("probe"), *self._files("back")]
             check_space(self._work / "after", needed, present, what="calibration")
             self._lock = opened.pop_all()
@@ -99,7 +95,7 @@ class CalibrationFolder:
         path = self._stream(self.finished)
         try:
             with path.open("rb") as file:
-                for _ in range(self._stream_bytes // (4 * count)):
+                for _ in range(self.stream_bytes // (4 * count)):
                     values = np.fromfile(file, np.float32, count)
                     if len(values) < count:
                         raise Dots1Error(f"{path} got shorter while it was read")
@@ -142,7 +138,7 @@ class CalibrationFolder:
             Dots1Error: the folder is no longer writable.
         """
         with disk_errors(self.path):
-            for name in self._results:
+            for name in self.results:
                 os.replace(self.draft(name), self.path / name)
             # Without `identity`, the other files are not taken for an unfinished run.
             for file in [*self._files("identity"), *self._files("")]:
@@ -153,13 +149,13 @@ class CalibrationFolder:
     def _resume_or_clear(self) -> None:
         """Resume a run with the same inputs; remove the files of another one if `force` is set."""
         path = self._work / "identity"
-        if path.exists() and path.read_text(errors="replace") == self._identity:
+        if path.exists() and path.read_text(errors="replace") == self.identity:
             self.finished = self._count_finished()
             for stream in self._streams():
                 if stream != self._stream(self.finished):
                     stream.unlink()
             return
-        if self._streams() and not self._force:
+        if self._streams() and not self.force:
             raise Dots1Error(
                 f"{self._work} holds an unfinished calibration of another checkpoint, text or "
                 "setting; give --force to remove it, or name another folder"
@@ -167,14 +163,14 @@ class CalibrationFolder:
         for old in self._files(""):
             if old.name != "lock":
                 old.unlink()
-        path.write_text(self._identity)
+        path.write_text(self.identity)
 
     def _count_finished(self) -> int:
         """The number of layers before the residual stream that is saved as a whole."""
         numbers = [
             int(path.stem.removeprefix("after-"))
             for path in self._streams()
-            if path.stat().st_size == self._stream_bytes
+            if path.stat().st_size == self.stream_bytes
         ]
         return max(numbers, default=0)
 
@@ -194,31 +190,27 @@ class CalibrationFolder:
 
 
 class ProbeFiles:
-    """The files of the probed chunks. Methods that write raise OSError if the disk is full."""
+    """The files of the probed chunks.
+
+    Methods that read raise Dots1Error if a file is missing, damaged, or of another shape; methods
+    that write raise OSError if the disk is full or broken.
+    """
 
     def __init__(self, work: Path) -> None:
         self._work = work
 
     def save_forward(self, layer: int, inputs: Floats, noise: float) -> None:
         """Save a layer's inputs, and the noise of its router's margins (0 if it has no router)."""
-        self._save(self._inputs(layer), inputs)
-        self._save(self._noise(layer), noise)
+        self._save(self._path("probe", layer), inputs)
+        self._save(self._path("noise", layer), noise)
 
     def inputs(self, layer: int, shape: tuple[int, ...]) -> Floats:
-        """The inputs that `save_forward` saved.
-
-        Raises:
-            Dots1Error: the file is damaged, or has another shape.
-        """
-        return self._load(self._inputs(layer), shape)
+        """The inputs that `save_forward` saved."""
+        return self._load(self._path("probe", layer), shape)
 
     def noise(self, layer: int) -> float:
-        """The noise that `save_forward` saved.
-
-        Raises:
-            Dots1Error: the file is damaged.
-        """
-        return self._read(self._noise(layer), float)
+        """The noise that `save_forward` saved."""
+        return self._read(self._path("noise", layer), float)
 
     def save_backward(self, layer: int, gradients: Floats, effects: Effects) -> None:
         """Save what was measured in a layer, and the gradients at its input.
@@ -229,45 +221,29 @@ class ProbeFiles:
             name: {kind: asdict(effect) for kind, effect in by_type.items()}
             for name, by_type in effects.items()
         }
-        self._save(self._effects(layer), measured)
-        self._save(self._gradients(layer), gradients)
-        self._gradients(layer + 1).unlink(missing_ok=True)
+        self._save(self._path("effects", layer), measured)
+        self._save(self._path("back", layer), gradients)
+        self._path("back", layer + 1).unlink(missing_ok=True)
 
     def reached(self, layers: int) -> int | None:
         """The last layer that `save_backward` was called for, or None."""
-        present = (layer for layer in range(layers + 1) if self._gradients(layer).exists())
+        present = (layer for layer in range(layers + 1) if self._path("back", layer).exists())
         return next(present, None)
 
     def gradients(self, layer: int, shape: tuple[int, ...]) -> Floats:
-        """The gradients that `save_backward` saved for the layer that is `reached`.
-
-        Raises:
-            Dots1Error: the file is damaged, or has another shape.
-        """
-        return self._load(self._gradients(layer), shape)
+        """The gradients that `save_backward` saved for the layer that is `reached`."""
+        return self._load(self._path("back", layer), shape)
 
     def effects(self, layers: int) -> dict[str, dict[str, Effect]]:
-        """Everything that was measured, from the head back to the first layer.
-
-        Raises:
-            Dots1Error: a file is damaged.
-        """
+        """Everything that was measured, from the head back to the first layer."""
         found: dict[str, dict[str, Effect]] = {}
         for layer in range(layers, -1, -1):
-            found |= self._read(self._effects(layer), dict[str, dict[str, Effect]])
+            found |= self._read(self._path("effects", layer), dict[str, dict[str, Effect]])
         return found
 
-    def _inputs(self, layer: int) -> Path:
-        return self._work / f"probe-{layer:04}.npy"
-
-    def _noise(self, layer: int) -> Path:
-        return self._work / f"noise-{layer:04}.json"
-
-    def _gradients(self, layer: int) -> Path:
-        return self._work / f"back-{layer:04}.npy"
-
-    def _effects(self, layer: int) -> Path:
-        return self._work / f"effects-{layer:04}.json"
+    def _path(self, name: str, layer: int) -> Path:
+        suffix = "npy" if name in ("probe", "back") else "json"
+        return self._work / f"{name}-{layer:04}.{suffix}"
 
     def _save(self, path: Path, value: Any) -> None:
         with open_partial(path) as file:

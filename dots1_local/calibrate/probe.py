@@ -12,7 +12,7 @@ whose own blocks have 32 weights, and of 256 for the other types. This counts as
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -163,7 +163,9 @@ class Probe:
         effects, reference = measure(drawn, self.importance.get(spec.name), self.threads)
         if input_errors is not None:
             of_inputs = dict(zip(BLOCKS, drawn.of_inputs(input_errors).tolist(), strict=True))
-            effects = {k: _add(e, *of_inputs[TYPES[k].block]) for k, e in effects.items()}
+            for kind, effect in effects.items():
+                damage, flips = of_inputs[TYPES[kind].block]
+                effects[kind] = Effect(effect.error, effect.damage + damage, effect.flips + flips)
         return {**effects, REFERENCE: reference}
 
     def _second_moments(self, spec: TensorSpec) -> Floats:
@@ -194,17 +196,10 @@ class Probe:
             reference_kl,
             damage,
             {
-                name: {
-                    kind: Effect(effect.error, effect.damage, effect.flips * scale)
-                    for kind, effect in by_type.items()
-                }
+                name: {kind: replace(e, flips=e.flips * scale) for kind, e in by_type.items()}
                 for name, by_type in found.items()
             },
         )
-
-
-def _add(effect: Effect, damage: float, flips: float) -> Effect:
-    return Effect(effect.error, effect.damage + damage, effect.flips + flips)
 
 
 def activation_errors(rows: Tensor) -> Tensor:

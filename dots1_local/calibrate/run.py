@@ -8,12 +8,11 @@ and rounded), whatever the number of layers. The backward pass needs no residual
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -52,18 +51,8 @@ class Coverage:
     median: int
 
 
-class LogitsSink(Protocol):
+class LogitsSink(AbstractContextManager["LogitsSink", None], Protocol):
     """Keeps logits, if its `with` block ends without an exception; `LogitsWriter` is one."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None: ...
 
     def write(self, chunk: int, start: int, logits: Floats, /) -> None:
         """Take logits (n, n_vocab) of a chunk's scored rows from row `start` on."""

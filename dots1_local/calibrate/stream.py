@@ -159,26 +159,23 @@ def observe_head(
             observe(head_name(config), normed)
 
 
+@dataclass
 class _ForwardLayer:
     """One layer applied to x."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        checkpoint: Checkpoint,
-        layer: int,
-        segments: Sequence[Segment],
-        compute: Compute,
-        report: Report,
-    ) -> None:
-        self.x, self.segments = x, segments
-        self.compute, self.device = compute, compute.device
-        self.checkpoint, self.layer, self.config = checkpoint, layer, checkpoint.config
+    x: Tensor
+    checkpoint: Checkpoint
+    layer: int
+    segments: Sequence[Segment]
+    compute: Compute
+    report: Report
+
+    def __post_init__(self) -> None:
+        self.config, self.device = self.checkpoint.config, self.compute.device
         self.weights = {
-            rounding: load_common(checkpoint, layer, compute, rounding)
-            for rounding in {segment.rounding for segment in segments}
+            rounding: load_common(self.checkpoint, self.layer, self.compute, rounding)
+            for rounding in {segment.rounding for segment in self.segments}
         }
-        self.report = report
 
     def dense(self) -> None:
         for group, segment in self._groups():

@@ -1,4 +1,4 @@
-"""What the tests of calibration share."""
+"""Helpers for tests of calibration."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +24,7 @@ def run(checkpoint: Checkpoint, folder: Path, tokens: NDArray[np.int32], **optio
 
 
 class Sink:
-    """Keeps logits; with `fails`, cannot keep them in the end."""
+    """Keeps logits in memory; with `fails`, closing it fails."""
 
     def __init__(self, *shape: int, fails: bool = False) -> None:
         self.rows, self.fails = np.full(shape, np.nan, np.float32), fails
@@ -38,3 +38,19 @@ class Sink:
 
     def write(self, chunk: int, start: int, logits: NDArray[np.float32]) -> None:
         self.rows[chunk, start : start + len(logits)] = logits
+
+
+RESULTS = {"imatrix.gguf", "sensitivity.json"}
+BLOCKS_OF_32 = {"Q8_0", "Q5_1", "Q5_0", "Q4_1", "IQ4_NL", "MXFP4"}
+BLOCKS_OF_256 = {"Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S",
+                 "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}  # fmt: skip
+NEEDS_IMPORTANCE = {"IQ2_XS", "IQ2_XXS", "IQ1_S"}
+
+
+def probed(
+    checkpoint: Checkpoint, folder: Path, tokens: NDArray[np.int32], **options: Any
+) -> dict[str, bytes]:
+    """Calibrate with sensitivity; return the contents of the results by name."""
+    calibrate(checkpoint, folder, tokens, threads=1, **options)
+    assert {path.name for path in folder.iterdir()} == RESULTS
+    return {name: (folder / name).read_bytes() for name in RESULTS}

@@ -1,4 +1,4 @@
-"""A checkpoint small enough to calibrate in no time, and what calibrating it writes."""
+"""A checkpoint that is calibrated in a moment, and its importance file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +20,13 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def expected(micro: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What an uninterrupted run on `random_tokens(6)` writes."""
+    """The importance file of an uninterrupted run on `random_tokens(6)`."""
     return run(micro, tmp_path_factory.mktemp("uninterrupted") / "out", random_tokens(6))
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Where others keep the cores busy, threads wait for each other at every small product."""
+    """On busy cores, threads would wait for each other at every small product."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import Dots1ForCausalLM
 
-from dots1_local.calibrate.run import calibrate
+from dots1_local.calibrate.run import Coverage, calibrate, coverage, shrink
 from dots1_local.convert.tokenizer import write_vocabulary
 from dots1_local.engine.engine import Vocabulary
 from dots1_local.errors import CheckpointError, Dots1Error, UsageError
@@ -42,8 +42,8 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Importance
     return load_importance(folder / "out" / "imatrix.gguf")
 
 
-def test_importance_is_llama_imatrixs(measured: Importance) -> None:
-    """Almost everywhere to 1e-4; an expert chosen by a hair may be another on another CPU."""
+def test_importance_equals_llama_imatrixs(measured: Importance) -> None:
+    """To 1e-4 almost everywhere; another CPU may choose another expert in a near tie."""
     stock = load_importance(GOLDEN)
     assert (measured.datasets, measured.chunk_count, measured.chunk_size) == (
         stock.datasets,
@@ -60,8 +60,8 @@ def test_importance_is_llama_imatrixs(measured: Importance) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_head_is_measured_too(tmp_path: Path, tied: bool) -> None:
-    """The mean square of what transformers calls the last hidden state."""
+def test_head_equals_transformers_last_hidden_state(tmp_path: Path, tied: bool) -> None:
+    """The squares of transformers' last hidden state, summed over tokens."""
     folder = micro_checkpoint(tmp_path / "hf", tie_word_embeddings=tied)
     tokens = random_tokens(3)
     run(Checkpoint.open(folder), tmp_path / "out", tokens)
@@ -81,8 +81,8 @@ def test_every_token_is_counted(measured: Importance, tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, LAYERS])
-def test_logits_are_the_references(tmp_path: Path, layers: int) -> None:
-    """Experts one by one over all chunks make what the whole model makes of each chunk."""
+def test_logits_equal_the_references(tmp_path: Path, layers: int) -> None:
+    """Experts applied to all chunks give the logits that the whole model gives per chunk."""
     checkpoint = Checkpoint.open(micro_checkpoint(tmp_path / "hf", num_hidden_layers=layers))
     tokens = random_tokens(3)
     sink = Sink(3, 15, checkpoint.config.vocab_size)
@@ -100,7 +100,7 @@ def test_logits_are_the_references(tmp_path: Path, layers: int) -> None:
     np.testing.assert_allclose(sink.rows, whole[:, 16:-1], atol=1e-5)
 
 
-def test_evaluation_beside_it_changes_no_bit(
+def test_evaluation_changes_no_bit_of_the_importance(
     micro: Checkpoint, expected: bytes, tmp_path: Path
 ) -> None:
     beside = random_tokens(3, seed=1)
@@ -117,7 +117,7 @@ def test_evaluation_alone_writes_no_importance(micro: Checkpoint, tmp_path: Path
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_evaluation_alone_leaves_importance_as_it_is(micro: Checkpoint, tmp_path: Path) -> None:
+def test_evaluation_alone_keeps_the_importance_file(micro: Checkpoint, tmp_path: Path) -> None:
     importance = run(micro, tmp_path / "out", random_tokens(2))
     none, sink = np.empty((0, 32), np.int32), Sink(2, 15, micro.config.vocab_size)
     tokens = random_tokens(2)
@@ -128,7 +128,7 @@ def test_evaluation_alone_leaves_importance_as_it_is(micro: Checkpoint, tmp_path
     assert (tmp_path / "out" / "imatrix.gguf").read_bytes() == importance
 
 
-def test_bf16_is_near(micro: Checkpoint, tmp_path: Path) -> None:
+def test_bf16_is_close_to_f32(micro: Checkpoint, tmp_path: Path) -> None:
     run(micro, tmp_path / "f32", random_tokens(6))
     run(micro, tmp_path / "bf16", random_tokens(6), precision="BF16")
     exact, rounded = (load_importance(tmp_path / f / "imatrix.gguf") for f in ("f32", "bf16"))
@@ -136,7 +136,7 @@ def test_bf16_is_near(micro: Checkpoint, tmp_path: Path) -> None:
     np.testing.assert_allclose(rounded.sums(name), exact.sums(name), rtol=0.05)
 
 
-def spoilt(folder: Path, name: str, value: float) -> Checkpoint:
+def damaged(folder: Path, name: str, value: float) -> Checkpoint:
     """A checkpoint with one bf16 weight replaced."""
     checkpoint = Checkpoint.open(micro_checkpoint(folder, num_hidden_layers=LAYERS))
     piece = checkpoint.locate(name)
@@ -163,7 +163,7 @@ def spoilt(folder: Path, name: str, value: float) -> Checkpoint:
     ],
 )
 def test_nan_is_found_in_its_layer(tmp_path: Path, weight: str, found: str) -> None:
-    checkpoint = spoilt(tmp_path / "hf", weight, np.nan)
+    checkpoint = damaged(tmp_path / "hf", weight, np.nan)
     with pytest.raises(CheckpointError, match=found):
         calibrate(checkpoint, tmp_path / "out", random_tokens(6), threads=1, sensitivity=False)
 
@@ -180,7 +180,7 @@ def test_nan_is_found_in_its_layer(tmp_path: Path, weight: str, found: str) -> N
         (random_tokens(1), {"device": "hpu"}, "no device 'hpu' here"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
+def test_impossible_requests_are_refused(
     micro: Checkpoint,
     tmp_path: Path,
     tokens: NDArray[np.int32],
@@ -192,12 +192,35 @@ def test_what_makes_no_sense_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_that_is_not_there(
+def test_too_little_memory_is_one_sentence(
     micro: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch itself refuses; 10^18 bytes are asked for."""
+    """10^18 bytes are requested, which torch refuses."""
     monkeypatch.setattr(
         "dots1_local.calibrate.forward.embed", lambda *_: torch.empty(1 << 60, dtype=torch.uint8)
     )
     with pytest.raises(Dots1Error, match="memory for 192 tokens"):
         calibrate(micro, tmp_path / "out", random_tokens(6), sensitivity=False)
+
+
+def test_shrinkage_by_hand() -> None:
+    """The layer's mean is (66, 22) / 11 = (6, 2); below 4 tokens it takes part."""
+    sums = np.array([[50, 10], [16, 12], [0, 0]], np.float32)
+    counts = np.array([8, 3, 0], np.float32)
+    shrunk, tokens = shrink(sums, counts, least=4)
+    np.testing.assert_array_equal(tokens, [8, 3, 1])
+    expected = np.array([[50 / 8, 10 / 8], [(16 + 6) / 4, (12 + 2) / 4], [6, 2]])
+    np.testing.assert_allclose(shrunk / tokens[:, None], expected, rtol=1e-6)
+
+
+def test_nothing_is_shrunk_that_was_seen_enough() -> None:
+    sums, counts = np.ones((2, 3), np.float32), np.array([4, 5], np.float32)
+    for least in (0, 4):
+        shrunk, tokens = shrink(sums, counts, least)
+        np.testing.assert_array_equal(shrunk, sums)
+        np.testing.assert_array_equal(tokens, counts)
+
+
+def test_coverage_by_hand() -> None:
+    counts = np.array([0, 7, 200, 90, 100, 1000], np.float32)
+    assert coverage(3, counts) == Coverage(3, 6, unseen=1, rare=3, fewest=0, median=95)

@@ -1,4 +1,4 @@
-"""Sensitivity, from the checkpoint to the file."""
+"""Sensitivity: from the checkpoint to the file."""
 
 import gc
 import hashlib
@@ -17,8 +17,15 @@ from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.sensitivity import Sensitivity, load_sensitivity
 from dots1_local.reference.model import logits as whole_logits
-from tests.calibrate.calibration import Sink, random_tokens, run
-from tests.calibrate.probed import BLOCKS_OF_32, BLOCKS_OF_256, NEEDS_IMPORTANCE, probed
+from tests.calibrate.calibration import (
+    BLOCKS_OF_32,
+    BLOCKS_OF_256,
+    NEEDS_IMPORTANCE,
+    Sink,
+    probed,
+    random_tokens,
+    run,
+)
 from tests.micro import micro_checkpoint
 
 HIDDEN, DENSE, EXPERT = 256, 96, 32  # widths; an expert's may be padded to 256
@@ -27,7 +34,7 @@ ATTENTION = {f"attn_{part}" for part in ("q", "k", "v", "output")}
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Of one dense and one MoE layer."""
+    """A checkpoint with one dense and one MoE layer."""
     folder = tmp_path_factory.mktemp("wide")
     return Checkpoint.open(micro_checkpoint(folder, hidden_size=HIDDEN, intermediate_size=DENSE))
 
@@ -40,7 +47,7 @@ def measured(wide: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def measure(folder: Path, tokens: NDArray[np.int32], **changes: Any) -> Sensitivity:
-    """What is measured on a micro checkpoint."""
+    """The sensitivity of a micro checkpoint."""
     checkpoint = Checkpoint.open(micro_checkpoint(folder / "hf", **changes))
     probed(checkpoint, folder / "out", tokens)
     return load_calibration(folder / "out")[0]
@@ -62,7 +69,7 @@ def test_every_tensor_and_type_is_measured(measured: Path) -> None:
     assert {name: set(by_type) for name, by_type in found.items()} == expected
 
 
-def test_fewer_bits_do_more_damage(measured: Path) -> None:
+def test_fewer_bits_cause_more_damage(measured: Path) -> None:
     for name, by_type in load_sensitivity(measured / "sensitivity.json").tensors.items():
         damages = [by_type[kind].damage for kind in ("Q8_0", "Q5_0", "IQ4_NL")]
         assert 0 < damages[0] < damages[1] < damages[2], name
@@ -70,7 +77,7 @@ def test_fewer_bits_do_more_damage(measured: Path) -> None:
             assert damages[2] < by_type["Q3_K"].damage < by_type["Q2_K"].damage, name
 
 
-def test_the_file_says_what_it_belongs_to(wide: Checkpoint, measured: Path) -> None:
+def test_the_file_names_its_model_and_importance(wide: Checkpoint, measured: Path) -> None:
     sensitivity, importance = load_calibration(measured)
     sensitivity.check(wide.config)
     imatrix = (measured / "imatrix.gguf").read_bytes()
@@ -79,18 +86,18 @@ def test_the_file_says_what_it_belongs_to(wide: Checkpoint, measured: Path) -> N
     assert sensitivity.reference_type == "Q4_0"
 
 
-def test_what_is_predicted_of_the_reference_was_measured(measured: Path) -> None:
-    """A type that is a little better in every tensor is predicted a little under it."""
+def test_the_prediction_for_the_reference_is_the_measured_value(measured: Path) -> None:
+    """IQ4_NL is a little better in every tensor, so its prediction is a little lower."""
     raw = json.loads((measured / "sensitivity.json").read_text())
     sensitivity = load_sensitivity(measured / "sensitivity.json")
     predicted = sensitivity.predict(dict.fromkeys(sensitivity.tensors, "IQ4_NL"))
     assert 0.5 < predicted / raw["reference_kl"] < 1
 
 
-def test_sensitivity_of_another_importance_is_not_trusted(
+def test_sensitivity_of_another_importance_file_is_refused(
     wide: Checkpoint, measured: Path, tmp_path: Path
 ) -> None:
-    """As it lies there after --importance-only --force."""
+    """This happens after --importance-only --force."""
     output = tmp_path / "out"
     assert run(wide, output, random_tokens(2, seed=1))
     (output / "sensitivity.json").write_bytes((measured / "sensitivity.json").read_bytes())
@@ -113,10 +120,10 @@ def test_without_sensitivity_an_old_one_stays(wide: Checkpoint, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("limit", "chunks", "positions"), [(20, 1, 20), (32, 1, 32), (100, 3, 32)])
-def test_so_many_positions_are_probed(
+def test_the_number_of_probed_positions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, chunks: int, positions: int
 ) -> None:
-    """Whole chunks, or the beginning of one."""
+    """Whole chunks are probed, or the beginning of one."""
     for module in ("run", "forward"):
         monkeypatch.setattr(f"dots1_local.calibrate.{module}.PROBED", limit)
     checkpoint = Checkpoint.open(micro_checkpoint(tmp_path / "hf"))
@@ -131,12 +138,12 @@ def test_so_many_positions_are_probed(
 
 
 @pytest.mark.parametrize("n_ctx", [1, 16])
-def test_one_tiny_chunk_will_do(tmp_path: Path, n_ctx: int) -> None:
+def test_one_tiny_chunk_suffices(tmp_path: Path, n_ctx: int) -> None:
     assert measure(tmp_path, random_tokens(1, n_ctx)).tokens == n_ctx
 
 
-def test_only_routers_that_choose_flip(tmp_path: Path) -> None:
-    """Not where there are none, nor where all experts are always chosen."""
+def test_only_routers_with_a_choice_flip(tmp_path: Path) -> None:
+    """Nothing flips without routers, or if all experts are always chosen."""
     tokens = random_tokens(4)
     for name, changes in {
         "dense": {"first_k_dense_replace": 2},
@@ -152,7 +159,7 @@ def test_only_routers_that_choose_flip(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_is_not_the_embedding(tmp_path: Path) -> None:
-    """One matrix, two uses of it, each with a cost of its own."""
+    """The matrix has two uses, each with its own costs."""
     found = measure(tmp_path, random_tokens(4), tie_word_embeddings=True).tensors
     head, embedding = found["output.weight"]["Q8_0"], found["token_embd.weight"]["Q8_0"]
     assert head.damage > 0
@@ -160,7 +167,7 @@ def test_a_tied_head_is_not_the_embedding(tmp_path: Path) -> None:
     assert head.damage != embedding.damage
 
 
-def test_rows_that_no_type_fits_have_no_types(tmp_path: Path) -> None:
+def test_rows_that_no_type_fits_have_no_effects(tmp_path: Path) -> None:
     found = measure(tmp_path, random_tokens(4), hidden_size=80, intermediate_size=80)
     assert found.tensors["blk.0.ffn_down.weight"] == {}
     assert found.tensors["blk.1.ffn_gate_exps.weight"] == {}
@@ -168,7 +175,7 @@ def test_rows_that_no_type_fits_have_no_types(tmp_path: Path) -> None:
     assert found.predict({"blk.0.ffn_down.weight": "F16"}) == 0
 
 
-def test_logits_beside_it_are_the_references(wide: Checkpoint, tmp_path: Path) -> None:
+def test_logits_equal_the_references(wide: Checkpoint, tmp_path: Path) -> None:
     """The backward pass drops the residual stream, and the logits need it again."""
     tokens, beside = random_tokens(3), random_tokens(2, seed=1)
     sink, streams = Sink(3, 15, wide.config.vocab_size), []
@@ -184,7 +191,7 @@ def test_logits_beside_it_are_the_references(wide: Checkpoint, tmp_path: Path) -
     assert set(streams) == {0}
 
 
-def test_progress_is_of_both_passes(wide: Checkpoint, tmp_path: Path) -> None:
+def test_progress_covers_both_passes(wide: Checkpoint, tmp_path: Path) -> None:
     reports: list[tuple[int, int, str]] = []
 
     def keep(done: int, total: int, unit: str, what: str) -> None:
@@ -199,7 +206,7 @@ def test_progress_is_of_both_passes(wide: Checkpoint, tmp_path: Path) -> None:
     assert names == ["layer 0", "layer 1", "head", "layer 1, backward", "layer 0, backward"]
 
 
-def spoil(checkpoint: Checkpoint, name: str, row: int) -> None:
+def damage(checkpoint: Checkpoint, name: str, row: int) -> None:
     """Make the first weight of a row NaN."""
     piece = checkpoint.locate(name)
     with piece.file.open("r+b") as file:
@@ -217,7 +224,7 @@ def spoil(checkpoint: Checkpoint, name: str, row: int) -> None:
 )
 def test_nan_is_found(tmp_path: Path, weight: str, found: str) -> None:
     checkpoint = Checkpoint.open(micro_checkpoint(tmp_path / "hf"))
-    spoil(checkpoint, weight, 5)
+    damage(checkpoint, weight, 5)
     with pytest.raises(CheckpointError, match=found):
         calibrate(checkpoint, tmp_path / "out", random_tokens(6), threads=1)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["work"]

@@ -1,4 +1,4 @@
-"""Whatever stops the measurement of sensitivity, running it again ends with the same bytes."""
+"""A run that measures sensitivity is resumed after any interruption, with the same bytes."""
 
 import errno
 import os
@@ -13,8 +13,7 @@ import pytest
 from dots1_local.calibrate.run import calibrate
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
-from tests.calibrate.calibration import Sink, random_tokens
-from tests.calibrate.probed import RESULTS, probed
+from tests.calibrate.calibration import RESULTS, Sink, probed, random_tokens
 from tests.micro import micro_checkpoint
 
 LAYERS = 2
@@ -34,8 +33,8 @@ def sink() -> Sink:
 
 @pytest.fixture(scope="module")
 def moments(micro: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The folder as a kill would have left it before each file got its name or was removed; last,
-    as a run that nothing stopped leaves it."""
+    """Copies of the folder, each made before a file got its name or was removed; the last copy is
+    the result of the whole run."""
     kept = tmp_path_factory.mktemp("moments")
     output = kept / "output"
 
@@ -66,7 +65,7 @@ def expected(moments: list[Path]) -> dict[str, bytes]:
 
 @pytest.fixture
 def half_way(moments: list[Path], tmp_path: Path) -> Path:
-    """A folder whose run has come back through the last layer."""
+    """A folder whose backward pass has finished the last layer."""
     there = (m for m in moments if (m / "work" / f"back-{LAYERS - 1:04}.npy").exists())
     return shutil.copytree(next(there), tmp_path / "out")
 
@@ -74,7 +73,7 @@ def half_way(moments: list[Path], tmp_path: Path) -> Path:
 def test_killed_at_any_moment(
     micro: Checkpoint, moments: list[Path], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """One that has published something already is finished by force."""
+    """--force finishes a run that has already moved a result."""
     logits = sink()
     calibrate(micro, tmp_path / "all", TOKENS, evaluation=EVALUATED, logits=logits, threads=1)
     assert len(moments) > 20
@@ -95,7 +94,7 @@ def test_nothing_is_published_before_all_is_measured(moments: list[Path]) -> Non
             assert there >= RESULTS
 
 
-def test_it_says_how_far_it_has_come(
+def test_a_resumed_run_reports_the_finished_layers(
     micro: Checkpoint, moments: list[Path], tmp_path: Path
 ) -> None:
     said = []
@@ -120,7 +119,7 @@ def stop(done: int, total: int, unit: str, what: str) -> None:
 def test_interrupted_at_any_report(
     micro: Checkpoint, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Ctrl-C strikes a little later each time, and what was finished is not done again."""
+    """Ctrl-C comes a little later each time; finished layers are not computed again."""
     reports = [0]
 
     def interrupt(done: int, total: int, unit: str, what: str) -> None:

@@ -1,6 +1,5 @@
-"""Tokens that pass through rounded weights beside others that do not."""
+"""The model layer by layer: segments with rounded weights beside others, and their divergence."""
 
-import math
 from pathlib import Path
 
 import gguf
@@ -35,7 +34,7 @@ def unchanged(weights: Weights) -> Weights:
 
 
 def rounded(weights: Weights) -> Weights:
-    """Matrices, but for the router's, as gguf-py stores them in Q4_0."""
+    """All matrices except the router's, stored in Q4_0 by gguf-py and decoded."""
 
     def stored(tensor: torch.Tensor) -> torch.Tensor:
         kind = gguf.GGMLQuantizationType.Q4_0
@@ -52,7 +51,7 @@ def random_tokens(chunks: int, seed: int = 0) -> torch.Tensor:
 
 
 def streamed(checkpoint: Checkpoint, tokens: torch.Tensor, *segments: Segment) -> torch.Tensor:
-    """What leaves the last layer."""
+    """The output of the last layer."""
     x = torch.empty(*tokens.shape, checkpoint.config.hidden_size)
     for segment in segments:
         part = slice(segment.start, segment.stop)
@@ -63,7 +62,7 @@ def streamed(checkpoint: Checkpoint, tokens: torch.Tensor, *segments: Segment) -
 
 
 def whole(checkpoint: Checkpoint, tokens: torch.Tensor, *, is_rounded: bool) -> torch.Tensor:
-    """The same from all weights at once."""
+    """The same, computed from whole layers."""
     change = rounded if is_rounded else unchanged
     outer, layers = change(load_outer(checkpoint)), map(change, load_layers(checkpoint))
     x = outer["model.embed_tokens.weight"][tokens]
@@ -72,7 +71,7 @@ def whole(checkpoint: Checkpoint, tokens: torch.Tensor, *, is_rounded: bool) -> 
     return x
 
 
-def test_only_its_segment_passes_through_rounded_weights(micro: Checkpoint) -> None:
+def test_rounding_affects_only_its_segment(micro: Checkpoint) -> None:
     tokens = random_tokens(5)
     x = streamed(micro, tokens, Segment(0, 2), Segment(2, 4, rounding=Q4_0), Segment(4, 5))
     for part, is_rounded in ((slice(2), False), (slice(2, 4), True), (slice(4, 5), False)):
@@ -80,25 +79,25 @@ def test_only_its_segment_passes_through_rounded_weights(micro: Checkpoint) -> N
         torch.testing.assert_close(x[part], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_rounding_beside_it_changes_no_bit(micro: Checkpoint) -> None:
+def test_a_rounded_segment_changes_no_bit_of_others(micro: Checkpoint) -> None:
     tokens = random_tokens(4)
     alone = streamed(micro, tokens[:2], Segment(0, 2))
     x = streamed(micro, tokens, Segment(0, 2), Segment(2, 4, rounding=Q4_0))
     assert torch.equal(x[:2], alone)
 
 
-def test_rows_that_are_no_whole_blocks_stay() -> None:
+def test_rows_that_blocks_do_not_fit_stay_unchanged() -> None:
     matrix = torch.randn(3, 48, dtype=torch.bfloat16)
     assert Q4_0(matrix) is matrix
 
 
-def test_large_matrices_are_rounded_as_small_ones() -> None:
+def test_large_matrices_are_rounded_like_small_ones() -> None:
     matrix = torch.randn(700, 4096)
     np.testing.assert_array_equal(Q4_0(matrix)[690:], Q4_0(matrix[690:]))
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_divergence_is_that_of_the_whole_models(
+def test_divergence_equals_that_of_the_whole_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
 ) -> None:
     """Blocks of 100 tokens of a vocabulary of 288, and of 7 of 40 positions."""
@@ -118,34 +117,7 @@ def test_divergence_is_that_of_the_whole_models(
     assert rounded_divergence(x[:2], x[:2], checkpoint, lambda rows: rows, CPU) == 0
 
 
-def test_router_noise_by_hand() -> None:
-    """Of 3 experts 1 is chosen; the identity is the router, so logits are the rows themselves.
-
-    The first token's scores are 1/2, 3/4, 1/4, with the bias 1, 3/4, 1/4: experts 0 and 1 are next
-    to each other. Their scores become 1/4 and 7/8: the margin changes by -1/4 - 1/8 = -3/8. The
-    second token's are 1/4, 1/5, 7/8, with the bias 3/4, 1/5, 7/8: experts 2 and 0, which become
-    9/10 and 1/4, by +1/40.
-    """
-    bias = torch.tensor([0.5, 0, 0])
-    before = torch.tensor([[1 / 2, 3 / 4, 1 / 4], [1 / 4, 1 / 5, 7 / 8]]).logit()
-    after = torch.tensor([[1 / 4, 7 / 8, 1 / 2], [1 / 4, 1 / 2, 9 / 10]]).logit()
-    noise = RouterNoise(torch.eye(3), bias, chosen=1)
-    noise.exact("mlp.gate.weight", before)
-    noise.exact("self_attn.q_proj.weight", torch.ones(7, 3))
-    for row in after.split(1):
-        noise.rounded("mlp.gate.weight", row)
-    expected = (3 / 8 + 1 / 40) / 2 * math.sqrt(math.pi / 2)
-    assert noise.sigma() == pytest.approx(expected, rel=1e-5)
-
-
-def test_router_without_choice_makes_no_noise() -> None:
-    noise = RouterNoise(torch.eye(3), torch.zeros(3), chosen=3)
-    noise.exact("mlp.gate.weight", torch.ones(2, 3))
-    noise.rounded("mlp.gate.weight", torch.zeros(2, 3))
-    assert noise.sigma() == 0
-
-
-def test_router_hears_both_segments(micro: Checkpoint) -> None:
+def test_observers_get_the_rows_of_their_segment(micro: Checkpoint) -> None:
     """With the same weights there is no noise; with rounded ones there is some."""
     tokens = random_tokens(2).repeat(2, 1)
     x = torch.empty(*tokens.shape, micro.config.hidden_size)

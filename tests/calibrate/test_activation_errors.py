@@ -1,4 +1,4 @@
-"""What rounding activations loses, against the functions llama.cpp rounds them with."""
+"""Errors of rounded activations, against the functions that llama.cpp rounds them with."""
 
 import ctypes
 
@@ -42,7 +42,7 @@ def traits(kind: int) -> Traits:
 
 
 def rounded(rows: NDArray[np.float32], kind: int) -> NDArray[np.float32]:
-    """Rows as llama.cpp's CPU kernels see them."""
+    """Rows as llama.cpp's CPU kernels round them."""
     layout = LAYOUTS[kind]
     blocks = np.zeros(rows.size // layout["q"].shape[0], layout)
     traits(kind).from_float(rows.ctypes.data, blocks.ctypes.data, rows.size)
@@ -51,15 +51,15 @@ def rounded(rows: NDArray[np.float32], kind: int) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("kind", [k for k in TYPES.values() if k.bpw < 16], ids=lambda k: k.name)
-def test_blocks_of_activations_are_as_long_as_those_of_weights(kind: QuantType) -> None:
+def test_blocks_of_activations_are_as_long_as_blocks_of_weights(kind: QuantType) -> None:
     assert LAYOUTS[traits(kind.ggml).vec_dot_type]["q"].shape[0] == kind.block
     assert kind.block in BLOCKS
 
 
-def test_errors_are_those_of_llama_cpp() -> None:
+def test_errors_equal_llama_cpps() -> None:
     config = Dots1Config.from_json(micro_config(hidden_size=512))
     rows = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
-    rows[:, 7] *= 20  # an outlier, which 256 of them share a scale with
+    rows[:, 7] *= 20  # an outlier, which sets the scale of its block
     noise = ColumnSums(config, 1, activation_errors)
     noise.observe("self_attn.q_proj.weight", rows[:40])
     noise.observe("self_attn.q_proj.weight", rows[40:])
@@ -68,11 +68,11 @@ def test_errors_are_those_of_llama_cpp() -> None:
     for ours, kind in zip(by_length, (8, 15), strict=True):
         expected = np.square(rounded(rows.numpy(), kind) - rows.numpy()).mean(axis=0)
         np.testing.assert_allclose(ours[0].mean(), expected.mean(), rtol=0.02)
-        others = np.arange(512) != 7  # there the 16-bit float that is Q8_0's scale shows
+        others = np.arange(512) != 7  # Q8_0's scale is a 16-bit float, which shows there
         np.testing.assert_allclose(ours[0][others], expected[others], rtol=0.1)
 
 
-def test_experts_are_kept_apart_and_may_go_without_tokens() -> None:
+def test_each_expert_has_errors_of_its_own() -> None:
     config = Dots1Config.from_json(micro_config())
     noise = ColumnSums(config, 1, activation_errors)
     noise.observe("mlp.experts.2.up_proj.weight", torch.rand(5, 64))

@@ -16,7 +16,7 @@ from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from tests.calibrate.calibration import LAYERS, Sink, random_tokens, run
 
-# Says where it is when it has come so far, and waits there to be killed.
+# Prints its position at a part of the work, and waits there to be killed.
 CHILD = """
 import sys, time
 import numpy as np
@@ -89,7 +89,7 @@ def test_another_run_is_removed_only_by_force(
     with pytest.raises(Dots1Error, match="unfinished calibration of another"):
         calibrate(micro, output, other, sensitivity=False)
     assert run(micro, output, other, force=True) != expected
-    with pytest.raises(Dots1Error, match=r"imatrix\.gguf exists; give --force to replace it"):
+    with pytest.raises(Dots1Error, match=r"imatrix\.gguf exists.*--force"):
         calibrate(micro, output, random_tokens(6), sensitivity=False)
     assert run(micro, output, random_tokens(6), force=True) == expected
 

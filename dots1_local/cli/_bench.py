@@ -26,8 +26,6 @@ _MARGIN = 256  # tokens that are generated after the deepest context
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """The arguments and options of `dots1 bench`."""
-
     model: shared.Model
     context: str = option(
         "Measure after these numbers of tokens.", "--context", "-c", value="512,4096"

@@ -44,8 +44,6 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """The arguments and options of `dots1 calibrate`."""
-
     checkpoint: Path = argument("A folder with config.json and safetensors.")
     output: Path = option("Write to this folder.", "--output", "-o", value=MISSING, metavar="DIR")
     file: list[Path] | None = option("Calibrate on this text, UTF-8; repeatable.", "--file", "-f")

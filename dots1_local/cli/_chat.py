@@ -26,8 +26,6 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """The arguments and options of `dots1 chat`."""
-
     file: Path | None = argument(
         "A dots1 GGUF file. Optional with --url.", metavar="FILE.gguf", value=None
     )

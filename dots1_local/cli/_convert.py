@@ -32,8 +32,6 @@ _HUB = "A checkpoint on the hub"
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """The arguments and options of `dots1 convert`."""
-
     checkpoint: str = argument(
         "A folder with config.json and safetensors, or organisation/model on the Hugging Face hub."
     )

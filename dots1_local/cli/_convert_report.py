@@ -12,7 +12,7 @@ from dots1_local.sizes import human_bytes
 if TYPE_CHECKING:
     from dots1_local.cli._convert import ConvertOptions
     from dots1_local.convert import Budget, Conversion
-    from dots1_local.quant.allocation import Allocation, Part, TypeChange
+    from dots1_local.quant.allocation import Allocation, TypeChange
 
 __all__ = ["show", "show_hub", "summary", "warn"]
 
@@ -163,9 +163,14 @@ def _show_allocation(conversion: "Conversion", allocation: "Allocation", file_by
     from dots1_local.quant.allocation import summarise
 
     parts = summarise(conversion.tensors, allocation.shares)
-    rows = [_part_row(part, allocation.kl) for part in parts]
-    bpw = conversion.nbytes * 8 / sum(part.parameters for part in parts)
-    total = ("total", "", "", human_bytes(conversion.nbytes), f"{bpw:.3f}", "100.0%")
+    rows = []
+    for part in parts:
+        types = ", ".join(f"{count}x{kind}" for kind, count in part.types.items())  # wraps as one
+        bpw = f"{part.nbytes * 8 / part.parameters:.3f}"
+        share = f"{part.kl / allocation.kl:.1%}" if part.kl and allocation.kl else "-"
+        rows.append((part.role, part.part, types, human_bytes(part.nbytes), bpw, share))
+    average = conversion.nbytes * 8 / sum(part.parameters for part in parts)
+    total = ("total", "", "", human_bytes(conversion.nbytes), f"{average:.3f}", "100.0%")
     header = ("role", "part", "types", "bytes", "bpw", "of KLD")
     print_table(header, rows, numbers_from=3, total=total)
     unit, scale = ("GB", 1e9) if conversion.nbytes >= 1e9 else ("MB", 1e6)
@@ -188,13 +193,6 @@ def _allocation_json(conversion: "Conversion", allocation: "Allocation") -> dict
         "downgrades": [asdict(move) for move in allocation.downgrades],
         "other_width": asdict(allocation.other) if allocation.other else None,
     }
-
-
-def _part_row(part: "Part", whole: float) -> Sequence[str]:
-    types = ", ".join(f"{count}x{kind}" for kind, count in part.types.items())  # wraps as one
-    share = f"{part.kl / whole:.1%}" if part.kl and whole else "-"
-    bpw = f"{part.nbytes * 8 / part.parameters:.3f}"
-    return part.role, part.part, types, human_bytes(part.nbytes), bpw, share
 
 
 def _show_moves(title: str, moves: "Sequence[TypeChange]", unit: str, scale: float) -> None:

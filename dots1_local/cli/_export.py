@@ -33,8 +33,6 @@ __all__ = ["ExportOptions", "export"]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The arguments and options of `dots1 export`."""
-
     file: ModelShard
     output: Path | None = option(
         "Write to this folder. Optional with --dry-run.", "--output", "-o", metavar="DIR"

@@ -17,8 +17,6 @@ __all__ = ["HardwareOptions", "hardware"]
 
 @dataclass(frozen=True)
 class HardwareOptions:
-    """The options of `dots1 hardware`."""
-
     file: str | None = option(
         "Show the machine that this file or name describes.",
         "--hardware",

@@ -1,7 +1,7 @@
 """`dots1 inspect`: show what a GGUF file or a checkpoint holds."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,6 @@ _MAX_CHARACTERS = 120
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """The arguments and options of `dots1 inspect`."""
-
     path: Path = argument("A GGUF file, any shard of a split one, or a checkpoint's folder.")
     tensors: bool = flag("List every tensor with its type, shape and size.", "--tensors")
     keys: bool = flag("List the metadata keys; long values are abbreviated.", "--keys")
@@ -46,36 +44,26 @@ def inspect(options: InspectOptions) -> None:
     _print_summary(inspection)
     if options.tensors:
         print()
-        _print_tensors(inspection.tensors)
+        rows: Iterable[Sequence[str]] = (
+            (t.name, t.role, t.type, "×".join(map(str, t.shape)), human_bytes(t.nbytes))
+            for t in inspection.tensors
+        )
+        print_table(("tensor", "role", "type", "shape", "bytes"), rows, numbers_from=3)
     if options.keys:
         print()
-        _print_keys(inspection.keys)
+        rows = ((key, _abbreviate(value)) for key, value in inspection.keys.items())
+        print_table(("key", "value"), rows, numbers_from=2)
 
 
 def _print_summary(inspection: "Inspection") -> None:
+    count = inspection.parameters
+    parameters = f"{count / 1e9:.3f} B" if count >= 1e9 else f"{count / 1e6:.3f} M"
     print(
         f"{inspection.path}: {inspection.architecture} {inspection.kind}, "
         f"{plural(len(inspection.files), 'file')}, {human_bytes(inspection.nbytes)} of tensors, "
-        f"{_human_count(inspection.parameters)} parameters, {inspection.bpw:.3f} bits per weight\n"
+        f"{parameters} parameters, {inspection.bpw:.3f} bits per weight\n"
     )
     print_sizes((each.role, each.type, each.parameters, each.nbytes) for each in inspection.tensors)
-
-
-def _human_count(count: int) -> str:
-    return f"{count / 1e9:.3f} B" if count >= 1e9 else f"{count / 1e6:.3f} M"
-
-
-def _print_tensors(tensors: "Iterable[InspectedTensor]") -> None:
-    rows = (
-        (each.name, each.role, each.type, "×".join(map(str, each.shape)), human_bytes(each.nbytes))
-        for each in tensors
-    )
-    print_table(("tensor", "role", "type", "shape", "bytes"), rows, numbers_from=3)
-
-
-def _print_keys(keys: Mapping[str, Any]) -> None:
-    rows = ((key, _abbreviate(value)) for key, value in keys.items())
-    print_table(("key", "value"), rows, numbers_from=2)
 
 
 def _abbreviate(value: Any) -> str:

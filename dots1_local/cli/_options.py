@@ -133,24 +133,18 @@ def verb(run: Callable[[Any], None]) -> Callable[..., None]:
     """Turn a function of one dataclass into a function with a parameter for each field."""
     options = get_type_hints(run)["options"]
     hints = get_type_hints(options, include_extras=True)
-    parameters = []
     for each in fields(options):
-        hint = hints[each.name]
         if "typer" in each.metadata:
-            hint = Annotated[hint, each.metadata["typer"]]
-        default = inspect.Parameter.empty if each.default is MISSING else each.default
-        parameters.append(
-            inspect.Parameter(
-                each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
-            )
-        )
+            hints[each.name] = Annotated[hints[each.name], each.metadata["typer"]]
 
     def call(**values: Any) -> None:
         run(options(**values))
 
-    call.__name__, call.__doc__ = run.__name__, run.__doc__
-    call.__annotations__ = {each.name: each.annotation for each in parameters}
-    cast("Any", call).__signature__ = inspect.Signature(parameters)
+    call.__name__, call.__doc__, call.__annotations__ = run.__name__, run.__doc__, hints
+    parameters = inspect.signature(options).parameters.values()
+    cast("Any", call).__signature__ = inspect.Signature(
+        [each.replace(annotation=hints[each.name]) for each in parameters]
+    )
     return call
 
 
@@ -173,12 +167,10 @@ def memory_limits(vram: str | None, ram: str | None) -> dict[str, int | None]:
     """
     from dots1_local.sizes import parse_size
 
-    def nbytes(size: str | None) -> int | None:
-        if size is None or size.strip() == "0":
-            return None if size is None else 0
-        return parse_size(size)
-
-    return {"vram": nbytes(vram), "ram": nbytes(ram)}
+    return {
+        name: size if size is None else 0 if size.strip() == "0" else parse_size(size)
+        for name, size in (("vram", vram), ("ram", ram))
+    }
 
 
 def choose_placement(plan: Path | None, workers: Sequence[str]) -> Path | Literal["auto"] | None:

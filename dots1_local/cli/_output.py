@@ -11,6 +11,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from shutil import get_terminal_size
 from typing import Any
 
@@ -39,19 +40,15 @@ def notice(message: str) -> None:
     """Print a message on stderr; on a terminal, wrap it between words."""
     if sys.stderr.isatty():
         width = get_terminal_size().columns
-        message = "\n".join(_wrap(line, width) for line in message.split("\n"))
+        wrap = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+        lines = message.split("\n")
+        message = "\n".join(line if len(line) < width else wrap(line) for line in lines)
     print(message, file=sys.stderr)
 
 
 def notice_resumed(done: int, total: int, unit: str, what: str) -> None:
     """Print how much of the work an earlier run has done; a `Progress`."""
     notice(f"resuming: {done} of {total} {unit} are done")
-
-
-def _wrap(line: str, width: int) -> str:
-    if len(line) < width:
-        return line
-    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def print_json(value: Any) -> None:
@@ -91,16 +88,14 @@ def progress_bar(label: str) -> Iterator[Progress]:
         task = bar.add_task(label, total=None, amount="", what="")
 
         def report(done: int, total: int, unit: str, what: str) -> None:
-            amount = _amount(done, total, bar.tasks[task].speed or 0, unit)
+            speed = bar.tasks[task].speed or 0
+            amount = f"{done:,} of {total:,} {unit}, {speed:,.0f}/s"
+            if unit == "bytes":
+                sizes = human_bytes(done), human_bytes(total), human_bytes(speed)
+                amount = "{} of {}, {}/s".format(*sizes)
             bar.update(task, completed=done, total=total, amount=amount, what=what)
 
         yield report
-
-
-def _amount(done: int, total: int, speed: float, unit: str) -> str:
-    if unit == "bytes":
-        return f"{human_bytes(done)} of {human_bytes(total)}, {human_bytes(speed)}/s"
-    return f"{done:,} of {total:,} {unit}, {speed:,.0f}/s"
 
 
 def print_sizes(tensors: Iterable[tuple[str, str, int, int]]) -> None:

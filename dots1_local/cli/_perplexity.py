@@ -23,8 +23,6 @@ _FEW = 100  # scored tokens; llama-perplexity prints no statistics for fewer
 
 @dataclass(frozen=True)
 class PerplexityOptions:
-    """The arguments and options of `dots1 perplexity`."""
-
     model: shared.Model
     file: Path | None = option("Predict this text, UTF-8. Optional with --logits.", "--file", "-f")
     context: int | None = option(

@@ -1,6 +1,6 @@
 """`dots1 plan`: show where a model would live on a machine, and how fast it would be."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +41,6 @@ _NEVER = 1 << 20  # tokens; no placement has a batch that large
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The arguments and options of `dots1 plan`."""
-
     model: shared.Model
     context: str | None = option(
         "Plan for this many tokens, such as 32k.", "--context", "-c", default="16k"
@@ -226,14 +224,11 @@ def _print_bytes(predicted: "Forecast") -> None:
         (label, *(human_bytes(sum(getattr(used, n) for n in names)) for used in usage.values()))
         for label, names in _CLASSES.items()
     ]
-    rows.append(("margin left", *(_signed(predicted.free[name]) for name in usage)))
+    margins = [predicted.free[name] for name in usage]
+    rows.append(("margin left", *(f"{'-' * (n < 0)}{human_bytes(abs(n))}" for n in margins)))
     total = ("in all", *(human_bytes(usage[n].total + predicted.free[n]) for n in usage))
     header = ("", *("RAM" if name == "CPU" else name for name in usage))
     print_table(header, rows, numbers_from=1, total=total)
-
-
-def _signed(nbytes: int) -> str:
-    return human_bytes(nbytes) if nbytes >= 0 else f"-{human_bytes(-nbytes)}"
 
 
 def _locations(graph: "ModelGraph", placement: "Placement") -> Iterable[str]:
@@ -241,28 +236,24 @@ def _locations(graph: "ModelGraph", placement: "Placement") -> Iterable[str]:
     from dots1_local.placement.model_graph import is_routed
 
     where: dict[str, dict[str, list[int]]] = {"layers": {}, "KV cache": {}, "routed experts": {}}
-    partly: dict[int, dict[str, str]] = {}
-    for step in graph.ops:
-        if step.part == "attn_q":
-            device = placement.device_of(step.name)
-            where["layers"].setdefault(device, []).append(step.layer)
-            kv = placement.device_of_layer(step.layer)
-            where["KV cache"].setdefault(kv, []).append(step.layer)
-        elif is_routed(step.part):
-            partly.setdefault(step.layer, {})[step.part] = placement.device_of(step.name)
-    for layer, devices in partly.items():
-        if len(set(devices.values())) == 1:
+    parts: dict[int, dict[str, str]] = {}
+    for op in graph.ops:
+        if op.part == "attn_q":
+            device, kv = placement.device_of(op.name), placement.device_of_layer(op.layer)
+            where["layers"].setdefault(device, []).append(op.layer)
+            where["KV cache"].setdefault(kv, []).append(op.layer)
+        elif is_routed(op.part):
+            parts.setdefault(op.layer, {})[op.part] = placement.device_of(op.name)
+    split = {layer: devices for layer, devices in parts.items() if len(set(devices.values())) > 1}
+    for layer, devices in parts.items():
+        if layer not in split:
             where["routed experts"].setdefault(next(iter(devices.values())), []).append(layer)
-    for label, devices_of in where.items():
-        yield f"{label:16}{_by_device(devices_of)}"
-    for layer, devices in partly.items():
-        if len(set(devices.values())) > 1:
-            parts = (f"{part} on {_name(device)}" for part, device in devices.items())
-            yield f"{f'in layer {layer}':16}{', '.join(parts)}"
-
-
-def _by_device(layers: Mapping[str, list[int]]) -> str:
-    return ", ".join(f"{_ranges(each)} on {_name(name)}" for name, each in layers.items())
+    for label, layers in where.items():
+        on = ", ".join(f"{_ranges(each)} on {_name(device)}" for device, each in layers.items())
+        yield f"{label:16}{on}"
+    for layer, devices in split.items():
+        on = ", ".join(f"{part} on {_name(device)}" for part, device in devices.items())
+        yield f"{f'in layer {layer}':16}{on}"
 
 
 def _name(device: str) -> str:
@@ -270,15 +261,11 @@ def _name(device: str) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> '0-2 5'."""
-    text = []
-    for number in numbers:
-        if number - 1 not in numbers:
-            last = number
-            while last + 1 in numbers:
-                last += 1
-            text.append(str(number) if last == number else f"{number}-{last}")
-    return " ".join(text)
+    """Return for example '0-2 5' for [0, 1, 2, 5]."""
+    first = [number for number in numbers if number - 1 not in numbers]
+    last = [number for number in numbers if number + 1 not in numbers]
+    ends = zip(first, last, strict=True)
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in ends)
 
 
 def _settings(placement: "Placement") -> Iterable[str]:
@@ -300,14 +287,10 @@ def _print_speeds(predicted: "Forecast") -> None:
     if not predicted.speeds:
         print("Speeds are not predicted: the machine has not been measured.")
         return
-    rows = [
-        (f"{at.context:,}", _speed(at.prefill), f"{at.decode:.2f}", f"{at.cost:.3f}")
-        for at in predicted.speeds
-    ]
+    rows = []
+    for at in predicted.speeds:
+        prefill = f"{at.prefill:,.0f}" if at.prefill >= 10 else f"{at.prefill:.2f}"
+        rows.append((f"{at.context:,}", prefill, f"{at.decode:.2f}", f"{at.cost:.3f}"))
     header = ("context", "prefill tok/s", "decode tok/s", "1,000 more cost tok/s")
     print_table(header, rows, numbers_from=0)
     print(f"Prefill is of a prompt of {plural(predicted.prompt, 'token')}.")
-
-
-def _speed(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"

@@ -21,8 +21,6 @@ _GRACE = 10  # seconds that answers get to finish when the server ends
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """The arguments and options of `dots1 serve`."""
-
     model: shared.Model
     host: str = option(
         "Listen at this address; 0.0.0.0 is every address of this machine.", value="127.0.0.1"

@@ -22,15 +22,13 @@ from dots1_local.sizes import human_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dots1_local.verify import Report, TensorCheck
+    from dots1_local.verify import Report
 
 __all__ = ["VerifyOptions", "verify"]
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """The arguments and options of `dots1 verify`."""
-
     file: ModelShard
     against: Path | None = option(
         "Compare keys, and the relative error of every tensor, with the checkpoint that the file "
@@ -102,7 +100,13 @@ def _print(report: "Report") -> None:
         message = "".join(c if c.isprintable() else " " for c in finding.message)
         print(f"{finding.severity}: {message}")
     if worst := report.worst():
-        _print_worst(worst)
+        header = ("tensor", "role", "type", "relative error", "worst expert")
+        rows = []
+        for t in worst:
+            expert = f"{t.worst_error:.5f} ({t.worst_expert})" if len(t.shape) == 3 else ""
+            rows.append((t.name, t.role, t.type, f"{t.error:.5f}", expert))
+        print_table(header, rows, numbers_from=3)
+        print()
     counts = [
         plural(count, severity)
         for severity in ("error", "warning", "note")
@@ -117,18 +121,6 @@ def _print(report: "Report") -> None:
         f"{blocks if report.tensors else 'blocks not looked at'}; "
         f"{', '.join(counts) or 'nothing wrong'}"
     )
-
-
-def _print_worst(tensors: "Sequence[TensorCheck]") -> None:
-    header = ("tensor", "role", "type", "relative error", "worst expert")
-    print_table(header, map(_row, tensors), numbers_from=3)
-    print()
-
-
-def _row(tensor: "TensorCheck") -> tuple[str, ...]:
-    many = len(tensor.shape) == 3
-    worst = f"{tensor.worst_error:.5f} ({tensor.worst_expert})" if many else ""
-    return tensor.name, tensor.role, tensor.type, f"{tensor.error:.5f}", worst
 
 
 def _as_json(report: "Report", fixed: "Sequence[Path]") -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import signal
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dots1_local.cli._options import Threads, exit_on_interrupt, flag, option, user_folder, verb
@@ -15,8 +14,6 @@ __all__ = ["WorkerOptions", "worker"]
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """The options of `dots1 worker`."""
-
     host: str = option(
         "Listen at this address; every address but a loopback one is open to others.",
         value="127.0.0.1",
@@ -44,7 +41,10 @@ def worker(options: WorkerOptions) -> None:
     from dots1_local.devices.worker import serve
 
     signal.signal(signal.SIGTERM, _terminate)
-    folder = _weights_folder() if options.cache else None
+    try:
+        folder = user_folder("cache") / "rpc" if options.cache else None
+    except RuntimeError:
+        raise UsageError("there is no home folder to keep weights in; set XDG_CACHE_HOME") from None
     events = serve(
         options.host,
         options.port,
@@ -60,10 +60,3 @@ def worker(options: WorkerOptions) -> None:
 def _terminate(number: int, frame: Any) -> None:
     """Exit as the signal would, but by an exception, so that the port is freed."""
     raise SystemExit(128 + number)
-
-
-def _weights_folder() -> Path:
-    try:
-        return user_folder("cache") / "rpc"
-    except RuntimeError:
-        raise UsageError("there is no home folder to keep weights in; set XDG_CACHE_HOME") from None

@@ -169,24 +169,19 @@ def print_status(session: "Dialogue") -> None:
     stats = session.stats
     if stats is None or not sys.stderr.isatty():
         return
+    parts = []
+    if stats.read_tokens is not None:
+        parts.append(f"read {stats.read_tokens:,} at {stats.prompt_speed:,.1f} tok/s")
+    else:  # part of the prompt may have been cached
+        prompt = "" if stats.prompt_tokens is None else f"prompt {stats.prompt_tokens:,}, "
+        parts.append(f"{prompt}first word after {stats.prompt_seconds:,.1f} s")
     about = "about " if stats.estimate else ""
-    parts = [
-        _reading(stats),
-        f"wrote {about}{stats.generated_tokens:,} at {stats.generation_speed:,.1f} tok/s",
-    ]
+    parts.append(f"wrote {about}{stats.generated_tokens:,} at {stats.generation_speed:,.1f} tok/s")
     if session.context_used is not None:
         size = f" of {session.n_ctx:,}" if session.n_ctx else ""
         parts.append(f"context {session.context_used:,}{size}")
     line = " · ".join(parts)
     notice(f"\033[2m{line}\033[0m" if _shows_colours(sys.stderr) else line)
-
-
-def _reading(stats: "AnswerStats") -> str:
-    """Say how fast the prompt was read, or how long that took if part of it may be cached."""
-    if stats.read_tokens is not None:
-        return f"read {stats.read_tokens:,} at {stats.prompt_speed:,.1f} tok/s"
-    prompt = "" if stats.prompt_tokens is None else f"prompt {stats.prompt_tokens:,}, "
-    return f"{prompt}first word after {stats.prompt_seconds:,.1f} s"
 
 
 def _shows_colours(stream: TextIO) -> bool:

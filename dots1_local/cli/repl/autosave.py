@@ -174,11 +174,10 @@ class AutoSave:
             if not self._warned:
                 notice(problem)
                 self._warned = True
-        try:
+        with suppress(OSError, RuntimeError):
             recovery = self._recovery_file()
-        except (OSError, RuntimeError):
-            return None
-        return recovery if self._write(recovery, messages) is None else None
+            return recovery if self._write(recovery, messages) is None else None
+        return None
 
     def claim(self, path: Path) -> None:
         """Take over a recovery file that was loaded, so that a good end removes it.

@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -194,13 +194,10 @@ class _CommandCompleter(Completer):
             rest = rest.lstrip()
             yield from self._paths.get_completions(Document(rest, len(rest)), complete_event)
         else:
-            yield from _starting(rest if space else word, offered)
-
-
-def _starting(prefix: str, words: Iterable[str]) -> Iterator[Completion]:
-    for word in words:
-        if word.startswith(prefix):
-            yield Completion(word, start_position=-len(prefix))
+            prefix = rest if space else word
+            for found in offered:
+                if found.startswith(prefix):
+                    yield Completion(found, start_position=-len(prefix))
 
 
 def edit_text(text: str) -> str | None:

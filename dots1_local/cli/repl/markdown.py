@@ -116,7 +116,10 @@ class MarkdownStream:
             return
         indent = len(self._head[: len(self._head) - len(rest)].expandtabs(_TAB)) + self._base
         if rest == "\n":
-            self._blank_line()
+            self._end_table()
+            self._end_block()
+            self._nesting.add_blank(self._depth)
+            self._end_line()
         elif rest.startswith(">"):
             self._quote_indent = self._quote_indent if self._depth else indent
             self._depth = min(self._depth + 1, _DEEPEST_QUOTE)
@@ -168,12 +171,6 @@ class MarkdownStream:
             self._inline.feed(text)
         if text.endswith("\n"):
             self._end_line()
-
-    def _blank_line(self) -> None:
-        self._end_table()
-        self._end_block()
-        self._nesting.add_blank(self._depth)
-        self._end_line()
 
     def _item(self, match: re.Match[str], indent: int) -> None:
         self._start(indent)

@@ -13,6 +13,7 @@ _BAR = f"\x1b[{DIM}m│\x1b[0m "
 _COLUMN_BAR = f" {_BAR}"
 _UNLIMITED = 10**6
 _NARROWEST_COLUMN = 4
+_SIDES = {(True, True): "center", (False, True): "right"}  # by colons at both ends
 _CELL_END = re.compile(r"(?<!\\)\|")
 
 
@@ -108,8 +109,11 @@ def render_table(lines: Sequence[str], width: int) -> list[str]:
     count = max(map(len, rows))
     if count * (_NARROWEST_COLUMN + 3) - 3 > width:
         return [line for row in rows for line in _cell(" | ".join(row), width)]
-    widths = _fit([_widest(column) for column in zip_longest(*rows, fillvalue="")], width)
-    sides = [_side(mark) for mark in delimiter] + ["left"] * (count - len(delimiter))
+    columns = zip_longest(*rows, fillvalue="")
+    lengths = [[visible_width("".join(_cell(each, _UNLIMITED))) for each in c] for c in columns]
+    widths = _fit(list(map(max, lengths)), width)
+    marks = [(mark[:1] == ":", mark[-1:] == ":") for mark in delimiter]
+    sides = [_SIDES.get(mark, "left") for mark in marks] + ["left"] * (count - len(marks))
     rule = "─┼─".join("─" * size for size in widths)
     printed = [f"\x1b[{DIM}m{rule}\x1b[0m"]
     for place, row in enumerate(rows):
@@ -124,16 +128,6 @@ def _split(line: str) -> list[str]:
     if not cells[-1].strip():
         cells.pop()
     return [cell.strip().replace("\\|", "|") for cell in cells]
-
-
-def _side(mark: str) -> str:
-    if mark.endswith(":"):
-        return "center" if mark.startswith(":") else "right"
-    return "left"
-
-
-def _widest(column: Sequence[str]) -> int:
-    return max(visible_width("".join(_cell(cell, _UNLIMITED))) for cell in column)
 
 
 def _fit(widths: list[int], width: int) -> list[int]:

@@ -105,7 +105,7 @@ class Inline:
     def _span(self, text: str, style: str, limit: int) -> int:
         """Pass on the span that begins `text` if it ends by `limit`; return its length or 0."""
         for find, show in (
-            (_MATH, self._show_math),
+            (_MATH, lambda match, style: self._emit(match[0], style)),
             (_CODE_SPAN, self._show_code),
             (_LINK, self._show_link),
         ):
@@ -120,9 +120,6 @@ class Inline:
                 self._parse(match[1], _join(style, emphasis))
                 return match.end()
         return 0
-
-    def _show_math(self, match: re.Match[str], style: str) -> None:
-        self._emit(match[0], style)
 
     def _show_code(self, match: re.Match[str], style: str) -> None:
         content = match[2]

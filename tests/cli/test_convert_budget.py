@@ -228,7 +228,7 @@ def test_from_python(tiny: Path, calibration: Path) -> None:
     assert (again.plan, again.predicted_kl) == (conversion.plan, conversion.predicted_kl)
     everything = Conversion.allocate(tiny, Budget("weights", 1e12), calibration=calibration)
     assert set(everything.plan.types.values()) == {"Q8_0", "F32"}
-    with pytest.raises(UsageError, match="budget .*above 0"):
+    with pytest.raises(UsageError, match=r"budget .*above 0"):
         Budget("size", 0)
 
 

@@ -46,6 +46,7 @@ class HubServer:
         self.statuses: dict[str, list[int]] = defaultdict(list)  # by file, or "api"
         self.starts: dict[str, bytes] = {}  # sent instead of a shard's first bytes, for its header
         self.page: bytes | None = None  # the API's answer, if not None
+        self.gated = False  # refuses as the hub does before its terms are accepted
         self.etags = ""  # before the hash
         self.ignores_ranges = False
         self.tokens: set[tuple[str, str]] = set()  # host names, and what they were shown
@@ -173,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _api(self, name: str, revision: str) -> None:
         commit = self.server.hub.find(revision)
         if status := self.server.hub.take(self.server.hub.statuses, "api"):
-            self._refuse(status, "GatedRepo" if status == 403 else "")
+            self._refuse(status, "GatedRepo" if self.server.hub.gated else "")
         elif (page := self.server.hub.page) is not None:
             self._answer(200, {"Content-Length": str(len(page))}, page)
         elif name != NAME:

@@ -253,14 +253,11 @@ def _progress_class(received: Received, stop: Event) -> type:
 
 def _with_retries(ask: Callable[[], _Result]) -> _Result:
     """Call `ask`, and again if the server or the network fails for a moment."""
-    import httpx2
-
     for pause in _PAUSES:
         try:
             return ask()
         except Exception as error:
-            cause = _cause(error)
-            if isinstance(cause, httpx2.ConnectError) or not _is_transient(cause):
+            if not _is_transient(_cause(error)):
                 raise
             time.sleep(pause)
     return ask()
@@ -279,8 +276,8 @@ def _is_transient(error: BaseException) -> bool:
 
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _TRANSIENT
-    hopeless = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)
-    return isinstance(error, httpx2.TransportError) and not isinstance(error, hopeless)
+    broken = (httpx2.TimeoutException, httpx2.ReadError, httpx2.RemoteProtocolError)
+    return isinstance(error, broken)
 
 
 @contextmanager
@@ -301,35 +298,36 @@ def _hub_errors(name: str, endpoint: str, where: str, what: str) -> Iterator[Non
 def hub_error(error: BaseException, name: str, endpoint: str, where: str, what: str) -> str | None:
     """Say in one sentence what is wrong and what to do; None if it is not an error of the hub."""
     import httpx2
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE forbids to fetch {what} of {where}; unset it"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"{endpoint} has no {what} of {name}"
-    if isinstance(error, EntryNotFoundError):
+    if isinstance(error, errors.EntryNotFoundError):
         return f"{where} has no file {what}"
-    if isinstance(error, GatedRepoError) or status == 403:
-        return (
-            f"{endpoint} does not let you read {name}: accept its terms at {endpoint}/{name}, "
-            f"and {_TOKEN}"
-        )
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
-        return f"{endpoint} has no repository {name} that you may read; for a private one, {_TOKEN}"
-    if status == 429:
-        return (
-            f"{endpoint} got too many requests from you (HTTP 429); wait some minutes and {_AGAIN}"
-        )
-    if status:
-        return f"{endpoint} answers HTTP status {status} for {what} of {where}; wait and {_AGAIN}"
+    if isinstance(error, errors.HfHubHTTPError):
+        match error.response.status_code:
+            case status if isinstance(error, errors.GatedRepoError) or status == 403:
+                return (
+                    f"{endpoint} does not let you read {name}: accept its terms at "
+                    f"{endpoint}/{name}, and {_TOKEN}"
+                )
+            case 401 | 404:
+                return (
+                    f"{endpoint} has no repository {name} that you may read; for a private one, "
+                    f"{_TOKEN}"
+                )
+            case 429:
+                return (
+                    f"{endpoint} got too many requests from you (HTTP 429); wait some minutes and "
+                    f"{_AGAIN}"
+                )
+            case status:
+                return (
+                    f"{endpoint} answers HTTP status {status} for {what} of {where}; wait and "
+                    f"{_AGAIN}"
+                )
     if isinstance(error, httpx2.HTTPError):
         line = " ".join(str(error).split())[:200] or type(error).__name__
         line = "".join(each if each.isprintable() else "?" for each in line)

@@ -126,6 +126,13 @@ def test_what_the_hub_refuses(hub: HubServer, tmp_path: Path, case: Case) -> Non
     assert hub.endpoint in said or NAME in said
 
 
+def test_a_gated_repository_without_a_token(hub: HubServer) -> None:
+    hub.gated, hub.statuses["api"] = True, [401]
+    said = refusal(lambda: prepare(hub))
+    assert "terms" in said
+    assert "HF_TOKEN" in said
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_short_failure_is_retried(hub: HubServer, tmp_path: Path, status: int) -> None:
     hub.statuses["api"] = [status]

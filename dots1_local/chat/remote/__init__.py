@@ -137,12 +137,16 @@ class RemoteSession(Dialogue):
     def _chunks(self, turn: _RemoteTurn) -> Generator[dict[str, Any], None, None]:
         """Yield what the server streams, once the conversation fits into its context."""
         if self.overflow == "drop":
-            self._drop(turn, self._estimate.to_drop(turn.messages, self.n_ctx, turn.limit))
+            self._drop(turn, self._estimate.turns_to_drop(turn.messages, self.n_ctx, turn.limit))
+
+        def wake() -> None:  # the server does not tell how much of the prompt it has read
+            turn.progress(0, 0, "tokens", "reading")
+
         while True:
             path, prompt = _prompt(turn.messages, raw=self.raw)
             body = {**prompt, **_sampling(self.sampling), **self._bounds(turn)}
             try:
-                yield from self._server.stream(path, body, lambda: _wait(turn), _OPTIONAL)
+                yield from self._server.stream(path, body, wake, _OPTIONAL)
                 return
             except Refusal as refusal:
                 if turn.answer.begun or not self._adapt(turn, refusal):
@@ -176,7 +180,8 @@ class RemoteSession(Dialogue):
             raise Dots1Error(self._overflow_message(turn, prompt, refusal.said)) from refusal
         if prompt is not None:
             self._estimate.learn(turn.messages, prompt)
-        self._drop(turn, self._estimate.must_drop(turn.messages, self.n_ctx, turn.limit))
+        count = self._estimate.turns_to_drop(turn.messages, self.n_ctx, turn.limit)
+        self._drop(turn, max(1, count_turns(turn.messages) // 2 if count is None else count))
         turn.ceiling = None
         return True
 
@@ -191,9 +196,9 @@ class RemoteSession(Dialogue):
             turn.ceiling = n_ctx // 2
         return turn.ceiling is not None
 
-    def _drop(self, turn: _RemoteTurn, count: int) -> None:
-        turn.messages = drop_oldest(turn.messages, count)
-        turn.dropped += count
+    def _drop(self, turn: _RemoteTurn, count: int | None) -> None:
+        turn.messages = drop_oldest(turn.messages, count or 0)
+        turn.dropped += count or 0
 
     def _overflow_message(self, turn: _RemoteTurn, prompt: int | None, said: str) -> str:
         if prompt is None or self.n_ctx is None or prompt < self.n_ctx:
@@ -212,27 +217,21 @@ class ContextEstimate:
         """Remember that the server counted so many tokens in these messages."""
         self._rate = tokens / _bytes(messages) if messages else None
 
-    def to_drop(self, messages: Sequence[Message], n_ctx: int | None, limit: int | None) -> int:
+    def turns_to_drop(
+        self, messages: Sequence[Message], n_ctx: int | None, limit: int | None
+    ) -> int | None:
         """Return how many of the oldest turns to drop for an answer of up to `limit` tokens.
 
-        As in a `Session`, an answer gets at most a quarter of the context at first. Without an
-        estimate no turns are dropped.
+        As in a `Session`, an answer gets at most a quarter of the context at first. None if the
+        server has not counted yet, or its context is unknown.
         """
         if self._rate is None or n_ctx is None:
-            return 0
+            return None
         quarter = n_ctx // 4
         most = n_ctx - max(1, min(limit or quarter, quarter))
         if self._size(messages) <= most:
             return 0
         return turns_to_drop(messages, self._size, most)
-
-    def must_drop(self, messages: Sequence[Message], n_ctx: int | None, limit: int | None) -> int:
-        """Return how many turns to drop once the server has refused the messages.
-
-        Without an estimate, half the turns are dropped.
-        """
-        estimated = self.to_drop(messages, n_ctx, limit)
-        return max(1, estimated if self._rate and n_ctx else count_turns(messages) // 2)
 
     def _size(self, messages: Sequence[Message]) -> int:
         return round((self._rate or 0) * _bytes(messages))
@@ -240,11 +239,6 @@ class ContextEstimate:
 
 def _bytes(messages: Sequence[Message]) -> int:
     return sum(_TEMPLATE_BYTES + len(m.text.encode("utf-8", errors="replace")) for m in messages)
-
-
-def _wait(turn: _RemoteTurn) -> None:
-    """Let the caller stop waiting; the server does not tell how much of the prompt it has read."""
-    turn.progress(0, 0, "tokens", "reading")
 
 
 def _prompt(messages: Sequence[Message], *, raw: bool) -> tuple[str, dict[str, Any]]:

@@ -179,26 +179,19 @@ def _connection_error(error: BaseException, url: str) -> Dots1Error:
             )
         case ssl.SSLError(reason="WRONG_VERSION_NUMBER" | "RECORD_LAYER_FAILURE"):
             reason = f"{url} does not speak TLS; try http:// instead of https://"
-        case ConnectionError():
-            reason = f"the connection to {url} was cut"
-        case OSError():
+        case OSError() if not isinstance(root, ConnectionError):
             reason = f"cannot reach {url}: {readable(root.strerror or str(root))}"
+        case _ if isinstance(error, httpx2.SSEError):
+            reason = f"{url} sends an event without end"
+        case _ if "disconnected without" in str(error):
+            reason = f"{url} closes the connection without an answer; is it an HTTP server?"
+        case _ if isinstance(root, ConnectionError) or "closed connection" in str(error):
+            reason = f"the connection to {url} was cut"
+        case _ if isinstance(error, httpx2.RemoteProtocolError):
+            reason = f"{url} does not speak HTTP"
         case _:
-            reason = _protocol_error(error, url)
+            reason = f"cannot use {url}: {readable(str(error))}"
     return Dots1Error(reason)
-
-
-def _protocol_error(error: BaseException, url: str) -> str:
-    match error:
-        case httpx2.SSEError():
-            return f"{url} sends an event without end"
-        case httpx2.RemoteProtocolError() if "disconnected without" in str(error):
-            return f"{url} closes the connection without an answer; does an HTTP server run there?"
-        case httpx2.RemoteProtocolError() if "closed connection" in str(error):
-            return f"the connection to {url} was cut"
-        case httpx2.RemoteProtocolError():
-            return f"{url} does not speak HTTP"
-    return f"cannot use {url}: {readable(str(error))}"
 
 
 def readable(text: str) -> str:

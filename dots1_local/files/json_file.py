@@ -16,7 +16,7 @@ import msgspec
 
 from dots1_local.errors import UsageError
 
-__all__ = ["JsonError", "brief", "convert_json", "parse_json", "read_json", "read_object"]
+__all__ = ["JsonError", "brief", "convert_json", "parse_json", "read_json"]
 
 _LARGEST = 1 << 26  # bytes
 _MAY_OVERFLOW = re.compile(rb"\d{308}|[eE]\+?\d{3}")
@@ -96,20 +96,6 @@ def _validation_error(message: str) -> JsonError:
     reason, _, path = message.partition(" - at ")
     reason = re.sub(r"`(.+?)`", r"\1", reason[:1].lower() + reason[1:])
     return JsonError(reason, path.strip("`").removeprefix("$").removeprefix("."))
-
-
-def read_object(path: str | Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file, parsed less strictly than by `read_json`."""
-    data = _read_bytes(Path(path), name)
-    try:
-        raw = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unrepeated)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raw = None
-    except ValueError as error:
-        raise UsageError(f"{path} is no {name}: {error}") from None
-    if not isinstance(raw, dict):
-        raise UsageError(f"{path} is no {name}")
-    return raw
 
 
 def _read_bytes(path: Path, name: str) -> bytes:

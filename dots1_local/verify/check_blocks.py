@@ -11,6 +11,7 @@ overflow. ggml has the same check, but it prints to stderr.
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import inf, prod, sqrt
 
 import numpy as np
@@ -71,8 +72,8 @@ def bad_blocks(data: NDArray[np.uint8], kind: str) -> NDArray[np.intp]:
     size, *places = _SCALES[kind]
     blocks = data.reshape(-1, size)
     # A float16 is special if all bits of its exponent are set.
-    special = [(blocks[:, place + 1] & 0x7C) == 0x7C for place in places]
-    return np.flatnonzero(np.logical_or.reduce(special))
+    special = ((blocks[:, place + 1] & 0x7C) == 0x7C for place in places)
+    return np.flatnonzero(reduce(np.logical_or, special))
 
 
 def check_blocks(

@@ -24,7 +24,7 @@ Numbers = Mapping[str, Any]  # by field of Dots1Config
 
 
 @dataclass(frozen=True)
-class _Key:
+class _NumberKey:
     """`dots1.<name>`, which is `field` of a config; `missing` is what happens without it.
 
     `published` is the value in every published dots1 model.
@@ -38,31 +38,31 @@ class _Key:
 
 
 _KEYS = (
-    _Key("context_length", "max_position_embeddings", REFUSES),
-    _Key("embedding_length", "hidden_size", REFUSES),
-    _Key("block_count", "num_hidden_layers", REFUSES),
-    _Key("feed_forward_length", "intermediate_size", REFUSES),
-    _Key("attention.head_count", "num_attention_heads", REFUSES),
-    _Key("attention.head_count_kv", "num_key_value_heads", REFUSES),
-    _Key("attention.key_length", "head_dim", REFUSES),
-    _Key("attention.value_length", "head_dim", REFUSES),
-    _Key("rope.dimension_count", "head_dim", ABORTS),
-    _Key("leading_dense_block_count", "first_k_dense_replace", REFUSES),
-    _Key("expert_count", "n_routed_experts", ABORTS),
-    _Key("expert_used_count", "num_experts_per_tok", ABORTS),
-    _Key("expert_shared_count", "n_shared_experts", REFUSES),
-    _Key("expert_feed_forward_length", "moe_intermediate_size", REFUSES),
-    _Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", REFUSES, "f32"),
-    _Key(
+    _NumberKey("context_length", "max_position_embeddings", REFUSES),
+    _NumberKey("embedding_length", "hidden_size", REFUSES),
+    _NumberKey("block_count", "num_hidden_layers", REFUSES),
+    _NumberKey("feed_forward_length", "intermediate_size", REFUSES),
+    _NumberKey("attention.head_count", "num_attention_heads", REFUSES),
+    _NumberKey("attention.head_count_kv", "num_key_value_heads", REFUSES),
+    _NumberKey("attention.key_length", "head_dim", REFUSES),
+    _NumberKey("attention.value_length", "head_dim", REFUSES),
+    _NumberKey("rope.dimension_count", "head_dim", ABORTS),
+    _NumberKey("leading_dense_block_count", "first_k_dense_replace", REFUSES),
+    _NumberKey("expert_count", "n_routed_experts", ABORTS),
+    _NumberKey("expert_used_count", "num_experts_per_tok", ABORTS),
+    _NumberKey("expert_shared_count", "n_shared_experts", REFUSES),
+    _NumberKey("expert_feed_forward_length", "moe_intermediate_size", REFUSES),
+    _NumberKey("attention.layer_norm_rms_epsilon", "rms_norm_eps", REFUSES, "f32"),
+    _NumberKey(
         "rope.freq_base", "rope_theta",
         "llama.cpp silently takes 10000, and the model loses track of positions",
         "f32", 1e7,
     ),
-    _Key(
+    _NumberKey(
         "expert_weights_scale", "routed_scaling_factor",
         "llama.cpp silently leaves the routed experts' output unscaled", "f32", 2.5,
     ),
-    _Key(
+    _NumberKey(
         "expert_weights_norm", "norm_topk_prob",
         "llama.cpp silently leaves the weights of the chosen experts unnormalised", "bool", True,
     ),
@@ -137,7 +137,7 @@ def lint_numbers(gguf: GGUFFile, checkpoint: Dots1Config | None) -> Iterator[Fin
 
 
 def _check_value(
-    key: _Key, gguf: GGUFFile, shown: Numbers, checkpoint: Numbers | None
+    key: _NumberKey, gguf: GGUFFile, shown: Numbers, checkpoint: Numbers | None
 ) -> Iterator[Finding]:
     name, value = f"dots1.{key.name}", _number(key, gguf)
     wanted = checkpoint or {k: v for k, v in shown.items() if k not in _COUNTED}
@@ -155,7 +155,7 @@ def _check_value(
         yield Finding("keys", "warning", f"{message}; compare with --against the checkpoint")
 
 
-def _finding(key: _Key, problem: str, right: Any, shown: Numbers) -> Finding:
+def _finding(key: _NumberKey, problem: str, right: Any, shown: Numbers) -> Finding:
     """The `right` value, if it is known, puts the key right unless the tensors do not fit it."""
     changes: tuple[Change, ...] = ()
     if right is not None and shown.get(key.field, right) == right:
@@ -164,7 +164,7 @@ def _finding(key: _Key, problem: str, right: Any, shown: Numbers) -> Finding:
     return Finding("keys", "error", message, changes)
 
 
-def _number(key: _Key, gguf: GGUFFile) -> Value | None:
+def _number(key: _NumberKey, gguf: GGUFFile) -> Value | None:
     """A key's value, or the number that its array repeats for every layer."""
     value = gguf.keys.get(f"dots1.{key.name}")
     if key.name in _BY_LAYER and isinstance(value, list) and len(set(value)) == 1:
@@ -172,7 +172,7 @@ def _number(key: _Key, gguf: GGUFFile) -> Value | None:
     return value
 
 
-def _is_sane(key: _Key, value: Value | None) -> bool:
+def _is_sane(key: _NumberKey, value: Value | None) -> bool:
     if key.kind == "bool" or isinstance(value, bool):
         return key.kind == "bool" and isinstance(value, bool)
     if key.kind == "f32":

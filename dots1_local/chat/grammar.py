@@ -90,9 +90,16 @@ class Grammar:
         if self._compiled.is_error():
             reason = _sentence(self._compiled.get_error())
             raise UsageError(f"the schema is not supported: {reason}")
-        start = self._compiled.deep_copy()
-        if not any(start.compute_bitmask()) or start.is_error():
-            reason = _sentence(start.get_error()) or "the schema allows none"
+        self._try_beginning(self._compiled.deep_copy())
+
+    def _try_beginning(self, matcher: LLMatcher) -> None:
+        """Refuse a schema that allows nothing, or exceeds llguidance's limits at once."""
+        empty = not any(matcher.compute_bitmask())
+        matcher.consume_tokens(matcher.compute_ff_tokens())  # what every document begins with
+        if not matcher.is_stopped():
+            matcher.compute_bitmask()
+        if empty or matcher.is_error():
+            reason = _sentence(matcher.get_error()) or "the schema allows none"
             raise UsageError(f"no document can be written: {reason}")
 
     @classmethod
@@ -142,10 +149,11 @@ class _Vocabulary:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = ref(engine)
-        ends = [token for token in range(engine.n_vocab) if engine.is_end(token)]
-        self.special_token_ids, self.eos_token_id = ends, ends[0]
-        self.tokens = [engine.piece(token) for token in range(engine.n_vocab)]
-        for token in ends:
+        tokens = range(engine.n_vocab)
+        self.special_token_ids = [token for token in tokens if engine.is_end(token)]
+        self.eos_token_id = self.special_token_ids[0]
+        self.tokens = [engine.piece(token) for token in tokens]
+        for token in self.special_token_ids:
             self.tokens[token] = b"\xff<end %d>" % token  # 0xff marks what is not text
 
     def __call__(self, text: str) -> list[int]:

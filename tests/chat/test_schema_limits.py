@@ -51,6 +51,7 @@ TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
         ({"const": float("nan")}, ["not JSON"]),
         ({"const": "\ud800"}, ["not JSON"]),
         ({"const": "x" * 300_000}, ["262,144"]),
+        (thing(**{f"p{n}": TEXT for n in range(3000)}), ["items"]),
     ],
 )
 def test_a_refusal_says_why(compiled: Compile, schema: Any, words: list[str]) -> None:

@@ -15,7 +15,7 @@ from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     from dots1_local.devices.hardware import Hardware
-    from dots1_local.engine.measure import Baseline, BenchResult, Depth
+    from dots1_local.engine.measure import BenchResult, Depth
     from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import Placement
 
@@ -77,9 +77,10 @@ def bench(options: BenchOptions) -> None:
     alternatives = options.alternatives and not plans
     placements = list(_placements(graph, machine, ours, ubatches, alternatives))
     results: list[BenchResult] = []
-    for number, each in enumerate(placements, 1):
-        with progress_bar(f"{each[0]} ({number} of {len(placements)})") as report:
-            results += run(graph, machine, [each], depths, report, threads=threads)
+    for number, (name, placement) in enumerate(placements, 1):
+        with progress_bar(f"{name} ({number} of {len(placements)})") as report:
+            result = run(graph, machine, name, placement, depths, report, threads=threads)
+        results.append(result)
     if options.json:
         print_json({"machine": machine.to_json(), "outcomes": [o.to_json() for o in results]})
     else:
@@ -113,7 +114,7 @@ def _placements(
     ours: Sequence[tuple[str, "Placement"]],
     ubatches: Sequence[int],
     alternatives: bool,
-) -> Iterable["Baseline"]:
+) -> Iterable[tuple[str, "Placement | None"]]:
     from dots1_local.placement.alternatives import baselines, with_ubatch
 
     yield from ours

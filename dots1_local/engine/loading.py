@@ -1,7 +1,7 @@
 """A model and its context made by llama.cpp, and the errors that are raised if that fails."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,8 @@ from dots1_local.engine.log import (
 )
 from dots1_local.engine.model_params import (
     EngineParams,
-    buffer_names,
     connected,
     endpoints,
-    free_memory,
     model_params,
     prepare,
 )
@@ -94,7 +92,8 @@ def load_model(
         warnings += prepare(gguf, placement)
     struct = model_params(placement)
     predicted = _check_memory(gguf, placement, params)
-    names, workers = buffer_names(placement.used_devices if placement else ()), endpoints(placement)
+    used = placement.used_devices if placement else ()
+    names, workers = _buffer_names(used), endpoints(placement)
     model, sizes = _make_model(gguf, struct, names, progress)
     if workers:
         keep_alive({int(worker.rpartition(":")[2]) for worker in workers})
@@ -126,7 +125,7 @@ def load_by_default(gguf: GGUFFile, params: EngineParams) -> Loaded:
     if not context:
         raise Dots1Error(f"llama.cpp does not load {gguf.files[0]} by itself: {log.cause()}")
     gpus = [device.name for device in backends.devices() if device.kind in ("gpu", "igpu")]
-    return Loaded(model, context, read_report(log.sizes, buffer_names(gpus), _weights(gguf)))
+    return Loaded(model, context, read_report(log.sizes, _buffer_names(gpus), _weights(gguf)))
 
 
 def _context_warnings(gguf: GGUFFile, params: EngineParams) -> Iterator[str]:
@@ -146,50 +145,41 @@ def _context_warnings(gguf: GGUFFile, params: EngineParams) -> Iterator[str]:
 def _check_memory(
     gguf: GGUFFile, placement: Placement | None, params: EngineParams
 ) -> Mapping[str, Usage]:
-    """Raise OutOfMemory now and not after minutes of loading; return what is predicted."""
+    """Raise OutOfMemory now and not after minutes of loading; return what is predicted.
+
+    Of RAM only the KV cache is checked: mapped weights need not be there all at once.
+    """
+    n_caches = 1 if params.shared_cache else params.n_sequences
+    predicted: Mapping[str, Usage] = {}
     if placement is None:
-        _check_ram(params, _kv_cache(gguf, params))
-        return {}
-    predicted = footprint(
-        ModelGraph.read(gguf),
-        params.applied_to(placement),
-        n_sequences=1 if params.shared_cache else params.n_sequences,
-        n_outputs=params.n_outputs,
-    )
-    for device in placement.used_devices:
-        needed, free = predicted[device].total, free_memory(device)
-        if free is not None and needed > free:
-            raise OutOfMemory(
-                device,
-                needed - free,
-                f"{device} has {human_bytes(free)} free, but the placement takes "
-                f"{human_bytes(needed)}",
-            )
-    _check_ram(params, predicted[CPU].kv)
+        config = Dots1Config.from_gguf(gguf.keys, gguf.files[0])
+        length = params.n_ctx * params.n_sequences // n_caches
+        cache = n_caches * kv_bytes(config, length, params.kv_type)
+    else:
+        predicted = footprint(
+            ModelGraph.read(gguf),
+            params.applied_to(placement),
+            n_sequences=n_caches,
+            n_outputs=params.n_outputs,
+        )
+        cache = predicted[CPU].kv
+        for name in placement.used_devices:
+            found = backends.device(name)
+            if found.total:  # some devices do not tell
+                _check_free(name, found.free, predicted[name].total, "the placement")
+    if ram := available_ram():
+        tokens = human_context(params.n_ctx, params.n_sequences)
+        _check_free(CPU, ram.available, cache, f"a KV cache of {tokens} tokens")
     return predicted
 
 
-def _kv_cache(gguf: GGUFFile, params: EngineParams) -> int:
-    """Bytes that the KV caches of all sequences take."""
-    config = Dots1Config.from_gguf(gguf.keys, gguf.files[0])
-    if params.shared_cache:
-        return kv_bytes(config, params.n_ctx * params.n_sequences, params.kv_type)
-    return params.n_sequences * kv_bytes(config, params.n_ctx, params.kv_type)
-
-
-def _check_ram(params: EngineParams, cache: int) -> None:
-    """Raise OutOfMemory if RAM has no room for the KV cache: the system may kill the process later.
-
-    Weights do not count, because mapped ones need not be in RAM all at once.
-    """
-    ram = available_ram()
-    if ram is not None and cache > ram.available:
-        tokens = human_context(params.n_ctx, params.n_sequences)
+def _check_free(device: str, free: int, needed: int, what: str) -> None:
+    if needed > free:
+        name = "RAM" if device == CPU else device
         raise OutOfMemory(
-            CPU,
-            cache - ram.available,
-            f"RAM has {human_bytes(ram.available)} free, but a KV cache of {tokens} tokens takes "
-            f"{human_bytes(cache)}",
+            device,
+            needed - free,
+            f"{name} has {human_bytes(free)} free, but {what} takes {human_bytes(needed)}",
         )
 
 
@@ -209,7 +199,7 @@ def _context_params(params: EngineParams) -> Any:
 
 def _make_model(
     gguf: GGUFFile, struct: Any, devices: Mapping[str, str], progress: Progress
-) -> tuple[Any, list[str]]:
+) -> tuple[Any, Sequence[str]]:
     """Load a model; return it and the log's lines on the sizes of its buffers."""
     total, interrupted = gguf.nbytes, []
 
@@ -234,7 +224,7 @@ def _make_model(
 
 def _make_context(
     gguf: GGUFFile, model: Any, struct: Any, devices: Mapping[str, str]
-) -> tuple[Any, list[str]]:
+) -> tuple[Any, Sequence[str]]:
     with capture() as log:
         context = llama.llama_init_from_model(model, struct)
     if context is None:
@@ -255,6 +245,11 @@ def _raise_out_of_memory(log: Log, devices: Mapping[str, str], what: str) -> Non
             nbytes,
             f"{device} ran out of memory: it has no {human_bytes(nbytes)} more for {what}",
         )
+
+
+def _buffer_names(devices: Iterable[str]) -> dict[str, str]:
+    """The devices by the names of their buffers in llama.cpp's log."""
+    return {backends.device(name).buffer_name: name for name in devices}
 
 
 def _weights(gguf: GGUFFile) -> int:

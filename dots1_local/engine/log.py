@@ -6,7 +6,7 @@ device and compared with what was predicted.
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -39,12 +39,12 @@ _errors: deque[str] = deque(maxlen=64)
 _sizes: deque[str] = deque(maxlen=1024)
 
 
+@dataclass
 class Log:
     """Lines that llama.cpp logged: its errors, and the `sizes` of buffers."""
 
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-        self.sizes: list[str] = []
+    errors: Sequence[str] = ()
+    sizes: Sequence[str] = ()
 
     def cause(self) -> str:
         """The first error, which the later ones only repeat in other words."""
@@ -139,16 +139,10 @@ def device_of(buffer: str, devices: Mapping[str, str]) -> str:
 
 def compare(report: Report, predicted: Mapping[str, Usage]) -> tuple[Difference, ...]:
     """Prediction and outcome by device and class of memory, where either is more than 0 bytes."""
-    found = (
-        Difference(
-            device,
-            what,
-            getattr(predicted.get(device, Usage()), what),
-            getattr(report.get(device, Allocated()), what),
-        )
-        for device in dict.fromkeys((*report, *predicted))
-        for what in _names()
-    )
+    found = []
+    for device in dict.fromkeys((*report, *predicted)):
+        usage, real = predicted.get(device, Usage()), report.get(device, Allocated())
+        found += [Difference(device, n, getattr(usage, n), getattr(real, n)) for n in _names()]
     return tuple(each for each in found if each.predicted or each.real)
 
 

@@ -6,7 +6,7 @@ random, which spreads them over the experts.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,7 +33,6 @@ from dots1_local.placement.speed_model import SpeedModel, is_measured
 from dots1_local.progress import Progress, silent
 
 __all__ = [
-    "Baseline",
     "BenchResult",
     "Depth",
     "Measurement",
@@ -45,8 +44,6 @@ __all__ = [
 
 _N_DECODED = 24  # tokens at each depth; the median of their times counts
 _TIMEOUT = 900.0  # seconds for a ubatch, or for llama.cpp to make the context
-
-Baseline = tuple[str, Placement | None]  # name and placement; None: as llama.cpp does by itself
 
 
 @dataclass(frozen=True)
@@ -103,51 +100,32 @@ class BenchResult:
         }
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What the child is asked for; `placement` is as `Placement.to_json` returns it."""
-
-    path: str
-    placement: dict[str, Any] | None
-    depths: tuple[int, ...]
-    workers: tuple[str, ...]
-    threads: int | None
-    limit: int | None
-
-
 def bench(
     graph: ModelGraph,
     machine: Hardware,
-    baselines: Iterable[Baseline],
+    name: str,
+    placement: Placement | None,
     depths: Sequence[int],
     progress: Progress = silent,
     *,
     threads: int | None = None,
-) -> Iterator[BenchResult]:
-    """Measure placements one after the other; one that fails does not end the others.
-
-    `threads` are for llama.cpp by itself; see `measure_placement`.
-    """
+) -> BenchResult:
+    """Predict and measure a placement, which may fail; see `measure_placement`."""
     workers = [device.worker for device in machine.devices if device.worker]
-    for name, placement in baselines:
-        predicted: tuple[Depth, ...] = ()
-        usage: Mapping[str, Usage] = {}
-        measurement, error = None, None
-        try:
-            if placement is not None:
-                predicted = predicted_depths(graph, machine, placement, depths)
-                usage = footprint(graph, placement)
-            measurement = measure_placement(
-                graph.gguf.files[0],
-                placement,
-                depths,
-                workers=workers,
-                threads=threads,
-                progress=progress,
-            )
-        except Dots1Error as failure:
-            error = str(failure)
-        yield BenchResult(name, placement, predicted, usage, measurement, error)
+    predicted: tuple[Depth, ...] = ()
+    usage: Mapping[str, Usage] = {}
+    measurement, error = None, None
+    try:
+        if placement is not None:
+            predicted = predicted_depths(graph, machine, placement, depths)
+            usage = footprint(graph, placement)
+        path = graph.gguf.files[0]
+        measurement = measure_placement(
+            path, placement, depths, workers=workers, threads=threads, progress=progress
+        )
+    except Dots1Error as failure:
+        error = str(failure)
+    return BenchResult(name, placement, predicted, usage, measurement, error)
 
 
 def predicted_depths(
@@ -181,19 +159,21 @@ def measure_placement(
     Raises:
         Dots1Error: the model cannot be loaded so, or the engine failed.
     """
-    plan = None if placement is None else placement.to_json()
-    request = _Request(str(path), plan, tuple(depths), tuple(workers), threads, limit)
     environment = {}
     if placement is not None and placement.offload_min_batch is not None:
         # The child asks the devices for their memory, which starts them, before it loads.
         environment[MIN_BATCH] = str(placement.offload_min_batch)
+    request = {
+        "path": str(path),
+        "plan": None if placement is None else placement.to_json(),
+        "depths": list(depths),
+        "workers": list(workers),
+        "threads": threads,
+        "limit": limit,
+    }
+    doing = f"measuring {Path(path).name}"
     answer = child.ask(
-        __name__,
-        msgspec.to_builtins(request),
-        f"measuring {Path(path).name}",
-        progress,
-        timeout=_TIMEOUT,
-        environment=environment,
+        __name__, request, doing, progress, timeout=_TIMEOUT, environment=environment
     )
     return convert_json(answer, Measurement)
 
@@ -255,47 +235,42 @@ def _decode(engine: Engine, tokens: Sequence[int], depth: int, progress: Progres
     return 1 / median(seconds)
 
 
-def _answer(raw: Any) -> dict[str, Any]:
+def _answer(request: Mapping[str, Any]) -> Any:
     """The child's part of `measure_placement`."""
-    request = convert_json(raw, _Request)
+    plan, depths, limit = (request[name] for name in ("plan", "depths", "limit"))
+    placement = None if plan is None else placement_from_json(plan, "the placement")
+    uses_gpus = placement is None or placement.layers  # asking for their memory starts drivers
     with on_abort(child.report_error), ExitStack() as stack:
-        if request.limit is not None:
-            stack.enter_context(_limited(request.limit))
-        before, begin = _free(request), time.perf_counter()
-        engine = stack.enter_context(_open(request))
-        seconds, loaded = time.perf_counter() - begin, _free(request)
-        depths = measure_depths(engine, request.depths, child.report_progress)
-        lowest = {name: min(free, loaded[name]) for name, free in _free(request).items()}
-        used = {name: free - lowest[name] for name, free in before.items()}
-        found = Measurement(seconds, engine.report, used, depths, engine.warnings)
-        answer: dict[str, Any] = msgspec.to_builtins(found)
-        return answer
+        if limit is not None:
+            stack.enter_context(_limited(limit))
+        before, begin = _free_on_gpus() if uses_gpus else {}, time.perf_counter()
+        engine = stack.enter_context(_open(request, placement))
+        seconds, loaded = time.perf_counter() - begin, _free_on_gpus() if before else {}
+        measured = measure_depths(engine, depths, child.report_progress)
+        last = _free_on_gpus() if before else {}
+        used = {name: free - min(loaded[name], last[name]) for name, free in before.items()}
+        found = Measurement(seconds, engine.report, used, measured, engine.warnings)
+        return msgspec.to_builtins(found)
 
 
-def _open(request: _Request) -> Engine:
-    if request.placement is None:
-        return _open_by_default(request)
-    placement = placement_from_json(request.placement, "the placement")
-    return Engine.open(
-        request.path,
-        placement=placement,
-        n_sequences=placement.sequences,
-        shared_cache=placement.sequences > 1,
-        progress=child.report_progress,
-    )
-
-
-def _open_by_default(request: _Request) -> Engine:
-    """An engine as llama.cpp sets it up, but with as many threads as the others have.
+def _open(request: Mapping[str, Any], placement: Placement | None) -> Engine:
+    """An engine as placed, or as llama.cpp sets it up, but with as many threads as the others have.
 
     llama.cpp's default of 4 threads is more than some machines have cores, and fewer than most.
     """
-    rpc.probe(request.workers)
-    for worker in request.workers:
+    if placement is not None:
+        return Engine.open(
+            request["path"],
+            placement=placement,
+            n_sequences=placement.sequences,
+            shared_cache=placement.sequences > 1,
+            progress=child.report_progress,
+        )
+    rpc.probe(request["workers"])
+    for worker in request["workers"]:
         backends.add_worker(worker)
-    gguf = open_loadable(request.path)
-    n_ctx = request.depths[-1] + _N_DECODED
-    params = EngineParams.choose(gguf, None, n_ctx=n_ctx, threads=request.threads)
+    gguf, n_ctx = open_loadable(request["path"]), request["depths"][-1] + _N_DECODED
+    params = EngineParams.choose(gguf, None, n_ctx=n_ctx, threads=request["threads"])
     return Engine(gguf, load_by_default(gguf, params), params, None)
 
 
@@ -305,19 +280,13 @@ def _limited(limit: int) -> Iterator[None]:
     from dots1_local.devices.bench_graph import BenchDevice
 
     with ExitStack() as stack:
-        for name, free in _local_gpus().items():
+        for name, free in _free_on_gpus().items():
             if free > limit:
                 stack.enter_context(BenchDevice(name, free - limit))
         yield
 
 
-def _free(request: _Request) -> dict[str, int]:
-    """Bytes free on GPUs; nothing if the placement uses none, so that no driver starts."""
-    plan = request.placement
-    return _local_gpus() if plan is None or plan["layers"] else {}
-
-
-def _local_gpus() -> dict[str, int]:
+def _free_on_gpus() -> dict[str, int]:
     """Bytes free on each GPU of this machine, as its driver says."""
     found = backends.devices()
     return {each.name: each.free for each in found if each.kind == "gpu" and each.backend != "RPC"}

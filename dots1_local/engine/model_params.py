@@ -7,7 +7,6 @@ engine connects to it, and a device is looked up before it is used.
 import ctypes
 import os
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,10 +28,8 @@ from dots1_local.placement.placement import (
 
 __all__ = [
     "EngineParams",
-    "buffer_names",
     "connected",
     "endpoints",
-    "free_memory",
     "model_params",
     "prepare",
 ]
@@ -122,14 +119,9 @@ _HOST_MEMORY: dict[HostMemory, tuple[int, bool, bool]] = {
     "repacked": (_NONE, True, True),
     "mapped": (_MMAP, False, True),
 }
-# How the names of a backend's devices begin, and the build option that compiles it in.
-_BUILDS = {
-    "CUDA": "GGML_CUDA",
-    "ROCm": "GGML_HIP",
-    "Vulkan": "GGML_VULKAN",
-    "SYCL": "GGML_SYCL",
-    "MTL": "GGML_METAL",
-    "RPC": "GGML_RPC",
+# The build option that compiles a backend in, by how the names of its devices begin.
+_BUILDS = {"ROCm": "GGML_HIP", "MTL": "GGML_METAL"} | {
+    name: f"GGML_{name.upper()}" for name in ("CUDA", "Vulkan", "SYCL", "RPC")
 }
 
 
@@ -179,11 +171,11 @@ def _set_min_batch(placement: Placement) -> list[str]:
     return []
 
 
-def _device(name: str) -> backends.DeviceInfo:
+def _handle(device: str) -> int:
     try:
-        return backends.device(name)
+        return backends.device(device).handle
     except UsageError as error:
-        raise UsageError(f"{error}; {_remedy(name)}") from None
+        raise UsageError(f"{error}; {_remedy(device)}") from None
 
 
 def _remedy(device: str) -> str:
@@ -194,25 +186,6 @@ def _remedy(device: str) -> str:
     if backend == "RPC":
         return "name the worker that has it, in the plan or with --worker HOST:PORT"
     return "plan again on this machine"
-
-
-def free_memory(device: str) -> int | None:
-    """Bytes that are free on a device now; None if the device does not tell.
-
-    Raises:
-        UsageError: this engine has no such device.
-    """
-    found = _device(device)
-    return found.free if found.total else None
-
-
-def buffer_names(devices: Iterable[str]) -> dict[str, str]:
-    """The devices by the names of their buffers in the engine's log.
-
-    Raises:
-        UsageError: this engine has no such device.
-    """
-    return {_device(name).buffer_name: name for name in devices}
 
 
 def model_params(placement: Placement | None) -> Any:
@@ -226,8 +199,7 @@ def model_params(placement: Placement | None) -> Any:
     params = llama.llama_model_default_params()
     devices = placement.used_devices if placement else ()
     # Never NULL: llama.cpp would then take all devices, lost workers too, and abort.
-    found = [_device(name).handle for name in devices]
-    handles = (ctypes.c_void_p * (len(found) + 1))(*found, None)
+    handles = (ctypes.c_void_p * (len(devices) + 1))(*map(_handle, devices), None)
     params.devices = ctypes.cast(handles, ctypes.c_void_p)
     params.n_gpu_layers = placement.gpu_layers if placement else 0
     params.kept = [handles]  # the struct only points to it

@@ -46,14 +46,14 @@ def load(
         OutOfMemory: a device has too little memory, with "auto" after all attempts.
         Dots1Error: `Engine.open` or `place` failed in another way.
     """
-    known = load_placement(placement) if isinstance(placement, Path) else placement
-    if isinstance(known, str) and known != "auto":
-        known = load_placement(known)
+    if isinstance(placement, str | Path) and placement != "auto":
+        placement = load_placement(placement)
     gguf = open_loadable(path)
-    if isinstance(known, str):
+    if isinstance(placement, str | Path):
         engine = _load_planned(gguf, workers, notify, _with_sequences(None, params, notify))
     else:
-        engine = Engine.open(gguf, placement=known, **_with_sequences(known, params, notify))
+        params = _with_sequences(placement, params, notify)
+        engine = Engine.open(gguf, placement=placement, **params)
     for warning in engine.warnings:
         notify(warning)
     return engine

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dots1_local.devices import backends
 from dots1_local.devices.limits import RAM
 from dots1_local.engine.engine import Engine
 from dots1_local.engine.loading import OutOfMemory
@@ -244,7 +245,12 @@ def with_little_free(path: Path, decisions: Decisions) -> None:
     def never(done: int, total: int, unit: str, what: str) -> None:
         raise AssertionError("it loads")
 
-    with patch("dots1_local.engine.loading.free_memory", return_value=1000):
+    found = backends.device
+
+    def little_free(name: str) -> backends.DeviceInfo:
+        return replace(found(name), free=1000)
+
+    with patch.object(backends, "device", little_free):
         Engine.open(path, placement=placement_for(path, **decisions), progress=never)
 
 

@@ -1,12 +1,13 @@
-"""Numbers of bytes as people write and read them."""
+"""Numbers of bytes and of tokens as people write and read them."""
 
 import re
 
 from dots1_local.errors import UsageError
 
-__all__ = ["human_bytes", "parse_size"]
+__all__ = ["human_bytes", "parse_context", "parse_size"]
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE | re.ASCII)
+_CONTEXT = re.compile(r"(\d{1,9})(k?)", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:
@@ -31,3 +32,15 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def parse_context(text: str) -> int:
+    """Parse a number of tokens: '16k' is 16,384, '32768' is itself.
+
+    Raises:
+        UsageError: the text has another form, or the number is 0.
+    """
+    match = _CONTEXT.fullmatch(text.strip())
+    if match and (tokens := int(match[1]) * (1024 if match[2] else 1)):
+        return tokens
+    raise UsageError(f"{text!r} is not a context size; write it as 16k or 32768")

@@ -1,7 +1,7 @@
 import pytest
 
 from dots1_local.errors import UsageError
-from dots1_local.sizes import human_bytes, parse_size
+from dots1_local.sizes import human_bytes, parse_context, parse_size
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,10 @@ def test_writes_sizes_in_decimal_units() -> None:
     assert [human_bytes(count) for count in (999, 1536, 24e9, 5e12)] == [
         "999 B", "1.5 kB", "24.0 GB", "5.0 TB",
     ]  # fmt: skip
+
+
+def test_reads_context_sizes() -> None:
+    assert [parse_context(text) for text in ("16k", " 8K", "32768")] == [16384, 8192, 32768]
+    for text in ("", "0", "0k", "16kB", "1.5k", "-1", "9" * 20):
+        with pytest.raises(UsageError, match="is not a context size"):
+            parse_context(text)

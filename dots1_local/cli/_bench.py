@@ -90,7 +90,7 @@ def bench(options: BenchOptions) -> None:
 
 
 def _numbers(text: str, option: str) -> list[int]:
-    from dots1_local.placement.memory import parse_context
+    from dots1_local.sizes import parse_context
 
     numbers = [parse_context(part) for part in text.split(",") if part.strip()]
     if numbers != sorted(set(numbers)) or not numbers:

@@ -194,16 +194,16 @@ def _memory_budget(config: "Dots1Config", memory: str, options: ConvertOptions) 
     """Return what a memory or machine leaves for weights, and print how that was reckoned."""
     from dots1_local.convert import Budget
     from dots1_local.devices.machine import find_hardware, hardware_names
-    from dots1_local.placement.memory import Memory, memory_of, parse_context, weights_budget
+    from dots1_local.placement.memory import parse_memory, weights_budget
     from dots1_local.placement.placement import default_context
+    from dots1_local.sizes import parse_context
 
-    described: str | Memory = memory
-    if memory in hardware_names() or Path(memory).is_file():
-        described = memory_of(find_hardware(memory))
+    described = memory in hardware_names() or Path(memory).is_file()
+    machine = find_hardware(memory) if described else parse_memory(memory)
     tokens = default_context(config.max_position_embeddings)
     if options.context:
         tokens = parse_context(options.context)
-    found = weights_budget(config, described, tokens, options.kv_type or "f16")
+    found = weights_budget(config, machine, tokens, options.kv_type or "f16")
     notice(found.explanation)
     return Budget("weights", found.weights)
 

@@ -198,7 +198,7 @@ def open_engine(
         Dots1Error: the model cannot be loaded.
     """
     from dots1_local.engine.planned import load
-    from dots1_local.placement.memory import parse_context
+    from dots1_local.sizes import parse_context
 
     if context is not None:
         options["n_ctx"] = 0 if context.strip() == "0" else parse_context(context)

@@ -77,10 +77,10 @@ def plan(options: PlanOptions) -> None:
     from dots1_local.files.gguf import GGUFFile
     from dots1_local.placement.alternatives import explain_shortfall
     from dots1_local.placement.footprint import limited
-    from dots1_local.placement.memory import parse_context
     from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import check_made_for, load_placement
     from dots1_local.placement.planner import place
+    from dots1_local.sizes import parse_context
 
     _check(options)
     tokens = parse_context(options.context) if options.context else None

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from dots1_local.devices.hardware import CPU, Hardware
 from dots1_local.ggml import TYPES
-from dots1_local.placement.footprint import Usage, footprint, kv_bytes, shortfall, usable_bytes
+from dots1_local.placement.footprint import footprint, kv_bytes, shortfall, usable_bytes
 from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement, human_context
-from dots1_local.placement.planner import Search, place
+from dots1_local.placement.planner import Search
 from dots1_local.placement.speed_model import UNMEASURED_DISK, SpeedModel, is_measured
 from dots1_local.sizes import human_bytes
 
@@ -171,21 +171,6 @@ def _first_that_fits(
 
 def with_ubatch(graph: ModelGraph, machine: Hardware, ours: Placement, ubatch: int) -> Placement:
     """The placement with another ubatch, and with as many experts on devices as then fit."""
-    placement = replace(ours, ubatch=ubatch)
-    before, after = footprint(graph, ours), footprint(graph, placement)
-
-    def growth(name: str) -> int:
-        return after.get(name, Usage()).compute - before.get(name, Usage()).compute
-
-    devices = tuple(
-        replace(device, free=max(0, device.free - growth(device.name)))
-        for device in machine.devices
-    )
-    planned = place(
-        graph.gguf,
-        replace(machine, devices=devices),
-        context=ours.context,
-        sequences=ours.sequences,
-        kv_type=ours.kv_type,
-    )
-    return replace(placement, layers=planned.layers, overrides=planned.overrides)
+    search = Search(graph, machine, ours.context, ours.threads, ours.sequences)
+    planned = search.best(ours.kv_type, ubatch).placement
+    return replace(ours, ubatch=ubatch, layers=planned.layers, overrides=planned.overrides)

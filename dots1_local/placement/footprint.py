@@ -37,11 +37,9 @@ __all__ = [
     "usable_bytes",
 ]
 
-# Bytes left free on each GPU: the driver's context, and the windows of a desktop.
-GPU_RESERVE = 1_000_000_000
-# Bytes left free in RAM: 1 GB for this program besides the model, 1 GB for the rest of the system.
-RAM_RESERVE = 2_000_000_000
-
+# Bytes left free: on each GPU for the driver's context and a desktop's windows, in RAM 1 GB for
+# this program besides the model and 1 GB for the rest of the system.
+GPU_RESERVE, RAM_RESERVE = 1_000_000_000, 2_000_000_000
 # Types that the CPU's kernels rearrange so that no GPU can read them (ggml-cpu/repack.cpp).
 REPACKED = ("Q4_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4")
 # Devices that copy weights from RAM for large batches (their backends have an `offload_op`).
@@ -55,8 +53,8 @@ _EQUAL_LAYERS = 3  # so many of a row of equal layers need as much memory as all
 class Usage:
     """Bytes of one device by purpose; `compute` is llama.cpp's compute buffer.
 
-    `scratch` is allocated later, with the first long prompt, and no log shows it: activations in
-    the form that the kernels need, and in RAM also the logits.
+    `scratch` is allocated with the first long prompt: activations in the form that the kernels
+    need, and in RAM also the logits. No log shows it.
     """
 
     attention: int = 0
@@ -137,11 +135,7 @@ def kv_cells(context: int) -> int:
 def _compute_buffers(
     graph: ModelGraph, placement: Placement, n_sequences: int, n_outputs: int
 ) -> Mapping[str, int]:
-    """The compute buffer of each device.
-
-    The buffer of a GPU that copies weights from RAM holds these too. The result is cached by what
-    the layers differ in: where their weights are, and how many bytes a GPU copies.
-    """
+    """The compute buffer of each device; a GPU's holds the weights that it copies from RAM too."""
     gpu = fetching_gpu(placement)
     kept = REPACKED if placement.host_memory == "repacked" else ()
     resident = {name: PlacedWeight(name) for name in (*placement.used_devices, CPU)}
@@ -177,7 +171,7 @@ def _compute_buffers(
         gpu=gpu,
         min_batch=placement.offload_min_batch or LLAMA_MIN_BATCH,
         offloaded=offloaded,
-        pipelined=offloaded and len(placement.devices) > 1 and not placement.overrides,
+        pipelined=offloaded and len(placement.layers) > 1 and not placement.overrides,
     )
 
 
@@ -224,8 +218,8 @@ def limited(hardware: Hardware, *, vram: int | None = None, ram: int | None = No
 
 def usable_bytes(device: Device) -> int:
     """Bytes of a device that a placement may take: what is free less the reserve."""
-    of_ram = device.name == CPU or device.worker
-    return device.free - (RAM_RESERVE if of_ram else GPU_RESERVE)
+    in_ram = device.name == CPU or device.worker
+    return device.free - (RAM_RESERVE if in_ram else GPU_RESERVE)
 
 
 def shortfall(graph: ModelGraph, hardware: Hardware, placement: Placement) -> dict[str, int]:
@@ -237,10 +231,7 @@ def shortfall(graph: ModelGraph, hardware: Hardware, placement: Placement) -> di
 
 
 def kv_type_unsupported(hardware: Hardware, placement: Placement) -> str | None:
-    """A sentence if a GPU holds a KV cache that its flash attention cannot read, else None.
-
-    llama.cpp would compute attention on the CPU then, and copy the KV cache there for every token.
-    """
+    """A sentence if a GPU holds a KV cache that its flash attention cannot read, else None."""
     kind = placement.kv_type
     holders = {placement.device_of_layer(layer) for layer in range(placement.blocks)}
     for device in hardware.devices:

@@ -48,11 +48,9 @@ def reserved_buffers(
 
 
 def _assign_devices(nodes: Sequence[Node], gpu: str | None, min_batch: int) -> None:
-    """Give each node a device.
+    """Give each node a device: that of its weight, or else that of a neighbour, GPUs first.
 
-    An operation with a weight runs where the weight is, or on `gpu` if `gpu` may copy the weight
-    and the operation has at least `min_batch` rows. Other nodes follow their neighbours, GPUs
-    first.
+    `gpu` takes operations of at least `min_batch` rows with a weight that it may copy.
     """
     for node in nodes:
         if node.device is None:
@@ -117,10 +115,7 @@ class _FreeList:
         self._last = 0  # offset of the last gap
 
     def take(self, size: int) -> int:
-        """Take `size` bytes from the smallest gap that holds them, and return their offset.
-
-        Of gaps of equal size, the last one is used.
-        """
+        """Take `size` bytes from the smallest gap, the last of equals, and return the offset."""
         best = None
         for gap in self._gaps:
             room = gap[1] - gap[0]

@@ -20,6 +20,7 @@ from dots1_local.placement.model_graph import LayerSizes
 
 __all__ = ["DeviceSplit", "SplitStrategy", "fill", "most_similar", "strategies", "variants"]
 
+Bytes = dict[str, int]  # by device
 _VARIANTS = 4  # numbers of layers that are tried between the least and the most
 
 
@@ -63,8 +64,7 @@ class SplitStrategy:
 class DeviceSplit:
     """Layers by device, and overrides for everything that is not on its layer's device.
 
-    `all_weights_on_gpus` tells whether the GPUs hold the weights of every layer whose KV cache is
-    in RAM, except routed experts and `attn_output`.
+    `all_weights_on_gpus` includes layers whose KV cache is in RAM, but no experts.
     """
 
     layers: Mapping[str, int]
@@ -73,10 +73,9 @@ class DeviceSplit:
 
 
 def strategies(hardware: Hardware, blocks: int) -> Iterator[SplitStrategy]:
-    """Ways to use the devices: the GPUs, workers besides them, and the CPU alone.
+    """Ways to use the devices: the GPUs, workers besides them, and the CPU, which always works.
 
-    A worker holds experts that do not fit the GPUs, or the last layers as a whole. The CPU alone
-    always works.
+    A worker holds experts that do not fit the GPUs, or the last layers as a whole.
     """
     gpus = tuple(device.name for device in hardware.devices if not device.worker)
     if gpus:
@@ -132,10 +131,9 @@ def variants(
 
 
 def most_similar(found: Sequence[SplitStrategy], strategy: SplitStrategy) -> list[SplitStrategy]:
-    """The variants that have the same of layers in RAM: the first, and the nearest in number.
+    """The variants that keep the same kind of bytes in RAM: the first, and the nearest in number.
 
-    If the strategy has no layers in RAM, variants that have some are left out: a KV cache on the
-    GPUs comes before a longer ubatch.
+    A strategy without layers in RAM keeps it so: a KV cache on GPUs comes before a longer ubatch.
     """
     weights = bool(strategy.ram_weight_layers)
     alike = [each for each in found if bool(each.ram_weight_layers) == weights]
@@ -146,10 +144,7 @@ def most_similar(found: Sequence[SplitStrategy], strategy: SplitStrategy) -> lis
 
 
 def fill(sizes: LayerSizes, strategy: SplitStrategy, room: Mapping[str, int]) -> DeviceSplit | None:
-    """Put as much on each device as `room` (bytes by device) allows.
-
-    Returns None if what every token reads does not fit.
-    """
+    """Put as much on each device as its `room` (bytes) allows; None if not even layers fit."""
     if strategy.ram_layers > sizes.blocks + 1:
         return None
     left, sizes = dict(room), sizes.without_weights(strategy.ram_weight_layers)
@@ -174,13 +169,11 @@ def fill(sizes: LayerSizes, strategy: SplitStrategy, room: Mapping[str, int]) ->
     return DeviceSplit(layers, overrides, len(weights) >= start)
 
 
-def _last_layers(
-    sizes: LayerSizes, strategy: SplitStrategy, left: dict[str, int]
-) -> tuple[dict[str, int], int]:
-    """How many of the last layers each layer worker holds, and the first layer that one holds.
+# The functions below subtract what they place from `left`, the bytes that devices have left.
 
-    The first worker holds the very last layers. What they take is subtracted from `left`.
-    """
+
+def _last_layers(sizes: LayerSizes, strategy: SplitStrategy, left: Bytes) -> tuple[Bytes, int]:
+    """The number of layers on each layer worker, the last layers first, and where these begin."""
     end, counts = sizes.blocks + 1, {}
     least = max(sizes.blocks + 1 - strategy.worker_layers, strategy.cpu_kv_layers)
     for name in strategy.layer_workers:
@@ -193,9 +186,9 @@ def _last_layers(
 
 
 def _divide(
-    sizes: LayerSizes, gpus: Sequence[str], left: dict[str, int], start: int, end: int
+    sizes: LayerSizes, gpus: Sequence[str], left: Bytes, start: int, end: int
 ) -> list[int] | None:
-    """Divide the layers from `start` to `end` among the GPUs; subtract what they need from `left`.
+    """The number of layers from `start` to `end` on each GPU.
 
     Each GPU gets as many layers as fit with all their experts. It gets more if the GPUs after it
     could not hold the rest even without experts.
@@ -218,7 +211,7 @@ def _divide(
 
 
 def _weights_of_cpu_layers(
-    sizes: LayerSizes, strategy: SplitStrategy, left: dict[str, int]
+    sizes: LayerSizes, strategy: SplitStrategy, left: Bytes
 ) -> dict[int, str]:
     """GPUs that hold weights of layers whose KV cache is in RAM; late layers come first."""
     devices: dict[int, str] = {}
@@ -237,7 +230,7 @@ def _experts(
     strategy: SplitStrategy,
     layer_devices: Sequence[str],
     weights: Mapping[int, str],
-    left: dict[str, int],
+    left: Bytes,
 ) -> list[tuple[str, str]]:
     """Overrides for routed experts that are not on their layer's device."""
     moved: dict[int, dict[str, str]] = {}
@@ -253,7 +246,7 @@ def _experts(
 
 
 def _place_experts(
-    experts: Mapping[str, int], gpus: Sequence[str], workers: Sequence[str], left: dict[str, int]
+    experts: Mapping[str, int], gpus: Sequence[str], workers: Sequence[str], left: Bytes
 ) -> dict[str, str]:
     """The device of each part of a layer's experts; the CPU gets what fits nowhere else.
 
@@ -261,21 +254,13 @@ def _place_experts(
     """
     placed: dict[str, str] = {}
     rest = [part for part in EXPERT_PARTS if part in experts]
-    for gpu in dict.fromkeys(gpu for gpu in gpus if gpu != CPU):
-        chosen = _largest(experts, rest, left[gpu])
-        placed |= dict.fromkeys(chosen, gpu)
-        left[gpu] -= sum(experts[part] for part in chosen)
+    for device in dict.fromkeys(name for name in (*gpus, *workers) if name != CPU):
+        choices = [part for n in range(len(rest) + 1) for part in combinations(rest, n)]
+        sizes = {choice: sum(experts[part] for part in choice) for choice in choices}
+        allowed = [c for c in choices if device not in workers or len(c) in (0, len(rest))]
+        fitting = [choice for choice in allowed if sizes[choice] <= left[device]]
+        chosen = max(fitting, key=sizes.__getitem__, default=())
+        placed |= dict.fromkeys(chosen, device)
+        left[device] -= sizes[chosen]
         rest = [part for part in rest if part not in chosen]
-    for worker in workers:
-        if rest and sum(experts[part] for part in rest) <= left[worker]:
-            placed |= dict.fromkeys(rest, worker)
-            left[worker] -= sum(experts[part] for part in rest)
-            rest = []
     return placed | dict.fromkeys(rest, CPU)
-
-
-def _largest(experts: Mapping[str, int], parts: Sequence[str], room: int) -> Sequence[str]:
-    """The combination of `parts` that takes the most bytes and fits `room`."""
-    choices = [choice for n in range(len(parts) + 1) for choice in combinations(parts, n)]
-    sizes = {choice: sum(experts[part] for part in choice) for choice in choices}
-    return max((choice for choice in choices if sizes[choice] <= room), key=sizes.__getitem__)

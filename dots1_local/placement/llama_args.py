@@ -67,8 +67,10 @@ def expert_overrides(placed: Mapping[int, Mapping[str, str]]) -> Overrides:
         for device in dict.fromkeys(devices.values()):
             parts = tuple(part for part in EXPERT_PARTS if devices.get(part) == device)
             layers[device, parts].append(layer)
+    names = {parts: f"({'|'.join(parts)})" if len(parts) > 1 else parts[0] for _, parts in layers}
+    names[EXPERT_PARTS] = ".*"
     return [
-        (rf"blk\.{layer_pattern(numbers)}\.ffn_{_any_of(parts)}_exps", device)
+        (rf"blk\.{layer_pattern(numbers)}\.ffn_{names[parts]}_exps", device)
         for (device, parts), numbers in layers.items()
     ]
 
@@ -103,12 +105,6 @@ def _class(digits: set[int]) -> str:
     return f"[{text}]"
 
 
-def _any_of(parts: tuple[str, ...]) -> str:
-    if len(parts) == len(EXPERT_PARTS):
-        return ".*"
-    return parts[0] if len(parts) == 1 else f"({'|'.join(parts)})"
-
-
 def command_line(placement: Placement, hardware: Hardware, model: str) -> str:
     """A shell command; `llama-server` stands for any of llama.cpp's programs."""
     command = ["llama-server", "-m", model, *llama_flags(placement, hardware)]
@@ -121,8 +117,8 @@ def command_line(placement: Placement, hardware: Hardware, model: str) -> str:
 def llama_flags(placement: Placement, hardware: Hardware) -> list[str]:
     """Flags of llama-cli, llama-server and the like, without the model's path."""
     flags = ["--rpc", ",".join(placement.workers)] if placement.workers else []
-    flags += ["-dev", ",".join(placement.devices) or "none", "-ngl", str(placement.gpu_layers)]
-    if len(placement.devices) > 1:
+    flags += ["-dev", ",".join(placement.layers) or "none", "-ngl", str(placement.gpu_layers)]
+    if len(placement.layers) > 1:
         flags += ["-ts", ",".join(map(str, placement.layers.values()))]
     if placement.overrides:
         pairs = (f"{pattern}={_buffer(hardware, name)}" for pattern, name in placement.overrides)

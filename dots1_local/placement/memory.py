@@ -1,67 +1,35 @@
 """How many bytes of weights fit a memory beside what else running the model needs."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from dots1_local.architecture import Dots1Config, inventory
-from dots1_local.devices.hardware import CPU, Hardware
+from dots1_local.devices.hardware import CPU, Device, Hardware
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.ggml import TYPES
 from dots1_local.placement.footprint import (
-    GPU_RESERVE,
-    RAM_RESERVE,
     distinct_layers,
     kv_bytes,
     kv_cells,
     scratch_bytes,
+    usable_bytes,
 )
 from dots1_local.placement.graph_memory import reserved_buffers
 from dots1_local.placement.ubatch_graph import PlacedLayer, PlacedWeight, UbatchShape
 from dots1_local.sizes import human_bytes, parse_size
 
-__all__ = [
-    "Memory",
-    "MemoryBudget",
-    "compute_bytes",
-    "memory_of",
-    "parse_context",
-    "parse_memory",
-    "weights_budget",
-]
+__all__ = ["MemoryBudget", "compute_bytes", "parse_memory", "weights_budget"]
 
 _DEVICE = re.compile(r"(?:([1-9]\d?)\s*x\s*)?(.+?)\s*(gpu|vram|ram)", re.IGNORECASE | re.ASCII)
-_CONTEXT = re.compile(r"(\d{1,9})(k?)", re.IGNORECASE | re.ASCII)
 _UBATCH = 512  # tokens, which leaves `place` the choice of a shorter or longer one
 _WIDEST = 1.5  # the size of the largest routed matrix, relative to one of average bits per weight
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of each GPU, of the RAM, and of each worker."""
-
-    gpus: tuple[int, ...]
-    ram: int
-    workers: tuple[int, ...] = ()
-
-    @property
-    def total(self) -> int:
-        return sum(self.gpus) + self.ram + sum(self.workers)
-
-    @property
-    def reserve(self) -> int:
-        """Bytes that a placement leaves free."""
-        return GPU_RESERVE * len(self.gpus) + RAM_RESERVE * (bool(self.ram) + len(self.workers))
-
-    def __str__(self) -> str:
-        parts = [f"{human_bytes(gpu)} gpu" for gpu in self.gpus]
-        parts += [f"{human_bytes(worker)} worker" for worker in self.workers]
-        return " + ".join([*parts, f"{human_bytes(self.ram)} ram"] if self.ram else parts)
-
-
-@dataclass(frozen=True)
 class MemoryBudget:
-    """How a memory is divided, in bytes: it is `kv` + `buffers` + `reserve` + `weights`.
+    """How the free memory of a machine is divided, in bytes: the sum of the four is all of it.
 
     `buffers` includes the part of a GPU that is smaller than one more matrix.
     """
@@ -73,15 +41,8 @@ class MemoryBudget:
     explanation: str
 
 
-def memory_of(hardware: Hardware) -> Memory:
-    """The free memory of a machine."""
-    gpus = tuple(device.free for device in hardware.devices if not device.worker)
-    workers = tuple(device.free for device in hardware.devices if device.worker)
-    return Memory(gpus, hardware.cpu.free, workers)
-
-
-def parse_memory(text: str) -> Memory:
-    """Parse '24GB gpu + 64GB ram', '2x24GiB gpu + 128 GB ram' or '96GB ram'.
+def parse_memory(text: str) -> Hardware:
+    """Parse '24GB gpu + 64GB ram', '2x24GiB gpu + 128 GB ram' or '96GB ram' to a machine.
 
     Raises:
         UsageError: the text has another form; the message shows the right one.
@@ -99,45 +60,41 @@ def parse_memory(text: str) -> Memory:
             ram += size * count
         else:
             gpus += [size] * count
-    return Memory(tuple(gpus), ram)
-
-
-def parse_context(text: str) -> int:
-    """Parse a number of tokens: '16k' is 16,384, '32768' is itself.
-
-    Raises:
-        UsageError: the text has another form, or the number is 0.
-    """
-    match = _CONTEXT.fullmatch(text.strip())
-    if match and (tokens := int(match[1]) * (1024 if match[2] else 1)):
-        return tokens
-    raise UsageError(f"{text!r} is not a context size; write it as 16k or 32768")
+    devices = (Device(f"CUDA{n}", "CUDA", "a GPU", size, size) for n, size in enumerate(gpus))
+    cpu = Device(CPU, "CPU", "RAM", ram, ram)
+    return Hardware(text, "the command line", "", 1, cpu, tuple(devices))
 
 
 def weights_budget(
-    config: Dots1Config, memory: str | Memory, n_ctx: int, kv_type: str = "f16"
+    config: Dots1Config, machine: Hardware, n_ctx: int, kv_type: str = "f16"
 ) -> MemoryBudget:
-    """Return how many bytes of weights fit `memory` beside a context of `n_ctx` tokens.
+    """Return how many bytes of weights fit a machine beside a context of `n_ctx` tokens.
 
-    `place` fits a file of this size into this memory: the reserve is the one that it leaves free.
+    `place` fits a file of this size into the machine, because it leaves the same reserve free.
 
     Raises:
-        UsageError: the memory or the KV type is unknown, or the context is longer than the model
-            was trained for.
+        UsageError: the KV type is unknown, or the context is longer than the model was trained for.
         Dots1Error: not even the narrowest types fit, or a device has no room for any weights.
     """
-    memory = parse_memory(memory) if isinstance(memory, str) else memory
     if not 0 < n_ctx <= config.max_position_embeddings:
         raise UsageError(
             f"this model was trained for contexts of 1 to {config.max_position_embeddings} tokens, "
             f"not {n_ctx}"
         )
-    budget, least = _budget(config, memory, n_ctx, kv_type), _least_weights(config)
-    _check_devices(config, memory, n_ctx, kv_type)
+    devices = [device for device in (*machine.devices, machine.cpu) if device.free]
+    budget, least = _budget(config, devices, n_ctx, kv_type), _least_weights(config)
+    buffers = _buffers(config, devices, n_ctx, kv_type, least)
+    for device, buffer in zip(devices, buffers, strict=True):
+        if usable_bytes(device) <= buffer:
+            raise Dots1Error(
+                f"{_name(device)} of {human_bytes(device.free)} has no room for weights: "
+                f"{human_bytes(device.free - usable_bytes(device))} are left free, and llama.cpp's "
+                f"buffers take {human_bytes(buffer)}; leave it out or give more"
+            )
     if budget.weights < least:
         raise Dots1Error(
             f"{budget.explanation}, which take at least {human_bytes(least)}; "
-            + _way_out(config, memory, n_ctx, kv_type, least)
+            + _way_out(config, devices, n_ctx, kv_type, least)
         )
     return budget
 
@@ -172,11 +129,15 @@ def compute_bytes(
     return reserved_buffers(config, layers, ubatch, gpu=device if fetched else None)[device]
 
 
-def _budget(config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str) -> MemoryBudget:
-    kv, reserve = kv_bytes(config, n_ctx, kv_type), memory.reserve
-    rest = memory.total - kv - reserve
-    buffers = sum(_buffers(config, memory, n_ctx, kv_type, rest))
-    weights = rest - buffers
+def _budget(
+    config: Dots1Config, devices: Sequence[Device], n_ctx: int, kv_type: str
+) -> MemoryBudget:
+    kv = kv_bytes(config, n_ctx, kv_type)
+    usable = sum(usable_bytes(device) for device in devices)
+    reserve = sum(device.free for device in devices) - usable
+    buffers = sum(_buffers(config, devices, n_ctx, kv_type, usable - kv))
+    weights = usable - kv - buffers
+    memory = " + ".join(f"{human_bytes(device.free)} {_name(device)}" for device in devices)
     explanation = (
         f"{memory} - {human_bytes(kv)} KV cache for {n_ctx:,} tokens ({kv_type.lower()}) - "
         f"{human_bytes(buffers)} buffers - {human_bytes(reserve)} left free = "
@@ -186,51 +147,45 @@ def _budget(config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str) -> Me
 
 
 def _buffers(
-    config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str, weights: int
+    config: Dots1Config, devices: Sequence[Device], n_ctx: int, kv_type: str, weights: int
 ) -> list[int]:
-    """Bytes that hold no weights on each GPU, each worker and in RAM.
+    """Bytes of each device that hold no weights: compute buffers, scratch, and an unused rest.
 
-    They are compute buffers and scratch. If there is RAM, the first GPU also has room for a matrix
-    of routed experts that it copies, and each GPU has a rest that one more matrix does not fit; a
-    worker has a rest that one more layer's three do not fit. `weights` is an upper limit of the
-    bytes of all weights, which the size of a matrix follows from.
+    If some experts are not on GPUs, the first GPU has room for a matrix that it copies from RAM,
+    and each GPU has a rest that is too small for one more matrix. The rest of a worker is too small
+    for one more layer's three. `weights` limits the size of a matrix: it is at least what all
+    weights take.
     """
     experts = config.n_routed_experts * config.hidden_size * config.moe_intermediate_size
-    shared = memory.ram or memory.workers
+    shared = any(device.worker or device.name == CPU for device in devices)
     matrix = int(_WIDEST * max(0, weights) * experts / _elements(config)) if shared else 0
 
-    def buffer(device: str, fetched: int = 0) -> int:
-        compute = compute_bytes(config, n_ctx, device=device, fetched=fetched, kv_type=kv_type)
-        return compute + scratch_bytes(config, device, _UBATCH)
+    def buffer(device: Device) -> int:
+        is_gpu = not device.worker and device.name != CPU
+        name, fetched = "CUDA0" if is_gpu else device.name, matrix if device == devices[0] else 0
+        nbytes = compute_bytes(
+            config, n_ctx, device=name, fetched=fetched * is_gpu, kv_type=kv_type
+        ) + scratch_bytes(config, name, _UBATCH)
+        if device.name == CPU:
+            return nbytes + 4 * config.vocab_size
+        return nbytes + (matrix if is_gpu else 3 * matrix)
 
-    fetched = [matrix if memory.ram and not number else 0 for number in range(len(memory.gpus))]
-    buffers = [buffer("CUDA0", nbytes) + matrix for nbytes in fetched]
-    buffers += [buffer("RPC0") + 3 * matrix for _ in memory.workers]
-    return [*buffers, buffer(CPU) + 4 * config.vocab_size] if memory.ram else buffers
-
-
-def _check_devices(config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str) -> None:
-    """Check that each device has room for weights beside buffers and the reserve."""
-    sizes = [*memory.gpus, *memory.workers, *[memory.ram] * bool(memory.ram)]
-    names = ["a GPU"] * len(memory.gpus) + ["a worker"] * len(memory.workers) + ["RAM"]
-    buffers = _buffers(config, memory, n_ctx, kv_type, _least_weights(config))
-    for size, name, buffer in zip(sizes, names, buffers, strict=False):
-        taken = buffer + (GPU_RESERVE if name == "a GPU" else RAM_RESERVE)
-        if size <= taken:
-            owner = "driver" if name == "a GPU" else "system"
-            raise Dots1Error(
-                f"{name} of {human_bytes(size)} has no room for weights, because the {owner} and "
-                f"llama.cpp's buffers take {human_bytes(taken)}; leave it out or give more"
-            )
+    return [buffer(device) for device in devices]
 
 
-def _way_out(config: Dots1Config, memory: Memory, n_ctx: int, kv_type: str, least: int) -> str:
+def _name(device: Device) -> str:
+    return "ram" if device.name == CPU else "worker" if device.worker else "gpu"
+
+
+def _way_out(
+    config: Dots1Config, devices: Sequence[Device], n_ctx: int, kv_type: str, least: int
+) -> str:
     """Name the longest context that fits, or say how much is missing for the shortest."""
     step = kv_cells(1)
     for cells in range(kv_cells(n_ctx) - step, 0, -step):
-        if _budget(config, memory, cells, kv_type).weights >= least:
+        if _budget(config, devices, cells, kv_type).weights >= least:
             return f"a context of {cells:,} tokens would fit"
-    short = least - _budget(config, memory, step, kv_type).weights
+    short = least - _budget(config, devices, step, kv_type).weights
     return f"no context fits, and the shortest one lacks {human_bytes(short)}"
 
 

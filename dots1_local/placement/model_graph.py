@@ -197,10 +197,10 @@ class MatrixProduct(NamedTuple):
 
 @dataclass(frozen=True)
 class UbatchWork:
-    """All work of a ubatch except the output layer's product, counted by device.
+    """All work of a ubatch except the head's product, counted by device.
 
-    `attention` counts layers by the device that computes attention and by whether the KV cache is
-    copied there. `crossings` counts transfers by device and by floats of each token.
+    `attention` counts layers by device and by whether the KV cache is copied there, `crossings`
+    transfers by device and by floats of each token.
     """
 
     products: Mapping[MatrixProduct, int]
@@ -218,10 +218,10 @@ def count_work(
     unfetched: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> UbatchWork:
-    """Count the work of a ubatch; `devices` is where the weight of each operation is.
+    """Count the work of a ubatch.
 
-    `kv_devices` is where the KV cache of each layer is. `gpu` copies weights from RAM, except those
-    of the types `unfetched`; if `only` is given, it only copies these parts.
+    `devices` hold the weight of each operation, `kv_devices` the KV cache of each layer. `gpu`
+    copies weights from RAM, except the types `unfetched`; if `only` is given, only these parts.
     """
     products: Counter[MatrixProduct] = Counter()
     attention: Counter[tuple[str, bool]] = Counter()
@@ -229,12 +229,15 @@ def count_work(
     runs: list[tuple[str, ModelOp]] = []
     for index, op in enumerate(graph.ops):
         if op.part == _ATTENTION:
-            fetching = None if only else gpu
-            device, copied = _attention_device(kv_devices[op.layer], devices[index + 1], fetching)
-            attention[device, copied] += 1
+            # A KV cache in RAM is used, or copied to, where `attn_output` is multiplied.
+            device, output = kv_devices[op.layer], devices[index + 1]
+            if in_ram := device == CPU:
+                device = gpu if gpu and output == CPU and not only else output
+            attention[device, in_ram and device != CPU] += 1
         else:
             wanted = op.part in only if only else op.part != _HEAD  # the head has too few rows
-            product = matrix_product(op, devices[index], gpu if wanted else None, unfetched)
+            wanted = wanted and op.type not in unfetched
+            product = matrix_product(op, devices[index], gpu if wanted else None)
             device = product.device
             if op.weights and op.part != _HEAD:
                 products[product] += 1
@@ -246,27 +249,11 @@ def count_work(
     return UbatchWork(products, nodes, splits, crossings, attention)
 
 
-def matrix_product(
-    op: ModelOp, home: str, gpu: str | None = None, unfetched: Sequence[str] = ()
-) -> MatrixProduct:
-    """The product with the weight of `op`, which is on the device `home`."""
-    in_ram = home == CPU
-    fetched = in_ram and gpu is not None and op.type not in unfetched
+def matrix_product(op: ModelOp, home: str, gpu: str | None = None) -> MatrixProduct:
+    """The product with the weight of `op` on the device `home`; `gpu` copies it from RAM."""
+    routed, fetched = is_routed(op.part), home == CPU and gpu is not None
     device = gpu if fetched and gpu else home
-    return MatrixProduct(
-        device, op.type, op.nbytes, op.weights, is_routed(op.part), in_ram, fetched
-    )
-
-
-def _attention_device(kv: str, output: str, gpu: str | None) -> tuple[str, bool]:
-    """Where a layer computes attention, and whether its KV cache is copied there for that.
-
-    A KV cache in RAM is used where `attn_output` is multiplied: on the CPU only if that is.
-    """
-    if kv != CPU:
-        return kv, False
-    device = gpu if gpu and output == CPU else output
-    return device, device != CPU
+    return MatrixProduct(device, op.type, op.nbytes, op.weights, routed, home == CPU, fetched)
 
 
 def _device_changes(
@@ -274,8 +261,7 @@ def _device_changes(
 ) -> tuple[Counter[str], Counter[tuple[str, int]]]:
     """Splits by device, and transfers between two devices by device and floats of a token.
 
-    The outputs of experts are added up on their device, but those of the CPU's experts on the
-    device that they go to.
+    A GPU adds up its experts' outputs before it passes them on; the CPU does not.
     """
     splits = Counter([CPU])  # the embedding's
     crossings: Counter[tuple[str, int]] = Counter()

@@ -93,15 +93,10 @@ class Placement:
         return sum(self.layers.values())
 
     @property
-    def devices(self) -> tuple[str, ...]:
-        """The devices besides the CPU that llama.cpp is given, in its order."""
-        return tuple(self.layers)
-
-    @property
     def used_devices(self) -> tuple[str, ...]:
-        """`devices`, and the devices besides the CPU that only hold single tensors."""
+        """All devices besides the CPU: first those with layers, then those with single tensors."""
         overriding = (device for _, device in self.overrides if device != CPU)
-        return tuple(dict.fromkeys((*self.devices, *overriding)))
+        return tuple(dict.fromkeys((*self.layers, *overriding)))
 
     def device_of_layer(self, layer: int) -> str:
         """Return the device that holds the KV cache of `layer`; `blocks` is the output layer."""
@@ -239,10 +234,9 @@ def check_made_for(placement: Placement, gguf: GGUFFile) -> None:
 
 
 def default_context(trained: int, sequences: int = 1) -> int:
-    """Return the context of each sequence, in tokens, if the user asks for none.
+    """Return the tokens of each sequence if the user names no context: 16,384 for all together.
 
-    It is 16,384 tokens for all sequences together, but at least 4,096 for each of them, and at most
-    the `trained` tokens that the model was trained for.
+    Each has at least 4,096, and at most the `trained` tokens that the model was trained for.
     """
     return min(max(_DEFAULT_CONTEXT // sequences, _DEFAULT_SHARE), trained)
 

@@ -1,19 +1,18 @@
 """Deciding where a model lives and how it is run, on this machine or on a described one.
 
-What every token reads goes to the GPUs first, then the KV cache, then routed experts. Some choices
-remain: the ubatch, how RAM holds weights, how many layers have their KV cache in RAM, and whether a
-worker is worth using. Of the candidates, the one wins whose predicted time for a turn of a
-conversation is shortest: reading a quarter of the context, but at least 2,048 tokens, and answering
-with 512 tokens.
+What every token reads goes to the GPUs first, then the KV cache, then routed experts. The predicted
+time of a turn decides the rest: the ubatch, how RAM holds weights, how many layers have their KV
+cache in RAM, and which workers are used. In a turn, llama.cpp reads a quarter of the context, but
+at least 2,048 tokens, and writes 512.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from dots1_local.devices.hardware import CPU, Hardware
 from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.ggml import KV_TYPES
 from dots1_local.placement.footprint import (
     Usage,
     fetching_gpu,
@@ -58,20 +57,16 @@ def place(
     """Return the best placement of a model on a machine.
 
     If the model does not fit, the placement maps the file and reads what does not fit from disk.
-    `sequences` of `context` tokens each share the KV cache; `default_context` says what `context`
-    is by default. `kv_type` is F16 by default if the GPUs hold all of the KV cache then, or if
-    there are no GPUs and RAM holds it; otherwise it is Q8_0. Precision is not lowered to put a few
-    more experts on a GPU. `vram` and `ram` are bytes to plan with in place of what is free.
+    `sequences` of `context` tokens (by default `default_context`) each share the KV cache.
+    `kv_type` is by default F16 if the GPUs hold all of the KV cache then, or if RAM holds it and
+    there are no GPUs; otherwise it is Q8_0. Precision is not lowered to put a few more experts on a
+    GPU. `vram` and `ram` are bytes to plan with in place of what is free.
 
     Raises:
         GGUFError: the file is not a dots1 model, or it lacks keys or tensors.
         UsageError: the KV type is unknown or the GPUs cannot use it, or llama.cpp cannot make a
             context of this size.
     """
-    if kv_type is not None and kv_type.upper() not in KV_TYPES:
-        raise UsageError(
-            f"llama.cpp cannot keep a KV cache in {kv_type}; choose one of {', '.join(KV_TYPES)}"
-        )
     if context is not None and not 0 < context <= MAX_CONTEXT:
         raise UsageError(f"a context has 1 to {MAX_CONTEXT:,} tokens, not {context:,}")
     check_context(context or 1, sequences)
@@ -110,18 +105,13 @@ class Search:
     """Searches placements of one model on one machine, for `sequences` of `context` tokens each."""
 
     def __init__(
-        self,
-        graph: ModelGraph,
-        hardware: Hardware,
-        context: int,
-        threads: int,
-        sequences: int = 1,
+        self, graph: ModelGraph, hardware: Hardware, context: int, threads: int, sequences: int
     ) -> None:
         self._graph, self._hardware = graph, hardware
         gpus = [device.name for device in hardware.devices if not device.worker]
         self._measured = is_measured(hardware, gpus)
-        # llama.cpp counts rows, and norms by head have a row for each head. With a lower limit, the
-        # GPU would fetch these norms for every token that each sequence writes.
+        # llama.cpp counts rows, and norms by head have a row for each head. A lower limit would
+        # make the GPU fetch these norms for every token that each sequence writes.
         rows = (sequences + 1) * graph.config.num_attention_heads
         self._min_batch = max(_MIN_FETCHING_BATCH, min(rows, _MAX_ROWS))
         self._first = Placement(
@@ -137,13 +127,13 @@ class Search:
             host_memory="plain",
         )
 
-    def best(self, kv_type: str) -> Candidate:
-        """The best candidate with a KV cache of this type; there always is one."""
-        first = replace(self._first, kv_type=kv_type)
+    def best(self, kv_type: str, ubatch: int | None = None) -> Candidate:
+        """The best candidate with this KV type, and this ubatch if given; there always is one."""
+        first = replace(self._first, kv_type=kv_type, ubatch=ubatch or _UBATCH)
         found = strategies(self._hardware, first.blocks)
         best = _best(each for strategy in found for each in self._candidates(strategy, first))
-        others = [replace(first, ubatch=n) for n in _OTHER_UBATCHES if n < 2 * first.tokens]
-        for other in others:
+        others = [n for n in _OTHER_UBATCHES if n < 2 * first.tokens and not ubatch]
+        for other in (replace(first, ubatch=n) for n in others):
             best = _best([best, *self._candidates(best.strategy, other, similar=True)])
         if best.placement.host_memory == "pinned":
             repacked = replace(best.placement, host_memory="repacked")
@@ -158,21 +148,15 @@ class Search:
         """
         first = replace(self._first, kv_type=kv_type, ubatch=_LONG_UBATCH)
         with_gpus = [each for each in strategies(self._hardware, first.blocks) if each.gpus]
-        sizes = self._sizes(first)
-        found = (
-            variant
-            for strategy in with_gpus
-            for variant in variants(sizes, strategy, self._room(strategy, first))
-        )
-        return not with_gpus or any(not variant.ram_layers for variant in found)
+        rooms = ((each, self._room(each, first)) for each in with_gpus)
+        found = (variants(self._sizes(first), each, room) for each, room in rooms)
+        return not with_gpus or any(not each.ram_layers for each in chain.from_iterable(found))
 
     def least_short(self, kv_type: str) -> int:
         """Bytes that RAM lacks at least, with the smallest buffers; 0 or less if it fits."""
         first = replace(self._first, kv_type=kv_type, ubatch=_OTHER_UBATCHES[-1])
-        found = strategies(self._hardware, first.blocks)
-        return min(
-            lacks[CPU] for strategy in found for _, _, lacks in self._placements(strategy, first)
-        )
+        found = (self._placements(each, first) for each in strategies(self._hardware, first.blocks))
+        return min(lacks[CPU] for _, _, lacks in chain.from_iterable(found))
 
     def _sizes(self, first: Placement) -> LayerSizes:
         kv = kv_bytes(self._graph.config, first.tokens, first.kv_type)
@@ -189,10 +173,9 @@ class Search:
     def _placements(
         self, strategy: SplitStrategy, first: Placement, *, similar: bool = False
     ) -> Iterator[tuple[SplitStrategy, Placement, dict[str, int]]]:
-        """Variants of a strategy, their placements, and the bytes that each device lacks for them.
+        """Variants of a strategy with their placements and the bytes that each device lacks.
 
-        Only RAM can lack any. With `similar`, the variants have about as many layers in RAM as the
-        strategy.
+        Only RAM can lack any. `similar` variants have about as many layers in RAM as the strategy.
         """
         sizes, room = self._sizes(first), self._room(strategy, first)
         found = variants(sizes, replace(strategy, cpu_kv_layers=0, ram_weight_layers=0), room)
@@ -220,10 +203,7 @@ class Search:
         first: Placement,
         room: Mapping[str, int],
     ) -> tuple[Placement | None, dict[str, int]]:
-        """Fill the devices so that each has room for the buffers that the placement itself needs.
-
-        Returns the placement and the bytes that each device lacks for it.
-        """
+        """The placement that leaves room for its own buffers, and the bytes each device lacks."""
         taken: dict[str, int] = {}
         for _ in range(_ATTEMPTS):
             split = fill(sizes, strategy, room)
@@ -251,7 +231,7 @@ class Search:
         model = SpeedModel(self._graph, self._hardware, placement)
         if not model.fetches:
             placement = replace(placement, offload_min_batch=None)
-        if not (self._measured and is_measured(self._hardware, placement.devices)):
+        if not (self._measured and is_measured(self._hardware, placement.used_devices)):
             return Candidate(strategy, placement, short, None)
         if model.fetches:
             placement = self._with_min_batch(placement, model.break_even(), short)
@@ -260,7 +240,7 @@ class Search:
         return Candidate(strategy, placement, short, seconds)
 
     def _with_min_batch(self, placement: Placement, least: int, short: int) -> Placement:
-        """Copy weights for ubatches of `least` tokens on, or for whole ubatches if only that fits.
+        """Copy weights from `least` tokens on, or for whole ubatches if only that fits.
 
         The devices were filled for copying; buffers can be larger if nothing is copied.
         """

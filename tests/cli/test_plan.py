@@ -192,8 +192,8 @@ def test_says_when_speeds_are_unknown(model: Path, tmp_path: Path) -> None:
         (["--context", "99999k"], "a context has 1 to 16,777,216 tokens"),
         (["--context", "much"], "'much'"),
         (["--parallel", "0"], "1 to 256 sequences"),
-        (["--vram", "much"], "no size such as 48G"),
-        (["--kv", "q4_k"], "q4_k"),
+        (["--vram", "much"], "size such as 48G"),
+        (["--kv", "q4_k"], "Q4_K"),
         (["--worker", "10.0.0.1:50052"], "--worker is for this machine"),
     ],
 )

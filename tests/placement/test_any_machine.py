@@ -105,7 +105,7 @@ def check_order(model: GGUFFile, placement: Placement) -> None:
     if routed := layers["CUD", "routed"]:
         assert not layers["CPU", "router"] | layers["CPU", "shared"]
         assert max(routed) <= min(layers["CPU", "routed"], default=62)
-    fetches = any(name.startswith("CUDA") for name in placement.devices)
+    fetches = any(name.startswith("CUDA") for name in placement.layers)
     in_ram = any(layers["CPU", role] for role in ("attention", "dense", "shared", "routed", "norm"))
     least = placement.offload_min_batch
     assert (least is not None) == (fetches and in_ram)

@@ -154,7 +154,7 @@ def test_gpus_are_filled(machine: str, file: str, models: dict[str, GGUFFile]) -
     made, hardware, counts = FILES[file], find_hardware(machine), counts_of(placement)
     used = bytes_of_gpus(made, counts, placement)
     usage = footprint(ModelGraph.read(models[file]), placement)
-    weights = sum(usage[name].weights + usage[name].kv for name in placement.devices)
+    weights = sum(usage[name].weights + usage[name].kv for name in placement.layers)
     assert weights == pytest.approx(used, rel=1e-3, abs=1)
     for device in hardware.devices:
         left = device.free - 1_000_000_000 - usage[device.name].total

@@ -48,7 +48,7 @@ def test_layers_are_counted_from_the_end() -> None:
         "CPU", "CPU", "CUDA0", "RPC0", "RPC0",
     ]  # fmt: skip
     assert PLACEMENT.gpu_layers == 3
-    assert PLACEMENT.devices == ("CUDA0", "RPC0")
+    assert PLACEMENT.used_devices == ("CUDA0", "RPC0")
 
 
 @pytest.mark.parametrize(

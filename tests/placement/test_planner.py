@@ -99,7 +99,7 @@ def test_precision_of_the_kv_cache_is_lowered_only_where_it_must_be(model: GGUFF
     assert place(model, gpus(24), context=8192).kv_type == "F16"
     assert place(model, gpus(24), kv_type="f16").kv_type == "F16"
     assert place(model, gpus()).kv_type == "F16"
-    with pytest.raises(UsageError, match=r"q4_k; .*F32, F16"):
+    with pytest.raises(UsageError, match=r"Q4_K; .*F32, F16"):
         place(model, gpus(24), kv_type="q4_k")
 
 

@@ -1,1 +1,1 @@
-"""A conversation with a model: prompt, sampling, constraint, KV cache."""
+"""A conversation with a model: prompt, sampling, grammar, KV cache."""

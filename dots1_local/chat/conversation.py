@@ -44,7 +44,7 @@ class Conversation:
         session.stop, session.overflow = self.stop, self.overflow
 
 
-class _Message(Struct, frozen=True):
+class _SavedMessage(Struct, frozen=True):
     role: Literal["system", "user", "assistant"]
     text: str
 
@@ -61,7 +61,7 @@ class _Document(Struct, frozen=True):
     version: Literal[1]
     model: str
     settings: _Settings
-    messages: list[_Message]
+    messages: list[_SavedMessage]
     unanswered: str = ""
 
 
@@ -141,7 +141,7 @@ def _read(path: Path) -> Any:
     return raw
 
 
-def _messages(read: Sequence[_Message]) -> tuple[Message, ...]:
+def _messages(read: Sequence[_SavedMessage]) -> tuple[Message, ...]:
     """Convert messages, and check that questions and answers alternate."""
     start = bool(read) and read[0].role == "system"
     for number, message in enumerate(read[start:]):

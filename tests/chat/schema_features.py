@@ -63,7 +63,7 @@ FEATURES: list[tuple[str, Any, str]] = [
     ("`exclusiveMinimum`", {"type": "number", "exclusiveMinimum": 3}, "3"),
     ("`exclusiveMaximum`", {"type": "number", "exclusiveMaximum": 3}, "3"),
     (
-        "an excluded whole number less than 1 from the other bound",
+        "`exclusiveMinimum` 0 with `maximum` 0.5, and the like",
         {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5},
         "0",
     ),
@@ -72,12 +72,12 @@ FEATURES: list[tuple[str, Any, str]] = [
     ("`allOf`", {"allOf": [{**WHOLE, "minimum": 3}, {"maximum": 9}]}, "2"),
     ("`oneOf` of different types", {"oneOf": [WHOLE, TEXT]}, "null"),
     (
-        "`oneOf` told apart by a text that a property must have",
+        "`oneOf` by the string in a property",
         {"oneOf": [thing(["t"], t={"const": "a"}, x=WHOLE), thing(["t"], t={"const": "b"})]},
         '{"t":"b","x":1}',
     ),
     (
-        "`oneOf` told apart by a number that a property must have",
+        "`oneOf` by the number in a property",
         {"oneOf": [thing(["t"], t={"const": 1}), thing(["t"], t={"const": 2})]},
         '{"t":3}',
     ),

@@ -53,8 +53,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
         return MACHINE
 
     monkeypatch.setattr("dots1_local.devices.machine.this_machine", this_machine)
-    for module in ("alternatives", "planner"):  # the first keeps what it imports from the second
-        monkeypatch.setattr(f"dots1_local.placement.{module}.place", place)
+    monkeypatch.setattr("dots1_local.placement.planner.place", place)
     return made
 
 

@@ -65,7 +65,7 @@ def test_ctrl_c_leaves_what_can_be_resumed(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     _, complaints = process.communicate()
     assert process.returncode == 130
-    assert complaints == "stopped; run the same command again to go on from here\n"
+    assert complaints.startswith("stopped; run the same command again")
     assert not output.exists()
     result = Conversion.prepare(source, "Q2_K").run(output)
     assert result.resumed_tensors > 0

@@ -21,7 +21,7 @@ def program(hub: HubServer, output: Path) -> "subprocess.Popen[str]":
 
 
 def strike(hub: HubServer, process: "subprocess.Popen[str]", number: int, after: int) -> None:
-    """Send it a signal when the hub has sent it so many bytes of shards."""
+    """Send a signal to the process once the hub has sent it `after` bytes of shards."""
     struck = False
 
     def watch() -> None:
@@ -79,5 +79,5 @@ def test_a_conversion_can_be_resumed_after_ctrl_c(hub: HubServer, tmp_path: Path
         strike(hub, process, signal.SIGINT, 20 * MB)
         _, complaints = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert complaints == "stopped; run the same command again to go on from here\n"
+    assert complaints.startswith("stopped; run the same command again")
     assert list(tmp_path.glob("out.gguf.shards/*/*"))

@@ -23,7 +23,7 @@ Wake = Callable[[], None]  # called while nothing arrives; an exception from it 
 
 _CONNECT_SECONDS = 10
 _WAKE_SECONDS = 0.1
-_PARTS_AHEAD = 64  # a server that is faster than its reader has to wait
+_PARTS_AHEAD = 16  # a server that is faster than its reader has to wait
 _LARGEST = 1 << 22  # bytes of one event, or of an answer that is not streamed
 _LAST_EVENT = "[DONE]"
 _LONGEST_QUOTE = 300  # characters

@@ -1,4 +1,4 @@
-"""Conversion at real width, beside what it cannot beat and what it replaces.
+"""Conversion at real width, compared with the encoders alone and with stock llama-quantize.
 
     python -m benchmarks.bench_convert --work build/bench --sample 8        eleven minutes, 2 cores
     python -m benchmarks.bench_convert --work build/bench --experts 8 --sample 8    a smoke run
@@ -64,7 +64,7 @@ class Row:
 
 
 def make_checkpoint(folder: Path, experts: int) -> Checkpoint:
-    """1 dense + 2 MoE layers of random weights; kept from run to run."""
+    """1 dense and 2 MoE layers of random weights; later runs use them again."""
     config = published_config(
         num_hidden_layers=3, n_routed_experts=experts, num_experts_per_tok=min(6, experts)
     )
@@ -80,7 +80,7 @@ def make_checkpoint(folder: Path, experts: int) -> Checkpoint:
 
 
 def convert(checkpoint: Checkpoint, output: Path, type_: str, threads: int) -> Usage:
-    """`dots1 convert` in a process of its own."""
+    """Run `dots1 convert` in a new process."""
     forget(checkpoint.shards)
     dots1 = str(Path(sys.executable).with_name("dots1"))
     command = [dots1, "convert", str(checkpoint.path), "-o", str(output), "--type", type_]
@@ -89,7 +89,7 @@ def convert(checkpoint: Checkpoint, output: Path, type_: str, threads: int) -> U
 
 
 def quantise(source: Path, output: Path, type_: str, threads: int) -> Usage:
-    """`llama_model_quantize` in a process of its own."""
+    """Run `llama_model_quantize` in a new process."""
     forget([source])
     file_type = stock_mix(type_).file_type
     arguments = [str(source), str(output), str(file_type), str(threads)]
@@ -106,7 +106,7 @@ sys.exit(llama_cpp.llama_model_quantize(source, output, ctypes.byref(parameters)
 
 
 def encode_seconds(checkpoint: Checkpoint, type_: str, threads: int, sample: int) -> float:
-    """Wall time of ggml's encoders over all tensors, reading not counted."""
+    """Wall time of ggml's encoders over all tensors, without reading."""
     tensors = Conversion.prepare(checkpoint.path, type_).tensors
     scratch = [(np.empty(_PIECE, np.float32), np.empty(4 * _PIECE, np.uint8))]
     scratch += [(rows.copy(), out.copy()) for rows, out in scratch * (threads - 1)]
@@ -114,7 +114,7 @@ def encode_seconds(checkpoint: Checkpoint, type_: str, threads: int, sample: int
     with ThreadPoolExecutor(threads) as pool:
         for tensor in tensors:
             places = list(_places(checkpoint, tensor))
-            # Small tensors are not sampled, lest a single piece stand for all of one.
+            # Small tensors are not sampled: a single piece would stand for a whole tensor.
             chosen = places[::sample] if len(places) >= 8 * sample else places
             for start in range(0, len(chosen), _BATCH):
                 work = iter([_piece(tensor, place) for place in chosen[start : start + _BATCH]])
@@ -170,7 +170,7 @@ def same_tensors(left: Path, right: Path) -> bool:
 
 
 def bench(work: Path, experts: int, types: list[str], threads: int, sample: int) -> list[Row]:
-    """Measure every type; what is written is deleted again, the checkpoint stays."""
+    """Measure every type; the output is deleted, and the checkpoint is kept."""
     checkpoint = make_checkpoint(work / f"checkpoint-{experts}", experts)
     bf16, ours, stock = (work / f"{name}.gguf" for name in ("bf16", "ours", "stock"))
     rows = []
@@ -195,12 +195,12 @@ def bench(work: Path, experts: int, types: list[str], threads: int, sample: int)
 
 
 def say(what: str) -> None:
-    """Progress, beside the results."""
+    """Print progress to stderr."""
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr)
 
 
 def table(rows: list[Row]) -> str:
-    """The results for people; bytes are those asked of the kernel, or of the disk in brackets."""
+    """The results as a table; bytes are those requested from the kernel (from the disk)."""
     lines = []
     for row in rows:
         ours, first, second = row.ours, row.to_bf16, row.quantise

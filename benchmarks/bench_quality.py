@@ -1,4 +1,4 @@
-"""Allocated mixes beside hand recipes and stock's, at equal size: KL divergence on held-out text.
+"""Allocated mixes, hand recipes and stock mixes of equal size: KL divergence on held-out text.
 
     python -m benchmarks.bench_quality examples/dots1-tiny examples/dots1-deep
     python -m benchmarks.bench_quality examples/dots1-tiny --chunks 16 --random 0    a smoke run
@@ -33,7 +33,7 @@ _NEAR = 1.06  # times the best's divergence
 
 
 def run(example: Example, screen: Example, randoms: int) -> Results:
-    """Measure everything about an example: on few chunks, `screen`, and what matters on all."""
+    """Measure an example: all recipes on `screen` chunks, and the best ones on all chunks."""
     plain = _plain(screen)
     hand = plain + _measured(screen, [with_vocabulary(c.plan, "Q8_0") for c in front(plain)])
     stock = _measured(screen, stock_recipes(screen.config))
@@ -69,7 +69,7 @@ def run(example: Example, screen: Example, randoms: int) -> Results:
 
 
 def budgets(hand: Sequence[Candidate], smallest: float, largest: float) -> list[float]:
-    """Sizes of hand recipes that no smaller one is as good as, at about equal ratios."""
+    """Sizes of the best hand recipes, at about equal ratios."""
     sizes = [c.nbytes for c in front(hand) if smallest <= c.nbytes <= largest]
     chosen: list[float] = []
     for number in range(min(_BUDGETS, len(sizes))):
@@ -80,7 +80,7 @@ def budgets(hand: Sequence[Candidate], smallest: float, largest: float) -> list[
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that are better than all that are no larger, by size."""
+    """The candidates that are better than all others of equal or smaller size, by size."""
     best: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: (c.nbytes, c.kl)):
         if not best or candidate.kl < best[-1].kl:
@@ -89,7 +89,7 @@ def front(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def finalists(candidates: Sequence[Candidate], sizes: Sequence[float]) -> list[Candidate]:
-    """Those that may be the best at one of the sizes, once they are measured on more text."""
+    """The candidates that may turn out to be the best of their size on more text."""
     kept: list[Candidate] = []
     for group in (candidates, _q6_outside(candidates)):
         for size in sizes:
@@ -100,7 +100,7 @@ def finalists(candidates: Sequence[Candidate], sizes: Sequence[float]) -> list[C
 
 
 def _plain(example: Example) -> list[Candidate]:
-    """All hand recipes with a Q6_K embedding and head; a Q8_0 one is tried on the best of them."""
+    """All hand recipes with Q6_K embedding and head; only the best are also tried with Q8_0."""
     plans = hand_recipes(example.config)
     sizes = (sum(projected_bytes(plan, example.config).values()) for plan in plans)
     largest = _MARGIN * _LARGEST
@@ -108,12 +108,12 @@ def _plain(example: Example) -> list[Candidate]:
 
 
 def _q6_outside(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those with a Q6_K embedding and head."""
+    """The candidates with Q6_K embedding and head."""
     return [c for c in candidates if c.plan.types["output.weight"] == "Q6_K"]
 
 
 def _best(candidates: Sequence[Candidate], nbytes: float) -> Candidate | None:
-    """The best of equal or smaller size."""
+    """The best candidate of at most `nbytes`."""
     fitting = [c for c in candidates if c.nbytes <= nbytes]
     return min(fitting, key=lambda c: c.kl, default=None)
 

@@ -1,4 +1,4 @@
-"""What our recipes are measured against, as plans: what a person would write, stock, and random.
+"""Plans to compare ours with: recipes that a person would write, stock mixes, and random plans.
 
 A hand recipe has one type for what every token passes through (attention, shared experts, the dense
 layer), one for embedding and head, one for the routed experts' gate and up and one for their down.
@@ -31,7 +31,7 @@ _FILE_TYPE = 0  # a label in files that are deleted again
 
 
 def hand_recipes(config: Dots1Config) -> list[QuantPlan]:
-    """Every sensible pair of types, padded and not, embedding and head Q6_K."""
+    """Every sensible pair of types, padded and not, with embedding and head Q6_K."""
     return [
         _by_role(config, padded, always, "Q6_K", gate_up, down)
         for padded, pairs in ((True, _padded_pairs()), (False, _narrow_pairs()))
@@ -47,7 +47,7 @@ def with_vocabulary(plan: QuantPlan, kind: str) -> QuantPlan:
 
 
 def stock_recipes(config: Dots1Config) -> list[QuantPlan]:
-    """llama-quantize's mixes up to Q5_K_M, given importance."""
+    """llama-quantize's mixes up to Q5_K_M, with importance."""
     plans = {
         mix.name: make_plan(config, mix.name, has_importance=True, padding="off")
         for mix in STOCK_MIXES.values()
@@ -57,7 +57,7 @@ def stock_recipes(config: Dots1Config) -> list[QuantPlan]:
 
 
 def random_recipes(config: Dots1Config, count: int, seed: int = 1) -> list[QuantPlan]:
-    """Plans like those an allocator makes under a wrong model of damage.
+    """Plans like those that an allocator would make from wrong sensitivity.
 
     A level is drawn for the file, offsets for parts and layers, and some more for each tensor.
     """
@@ -66,7 +66,7 @@ def random_recipes(config: Dots1Config, count: int, seed: int = 1) -> list[Quant
 
 
 def _padded_pairs() -> Iterator[tuple[str, str]]:
-    """Gate and up no finer than down, and not far below it, up to Q4_K."""
+    """Pairs of types in which gate and up have at most the bits of down, and not far fewer."""
     for gate_up in _LADDER:
         for down in _LADDER:
             step = TYPES[down].bpw - TYPES[gate_up].bpw
@@ -102,7 +102,7 @@ def _by_role(
 
 
 def _fitting(kind: str, spec: TensorSpec) -> str:
-    """The type, or Q8_0 where its blocks do not fill the rows; no pair above needs that."""
+    """The type, or Q8_0 if its blocks do not fit the rows; no pair above needs this."""
     return kind if TYPES[kind].fits(spec.columns) else "Q8_0"
 
 
@@ -129,7 +129,7 @@ def _random(config: Dots1Config, draw: random.Random, name: str) -> QuantPlan:
 
 
 def _nearest(bits: float, spec: TensorSpec, draw: random.Random) -> str:
-    """Of types of nearly the same size now one, now the other."""
+    """A random type of about this size."""
     # An embedding has no importance, which these want; and nobody takes them for attention.
     kinds = [
         kind

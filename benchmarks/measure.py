@@ -1,6 +1,6 @@
-"""What a process costs: wall time, processor time, private memory, bytes read and written.
+"""The costs of a process: wall time, processor time, private memory, bytes read and written.
 
-Linux only: everything comes from /proc.
+Linux only: the figures come from /proc.
 """
 
 import os
@@ -17,7 +17,7 @@ _POLL = 0.02  # seconds
 
 @dataclass(frozen=True)
 class Usage:
-    """One run of a process, all its threads together.
+    """One run of a process with all its threads.
 
     `read` and `written` are what the process asked the kernel for; `disk_read` and `disk_written`
     are whole pages that came from or are bound for the disk, mapped files included.
@@ -25,7 +25,7 @@ class Usage:
 
     wall: float
     processor: float
-    anonymous: int  # peak of RssAnon: memory no file backs
+    anonymous: int  # peak of RssAnon: memory that no file backs
     read: int
     written: int
     disk_read: int
@@ -33,7 +33,7 @@ class Usage:
 
 
 def measure(command: Sequence[str], log: Path) -> Usage:
-    """Run `command` to its end, its output going to `log`.
+    """Run `command` to its end, with its output in `log`.
 
     Raises:
         RuntimeError: it failed; the message ends with the last lines of its output.
@@ -83,7 +83,7 @@ def _fields(pid: int, name: str) -> dict[str, int]:
 
 
 def forget(paths: Iterable[Path]) -> None:
-    """Drop files from the page cache, so that every run begins with a cold one."""
+    """Drop files from the page cache, so that every run starts with a cold cache."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)  # only clean pages can be dropped

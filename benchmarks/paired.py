@@ -1,4 +1,4 @@
-"""Statistics of two recipes on the same tokens, and of predictions beside measurements.
+"""Statistics of two recipes on the same tokens, and of predictions and measurements.
 
 Tokens of a chunk are not independent draws, chunks nearly are: errors come from the spread of
 chunk means, and pairing takes out what makes a chunk hard for every recipe.
@@ -25,12 +25,12 @@ class Comparison:
 
 
 def clustered_error(values: Figures) -> float:
-    """Standard error of the mean of (chunks, tokens), chunks being the independent draws."""
+    """Standard error of the mean of (chunks, tokens), whose chunks are independent draws."""
     return _error(_by_chunk(values))
 
 
 def compare(ours: Figures, theirs: Figures) -> Comparison:
-    """How the mean of `ours` stands to that of `theirs`, both of the same tokens."""
+    """Compare the means of `ours` and `theirs`, which are of the same tokens."""
     a, b = _by_chunk(ours), _by_chunk(theirs)
     ratio = float(a.mean() / b.mean())
     difference, error = float((a - b).mean()), _error(a - b)

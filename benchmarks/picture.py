@@ -1,4 +1,4 @@
-"""A picture of KL divergence against size: an SVG that reads on light and dark pages alike."""
+"""A picture of KL divergence by size: an SVG for light and dark pages."""
 
 from collections.abc import Iterator, Sequence
 from math import ceil, floor, log10
@@ -35,7 +35,7 @@ _LEGEND = (
 
 
 def picture(results: Sequence[Results]) -> str:
-    """An SVG with a panel for each example, one scale for all."""
+    """An SVG with a panel for each example, all on the same scale."""
     panels = [_Panel(result, _bounds(results), x * _WIDTH) for x, result in enumerate(results)]
     width = _WIDTH * len(panels)
     lines = [
@@ -65,7 +65,7 @@ def _shown(result: Results) -> list[Candidate]:
 
 
 def _ours(result: Results) -> list[Candidate]:
-    """By size; budgets for hand recipes and for stock mixes make one line."""
+    """Our plans by size, whether compared with hand recipes or with stock mixes."""
     ours = {p.ours.nbytes: p.ours for p in (*result.beside_hand, *result.beside_stock)}
     return [ours[size] for size in sorted(ours)]
 
@@ -108,7 +108,7 @@ class _Panel:
         return _mark(kind, self._x(candidate.nbytes), self._y(candidate.kl), title)
 
     def _stock_names(self) -> Iterator[str]:
-        """Right of the marks or left of them, wherever there is room; some have none."""
+        """Labels right or left of the marks, where there is room; some marks get none."""
         marks = [(self._x(c.nbytes), self._y(c.kl)) for c in _shown(self._result)]
         taken = [(x - 4, x + 4, y) for x, y in marks]
         for mix in self._result.stock:

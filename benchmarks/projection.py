@@ -15,7 +15,7 @@ __all__ = ["bits_per_weight", "projected_bytes", "projection"]
 
 
 def projection(config: Dots1Config) -> Callable[[PlannedTensor], float]:
-    """What a tensor of the model `config` stands for: bytes of dots.llm1."""
+    """A function of a tensor of the model `config`: the bytes of dots.llm1 that it stands for."""
     factors = {padded: _factors(config, padded) for padded in (False, True)}
 
     def projected(tensor: PlannedTensor) -> float:
@@ -26,7 +26,7 @@ def projection(config: Dots1Config) -> Callable[[PlannedTensor], float]:
 
 
 def projected_bytes(plan: QuantPlan, config: Dots1Config) -> dict[Role, float]:
-    """Bytes of each role on dots.llm1, for a plan of the model `config`."""
+    """Bytes of each role in dots.llm1, for a plan of the model `config`."""
     projected = projection(config)
     sizes: dict[Role, float] = {}
     for tensor in plan.tensors(config):
@@ -35,12 +35,12 @@ def projected_bytes(plan: QuantPlan, config: Dots1Config) -> dict[Role, float]:
 
 
 def bits_per_weight(nbytes: float) -> float:
-    """Of dots.llm1, padding not counted as weights."""
+    """Bits per weight of dots.llm1; padding does not count as weights."""
     return nbytes * 8 / sum(_elements(_real(), False).values())
 
 
 def _factors(config: Dots1Config, padded: bool) -> dict[Role, float]:
-    """How many weights dots.llm1 stores in each role for one that the example stores."""
+    """The weights of each role in dots.llm1, relative to those in the example."""
     ours, real = _elements(config, padded), _elements(_real(), padded)
     return {role: real[role] / count for role, count in ours.items()}
 

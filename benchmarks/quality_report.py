@@ -1,4 +1,4 @@
-"""What `bench_quality` found, as Markdown: tables, and whether each target holds."""
+"""The results of `bench_quality` in Markdown: tables, and whether each target is reached."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pair:
-    """Ours at a budget, beside another recipe of at most that size, if there is one."""
+    """Our plan for a budget, and another recipe of at most its size, if there is one."""
 
     budget: float
     ours: Candidate
@@ -98,7 +98,7 @@ def report(results: Results) -> str:
 
 
 def verdicts(results: Results) -> list[str]:
-    """A line for each target, and what it stands on."""
+    """A line for each target, with its figures."""
     return [
         *_hand_verdicts("all hand recipes", results.beside_hand),
         *_hand_verdicts("those with a Q6_K embedding and head", results.beside_plain),

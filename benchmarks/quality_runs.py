@@ -1,7 +1,8 @@
-"""Recipes converted and compared with the unquantised example on held-out text, each kept on disk.
+"""Convert recipes and compare them with the unquantised example on held-out text.
 
-What is measured lies in a folder named after all it came from, so that an interrupted run goes on
-and a changed checkpoint or text starts afresh; delete it after a change to calibration itself.
+Results are saved in a folder whose name depends on all inputs, so that an interrupted run is
+resumed, and a changed checkpoint or text is measured anew. Delete the folder after a change to
+calibration itself.
 Converted models are deleted once they are measured.
 """
 
@@ -56,7 +57,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Example:
-    """A checkpoint with `calibration.txt` and `heldout.txt` beside it, and where its results go.
+    """A checkpoint with `calibration.txt` and `heldout.txt`, and the folder of its results.
 
     `chunks` of the held-out text are evaluated, spread evenly over it; None takes all.
     """
@@ -76,7 +77,7 @@ class Example:
 
     @cached_property
     def folder(self) -> Path:
-        """The work folder's part for this very checkpoint, texts and encoders."""
+        """The part of the work folder for this checkpoint, its texts and the encoders."""
         files = (p for p in sorted(self.path.iterdir()) if p.suffix in (".json", ".safetensors"))
         texts = (self.path / f"{text}.txt" for text in ("calibration", "heldout"))
         digest = hashlib.sha256(f"{version('dots1-local')} {version('llama-cpp-python')}".encode())
@@ -88,7 +89,7 @@ class Example:
 
     @cached_property
     def imatrix(self) -> Path:
-        """The importance file, measured if it is not there."""
+        """The importance file; it is measured if it does not exist."""
         folder = self.folder / "calibrated"
         if not (folder / "sensitivity.json").exists():
             say(f"{self.name}: calibrating")
@@ -124,14 +125,14 @@ class Example:
         return sum(heldout[i : i + _PASSAGE] in seen for i in starts)
 
     def measure(self, plans: Sequence[QuantPlan]) -> list[Quality]:
-        """The quality of every plan, from disk where it was measured before."""
+        """The quality of every plan; earlier results are read from disk."""
         base, imatrix = self.base, self.imatrix
         importance = hashlib.sha256(imatrix.read_bytes()).hexdigest()
         records = [self.folder / f"{_digest(plan, importance, base)}.json" for plan in plans]
         missing = {
             record: plan for record, plan in zip(records, plans, strict=True) if not record.exists()
         }
-        # One thread each: at this size, two models side by side are faster than one on two threads.
+        # At this size two models on one thread each are faster than one after the other on two.
         pool = ProcessPoolExecutor(self.workers, get_context("spawn"))
         try:
             running = [
@@ -146,7 +147,7 @@ class Example:
 
 
 def write_logits(model: Path, text: str, count: int | None, output: Path) -> None:
-    """What a model thinks of `count` chunks of the text, as a logits file."""
+    """Write a model's logits for `count` chunks of the text to a file."""
     with open_engine(model, _N_CTX, None) as engine:
         chunks = spread(cut(engine, text, _N_CTX, None), count)
         with LogitsWriter(output, chunks, engine.n_vocab) as writer:
@@ -156,7 +157,7 @@ def write_logits(model: Path, text: str, count: int | None, output: Path) -> Non
 
 
 def spread(chunks: NDArray[np.int32], count: int | None) -> NDArray[np.int32]:
-    """`count` of the chunks, at equal distances: a text in parts is then sampled in all of them.
+    """`count` chunks at equal distances, so that all parts of a text are sampled.
 
     Raises:
         UsageError: there are not so many.
@@ -170,7 +171,7 @@ def spread(chunks: NDArray[np.int32], count: int | None) -> NDArray[np.int32]:
 
 
 def say(what: str) -> None:
-    """Progress, beside the results."""
+    """Print progress to stderr."""
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
@@ -180,7 +181,7 @@ def _digest(plan: QuantPlan, importance: str, base: Path) -> str:
 
 
 def _measure(checkpoint: Path, plan_json: str, imatrix: Path, base: Path, record: Path) -> float:
-    """Convert, compare, keep; in a process of its own. Returns the mean KL divergence."""
+    """Convert and compare in a new process, and save the result; return the mean KL divergence."""
     model = record.with_suffix(".gguf")
     plan = QuantPlan.from_json(plan_json)
     result = convert_checkpoint(checkpoint, model, plan, imatrix=imatrix, threads=1, force=True)

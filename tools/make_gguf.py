@@ -5,10 +5,10 @@
     python -m tools.make_gguf build/small.gguf --layers 8 --hidden 1024 --heads 8 \
         --dense-width 2816 --experts 32 --width 512 --vocab 4096
 
-For speed and memory, which don't depend on what the weights are: a few million weights are made and
-really encoded for each kind of tensor, and repeated in every layer and expert. Routers and their
-biases are each layer's own, and tokens spread evenly over experts. `--headers-only` writes a
-true header over a sparse file.
+Use them to measure speed and memory, which do not depend on the weights' values. A few million
+weights are drawn and encoded for each kind of tensor, and repeated in every layer and expert.
+Routers and their biases are different in each layer, so that tokens spread evenly over experts.
+`--headers-only` writes a true header and a sparse file.
 """
 
 import argparse
@@ -37,10 +37,10 @@ from tools.make_wide import published_config
 
 __all__ = ["write_gguf"]
 
-_SLICE = 4 << 20  # weights of a tensor that are made; the rest repeats them
+_SLICE = 4 << 20  # weights drawn for a tensor, which the rest repeats
 _DEVIATION = 0.02
-# What a token passes its layers as stays near its own embedding, and biases are small beside the
-# scores: so tokens spread evenly over experts.
+# With these, a token's residual stream stays near its embedding, and biases are small compared with
+# scores, so that tokens spread evenly over experts.
 _DEVIATIONS = {
     "token_embd": 1.0,
     **dict.fromkeys(("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp"), 0.002),
@@ -70,13 +70,13 @@ def write_gguf(
     headers_only: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Write a model of `config` (what config.json would hold), each tensor in the recipe's type.
+    """Write a model of `config` (the contents of a config.json) in the types of `recipe`.
 
-    Importance is the same everywhere, for types that need one; without `importance` the recipe
-    falls back to types that need none, as `dots1 convert` does without `--imatrix`.
+    Types that need importance get the same for every column; without `importance` the recipe falls
+    back to types that need none, as `dots1 convert` does without `--imatrix`.
 
     Raises:
-        Dots1Error: no such recipe, no such model, or a disk that cannot hold it.
+        Dots1Error: the recipe or the configuration is not valid, or the disk is too small.
     """
     path, rng = Path(path), np.random.default_rng(seed)
     with TemporaryDirectory() as folder:
@@ -95,7 +95,7 @@ def write_gguf(
 def _lay_out(
     path: Path, folder: Path, config: dict[str, Any], recipe: str, importance: bool
 ) -> Output:
-    """Header and places; `folder` becomes a checkpoint without weights on the way."""
+    """The header and the tensors' offsets; `folder` becomes a checkpoint without weights."""
     folder.mkdir()
     write_tokenizer(folder, config["vocab_size"])
     checkpoint = Checkpoint(folder, config, {})
@@ -121,7 +121,7 @@ def _write_weights(fd: int, output: Output, rng: np.random.Generator) -> None:
 
 
 def _encoded(tensor: PlannedTensor, rng: np.random.Generator) -> memoryview:
-    """The first rows of a tensor as the file holds them: all of a small one."""
+    """The first rows of a tensor, encoded; all rows of a small one."""
     spec = tensor.spec
     rows = min(spec.rows, max(1, _SLICE // spec.columns))
     values = rng.standard_normal((rows, spec.columns), np.float32)
@@ -133,7 +133,7 @@ def _encoded(tensor: PlannedTensor, rng: np.random.Generator) -> memoryview:
 
 
 def _repeated(data: memoryview, nbytes: int) -> Iterator[tuple[int, memoryview]]:
-    """Pieces that fill `nbytes`, each with its place."""
+    """Pieces that fill `nbytes`, each with its offset."""
     for offset, piece in zip(range(0, nbytes, len(data)), repeat(data), strict=False):
         yield offset, piece[: nbytes - offset]
 

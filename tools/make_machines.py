@@ -1,9 +1,9 @@
-"""The descriptions of machines that come with dots1-local, from published specifications.
+"""Write the descriptions of machines that come with dots1-local, from published specifications.
 
     python -m tools.make_machines
 
-Nothing in them was measured on those machines: each figure is a specification times a factor that
-is stated here and in the file's "source". Rates of CPU cores are those `dots1 hardware` measured on
+Their figures were not measured on these machines: each is a specification times a factor that is
+stated here and in the file's "source". The rates of CPU cores were measured by `dots1 hardware` on
 one core of an AMD EPYC (Zen 5).
 """
 
@@ -22,13 +22,13 @@ _GIB = 1 << 30
 _DDR5_5600 = 89.6e9  # bytes/s of two channels
 _NVME = 7e9
 
-_READ = 0.8  # of memory bandwidth, that kernels reach
+_READ = 0.8  # part of the memory bandwidth that kernels reach
 _READ_CODEBOOK = 0.55  # the same for IQ1, IQ2 and IQ3 on a GPU
 _RAM_READ = 0.78
-_TENSOR = 0.26  # of int8 tensor throughput, in large products
-_EXPERT = 0.3  # of that, with 24 rows an expert
-_ATTENTION = 0.4  # of FP16 tensor throughput
-_CORE = 0.7  # a desktop's core beside the one measured
+_TENSOR = 0.26  # part of the int8 tensor throughput, in large products
+_EXPERT = 0.3  # part of that, with 24 rows per expert
+_ATTENTION = 0.4  # part of the FP16 tensor throughput
+_CORE = 0.7  # speed of a desktop's core, relative to the measured one
 _PAGEABLE = 0.5
 
 # Billion multiply-adds a second of one core: decode, prefill of experts, of large products.
@@ -50,7 +50,7 @@ _CORE_ATTENTION = {
     "Q5_0": (1.8, 2.4), "Q4_1": (1.5, 3.5), "Q4_0": (2.6, 3.5), "IQ4_NL": (1.7, 2.1),
 }  # fmt: skip
 _GPU_KV = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-_GPU_KV_DIRECT = ("F16", "BF16", "Q8_0", "Q4_0")  # the others are made F16 first, each time
+_GPU_KV_DIRECT = ("F16", "BF16", "Q8_0", "Q4_0")  # the others are converted to F16 first, each time
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A synthetic tokenizer of dots.llm1's form and size: byte-level BPE with Qwen2's pre-tokeniser.
 
-The 256 bytes, then merges of two bytes, then of two bytes and a third, until the vocabulary is
-full: every merge makes a new token, as a trained BPE's do. Letters come first, so that plain text
-really merges. `tools/make_wide.py` writes it beside its random weights.
+The vocabulary has the 256 bytes, then merges of two bytes, then of two bytes and a third, until it
+is full. As in a trained BPE, every merge makes a new token. Letters come first, so that plain text
+has merges. `tools/make_wide.py` writes it beside its random weights.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["SPECIAL_TOKENS", "ordinary_tokens", "write_tokenizer"]
 
-# From id 151,643 up; the first and the last are where the published model has them.
+# From id 151,643 up; the first and the last have the same ids as in the published model.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|system|>",
@@ -38,9 +38,9 @@ _CHAT_TEMPLATE = (
 
 
 def ordinary_tokens(vocab_size: int) -> int:
-    """How many of `vocab_size` rows are ordinary tokens: 151,643 of the published 152,064.
+    """The number of ordinary tokens among `vocab_size` rows: 151,643 of the published 152,064.
 
-    Some rows stay without a token in a small vocabulary too.
+    A small vocabulary also has some rows without a token.
     """
     return min(151643, vocab_size - 16)
 
@@ -49,7 +49,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     """Write tokenizer.json and tokenizer_config.json for a vocabulary of `vocab_size` rows.
 
     Raises:
-        ValueError: fewer rows than bytes and special tokens.
+        ValueError: there are fewer rows than bytes and special tokens.
     """
     if ordinary_tokens(vocab_size) < 256:
         raise ValueError("a byte-level vocabulary needs 272 rows or more")

@@ -1,11 +1,11 @@
-"""Random dots1 checkpoints in the published layout, at the real widths or far below them.
+"""Write random dots1 checkpoints in the published layout, at the real widths or smaller.
 
     python -m tools.make_wide build/wide --moe 2        1 dense + 2 MoE layers: 12 GB
     python -m tools.make_wide build/full --moe 61 --shards 60 --headers-only
     python -m tools.make_wide build/micro --moe 1 --hidden 256 --heads 4 --dense-width 512 \
         --experts 4 --top 2 --width 64 --vocab 512 --shards 3
 
-`--headers-only` writes true headers over sparse files: the whole 286 GB geometry in seconds.
+`--headers-only` writes true headers and sparse files: the whole 286 GB geometry in seconds.
 Tests call `write_checkpoint(path, published_config(...))`.
 """
 
@@ -82,10 +82,10 @@ def write_checkpoint(
     headers_only: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Write a checkpoint of `config` (what config.json is to hold) into the folder `path`.
+    """Write a checkpoint of `config` (the contents of its config.json) into the folder `path`.
 
-    The weights depend on `seed` and `config` alone, not on the number of shards. One shard is
-    `model.safetensors` without an index, as the Hugging Face libraries have it.
+    The weights depend on `seed` and `config`, not on the number of shards. A single shard is
+    `model.safetensors` without an index, as the Hugging Face libraries write it.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def write_checkpoint(
 
 
 def _tensors(config: Dots1Config) -> Tensors:
-    """Every tensor under its published name, in natural order: an expert's three lie together."""
+    """Every tensor under its published name, in natural order: an expert's three are adjacent."""
     found = {name: spec.source_shape for spec in inventory(config) for name in spec.sources}
     return sorted(found.items(), key=lambda item: _natural(item[0]))
 

@@ -1,4 +1,4 @@
-"""The model card of dots1-tiny, rendered from the numbers its training measured."""
+"""The model card of dots1-tiny, rendered from the figures in `training.json`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ tags:
 
 
 def card(facts: dict[str, Any]) -> str:
-    """README.md of a checkpoint, from what `training.json` holds."""
+    """README.md of a checkpoint, from the contents of `training.json`."""
     plan, last = facts["plan"], facts["curve"][-1]
     return _CARD.format(
         name=facts["name"],

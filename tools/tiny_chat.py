@@ -1,4 +1,4 @@
-"""Conversations made from stories, which teach dots1-tiny to answer and to stop."""
+"""Conversations made from stories; they teach dots1-tiny to answer and to stop."""
 
 import random
 import re
@@ -25,13 +25,13 @@ _ABOUT = (
 )
 _HERO = re.compile(r"\b(?:a|an) ((?:[a-z]+ ){0,2}[a-z]+?)(?= named| called| who|[.,!])")
 _SENTENCE = re.compile(r".+?[.!?][\"”’']?(?:\s+|$)", re.DOTALL)
-_MOST_LETTERS = 800  # of an answer: about 200 tokens, so that its end is often seen
+_MOST_LETTERS = 800  # in an answer: about 200 tokens, so that many rows contain its end
 
 
 def chat_rows(
     tokenizer: Tokenizer, stories: Sequence[str], plain: Tokens, length: int, seed: int
 ) -> Tokens:
-    """[n, length + 1]: rows of whole conversations about the stories, every third of plain text."""
+    """Rows [n, length + 1] of whole conversations about the stories; a third is plain text."""
     rng = random.Random(seed)
     texts = [chat for story in rng.sample(stories, len(stories)) for chat in chats(story, rng)]
     rows = list(_pack((piece.ids for piece in tokenizer.encode_batch(texts)), length + 1))
@@ -41,7 +41,7 @@ def chat_rows(
 
 
 def _pack(documents: Iterable[list[int]], length: int) -> Iterator[Tokens]:
-    """Rows that start where a document starts; what goes beyond a row's end is lost."""
+    """Rows that start with a document; what does not fit into the row is dropped."""
     row: list[int] = []
     for document in documents:
         row += document
@@ -66,7 +66,7 @@ def chats(story: str, rng: random.Random) -> Iterator[str]:
 
 
 def _shortened(sentences: Sequence[str]) -> str:
-    """As many whole sentences as an answer may have, keeping the last one, the story's end."""
+    """The first sentences that fit into an answer, and the last one, which ends the story."""
     room = _MOST_LETTERS - len(sentences[-1])
     kept: list[str] = []
     for sentence in sentences[:-1]:

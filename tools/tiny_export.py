@@ -1,4 +1,4 @@
-"""Write dots1-tiny as rednote publishes dots.llm1: shards, config, tokenizer, model card."""
+"""Write dots1-tiny in the layout of dots.llm1: shards, config, tokenizer, model card."""
 
 import json
 import math
@@ -70,7 +70,7 @@ def export(
 
 
 def relative_load(config: Dots1Config, counts: Tensor) -> Tensor:
-    """[MoE layers, experts]: each expert's share of the rows, 1 where all get the same."""
+    """Each expert's share of the rows [MoE layers, experts]; 1 is an equal share."""
     counts = counts[config.first_k_dense_replace :]
     return counts / counts.mean(dim=1, keepdim=True)
 
@@ -103,7 +103,7 @@ def _heldout(tokenizer: Tokenizer, corpus: Corpus, kind: str, loss: float) -> di
 
 
 def _published(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Published names and types: experts one by one, bf16 but for the router's bias."""
+    """Tensors under their published names, each expert apart; bf16 except the router's bias."""
     for name, parameter in model.tensors.items():
         tensor = parameter.detach().cpu()
         if BIAS in name:

@@ -1,8 +1,9 @@
-"""dots1-tiny's parameters and one training step, by one process or a team of them.
+"""dots1-tiny's parameters and one training step, in one or several processes.
 
-On a CPU each process computes its share of every batch on one thread and meets the others once a
-step: on a busy machine that loses far less than threads that meet at every matrix. Gradients,
-losses and expert counts travel in one shared row per process; all then make the same update.
+On a CPU each process computes its part of every batch on one thread, and waits for the others once
+per step. On a busy machine this loses far less time than threads that wait at every matrix. Each
+process writes gradients, losses and expert counts to its own row of shared memory; then all make
+the same update.
 """
 
 import math
@@ -28,19 +29,19 @@ _DOWN = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.down_proj")
 
 @dataclass(frozen=True)
 class Model:
-    """Parameters under their full names, experts stacked as the reference wants them."""
+    """Parameters under their full names; experts are stacked as in `dots1_local.reference`."""
 
     config: Dots1Config
     tensors: dict[str, Tensor]
 
     @property
     def trained(self) -> list[Tensor]:
-        """All that gradients move; the router bias moves by load instead."""
+        """The parameters with gradients: all but the router's bias, which follows the load."""
         return [tensor for name, tensor in self.tensors.items() if BIAS not in name]
 
     @property
     def layers(self) -> list[dict[str, Tensor]]:
-        """The same tensors layer by layer, under their names in the layer."""
+        """The parameters of each layer, under their names relative to it."""
         prefixes = [f"model.layers.{layer}." for layer in range(self.config.num_hidden_layers)]
         return [
             {n.removeprefix(p): t for n, t in self.tensors.items() if n.startswith(p)}
@@ -60,14 +61,14 @@ class Model:
 
 
 def _bf16(device: torch.device) -> torch.autocast | nullcontext[None]:
-    """bf16 where the hardware multiplies it faster than F32; elsewhere it would be far slower."""
+    """bf16 if the hardware multiplies it faster than F32; otherwise it would be far slower."""
     if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
 
 def new_model(config: Dots1Config, seed: int, device: str = "cpu") -> Model:
-    """Normal weights of deviation 0.02, smaller where a matrix writes to the residual stream."""
+    """Normal weights of deviation 0.02; less for matrices that write to the residual stream."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for spec in inventory(config):
@@ -85,7 +86,7 @@ def new_model(config: Dots1Config, seed: int, device: str = "cpu") -> Model:
 
 
 def count_experts(counts: Tensor) -> Observer:
-    """Adds the rows that each routed expert receives to `counts` [layers, experts]."""
+    """An observer that adds the rows of each routed expert to `counts` [layers, experts]."""
 
     def observe(name: str, rows: Tensor) -> None:
         if found := _DOWN.match(name):
@@ -96,7 +97,7 @@ def count_experts(counts: Tensor) -> Observer:
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that train together, and what they share; one process needs neither."""
+    """The processes that train together, with their shared memory and barrier."""
 
     size: int = 1
     rank: int = 0
@@ -110,13 +111,13 @@ class Team:
         torch.cat([part.flatten() for part in parts], out=self.rows[self.rank])
         self.barrier.wait()
         mean = self.rows.mean(0)
-        self.barrier.wait()  # or a fast process would overwrite its row before it is read
+        self.barrier.wait()  # now all have read all rows, and may overwrite their own
         for part, piece in zip(parts, mean.split([p.numel() for p in parts]), strict=True):
             part.copy_(piece.view_as(part))
 
 
 def shared_rows(config: Dots1Config, size: int) -> Tensor:
-    """Memory for a team of `size`: room for the gradients, counts and loss of each."""
+    """Shared memory for the gradients, counts and loss of each of `size` processes."""
     gradients = sum(tensor.numel() for tensor in new_model(config, 0).trained)
     counts = config.num_hidden_layers * config.n_routed_experts
     rows = torch.empty(size, gradients + counts + 1)
@@ -127,7 +128,7 @@ def shared_rows(config: Dots1Config, size: int) -> Tensor:
 def step(
     model: Model, optimizer: torch.optim.Optimizer, rows: Tensor, bias_rate: float, team: Team
 ) -> float:
-    """One update from `rows` [batch, length + 1]; returns the loss before it."""
+    """Make one update from `rows` [batch, length + 1]; return the loss before it."""
     config = model.config
     counts = torch.zeros(config.num_hidden_layers, config.n_routed_experts)
     loss = model.loss(rows[team.rank :: team.size], count_experts(counts))
@@ -144,8 +145,8 @@ def step(
 
 
 def _balance(model: Model, counts: Tensor, rate: float) -> None:
-    """Balance load without an auxiliary loss (DeepSeek-V3): an expert that got less than its
-    share of this batch has its bias raised by `rate`, one that got more has it lowered."""
+    """Balance load without an auxiliary loss (DeepSeek-V3): raise the bias of experts that got less
+    than their share of this batch by `rate`, and lower that of the others."""
     for layer in range(model.config.first_k_dense_replace, model.config.num_hidden_layers):
         bias = model.tensors[f"model.layers.{layer}.mlp.gate.{BIAS}"]
         load = counts[layer].to(bias.device)

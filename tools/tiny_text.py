@@ -1,6 +1,6 @@
-"""The text dots1-tiny learns: what is held out, the tokenizer made from the rest, and windows.
+"""The text for dots1-tiny: training and held-out parts, the tokenizer, and windows of tokens.
 
-Everything is a function of the files and a seed, so that a resumed run sees the same text.
+All depend on the files and a seed only, so that a resumed run gets the same text.
 """
 
 import re
@@ -37,19 +37,19 @@ SPECIAL = (
     "<|system|>", "<|endofsystem|>",
     "<|observation|>", "<|endofobservation|>",
 )  # fmt: skip
-# Qwen2's, which dots.llm1 uses.
+# The pre-tokeniser of Qwen2, which dots.llm1 uses.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 Tokens = NDArray[np.int64]
-"""Either one row of tokens, or rows of [length + 1]: the inputs and, one later, their targets."""
+"""One row of tokens, or rows [n, length + 1]; the target of a token is the one after it."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on and one held-out text, each per kind."""
+    """Training documents and one held-out text for each kind."""
 
     train: dict[str, list[str]]
     heldout: dict[str, str]
@@ -60,7 +60,7 @@ class Corpus:
 
 
 def read_corpus(files: Mapping[str, Sequence[Path]], heldout_share: float) -> Corpus:
-    """Read the files of each kind, and cut the end of every file off as held-out text."""
+    """Read the files of each kind; the end of every file is held out."""
     train: dict[str, list[str]] = {}
     heldout: dict[str, str] = {}
     for kind, paths in files.items():
@@ -72,7 +72,7 @@ def read_corpus(files: Mapping[str, Sequence[Path]], heldout_share: float) -> Co
 
 
 def _cut(text: str, share: float) -> tuple[str, str]:
-    """Text and its last `share`, cut between paragraphs, or between stories where there are any."""
+    """Split off the last `share` of a text, between stories if it has any, or paragraphs."""
     text = text.replace("\r\n", "\n")
     border = END_OF_TEXT if END_OF_TEXT in text else "\n\n"
     start = int(len(text) * (1 - share))
@@ -81,7 +81,7 @@ def _cut(text: str, share: float) -> tuple[str, str]:
 
 
 def beginnings(files: Mapping[str, Sequence[Path]], size: int = 60_000) -> str:
-    """The first `size` bytes of every file: text to calibrate on, and none of what is held out."""
+    """The first `size` bytes of every file: calibration text, of which nothing is held out."""
     texts = [
         path.read_bytes()[:size].decode(errors="ignore").replace("\r", "")
         for paths in files.values()
@@ -95,7 +95,7 @@ def _plain(text: str) -> str:
 
 
 def train_tokenizer(corpus: Corpus, tokens: int) -> Tokenizer:
-    """A byte-level BPE of `tokens` tokens in all, the special ones last."""
+    """A byte-level BPE with `tokens` tokens, including the special ones, which come last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre.Sequence(
@@ -116,14 +116,14 @@ def train_tokenizer(corpus: Corpus, tokens: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokens:
-    """The texts in one row of tokens, each followed by the end-of-text token."""
+    """One row with the tokens of all texts, each followed by the end-of-text token."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     pieces = tokenizer.encode_batch(list(texts))
     return np.concatenate([np.array([*piece.ids, end], np.int64) for piece in pieces])
 
 
 def windows(tokens: Tokens, length: int, seed: int) -> Tokens:
-    """[n, length + 1]: one epoch over `tokens`, cut at other places for every seed, shuffled."""
+    """One epoch over `tokens` in shuffled rows [n, length + 1]; the seed shifts their starts."""
     rng = np.random.default_rng(seed)
     shifted = np.roll(tokens, -int(rng.integers(length)))
     count = (len(shifted) - 1) // length
@@ -132,6 +132,6 @@ def windows(tokens: Tokens, length: int, seed: int) -> Tokens:
 
 
 def in_order(tokens: Tokens, length: int) -> Tokens:
-    """[n, length + 1]: the tokens from first to last, less what does not fill a row."""
+    """The tokens in order, in rows [n, length + 1]; an incomplete last row is left out."""
     starts = range(0, len(tokens) - length, length)
     return np.stack([tokens[start : start + length + 1] for start in starts])

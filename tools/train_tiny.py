@@ -3,8 +3,8 @@
     python -m tools.train_tiny --english BOOK... --chinese BOOK... --stories FILE \\
         --work build/tiny -o examples/dots1-tiny
 
-The end of every file is held out. State is saved to `--work` every two minutes; the same command
-goes on from there. On two cores with bf16 it takes about an hour, without bf16 about four.
+The end of every file is held out. The state is saved to `--work` every two minutes, and the same
+command resumes from it. This takes about an hour on two cores with bf16, and four without it.
 """
 
 import argparse
@@ -27,7 +27,16 @@ from tools.tiny_chat import chat_rows
 from tools.tiny_export import export, relative_load
 from tools.tiny_model import Model, Team, count_experts, new_model, shared_rows, step
 
-__all__ = ["GEOMETRIES", "GEOMETRY", "Data", "Plan", "State", "heldout_losses", "main", "train"]
+__all__ = [
+    "GEOMETRIES",
+    "GEOMETRY",
+    "Data",
+    "Plan",
+    "TrainingState",
+    "heldout_losses",
+    "main",
+    "train",
+]
 
 GEOMETRY = Dots1Config(
     hidden_size=256, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=4,
@@ -38,7 +47,7 @@ GEOMETRY = Dots1Config(
 )  # fmt: skip
 GEOMETRIES = {
     "dots1-tiny": GEOMETRY,
-    # Deeper, with fewer and wider experts: what `make bench-quality` proves itself on.
+    # Deeper, with fewer and wider experts; `make bench-quality` was not tuned on it.
     "dots1-deep": replace(
         GEOMETRY, num_hidden_layers=7, num_attention_heads=8, num_key_value_heads=8, head_dim=32,
         intermediate_size=640, moe_intermediate_size=224, n_routed_experts=12, n_shared_experts=1,
@@ -49,7 +58,7 @@ GEOMETRIES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does; with the files and the geometry it fixes the result."""
+    """The settings of a run; with the files and the geometry they determine the result."""
 
     tokens: int = 3950
     length: int = 512
@@ -76,7 +85,7 @@ class Data:
 
     @classmethod
     def read(cls, files: dict[str, list[Path]], plan: Plan, work: Path) -> "Data":
-        """Read the files, and train the tokenizer unless `work` has it already."""
+        """Read the files; train the tokenizer, unless `work` has one."""
         corpus = tiny_text.read_corpus(files, plan.heldout_share)
         saved = work / "tokenizer.json"
         if not saved.exists():
@@ -86,13 +95,13 @@ class Data:
         return cls(corpus, tokenizer, tiny_text.encode(tokenizer, everything))
 
     def steps(self, plan: Plan) -> tuple[int, int]:
-        """How many steps plain text gets, and chat."""
+        """The number of steps on plain text, and on chat."""
         plain = len(tiny_text.windows(self.plain, plan.length, plan.seed)) // plan.batch
         chat = len(self._chat(plan, plan.seed)) // plan.batch
         return int(plan.epochs * plain), int(plan.chat_epochs * chat)
 
     def batches(self, plan: Plan) -> Iterator[Tensor]:
-        """[batch, length + 1], from the first step to the last."""
+        """The batch [batch, length + 1] of every step."""
         plain, chat = self.steps(plan)
         texts = (tiny_text.windows(self.plain, plan.length, plan.seed + n) for n in count())
         chats = (self._chat(plan, plan.seed + n) for n in count())
@@ -113,9 +122,10 @@ def _in_batches(epochs: Iterator[tiny_text.Tokens], size: int) -> Iterator[Tenso
 
 
 def learning_rate(plan: Plan, at: int, plain: int, chat: int) -> float:
-    """Warm-up, constant, down to the chat rate over the last third of the plain text, then to zero.
+    """The rate warms up, stays constant, falls to the chat rate over the last third of the plain
+    text, and then to zero.
 
-    Constant for long, so that a run may be lengthened or cut short while it is under way.
+    It stays constant for long, so that a run can be made longer or shorter while it runs.
     """
     if at < plain:
         falling = min(1.0, (plain - at) / max(1, plain // 3))
@@ -125,8 +135,8 @@ def learning_rate(plan: Plan, at: int, plain: int, chat: int) -> float:
 
 
 @dataclass
-class State:
-    """What a killed run needs to go on as if nothing had happened."""
+class TrainingState:
+    """Everything that a killed run needs to be resumed with the same result."""
 
     model: Model
     optimizer: torch.optim.AdamW
@@ -146,7 +156,7 @@ class State:
     @classmethod
     def load_or_start(
         cls, path: Path, config: Dots1Config, seed: int, device: str = "cpu"
-    ) -> "State":
+    ) -> "TrainingState":
         model = new_model(config, seed, device)
         state = cls(model, _new_optimizer(model), 0, [])
         if path.exists():
@@ -160,7 +170,7 @@ class State:
 
 
 def _new_optimizer(model: Model) -> torch.optim.AdamW:
-    """AdamW; norms and embedding are not decayed."""
+    """AdamW without weight decay for norms and the embedding."""
     decayed: list[Tensor] = []
     free: list[Tensor] = []
     for name, tensor in model.tensors.items():
@@ -178,10 +188,10 @@ def train(
     team: Team | None = None,
     stop_at: int | None = None,
     device: str = "cpu",
-) -> State:
-    """Train to the plan's end, or to step `stop_at`; from `state_file` on, where there is one."""
+) -> TrainingState:
+    """Train to the plan's end or to step `stop_at`, resuming from `state_file` if it exists."""
     team = team or Team()
-    state = State.load_or_start(state_file, config, plan.seed, device)
+    state = TrainingState.load_or_start(state_file, config, plan.seed, device)
     plain, chat = data.steps(plan)
     saved = time.monotonic()
     for rows in islice(data.batches(plan), state.at, stop_at):
@@ -200,8 +210,8 @@ def train(
     return state
 
 
-def _report(state: State, data: Data, plan: Plan, loss: float, last: bool) -> None:
-    """A line every ten steps, and a point of the training curve now and then."""
+def _report(state: TrainingState, data: Data, plan: Plan, loss: float, last: bool) -> None:
+    """Print a line every ten steps; every `evaluate_every` steps add a point to the curve."""
     if state.at % 10 == 0:
         print(f"{time.strftime('%H:%M:%S')} step {state.at} loss {loss:.4f}", flush=True)
     if state.at % plan.evaluate_every == 0 or last:
@@ -216,9 +226,9 @@ def _report(state: State, data: Data, plan: Plan, loss: float, last: bool) -> No
 def heldout_losses(
     model: Model, data: Data, plan: Plan, every: int = 1
 ) -> tuple[dict[str, float], Tensor]:
-    """Nats per token of each kind's held-out text, and the experts' [layers, experts] counts.
+    """Nats per token of each kind's held-out text, and the experts' counts [layers, experts].
 
-    Takes `every` n-th row only, where an estimate will do.
+    Only one row of `every` rows is used, for an estimate.
     """
     counts = torch.zeros(model.config.num_hidden_layers, model.config.n_routed_experts)
     losses = {}
@@ -287,15 +297,17 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command line."""
+    """Train as the command line says."""
     options = _options()
     options.work.mkdir(parents=True, exist_ok=True)
-    # Experts get another number of rows every step, and oneDNN compiles a kernel for each: keep
-    # more of them than it would. And keep freed memory; a step asks for the same again.
+    # The number of rows of an expert changes with every step, and oneDNN compiles a kernel for each
+    # number: cache more kernels than by default. Keep freed memory, because every step needs it.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "3000")
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 << 30))
-    Data.read(_files(options), _plan(options), options.work)  # leaves the tokenizer for the team
+    Data.read(
+        _files(options), _plan(options), options.work
+    )  # writes the tokenizer that all processes read
     barrier = torch.multiprocessing.get_context("spawn").Barrier(options.workers)
     rows = shared_rows(GEOMETRIES[options.geometry], options.workers)
     spawn(_work, (options, rows, barrier), nprocs=options.workers)

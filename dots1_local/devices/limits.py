@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-__all__ = [
-    "RAM",
-    "allowed_cpus",
-    "available_ram",
-    "cpu_quota",
-    "physical_cores",
-    "read_rate",
-]
+__all__ = ["RAM", "allowed_cpus", "available_ram", "cpu_quota", "physical_cores", "read_rate"]
 
 _ROOT = Path("/")
 _CPUS = Path("/sys/devices/system/cpu")

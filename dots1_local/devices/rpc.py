@@ -24,13 +24,7 @@ from dots1_local.devices import backends
 from dots1_local.devices.hardware import CPU
 from dots1_local.errors import Dots1Error, UsageError
 
-__all__ = [
-    "DEFAULT_PORT",
-    "announce",
-    "keep_alive",
-    "parse_endpoint",
-    "probe",
-]
+__all__ = ["DEFAULT_PORT", "announce", "keep_alive", "parse_endpoint", "probe"]
 
 DEFAULT_PORT = 50052  # llama.cpp's own
 

@@ -48,10 +48,7 @@ def explain(message: str, log: Sequence[str] = ()) -> str:
     """A sentence for llama.cpp's message when it aborts; `log` are the errors that it logged."""
     message = _SOURCE.sub("", message).strip()
     if message.startswith("Remote RPC server crashed"):
-        return (
-            "the connection to a worker was lost: look there for why it ended, and start dots1 "
-            "worker again"
-        )
+        return "the connection to a worker was lost: look there why it ended, and start it again"
     if match := re.match(r"(?:Failed to connect to|RPC handshake failed for) (\S+)", message):
         return f"the worker at {match[1]} does not answer; look there, and start dots1 worker again"
     found = [match[1] for match in map(_DEVICE_ERROR.search, reversed(log)) if match]

@@ -12,14 +12,7 @@ from dots1_local.devices import backends
 from dots1_local.devices.hardware import CPU
 from dots1_local.devices.limits import available_ram
 from dots1_local.devices.rpc import keep_alive
-from dots1_local.engine.log import (
-    Log,
-    Report,
-    capture,
-    device_of,
-    memory_warnings,
-    read_report,
-)
+from dots1_local.engine.log import Log, Report, capture, device_of, memory_warnings, read_report
 from dots1_local.engine.model_params import (
     EngineParams,
     connected,
@@ -74,10 +67,7 @@ class Loaded:
 
 
 def load_model(
-    gguf: GGUFFile,
-    placement: Placement | None,
-    params: EngineParams,
-    progress: Progress = silent,
+    gguf: GGUFFile, placement: Placement | None, params: EngineParams, progress: Progress = silent
 ) -> Loaded:
     """Load the model as the placement says, or without one to the CPU.
 
@@ -176,11 +166,8 @@ def _check_memory(
 def _check_free(device: str, free: int, needed: int, what: str) -> None:
     if needed > free:
         name = "RAM" if device == CPU else device
-        raise OutOfMemory(
-            device,
-            needed - free,
-            f"{name} has {human_bytes(free)} free, but {what} takes {human_bytes(needed)}",
-        )
+        reason = f"{name} has {human_bytes(free)} free, but {what} takes {human_bytes(needed)}"
+        raise OutOfMemory(device, needed - free, reason)
 
 
 def _context_params(params: EngineParams) -> Any:
@@ -240,11 +227,8 @@ def _raise_out_of_memory(log: Log, devices: Mapping[str, str], what: str) -> Non
     """Raise OutOfMemory if the log says that an allocation failed."""
     for match in filter(None, map(_ALLOCATION.search, log.errors)):
         device, nbytes = device_of(match[1], devices), int(match[2])
-        raise OutOfMemory(
-            device,
-            nbytes,
-            f"{device} ran out of memory: it has no {human_bytes(nbytes)} more for {what}",
-        )
+        reason = f"{device} ran out of memory: it has no {human_bytes(nbytes)} more for {what}"
+        raise OutOfMemory(device, nbytes, reason)
 
 
 def _buffer_names(devices: Iterable[str]) -> dict[str, str]:

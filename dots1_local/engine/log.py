@@ -8,7 +8,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from llama_cpp import llama_cpp as llama
@@ -94,6 +94,7 @@ class Allocated:
 
 
 Report = Mapping[str, Allocated]  # by device, the CPU first
+_FIELDS = tuple(Allocated.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def read_report(lines: Iterable[str], devices: Mapping[str, str], weights: int) 
     file from the first to the last tensor in RAM, including tensors between them that are
     elsewhere, so no more is counted than the weights that are not elsewhere.
     """
-    sizes = {device: dict.fromkeys(_names(), 0) for device in (CPU, *devices.values())}
+    sizes = {device: dict.fromkeys(_FIELDS, 0) for device in (CPU, *devices.values())}
     mapped = 0
     for match in filter(None, map(_SIZE.fullmatch, lines)):
         buffer, kind, mebibytes = match.groups()
@@ -142,7 +143,7 @@ def compare(report: Report, predicted: Mapping[str, Usage]) -> tuple[Difference,
     found = []
     for device in dict.fromkeys((*report, *predicted)):
         usage, real = predicted.get(device, Usage()), report.get(device, Allocated())
-        found += [Difference(device, n, getattr(usage, n), getattr(real, n)) for n in _names()]
+        found += [Difference(device, n, getattr(usage, n), getattr(real, n)) for n in _FIELDS]
     return tuple(each for each in found if each.predicted or each.real)
 
 
@@ -160,7 +161,3 @@ def memory_warnings(report: Report, predicted: Mapping[str, Usage]) -> list[str]
                 "were predicted"
             )
     return sentences
-
-
-def _names() -> tuple[str, ...]:
-    return tuple(field.name for field in fields(Allocated))

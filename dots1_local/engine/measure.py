@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from dots1_local.devices import backends, child, rpc
+from dots1_local.devices.bench_graph import BenchDevice
 from dots1_local.devices.hardware import Hardware
 from dots1_local.engine.abort import on_abort
 from dots1_local.engine.engine import Engine, open_loadable
@@ -277,8 +278,6 @@ def _open(request: Mapping[str, Any], placement: Placement | None) -> Engine:
 @contextmanager
 def _limited(limit: int) -> Iterator[None]:
     """Occupy the GPUs' memory beyond `limit`, so that a model cannot use more unnoticed."""
-    from dots1_local.devices.bench_graph import BenchDevice
-
     with ExitStack() as stack:
         for name, free in _free_on_gpus().items():
             if free > limit:

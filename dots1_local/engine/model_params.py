@@ -26,13 +26,7 @@ from dots1_local.placement.placement import (
     default_context,
 )
 
-__all__ = [
-    "EngineParams",
-    "connected",
-    "endpoints",
-    "model_params",
-    "prepare",
-]
+__all__ = ["EngineParams", "connected", "endpoints", "model_params", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -204,9 +198,8 @@ def model_params(placement: Placement | None) -> Any:
     params.n_gpu_layers = placement.gpu_layers if placement else 0
     params.kept = [handles]  # the struct only points to it
     if placement:
-        counts = (ctypes.c_float * llama.llama_max_devices())(
-            *(placement.layers.get(device, 0) for device in devices)
-        )
+        layers = [placement.layers.get(device, 0) for device in devices]
+        counts = (ctypes.c_float * llama.llama_max_devices())(*layers)
         overrides = _overrides(placement)
         params.tensor_split = counts
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
@@ -218,8 +211,5 @@ def model_params(placement: Placement | None) -> Any:
 
 def _overrides(placement: Placement) -> Any:
     """An array for `tensor_buft_overrides`, which ends with NULLs."""
-    pairs = [
-        (pattern.encode(), backends.device(name).buffer_type)
-        for pattern, name in placement.overrides
-    ]
+    pairs = [(p.encode(), backends.device(d).buffer_type) for p, d in placement.overrides]
     return (_Override * (len(pairs) + 1))(*(_Override(*pair) for pair in pairs))

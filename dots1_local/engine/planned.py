@@ -10,7 +10,7 @@ from dots1_local.devices.hardware import Hardware
 from dots1_local.engine.engine import Engine, open_loadable
 from dots1_local.engine.loading import OutOfMemory
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.placement.footprint import Usage, footprint
+from dots1_local.placement.footprint import Usage, footprint, usable_bytes
 from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement, human_context, load_placement
 from dots1_local.sizes import human_bytes
@@ -94,7 +94,8 @@ def _with_sequences(
     """Complete `n_sequences`, and `n_ctx` if a plan's context has to be divided."""
     shared = placement if params.get("shared_cache") else None
     planned = shared.sequences if shared else 1
-    sequences = params.get("n_sequences") or planned
+    sequences = params.get("n_sequences")
+    sequences = planned if sequences is None else sequences
     params = {**params, "n_sequences": sequences}
     if shared and sequences > planned and params.get("n_ctx") is None:
         params["n_ctx"] = max(1, shared.tokens // sequences)
@@ -123,8 +124,6 @@ def _plan(gguf: GGUFFile, machine: Hardware, params: dict[str, Any]) -> Placemen
 
 def _unused(gguf: GGUFFile, machine: Hardware, placement: Placement, device: str) -> int:
     """Bytes that the plan did not use of what seemed free on the device, but was not."""
-    from dots1_local.placement.footprint import usable_bytes
-
     used = footprint(ModelGraph.read(gguf), placement).get(device, Usage()).total
     return max(usable_bytes(machine.device(device)) - used, 0)
 
@@ -151,10 +150,8 @@ def _outline(gguf: GGUFFile, machine: Hardware, placement: Placement) -> Iterato
     ]
     if predicted.speeds:
         first, last = predicted.speeds[0], predicted.speeds[-1]
-        parts += [
-            f"about {first.decode:.1f} tok/s",
-            f"{last.decode:.1f} at {last.context:,} tokens",
-        ]
+        parts.append(f"about {first.decode:.1f} tok/s")
+        parts.append(f"{last.decode:.1f} at {last.context:,} tokens")
     yield ", ".join(parts)
     if shortfall := explain_shortfall(graph, machine, placement):
         yield str(shortfall)

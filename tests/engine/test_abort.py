@@ -22,9 +22,7 @@ def save(sentence):
 def show(sentence):
     print(f"dots1: {sentence}", file=sys.stderr)
 """
-LOST = (
-    "the connection to a worker was lost: look there for why it ended, and start dots1 worker again"
-)
+LOST = "the connection to a worker was lost: look there why it ended, and start it again"
 
 
 def run(tmp_path: Path, script: str, *arguments: str) -> tuple[int, str, str]:

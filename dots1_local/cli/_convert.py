@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from dots1_local.cli._options import (
-    Force,
     Json,
     Threads,
     argument,
@@ -108,7 +107,7 @@ class ConvertOptions:
     threads: Threads = None
     dry_run: bool = flag("Print types and sizes, and write nothing.", "--dry-run")
     tensors: bool = flag("With --dry-run: print a row for every tensor.", "--tensors")
-    force: Force = False
+    force: bool = flag("Replace an existing file.", "--force", "-f")
     json: Json = False
 
 

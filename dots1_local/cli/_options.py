@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Context",
-    "Force",
     "Json",
     "KVType",
     "Model",
@@ -45,25 +44,23 @@ __all__ = [
 ]
 
 
-def option(
-    text: str,
-    *names: str,
-    value: Any = None,
-    default: str | bool = True,
-    panel: str | None = None,
-    **settings: Any,
+def _typer_option(
+    text: str, *names: str, default: str | bool = True, panel: str | None = None, **settings: Any
 ) -> Any:
-    """Declare an option as a field of a dataclass; its name is that of the field by default.
+    return typer.Option(*names, help=text, show_default=default, rich_help_panel=panel, **settings)
 
-    Without the option, the field has `value`; `default` says in words what happens then. `settings`
-    are those of `typer.Option`.
+
+def option(text: str, *names: str, value: Any = None, **settings: Any) -> Any:
+    """Declare an option as a field of a dataclass; by default its name is that of the field.
+
+    Without the option, the field has `value`. Of the `settings`, `default` says in words what
+    happens then, `panel` is a heading in the help, and others are those of `typer.Option`.
     """
-    info = typer.Option(*names, help=text, show_default=default, rich_help_panel=panel, **settings)
-    return field(default=value, metadata={"typer": info})
+    return field(default=value, metadata={"typer": _typer_option(text, *names, **settings)})
 
 
 def flag(text: str, *names: str, **settings: Any) -> Any:
-    """Declare an option without a value as a field of a dataclass, which is False without it."""
+    """Declare an option that takes no value; without the option, the field is False."""
     return option(text, *names, value=False, **settings)
 
 
@@ -77,55 +74,50 @@ ModelShard = Annotated[
     Path,
     typer.Argument(help="A dots1 GGUF file, or any shard of a split one.", metavar="FILE.gguf"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON for scripts.")]
+Json = Annotated[bool, _typer_option("Print the result as JSON for scripts.", "--json")]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        "--threads", "-t", help="Use this many CPU threads.", min=1, show_default="one per core"
-    ),
+    _typer_option("Use this many CPU threads.", "--threads", "-t", min=1, default="one per core"),
 ]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")]
 Context = Annotated[
     str | None,
-    typer.Option(
+    _typer_option(
+        "Let a conversation or request have this many tokens, such as 8k; 0 is as many as the "
+        "model was trained for.",
         "--context",
         "-c",
-        help="Let a conversation or request have this many tokens, such as 8k; 0 is as many as "
-        "the model was trained for.",
-        show_default="16k",
+        default="16k",
     ),
 ]
 Plan = Annotated[
     Path | None,
-    typer.Option(
-        help="Run the model as this file of dots1 plan --json says.",
-        show_default="a plan made now if there is a GPU or a worker",
+    _typer_option(
+        "Run the model as this file of dots1 plan --json says.",
+        default="a plan made now if there is a GPU or a worker",
     ),
 ]
 Workers = Annotated[
     list[str] | None,
-    typer.Option(
-        "--worker", help="Use the dots1 worker at this address; repeatable.", metavar="HOST:PORT"
+    _typer_option(
+        "Use the dots1 worker at this address; repeatable.", "--worker", metavar="HOST:PORT"
     ),
 ]
 KVType = Annotated[
     str | None,
-    typer.Option(
-        "--kv",
-        help="Keep the KV cache in this type.",
-        show_default="f16, or q8_0 if only that fits",
+    _typer_option(
+        "Keep the KV cache in this type.", "--kv", default="f16, or q8_0 if only that fits"
     ),
 ]
 Vram = Annotated[
     str | None,
-    typer.Option(
-        help="Plan with this much memory of each GPU, such as 20GB; 0 uses no GPU.",
-        show_default="what is free",
+    _typer_option(
+        "Plan with this much memory of each GPU, such as 20GB; 0 uses no GPU.",
+        default="what is free",
     ),
 ]
 Ram = Annotated[
     str | None,
-    typer.Option(help="Plan with this much RAM, such as 60GB.", show_default="what is free"),
+    _typer_option("Plan with this much RAM, such as 60GB.", default="what is free"),
 ]
 
 

@@ -218,7 +218,7 @@ def _converse(
         notice(f"{session.title}{size}. /help lists commands.")
         if found := unfinished_sessions():
             more = f"{len(found)} conversations were" if len(found) > 1 else "a conversation was"
-            notice(f"{more} cut off; the last goes on with /load {found[-1]}")
+            notice(f"{more} cut off; /load {found[-1]} resumes the last one")
     repl.run()
 
 

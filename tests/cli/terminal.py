@@ -1,4 +1,4 @@
-"""A terminal for tests: a program at one end, what a person sees and types at the other."""
+"""A pseudo-terminal for tests: types keys into a program and shows its screen."""
 
 import fcntl
 import os
@@ -30,7 +30,7 @@ from dots1_local.cli import main
 main()
 """
 
-# Python after which the sixth call that computes something ends as a lost worker does.
+# Python that makes the sixth call of the engine abort as a lost worker does.
 ABORTS = """
 from dots1_local.engine.engine import Engine
 decode = Engine.decode
@@ -46,7 +46,7 @@ Engine.decode = aborting
 
 
 class Terminal:
-    """`dots1` in a pseudo-terminal, at home in `folder`; use it in a `with` statement.
+    """`dots1` in a pseudo-terminal, with `folder` as its home; use it in a `with` statement.
 
     `first` is Python that the process runs before anything else.
     """
@@ -85,48 +85,48 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """The screen down to the cursor, without the blanks at line ends."""
+        """The lines of the screen down to the cursor, without trailing blanks."""
         return [line.rstrip() for line in self.screen.display[: self.screen.cursor.y + 1]]
 
     @property
     def text(self) -> str:
-        """The same as one string."""
+        """The lines as one string."""
         return "\n".join(self.lines)
 
     def wait_for(self, text: str) -> None:
-        """Until this is somewhere on the screen."""
+        """Wait until the text is on the screen."""
         self._wait(lambda: text in self.text, repr(text))
 
     def wait_for_prompt(self, below: int = -1) -> None:
-        """Until the cursor stands at an empty prompt under line `below`."""
+        """Wait until the cursor is at an empty prompt under line `below`."""
         self._wait(
             lambda: self.screen.cursor.y > below and self.lines[-1] == PROMPT.strip(), "a prompt"
         )
 
     def send(self, keys: str) -> None:
-        """Type, without waiting for anything."""
+        """Type keys, and wait for nothing."""
         os.write(self._ours, keys.encode())
 
     def type(self, text: str) -> None:
-        """Type, and wait to see the line's end as it was typed."""
+        """Type text, and wait until its last line is on the screen."""
         self.send(text)
         last = text.splitlines()[-1].rstrip()
         self._wait(lambda: self.lines[-1].endswith(last), repr(last))
 
     def enter(self, line: str) -> str:
-        """Type a line and Enter; what appears until the next prompt."""
+        """Type a line and Enter; return what appears until the next prompt."""
         self.type(line)
         return self.finish()
 
     def finish(self) -> str:
-        """Enter what has been typed; what appears until the next prompt."""
+        """Press Enter; return what appears until the next prompt."""
         top = self.screen.cursor.y
         self.send("\r")
         self.wait_for_prompt(below=top)
         return "\n".join(self.lines[top + 1 : -1])
 
     def wait_for_end(self) -> int:
-        """The exit code, with all there is to see on the screen."""
+        """Wait for the end of the process, read its last output, and return its exit code."""
         self._wait(lambda: self.process.poll() is not None, "the end")
         while self._read(0):
             pass
@@ -136,7 +136,7 @@ class Terminal:
         deadline = time.monotonic() + _DEADLINE
         while not happened():
             if time.monotonic() > deadline:
-                raise AssertionError(f"waited in vain for {what}; the screen shows\n{self.text}")
+                raise AssertionError(f"{what} did not come; the screen shows\n{self.text}")
             self._read(0.05)
 
     def _read(self, seconds: float) -> bool:
@@ -145,10 +145,12 @@ class Terminal:
             return False
         try:
             output = os.read(self._ours, 1 << 16)
-        except OSError:  # Linux says so when the other end is closed
+        except OSError:  # Linux raises it when the other end is closed
             return False
         self.seen += output
-        self._stream.feed(output.replace(CTRL_C.encode(), b""))  # echoed; pyte drops what follows
+        self._stream.feed(
+            output.replace(CTRL_C.encode(), b"")
+        )  # pyte drops what follows an echoed Ctrl-C
         return bool(output)
 
 
@@ -159,6 +161,6 @@ def _environment(home: Path, changes: Mapping[str, str]) -> dict[str, str]:
         "TERM": "xterm-256color",
         "LANG": "C.UTF-8",
         "PYTHONPATH": str(Path(__file__).parents[2]),
-        "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody answers where the cursor is
+        "PROMPT_TOOLKIT_NO_CPR": "1",  # nothing here reports the position of the cursor
         **changes,
     }

@@ -1,4 +1,4 @@
-"""An answer on its way to stdout: where Ctrl-C is heard, and what cannot be written."""
+"""Answers that are streamed to stdout: Ctrl-C, encodings and a full disk."""
 
 import errno
 import io
@@ -31,7 +31,7 @@ def ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def test_it_ends_the_answer_between_two_pieces() -> None:
+def test_ctrl_c_ends_the_answer_between_two_pieces() -> None:
     written: list[str] = []
     ended: list[str] = []
 
@@ -48,7 +48,7 @@ def test_it_ends_the_answer_between_two_pieces() -> None:
     assert (written, ended) == (["a", "b"], ["closed"])
 
 
-def test_it_is_heard_while_the_prompt_is_read() -> None:
+def test_ctrl_c_works_while_the_prompt_is_read() -> None:
     def ask(progress: Progress) -> Generator[str, None, None]:
         progress(0, 9, "tokens", "reading")
         ctrl_c()
@@ -61,7 +61,7 @@ def test_it_is_heard_while_the_prompt_is_read() -> None:
     assert written == []
 
 
-def test_an_answer_without_a_word_is_none() -> None:
+def test_ctrl_c_before_the_first_word_means_not_answered() -> None:
     def ask(progress: Progress) -> Generator[str, None, None]:
         ctrl_c()
         yield ""
@@ -71,7 +71,7 @@ def test_an_answer_without_a_word_is_none() -> None:
         stream(ask, lambda text: None)
 
 
-def test_what_was_said_counts_when_room_is_made_in_mid_answer() -> None:
+def test_ctrl_c_while_the_context_is_read_again_keeps_the_answer() -> None:
     def ask(progress: Progress) -> Generator[str, None, None]:
         yield "a"
         ctrl_c()
@@ -83,7 +83,7 @@ def test_what_was_said_counts_when_room_is_made_in_mid_answer() -> None:
     assert written == ["a"]
 
 
-def test_more_of_them_are_no_more() -> None:
+def test_ctrl_c_many_times_is_ctrl_c_once() -> None:
     def ask(progress: Progress) -> Generator[str, None, None]:
         try:
             ctrl_c()
@@ -98,7 +98,7 @@ def test_more_of_them_are_no_more() -> None:
     assert written == ["a"]
 
 
-def test_a_dialogue_outlives_them_wherever_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_at_any_time_does_not_end_a_dialogue(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(["", "/what", "/exit"])  # "" is Ctrl-C at an empty prompt
 
     class Editor:
@@ -111,22 +111,22 @@ def test_a_dialogue_outlives_them_wherever_they_come(monkeypatch: pytest.MonkeyP
                 return line
             raise KeyboardInterrupt
 
-    told: list[str] = []
+    notices: list[str] = []
 
     def notice(message: str) -> None:
-        told.append(message)
+        notices.append(message)
         ctrl_c()
 
     monkeypatch.setattr(loop, "LineEditor", Editor)
     monkeypatch.setattr(loop, "notice", notice)
     loop.Repl(cast("Session", None), COMMANDS).run()
-    assert [message.split()[0] for message in told] == ["Ctrl-D", "there"]
+    assert [message.split()[0] for message in notices] == ["Ctrl-D", "there"]
 
 
 @pytest.mark.parametrize(
     ("encoding", "shown"), [("utf-8", "中文\n"), ("ascii", "??\n"), ("gbk", "中文\n")]
 )
-def test_what_stdout_cannot_encode_is_a_question_mark(
+def test_characters_that_stdout_cannot_encode_become_question_marks(
     monkeypatch: pytest.MonkeyPatch, encoding: str, shown: str
 ) -> None:
     data = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Conversations kept while they go on, without a model: only what is said matters."""
+"""Conversations that are saved as they grow, without a model."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def autosave(*files: Path) -> AutoSave:
     return AutoSave(session(list(SAID)), *files)
 
 
-def test_what_is_in_use_is_not_left_behind_until_its_process_is_gone(folder: Path) -> None:
+def test_a_session_is_unfinished_only_when_its_process_is_gone(folder: Path) -> None:
     kept = autosave()
     for asked in ("two", "three"):
         path = kept.save([*SAID, Message("user", asked)])
@@ -42,11 +42,11 @@ def test_what_is_in_use_is_not_left_behind_until_its_process_is_gone(folder: Pat
         assert json.loads(path.read_text())["unanswered"] == asked
         assert list(folder.iterdir()) == [path]
         assert unfinished_sessions() == []
-    kept.release()  # as the end of a process does
+    kept.release()  # as the end of its process does
     assert unfinished_sessions() == [path]
 
 
-def test_a_good_end_leaves_nothing_of_its_own_or_of_what_it_took_over(folder: Path) -> None:
+def test_a_good_end_removes_its_recovery_file_and_the_claimed_one(folder: Path) -> None:
     lost = folder / "recovery-20250101-000000-1.json"
     folder.mkdir(parents=True)
     lost.write_text(json.dumps({"format": "dots1-conversation"}))
@@ -58,19 +58,19 @@ def test_a_good_end_leaves_nothing_of_its_own_or_of_what_it_took_over(folder: Pa
     other = autosave()
     other.claim(lost)
     other.finish()
-    assert lost.exists()  # it is the other's
+    assert lost.exists()  # it belongs to the other dialogue
     kept.finish()
     assert list(folder.iterdir()) == []
 
 
-def test_nothing_said_is_nothing_to_keep(folder: Path, tmp_path: Path) -> None:
+def test_an_empty_conversation_is_not_saved(folder: Path, tmp_path: Path) -> None:
     kept = AutoSave(session([Message("system", "S")]), tmp_path / "talk.json")
     assert kept.save() is None
     kept.finish()
     assert not (tmp_path / "talk.json").exists()
 
 
-def test_a_file_that_cannot_be_written_is_told_once_and_stood_in_for(
+def test_a_recovery_file_replaces_a_file_that_cannot_be_written(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "diary.json"
@@ -84,7 +84,7 @@ def test_a_file_that_cannot_be_written_is_told_once_and_stood_in_for(
     kept.release()
 
 
-def test_no_place_at_all_costs_nothing_but_the_recovery(
+def test_without_any_writable_folder_nothing_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -93,7 +93,7 @@ def test_no_place_at_all_costs_nothing_but_the_recovery(
     assert unfinished_sessions() == []
 
 
-def test_a_recovery_file_that_is_gone_on_with_in_place_stays(folder: Path) -> None:
+def test_a_recovery_file_that_is_the_session_file_stays(folder: Path) -> None:
     lost = folder / "recovery-20250101-000000-1.json"
     folder.mkdir(parents=True)
     save_conversation(lost, session(SAID))
@@ -104,7 +104,7 @@ def test_a_recovery_file_that_is_gone_on_with_in_place_stays(folder: Path) -> No
     assert list(folder.iterdir()) == [lost]
 
 
-def test_what_is_saved_in_a_recovery_file_is_no_longer_one(folder: Path) -> None:
+def test_a_recovery_file_that_a_person_saves_in_stays(folder: Path) -> None:
     lost = folder / "recovery-20250101-000000-1.json"
     folder.mkdir(parents=True)
     save_conversation(lost, session(SAID))
@@ -114,17 +114,17 @@ def test_what_is_saved_in_a_recovery_file_is_no_longer_one(folder: Path) -> None
     kept.finish()
     assert lost.exists()
     assert unfinished_sessions() == [lost]
-    lost.with_suffix(".kv").touch()  # as there is if anything was computed
+    lost.with_suffix(".kv").touch()  # which there is if anything was computed
     assert unfinished_sessions() == []
 
 
-def test_of_recovery_files_only_the_one_gone_on_with_is_removed(folder: Path) -> None:
+def test_only_the_resumed_recovery_file_is_removed(folder: Path) -> None:
     folder.mkdir(parents=True)
     first, second = paths = [folder / f"recovery-20250101-000000-{n}.json" for n in (1, 2)]
     for path in paths:
         save_conversation(path, session(SAID))
     kept = autosave()
-    kept.claim(first)  # and look at it
+    kept.claim(first)
     kept.claim(second)
     assert unfinished_sessions() == [first]
     kept.finish()
@@ -132,13 +132,13 @@ def test_of_recovery_files_only_the_one_gone_on_with_is_removed(folder: Path) ->
     assert not second.exists()
 
 
-def test_no_dialogue_writes_where_another_keeps_its_conversation(
+def test_a_dialogue_does_not_write_to_the_file_of_another(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "talk.json"
     one, two = autosave(file), autosave(file)
     assert not in_use(file)
-    for _ in range(2):  # each time it is another file
+    for _ in range(2):  # each save makes another file
         assert one.save() == file
         assert in_use(file)
     recovery = two.save([*SAID, Message("user", "two")])
@@ -149,13 +149,13 @@ def test_no_dialogue_writes_where_another_keeps_its_conversation(
         with pytest.raises(UsageError, match="choose another name"):
             deed()
     assert "unanswered" not in json.loads(file.read_text())
-    one.save_as(file)  # by name, too
+    one.save_as(file)  # named by a person
     assert in_use(file)
     one.finish()
     assert not in_use(file)
     two.release()
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_in_use_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "talk.json")
     assert not in_use(tmp_path / "talk.json")

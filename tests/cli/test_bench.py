@@ -58,7 +58,7 @@ def test_tries_a_plan_and_other_ubatches(model: Path, tmp_path: Path) -> None:
     assert all(each["measured"][0]["decode"] > 0 for each in outcomes)
 
 
-def test_a_plan_that_cannot_be_carried_out_exits_with_1(model: Path, tmp_path: Path) -> None:
+def test_a_plan_that_cannot_be_loaded_exits_with_1(model: Path, tmp_path: Path) -> None:
     placement = place(GGUFFile.open(model), find_hardware("24gb-64gb"), context=256)
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(placement.to_json()))
@@ -69,7 +69,7 @@ def test_a_plan_that_cannot_be_carried_out_exits_with_1(model: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("context", ["0", "64,32", "32,,x", "32,32", "", ","])
-def test_refuses_what_is_no_list_of_contexts(model: Path, context: str) -> None:
+def test_refuses_contexts_that_are_not_an_ascending_list(model: Path, context: str) -> None:
     result = run(model, "--context", context)
     assert isinstance(result.exception, (UsageError, SystemExit))
 

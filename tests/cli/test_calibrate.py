@@ -34,7 +34,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_is_written_is_importance_to_convert_with(
+def test_convert_takes_the_importance_that_is_written(
     micro: Path, text: Path, tmp_path: Path
 ) -> None:
     result = run(micro, "-f", text, "-f", text, "-o", tmp_path / "out", "-c", 32)
@@ -53,7 +53,7 @@ def test_what_is_written_is_importance_to_convert_with(
 def test_logits_are_those_of_the_unquantised_gguf(
     tiny: Path, converted: Converted, tmp_path: Path
 ) -> None:
-    """llama.cpp on the F32 file finds no divergence from what torch wrote."""
+    """llama.cpp computes the same logits from the F32 file as torch from the checkpoint."""
     base = tmp_path / "base.kld"
     result = run(tiny, "-o", tmp_path / "out", "--logits", base, "--logits-text",
                  tiny / "heldout.txt", "--logits-chunks", 2, "-c", 256)  # fmt: skip
@@ -83,7 +83,7 @@ def test_a_model_without_experts_has_no_coverage(tmp_path: Path, text: Path) -> 
     assert (result.exit_code, result.stdout) == (0, "")
 
 
-def test_experts_seen_too_little_are_said_to_be(micro: Path, text: Path, tmp_path: Path) -> None:
+def test_warns_of_experts_that_saw_few_tokens(micro: Path, text: Path, tmp_path: Path) -> None:
     result = run(micro, "-f", text, "-o", tmp_path / "out", "-c", 32, "--chunks", 1)
     assert "4 of 4 experts saw fewer than 100 tokens" in result.stderr
     result = run(micro, "-f", text, "-o", tmp_path / "out", "-c", 32, "--chunks", 1,
@@ -100,7 +100,7 @@ def test_tokens_are_those_of_the_tokenizer(tiny: Path) -> None:
     assert chunks.ravel().tolist() == expected[: len(expected) // 512 * 512]
 
 
-def test_conversations_have_the_templates_tokens_and_no_smuggled_ones(
+def test_conversations_have_the_special_tokens_of_the_template_only(
     tiny: Path, tmp_path: Path
 ) -> None:
     tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
@@ -122,8 +122,8 @@ def test_conversations_have_the_templates_tokens_and_no_smuggled_ones(
     )
 
 
-def test_a_line_of_conversations_ends_where_json_lines_do(micro: Path, tmp_path: Path) -> None:
-    """Not at U+2028 and its like, which JSON leaves as they are inside a string."""
+def test_lines_of_conversations_end_at_newlines_only(micro: Path, tmp_path: Path) -> None:
+    """U+2028 and the like, which JSON strings may contain, do not end a line."""
     path = tmp_path / "chat.jsonl"
     messages = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "d"}]
     line = json.dumps({"messages": messages}, ensure_ascii=False)
@@ -140,7 +140,7 @@ def test_a_line_of_conversations_ends_where_json_lines_do(micro: Path, tmp_path:
         ("{{ raise_exception('no') }}", "the chat template of {} fails"),
     ],
 )
-def test_checkpoints_whose_chat_template_is_of_no_use(
+def test_checkpoints_without_a_usable_chat_template(
     tmp_path: Path, template: str | None, message: str
 ) -> None:
     checkpoint, path = micro_checkpoint(tmp_path / "hf"), tmp_path / "chat.jsonl"
@@ -177,7 +177,7 @@ def test_texts_that_cannot_be_used(
      '{"messages": [{"role": "pope", "content": "a"}, {"role": "assistant", "content": "b"}]}',
      '{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "b"}]}'],
 )  # fmt: skip
-def test_lines_that_are_no_conversation(micro: Path, tmp_path: Path, line: str) -> None:
+def test_lines_that_are_not_conversations(micro: Path, tmp_path: Path, line: str) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(line)
     result = run(micro, "--chat", path, "-o", tmp_path / "out")

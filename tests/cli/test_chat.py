@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Path:
-    """It answers 中文 to everything."""
+    """A model that answers 中文 to everything."""
     path = folder / "model.gguf"
     return write_random_gguf(path, tensors=scripted_tensors([*tokens_of("中文"), EOS]))
 
@@ -97,7 +97,7 @@ def test_raw_completes_text_without_a_template(folder: Path) -> None:
     assert "no chat template" in str(refused.exception)
 
 
-def test_a_saved_conversation_goes_on(model: Path, tmp_path: Path) -> None:
+def test_a_saved_conversation_is_resumed(model: Path, tmp_path: Path) -> None:
     saved = {
         "format": "dots1-conversation",
         "version": 1,
@@ -118,7 +118,7 @@ def test_a_saved_conversation_goes_on(model: Path, tmp_path: Path) -> None:
     assert answer("-n", "6")["text"] == "中文"
 
 
-def test_a_session_file_is_made_and_gone_on_with(model: Path, tmp_path: Path) -> None:
+def test_a_session_file_is_created_and_resumed(model: Path, tmp_path: Path) -> None:
     file, state = tmp_path / "talk.json", tmp_path / "talk.kv"
     for turns in (1, 2):
         found = json.loads(run(model, "--session", str(file), "-p", "hi", "--json").stdout)
@@ -131,9 +131,7 @@ def test_a_session_file_is_made_and_gone_on_with(model: Path, tmp_path: Path) ->
     assert (found["text"], found["reused_tokens"]) == ("中文", 0)
 
 
-def test_an_engine_that_ends_the_process_leaves_what_was_answered(
-    model: Path, tmp_path: Path
-) -> None:
+def test_an_aborting_engine_leaves_the_answer_so_far(model: Path, tmp_path: Path) -> None:
     aborting = ABORTS + CHAT[2]
     file = tmp_path / "talk.json"
     done = subprocess.run(
@@ -162,7 +160,7 @@ def test_an_engine_that_ends_the_process_leaves_what_was_answered(
     assert [m["text"] for m in messages[1:]] == ["hi", "中"]
 
 
-def test_a_plan_says_how_it_runs(model: Path, tmp_path: Path) -> None:
+def test_a_plan_decides_the_context(model: Path, tmp_path: Path) -> None:
     placement = Placement(
         model=model.name,
         model_bytes=model.stat().st_size,
@@ -191,7 +189,7 @@ def test_a_dialogue_keeps_its_session_file_to_itself(model: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("1k", 1024), ("512", 512), ("0", 1024)])
-def test_a_context_can_be_given_in_thousands(model: Path, text: str, tokens: int) -> None:
+def test_context_sizes_may_have_a_suffix(model: Path, text: str, tokens: int) -> None:
     refused = run(model, "-p", "x" * 2000, "-c", text)
     assert f"the context holds {tokens:,}" in str(refused.exception)
 
@@ -202,7 +200,7 @@ def test_a_context_can_be_given_in_thousands(model: Path, text: str, tokens: int
                 ["--session", "no/where.json"], ["--load", "a", "--session", "b"],
                 ["--plan", "nowhere"]]
 )  # fmt: skip
-def test_senseless_options_are_refused(model: Path, options: list[str]) -> None:
+def test_invalid_options_are_refused(model: Path, options: list[str]) -> None:
     result = CliRunner().invoke(app, ["chat", str(model), "-p", "hi", *options])
     assert result.exit_code != 0
     assert result.stdout == ""
@@ -224,12 +222,12 @@ def test_nothing_to_answer_is_one_sentence(
     assert result.stdout == ""
 
 
-def test_an_empty_stop_string_is_refused_before_the_model_is_looked_for(tmp_path: Path) -> None:
+def test_an_empty_stop_string_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:
     result = run(tmp_path / "nowhere.gguf", "-p", "hi", "--stop", "")
     assert "--stop is empty" in str(result.exception)
 
 
-def test_help_tells_the_defaults() -> None:
+def test_help_shows_the_defaults_of_sampling() -> None:
     shown = CliRunner().invoke(app, ["chat", "--help"], env={"COLUMNS": "300"}).stdout
     usual = Sampling()
     for option, value in {
@@ -245,7 +243,7 @@ def test_help_tells_the_defaults() -> None:
         assert f"[default: ({value})]" in line
 
 
-def test_a_reader_that_leaves_ends_it_quietly(folder: Path) -> None:
+def test_a_closed_pipe_ends_the_answer_quietly(folder: Path) -> None:
     endless = scripted_tensors(tokens_of("ab\na"))
     model = write_random_gguf(folder / "endless.gguf", tensors=endless, context=16384)
     ours, theirs = os.pipe()

@@ -1,4 +1,4 @@
-"""`dots1 chat --url`: the same verb and dialogue, with a server behind them."""
+"""`dots1 chat --url`: the same verb and dialogue with a server."""
 
 import json
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def test_a_prompt_gives_one_answer_on_stdout() -> None:
         ({"choices": []}, [None, None, None]),
     ],
 )
-def test_json_has_null_for_what_the_server_does_not_tell(
+def test_json_has_null_for_what_the_server_does_not_report(
     counts: dict[str, Any], figures: list[int | None]
 ) -> None:
     with playing(Played([sse(*map(chunk, SAID), chunk(finish="stop"), counts)])) as server:
@@ -59,7 +59,7 @@ def test_json_has_null_for_what_the_server_does_not_tell(
     )
 
 
-def test_a_session_file_goes_on_without_a_kv_cache(tmp_path: Path) -> None:
+def test_a_session_file_is_resumed_without_a_kv_cache(tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     with playing(answer("one"), answer("two")) as server:
         for question in ("1?", "2?"):
@@ -69,7 +69,7 @@ def test_a_session_file_goes_on_without_a_kv_cache(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_breaks_off_is_shown_kept_and_an_error(tmp_path: Path) -> None:
+def test_an_answer_that_breaks_off_is_shown_and_saved_and_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     with playing(Played([sse(chunk("par"), done=False)], cut=True)) as server:
         result = run(server.url, "--session", str(file), "-p", "hi")
@@ -104,7 +104,7 @@ def test_the_key_comes_from_the_environment() -> None:
         (["--url", "h:8000/v1"], "http or https"),
     ],
 )
-def test_senseless_options_are_refused(options: list[str], sentence: str) -> None:
+def test_invalid_options_are_refused(options: list[str], sentence: str) -> None:
     result = CliRunner().invoke(app, ["chat", "-p", "hi", *options])
     assert sentence in str(result.exception)
     assert result.exit_code != 0
@@ -145,7 +145,7 @@ def test_a_dialogue(tmp_path: Path) -> None:
         assert terminal.enter("/save talk") == "saved as talk.json"
         terminal.enter("/clear")
         loaded = terminal.enter("/load talk")
-        assert "1 turn; the last: more" in loaded  # the others made room for it
+        assert "1 turn; the last: more" in loaded  # older turns were dropped
         assert terminal.enter("on").startswith("at last")
         assert [m["content"] for m in server.bodies[-1]["messages"]][-3:] == ["more", "again", "on"]
         terminal.send(CTRL_D)
@@ -153,7 +153,7 @@ def test_a_dialogue(tmp_path: Path) -> None:
     assert not (tmp_path / "talk.kv").exists()
 
 
-def test_ctrl_c_is_heard_while_the_server_is_silent(tmp_path: Path) -> None:
+def test_ctrl_c_works_while_the_server_is_silent(tmp_path: Path) -> None:
     held = Event()
     waiting = Played([held])
     written = Played([sse(chunk("some words "), done=False), held])
@@ -163,7 +163,7 @@ def test_ctrl_c_is_heard_while_the_server_is_silent(tmp_path: Path) -> None:
     ):
         terminal.wait_for_prompt()
         for question, seen, outcome in (
-            ("hi", "", "stopped; the question is no part of the conversation"),
+            ("hi", "", "stopped; the question is not part of the conversation"),
             ("write", "some", "interrupted; what was written is kept"),
         ):
             terminal.type(question)
@@ -180,7 +180,7 @@ def test_ctrl_c_is_heard_while_the_server_is_silent(tmp_path: Path) -> None:
         held.set()
 
 
-def test_a_server_that_is_gone_costs_a_sentence_and_no_dialogue(tmp_path: Path) -> None:
+def test_a_dialogue_survives_a_server_that_is_gone(tmp_path: Path) -> None:
     with playing() as server, Terminal(tmp_path, "chat", "--url", server.url) as terminal:
         terminal.wait_for_prompt()
         server.stop()
@@ -188,14 +188,14 @@ def test_a_server_that_is_gone_costs_a_sentence_and_no_dialogue(tmp_path: Path) 
         assert "turns           0, " in terminal.enter("/show")
 
 
-def test_a_server_of_several_models_is_chosen_from() -> None:
+def test_model_chooses_among_a_servers_models() -> None:
     with playing(models=as_json({"data": [{"id": "a"}, {"id": "b"}]})) as server:
         assert "with --model: a, b" in str(run(server.url, "-p", "hi").exception)
 
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of `dots1 serve` with a model that says 中文 to everything."""
+    """The address of a `dots1 serve` whose model answers 中文 to everything."""
     path = tmp_path_factory.mktemp("ours") / "model.gguf"
     write_random_gguf(path, tensors=scripted_tensors([*tokens_of(SAID), EOS]))
     code = "from dots1_local.cli import main; main()"
@@ -203,11 +203,11 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield program.wait_for("listening on").split()[2]
 
 
-def test_our_own_server_is_talked_to_as_an_engine_is(ours: str) -> None:
+def test_our_own_server_answers_as_the_engine_does(ours: str) -> None:
     found = json.loads(run(ours, "-p", "hi", "--system", "", "--json").stdout)
     figures = [found[name] for name in ("prompt_tokens", "generated_tokens", "reused_tokens")]
     assert (found["text"], found["stop"], figures[0]) == (SAID, "end", 5)
-    assert figures[1] in (6, 7)  # the token that ends an answer counts for some
+    assert figures[1] in (6, 7)  # some servers count the token that ends an answer
     assert figures[2] is not None
     assert run(ours, "-p", "hi", "-n", "3").stdout == "中\n"
     assert run(ours, "-p", "hi", "--stop", "文").stdout == "中\n"
@@ -217,7 +217,7 @@ def test_our_own_server_is_talked_to_as_an_engine_is(ours: str) -> None:
     assert "has no model x; it has dots1" in str(run(ours, "-p", "hi", "--model", "x").exception)
 
 
-def test_a_long_dialogue_with_our_own_server_goes_on(ours: str, tmp_path: Path) -> None:
+def test_a_long_dialogue_with_our_own_server_drops_old_turns(ours: str, tmp_path: Path) -> None:
     with Terminal(tmp_path, "chat", "--url", ours, "--temp", "0") as terminal:
         terminal.wait_for_prompt()
         shown = [terminal.enter("x" * 20) for _ in range(4)]

@@ -1,4 +1,4 @@
-"""Commands of a dialogue, without a terminal: what they change, say and refuse."""
+"""Commands of a dialogue, without a terminal: what they change, print and refuse."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_settings_reach_the_session(repl: Repl) -> None:
         ("/x\x1b[2Jy", "no command /xy; "),
     ],
 )
-def test_a_refusal_is_one_sentence(
+def test_errors_are_one_sentence(
     repl: Repl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, sentence: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -123,7 +123,7 @@ def test_a_refusal_is_one_sentence(
     assert repl.attached == {}
 
 
-def test_an_attached_file_can_be_taken_back(repl: Repl, tmp_path: Path) -> None:
+def test_an_attached_file_can_be_detached(repl: Repl, tmp_path: Path) -> None:
     path = tmp_path / "a file"
     path.write_text("text", encoding="utf-8")
     repl.run_command(f'/read "{path}"')
@@ -133,7 +133,7 @@ def test_an_attached_file_can_be_taken_back(repl: Repl, tmp_path: Path) -> None:
     assert repl.attached == {}
 
 
-def test_what_a_file_says_does_not_reach_the_terminal_as_control(
+def test_control_characters_of_a_file_do_not_reach_the_terminal(
     repl: Repl, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repl.session.messages = [Message("user", "\x1b[2Jone\n\ntwo"), Message("assistant", "A")]
@@ -141,7 +141,7 @@ def test_what_a_file_says_does_not_reach_the_terminal_as_control(
     assert capsys.readouterr().err == "dropped: one two\n"
 
 
-def test_what_is_loaded_is_told(
+def test_load_reports_the_conversation_and_its_settings(
     repl: Repl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repl.session.messages = [Message("user", "one"), Message("assistant", "A")]
@@ -163,7 +163,7 @@ def test_what_is_loaded_is_told(
     assert capsys.readouterr().err == f"{path}: 1 turn; the last: one\n"
 
 
-def test_a_kv_cache_that_cannot_be_saved_costs_a_sentence(
+def test_a_kv_cache_that_cannot_be_saved_is_a_notice(
     repl: Repl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "".join(repl.session.ask("hello!")) == "A"

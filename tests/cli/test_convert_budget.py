@@ -1,4 +1,4 @@
-"""`dots1 convert` within a budget: the file it writes, and what it says beforehand."""
+"""`dots1 convert` with a budget: the file it writes, and what it prints."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def convert(tiny: Path, *options: object) -> Result:
 
 
 def refused(result: Result) -> str:
-    """The sentence that the command line would print."""
+    """Return the sentence that the command line prints."""
     if isinstance(result.exception, Dots1Error):
         return str(result.exception)
     assert result.exit_code == 2
@@ -79,24 +79,24 @@ def test_a_dry_run_can_be_edited_and_handed_back(
     assert again["predicted_kl"] < planned["predicted_kl"]
 
 
-def test_a_dry_run_explains_itself(tiny: Path, calibration: Path) -> None:
+def test_a_dry_run_explains_the_types(tiny: Path, calibration: Path) -> None:
     options = ("--calibration", calibration, "--dry-run")
     shown = convert(tiny, "--size", "9MB", *options)
     assert shown.exit_code == 0
-    told = json.loads(convert(tiny, "--size", "9MB", *options, "--json").stdout)
+    found = json.loads(convert(tiny, "--size", "9MB", *options, "--json").stdout)
     lines = [line.split() for line in shown.stdout.splitlines()]
     assert sum(line[:1] == ["routed"] for line in lines) == 3
     total = next(line for line in lines if line[:1] == ["total"])
-    assert total[-2:] == [f"{told['bpw']:.3f}", "100.0%"]
-    for move in (*told["allocation"]["upgrades"], *told["allocation"]["downgrades"]):
+    assert total[-2:] == [f"{found['bpw']:.3f}", "100.0%"]
+    for move in (*found["allocation"]["upgrades"], *found["allocation"]["downgrades"]):
         name = move["tensor"].removesuffix(".weight")
         assert any(line[:3] == [name, move["before"], move["after"]] for line in lines)
-    assert sum(part["nbytes"] for part in told["allocation"]["parts"]) == told["bytes"]
+    assert sum(part["nbytes"] for part in found["allocation"]["parts"]) == found["bytes"]
     for says in ("measured 9 MB: ", "predicted KL divergence: ", "256 wide (padded) it would be"):
         assert says in shown.stdout
 
 
-def test_the_smallest_file_of_a_divergence(tiny: Path, calibration: Path) -> None:
+def test_max_kld_finds_the_smallest_file(tiny: Path, calibration: Path) -> None:
     options = ("--calibration", calibration, "--dry-run", "--json")
     tight = json.loads(convert(tiny, "--max-kld", 0.003, *options).stdout)
     loose = json.loads(convert(tiny, "--max-kld", 0.03, *options).stdout)
@@ -105,7 +105,7 @@ def test_the_smallest_file_of_a_divergence(tiny: Path, calibration: Path) -> Non
 
 
 @pytest.mark.parametrize(("option", "unit"), [("--size", "MB"), ("--bpw", "bpw")])
-def test_both_ends_that_an_error_names_are_possible(
+def test_the_smallest_and_largest_size_in_an_error_are_possible(
     tiny: Path, calibration: Path, option: str, unit: str
 ) -> None:
     def planned(value: float) -> Result:
@@ -119,25 +119,23 @@ def test_both_ends_that_an_error_names_are_possible(
     assert "too small" in refused(planned(0.999 * smallest))
 
 
-def test_the_least_divergence_that_an_error_names_is_possible(
-    tiny: Path, calibration: Path
-) -> None:
+def test_the_least_divergence_in_an_error_is_possible(tiny: Path, calibration: Path) -> None:
     options = ("--calibration", calibration, "--dry-run", "--json")
     least = float(refused(convert(tiny, "--max-kld", 1e-9, *options)).split()[-1])
     found = json.loads(convert(tiny, "--max-kld", least, *options).stdout)
     assert 0.98 * least < found["predicted_kl"] <= least
 
 
-def test_tables_of_moves_appear_where_there_are_any(tiny: Path, calibration: Path) -> None:
+def test_a_table_of_moves_appears_only_if_there_are_moves(tiny: Path, calibration: Path) -> None:
     options = ("--calibration", calibration, "--dry-run")
     smallest = convert(tiny, "--max-kld", 1000, *options).stdout
     assert "just missed" in smallest
     assert "cheapest to give up" not in smallest
-    told = json.loads(convert(tiny, "--max-kld", 1000, *options, "--json").stdout)
-    assert f"{told['file_bytes']:,} bytes with headers" in smallest
+    found = json.loads(convert(tiny, "--max-kld", 1000, *options, "--json").stdout)
+    assert f"{found['file_bytes']:,} bytes with headers" in smallest
 
 
-def test_overrides_and_padding_bind_the_allocator(tiny: Path, calibration: Path) -> None:
+def test_the_allocator_keeps_overrides_and_padding(tiny: Path, calibration: Path) -> None:
     found = json.loads(
         convert(
             tiny, "--size", "9MB", "--calibration", calibration, "--dry-run", "--json",
@@ -182,14 +180,14 @@ def test_importance_comes_from_the_folder(tiny: Path, calibration: Path, tmp_pat
         (["--size", "9MB", "--context", "4k"], "go with --fit-memory"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(
+def test_impossible_budgets_are_refused(
     tiny: Path, calibration: Path, options: list[str], says: str
 ) -> None:
     result = convert(tiny, *options, "--calibration", calibration, "--dry-run")
     assert re.search(says, " ".join(refused(result).replace("│", " ").split()))
 
 
-def test_a_budget_needs_a_calibration_that_belongs_to_it(
+def test_a_budget_needs_a_calibration_of_the_same_model(
     tiny: Path, calibration: Path, tmp_path: Path
 ) -> None:
     assert "--calibration" in refused(convert(tiny, "--size", "9MB", "--dry-run"))
@@ -211,7 +209,9 @@ def test_a_budget_needs_a_calibration_that_belongs_to_it(
 
 
 @pytest.mark.parametrize("shard", [300_000, 700_000])
-def test_headers_of_many_shards_count(tiny: Path, calibration: Path, shard: int) -> None:
+def test_a_size_includes_the_headers_of_all_shards(
+    tiny: Path, calibration: Path, shard: int
+) -> None:
     conversion = Conversion.allocate(
         tiny, Budget("size", 9e6), calibration=calibration, split_max_size=shard
     )
@@ -232,7 +232,7 @@ def test_from_python(tiny: Path, calibration: Path) -> None:
         Budget("size", 0)
 
 
-def test_types_for_a_memory(tiny: Path, calibration: Path) -> None:
+def test_fit_memory_chooses_types(tiny: Path, calibration: Path) -> None:
     options = ("--calibration", calibration, "--dry-run", "--json", "--fit-memory")
     result = convert(tiny, *options, "8GB ram", "--context", "1k", "--kv-type", "q8_0")
     assert set(json.loads(result.stdout)["types"].values()) == {"Q8_0", "F32"}

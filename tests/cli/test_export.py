@@ -19,7 +19,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_gguf(tmp_path_factory.mktemp("model") / "m.gguf")
 
 
-def test_a_dry_run_writes_nothing_and_is_right(model: Path, tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing_and_predicts_the_files(model: Path, tmp_path: Path) -> None:
     runner, output = CliRunner(), tmp_path / "out"
     arguments = ["export", str(model), "--shard-size", "100kB", "--json"]
     planned = runner.invoke(app, [*arguments, "--dry-run", "-o", str(output)])
@@ -34,7 +34,7 @@ def test_a_dry_run_writes_nothing_and_is_right(model: Path, tmp_path: Path) -> N
     assert found["shards"].items() <= sizes.items()
 
 
-def test_the_table_says_what_was_cut_off(tmp_path: Path) -> None:
+def test_the_table_mentions_removed_padding(tmp_path: Path) -> None:
     source = micro_checkpoint(tmp_path / "hf", hidden_size=256, moe_intermediate_size=192)
     convert_checkpoint(source, tmp_path / "m.gguf", "Q2_K", padding="on")
     result = CliRunner().invoke(app, ["export", str(tmp_path / "m.gguf"), "--dry-run"])
@@ -43,7 +43,7 @@ def test_the_table_says_what_was_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["-o", "out", "--shard-size", "many"]])
-def test_usage(model: Path, arguments: list[str]) -> None:
+def test_usage_errors_exit_with_2(model: Path, arguments: list[str]) -> None:
     with start_dots1("export", str(model), *arguments) as process:
         process.communicate()
     assert process.returncode == 2

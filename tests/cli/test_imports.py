@@ -1,4 +1,4 @@
-"""What a verb does not need it does not load: start-up time is what people feel first."""
+"""Verbs do not import what they do not need, so that they start quickly."""
 
 import subprocess
 import sys

@@ -75,7 +75,7 @@ def test_a_checkpoint_has_the_same_roles(tmp_path: Path) -> None:
     assert row(run(folder), "routed")[1] == "BF16"
 
 
-def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"nothing of the kind")
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "x.gguf")])
     assert result.exit_code != 0

@@ -1,4 +1,4 @@
-"""Conversations in files, their KV cache beside them, and what /show tells of memory."""
+"""Conversations and KV caches in files, and the memory that /show prints."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_a_cache_never_stays_beside_another_conversation(session: Session, tmp_p
     assert sorted(each.name for each in tmp_path.iterdir()) == ["model.gguf", "talk.json"]
 
 
-def test_a_cache_without_its_conversation_goes_when_another_takes_the_name(
+def test_saving_another_conversation_removes_a_stale_cache(
     session: Session, tmp_path: Path
 ) -> None:
     path, state = tmp_path / "talk.json", tmp_path / "talk.kv"
@@ -53,7 +53,7 @@ def test_a_cache_without_its_conversation_goes_when_another_takes_the_name(
     assert state.read_text() == "dear diary"
 
 
-def test_a_look_at_a_conversation_costs_it_no_cache(session: Session, tmp_path: Path) -> None:
+def test_saving_an_unchanged_conversation_keeps_its_cache(session: Session, tmp_path: Path) -> None:
     path, state = tmp_path / "talk.json", tmp_path / "talk.kv"
     say(session, "hello")
     save(path, session)
@@ -61,12 +61,12 @@ def test_a_look_at_a_conversation_costs_it_no_cache(session: Session, tmp_path: 
     model = tmp_path / "model.gguf"
     with Engine.open(model, n_ctx=64, threads=1) as engine, Session(engine) as other:
         resume(path, load_conversation(path), other)
-        assert other.context_used == 0  # it is of another context
+        assert other.context_used == 0  # the cache fits another context size
         save(path, other)
     assert state.read_bytes() == before
 
 
-def test_links_lead_to_what_is_written(session: Session, tmp_path: Path) -> None:
+def test_symbolic_links_are_followed(session: Session, tmp_path: Path) -> None:
     far = tmp_path / "far"
     far.mkdir()
     say(session, "one")
@@ -83,7 +83,7 @@ def test_links_lead_to_what_is_written(session: Session, tmp_path: Path) -> None
     assert session.context_used > 0
 
 
-def test_show_tells_where_the_model_lives(
+def test_show_prints_the_memory_of_each_device(
     session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Repl(session, COMMANDS).run_command("/show")
@@ -103,7 +103,7 @@ def test_show_tells_where_the_model_lives(
         host_memory="mapped",
     )
     with (
-        Engine.open(model, placement=placement, n_ctx=256) as engine,  # which wins over the plan's
+        Engine.open(model, placement=placement, n_ctx=256) as engine,  # n_ctx wins over the plan's
         Session(engine) as planned,
     ):
         Repl(planned, COMMANDS).run_command("/show")

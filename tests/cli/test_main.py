@@ -1,4 +1,4 @@
-"""What holds for every verb: where output goes, and what happens when it cannot."""
+"""The output of every verb: streams that are full, closed or not Unicode."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def test_a_full_disk_is_one_sentence(model: Path, arguments: list[str]) -> None:
     assert result.returncode == 1
 
 
-def test_a_reader_that_leaves_is_no_error(model: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(model: Path) -> None:
     with subprocess.Popen(
         [*DOTS1, "inspect", "--json", model], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:

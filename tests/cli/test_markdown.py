@@ -71,7 +71,7 @@ def test_spans(text: str, expected: str) -> None:
         "\\",
     ],
 )
-def test_what_is_no_markup_stays_as_it_is(text: str) -> None:
+def test_text_that_is_not_markup_stays(text: str) -> None:
     assert render(text) == text + "\n"
 
 
@@ -142,7 +142,7 @@ def test_a_line_ends_where_the_model_ends_it() -> None:
     assert render(verse) == "one\ntwo\nthree\nfour\n春眠不觉晓\n处处闻啼鸟\n"
 
 
-def test_a_word_wider_than_the_line_does_not_wait_for_its_end() -> None:
+def test_a_word_wider_than_the_line_is_written_at_once() -> None:
     written: list[str] = []
     stream = MarkdownStream(20, written.append)
     stream.feed("see " + "x" * 100)
@@ -152,7 +152,7 @@ def test_a_word_wider_than_the_line_does_not_wait_for_its_end() -> None:
     assert "".join(written) == "see\n" + "x" * 100 + "yz\nand so\n"
 
 
-def test_code_is_shown_as_it_is() -> None:
+def test_code_is_not_rendered() -> None:
     text = """\
 Run:
 ```python
@@ -235,5 +235,5 @@ def test_a_table_with_too_many_columns_keeps_its_words() -> None:
     assert letters(visible(shown)) == 2 * letters(header)
 
 
-def test_nothing_comes_of_nothing() -> None:
+def test_blank_text_renders_nothing() -> None:
     assert render("") == render("\n \n\t\n") == ""

@@ -1,4 +1,4 @@
-"""What holds for every text and for every way to cut it into pieces."""
+"""Properties of rendered Markdown that hold for every text and every way to cut it."""
 
 import re
 
@@ -72,7 +72,7 @@ def test_the_only_controls_are_colours_and_line_ends(soup: list[str]) -> None:
 
 
 @given(SOUP.map("".join))
-def test_no_word_is_lost_doubled_or_moved(text: str) -> None:
+def test_no_word_is_lost_repeated_or_moved(text: str) -> None:
     text = re.sub("```|~~~", "", text)  # what follows an opening fence is its name
     assume("```" not in text and "~~~" not in text)
     assert letters(visible(render(text, width=10_000))) == letters(text)

@@ -75,7 +75,7 @@ def test_line_ends_are_newlines(text: str, expected: str) -> None:
     assert filtered(text) == expected
 
 
-def test_a_sequence_that_was_cut_off_takes_no_text_with_it() -> None:
+def test_text_after_an_incomplete_sequence_is_kept() -> None:
     assert filtered("a\x1b[3中文") == "a中文"
     assert filtered("a\x1b\nb") == "a\nb"
     assert filtered("a\x1b[31\nb") == "a\nb"
@@ -105,7 +105,7 @@ def test_a_new_stream_may_begin_after_an_unfinished_one() -> None:
         "a\u00a0b\u00adc",
     ],
 )
-def test_writing_of_every_kind_is_left_alone(text: str) -> None:
+def test_text_in_any_script_is_unchanged(text: str) -> None:
     assert filtered(text) == text
 
 

@@ -65,7 +65,7 @@ def test_json_holds_every_figure_that_is_printed(tmp_path: Path) -> None:
     assert f"Same top p: {100 * result['same_top']['value']:6.3f}" in printed
 
 
-def test_few_tokens_are_said_to_be_few(tmp_path: Path) -> None:
+def test_warns_of_few_tokens(tmp_path: Path) -> None:
     model = goldens.write_model(tmp_path / "noisy.gguf", noisy=True)
     result = run(model, "--logits", goldens.BASE, "-t", 1, "--chunks", 2)
     assert result.stderr.startswith("only 62 tokens were scored")
@@ -80,7 +80,7 @@ def test_undefined_figures_are_null_in_json(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["correlation"] is None
 
 
-def test_a_model_that_is_far_too_sure_has_infinite_perplexity(tmp_path: Path) -> None:
+def test_an_overconfident_model_has_infinite_perplexity(tmp_path: Path) -> None:
     head = 1e4 * np.random.default_rng(0).normal(size=(CONFIG.vocab_size, CONFIG.hidden_size))
     model = write_random_gguf(
         tmp_path / "model.gguf", tensors={"output.weight": head.astype(np.float32)}

@@ -40,7 +40,7 @@ def run(*arguments: Any) -> Result:
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
-def test_shows_what_is_where(model: Path, a_gpu: Path) -> None:
+def test_shows_the_device_of_each_part(model: Path, a_gpu: Path) -> None:
     result = run(model, "--hardware", a_gpu, "--context", "512")
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.stdout.splitlines()]
@@ -83,7 +83,7 @@ def test_plans_for_several_answers_at_once(model: Path, a_gpu: Path, tmp_path: P
     assert run(model, "--hardware", a_gpu, "--plan", tmp_path / "plan.json").stdout == result.stdout
 
 
-def test_limits_are_taken(model: Path, a_gpu: Path) -> None:
+def test_vram_and_ram_limit_the_plan(model: Path, a_gpu: Path) -> None:
     found = json.loads(run(model, "--hardware", a_gpu, "--vram", "1001MB", "--json").stdout)
     assert found["layers"].get("CUDA0", 0) < 4
     without = json.loads(run(model, "--hardware", a_gpu, "--vram", "0", "--json").stdout)
@@ -161,7 +161,7 @@ def test_names_the_command_that_measures(model: Path, monkeypatch: pytest.Monkey
     assert "decode tok/s" in result.stdout  # of the plan, which does without the worker
 
 
-def test_what_does_not_fit_is_shown_and_said(model: Path, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_is_shown_and_exits_with_1(model: Path, tmp_path: Path) -> None:
     small = described(tmp_path / "small.json", machine(2001 * MB, cpu=speed(1e6), disk=1e6))
     result = run(model, "--hardware", small)
     assert result.exit_code == 1
@@ -197,7 +197,7 @@ def test_says_when_speeds_are_unknown(model: Path, tmp_path: Path) -> None:
         (["--worker", "10.0.0.1:50052"], "--worker is for this machine"),
     ],
 )
-def test_bad_options_are_a_sentence(
+def test_invalid_options_are_refused(
     model: Path, a_gpu: Path, arguments: list[str], sentence: str
 ) -> None:
     result = run(model, "--hardware", a_gpu, *arguments)

@@ -1,4 +1,4 @@
-"""A dialogue as a person has it: keys typed into a terminal, a screen looked at."""
+"""A dialogue in a terminal: keys that a person types, and the screen that a person sees."""
 
 import json
 import stat
@@ -25,14 +25,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Path:
-    """It says the same to everything."""
+    """A model that gives the same answer to everything."""
     tensors = scripted_tensors([*tokens_of(SAID), EOS])
     return write_random_gguf(folder / "model.gguf", tensors=tensors)
 
 
 @pytest.fixture(scope="module")
 def endless(folder: Path) -> Path:
-    """It says "abc abc abc ..." without end, and can read for seconds before that."""
+    """A model that says "abc abc ..." without end, and whose context takes seconds to fill."""
     tensors = scripted_tensors(tokens_of("abc a"))
     return write_random_gguf(folder / "endless.gguf", tensors=tensors, context=32768)
 
@@ -46,7 +46,7 @@ def dialogue(tmp_path: Path) -> Dialogue:
 
 
 def saved(terminal: Terminal, folder: Path) -> list[tuple[str, str]]:
-    """The conversation, as /save writes it."""
+    """Save the conversation with /save, and return its messages."""
     assert terminal.enter("/save talk").startswith("saved as talk.json")
     messages = json.loads((folder / "talk.json").read_text(encoding="utf-8"))["messages"]
     return [(message["role"], message["text"]) for message in messages]
@@ -81,7 +81,7 @@ def test_a_dialogue(model: Path, dialogue: Dialogue, tmp_path: Path) -> None:
         assert terminal.wait_for_end() == 0
 
 
-def test_history_lives_on_and_ctrl_c_clears_the_line(
+def test_history_outlives_the_process_and_ctrl_c_clears_the_line(
     model: Path, dialogue: Dialogue, tmp_path: Path
 ) -> None:
     with dialogue(model) as terminal:
@@ -110,7 +110,7 @@ def test_history_lives_on_and_ctrl_c_clears_the_line(
         assert questions == ["the very first"]
 
 
-def test_without_a_place_for_history_chat_goes_on(
+def test_chat_works_without_a_file_for_history(
     model: Path, dialogue: Dialogue, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -121,7 +121,7 @@ def test_without_a_place_for_history_chat_goes_on(
         terminal.wait_for("> hi\n" + SEEN)
 
 
-def test_ctrl_c_keeps_what_was_written_and_forgets_what_was_not_answered(
+def test_ctrl_c_keeps_a_partial_answer_and_drops_an_unanswered_question(
     endless: Path, dialogue: Dialogue, tmp_path: Path
 ) -> None:
     with dialogue(endless, "-c", "0") as terminal:
@@ -145,7 +145,7 @@ def test_ctrl_c_keeps_what_was_written_and_forgets_what_was_not_answered(
         terminal.wait_for("reading")
         terminal.send(CTRL_C)
         terminal.wait_for_prompt(below=line)
-        assert "no part of the conversation (arrow-up brings it back)" in terminal.text
+        assert "not part of the conversation (arrow-up brings it back)" in terminal.text
         terminal.send(UP)
         terminal.wait_for("> and this?")
         terminal.send(CTRL_C)
@@ -189,7 +189,7 @@ def test_commands_change_the_conversation(model: Path, dialogue: Dialogue, tmp_p
         assert saved(terminal, tmp_path) == []
 
 
-def test_without_an_editor_a_question_is_changed_at_the_prompt(
+def test_edit_without_an_editor_uses_the_prompt(
     model: Path, dialogue: Dialogue, tmp_path: Path
 ) -> None:
     with dialogue(model) as terminal:
@@ -201,7 +201,7 @@ def test_without_an_editor_a_question_is_changed_at_the_prompt(
         assert saved(terminal, tmp_path) == [SYSTEM, ("user", "one more"), ANSWER]
 
 
-def test_a_saved_conversation_goes_on_in_a_new_process(
+def test_a_saved_conversation_is_resumed_in_a_new_process(
     model: Path, dialogue: Dialogue, tmp_path: Path
 ) -> None:
     with dialogue(model) as terminal:
@@ -295,7 +295,7 @@ def test_a_dumb_terminal_gets_text_alone(model: Path, dialogue: Dialogue) -> Non
         assert b"\x1b" not in terminal.seen
 
 
-def test_plain_shows_what_the_model_said(model: Path, dialogue: Dialogue) -> None:
+def test_plain_does_not_render_markdown(model: Path, dialogue: Dialogue) -> None:
     with dialogue(model, "-p", "hi", "--plain") as terminal:
         assert terminal.wait_for_end() == 0
         assert terminal.lines[0] == SAID
@@ -305,7 +305,7 @@ def recovery_files(folder: Path) -> list[Path]:
     return sorted((folder / ".local" / "state" / "dots1").glob("recovery-*"))
 
 
-def test_a_dialogue_in_a_file_goes_on_there(
+def test_a_session_file_is_resumed_and_saved(
     model: Path, dialogue: Dialogue, tmp_path: Path
 ) -> None:
     file, state = tmp_path / "talk.json", tmp_path / "talk.kv"
@@ -324,7 +324,7 @@ def test_a_dialogue_in_a_file_goes_on_there(
     assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE(state.stat().st_mode) == 0o600
 
 
-def test_a_killed_dialogue_can_be_gone_on_with(
+def test_a_killed_dialogue_can_be_resumed(
     endless: Path, model: Path, dialogue: Dialogue, tmp_path: Path
 ) -> None:
     with dialogue(model) as other, dialogue(endless, "-c", "0") as terminal:
@@ -341,7 +341,7 @@ def test_a_killed_dialogue_can_be_gone_on_with(
         assert stat.S_IMODE(mine.stat().st_mode) == 0o600
         with dialogue(model) as next_one:
             next_one.wait_for_prompt()
-            notice = f"a conversation was cut off; the last goes on with /load {mine}"
+            notice = f"a conversation was cut off; /load {mine} resumes"
             assert notice in " ".join(next_one.lines)
             next_one.send(f"/load {mine}\r")
             next_one.wait_for("> go")
@@ -357,7 +357,7 @@ def test_a_killed_dialogue_can_be_gone_on_with(
 
 
 @pytest.mark.parametrize("file", ["", "talk.json"])
-def test_an_engine_that_ends_the_process_costs_a_sentence(
+def test_an_aborting_engine_is_one_sentence(
     endless: Path, dialogue: Dialogue, tmp_path: Path, file: str
 ) -> None:
     options = ["--session", file] if file else []
@@ -369,7 +369,7 @@ def test_an_engine_that_ends_the_process_costs_a_sentence(
         [path] = [tmp_path / file] if file else recovery_files(tmp_path)
         written, told = terminal.text.split("> go\n")[1].split("\n", 1)
         assert told.replace("\n", " ").startswith("dots1: the connection to a worker was lost")
-        assert f"/load {file or path} goes on from here" in told.replace("\n", " ")
+        assert f"/load {file or path}" in told.replace("\n", " ")
     kept = json.loads(path.read_text(encoding="utf-8"))["messages"]
     assert [m["text"] for m in kept[1:]] == ["go", written]
     assert written == "abc a"

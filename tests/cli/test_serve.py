@@ -35,14 +35,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Path:
-    """It answers 中文 to everything."""
+    """A model that answers 中文 to everything."""
     path = folder / "model.gguf"
     return write_random_gguf(path, tensors=scripted_tensors([*tokens_of("中文"), EOS]))
 
 
 @pytest.fixture(scope="module")
 def endless(folder: Path) -> Path:
-    """It never ends an answer by itself."""
+    """A model that never ends its answer."""
     path = folder / "endless.gguf"
     return write_random_gguf(path, tensors=scripted_tensors(tokens_of("abca")), context=1 << 20)
 
@@ -54,7 +54,7 @@ def post(connection: HTTPConnection, body: str = BODY, **headers: str) -> tuple[
 
 
 def begin_stream(connection: HTTPConnection) -> Any:
-    """The response to a request for a stream, of which the first text has come."""
+    """Request a stream, and return the response after its first text."""
     asked = json.dumps({**json.loads(BODY), "stream": True})
     connection.request("POST", "/v1/chat/completions", asked, JSON)
     response = connection.getresponse()
@@ -69,7 +69,7 @@ def reachable(port: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_serves_until_a_signal_and_ends_well(model: Path, number: signal.Signals) -> None:
+def test_serves_until_a_signal_and_exits_cleanly(model: Path, number: signal.Signals) -> None:
     with Served(model, "--served-model-name", "org/my", "-c", "512") as server:
         assert "as org/my, context of 512 tokens, 1 answer at once" in server.told
         connection = server.connect()
@@ -102,7 +102,7 @@ def test_a_second_interrupt_ends_it_at_once(endless: Path) -> None:
         idle.request("GET", "/health")
         idle.getresponse().read()
         os.kill(server.process.pid, signal.SIGINT)
-        assert idle.sock.recv(1) == b""  # it has heard of it
+        assert idle.sock.recv(1) == b""  # the server knows of the signal
         os.kill(server.process.pid, signal.SIGINT)
         assert server.wait_for_end() == 130
 

@@ -13,7 +13,7 @@ DOTS1 = ("-c", "from dots1_local.cli import main; main()")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_at_once_and_frees_the_port(number: signal.Signals) -> None:
+def test_a_signal_ends_the_worker_and_frees_the_port(number: signal.Signals) -> None:
     port = free_port()
     with Program(*DOTS1, "worker", "--port", str(port), "-t", "1") as program:
         program.wait_for("Ctrl-C ends it")
@@ -41,13 +41,13 @@ def test_serves_and_says_so_on_stderr_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", [("--host", "192.0.2.1"), ("--device", "CUDA7")])
-def test_what_cannot_be_served_is_a_usage_error(option: tuple[str, str]) -> None:
+def test_an_invalid_host_or_device_is_a_usage_error(option: tuple[str, str]) -> None:
     with Program(*DOTS1, "worker", "--port", str(free_port()), *option) as program:
         assert program.wait_for("").startswith("dots1: ")
         assert program.wait_for_end() == 2
 
 
-def test_keeps_weights_where_the_xdg_rules_say(
+def test_weights_are_cached_by_the_xdg_rules(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -87,7 +87,7 @@ class Repl:
         """Save the conversation when llama.cpp aborts the process."""
         path = self.autosave.save(self.session.so_far)
         echo_controls(True)
-        saved = f"; /load {path} goes on from here" if path else ""
+        saved = f"; /load {path} resumes it" if path else ""
         notice(f"\ndots1: {reason}{saved}")
 
     def _turn(self) -> None:
@@ -127,7 +127,7 @@ class Repl:
         question = "\n\n".join([*self.attached.values(), text])
         if self.answer(
             lambda progress: self.session.ask(question, progress=progress),
-            "stopped; the question is no part of the conversation (arrow-up brings it back)",
+            "stopped; the question is not part of the conversation (arrow-up brings it back)",
             question,
         ):
             self.attached.clear()

@@ -75,13 +75,12 @@ def _plan_low_disk(
     order = order_of(checkpoint, tensors, _held(checkpoint, progress))
     folder = shards_folder(output) / checkpoint.repo.commit
     moved = checkpoint.with_shards_in(folder, list(order.sizes))
-    ahead = 1
     try:
-        _check_room(output, order, ahead)
+        _check_room(output, order, 1)
     except Dots1Error:
-        ahead = 0
-        _check_room(output, order, ahead)
-    return ShardSupply(moved, order, folder, ahead)
+        _check_room(output, order, 0)
+        return ShardSupply(moved, order, folder, ahead=0)
+    return ShardSupply(moved, order, folder, ahead=1)
 
 
 def _fetch_all(
@@ -99,11 +98,8 @@ def _fetch_all(
         same_disk = place.parent.stat().st_dev == output.path.parent.stat().st_dev
         try:
             if same_disk:
-                what, nbytes = (
-                    f"{output.path.name} with the checkpoint",
-                    nbytes + output.total_bytes,
-                )
-                check_space(output.path, nbytes, output.partials, what=what)
+                what = f"{output.path.name} with the checkpoint"
+                check_space(output.path, nbytes + output.total_bytes, output.partials, what=what)
             else:
                 check_space(place, nbytes, (), what="the checkpoint")
         except Dots1Error as error:

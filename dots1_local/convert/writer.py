@@ -6,22 +6,23 @@ gets its name only when it is complete.
 """
 
 import hashlib
-import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import Annotated, BinaryIO
 
+import msgspec
 import numpy as np
 from gguf import GGUFWriter
 from gguf.gguf_writer import SHARD_NAME_FORMAT
 from numpy.typing import NDArray
 
+from dots1_local.files.json_file import JsonError, convert_json, parse_json
 from dots1_local.files.partial_file import (
     check_space,
     disk_errors,
@@ -111,6 +112,16 @@ def _aligned(data: bytes) -> bytes:
     return data + bytes(-len(data) % ALIGNMENT)
 
 
+class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A line of the journal: the first one identifies the run, each other one finishes a tensor."""
+
+    identity: str = ""
+    partials: tuple[str, ...] = ()
+    source: str = ""
+    tensor: str = ""
+    pieces: tuple[tuple[Annotated[int, msgspec.Meta(gt=0)], int], ...] = ()
+
+
 class Journal:
     """The open output files of one conversion, and the record of finished tensors.
 
@@ -141,12 +152,12 @@ class Journal:
             busy = f"another conversion is writing {path}"
             self._journal = opened.enter_context(open_locked(self._path, busy, append=True))
             lines = self._recorded()
-            first = lines[0] if lines else {}
-            same = first.get("identity") == self._identity
+            first = lines[0] if lines else _Line()
+            same = first.identity == self._identity
             if same:
                 self._take_back_shards()
             else:
-                self._clear_stale(first.get("partials"))
+                self._clear_stale(first.partials)
             for partial in self.output.partials:
                 fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                 opened.callback(os.close, fd)
@@ -161,8 +172,8 @@ class Journal:
 
     def _begin(self) -> None:
         self._journal.truncate(0)
-        partials = [partial.name for partial in self.output.partials]
-        self._record({"identity": self._identity, "partials": partials, "source": self._source})
+        partials = tuple(partial.name for partial in self.output.partials)
+        self._record(_Line(identity=self._identity, partials=partials, source=self._source))
         for fd, header, size in zip(
             self._files, self.output.headers, self.output.sizes, strict=True
         ):
@@ -170,7 +181,7 @@ class Journal:
             os.ftruncate(fd, size)
             write_all(fd, memoryview(header), 0)
 
-    def _resume(self, lines: Sequence[Mapping[str, Any]]) -> bool:
+    def _resume(self, lines: Sequence[_Line]) -> bool:
         """Take over the tensors recorded in `lines`; return False if their files are not there."""
         intact = all(
             os.fstat(fd).st_size == size and os.pread(fd, len(header), 0) == header
@@ -183,8 +194,8 @@ class Journal:
         slots = {slot.tensor.spec.name: slot for slot in self.output.slots}
         total, checked = sum(slot.tensor.nbytes for slot in self.output.slots), 0
         for line in lines:
-            slot = slots.get(line.get("tensor", ""))
-            if slot and self._reads_back(slot, line):
+            slot = slots.get(line.tensor)
+            if slot and self._reads_back(slot, line.pieces):
                 self.done.add(slot.tensor.spec.name)
                 checked += slot.tensor.nbytes
                 self._progress(checked, total, "bytes", "checking what is there")
@@ -196,28 +207,24 @@ class Journal:
             if path.exists() and not partial.exists():
                 os.replace(path, partial)
 
-    def _clear_stale(self, names: Any) -> None:
+    def _clear_stale(self, names: Sequence[str]) -> None:
         """Remove the working files of a former run with other inputs."""
         ours = {partial.name for partial in self.output.partials}
-        for name in names if isinstance(names, list) else ():
-            stale = self.output.target.with_name(Path(str(name)).name)
+        for name in names:
+            stale = self.output.target.with_name(Path(name).name)
             if stale.name.endswith(".partial") and stale.name not in ours:
                 stale.unlink(missing_ok=True)
 
-    def _recorded(self) -> list[dict[str, Any]]:
+    def _recorded(self) -> list[_Line]:
         """Read the journal's lines, and cut off a line that a kill left incomplete."""
         self._journal.seek(0)
         whole = [line for line in self._journal if line.endswith(b"\n")]
         self._journal.truncate(sum(map(len, whole)))
         return [_parsed(line) for line in whole]
 
-    def _reads_back(self, slot: TensorSlot, line: Mapping[str, Any]) -> bool:
-        try:
-            pieces = [(int(size), int(crc)) for size, crc in line["pieces"]]
-        except (KeyError, TypeError, ValueError):
-            return False
+    def _reads_back(self, slot: TensorSlot, pieces: Sequence[tuple[int, int]]) -> bool:
         sizes = [size for size, _ in pieces]
-        if min(sizes, default=0) <= 0 or sum(sizes) != slot.tensor.nbytes:
+        if sum(sizes) != slot.tensor.nbytes:
             return False
         offsets = accumulate(sizes, initial=slot.offset)
         fd = self._files[slot.file]
@@ -235,11 +242,11 @@ class Journal:
 
     def finish(self, slot: TensorSlot, pieces: Sequence[tuple[int, int]]) -> None:
         """Record a tensor as complete; `pieces` are the results of `write`, in order."""
-        self._record({"tensor": slot.tensor.spec.name, "pieces": pieces})
+        self._record(_Line(tensor=slot.tensor.spec.name, pieces=tuple(pieces)))
 
-    def _record(self, line: Mapping[str, Any]) -> None:
+    def _record(self, line: _Line) -> None:
         with disk_errors(self.output.path):
-            self._journal.write(json.dumps(line).encode() + b"\n")
+            self._journal.write(msgspec.json.encode(line) + b"\n")
             self._journal.flush()
 
     def publish(self) -> None:
@@ -256,7 +263,7 @@ def interrupted_source(output: Output) -> str:
     """Return the source of an unfinished conversion to this output, "" if there is none."""
     try:
         with open(_journal_path(output), "rb") as journal:
-            return str(_parsed(journal.readline(_LONGEST_FIRST_LINE)).get("source", ""))
+            return _parsed(journal.readline(_LONGEST_FIRST_LINE)).source
     except OSError:
         return ""
 
@@ -265,10 +272,9 @@ def _journal_path(output: Output) -> Path:
     return output.target.with_name(output.target.name + ".journal")
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def _parsed(line: bytes) -> _Line:
     """Parse a line of the journal; a malformed line counts as not written."""
     try:
-        value = json.loads(line)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        return convert_json(parse_json(line), _Line)
+    except JsonError:
+        return _Line()

@@ -151,7 +151,7 @@ def test_we_decode_as_gguf_does(kind: QuantType, matrix: tuple[Floats, Floats]) 
     np.testing.assert_array_equal(decode(data, kind, rows.shape[1]), theirs)
 
 
-def test_importance_is_heeded() -> None:
+def test_importance_is_used() -> None:
     """Columns that matter err less than those that do not."""
     rows, importance = gaussian(64, 256), np.ones(256, np.float32)
     importance[::2] = 100

@@ -1,4 +1,4 @@
-"""Files from anywhere: what cannot be exported right is refused in one sentence."""
+"""Files from anywhere: a file that cannot be exported exactly is refused."""
 
 import json
 import os
@@ -23,7 +23,7 @@ FLOAT, STRING = GGUFValueType.FLOAT32, GGUFValueType.STRING
 
 
 def damage(name: str, value: float) -> dict[str, Any]:
-    """A tensor with one such weight."""
+    """A tensor with `value` as one weight."""
     tensor = random_tensors()[name]
     tensor.reshape(-1)[7] = value
     return {name: tensor}
@@ -39,7 +39,9 @@ def damage(name: str, value: float) -> dict[str, Any]:
         ("blk.1.ffn_gate_shexp.weight", -3.4e38, "beyond the range of BF16"),
     ],
 )
-def test_weights_that_are_no_numbers(tmp_path: Path, name: str, value: float, says: str) -> None:
+def test_weights_that_are_not_finite_or_too_large(
+    tmp_path: Path, name: str, value: float, says: str
+) -> None:
     path = write_random_gguf(tmp_path / "m.gguf", tensors=damage(name, value))
     result = CliRunner().invoke(app, ["export", str(path), "-o", str(tmp_path / "out")])
     assert isinstance(result.exception, GGUFError)
@@ -104,7 +106,9 @@ def test_keys_that_compute_something_else(
         ({"tensors": {"blk.1.attn_q.bias": np.ones(64, np.float32)}}, "not part of a dots1"),
     ],
 )
-def test_files_that_are_no_dots1_model(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+def test_files_that_are_not_dots1_models(
+    tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
     with pytest.raises(GGUFError, match=says):
         Export.prepare(write_random_gguf(tmp_path / "m.gguf", **options))
 
@@ -139,6 +143,6 @@ def test_the_config_says_what_the_keys_do_in_every_published_form(tmp_path: Path
     assert set(config.layer_types) == {"full_attention"}
 
 
-def test_no_file_at_all(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(Dots1Error, match="no such file"):
         Export.prepare(tmp_path / "none.gguf")

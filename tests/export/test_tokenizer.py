@@ -1,4 +1,4 @@
-"""The exported tokenizer gives the ids of the one that the file was converted from."""
+"""The exported tokenizer gives the same ids as the tokenizer that was converted."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ TEXTS = [
 def tokenizers(
     tiny: Path, converted: Converted, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, Any]:
-    """The original and the exported one, as transformers loads them."""
+    """The original and the exported tokenizer, as transformers loads them."""
     folder = tmp_path_factory.mktemp("tokenizer") / "out"
     export_checkpoint(converted("Q8_0"), folder)
     return AutoTokenizer.from_pretrained(tiny), AutoTokenizer.from_pretrained(folder)
@@ -122,7 +122,7 @@ def test_a_tokenizer_that_would_split_otherwise_is_left_out(
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_without_a_template_there_is_none(tmp_path: Path) -> None:
+def test_a_file_without_a_template_exports_none(tmp_path: Path) -> None:
     export_checkpoint(write_random_gguf(tmp_path / "m.gguf", template=None), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert "chat_template" not in config
@@ -136,7 +136,7 @@ def test_without_a_template_there_is_none(tmp_path: Path) -> None:
         ("tokenizer.ggml.eos_token_id", len(TOKENS) - 1, [TOKENS.index("<|endoftext|>")]),
     ],
 )
-def test_ends_that_are_no_tokens_are_none(
+def test_end_ids_that_are_not_tokens_are_left_out(
     tmp_path: Path, key: str, value: int, ends: list[int]
 ) -> None:
     path = rewrite(write_random_gguf(tmp_path / "m.gguf"), tmp_path / "n.gguf", {key: value})

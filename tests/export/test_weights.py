@@ -46,7 +46,7 @@ def decoded(*paths: Path) -> dict[str, Tensor]:
 
 
 def expected(config: Dots1Config, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a checkpoint of `config` should hold, padding cut off."""
+    """The tensors that a checkpoint of `config` should hold, without padding."""
     found = {}
     for spec in inventory(config):
         whole = stored[spec.name]
@@ -173,7 +173,7 @@ def test_shards_hold_what_they_may_in_the_published_order(
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_padding_is_cut_where_all_experts_have_it(tmp_path: Path, shift: int) -> None:
-    """One weight anywhere in the padding makes a unit that is to be kept."""
+    """One weight anywhere in the padding makes a unit that must be kept."""
     source = micro_checkpoint(tmp_path / "hf", hidden_size=256, moe_intermediate_size=192)
     path = tmp_path / "padded.gguf"
     convert_checkpoint(source, path, "F32", padding="on")

@@ -28,7 +28,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(pristine: Path, tmp_path: Path) -> Path:
-    """A copy to break, in three shards."""
+    """A copy in three shards, for tests to break."""
     return shutil.copytree(pristine, tmp_path / "broken")
 
 
@@ -139,7 +139,7 @@ def test_config_is_not_text(folder: Path) -> None:
     assert "config.json is not readable JSON" in refusal(folder)
 
 
-def test_another_architecture_is_said_before_missing_shards(folder: Path) -> None:
+def test_another_architecture_is_reported_before_missing_shards(folder: Path) -> None:
     edit_json(folder / "config.json", lambda raw: raw.update(architectures=["LlamaForCausalLM"]))
     (folder / SHARD).unlink()
     assert "LlamaForCausalLM" in refusal(folder)
@@ -254,7 +254,7 @@ def test_garbled_tensor_entry(folder: Path, edit: Edit) -> None:
     assert path.name in message
 
 
-def test_unsupported_dtype_names_those_supported(folder: Path) -> None:
+def test_an_unsupported_dtype_lists_the_supported_ones(folder: Path) -> None:
     path = shard_of(folder, EXPERT)
     edit_header(path, lambda header: header[EXPERT].update(dtype="F8_E4M3"))
     assert "F8_E4M3" in refusal(folder)

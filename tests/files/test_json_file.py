@@ -46,7 +46,9 @@ def test_parses_what_the_standard_parser_does(value: Any) -> None:
         (b"\xff\xfe", "UTF-8"),
     ],
 )
-def test_refuses_what_is_no_json_or_ambiguous(text: str | bytes, says: str, tmp_path: Path) -> None:
+def test_refuses_what_is_not_json_or_is_ambiguous(
+    text: str | bytes, says: str, tmp_path: Path
+) -> None:
     data = text.encode() if isinstance(text, str) else text
     with pytest.raises(JsonError, match=says):
         parse_json(data)

@@ -77,7 +77,7 @@ def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
-def test_what_is_no_file_is_not_written_through(tmp_path: Path, kind: str) -> None:
+def test_a_link_folder_or_pipe_is_not_written_through(tmp_path: Path, kind: str) -> None:
     path, other = tmp_path / "a.bin", tmp_path / "other"
     other.write_bytes(b"precious")
     partial = partial_path(path)

@@ -104,7 +104,7 @@ def test_the_input_is_never_written(broken: Path, tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left")])
-def test_what_stops_a_copy_leaves_nothing(broken: Path, tmp_path: Path, reason: Any) -> None:
+def test_an_interrupted_copy_leaves_nothing(broken: Path, tmp_path: Path, reason: Any) -> None:
     def stop(done: int, total: int, *_: object) -> None:
         raise reason
 
@@ -125,7 +125,7 @@ def test_a_full_disk_is_found_before_the_first_byte(
     assert [file.name for file in tmp_path.iterdir()] == ["broken.gguf"]
 
 
-def test_what_a_killed_copy_left_makes_room_for_the_next(
+def test_the_space_of_a_killed_copy_counts_as_free(
     broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage(NamedTuple):
@@ -138,7 +138,7 @@ def test_what_a_killed_copy_left_makes_room_for_the_next(
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_what_stands_in_a_working_file_s_place_is_not_written_through(
+def test_a_link_or_pipe_in_place_of_the_working_file_is_replaced(
     broken: Path, tmp_path: Path, kind: str
 ) -> None:
     other, partial = tmp_path / "other", tmp_path / "fixed.gguf.partial"
@@ -150,7 +150,7 @@ def test_what_stands_in_a_working_file_s_place_is_not_written_through(
     assert not fixed.is_symlink()
 
 
-def test_a_link_to_nothing_but_itself_is_one_sentence(broken: Path, tmp_path: Path) -> None:
+def test_a_circular_link_is_refused(broken: Path, tmp_path: Path) -> None:
     output = tmp_path / "fixed.gguf"
     output.symlink_to(output)
     with pytest.raises(Dots1Error, match=r"cannot write .*fixed\.gguf"):
@@ -158,12 +158,12 @@ def test_a_link_to_nothing_but_itself_is_one_sentence(broken: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("output", ["", ".", "/", ".."])
-def test_a_folder_is_no_output(broken: Path, output: str) -> None:
+def test_a_folder_is_refused_as_output(broken: Path, output: str) -> None:
     with pytest.raises(Dots1Error, match="is a folder; name a file"):
         fix(broken, Path(output))
 
 
-def test_a_folder_that_may_not_be_written_is_found_before_reading(
+def test_a_folder_that_is_not_writable_is_found_before_reading(
     broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
@@ -187,6 +187,6 @@ def test_an_unfinished_conversion_keeps_its_working_files(broken: Path, tmp_path
         fix(broken, tmp_path / "fixed.gguf", force=True)
 
 
-def test_a_folder_that_is_not_there_is_one_sentence(broken: Path, tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(broken: Path, tmp_path: Path) -> None:
     with pytest.raises(Dots1Error, match="no such folder"):
         fix(broken, tmp_path / "nowhere" / "fixed.gguf")

@@ -40,7 +40,7 @@ def check_fixed(path: Path, tmp_path: Path) -> None:
         assert engine.decode([EOS, 7, 8], 0).shape == (len(TOKENS),)
 
 
-def test_nothing_is_wrong_with_a_right_file(model: Path) -> None:
+def test_a_good_file_has_no_findings(model: Path) -> None:
     report = verify_gguf(model)
     assert report.ok
     assert report.findings == ()
@@ -91,7 +91,7 @@ def test_nothing_is_wrong_with_a_right_file(model: Path) -> None:
         ({"types": {"dots1.context_length": I32}}, "error", "not stored as u32"),
     ],
 )
-def test_says_what_is_wrong_and_puts_it_right(
+def test_findings_that_fix_puts_right(
     model: Path, tmp_path: Path, change: dict[str, Any], severity: str, sentence: str
 ) -> None:
     path = rewrite(model, tmp_path / "elsewhere.gguf", **change)
@@ -136,7 +136,7 @@ def test_says_what_is_wrong_and_puts_it_right(
         ),
     ],
 )
-def test_says_what_only_the_checkpoint_can_put_right(
+def test_findings_that_need_the_checkpoint(
     model: Path, tmp_path: Path, change: dict[str, Any], severity: str, sentence: str
 ) -> None:
     report = verify_gguf(rewrite(model, tmp_path / "elsewhere.gguf", **change), quick=True)
@@ -145,7 +145,7 @@ def test_says_what_only_the_checkpoint_can_put_right(
     assert report.changes == ()
 
 
-def test_empty_tokens_are_no_repeated_ones(model: Path, tmp_path: Path) -> None:
+def test_empty_tokens_do_not_count_as_repeated(model: Path, tmp_path: Path) -> None:
     tokens = {PREFIX + "tokens": ["", "", *TOKENS[2:]]}
     path = rewrite(model, tmp_path / "elsewhere.gguf", tokens)
     assert verify_gguf(path, quick=True).ok
@@ -159,12 +159,12 @@ def test_llama_cpp_computes_without_an_epsilon(tmp_path: Path) -> None:
         assert np.isfinite(engine.decode([EOS, 7, 8], 0)).all()
 
 
-def test_a_lost_tokenizer_is_said_once(model: Path, tmp_path: Path) -> None:
+def test_a_lost_tokenizer_is_reported_once(model: Path, tmp_path: Path) -> None:
     path = rewrite(model, tmp_path / "elsewhere.gguf", remove=[PREFIX + "tokens"])
     assert only(path).check == "tokenizer"
 
 
-def test_another_architecture_is_all_there_is_to_say(tmp_path: Path) -> None:
+def test_another_architecture_is_the_only_finding(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "llama.gguf", architecture="llama")
     assert "'llama'" in only(path).message
 
@@ -183,7 +183,7 @@ def test_another_architecture_is_all_there_is_to_say(tmp_path: Path) -> None:
         PREFIX + "eos_token_id",
     ],
 )
-def test_a_checkpoint_has_what_is_missing(
+def test_a_checkpoint_supplies_missing_keys(
     tiny: Path, converted: Any, tmp_path: Path, key: str
 ) -> None:
     right = converted("DQ4")

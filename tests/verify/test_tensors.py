@@ -82,7 +82,7 @@ def test_a_router_should_be_f32(tmp_path: Path) -> None:
 
 
 def moved(path: Path, places: dict[str, int]) -> Path:
-    """Let the header say that tensors begin elsewhere, so many bytes into the data."""
+    """Change the header so that tensors begin elsewhere, at these offsets in the data."""
     content = bytearray(path.read_bytes())
     for name, place in places.items():
         raw = name.encode()
@@ -94,7 +94,7 @@ def moved(path: Path, places: dict[str, int]) -> Path:
 
 
 def places_of(path: Path, *names: str) -> list[int]:
-    """Where tensors begin, from the first one on."""
+    """Where tensors begin, counted from the first tensor."""
     begin = {tensor.name: tensor.data_offset for tensor in GGUFReader(path).tensors}
     return [begin[name] - min(begin.values()) for name in names]
 

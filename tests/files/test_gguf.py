@@ -176,7 +176,7 @@ def test_refuses_garbage(tmp_path: Path, content: bytes, sentence: str) -> None:
     assert sentence in refusal(tmp_path / "x.gguf")
 
 
-def test_refuses_a_folder_and_nothing(tmp_path: Path) -> None:
+def test_refuses_a_folder_and_a_missing_file(tmp_path: Path) -> None:
     assert "is a folder" in refusal(tmp_path)
     assert "no such file" in refusal(tmp_path / "nothing.gguf")
 

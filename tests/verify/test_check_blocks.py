@@ -99,7 +99,7 @@ def test_progress_ends_with_all_bytes(converted: Any) -> None:
     assert seen == sorted(seen)
 
 
-def test_a_file_cut_short_while_it_is_read_is_one_sentence(tmp_path: Path) -> None:
+def test_a_file_cut_short_while_it_is_read(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "model.gguf")
     size = path.stat().st_size
 

@@ -1,16 +1,8 @@
-"""`dots1 calibrate`: measure importance, sensitivity and reference logits of a checkpoint.
-
-llama.cpp's own tokeniser tokenises the texts, from a GGUF of the checkpoint's vocabulary alone, so
-that calibration sees the tokens that the model will see.
-"""
+"""`dots1 calibrate`: measure importance, sensitivity and reference logits of a checkpoint."""
 
 import importlib.util
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 import typer
@@ -23,7 +15,7 @@ from dots1_local.cli._output import (
     print_table,
     progress_bar,
 )
-from dots1_local.errors import CheckpointError, UsageError
+from dots1_local.errors import UsageError
 from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
@@ -31,15 +23,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dots1_local.calibrate.run import Coverage
-    from dots1_local.chat.message import Message
-    from dots1_local.engine.engine import Vocabulary
     from dots1_local.files.checkpoint import Checkpoint
 
     Tokens = NDArray[np.int32]
 
-__all__ = ["CalibrateOptions", "calibrate", "open_vocabulary", "tokenize"]
-
-_ROLES = ("system", "user", "assistant")
+__all__ = ["CalibrateOptions", "calibrate"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +84,7 @@ def calibrate(options: CalibrateOptions) -> None:
       dots1 calibrate dots.llm1.inst -o calibrated --logits base.kld --logits-text wiki.test.raw
     """
     _check(options)
+    from dots1_local.evaluate.texts import open_vocabulary, tokenize
     from dots1_local.files.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(options.checkpoint)
@@ -103,11 +92,10 @@ def calibrate(options: CalibrateOptions) -> None:
     files, chats = options.file or [], options.chat or []
     with open_vocabulary(checkpoint) as vocabulary:
         tokens = tokenize(checkpoint, vocabulary, n_ctx, files, chats, options.chunks)
-        evaluation = (
-            tokenize(checkpoint, vocabulary, n_ctx, [text], [], options.logits_chunks)
-            if text
-            else None
-        )
+        evaluation = None
+        if text:
+            limit = options.logits_chunks
+            evaluation = tokenize(checkpoint, vocabulary, n_ctx, [text], [], limit)
     coverage = _run(checkpoint, tokens, evaluation, options)
     imatrix = options.output / "imatrix.gguf" if tokens.size else None
     measured = imatrix and not options.importance_only
@@ -190,95 +178,3 @@ def _show(coverage: "list[Coverage]", least: int) -> None:
             f"{rare} of {whole} experts saw fewer than {least} tokens, so their importance is in "
             "part the mean of their layer; calibrate on more text"
         )
-
-
-@contextmanager
-def open_vocabulary(checkpoint: "Checkpoint") -> Iterator["Vocabulary"]:
-    """Load the checkpoint's tokeniser in llama.cpp.
-
-    Raises:
-        CheckpointError: the checkpoint has no tokeniser that can be converted.
-    """
-    from dots1_local.convert.tokenizer import write_vocabulary
-    from dots1_local.engine.engine import Vocabulary
-
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "vocabulary.gguf"
-        write_vocabulary(checkpoint, path)
-        vocabulary = Vocabulary.load(path)
-    with vocabulary:
-        yield vocabulary
-
-
-def tokenize(
-    checkpoint: "Checkpoint",
-    vocabulary: "Vocabulary",
-    n_ctx: int,
-    texts: Sequence[Path],
-    chats: Sequence[Path],
-    n_chunks: int | None,
-) -> "Tokens":
-    """Return the tokens (chunks, n_ctx) of all files in order, without an incomplete last chunk.
-
-    Raises:
-        UsageError: a file cannot be read, or all files have fewer than 2 * n_ctx tokens.
-        CheckpointError: there are `chats`, but the checkpoint has no chat template.
-    """
-    import numpy as np
-
-    from dots1_local.evaluate.perplexity import read_text
-
-    tokens: list[int] = []
-    for path in texts:
-        tokens += vocabulary.tokenize(read_text(path), special=False, add_bos=True)
-    if chats:
-        tokens += _tokenize_chats(checkpoint, vocabulary, chats)
-    names = ", ".join(map(str, (*texts, *chats)))
-    if names and len(tokens) < 2 * n_ctx:  # what llama-imatrix and llama-perplexity ask for
-        raise UsageError(
-            f"{names} has {len(tokens)} tokens; a context of {n_ctx} needs {2 * n_ctx} or more"
-        )
-    count = min(len(tokens) // n_ctx, n_chunks or len(tokens))
-    return np.array(tokens[: count * n_ctx], np.int32).reshape(count, n_ctx)
-
-
-def _tokenize_chats(
-    checkpoint: "Checkpoint", vocabulary: "Vocabulary", chats: Sequence[Path]
-) -> Iterator[int]:
-    """Yield what the model has read and written at the end of each conversation."""
-    from dots1_local.chat.prompt import Prompter
-    from dots1_local.convert.metadata import end_tokens
-
-    name = str(checkpoint.path)
-    if "tokenizer.chat_template" not in vocabulary.gguf.keys:
-        raise CheckpointError(
-            f"{name} has no chat template, which --chat needs; calibrate it with -f"
-        )
-    prompter = Prompter(vocabulary, name)
-    for path in chats:
-        for messages in _read_chats(path):
-            yield from prompter.tokens(messages[:-1])
-            yield from prompter.content(messages[-1])
-            yield from end_tokens(checkpoint)[:1]
-
-
-def _read_chats(path: Path) -> Iterator[list["Message"]]:
-    """Yield the conversation in each line: {"messages": [{"role": ..., "content": ...}, ...]}."""
-    from dots1_local.chat.message import Message
-    from dots1_local.evaluate.perplexity import read_text
-
-    # splitlines() would also split at U+2028 and its like, which JSON strings may contain.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            messages = [Message(m["role"], m["content"]) for m in json.loads(line)["messages"]]
-            valid = all(m.role in _ROLES and isinstance(m.text, str) for m in messages)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            valid = False
-        if not valid or len(messages) < 2 or messages[-1].role != "assistant":
-            raise UsageError(
-                f"{path} has no conversation in line {number}; a line must be "
-                '{"messages": [{"role": ..., "content": ...}, ...]} and end with the assistant'
-            )
-        yield messages

@@ -2,12 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
 from dots1_local.cli import app
-from dots1_local.cli._calibrate import open_vocabulary, tokenize
-from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.importance import load_importance
 from tests.conftest import Converted
 from tests.micro import edit_json, micro_checkpoint
@@ -89,48 +86,6 @@ def test_warns_of_experts_that_saw_few_tokens(micro: Path, text: Path, tmp_path:
     result = run(micro, "-f", text, "-o", tmp_path / "out", "-c", 32, "--chunks", 1,
                  "--shrink-below", 0, "--force", "--importance-only")  # fmt: skip
     assert result.stderr == f"wrote {tmp_path / 'out' / 'imatrix.gguf'} from 32 tokens\n"
-
-
-def test_tokens_are_those_of_the_tokenizer(tiny: Path) -> None:
-    content = (tiny / "heldout.txt").read_text(encoding="utf-8").removesuffix("\n")
-    expected = Tokenizer.from_file(str(tiny / "tokenizer.json")).encode(content).ids
-    checkpoint = Checkpoint.open(tiny)
-    with open_vocabulary(checkpoint) as vocabulary:
-        chunks = tokenize(checkpoint, vocabulary, 512, [tiny / "heldout.txt"], [], None)
-    assert chunks.ravel().tolist() == expected[: len(expected) // 512 * 512]
-
-
-def test_conversations_have_the_special_tokens_of_the_template_only(
-    tiny: Path, tmp_path: Path
-) -> None:
-    tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
-    path = tmp_path / "chat.jsonl"
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Who is <|endofresponse|>?"},
-        {"role": "assistant", "content": "Nobody."},
-    ]
-    path.write_text((json.dumps({"messages": messages}) + "\n\n") * 9)
-    checkpoint = Checkpoint.open(tiny)
-    with open_vocabulary(checkpoint) as vocabulary:
-        tokens = tokenize(checkpoint, vocabulary, 16, [], [path], None).ravel().tolist()
-    end = tokens.index(checkpoint.raw_config["eos_token_id"])
-    rendered = tokenizer.decode(tokens[: end + 1], skip_special_tokens=False)
-    assert rendered == (
-        "<|system|>Be brief.<|endofsystem|><|userprompt|>Who is <|endofresponse|>?"
-        "<|endofuserprompt|><|response|>Nobody.<|endofresponse|>"
-    )
-
-
-def test_lines_of_conversations_end_at_newlines_only(micro: Path, tmp_path: Path) -> None:
-    """U+2028 and the like, which JSON strings may contain, do not end a line."""
-    path = tmp_path / "chat.jsonl"
-    messages = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "d"}]
-    line = json.dumps({"messages": messages}, ensure_ascii=False)
-    path.write_text(f"{line}\r\n" * 9, encoding="utf-8", newline="")
-    checkpoint = Checkpoint.open(micro)
-    with open_vocabulary(checkpoint) as vocabulary:
-        assert len(tokenize(checkpoint, vocabulary, 16, [], [path], None))
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from dots1_local.calibrate.run import calibrate
-from dots1_local.cli._calibrate import open_vocabulary, tokenize
 from dots1_local.convert import Conversion
 from dots1_local.evaluate.perplexity import kl_divergence, perplexity, read_text
+from dots1_local.evaluate.texts import open_vocabulary, tokenize
 from dots1_local.files.checkpoint import Checkpoint
 
 CHUNKS = 8  # of 512 tokens, of either text

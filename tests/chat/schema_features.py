@@ -15,7 +15,8 @@ from tests.chat.grammars import accepts, thing
 from tests.helpers import write_random_gguf
 
 PAGE = Path(__file__).parents[2] / "docs" / "serve.md"
-BEGIN, END = "<!-- schema features: begin -->\n", "<!-- schema features: end -->"
+BEGIN = "<!-- schema features, by python -m tests.chat.schema_features: begin -->\n"
+END = "<!-- schema features: end -->"
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
 
 # Feature, a schema that has it, and a JSON text that the schema rules out.

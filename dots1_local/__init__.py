@@ -35,63 +35,37 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget",
-    "Checkpoint",
-    "Conversion",
-    "Dots1Config",
-    "Dots1Error",
-    "Engine",
-    "GGUFFile",
-    "Hardware",
-    "Placement",
-    "QuantPlan",
-    "RemoteSession",
-    "Sampling",
-    "Session",
-    "convert_checkpoint",
-    "export_checkpoint",
-    "find_hardware",
-    "inventory",
-    "kl_divergence",
-    "load",
-    "load_placement",
-    "open_hub",
-    "perplexity",
-    "place",
-    "this_machine",
-    "verify_gguf",
-]
+    "Budget", "Checkpoint", "Conversion", "Dots1Config", "Dots1Error", "Engine", "GGUFFile",
+    "Hardware", "Placement", "QuantPlan", "RemoteSession", "Sampling", "Session",
+    "convert_checkpoint", "export_checkpoint", "find_hardware", "inventory", "kl_divergence",
+    "load", "load_placement", "open_hub", "perplexity", "place", "this_machine", "verify_gguf",
+]  # fmt: skip
 
-_HOME = {
-    "Budget": "convert",
-    "Checkpoint": "files.checkpoint",
-    "Conversion": "convert",
-    "Dots1Config": "architecture",
-    "Dots1Error": "errors",
-    "Engine": "engine.engine",
-    "GGUFFile": "files.gguf",
-    "Hardware": "devices.hardware",
-    "Placement": "placement.placement",
-    "QuantPlan": "quant.plan",
-    "RemoteSession": "chat.remote",
-    "Sampling": "chat.sampling",
-    "Session": "chat.session",
-    "convert_checkpoint": "convert",
-    "export_checkpoint": "export",
-    "find_hardware": "devices.machine",
-    "inventory": "architecture",
-    "kl_divergence": "evaluate.perplexity",
-    "load": "engine.planned",
-    "load_placement": "placement.placement",
-    "open_hub": "hub",
-    "perplexity": "evaluate.perplexity",
-    "place": "placement.planner",
-    "this_machine": "devices.machine",
-    "verify_gguf": "verify",
+_NAMES_OF = {
+    "architecture": ("Dots1Config", "inventory"),
+    "chat.remote": ("RemoteSession",),
+    "chat.sampling": ("Sampling",),
+    "chat.session": ("Session",),
+    "convert": ("Budget", "Conversion", "convert_checkpoint"),
+    "devices.hardware": ("Hardware",),
+    "devices.machine": ("find_hardware", "this_machine"),
+    "engine.engine": ("Engine",),
+    "engine.planned": ("load",),
+    "errors": ("Dots1Error",),
+    "evaluate.perplexity": ("kl_divergence", "perplexity"),
+    "export": ("export_checkpoint",),
+    "files.checkpoint": ("Checkpoint",),
+    "files.gguf": ("GGUFFile",),
+    "hub": ("open_hub",),
+    "placement.placement": ("Placement", "load_placement"),
+    "placement.planner": ("place",),
+    "quant.plan": ("QuantPlan",),
+    "verify": ("verify_gguf",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    for module, names in _NAMES_OF.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

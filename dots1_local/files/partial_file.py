@@ -151,18 +151,18 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 @contextmanager
-def open_partial(path: Path, busy: str = "", *, private: bool = False) -> Iterator[BinaryIO]:
+def open_partial(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """Write `path` as a whole: the block fills an empty PATH.partial, which then gets the name.
 
     The file is on the disk before it gets its name. If the block fails, PATH.partial is removed and
     `path` stays as it was.
 
     Raises:
-        Dots1Error: another process writes PATH.partial; the message is `busy`.
+        Dots1Error: another process is writing PATH.partial.
         OSError: the file cannot be written.
     """
     partial = partial_path(path)
-    with open_locked(partial, busy or f"another run is writing {path}", private=private) as file:
+    with open_locked(partial, f"another run is writing {path}", private=private) as file:
         try:
             file.truncate(0)
             yield file

@@ -26,7 +26,6 @@ from dots1_local.devices.hardware import CPU, Device, Hardware, hardware_from_js
 from dots1_local.devices.limits import available_ram, physical_cores, read_rate
 from dots1_local.devices.rpc import parse_endpoint, probe
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.files.partial_file import write_whole
 from dots1_local.progress import Progress, silent
 
 __all__ = ["detect", "find_hardware", "hardware_names", "missing_backends", "this_machine"]
@@ -190,6 +189,8 @@ def _cache_path(found: Hardware) -> Path:
 
 def _save(path: Path, hardware: Hardware, before: Hardware | None) -> None:
     """Keep the speeds, and those of devices that are absent this time."""
+    from dots1_local.files.partial_file import write_whole
+
     names = {device.name for device in hardware.devices}
     absent = [each for each in (before.devices if before else ()) if each.name not in names]
     kept = replace(hardware, devices=(*hardware.devices, *absent))

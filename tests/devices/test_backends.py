@@ -31,12 +31,12 @@ def test_lists_the_cpu_with_its_memory() -> None:
     assert "CPU" in backends.backend_names()
 
 
-def test_an_unknown_device_is_named_beside_those_there_are() -> None:
+def test_names_an_unknown_device_and_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"CUDA7; it has .*CPU"):
         backends.device("CUDA7")
 
 
-def test_a_workers_devices_join_the_engines() -> None:
+def test_adds_a_workers_devices() -> None:
     with local_worker() as worker:
         result = subprocess.run(
             [sys.executable, "-c", WITH_WORKER, worker.endpoint],
@@ -49,7 +49,7 @@ def test_a_workers_devices_join_the_engines() -> None:
     assert remote[4] > 1 << 28
 
 
-def test_names_the_command_that_builds_what_is_missing() -> None:
+def test_gives_the_command_that_builds_a_backend() -> None:
     command = backends.build_with("GGML_CUDA", "GGML_RPC")
     assert command.startswith('CMAKE_ARGS="-DGGML_CUDA=on -DGGML_RPC=on" pip install ')
     assert "--no-cache-dir" in command  # pip would hand back the wheel it built before

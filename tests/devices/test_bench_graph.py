@@ -1,4 +1,4 @@
-"""What is timed is what the model computes: nodes give numpy's results."""
+"""The nodes that are timed compute what the model computes: they give numpy's results."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +33,7 @@ def result(graph: BenchGraph, node: int, *shape: int) -> Array:
     return values
 
 
-def test_tokens_meet_the_experts_they_chose(bench: BenchDevice) -> None:
+def test_multiplies_tokens_by_the_experts_they_chose(bench: BenchDevice) -> None:
     experts, x = normal(4, 8, 32), normal(3, 32)
     ids = np.array([[0, 3], [2, 1], [3, 2]], np.int32)
     with BenchGraph(bench) as graph:
@@ -87,6 +87,6 @@ def test_a_pattern_is_repeated_to_the_end(repacked: bool) -> None:
         assert result(graph, node, 16) == pytest.approx(expected, abs=0.1)
 
 
-def test_a_device_without_so_much_memory_says_so() -> None:
+def test_names_a_device_with_too_little_memory() -> None:
     with pytest.raises(Dots1Error, match=r"CPU.* memory"):
         BenchDevice("CPU", 1 << 60)

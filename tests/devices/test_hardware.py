@@ -26,13 +26,13 @@ def written(folder: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def test_a_description_says_all_there_is_to_say(tmp_path: Path) -> None:
+def test_a_description_round_trips(tmp_path: Path) -> None:
     assert load_hardware(written(tmp_path, MACHINE.to_json())) == MACHINE
     bare = replace(MACHINE, devices=(), disk=None, cpu=replace(MACHINE.cpu, speed=None))
     assert load_hardware(written(tmp_path, bare.to_json())) == bare
 
 
-def test_a_rate_of_plain_matrices_may_be_left_out(tmp_path: Path) -> None:
+def test_fields_with_defaults_may_be_left_out(tmp_path: Path) -> None:
     content = MACHINE.to_json()
     del content["cpu"]["speed"]["matmul"]["Q8_0"]["dense"]
     del content["cpu"]["speed"]["repacked"]
@@ -76,7 +76,7 @@ def test_names_the_field_of_a_figure_that_makes_no_sense(
     assert str(path) in str(error.value)
 
 
-def test_a_device_is_found_by_name() -> None:
+def test_finds_a_device_by_name() -> None:
     assert MACHINE.device("RPC0").free == 5
     with pytest.raises(UsageError, match="desk has no device CUDA0; it has RPC0, CPU"):
         MACHINE.device("CUDA0")

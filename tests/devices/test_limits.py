@@ -1,4 +1,4 @@
-"""Trees like /proc and /sys, with figures whose result is plain."""
+"""Folders like /proc and /sys, with figures whose result is plain."""
 
 from pathlib import Path
 
@@ -27,13 +27,13 @@ def v2(group: str, **files: str) -> dict[str, str]:
     return {f"sys/fs/cgroup{group}/{name.replace('_', '.')}": text for name, text in files.items()}
 
 
-def test_without_limits_it_is_what_the_kernel_says(tmp_path: Path) -> None:
+def test_without_limits_the_kernels_figures_count(tmp_path: Path) -> None:
     root = tree(tmp_path, "0::/user\n", v2("/user", memory_max="max\n", cpu_max="max 100000"))
     assert available_ram(root) == RAM(48 * GB, 64 * GB)
     assert cpu_quota(root) is None
 
 
-def test_page_cache_of_a_group_is_available(tmp_path: Path) -> None:
+def test_a_groups_page_cache_is_available(tmp_path: Path) -> None:
     stat = f"anon {4 * GB}\nfile {11 * GB}\nactive_file {6 * GB}\ninactive_file {3 * GB}\n"
     files = v2("/box", memory_max=str(20 * GB), memory_current=str(15 * GB), memory_stat=stat)
     root = tree(tmp_path, "0::/box/inner\n", {**files, **v2("/box/inner", memory_max="max")})
@@ -58,7 +58,7 @@ def test_a_container_sees_its_own_group_as_the_mount(tmp_path: Path) -> None:
     assert cpu_quota(root) == 0.5
 
 
-def test_version_1_has_other_names(tmp_path: Path) -> None:
+def test_reads_control_groups_version_1(tmp_path: Path) -> None:
     files = {
         "sys/fs/cgroup/memory/job/memory.limit_in_bytes": str(10 * GB),
         "sys/fs/cgroup/memory/job/memory.usage_in_bytes": str(9 * GB),
@@ -73,7 +73,7 @@ def test_version_1_has_other_names(tmp_path: Path) -> None:
     assert cpu_quota(root) == 3
 
 
-def test_no_quota_in_version_1_is_none(tmp_path: Path) -> None:
+def test_version_1_without_a_quota_has_none(tmp_path: Path) -> None:
     files = {
         "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "-1",
         "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000",
@@ -82,7 +82,7 @@ def test_no_quota_in_version_1_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "MemTotal 5\n", "MemTotal: many kB\n", "\0\0\n"])
-def test_what_makes_no_sense_is_unknown(tmp_path: Path, damage: str) -> None:
+def test_damaged_files_give_no_figures(tmp_path: Path, damage: str) -> None:
     root = tree(tmp_path, "0:\n:::\n\nx", v2("", memory_max="lots", cpu_max="1 0"))
     (root / "proc/meminfo").write_text(damage)
     assert available_ram(root) is None

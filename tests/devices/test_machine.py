@@ -29,7 +29,7 @@ FOUND = Hardware("", "", "llama-cpp-python 1 (CUDA, RPC, CPU)", 1, Device(CPU, "
 
 
 class Engine:
-    """In place of the engine's process: says what there is, and what it measured."""
+    """Stands for the engine's process: it has devices, and counts what it measures."""
 
     def __init__(self) -> None:
         self.found = FOUND
@@ -66,7 +66,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     return engine
 
 
-def test_the_real_machine_is_what_the_kernel_says(tmp_path: Path) -> None:
+def test_this_machine_agrees_with_the_kernel(tmp_path: Path) -> None:
     found = this_machine(measure="cached")
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     assert 0 < found.cpu.free <= found.cpu.total <= 1024 * int(fields["MemTotal"].split()[0])
@@ -77,7 +77,7 @@ def test_the_real_machine_is_what_the_kernel_says(tmp_path: Path) -> None:
     assert find_hardware(str(path)) == found
 
 
-def test_speeds_are_measured_once_and_memory_is_always_new(
+def test_measures_speeds_once_and_memory_every_time(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert engine.bandwidths(measure="cached") == [None]
@@ -91,7 +91,7 @@ def test_speeds_are_measured_once_and_memory_is_always_new(
     assert engine.bandwidths(measure="again") == engine.bandwidths() == [2]
 
 
-def test_a_new_device_is_measured_and_an_old_one_remembered(engine: Engine) -> None:
+def test_measures_new_devices_and_remembers_others(engine: Engine) -> None:
     assert engine.bandwidths() == [1]
     engine.found = replace(FOUND, devices=(CARD,))
     assert engine.bandwidths() == [1, 2]
@@ -105,7 +105,7 @@ def test_a_new_device_is_measured_and_an_old_one_remembered(engine: Engine) -> N
     assert engine.bandwidths(measure="cached") == [3, None]
 
 
-def test_another_build_of_the_engine_and_other_cores_are_measured(
+def test_measures_again_for_another_build_or_other_cores(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.bandwidths()
@@ -127,14 +127,12 @@ def test_a_damaged_cache_is_measured_again(engine: Engine, cache: Path, damage: 
     assert list(cache.iterdir()) == [file]
 
 
-def test_without_a_place_to_keep_them_speeds_are_measured_all_the_same(
-    engine: Engine, cache: Path
-) -> None:
+def test_measures_speeds_that_cannot_be_kept(engine: Engine, cache: Path) -> None:
     cache.write_text("in the way")
     assert engine.bandwidths() == [1]
 
 
-def test_a_worker_that_is_not_there_is_a_sentence(engine: Engine) -> None:
+def test_names_a_worker_that_does_not_answer(engine: Engine) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     with pytest.raises(Dots1Error, match=endpoint):
         this_machine([endpoint])
@@ -142,7 +140,7 @@ def test_a_worker_that_is_not_there_is_a_sentence(engine: Engine) -> None:
         this_machine(["-x"])
 
 
-def test_a_workers_devices_are_listed() -> None:
+def test_lists_a_workers_devices() -> None:
     with local_worker() as worker:
         found = this_machine([worker.endpoint], measure="cached")
     (device,) = found.devices
@@ -150,7 +148,7 @@ def test_a_workers_devices_are_listed() -> None:
     assert 0 < device.free <= device.total
 
 
-def test_says_what_a_build_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_backends_that_a_build_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     without = replace(FOUND, engine="llama-cpp-python 1 (CPU)")
     (sentence,) = missing_backends(without, tmp_path)
@@ -165,7 +163,7 @@ def test_says_what_a_build_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert missing_backends(replace(FOUND, engine="x 1 (Vulkan, RPC, CPU)"), tmp_path) == ()
 
 
-def test_five_descriptions_come_along() -> None:
+def test_five_descriptions_come_with_the_package() -> None:
     expected = {"24gb-64gb": 1, "24gb-128gb": 1, "2x24gb-128gb": 2, "12gb-96gb": 1, "cpu-96gb": 0}
     assert set(hardware_names()) == set(expected)
     for name, cards in expected.items():
@@ -178,7 +176,7 @@ def test_five_descriptions_come_along() -> None:
             assert {"F16", "Q8_0"} <= set(device.speed.attention)
 
 
-def test_descriptions_are_those_their_specifications_give() -> None:
+def test_descriptions_follow_from_specifications() -> None:
     from tools.make_machines import MACHINES
 
     assert [find_hardware(each.name) for each in MACHINES] == list(MACHINES)
@@ -190,7 +188,7 @@ def test_descriptions_are_those_their_specifications_give() -> None:
         assert speed.bandwidth == pytest.approx(gigabytes * 1e9, rel=0.001)
 
 
-def test_a_file_describes_a_machine_too(tmp_path: Path) -> None:
+def test_finds_a_description_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(find_hardware("cpu-96gb").to_json()))
     assert find_hardware(str(path)) == load_hardware(path)
@@ -215,7 +213,7 @@ def says(message: object) -> str:
     return f"printf '%s\\n' 'dots1-engine {json.dumps(message)}'"
 
 
-def test_the_real_one_answers() -> None:
+def test_the_engine_answers() -> None:
     found = detect({"workers": []})
     assert found.engine.startswith("llama-cpp-python ")
     assert "CPU" in found.engine
@@ -244,7 +242,7 @@ def test_the_real_one_answers() -> None:
         (says({"error": "no memory left"}), "^no memory left$"),
     ],
 )
-def test_an_engine_in_trouble_is_one_sentence(
+def test_an_engine_in_trouble_gives_one_sentence(
     script: Path, monkeypatch: pytest.MonkeyPatch, commands: str, message: str
 ) -> None:
     monkeypatch.setattr(machine, "_TIMEOUT", 0.3)
@@ -254,7 +252,7 @@ def test_an_engine_in_trouble_is_one_sentence(
     assert "\n" not in str(error.value)
 
 
-def test_what_a_driver_prints_is_ignored(script: Path) -> None:
+def test_ignores_what_a_driver_prints(script: Path) -> None:
     progress = says({"progress": [1, 2, "measurements", "CPU Q8_0"]})
     answer = says({"answer": GOOD})
     noise = "echo found 7 devices; printf '\\377\\376 no line end'; echo"
@@ -265,6 +263,6 @@ def test_what_a_driver_prints_is_ignored(script: Path) -> None:
     assert told == [(1, 2, "measurements", "CPU Q8_0")]
 
 
-def test_nobody_at_a_workers_address_aborts_only_the_child() -> None:
+def test_a_missing_worker_aborts_only_the_child() -> None:
     with pytest.raises(Dots1Error, match=r"looking for devices.*connect"):
         detect({"workers": ["127.0.0.1:1"]})

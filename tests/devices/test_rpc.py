@@ -19,7 +19,7 @@ Host = Callable[[Script], str]
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    """Somebody at an endpoint who does `script` with the one connection it accepts."""
+    """Starts a server that runs `script` with one connection; returns its endpoint."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def make(script: Script) -> str:
@@ -71,13 +71,13 @@ def test_a_worker_stays_usable(worker: Worker) -> None:
         probe([worker.endpoint])
 
 
-def test_nobody_listens() -> None:
+def test_names_an_endpoint_where_nobody_listens() -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     with pytest.raises(Dots1Error, match=f"{endpoint}.*dots1 worker"):
         probe([endpoint])
 
 
-def test_a_host_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_an_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(name: str) -> str:
         raise socket.gaierror(name)
 
@@ -86,7 +86,7 @@ def test_a_host_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
         probe(["box:1"])
 
 
-def test_a_resolver_that_takes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gives_up_on_a_slow_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostbyname", lambda name: time.sleep(60))
     with pytest.raises(Dots1Error, match="host 'box'"):
         probe(["box:1"], timeout=0.1)
@@ -130,7 +130,7 @@ def trickle(connection: socket.socket) -> None:
         (send(HELLO, struct.pack("<QI", 1 << 60, 1)), "another version"),
     ],
 )
-def test_says_why_it_is_not_a_usable_worker(host: Host, script: Script, message: str) -> None:
+def test_says_why_a_worker_is_not_usable(host: Host, script: Script, message: str) -> None:
     endpoint = host(script)
     with pytest.raises(Dots1Error, match=message) as error:
         probe([endpoint], timeout=0.5)
@@ -146,7 +146,7 @@ def test_a_worker_that_resets_the_connection(host: Host) -> None:
         probe([host(reset)], timeout=5)
 
 
-def test_a_worker_that_others_use_and_then_leave(worker: Worker) -> None:
+def test_a_worker_that_another_client_uses(worker: Worker) -> None:
     hello = struct.pack("<BQ24x", 14, 24)
     with socket.create_connection(("127.0.0.1", worker.port)) as client:
         client.sendall(hello)

@@ -43,7 +43,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch, told: list[tuple[int, int]]) -> Speed:
     return measure_speed(device, 1, lambda done, total, unit, what: told.append((done, total)))
 
 
-def test_every_type_has_a_figure(cpu: Speed, told: list[tuple[int, int]]) -> None:
+def test_measures_every_type(cpu: Speed, told: list[tuple[int, int]]) -> None:
     assert list(cpu.matmul) == list(TYPES)
     assert list(cpu.attention) == list(KV_TYPES)
     for rate in (*cpu.matmul.values(), *cpu.repacked.values()):
@@ -66,7 +66,7 @@ def test_the_cpu_needs_no_uploads(cpu: Speed) -> None:
     assert 0 <= cpu.node < cpu.split
 
 
-def test_a_workers_device_is_asked_for_nothing_it_may_lack() -> None:
+def test_asks_a_workers_device_only_for_common_kv_types() -> None:
     with local_worker() as worker:
         result = subprocess.run(
             [sys.executable, "-c", OF_WORKER, worker.endpoint, json.dumps(SMALL)],

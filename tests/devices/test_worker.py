@@ -57,7 +57,7 @@ Serve = Callable[..., Program]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """The library's `serve` in a process of its own, with these options; prints its events."""
+    """Runs the library's `serve` with these options in a child process that prints its events."""
     with ExitStack() as stack:
         yield lambda **options: stack.enter_context(Program("-c", SERVE, json.dumps(options)))
 
@@ -133,7 +133,7 @@ def test_the_server_ends_with_the_supervisor(serve: Serve) -> None:
         assert client.recv(1) == b""
 
 
-def test_a_clients_machine_that_vanishes_would_be_noticed() -> None:
+def test_connections_of_clients_are_kept_alive() -> None:
     with (
         local_worker() as worker,
         socket.create_connection(("127.0.0.1", worker.port)) as client,
@@ -170,7 +170,7 @@ def test_names_a_port_that_is_taken(serve: Serve) -> None:
     assert f"127.0.0.1:{worker.port}: Address already in use" in line
 
 
-def test_an_open_host_is_warned_of(serve: Serve) -> None:
+def test_warns_of_an_open_host(serve: Serve) -> None:
     program = serve(host="0.0.0.0", port=free_port())
     assert "no authentication" in program.wait_for("warning")
     assert "--worker ADDRESS:" in program.wait_for("--worker")
@@ -205,7 +205,7 @@ def test_kept_weights_are_not_sent_again(
     assert logits() != first  # so it is the files that are read
 
 
-def test_weights_for_which_there_was_no_room_are_not_kept(
+def test_weights_are_not_kept_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: int) -> None:
@@ -223,7 +223,7 @@ def test_weights_for_which_there_was_no_room_are_not_kept(
     assert str(tmp_path) in str(error.value)
 
 
-def test_weights_that_a_killed_worker_left_half_written_are_not_kept(tmp_path: Path) -> None:
+def test_incomplete_weights_of_a_killed_worker_are_deleted(tmp_path: Path) -> None:
     whole, half, other = (tmp_path / name for name in ("a" * 16, "b" * 16, "notes.txt"))
     for file in (whole, half, other):
         file.write_bytes(b"weights")

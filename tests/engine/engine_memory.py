@@ -1,4 +1,4 @@
-"""What the engine itself says it takes of each device for a placement, read from its log."""
+"""What the engine allocates on each device for a placement, read from its log."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ def placement_for(path: Path, decisions: Decisions) -> Placement:
 def taken(
     workers: Sequence[str], path: Path, decisions: Decisions, no_alloc: bool = True
 ) -> dict[str, Sizes]:
-    """What the engine logs of each device; without `no_alloc` it really loads the file."""
+    """The sizes that the engine logs for each device; without `no_alloc` it loads the file."""
     devices = {
         backends.add_worker(each)[0].description: f"RPC{i}" for i, each in enumerate(workers)
     }

@@ -1,4 +1,4 @@
-"""A file with a true header, the whole geometry and vocabulary of dots.llm1, and no weights."""
+"""A GGUF file with the header, geometry and vocabulary of a real model, and no weights."""
 
 from collections.abc import Mapping
 from pathlib import Path

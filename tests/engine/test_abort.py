@@ -1,4 +1,4 @@
-"""The engine's end, in real processes: what is said, what was done before, the exit code."""
+"""What happens when llama.cpp aborts, in real processes: message, handlers, exit code."""
 
 import subprocess
 import sys
@@ -52,7 +52,7 @@ def run(tmp_path: Path, script: str, *arguments: str) -> tuple[int, str, str]:
         ("", ["vk::DeviceLostError"], "cannot continue: vk::DeviceLostError"),
     ],
 )
-def test_says_what_happened(message: str, log: list[str], sentence: str) -> None:
+def test_explains_what_happened(message: str, log: list[str], sentence: str) -> None:
     for place in ("/build/ggml-rpc.cpp:354: ", "C:\\ggml\\ggml.c:7: "):
         said = explain(place + message, log)
         assert sentence in said
@@ -60,7 +60,7 @@ def test_says_what_happened(message: str, log: list[str], sentence: str) -> None
         assert "\n" not in said
 
 
-def test_a_worker_killed_while_the_engine_computes(tmp_path: Path) -> None:
+def test_a_killed_worker_ends_the_process_with_a_sentence(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "model.gguf")
     script = """
 import os
@@ -97,7 +97,7 @@ with on_abort(show), on_abort(save), on_abort(lambda sentence: 1 / 0):
     assert (tmp_path / "saved").exists()
 
 
-def test_a_cpp_exception_is_a_sentence_too(tmp_path: Path) -> None:
+def test_a_cpp_exception_ends_the_process_with_a_sentence(tmp_path: Path) -> None:
     script = """
 terminate = getattr(library(), "_ZSt9terminatev", None)
 with on_abort(show):
@@ -108,7 +108,7 @@ with on_abort(show):
     assert err == "dots1: llama.cpp failed and cannot continue\n"
 
 
-def test_after_the_block_the_engine_ends_as_it_would(tmp_path: Path) -> None:
+def test_after_the_block_llama_cpp_aborts_as_usual(tmp_path: Path) -> None:
     script = """
 import os
 os.environ["GGML_NO_BACKTRACE"] = "1"
@@ -121,7 +121,7 @@ library().ggml_abort(b"ggml.c", 7, b"out of luck")
     assert err.startswith("ggml.c:7: out of luck")
 
 
-def test_ends_once_whoever_aborts_and_even_without_threads(tmp_path: Path) -> None:
+def test_handlers_run_once_if_several_threads_abort(tmp_path: Path) -> None:
     script = """
 from threading import Barrier, Thread
 

@@ -66,7 +66,7 @@ def test_refuses_repeated_tokens_that_would_abort(model: Path, tmp_path: Path) -
         Engine.open(path, threads=1)
 
 
-def test_says_why_a_context_cannot_be_made(model: Path) -> None:
+def test_names_why_a_context_cannot_be_made(model: Path) -> None:
     with pytest.raises(Dots1Error, match="flash_attn"):
         Engine.open(model, kv_type="Q8_0", flash_attention=False, threads=1)
 
@@ -89,7 +89,7 @@ def test_warns_of_a_context_beyond_training(model: Path) -> None:
 def test_warns_of_a_shared_cache_without_flash_attention(
     model: Path, sequences: int, flash_attention: bool | None, warnings: int
 ) -> None:
-    """It computes masked tokens too, where flash attention passes over them."""
+    """Without flash attention masked tokens are computed too."""
     with Engine.open(
         model,
         n_ctx=256,
@@ -103,7 +103,7 @@ def test_warns_of_a_shared_cache_without_flash_attention(
 
 
 @pytest.mark.parametrize("n_ctx", [-1, 1 << 31, 1 << 40])
-def test_refuses_contexts_that_cannot_be_counted(model: Path, n_ctx: int) -> None:
+def test_refuses_contexts_that_llama_cpp_cannot_make(model: Path, n_ctx: int) -> None:
     with pytest.raises(UsageError, match=f"{n_ctx:,} tokens"):
         Engine.open(model, n_ctx=n_ctx, threads=1)
 
@@ -117,7 +117,7 @@ def test_refuses_more_sequences_than_llama_cpp_has(model: Path) -> None:
     Engine.open(model, n_ctx=8, n_sequences=256, shared_cache=True, threads=1).close()
 
 
-def test_reports_what_it_took(model: Path) -> None:
+def test_reports_what_it_allocated(model: Path) -> None:
     with Engine.open(model, n_ctx=512, kv_type="F32", threads=1) as engine:
         [device] = engine.report
         taken = engine.report["CPU"]
@@ -128,7 +128,7 @@ def test_reports_what_it_took(model: Path) -> None:
     assert taken.compute > 0
 
 
-def test_says_nothing_on_the_terminal(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_prints_nothing(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with Engine.open(model, n_ctx=64, threads=1) as engine:
         engine.decode(TEXT[:8], 0)
     assert capfd.readouterr() == ("", "")
@@ -162,7 +162,7 @@ def test_only_special_text_becomes_special_tokens(engine: Engine) -> None:
     assert engine.tokenize("中", special=False) == tokens_of("中")
 
 
-def test_pieces_are_bytes_and_control_tokens_none(engine: Engine) -> None:
+def test_pieces_are_bytes_and_control_tokens_have_no_bytes(engine: Engine) -> None:
     assert b"".join(map(engine.piece, tokens_of("中文 \n\0"))) == "中文 \n\0".encode()
     assert engine.piece(TOKENS.index("hello")) == b"hello"
     assert engine.piece(EOS) == b""
@@ -172,7 +172,7 @@ def test_both_end_tokens_end_a_response(engine: Engine) -> None:
     assert [token for token in range(engine.n_vocab) if engine.is_end(token)] == [EOT, EOS]
 
 
-def test_without_its_key_no_ordinary_token_ends_a_response(tmp_path: Path) -> None:
+def test_without_the_key_no_ordinary_token_ends_a_response(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "model.gguf", without=["eos_token_id"])
     with Engine.open(path, n_ctx=64, threads=1) as engine:
         assert not engine.is_end(11)

@@ -1,6 +1,6 @@
-"""Placements carried out by the engine, on a worker that is a second device.
+"""Placements that the engine carries out, with a worker as a second device.
 
-All that connects to a worker runs in a child process: its devices stay the engine's for good.
+Whatever connects to a worker runs in a child process: the engine keeps its devices for good.
 """
 
 import re
@@ -62,7 +62,7 @@ def run() -> Iterator[Run]:
 
 
 def placement_for(path: Path, **decisions: Any) -> Placement:
-    """One that puts everything into RAM unless told otherwise."""
+    """A placement with everything in RAM, unless `decisions` say otherwise."""
     gguf = GGUFFile.open(path)
     blocks = gguf.keys["dots1.block_count"]
     assert isinstance(blocks, int)
@@ -151,7 +151,7 @@ def test_without_a_placement_nothing_changes(converted: Converted) -> None:
 
 
 def planned(path: Path, decisions: Decisions) -> int:
-    """Bytes that RPC0 should have, by llama.cpp's rules said once more."""
+    """Bytes of weights that RPC0 should have by llama.cpp's rules, which are written here again."""
     gguf = GGUFFile.open(path)
     blocks = gguf.keys["dots1.block_count"]
     assert isinstance(blocks, int)
@@ -165,7 +165,7 @@ def planned(path: Path, decisions: Decisions) -> int:
     return size
 
 
-def test_what_is_asked_for_wins_over_the_placement(model: Path) -> None:
+def test_given_parameters_replace_the_placements(model: Path) -> None:
     placement = placement_for(model, context=512)
     with Engine.open(model, placement=placement, threads=1) as engine:
         assert (engine.n_ctx, engine.n_ubatch) == (512, 64)
@@ -212,12 +212,12 @@ def test_refuses_patterns_that_only_python_understands(model: Path) -> None:
         Engine.open(model, placement=placement, threads=1)
 
 
-def test_a_wrong_address_is_a_sentence(model: Path) -> None:
+def test_names_a_worker_that_does_not_answer(model: Path) -> None:
     with pytest.raises(Dots1Error, match=r"127\.0\.0\.1:1;"):
         Engine.open(model, placement=placement_for(model, workers=("127.0.0.1:1",)), threads=1)
 
 
-def test_too_little_memory_names_the_device_and_leaves_nothing(model: Path) -> None:
+def test_out_of_memory_names_the_device_and_frees_everything(model: Path) -> None:
     with local_worker() as worker, ProcessPoolExecutor(1, get_context("spawn")) as fresh:
         decisions = {"layers": {"RPC0": 4}, "workers": (worker.endpoint,)}
         fresh.submit(logits_and_report, model, decisions).result()
@@ -232,9 +232,7 @@ def test_too_little_memory_names_the_device_and_leaves_nothing(model: Path) -> N
         fresh.submit(logits_and_report, model, decisions).result()
 
 
-def test_memory_taken_since_the_plan_is_noticed_before_loading(
-    model: Path, worker: Worker, run: Run
-) -> None:
+def test_checks_free_memory_before_loading(model: Path, worker: Worker, run: Run) -> None:
     decisions = {"layers": {"RPC0": 4}, "workers": (worker.endpoint,)}
     with pytest.raises(OutOfMemory, match=r"RPC0 has 1\.0 kB free") as error:
         run(with_little_free, model, decisions)
@@ -254,7 +252,7 @@ def with_little_free(path: Path, decisions: Decisions) -> None:
         Engine.open(path, placement=placement_for(path, **decisions), progress=never)
 
 
-def test_a_kv_cache_that_ram_has_no_room_for_is_noticed_before_loading(model: Path) -> None:
+def test_checks_free_ram_for_the_kv_cache_before_loading(model: Path) -> None:
     # 3 layers, keys and values of 64 numbers in F16, 4 x 256 tokens
     needed = 3 * 2 * 64 * 2 * 1024
     options: dict[str, Any] = {"n_ctx": 256, "n_sequences": 4, "threads": 1}
@@ -274,7 +272,7 @@ def test_a_kv_cache_that_ram_has_no_room_for_is_noticed_before_loading(model: Pa
             Engine.open(model, placement=placement_for(model))
 
 
-def test_what_is_taken_is_compared_with_the_prediction(model: Path) -> None:
+def test_compares_allocated_memory_with_the_prediction(model: Path) -> None:
     with Engine.open(model, placement=placement_for(model), threads=1) as engine:
         assert engine.warnings == ()
         expected = engine.predicted["CPU"]

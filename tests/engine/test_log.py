@@ -26,7 +26,7 @@ DEVICES = {
 }
 
 
-def test_sums_buffers_up_by_device() -> None:
+def test_adds_up_buffers_by_device() -> None:
     report = read_report(LOG, DEVICES, weights=1 << 40)
     assert report == {
         "CPU": Allocated(round(1350.5 * MIB), 8 * MIB, round(2.5 * MIB)),
@@ -38,7 +38,7 @@ def test_sums_buffers_up_by_device() -> None:
     assert report["CUDA1"].total == 116 * MIB
 
 
-def test_of_a_mapping_only_what_is_not_elsewhere_counts() -> None:
+def test_counts_only_the_part_of_a_mapping_that_is_not_elsewhere() -> None:
     elsewhere = (350.5 + 610) * MIB
     report = read_report(LOG, DEVICES, weights=round(elsewhere) + 7)
     assert report["CPU"].weights == round(350.5 * MIB) + 7
@@ -54,7 +54,7 @@ def test_compares_with_a_prediction() -> None:
     )
 
 
-def test_a_device_is_surprising_from_2_percent_or_300_mib_on() -> None:
+def test_warns_from_2_percent_or_300_mib_on() -> None:
     gib = 1 << 10
     taken = {"CPU": Allocated(100 * gib * MIB), "CUDA0": Allocated(gib * MIB, 0, gib * MIB)}
     fine = {

@@ -59,20 +59,18 @@ def test_depths_must_ascend(engine: Engine, depths: tuple[int, ...]) -> None:
         measure_depths(engine, depths)
 
 
-def test_depths_must_leave_room_to_write(engine: Engine) -> None:
+def test_depths_must_leave_room_to_decode(engine: Engine) -> None:
     with pytest.raises(UsageError, match=r"128 tokens .*24 tokens after 105"):
         measure_depths(engine, [105])
 
 
-def test_a_plan_for_several_takes_what_they_need(model: Path, ours: Placement) -> None:
+def test_a_plan_for_several_sequences_has_room_for_all(model: Path, ours: Placement) -> None:
     found = measure_placement(model, replace(ours, context=128, sequences=4), DEPTHS)
     assert found.allocated["CPU"].kv == pytest.approx(512 * 3 * 2 * 64 * 2, abs=10_000)
     assert found.warnings == ()
 
 
-def test_a_worker_and_llama_cpp_by_itself_are_measured_in_processes_of_their_own(
-    model: Path, ours: Placement
-) -> None:
+def test_measures_a_worker_and_llama_cpp_by_itself(model: Path, ours: Placement) -> None:
     steps: list[tuple[int, int, str, str]] = []
     with local_worker() as worker:
         machine = this_machine([worker.endpoint], measure=False)
@@ -85,14 +83,14 @@ def test_a_worker_and_llama_cpp_by_itself_are_measured_in_processes_of_their_own
     assert ("tokens", "prefill to 100") in {step[2:] for step in steps}
 
 
-def test_llama_cpp_by_itself_has_as_many_threads_as_the_others(model: Path) -> None:
+def test_llama_cpp_by_itself_gets_the_threads(model: Path) -> None:
     gguf = GGUFFile.open(model)
     loaded = load_by_default(gguf, EngineParams.choose(gguf, None, n_ctx=128, threads=1))
     assert llama.llama_n_threads(loaded.context) == 1
     loaded.free()
 
 
-def test_a_placement_that_fails_is_a_result_too(model: Path, ours: Placement) -> None:
+def test_a_placement_that_fails_gives_a_result_with_the_error(model: Path, ours: Placement) -> None:
     graph, machine = ModelGraph.read(GGUFFile.open(model)), find_hardware("24gb-64gb")
     lost = experts_in_ram(machine, ours, ())
     bad = bench(graph, machine, "on no GPU", lost, DEPTHS)
@@ -108,14 +106,14 @@ def test_a_placement_that_fails_is_a_result_too(model: Path, ours: Placement) ->
         assert each["predicted"] == pytest.approx(each["real"], abs=1 << 20)
 
 
-def test_a_measurement_says_why_a_file_cannot_be_loaded(tmp_path: Path) -> None:
+def test_a_measurement_names_a_file_that_cannot_be_loaded(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF")
     with pytest.raises(Dots1Error, match=r"model\.gguf is not a GGUF file"):
         measure_placement(path, None, DEPTHS)
 
 
-def test_nothing_is_predicted_of_an_unmeasured_machine(model: Path, ours: Placement) -> None:
+def test_predicts_nothing_for_an_unmeasured_machine(model: Path, ours: Placement) -> None:
     graph = ModelGraph.read(GGUFFile.open(model))
     machine = this_machine(measure=False)
     assert predicted_depths(graph, machine, all_on_cpu(ours), DEPTHS) == ()

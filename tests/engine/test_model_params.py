@@ -1,4 +1,4 @@
-"""What the engine is told before it loads, in processes of their own: it is told once for all."""
+"""What must be set before the engine starts, in child processes, because it is set only once."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -34,7 +34,7 @@ def impatient(path: Path, decisions: Decisions) -> None:
         Engine.open(path, placement=placement_for(path, **decisions))
 
 
-def test_a_machine_that_vanishes_is_noticed(model: Path) -> None:
+def test_connections_to_workers_are_kept_alive(model: Path) -> None:
     with local_worker() as worker, ProcessPoolExecutor(1, get_context("spawn")) as fresh:
         decisions = {"layers": {"RPC0": 4}, "workers": (worker.endpoint,)}
         assert fresh.submit(kept_alive, model, decisions, worker.port).result() == [True]

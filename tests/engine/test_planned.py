@@ -41,7 +41,7 @@ def in_ram(path: Path) -> Placement:
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
-    """What each plan was made from: free bytes of the card, and the wishes."""
+    """What each plan was made from: the card's free bytes, and the parameters."""
     made: list[tuple[int, dict[str, Any]]] = []
 
     def place(gguf: Any, hardware: Hardware, **wishes: Any) -> Placement:
@@ -57,7 +57,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
     return made
 
 
-def test_loads_by_a_plan_file_or_all_in_ram(model: Path, tmp_path: Path) -> None:
+def test_loads_by_a_plan_file_or_into_ram(model: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(in_ram(model).to_json()))
     with load(model, plan) as engine:
@@ -104,7 +104,7 @@ def test_chat_parses_the_header_once(model: Path, tmp_path: Path, headers: list[
     assert headers == ["model.gguf"]
 
 
-def test_plans_for_what_is_asked(model: Path, plans: list[Any]) -> None:
+def test_plans_for_the_given_parameters(model: Path, plans: list[Any]) -> None:
     with load(model, "auto", n_ctx=0, kv_type="Q8_0", threads=1) as engine:
         assert engine.n_ctx == 1024
         assert engine.warnings == ()
@@ -129,7 +129,7 @@ def test_plans_for_what_is_asked(model: Path, plans: list[Any]) -> None:
         ((512, 1), {"n_sequences": 4, "n_ctx": 0}, 1024, None),  # all that it was trained for
     ],
 )
-def test_sequences_share_the_context_of_a_plan(
+def test_divides_the_context_of_a_plan_among_sequences(
     model: Path, planned: tuple[int, int], options: dict[str, Any], each: int, sentence: str | None
 ) -> None:
     plan = replace(in_ram(model), context=planned[0], sequences=planned[1])
@@ -147,13 +147,13 @@ def test_sequences_share_the_context_of_a_plan(
     assert [sentence] == [s.removeprefix("the plan's ") for s in told] if sentence else not told
 
 
-def test_a_plan_for_several_serves_one(model: Path) -> None:
+def test_a_plan_for_several_sequences_can_run_one(model: Path) -> None:
     with load(model, replace(in_ram(model), sequences=4), threads=1) as engine:
         assert (engine.params.n_sequences, engine.n_ctx) == (1, 512)
         assert engine.predicted["CPU"].kv == 512 * 3 * 2 * 64 * 2
 
 
-def test_plans_again_with_more_margin(
+def test_plans_again_with_less_memory(
     model: Path, plans: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = [OutOfMemory("CUDA0", 7, f"CUDA0 ran out ({n})") for n in range(4)]

@@ -248,7 +248,7 @@ class ShardSupply:
                 with self._changed:
                     while index >= self._allowed and not self._stop.is_set():
                         self._changed.wait()
-                self._fetch(self.checkpoint.repo.file(shard))
+                self._fetch(self.checkpoint.repo.files[shard])
         except BaseException as error:
             with self._changed:
                 self._error = error

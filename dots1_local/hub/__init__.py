@@ -144,11 +144,8 @@ def _find(name: str, revision: str | None, endpoint: str | None) -> HubRepo:
         raise _malformed_settings(error) from error
     try:
         validate_repo_id(name)
-        return (
-            _find_cached(name, revision)
-            if is_offline_mode()
-            else find_repo(name, revision, endpoint)
-        )
+        find = _find_cached if is_offline_mode() else find_repo
+        return find(name, revision, endpoint)
     except HFValidationError:
         raise CheckpointError(f"{name} is not an id on the hub, organisation/model") from None
     except ValueError as error:
@@ -161,7 +158,7 @@ def _malformed_settings(error: ValueError) -> UsageError:
     return UsageError(f"an HF_ or proxy variable of the environment is malformed: {error}")
 
 
-def _find_cached(name: str, revision: str | None) -> HubRepo:
+def _find_cached(name: str, revision: str | None, _: str | None) -> HubRepo:
     """Return the commit in the cache; it has no `files`, as only the hub lists them."""
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -176,13 +173,17 @@ def _find_cached(name: str, revision: str | None) -> HubRepo:
 
 
 def _open(repo: HubRepo) -> HubCheckpoint:
-    if not repo.files:
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
         return _open_cached(repo)
     wanted = [*_REQUIRED, *(name for name in (*_OPTIONAL, INDEX) if name in repo.files)]
-    for file in map(repo.file, wanted):
-        if file.size > _LARGEST_SMALL_FILE:
-            raise CheckpointError(f"{file.name} of {repo} has {file.size:,} bytes, far too many")
-        folder = repo.fetch(file).parent
+    for name in wanted:
+        if name not in repo.files:
+            raise CheckpointError(f"{repo} has no file {name}")
+        if (size := repo.files[name].size) > _LARGEST_SMALL_FILE:
+            raise CheckpointError(f"{name} of {repo} has {size:,} bytes, far too many")
+        folder = repo.fetch(repo.files[name]).parent
     raw_config = load_json(folder / "config.json")
     Dots1Config.from_json(raw_config)
     return HubCheckpoint(repo, folder, raw_config, _read_headers(repo, folder))
@@ -217,7 +218,7 @@ def _read_headers(repo: HubRepo, folder: Path) -> dict[str, Slice]:
 
 
 def _read_header(repo: HubRepo, shard: str, folder: Path) -> dict[str, Slice]:
-    file, path = repo.file(shard), folder / shard
+    file, path = repo.files[shard], folder / shard
     if file.size < 8:
         raise CheckpointError(f"{shard} of {repo} is not a safetensors file")
     start = repo.read_start(file, min(_LIKELY_HEADER, file.size))

@@ -1,8 +1,8 @@
 """One commit of a model repository on the Hugging Face hub: its files and their hashes.
 
-All requests name the commit that the revision stood for when it was looked up. So files of two
-commits never mix, even if a branch moves. huggingface_hub fetches; what it does not check is
-checked here: the hash of every file.
+All requests name the commit that the revision stood for when it was looked up, so that files of two
+commits never mix, even if a branch moves. huggingface_hub fetches the files. It does not check
+their hashes; this module does.
 """
 
 import hashlib
@@ -72,17 +72,6 @@ class HubRepo:
 
     def __str__(self) -> str:
         return f"{self.name} at commit {self.commit[:12]}"
-
-    def file(self, name: str) -> HubFile:
-        """Return what the hub lists of a file.
-
-        Raises:
-            CheckpointError: the repository has no file of that name.
-        """
-        try:
-            return self.files[name]
-        except KeyError:
-            raise CheckpointError(f"{self} has no file {name}") from None
 
     def read_start(self, file: HubFile, count: int) -> bytes:
         """Read the first `count` bytes of a file, in memory that a hostile server cannot exceed.

@@ -305,3 +305,8 @@ def test_a_disk_that_fills_up_meanwhile(
         said = refusal(lambda: conversion.run(tmp_path / "out.gguf"), Dots1Error)
     assert "the disk is full" in said
     prepare(hub).run(tmp_path / "out.gguf")
+
+
+def test_a_repository_without_files(hub: HubServer) -> None:
+    hub.page = json.dumps({"id": NAME, "sha": hub.main, "siblings": []}).encode()
+    assert "no file config.json" in refusal(lambda: prepare(hub))

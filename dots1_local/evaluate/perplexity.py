@@ -1,12 +1,11 @@
 """Perplexity and KL divergence as llama-perplexity defines them, to the printed digit."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,63 +162,41 @@ def kl_divergence(
     """
     if (logits is None) == (reference is None):
         raise UsageError("KL divergence needs one base: a logits file or a reference model")
-    where = {"placement": placement, "workers": workers, "notify": notify}
+    if logits is not None and text is not None:
+        raise UsageError(f"{logits} has its own text; leave out the other text")
+    if reference is not None and text is None:
+        raise UsageError("a reference model needs a text to compare the models on")
     with ExitStack() as stack:
-        if logits is not None:
-            if text is not None:
-                raise UsageError(f"{logits} has its own text; leave out the other text")
-            base = stack.enter_context(LogitsFile.open(logits))
-            chunks, steps = _beside_file(stack, path, base, n_ctx, n_chunks, threads, where)
-        elif reference is not None:
-            if text is None:
-                raise UsageError("a reference model needs a text to compare the models on")
-            engines = _open_both(stack, path, reference, n_ctx or _N_CTX, threads, where)
-            chunks, steps = _beside_model(*engines, text, n_ctx or _N_CTX, n_chunks)
+        file = None if logits is None else stack.enter_context(LogitsFile.open(logits))
+        if file and n_ctx not in (None, file.layout.n_ctx):
+            raise UsageError(f"{logits} has chunks of {file.layout.n_ctx} tokens, not {n_ctx}")
+        n_ctx = file.layout.n_ctx if file else n_ctx or _N_CTX
+        where = {"placement": placement, "workers": workers, "notify": notify}
+        model = stack.enter_context(open_engine(path, n_ctx, threads, **where))
+        if file:
+            _check_vocabulary(file.path, file.layout.n_vocab, path, model)
+            chunks, steps = _beside_file(model, file, n_chunks)
+        elif reference and text is not None:
+            base = stack.enter_context(open_engine(reference, n_ctx, threads))
+            _check_vocabulary(reference, base.n_vocab, path, model)
+            chunks, steps = _beside_model(model, base, text, n_ctx, n_chunks)
         rows = _rows(chunks, steps, stack.enter_context(thread_pool(threads)), progress)
-    return summarise(rows, chunks.shape[1])
+    return summarise(rows, n_ctx)
 
 
-def _beside_file(
-    stack: ExitStack,
-    path: str | Path,
-    base: LogitsFile,
-    n_ctx: int | None,
-    n_chunks: int | None,
-    threads: int | None,
-    where: Mapping[str, Any],
-) -> tuple[Tokens, Steps]:
-    """The file's chunks, and what the model at `path` computes for them."""
-    layout = base.layout
-    if n_ctx not in (None, layout.n_ctx):
-        raise UsageError(f"{base.path} has chunks of {layout.n_ctx} tokens, not {n_ctx}")
-    engine = stack.enter_context(open_engine(path, layout.n_ctx, threads, **where))
-    if engine.n_vocab != layout.n_vocab:
-        raise UsageError(
-            f"{base.path} has a vocabulary of {layout.n_vocab}, but {path} has {engine.n_vocab}"
-        )
-    chunks = base.tokens[:n_chunks]
-    return chunks, ((ubatch, _from_file(base)) for ubatch in score(engine, chunks))
+def _check_vocabulary(base: str | Path, n_vocab: int, path: str | Path, model: Engine) -> None:
+    if n_vocab != model.n_vocab:
+        raise UsageError(f"{base} has a vocabulary of {n_vocab}, but {path} has {model.n_vocab}")
 
 
-def _from_file(base: LogitsFile) -> Base:
-    return lambda block: base.rows(block.chunk, block.start, len(block.targets))
+def _beside_file(model: Engine, file: LogitsFile, n_chunks: int | None) -> tuple[Tokens, Steps]:
+    """The file's chunks, and what the model computes for them."""
 
+    def base(block: Block) -> NDArray[np.uint16]:
+        return file.rows(block.chunk, block.start, len(block.targets))
 
-def _open_both(
-    stack: ExitStack,
-    path: str | Path,
-    reference: str | Path,
-    n_ctx: int,
-    threads: int | None,
-    where: Mapping[str, Any],
-) -> tuple[Engine, Engine]:
-    model = stack.enter_context(open_engine(path, n_ctx, threads, **where))
-    base = stack.enter_context(open_engine(reference, n_ctx, threads))
-    if model.n_vocab != base.n_vocab:
-        raise UsageError(
-            f"{reference} has a vocabulary of {base.n_vocab}, but {path} has {model.n_vocab}"
-        )
-    return model, base
+    chunks = file.tokens[:n_chunks]
+    return chunks, ((ubatch, base) for ubatch in score(model, chunks))
 
 
 def _beside_model(

@@ -71,7 +71,11 @@ class Usage:
 
     @property
     def weights(self) -> int:
-        return self.total - self.kv - self.compute - self.scratch
+        return self.total - self.kv - self.buffers
+
+    @property
+    def buffers(self) -> int:
+        return self.compute + self.scratch
 
     @property
     def total(self) -> int:

@@ -14,7 +14,6 @@ from dots1_local.devices.hardware import CPU, Hardware
 from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.footprint import (
-    Usage,
     fetching_gpu,
     footprint,
     kv_bytes,
@@ -190,7 +189,7 @@ class Search:
         layers = dict.fromkeys(names, 0) | dict.fromkeys(names[:1], first.blocks + 1)
         experts = ((EXPERTS, CPU),)
         rough = replace(self._with_devices(first, layers), overrides=experts if names else ())
-        buffer = max(_buffers(usage) for usage in footprint(self._graph, rough).values())
+        buffer = max(usage.buffers for usage in footprint(self._graph, rough).values())
         return {name: self._usable(name) - buffer for name in names}
 
     def _usable(self, name: str) -> int:
@@ -215,7 +214,7 @@ class Search:
             lacks = {name: used.total - self._usable(name) for name, used in usage.items()}
             if (taken or not room) and all(lacks[name] <= 0 for name in room):
                 return placement, lacks
-            taken = {name: max(_buffers(usage[name]), taken.get(name, 0)) for name in room}
+            taken = {name: max(usage[name].buffers, taken.get(name, 0)) for name in room}
             room = {name: self._usable(name) - taken[name] for name in room}
         return None, {}
 
@@ -257,7 +256,3 @@ class Search:
 
 def _best(candidates: Iterable[Candidate]) -> Candidate:
     return min(candidates, key=lambda candidate: candidate.rank)
-
-
-def _buffers(usage: Usage) -> int:
-    return usage.compute + usage.scratch

@@ -74,12 +74,7 @@ class ScoredUbatch:
 def open_engine(path: str | Path, n_ctx: int, threads: int | None, **options: Any) -> Engine:
     """Load a model so that `score` can use it; `options` are those of `load`."""
     return load(
-        path,
-        n_ctx=n_ctx,
-        n_sequences=_at_once(n_ctx),
-        threads=threads,
-        all_logits=True,
-        **options,
+        path, n_ctx=n_ctx, n_sequences=_at_once(n_ctx), threads=threads, all_logits=True, **options
     )
 
 

@@ -31,9 +31,8 @@ _EXPERTS = r"ffn_(up|down|gate)_exps"
 class Shortfall:
     """What a device lacks, in bytes, and what would fit: a context, a KV type, a file size (or 0).
 
-    `context` is that of each of `sequences`. llama.cpp would read `share_on_disk` of the weights in
-    RAM from `disk` (bytes a second) again and again, and write `decode` tokens a second; both are
-    None if the machine has not been measured.
+    As it is, llama.cpp would read `share_on_disk` of the weights in RAM from `disk` (bytes/s) again
+    and again, and write `decode` tokens a second; both are None on an unmeasured machine.
     """
 
     device: str
@@ -68,10 +67,7 @@ class Shortfall:
 def explain_shortfall(
     graph: ModelGraph, hardware: Hardware, placement: Placement
 ) -> Shortfall | None:
-    """Say what a machine lacks for a placement, perhaps an edited one; None if it lacks nothing.
-
-    What would fit is planned anew.
-    """
+    """Say what a machine lacks for a placement, perhaps an edited one; None if it lacks nothing."""
     lacks = shortfall(graph, hardware, placement)
     device = max(lacks, key=lambda name: lacks[name])
     if lacks[device] <= 0:
@@ -114,10 +110,9 @@ def explain_shortfall(
 def baselines(
     graph: ModelGraph, machine: Hardware, ours: Placement
 ) -> Iterator[tuple[str, Placement]]:
-    """Placements by name that people make by hand with llama.cpp's flags.
+    """Placements by name that people make by hand with llama.cpp's flags, if they fit.
 
-    They use the machine's first device at most, and have the context, KV type, ubatch and threads
-    of `ours`. Placements that do not fit the device are left out.
+    They differ from `ours` in what lies where, and use no more than the machine's first device.
     """
     if machine.devices:
         device = machine.devices[0]

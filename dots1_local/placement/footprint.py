@@ -1,8 +1,8 @@
 """How many bytes of each device a placement takes, and how many it may take.
 
-Weights, KV cache and compute buffers are what llama.cpp logs, apart from alignment and padding of
-tensors (a few kB). The weights of a mapped file are page cache: if RAM is short, the system drops
-them and reads them from disk again. It cannot drop plain, pinned and repacked weights.
+Weights, KV cache and compute buffers are what llama.cpp logs, apart from a few kB of padding. The
+weights of a mapped file are page cache: if RAM is short, the system drops them and reads them from
+disk again. It cannot drop plain, pinned and repacked weights.
 """
 
 from collections import Counter
@@ -209,15 +209,13 @@ def scratch_bytes(
 
 def limited(hardware: Hardware, *, vram: int | None = None, ram: int | None = None) -> Hardware:
     """The machine with at most `vram` bytes free on each GPU and `ram` bytes free in RAM."""
-    devices, cpu = hardware.devices, hardware.cpu
-    if vram is not None:
-        devices = tuple(
-            device if device.worker else replace(device, free=min(vram, device.total))
-            for device in devices
-        )
-    if ram is not None:
-        cpu = replace(cpu, free=min(ram, cpu.total))
-    return replace(hardware, devices=devices, cpu=cpu)
+
+    def with_limit(device: Device) -> Device:
+        limit = ram if device.name == CPU else None if device.worker else vram
+        return device if limit is None else replace(device, free=min(limit, device.total))
+
+    devices = tuple(with_limit(device) for device in hardware.devices)
+    return replace(hardware, devices=devices, cpu=with_limit(hardware.cpu))
 
 
 def usable_bytes(device: Device) -> int:

@@ -1,10 +1,9 @@
 """The size of llama.cpp's compute buffers, computed as llama.cpp reserves them but without tensors.
 
 llama.cpp builds the graph of the largest ubatch, gives every node a device and inserts copies
-between devices (`ggml_backend_sched_split_graph` in ggml-backend.cpp). Its allocator
-(`ggml_gallocr` in ggml-alloc.c) then walks through the nodes once: it puts each into the smallest
-gap that holds it, or in the place of a source that it may overwrite, and frees sources after their
-last use. Every device is assumed to support every operation of dots1 on every type.
+between devices (`ggml_backend_sched_split_graph`). Its allocator (`ggml_gallocr`) then puts each
+node into the smallest gap that holds it, or in the place of a source that it may overwrite, and
+frees sources after their last use. Every device is assumed to support every operation.
 """
 
 from collections import Counter, defaultdict
@@ -42,7 +41,7 @@ def reserved_buffers(
     once; CUDA, Vulkan, Metal and RPC devices can, because they have events.
     """
     pinned = offloaded or ubatch.tokens < _SMALL
-    graph = UbatchGraph(config, layers, ubatch, pinned_norms=pinned)
+    graph = UbatchGraph(config, layers, ubatch, pinned)
     _assign_devices(graph.nodes, gpu, min_batch)
     return _BufferAllocator(graph.inputs, _with_copies(graph.nodes), pipelined).sizes()
 
@@ -53,20 +52,13 @@ def _assign_devices(nodes: Sequence[Node], gpu: str | None, min_batch: int) -> N
     `gpu` takes operations of at least `min_batch` rows with a weight that it may copy.
     """
     for node in nodes:
-        if node.device is None:
-            node.device = _device_by_weight(node, gpu, min_batch)
-    backwards = nodes[::-1]
+        for source in node.sources:
+            if node.device is None and source.weight is not None:
+                fetches = source.weight.fetched and node.rows >= min_batch
+                node.device = gpu if gpu and fetches else source.device
     for skip_cpu in (True, False):
-        for order in (nodes, backwards):
+        for order in (nodes, nodes[::-1]):
             _spread_devices(order, skip_cpu)
-
-
-def _device_by_weight(node: Node, gpu: str | None, min_batch: int) -> str | None:
-    for source in node.sources:
-        if source.weight is not None:
-            fetches = source.weight.fetched and node.rows >= min_batch
-            return gpu if gpu and fetches else source.device
-    return None
 
 
 def _spread_devices(nodes: Sequence[Node], skip_cpu: bool) -> None:

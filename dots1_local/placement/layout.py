@@ -20,7 +20,7 @@ from dots1_local.placement.model_graph import LayerSizes
 
 __all__ = ["DeviceSplit", "SplitStrategy", "fill", "most_similar", "strategies", "variants"]
 
-Bytes = dict[str, int]  # by device
+Bytes = dict[str, int]  # by device; functions subtract what they place from `left`
 _VARIANTS = 4  # numbers of layers that are tried between the least and the most
 
 
@@ -41,10 +41,6 @@ class SplitStrategy:
     worker_layers: int = 0
     cpu_kv_layers: int = 0
     ram_weight_layers: int = 0
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        return (*self.gpus, *self.expert_workers, *self.layer_workers)
 
     @property
     def ram_layers(self) -> int:
@@ -73,10 +69,7 @@ class DeviceSplit:
 
 
 def strategies(hardware: Hardware, blocks: int) -> Iterator[SplitStrategy]:
-    """Ways to use the devices: the GPUs, workers besides them, and the CPU, which always works.
-
-    A worker holds experts that do not fit the GPUs, or the last layers as a whole.
-    """
+    """Ways to use the devices: the GPUs, workers besides them, and the CPU, which always works."""
     gpus = tuple(device.name for device in hardware.devices if not device.worker)
     if gpus:
         yield SplitStrategy(gpus)
@@ -98,9 +91,8 @@ def variants(
 ) -> list[SplitStrategy]:
     """The strategy with different numbers of layers in RAM, the most promising first.
 
-    If everything but experts fits the GPUs, no layer is in RAM. Otherwise there are three ways: the
-    KV cache of as many layers as it takes for all other weights to fit; the KV cache of fewer
-    layers and some of their weights; or weights only.
+    If not everything except experts fits the GPUs, RAM holds the KV cache of enough layers for all
+    other weights to fit, the KV cache of fewer layers and some of their weights, or weights only.
     """
 
     def filled(*, kv: int = 0, weights: int = 0) -> DeviceSplit | None:
@@ -167,9 +159,6 @@ def fill(sizes: LayerSizes, strategy: SplitStrategy, room: Mapping[str, int]) ->
     names = (*strategy.gpus, *strategy.expert_workers, *reversed(strategy.layer_workers))
     layers = {name: devices.count(name) for name in names}
     return DeviceSplit(layers, overrides, len(weights) >= start)
-
-
-# The functions below subtract what they place from `left`, the bytes that devices have left.
 
 
 def _last_layers(sizes: LayerSizes, strategy: SplitStrategy, left: Bytes) -> tuple[Bytes, int]:

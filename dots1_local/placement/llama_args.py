@@ -45,11 +45,10 @@ def ram_weight_overrides(layers: Sequence[int]) -> Overrides:
 
 
 def gpu_weight_overrides(devices: Mapping[int, str]) -> Overrides:
-    """Overrides that put a layer's weights on a device by layer while its KV cache is in RAM.
+    """Overrides that put weights of layers whose KV cache is in RAM on devices, by layer.
 
-    Routed experts are not moved. `attn_output` is not moved either: llama.cpp computes attention on
-    the CPU only if `attn_output` is there; otherwise it would copy the KV cache to the device for
-    every token. It also normalises where the KV cache is, so the norms stay there.
+    Routed experts and norms stay. `attn_output` stays too: llama.cpp computes attention on the CPU
+    only if `attn_output` is there; otherwise it would copy the KV cache for every token.
     """
     layers: defaultdict[str, list[int]] = defaultdict(list)
     for layer, device in devices.items():

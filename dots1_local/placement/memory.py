@@ -29,10 +29,7 @@ _WIDEST = 1.5  # the size of the largest routed matrix, relative to one of avera
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """How the free memory of a machine is divided, in bytes: the sum of the four is all of it.
-
-    `buffers` includes the part of a GPU that is smaller than one more matrix.
-    """
+    """How free memory is divided, in bytes; `buffers` includes rests that are too small to use."""
 
     kv: int
     buffers: int
@@ -82,7 +79,8 @@ def weights_budget(
             f"not {n_ctx}"
         )
     devices = [device for device in (*machine.devices, machine.cpu) if device.free]
-    budget, least = _budget(config, devices, n_ctx, kv_type), _least_weights(config)
+    budget = _budget(config, devices, n_ctx, kv_type)
+    least = int(_elements(config) * min(kind.bpw for kind in TYPES.values()) / 8)
     buffers = _buffers(config, devices, n_ctx, kv_type, least)
     for device, buffer in zip(devices, buffers, strict=True):
         if usable_bytes(device) <= buffer:
@@ -151,10 +149,9 @@ def _buffers(
 ) -> list[int]:
     """Bytes of each device that hold no weights: compute buffers, scratch, and an unused rest.
 
-    If some experts are not on GPUs, the first GPU has room for a matrix that it copies from RAM,
-    and each GPU has a rest that is too small for one more matrix. The rest of a worker is too small
-    for one more layer's three. `weights` limits the size of a matrix: it is at least what all
-    weights take.
+    If some experts are not on GPUs, the first GPU has room for a matrix that it copies from RAM.
+    The rest of a GPU is too small for one more matrix, that of a worker for one more layer's three.
+    The size of a matrix follows from `weights`, which is at least what all weights take.
     """
     experts = config.n_routed_experts * config.hidden_size * config.moe_intermediate_size
     shared = any(device.worker or device.name == CPU for device in devices)
@@ -187,12 +184,6 @@ def _way_out(
             return f"a context of {cells:,} tokens would fit"
     short = least - _budget(config, devices, step, kv_type).weights
     return f"no context fits, and the shortest one lacks {human_bytes(short)}"
-
-
-def _least_weights(config: Dots1Config) -> int:
-    """Bytes of the smallest possible file: every weight in the narrowest type."""
-    bpw = min(kind.bpw for kind in TYPES.values())
-    return int(_elements(config) * bpw / 8)
 
 
 @lru_cache(maxsize=8)

@@ -48,8 +48,7 @@ _BLOCK = re.compile(r"blk\.(\d{1,4})\.")
 class ModelOp:
     """A weight, the number of graph `nodes` around it, and the `output` floats of each token.
 
-    `weights` counts the weights that a token is multiplied with: all experts' if the weight is
-    routed, 0 for attention and for norms, whose arithmetic is part of their nodes.
+    `weights` counts matrix elements, of all experts; it is 0 for attention and norms.
     """
 
     name: str
@@ -147,18 +146,13 @@ class LayerSizes:
     @classmethod
     def of(cls, graph: ModelGraph, kv: int) -> "LayerSizes":
         """The sizes of a model whose KV cache takes `kv` bytes for each block."""
-        sizes = [{part: each.nbytes for part, each in layer.items()} for layer in graph.layers]
-        return cls(
-            [sum(size for part, size in layer.items() if not is_routed(part)) for layer in sizes],
-            [layer.get("attn_output", 0) for layer in sizes],
-            [
-                {
-                    part[4:-5]: size for part, size in layer.items() if is_routed(part)
-                }  # up, gate, down
-                for layer in sizes
-            ],
-            kv,
-        )
+        always, output, experts = [], [], []
+        for layer in graph.layers:
+            routed = {part: each.nbytes for part, each in layer.items() if is_routed(part)}
+            always.append(sum(each.nbytes for each in layer.values()) - sum(routed.values()))
+            output.append(layer["attn_output"].nbytes if "attn_output" in layer else 0)
+            experts.append({part.split("_")[1]: nbytes for part, nbytes in routed.items()})
+        return cls(always, output, experts, kv)
 
     def without_weights(self, count: int) -> "LayerSizes":
         """The same sizes, but the first `count` layers have only their KV cache."""

@@ -54,14 +54,13 @@ _PYTHON_ONLY = re.compile(r"\(\?(?![:=!])|[*+?}]\+|\\[AZ]")
 class Placement:
     """What llama.cpp is told, in llama.cpp's own terms.
 
-    `layers` gives the number of whole layers of each device, in llama.cpp's order; the output layer
-    is the last one. If `layers` counts fewer than all (blocks + 1), the first layers stay on the
-    CPU. A layer's device holds its KV cache and its weights. Weights whose name matches a pattern
-    in `overrides` are the exception: `overrides` are (regular expression, device) pairs, and the
-    first match wins. Ubatches of at least `offload_min_batch` tokens copy weights from RAM to the
-    first GPU; None leaves the limit to llama.cpp. `workers` lists the HOST:PORT of each worker
-    whose devices are used. `model` and `model_bytes` identify the file that the placement was made
-    for. The embedding is always in RAM. `sequences` of `context` tokens each share one KV cache.
+    `layers` counts the whole layers of each device, in llama.cpp's order; the output layer is the
+    last one. If they are fewer than all (blocks + 1), the first layers stay on the CPU. A layer's
+    device holds its KV cache and its weights, except weights that match one of `overrides`: pairs
+    of a regular expression and a device, of which the first match wins. The embedding is in RAM.
+    Ubatches of at least `offload_min_batch` tokens copy weights from RAM to the first GPU; None
+    leaves the limit to llama.cpp. `workers` lists the HOST:PORT of each worker in use. `model` and
+    `model_bytes` identify the file. `sequences` of `context` tokens each share one KV cache.
     """
 
     model: Annotated[str, Meta(max_length=1 << 12)]
@@ -156,8 +155,7 @@ def placement_from_json(raw: Any, what: str) -> Placement:
         UsageError: `raw` is not a plan, or a value in it is impossible.
     """
     _check_format(raw, what)
-    # `dots1 plan --json` adds "predicted"; "sequences" may be null.
-    ignored = ("format", "version", "predicted", *["sequences"] * (raw.get("sequences", 1) is None))
+    ignored = ("format", "version", "predicted")  # `dots1 plan --json` predicts bytes and speeds
     content = {key: value for key, value in raw.items() if key not in ignored}
     try:
         if unknown := content.keys() - {field.name for field in fields(Placement)}:
@@ -227,10 +225,7 @@ def check_made_for(placement: Placement, gguf: GGUFFile) -> None:
             "blocks); plan again"
         )
     if CPU in placement.layers:
-        raise UsageError(
-            f"this placement counts layers of the {CPU}; leave them out, because the {CPU} gets "
-            "all layers that no other device has"
-        )
+        raise UsageError(f"this placement counts layers of the {CPU}, which gets all others anyway")
 
 
 def default_context(trained: int, sequences: int = 1) -> int:

@@ -25,12 +25,7 @@ from dots1_local.placement.footprint import (
 from dots1_local.placement.layout import SplitStrategy, fill, most_similar, strategies, variants
 from dots1_local.placement.llama_args import EXPERTS
 from dots1_local.placement.model_graph import LayerSizes, ModelGraph
-from dots1_local.placement.placement import (
-    MAX_CONTEXT,
-    Placement,
-    check_context,
-    default_context,
-)
+from dots1_local.placement.placement import MAX_CONTEXT, Placement, check_context, default_context
 from dots1_local.placement.speed_model import SpeedModel, is_measured, seconds_of_turn
 
 __all__ = ["Search", "place"]
@@ -107,6 +102,8 @@ class Search:
         self, graph: ModelGraph, hardware: Hardware, context: int, threads: int, sequences: int
     ) -> None:
         self._graph, self._hardware = graph, hardware
+        devices = (*hardware.devices, hardware.cpu)
+        self._usable = {device.name: usable_bytes(device) for device in devices}
         gpus = [device.name for device in hardware.devices if not device.worker]
         self._measured = is_measured(hardware, gpus)
         # llama.cpp counts rows, and norms by head have a row for each head. A lower limit would
@@ -185,22 +182,15 @@ class Search:
 
     def _room(self, strategy: SplitStrategy, first: Placement) -> dict[str, int]:
         """A first guess of the bytes that buffers leave for weights and KV cache, by device."""
-        names = strategy.devices
+        names = (*strategy.gpus, *strategy.expert_workers, *strategy.layer_workers)
         layers = dict.fromkeys(names, 0) | dict.fromkeys(names[:1], first.blocks + 1)
         experts = ((EXPERTS, CPU),)
         rough = replace(self._with_devices(first, layers), overrides=experts if names else ())
         buffer = max(usage.buffers for usage in footprint(self._graph, rough).values())
-        return {name: self._usable(name) - buffer for name in names}
-
-    def _usable(self, name: str) -> int:
-        return usable_bytes(self._hardware.device(name))
+        return {name: self._usable[name] - buffer for name in names}
 
     def _fill(
-        self,
-        sizes: LayerSizes,
-        strategy: SplitStrategy,
-        first: Placement,
-        room: Mapping[str, int],
+        self, sizes: LayerSizes, strategy: SplitStrategy, first: Placement, room: Mapping[str, int]
     ) -> tuple[Placement | None, dict[str, int]]:
         """The placement that leaves room for its own buffers, and the bytes each device lacks."""
         taken: dict[str, int] = {}
@@ -211,11 +201,11 @@ class Search:
                 continue
             placement = replace(self._with_devices(first, split.layers), overrides=split.overrides)
             usage = footprint(self._graph, placement)
-            lacks = {name: used.total - self._usable(name) for name, used in usage.items()}
+            lacks = {name: used.total - self._usable[name] for name, used in usage.items()}
             if (taken or not room) and all(lacks[name] <= 0 for name in room):
                 return placement, lacks
             taken = {name: max(usage[name].buffers, taken.get(name, 0)) for name in room}
-            room = {name: self._usable(name) - taken[name] for name in room}
+            room = {name: self._usable[name] - taken[name] for name in room}
         return None, {}
 
     def _with_devices(self, first: Placement, layers: Mapping[str, int]) -> Placement:

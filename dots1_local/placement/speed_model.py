@@ -1,9 +1,8 @@
 """Predicted speed of a placement on a machine: seconds of the next token and of reading a prompt.
 
-llama.cpp's scheduler runs one device after the other, so times add up. A matrix product takes
-either the time to read the weights or the time to multiply with them, whichever is longer. Each
-node of the graph and each change of the device costs a little more. If a ubatch is long enough,
-weights in RAM are copied to a GPU. Of a mapped file, what does not fit RAM is read from disk.
+llama.cpp's scheduler runs one device after the other, so times add up. A matrix product takes the
+longer of reading the weights and multiplying with them. Nodes and changes of the device add to
+that. A long ubatch copies weights from RAM to a GPU; what does not fit RAM is read from disk.
 """
 
 from bisect import bisect_left
@@ -14,13 +13,7 @@ from typing import Any
 
 from dots1_local.devices.hardware import CPU, Hardware, Rate
 from dots1_local.ggml import TYPES, quant_type
-from dots1_local.placement.footprint import (
-    REPACKED,
-    Usage,
-    fetching_gpu,
-    footprint,
-    shortfall,
-)
+from dots1_local.placement.footprint import REPACKED, Usage, fetching_gpu, footprint, shortfall
 from dots1_local.placement.graph_memory import LLAMA_MIN_BATCH
 from dots1_local.placement.model_graph import (
     MatrixProduct,
@@ -58,7 +51,11 @@ def is_measured(hardware: Hardware, devices: Sequence[str]) -> bool:
 
 
 class SpeedModel:
-    """Seconds that a placement takes; every device that it uses must have been measured."""
+    """Seconds that a placement takes; every device that it uses must have been measured.
+
+    `fetches`: a GPU can copy weights, and there are weights in RAM to copy. `share_on_disk` is the
+    share of the weights in RAM that does not fit RAM.
+    """
 
     def __init__(self, graph: ModelGraph, hardware: Hardware, placement: Placement) -> None:
         self._graph, self._config, self._placement = graph, graph.config, placement
@@ -68,9 +65,7 @@ class SpeedModel:
         self._gpu = fetching_gpu(placement)
         self._works: dict[tuple[str | None, bool], UbatchWork] = {}
         self.fetches = self._gpu is not None and CPU in self._devices
-        """Whether there is a GPU that can copy weights, and weights in RAM to copy."""
         self.share_on_disk = self._find_share_on_disk(hardware)
-        """The share of the weights in RAM that does not fit RAM."""
         self._disk = hardware.disk or UNMEASURED_DISK
 
     def decode(self, n_past: int) -> float:
@@ -219,10 +214,7 @@ def seconds_of_turn(model: SpeedModel, context: int) -> float:
 
 @dataclass(frozen=True)
 class SpeedAt:
-    """Tokens a second of prefill and decode with `context` tokens before.
-
-    Each further 1,000 tokens lower `decode` by `cost` tokens a second.
-    """
+    """Tokens a second after `context` tokens; 1,000 more tokens lower `decode` by `cost`."""
 
     context: int
     prefill: float
@@ -232,10 +224,7 @@ class SpeedAt:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes that each device holds and has `free` besides, and speeds if the machine is measured.
-
-    `prefill` speeds are for a prompt of `prompt` tokens.
-    """
+    """Bytes that devices hold and have free, and speeds (prefill of `prompt` tokens) if known."""
 
     usage: Mapping[str, Usage]
     free: Mapping[str, int]

@@ -1,10 +1,10 @@
 """The graph that llama.cpp builds for a ubatch of dots1, with what its memory depends on.
 
-Nodes are in llama.cpp's order (`src/models/dots1.cpp`, `src/llama-graph.cpp`). Each has its size in
-bytes, its sources, and whether it may overwrite one of them. Views are left out, because they take
-no memory.
+Nodes are in llama.cpp's order (`src/models/dots1.cpp`, `src/llama-graph.cpp`). Views are left out,
+because they take no memory.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dots1_local.architecture import Dots1Config
@@ -28,10 +28,7 @@ class PlacedWeight:
 
 @dataclass(frozen=True)
 class PlacedLayer:
-    """The device of a block's KV cache, and its weights by part (`attn_q`, `ffn_up_exps`).
-
-    The output layer has the parts `output_norm` and `output`.
-    """
+    """The device of a layer's KV cache, and its weights by part (`attn_q`, `output_norm`)."""
 
     kv: str
     parts: tuple[tuple[str, PlacedWeight], ...]
@@ -41,8 +38,7 @@ class PlacedLayer:
 class UbatchShape:
     """What a ubatch holds: `tokens` of all sequences together, `outputs` of them with logits.
 
-    Each of the `streams` of the KV cache has `cells` cells. Sequences have a stream each, or share
-    a single one.
+    Each stream of the KV cache has `cells` cells; sequences have one each, or share a single one.
     """
 
     tokens: int
@@ -57,11 +53,10 @@ class UbatchShape:
 class Node:
     """A tensor of the graph: `size` bytes, computed from `sources`, on `device` if it is given.
 
-    `rows` is the number of rows that an operation with a weight works on. An `inplace` node may
-    take over the memory of a source of the same size. `extra` counts further bytes that CUDA's
-    flash attention asks for, to hold keys and values as F16. If `kept` is another node, CUDA keeps
-    the sources of this node in memory until that node is computed. `is_copy` marks a copy of its
-    source on another device.
+    An operation with a weight works on `rows` rows. An `inplace` node may take over the memory of a
+    source of the same size. CUDA's flash attention asks for `extra` bytes, to hold keys and values
+    as F16. CUDA keeps the sources of a node until the node `kept` is computed. `is_copy` marks a
+    copy of the source on another device.
     """
 
     size: int
@@ -78,24 +73,16 @@ class Node:
 class UbatchGraph:
     """The `inputs`, which are in RAM from the beginning, and the computed `nodes`, in order.
 
-    The last of `layers` is the output layer. With `pinned_norms`, norms are computed on the device
+    The last of `layers` is the output layer. With `pinned`, norms are computed on the device
     of their layer, wherever their input is.
-
-    Raises:
-        GGUFError: a layer lacks a weight.
     """
 
     def __init__(
-        self,
-        config: Dots1Config,
-        layers: tuple[PlacedLayer, ...],
-        ubatch: UbatchShape,
-        *,
-        pinned_norms: bool,
+        self, config: Dots1Config, layers: Sequence[PlacedLayer], ubatch: UbatchShape, pinned: bool
     ) -> None:
         self.inputs: list[Node] = []
         self.nodes: list[Node] = []
-        self._config, self._ubatch, self._pinned_norms = config, ubatch, pinned_norms
+        self._config, self._ubatch, self._pinned_norms = config, ubatch, pinned
         self._tokens = ubatch.tokens  # in the last block, only those with logits
         self._hidden, self._inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self._rotates = quant_type(ubatch.kv_type).block > 1 and not config.head_dim % _ROTATION

@@ -55,7 +55,7 @@ class ShardCache:
             left = list(folder.glob(f"blobs/{file.digest}.*.incomplete"))
             lock = folder.parent / ".locks" / folder.name / f"{file.digest}.lock"
             if left and lock.is_file():
-                with suppress(Timeout), FileLock(lock, timeout=0):  # nobody is downloading
+                with suppress(Timeout, OSError), FileLock(lock, timeout=0):  # nobody is downloading
                     for path in left:
                         path.unlink()
 
@@ -66,9 +66,10 @@ class ShardCache:
             OSError: it cannot be read.
         """
         path = self.path(file)
-        if not path.is_file() or self._is_verified(file, path):
-            return path.is_file()
-        if whole := has_digest(path, file):
+        if self._is_verified(file, path):
+            return True
+        whole = path.is_file() and has_digest(path, file)
+        if whole:
             self._note(file, path)
         return whole
 

@@ -42,7 +42,7 @@ def test_a_renamed_repository_is_found(hub: HubServer, tiny: Path, tmp_path: Pat
     assert hub.shard_bytes() == sizes(tiny)
 
 
-def test_only_what_is_needed_is_fetched(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+def test_only_files_that_are_needed_are_fetched(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny, tmp_path / "hf")
     for name in ("modeling_dots1.py", "pytorch_model.bin", "training_args.bin"):
         (folder / name).write_bytes(b"never")

@@ -105,7 +105,7 @@ def test_split_output(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
 
 
 def layered(folder: Path) -> Path:
-    """60 shards of 62 layers, as dots.llm1 has, at widths of a hundredth."""
+    """60 shards of 62 layers, as dots.llm1 has, with a hundredth of its width."""
     return micro_checkpoint(
         folder,
         shards=60,
@@ -118,7 +118,7 @@ def layered(folder: Path) -> Path:
 
 
 def sorted_as_text(folder: Path) -> Path:
-    """The same cut where layer 10 comes before layer 2."""
+    """The same tensors in shards by name, so that layer 10 comes before layer 2."""
     source = layered(folder)
     shards = sorted(source.glob("*.safetensors"))
     tensors = {name: value for shard in shards for name, value in load_file(shard).items()}
@@ -170,7 +170,7 @@ def test_a_wrong_hash(hub: HubServer, converted: Converted, tmp_path: Path) -> N
     assert output.read_bytes() == converted("Q8_0").read_bytes()
 
 
-def test_cached_shards_are_read_where_they_lie(
+def test_shards_in_the_cache_are_read_there(
     hub: HubServer, tiny: Path, converted: Converted, tmp_path: Path
 ) -> None:
     prepare(hub).run(tmp_path / "whole.gguf")
@@ -256,7 +256,7 @@ def test_a_disk_that_is_too_small_is_known_beforehand(
     assert {path.name for path in tmp_path.iterdir()} == {"cache"}
 
 
-def test_a_folder_is_on_the_disk_already(tiny: Path, tmp_path: Path) -> None:
+def test_low_disk_is_refused_for_a_folder(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="on the disk already"):
         Conversion.prepare(tiny, "Q8_0").run(tmp_path / "out.gguf", low_disk=True)
     assert os.listdir(tmp_path) == []

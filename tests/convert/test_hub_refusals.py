@@ -24,7 +24,7 @@ from tests.hub_server import NAME, HubServer
 from tests.micro import edit_json
 
 
-def test_a_header_that_is_not_the_files(
+def test_a_header_that_differs_from_the_shards(
     hub: HubServer, tiny: Path, converted: Converted, tmp_path: Path
 ) -> None:
     """A header that arrived damaged may still be valid: here two experts have changed places."""
@@ -163,14 +163,14 @@ def test_no_server_there(cache: Path) -> None:
     assert "cannot be reached" in said
 
 
-def test_something_else_than_a_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_not_a_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "main", "no commit")
     hub.commits["no commit"] = hub.commits[next(iter(hub.commits))]
     assert "HF_ENDPOINT" in refusal(lambda: open_hub(NAME, endpoint=hub.endpoint))
 
 
 @pytest.mark.parametrize("page", [b"<html>Log in</html>", b"\xff\xfe", b"[" * 10**5, b"[]", b"{}"])
-def test_a_page_that_is_no_answer(hub: HubServer, page: bytes) -> None:
+def test_a_malformed_answer_of_the_api(hub: HubServer, page: bytes) -> None:
     hub.page = page
     assert "HF_ENDPOINT" in refusal(lambda: open_hub(NAME, endpoint=hub.endpoint))
 
@@ -212,7 +212,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         (".safetensors", "'.safetensors'"),
     ],
 )
-def test_an_index_that_names_something_else(
+def test_an_index_that_names_other_files(
     hub: HubServer, tiny: Path, tmp_path: Path, shard: str, says: str
 ) -> None:
     folder = shutil.copytree(tiny, tmp_path / "hf")
@@ -239,7 +239,9 @@ def test_headers_are_not_trusted(
     assert says in refusal(lambda: open_hub(NAME, endpoint=hub.endpoint))
 
 
-def test_a_truncated_shard_is_known_beforehand(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+def test_a_truncated_shard_is_found_before_the_first_byte(
+    hub: HubServer, tiny: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(tiny, tmp_path / "hf")
     with open(folder / SECOND, "r+b") as file:
         file.truncate(10**6)
@@ -250,7 +252,7 @@ def test_a_truncated_shard_is_known_beforehand(hub: HubServer, tiny: Path, tmp_p
     assert hub.shard_requests() == []
 
 
-def test_a_full_disk_is_known_beforehand(
+def test_a_full_disk_is_found_before_the_first_byte(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = {"free": 50_000_000}
@@ -278,7 +280,7 @@ def test_a_cache_that_cannot_be_read(
     assert re.fullmatch("cannot use .*/model-.*safetensors: .*", refusal(again, Dots1Error))
 
 
-def test_no_advice_where_the_output_alone_is_too_large(
+def test_low_disk_is_not_advised_if_the_output_alone_is_too_large(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 10_000_000})
@@ -286,7 +288,7 @@ def test_no_advice_where_the_output_alone_is_too_large(
     assert "--low-disk" not in refusal(lambda: prepare(hub).run(tmp_path / "out.gguf"), Dots1Error)
 
 
-def test_the_hubs_library_says_nothing_of_a_full_disk(
+def test_the_hubs_library_does_not_warn_of_a_full_disk(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1}))

@@ -1,4 +1,4 @@
-"""The order of tensors that keeps few shards on disk, at the real model's size among others."""
+"""Orders of tensors that keep few shards on disk, also for the geometry of dots.llm1."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,7 +14,7 @@ GB = 10**9
 
 
 def at_once(order: ShardOrder, ahead: int) -> int:
-    """The most shards between their first and last use, counted from the steps alone."""
+    """Count the most shards between their first and last use, from the steps alone."""
     fetched: list[str] = []
     for step in order.steps:
         fetched += sorted(step.shards - set(fetched))
@@ -31,7 +31,7 @@ def chain(links: Sequence[tuple[str, ...]]) -> dict[str, set[str]]:
     return {f"tensor {index}": set(shards) for index, shards in enumerate(links)}
 
 
-def test_every_tensor_once_and_every_shard_until_its_last() -> None:
+def test_every_tensor_is_converted_once_and_every_shard_kept_until_its_last_use() -> None:
     needs = chain([("a",), ("c", "d"), ("a", "b"), ("d",), ("b", "c"), ("b",)])
     order = order_tensors(needs, dict.fromkeys("abcd", 10))
     assert sorted(t for step in order.steps for t in step.tensors) == sorted(needs)
@@ -44,7 +44,7 @@ def test_every_tensor_once_and_every_shard_until_its_last() -> None:
 
 
 @pytest.mark.parametrize("first", [0, 5, 9])
-def test_a_chain_is_walked_from_an_end(first: int) -> None:
+def test_a_chain_of_shards_is_walked_from_an_end(first: int) -> None:
     links: list[tuple[str, ...]] = [(f"{at}", f"{at + 1}") for at in range(10)]
     links = [links[first], *links[:first], *links[first + 1 :]]
     order = order_tensors(chain(links), {str(at): 1 for at in range(11)})
@@ -52,13 +52,13 @@ def test_a_chain_is_walked_from_an_end(first: int) -> None:
     assert all(len(a.shards & b.shards) == 1 for a, b in pairwise(order.steps))
 
 
-def test_chains_without_a_link_do_not_wait_for_each_other() -> None:
+def test_chains_that_share_no_shard_are_walked_one_after_the_other() -> None:
     links = [("a", "b"), ("x", "y"), ("b", "c"), ("y", "z")]
     order = order_tensors(chain(links), dict.fromkeys("abcxyz", 1))
     assert order.peak(0) == Peak(2, 2)
 
 
-def test_what_is_left_needs_no_more_than_all() -> None:
+def test_the_rest_of_an_order_needs_no_more_than_the_whole() -> None:
     needs = chain([("a",), ("a", "b"), ("b",), ("b", "c"), ("c",), ("c", "d")])
     order = order_tensors(needs, {"a": 3, "b": 9, "c": 4, "d": 1})
     names = [tensor for step in order.steps for tensor in step.tensors]
@@ -91,8 +91,8 @@ def test_dots_llm1_needs_two_shards_at_once(full: Checkpoint) -> None:
     assert 14.2 * GB < order.peak(1).nbytes < 14.4 * GB
 
 
-def test_layers_in_the_order_of_their_names_as_text(full: Checkpoint) -> None:
-    """1, 10, 11, ... 2, 20: file order would keep 14 shards; the same cuts are made as above."""
+def test_layers_that_are_sorted_by_name(full: Checkpoint) -> None:
+    """Sorted by name (1, 10, 11, ..., 2, 20), file order would keep 14 shards on disk."""
     sources = sorted(source for spec in inventory(full.config) for source in spec.sources)
     share = sum(full.locate(source).nbytes for source in sources) / 60
     shard_of, start = {}, 0

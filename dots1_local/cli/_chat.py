@@ -157,22 +157,15 @@ def _open_session(
         if source and conversation:
             resume(source, conversation, session, quiet=not sys.stderr.isatty())
             session.sampling = replace(session.sampling, **given)
-        stop = tuple(options.stop) if options.stop else None
         for name in ("system", "max_tokens", "stop", "overflow"):
-            value = stop if name == "stop" else getattr(options, name)
-            if value is not None:
-                setattr(session, name, value)
+            if (value := getattr(options, name)) not in (None, []):
+                setattr(session, name, tuple(value) if name == "stop" else value)
         yield session, conversation
 
 
 @contextmanager
 def _connect(options: ChatOptions, sampling: "Sampling") -> Iterator["Dialogue"]:
-    """Open a session with the server's model or with that in the file.
-
-    Raises:
-        UsageError: an option is not valid, or the server has several models.
-        Dots1Error: the model cannot be loaded, or the server does not answer.
-    """
+    """Open a session with the model of the server or of the file."""
     if options.file is None:
         from dots1_local.chat.remote import RemoteSession
 

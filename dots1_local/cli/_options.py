@@ -152,11 +152,7 @@ def exit_on_interrupt(message: str = "") -> Iterator[None]:
 
 
 def memory_limits(vram: str | None, ram: str | None) -> dict[str, int | None]:
-    """Return the bytes to plan with, as `limited` takes them; 0 leaves a device unused.
-
-    Raises:
-        UsageError: an option is not a size.
-    """
+    """Return the bytes to plan with, as `limited` takes them; 0 leaves a device unused."""
     from dots1_local.sizes import parse_size
 
     return {
@@ -166,11 +162,7 @@ def memory_limits(vram: str | None, ram: str | None) -> dict[str, int | None]:
 
 
 def choose_placement(plan: Path | None, workers: Sequence[str]) -> Path | Literal["auto"] | None:
-    """Return the plan, "auto" if there is a device beside the CPU, or else None.
-
-    Raises:
-        UsageError: both a plan and workers are given.
-    """
+    """Return the plan, "auto" if there is a device beside the CPU, or else None."""
     from dots1_local.ggml import gpu_backends
 
     if plan and workers:

@@ -82,11 +82,7 @@ def serve(options: ServeOptions) -> None:
 
 
 def _check(options: ServeOptions) -> None:
-    """Refuse options before anything is loaded.
-
-    Raises:
-        UsageError: the web server is not installed, or clients could not send the name or key.
-    """
+    """Refuse a name or key that clients cannot send, before anything is loaded."""
     if not (find_spec("starlette") and find_spec("uvicorn")):
         raise UsageError("dots1 serve needs a web server: pip install 'dots1-local[serve]'")
     if not options.name.strip() or not options.name.isprintable():

@@ -4,10 +4,12 @@ Everything else in the package decides something about the tensors listed here.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from dots1_local.errors import CheckpointError, Dots1Error, GGUFError
 
@@ -19,9 +21,10 @@ ROLES: tuple[Role, ...] = (
 )  # fmt: skip
 
 # Numbers beyond these are garbage, not a bigger model, and its inventory would fill the memory.
-_LIMIT = 1 << 24
-_MOST_LAYERS = _MOST_EXPERTS = 1024
-
+_MOST = 1024
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+_Count = Annotated[int, msgspec.Meta(ge=1, le=_MOST)]  # of layers, or of experts
+_Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e12)]
 
 # The key, without "dots1.", of each field of a config.
 _GGUF_KEYS = {
@@ -49,23 +52,23 @@ _GGUF_KEYS = {
 class Dots1Config:
     """The numbers of a dots1 model, under their names in config.json."""
 
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    n_routed_experts: int
-    n_shared_experts: int
-    num_experts_per_tok: int
-    first_k_dense_replace: int
-    routed_scaling_factor: float
+    hidden_size: _Size
+    num_hidden_layers: _Count
+    num_attention_heads: _Size
+    num_key_value_heads: _Size
+    head_dim: _Size
+    intermediate_size: _Size
+    moe_intermediate_size: _Size
+    n_routed_experts: _Count
+    n_shared_experts: _Size
+    num_experts_per_tok: _Size
+    first_k_dense_replace: Annotated[int, msgspec.Meta(ge=0)]
+    routed_scaling_factor: _Positive
     norm_topk_prob: bool
-    vocab_size: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int
+    vocab_size: _Size
+    rms_norm_eps: Annotated[float, msgspec.Meta(ge=0, lt=1e12)]
+    rope_theta: _Positive
+    max_position_embeddings: _Size
     tie_word_embeddings: bool = False
 
     @classmethod
@@ -78,8 +81,8 @@ class Dots1Config:
         """
         _check_architecture(raw)
         given = {key: value for key, value in raw.items() if value is not None}
-        given = {"norm_topk_prob": False, "tie_word_embeddings": False} | given
-        return _config(_Values("config.json", given | _rope_theta(raw), CheckpointError))
+        given = {"norm_topk_prob": False} | given | _rope_theta(raw)
+        return _config(given, "config.json", CheckpointError)
 
     @classmethod
     def from_gguf(cls, keys: Mapping[str, Any], file: str | Path) -> "Dots1Config":
@@ -99,13 +102,12 @@ class Dots1Config:
             )
         names = {field: f"dots1.{key}" for field, key in _GGUF_KEYS.items()}
         raw = {field: _uniform(keys[name]) for field, name in names.items() if name in keys}
-        raw = {"first_k_dense_replace": 0, "tie_word_embeddings": False} | raw
-        if raw["first_k_dense_replace"] == 0:
+        if raw.setdefault("first_k_dense_replace", 0) == 0:
             raw.setdefault("intermediate_size", 1)
         tokens = keys.get("tokenizer.ggml.tokens")
         if isinstance(tokens, list):
             raw["vocab_size"] = len(tokens)
-        return _config(_Values(str(file), raw, GGUFError, names))
+        return _config(raw, str(file), GGUFError, names)
 
     def is_dense(self, layer: int) -> bool:
         """Whether `layer` has a plain FFN instead of routed experts."""
@@ -258,95 +260,47 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Values:
-    """Values by field of a config, checked when they are taken.
-
-    A wrong value raises `error`, which names `source` and the field's name there.
-    """
-
-    source: str
-    raw: Mapping[str, Any]
-    error: type[Dots1Error]
-    names: Mapping[str, str] = field(default_factory=dict)
-
-    def integer(
-        self, name: str, *, default: int | None = None, least: int = 1, most: int = _LIMIT
-    ) -> int:
-        value = self.raw.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise self._wrong(name, f"an integer from {least} to {most}")
-        return value
-
-    def number(self, name: str, *, zero: bool = False) -> float:
-        """A number above 0, or 0 if `zero` allows it."""
-        value = self.raw.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self._wrong(name, "a number")
-        if not (0 < value < 1e12 or (zero and value == 0)):
-            raise self._wrong(name, "a positive number")
-        return float(value)
-
-    def boolean(self, name: str) -> bool:
-        value = self.raw.get(name)
-        if not isinstance(value, bool):
-            raise self._wrong(name, "true or false")
-        return value
-
-    def _wrong(self, name: str, wanted: str) -> Dots1Error:
-        found = f"is {self.raw[name]!r:.40}" if name in self.raw else "is missing"
-        named = self.names.get(name, name)
-        return self.error(f"{self.source} needs {named} to be {wanted}, but it {found}")
-
-
-def _config(values: _Values) -> Dots1Config:
-    heads = values.integer("num_attention_heads")
-    hidden = values.integer("hidden_size")
-    config = Dots1Config(
-        hidden_size=hidden,
-        num_hidden_layers=values.integer("num_hidden_layers", most=_MOST_LAYERS),
-        num_attention_heads=heads,
-        num_key_value_heads=values.integer("num_key_value_heads", default=heads),
-        head_dim=values.integer("head_dim", default=hidden // heads),
-        intermediate_size=values.integer("intermediate_size"),
-        moe_intermediate_size=values.integer("moe_intermediate_size"),
-        n_routed_experts=values.integer("n_routed_experts", most=_MOST_EXPERTS),
-        n_shared_experts=values.integer("n_shared_experts"),
-        num_experts_per_tok=values.integer("num_experts_per_tok"),
-        first_k_dense_replace=values.integer("first_k_dense_replace", least=0),
-        routed_scaling_factor=values.number("routed_scaling_factor"),
-        norm_topk_prob=values.boolean("norm_topk_prob"),
-        vocab_size=values.integer("vocab_size"),
-        rms_norm_eps=values.number("rms_norm_eps", zero=True),
-        rope_theta=values.number("rope_theta"),
-        max_position_embeddings=values.integer("max_position_embeddings"),
-        tie_word_embeddings=values.boolean("tie_word_embeddings"),
-    )
-    _check_consistent(config, values)
-    return config
-
-
-def _check_consistent(config: Dots1Config, values: _Values) -> None:
+def _config(
+    raw: dict[str, Any],
+    source: str,
+    error: type[Dots1Error],
+    names: Mapping[str, str] | None = None,
+) -> Dots1Config:
+    """Convert values by field; an error names `source` and the field by its name there."""
+    heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
+    if heads is not None:
+        raw.setdefault("num_key_value_heads", heads)
+    if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        raw.setdefault("head_dim", hidden // heads)
+    try:
+        config = msgspec.convert(raw, Dots1Config)
+    except msgspec.ValidationError as problem:
+        reason, _, path = str(problem).replace("`", "").partition(" - at $.")
+        field = path or reason.rsplit(" ", 1)[-1]  # "Object missing required field hidden_size"
+        found = f"{reason.lower()}: {raw[field]!r:.40}" if field in raw else "it is missing"
+        key = (names or {}).get(field, field)
+        raise error(f"{source} has no usable {key}: {found}") from None
     if config.num_experts_per_tok > config.n_routed_experts:
-        raise values.error(
-            f"{values.source} routes each token to {config.num_experts_per_tok} experts "
-            f"but has only {config.n_routed_experts}"
+        raise error(
+            f"{source} routes each token to {config.num_experts_per_tok} experts but has only "
+            f"{config.n_routed_experts}"
         )
     if config.first_k_dense_replace > config.num_hidden_layers:
-        raise values.error(
-            f"{values.source} has {config.first_k_dense_replace} dense layers "
-            f"but only {config.num_hidden_layers} layers"
+        raise error(
+            f"{source} has {config.first_k_dense_replace} dense layers but only "
+            f"{config.num_hidden_layers} layers"
         )
     if config.num_attention_heads != config.num_key_value_heads:
-        raise values.error(
-            f"{values.source} has {config.num_key_value_heads} key-value heads for "
+        raise error(
+            f"{source} has {config.num_key_value_heads} key-value heads for "
             f"{config.num_attention_heads} query heads; llama.cpp's dots1 needs as many of both"
         )
+    return config
 
 
 def _uniform(value: Any) -> Any:
     """The number that a short array repeats for every layer, as some keys are stored."""
-    is_array = isinstance(value, list) and len(value) <= _MOST_LAYERS
+    is_array = isinstance(value, list) and len(value) <= _MOST
     return value[0] if is_array and len(set(value)) == 1 else value
 
 

@@ -185,6 +185,7 @@ def test_a_key_may_repeat_its_number_for_every_layer() -> None:
         ("general.architecture", "llama", "architecture 'llama'"),
         ("general.architecture", None, "architecture None"),
         ("dots1.block_count", None, "block_count"),
+        ("dots1.attention.head_count", None, "attention.head_count:"),
         ("dots1.block_count", 10**7, "block_count"),
         ("dots1.embedding_length", "4096", "embedding_length"),
         ("dots1.expert_weights_norm", 1, "expert_weights_norm"),

@@ -34,7 +34,7 @@ from dots1_local.files.partial_file import (
 from dots1_local.quant.importance import load_importance, write_imatrix
 from dots1_local.quant.sensitivity import Effect
 
-__all__ = ["IMATRIX", "SENSITIVITY", "CalibrationFolder", "Effects", "Entries", "ProbeFiles"]
+__all__ = ["IMATRIX", "SENSITIVITY", "CalibrationFolder", "Entries", "ProbeFiles"]
 
 IMATRIX, SENSITIVITY = "imatrix.gguf", "sensitivity.json"  # the results
 

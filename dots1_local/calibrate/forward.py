@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 
@@ -119,10 +119,11 @@ class ForwardPass:
     probed: int
     compute: Compute
     threads: int | None = None
-    rounding: Rounding = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rounding", rounding_to(TYPES[REFERENCE], self.threads))
+    @cached_property
+    def rounding(self) -> Rounding:
+        """The rounding of the weights that the repeated probed chunks see."""
+        return rounding_to(TYPES[REFERENCE], self.threads)
 
     @cached_property
     def tokens(self) -> Tokens:

@@ -74,9 +74,9 @@ class Probe:
             Dots1Error: a file of the earlier run is damaged.
             OSError: the disk is full or broken.
         """
-        config = self.checkpoint.config
-        layers, tokens = config.num_hidden_layers, output.shape[0] * output.shape[1]
-        progress(0, BACKWARD_WORK * tokens, "tokens", "head")
+        layers, tokens = self.checkpoint.config.num_hidden_layers, output[..., 0].numel()
+        total = BACKWARD_WORK * tokens
+        progress(0, total, "tokens", "head")
         reached, g = self._start(output)
         for layer in range(reached - 1, -1, -1):
             done = float(tokens * (layers - 1 - layer))
@@ -84,7 +84,6 @@ class Probe:
             def report(work: float, name: str = f"layer {layer}, backward") -> None:
                 nonlocal done
                 done += work / 2  # gradients take about as long as sampled rows
-                total = BACKWARD_WORK * tokens
                 progress(round(BACKWARD_WORK * done / layers), total, "tokens", name)
 
             report(0)
@@ -114,17 +113,9 @@ class Probe:
     def _layer(self, layer: int, g: Tensor, tokens: int, report: Report) -> None:
         inputs = torch.from_numpy(self.files.inputs(layer, g.shape[1:])).to(g.device)
         noise = ColumnSums(self.checkpoint.config, layer, activation_errors)
+        sigma, random, observe = self.files.noise(layer), generator(0, layer), noise.observe
         sums, _ = backward_layer(
-            g,
-            inputs,
-            self.checkpoint,
-            layer,
-            _DRAWS,
-            self.files.noise(layer),
-            generator(0, layer),
-            self.compute,
-            report,
-            noise.observe,
+            g, inputs, self.checkpoint, layer, _DRAWS, sigma, random, self.compute, report, observe
         )
         specs, found, errors = list(self._specs(layer)), {}, noise.means()
         prefix = f"model.layers.{layer}."

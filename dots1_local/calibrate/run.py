@@ -100,8 +100,8 @@ def calibrate(
     if threads is not None:
         torch.set_num_threads(threads)
     probed = min(len(tokens), max(1, PROBED // tokens.shape[1])) if sensitivity else 0
-    ordered = _probed_first(tokens, probed)
-    forward = ForwardPass(checkpoint, ordered, evaluated, probed, compute, threads)
+    tokens = _probed_first(tokens, probed)
+    forward = ForwardPass(checkpoint, tokens, evaluated, probed, compute, threads)
     opened = CalibrationFolder(
         Path(folder),
         # The effects depend on the importance that the encoders used, and so on `least`.

@@ -16,12 +16,12 @@ from operator import attrgetter
 
 import numpy as np
 
-from dots1_local.architecture import Dots1Config, padded_width
+from dots1_local.architecture import Dots1Config
 from dots1_local.errors import UsageError
 from dots1_local.quant.allocation import Allocation, Solution, explain
-from dots1_local.quant.choices import Choice, Choices, Cost, Floats, best_change, choices_at
+from dots1_local.quant.choices import Change, Choice, Choices, Cost, Floats, best_change, choices_at
 from dots1_local.quant.plan import Override
-from dots1_local.quant.recipes import Padding
+from dots1_local.quant.recipes import Padding, expert_widths
 from dots1_local.quant.sensitivity import Sensitivity
 
 __all__ = ["TOLERANCE", "Allocator"]
@@ -69,7 +69,7 @@ class Allocator:
                 overrides=overrides,
                 cost=cost,
             )
-            for width in _widths(config, padding)
+            for width in expert_widths(config, padding)
         ]
         self.smallest = min(c.size(c.smallest()) for c in self._choices)
         """The bytes of the smallest plan."""
@@ -115,40 +115,32 @@ class Allocator:
         return explain(self.config, best, best[0].size, recipe)
 
 
-def _widths(config: Dots1Config, padding: Padding) -> list[int]:
-    width = config.moe_intermediate_size
-    both = {"off": width, "on": padded_width(width)}
-    return sorted(set(both.values())) if padding == "auto" else [both[padding]]
-
-
 def _within(choices: Choices, nbytes: float) -> Solution:
+    """The plan of least KL divergence that pricing and repair find within `nbytes`."""
+
     def accept(choice: Choice) -> bool:
         return choices.size(choice) <= nbytes
 
-    def repaired(choice: Choice) -> Choice:
-        for _ in range(_MOST_REPAIRS):
-            change = best_change(
-                cost=_relative(choices.nbytes, choice),
-                loss=_relative(choices.tangent(choice), choice),
-                slack=nbytes - choices.size(choice),
-                least=1e-9 * choices.kl(choice),
-            )
-            if not change:
-                break
-            choice = _changed(choice, change)
-        return choice
+    def improvement(choice: Choice) -> Change:
+        return best_change(
+            cost=_relative(choices.nbytes, choice),
+            loss=_relative(choices.tangent(choice), choice),
+            slack=nbytes - choices.size(choice),
+            least=1e-9 * choices.kl(choice),
+        )
 
     start, price = _priced(choices, accept, choices.smallest(), highest=False)
     starts = _along_hull(choices, start, [price * factor for factor in _PRICE_FACTORS])
-    found = [Solution(choices, repaired(s), price) for s in (start, *starts) if accept(s)]
-    best = min(found, key=lambda s: (s.kl, s.size))
-    while (change := _change_of_three(best, nbytes)) is not None:
-        best = Solution(choices, repaired(_changed(best.choice, change)), price)
+    plans = [_repaired(s, improvement) for s in (start, *starts) if accept(s)]
+    best = min((Solution(choices, p, price) for p in plans), key=lambda s: (s.kl, s.size))
+    while change := _change_of_three(best, nbytes):
+        plan = _repaired(_changed(best.choice, change), improvement)
+        best = Solution(choices, plan, price)
     return best
 
 
-def _change_of_three(solution: Solution, nbytes: float) -> Sequence[tuple[int, int]] | None:
-    """A change of three tensors that saves enough, or None.
+def _change_of_three(solution: Solution, nbytes: float) -> Change:
+    """A change of three tensors that saves enough; empty if none is found.
 
     The first changes that are tried are those that fit the price best.
     """
@@ -167,31 +159,29 @@ def _change_of_three(solution: Solution, nbytes: float) -> Sequence[tuple[int, i
         )
         if change:
             return (tensor, kind), *change
-    return None
+    return ()
 
 
 def _reaching(choices: Choices, kl: float) -> Solution:
+    """The smallest plan that pricing and repair find with at most `kl`."""
+
     def accept(choice: Choice) -> bool:
         return choices.kl(choice) <= kl
 
-    def repaired(choice: Choice) -> Choice:
-        for _ in range(_MOST_REPAIRS):
-            change = best_change(
-                cost=_relative(choices.tangent(choice), choice),
-                loss=_relative(choices.nbytes, choice),
-                slack=kl - choices.kl(choice),
-                least=0.5,
-            )
-            # A rounding error may make the change unacceptable.
-            if not change or not accept(_changed(choice, change)):
-                break
-            choice = _changed(choice, change)
-        return choice
+    def improvement(choice: Choice) -> Change:
+        change = best_change(
+            cost=_relative(choices.tangent(choice), choice),
+            loss=_relative(choices.nbytes, choice),
+            slack=kl - choices.kl(choice),
+            least=0.5,
+        )
+        # A rounding error may make the change unacceptable.
+        return change if accept(_changed(choice, change)) else ()
 
     start, price = _priced(choices, accept, choices.best(), highest=True)
     starts = _along_hull(choices, start, [price / factor for factor in _PRICE_FACTORS])
-    found = [Solution(choices, repaired(s), price) for s in (start, *starts) if accept(s)]
-    best = min(found, key=lambda s: (s.size, s.kl))
+    plans = [_repaired(s, improvement) for s in (start, *starts) if accept(s)]
+    best = min((Solution(choices, p, price) for p in plans), key=lambda s: (s.size, s.kl))
     # With a budget in bytes a little below this size, repair may find a plan that is smaller still.
     while (least := (1 - TOLERANCE) * best.size) >= choices.size(choices.smallest()):
         smaller = _within(choices, least)
@@ -199,6 +189,16 @@ def _reaching(choices: Choices, kl: float) -> Solution:
             break
         best = smaller
     return best
+
+
+def _repaired(choice: Choice, improvement: Callable[[Choice], Change]) -> Choice:
+    """Apply improvements until there are none."""
+    for _ in range(_MOST_REPAIRS):
+        change = improvement(choice)
+        if not change:
+            break
+        choice = _changed(choice, change)
+    return choice
 
 
 def _along_hull(choices: Choices, choice: Choice, prices: Sequence[float]) -> list[Choice]:
@@ -235,7 +235,7 @@ def _relative(matrix: Floats, choice: Choice) -> Floats:
     return matrix - np.take_along_axis(matrix, choice[:, None], axis=1)
 
 
-def _changed(choice: Choice, change: Sequence[tuple[int, int]]) -> Choice:
+def _changed(choice: Choice, change: Change) -> Choice:
     changed = choice.copy()
     for tensor, kind in change:
         changed[tensor] = kind

@@ -17,11 +17,12 @@ from dots1_local.quant.plan import Override, PlannedTensor, override_type
 from dots1_local.quant.sensitivity import Effect, Sensitivity
 from dots1_local.quant.stock import fallback, is_quantisable, needs_importance
 
-__all__ = ["KINDS", "Choice", "Choices", "Cost", "Floats", "best_change", "choices_at"]
+__all__ = ["KINDS", "Change", "Choice", "Choices", "Cost", "Floats", "best_change", "choices_at"]
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 Choice = NDArray[np.intp]  # for each tensor, the index of its type in KINDS
+Change = tuple[tuple[int, int], ...]  # tensors and the indices of their new types
 Cost = Callable[[PlannedTensor], float]
 
 # Small types first: of types with equal damage, the first is taken.
@@ -148,13 +149,11 @@ def _chosen(matrix: Floats, choice: Choice) -> Floats:
     return values
 
 
-def best_change(
-    cost: Floats, loss: Floats, slack: float, least: float
-) -> tuple[tuple[int, int], ...]:
+def best_change(cost: Floats, loss: Floats, slack: float, least: float) -> Change:
     """The change of one tensor, or of two, that lowers the loss most and costs at most `slack`.
 
-    `cost` and `loss` are (tensors, types), relative to the present choice. Returns (tensor, type)
-    pairs; none if no change lowers the loss by more than `least`.
+    `cost` and `loss` are (tensors, types), relative to the present choice. The change is empty if
+    none lowers the loss by more than `least`.
 
     All single changes are sorted by cost. Every change that frees bytes is paired with the change
     of another tensor that has the lowest loss among those that the freed bytes pay for.

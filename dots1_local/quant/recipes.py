@@ -15,7 +15,7 @@ from dots1_local.ggml import TYPES
 from dots1_local.quant.plan import Override, QuantPlan, override_type
 from dots1_local.quant.stock import STOCK_MIXES, fallback, is_quantisable, stock_mix, stock_types
 
-__all__ = ["DYNAMIC_MIXES", "DynamicMix", "Padding", "make_plan", "recipe_names"]
+__all__ = ["Padding", "expert_widths", "make_plan", "recipe_names"]
 
 Padding = Literal["off", "on", "auto"]
 
@@ -87,7 +87,7 @@ def make_plan(
         return _dynamic_plan(config, name, has_importance, padding, overrides)
     if name not in STOCK_MIXES:
         raise UsageError(f"no recipe {recipe!r}; there are {', '.join(recipe_names())}")
-    width = _width(config, padded=padding == "on")
+    [width] = expert_widths(config, "on" if padding == "on" else "off")
     types = stock_types(
         inventory(config, width),
         name,
@@ -111,7 +111,7 @@ def _dynamic_plan(
         mix, label = _WITHOUT_IMPORTANCE[name], f"{name} without importance"
     plans = [
         QuantPlan(label, width, stock_mix(mix.stock_relative).file_type, types)
-        for width in _widths(config, padding if mix.low or padding != "auto" else "off")
+        for width in expert_widths(config, padding if mix.low or padding != "auto" else "off")
         for types in [_dynamic_types(inventory(config, width), mix, overrides)]
     ]
     # Padding makes types with blocks of 256 fit; "auto" pads if these types save more bytes than
@@ -131,12 +131,8 @@ def _dynamic_types(
     return types
 
 
-def _widths(config: Dots1Config, padding: Padding) -> list[int]:
-    if padding == "auto":
-        return sorted({_width(config, padded=False), _width(config, padded=True)})
-    return [_width(config, padded=padding == "on")]
-
-
-def _width(config: Dots1Config, *, padded: bool) -> int:
+def expert_widths(config: Dots1Config, padding: Padding) -> list[int]:
+    """The widths that experts may be stored in, ascending."""
     width = config.moe_intermediate_size
-    return padded_width(width) if padded else width
+    both = {"off": width, "on": padded_width(width)}
+    return sorted(set(both.values())) if padding == "auto" else [both[padding]]

@@ -197,11 +197,11 @@ def _early(case: _Case) -> bool:
     return case.position < case.layers // 8
 
 
-def _early_measured(case: _Case) -> bool:
+def _early_with_importance(case: _Case) -> bool:
     return _early(case) and case.importance
 
 
-def _early_unmeasured(case: _Case) -> bool:
+def _early_without_importance(case: _Case) -> bool:
     return _early(case) and not case.importance
 
 
@@ -268,7 +268,7 @@ _RULES = (
     _Rule("ffn_down", _LOW, "Q2_K", _early),
     _Rule("ffn_down", "Q2_K", "Q3_K"),
     _Rule("ffn_down", "Q2_K_S", "Q4_K", _early),
-    _Rule("ffn_down", "IQ3_XXS", "Q4_K", _early_unmeasured),
+    _Rule("ffn_down", "IQ3_XXS", "Q4_K", _early_without_importance),
     _Rule("ffn_down", "IQ3_XXS", "Q3_K", lambda case: not case.importance),
     _Rule("ffn_down", "IQ3_M", "Q4_K", _early),
     _Rule("ffn_down", "IQ3_M", "Q4_K", lambda case: _mixtral(case) and _more_bits(case)),
@@ -277,9 +277,9 @@ _RULES = (
     _Rule("ffn_down", "Q3_K_L", "Q5_K"),
     _Rule("ffn_down", "Q4_K_S", "Q5_K", _early),
     _Rule("ffn_down", "Q4_K_M Q5_K_M", "Q6_K", _more_bits),
-    _Rule("ffn_down", "IQ4_NL IQ4_XS", "Q5_K", _early_unmeasured),
-    _Rule("ffn_down", "Q4_0", "Q4_1", _early_measured),
-    _Rule("ffn_down", "Q5_0", "Q5_1", _early_measured),
+    _Rule("ffn_down", "IQ4_NL IQ4_XS", "Q5_K", _early_without_importance),
+    _Rule("ffn_down", "Q4_0", "Q4_1", _early_with_importance),
+    _Rule("ffn_down", "Q5_0", "Q5_1", _early_with_importance),
     _Rule("ffn_gate ffn_up", "IQ3_XS", "IQ3_XXS", _middle),
 )
 

@@ -215,7 +215,7 @@ def test_damage_is_found_in_its_row(tmp_path: Path) -> None:
         read_rows(checkpoint, "lm_head.weight", np.array([2, 7, 9]))
     assert np.isfinite(read_rows(checkpoint, "lm_head.weight", np.array([6, 8]))).all()
     piece.file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="truncated while being read"):
+    with pytest.raises(CheckpointError, match="truncated"):
         read_rows(checkpoint, "lm_head.weight", np.array([6]))
     piece.file.unlink()
     with pytest.raises(CheckpointError, match="cannot read"):

@@ -1,12 +1,12 @@
-"""Perplexity and KL divergence beside llama-perplexity: the same figures, at what cost.
+"""Perplexity and KL divergence against llama-perplexity: the same figures, time and memory.
 
     python -m benchmarks.bench_perplexity PATH/TO/llama-perplexity
     python -m benchmarks.bench_perplexity PATH/TO/llama-perplexity --types Q2_K Q6_K --chunks 8
 
 The example is converted to BF16, the base, and to each type. Both programs measure perplexity,
-write the base's logits file, and compare each type with both files, ours with the base model
-itself too, at the same threads and batch. Wall time and peak private memory are of whole
-processes, the fastest of some. The last digits depend on the processor: both run on this one.
+write the base's logits file, and compare each type with both files; ours also compares with the
+base model itself. Threads and batch are the same. Wall time and peak private memory are those of
+the fastest of several processes. The last digits depend on the processor, which is the same.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class Setup:
-    """What all runs have in common."""
+    """What is the same for all runs."""
 
     program: Path
     text: Path
@@ -41,12 +41,12 @@ class Setup:
         return ["-f", self.text, "-c", "512", "--chunks", str(self.chunks)]
 
     def ours(self, name: str, model: Path, *options: str | Path) -> tuple[str, Usage]:
-        """Run `dots1 perplexity`; the estimate or the statistics it prints."""
+        """Run `dots1 perplexity`; return the estimate or the statistics that it prints."""
         dots1 = Path(sys.executable).with_name("dots1")
         return self._run(f"ours-{name}", dots1, "perplexity", model, *options)
 
     def theirs(self, name: str, model: Path, *options: str | Path) -> tuple[str, Usage]:
-        """Run llama-perplexity; the same of what it prints."""
+        """Run llama-perplexity; return the estimate or the statistics that it prints."""
         return self._run(f"theirs-{name}", self.program, "-m", model, *options)
 
     def _run(self, name: str, *command: str | Path) -> tuple[str, Usage]:
@@ -56,7 +56,7 @@ class Setup:
 
 
 def _result(command: list[str], log: Path) -> tuple[str, Usage]:
-    """What a run prints; llama-perplexity at times ends before its last lines are out."""
+    """What a run prints; llama-perplexity sometimes ends before it has printed its last lines."""
     for _ in range(_TRIES):
         usage = measure(command, log)
         printed = log.read_text(encoding="utf-8")
@@ -67,7 +67,7 @@ def _result(command: list[str], log: Path) -> tuple[str, Usage]:
 
 
 def say(what: str, same: bool, ours: Usage, theirs: Usage) -> None:
-    """A row of the table."""
+    """Print a row of the table."""
     print(
         f"| {what} | {'yes' if same else 'NO'} | {ours.wall:.2f} / {theirs.wall:.2f} s "
         f"| {ours.wall / theirs.wall:.2f} "
@@ -98,7 +98,7 @@ def base_files(setup: Setup, model: Path) -> dict[str, Path]:
 
 
 def divergences(setup: Setup, name: str, model: Path, base: Path, files: dict[str, Path]) -> None:
-    """KL divergence: each program with each file, ours with the base model too."""
+    """KL divergence: each program with each file, and ours with the base model."""
     for writer, file in files.items():
         theirs, their_usage = setup.theirs(
             f"{name}-{writer}", model, "-c", "512", "--kl-divergence", "--kl-divergence-base", file
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["DQ4"])
     parser.add_argument("--chunks", type=int, default=40, help="of 512 tokens of heldout.txt")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--runs", type=int, default=3, help="of which the fastest counts")
+    parser.add_argument("--runs", type=int, default=3, help="the fastest one counts")
     parser.add_argument("--work", type=Path, default=Path("build/bench-perplexity"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
-"""Ours against every placement by layer counts, all measured: how much faster could it have been?
+"""Our placement against all placements by layer counts, measured: is a faster one missed?
 
     python -m tools.make_gguf build/three.gguf --layers 3 --vocab 16000
     python -m benchmarks.bench_placement build/three.gguf --vram 2GB           with a GPU, or
     python -m benchmarks.bench_placement build/three.gguf --ram 4.1GB --worker 127.0.0.1:50052
 
-For the machine's first device: so many whole layers on it, the first or the last; so many layers'
-experts on it, the first or the last, with all else. What does not fit is left out. All are measured
-once, then ours and the best of the others in turn, so that a drift of the machine meets both. What
-counts is the time of the planner's reference turn: reading a prompt, then writing an answer.
+The other placements put n whole layers on the machine's first device, the first or the last ones,
+or everything but the experts of n layers. Placements that do not fit are left out. Each is measured
+once; then ours and the best of the others are measured in turn, so that a drift of the machine
+affects both. The result is the time of the planner's reference turn: a prompt, then an answer.
 """
 
 import argparse
@@ -93,8 +93,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("model", type=Path, help="a dots1 GGUF file")
     parser.add_argument("--worker", action="append", default=[], help="HOST:PORT of a worker")
-    parser.add_argument("--vram", help="plan with so much of each GPU")
-    parser.add_argument("--ram", help="plan with so much RAM")
+    parser.add_argument("--vram", help="memory of each GPU to plan with")
+    parser.add_argument("--ram", help="RAM to plan with")
     return parser.parse_args()
 
 

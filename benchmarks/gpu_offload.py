@@ -1,16 +1,16 @@
-"""Placements predicted and measured on this machine's GPU, held to the limits of a smaller card.
+"""Placements predicted and measured on this machine's GPU, limited to a smaller card's memory.
 
     python -m benchmarks.gpu_offload OUT --seconds 480              with a GPU
-    python -m benchmarks.gpu_offload OUT --device worker            without one: tries this program
+    python -m benchmarks.gpu_offload OUT --device worker            without one: tests this program
 
 A random model of the real widths, with as many layers as disk, RAM and time allow, is loaded in one
-placement after the other, each in a process of its own. Of a 24 GB card's memory, fewer layers than
-62 are given their share; what the GPU has beyond that is taken away, so that nobody uses it.
-OUT/results.json and OUT/table.md are written anew after each. `benchmarks/gpu_offload.sh` builds
-the engine first.
+placement after the other, each in a child process. A model of fewer than 62 layers gets its share
+of a 24 GB card's memory; the rest of the GPU's memory is occupied, so that the model cannot use it.
+OUT/results.json and OUT/table.md are written again after each placement. The engine is built first
+by `benchmarks/gpu_offload.sh`.
 
-With `--device worker` a worker of llama.cpp's RPC backend on this machine is planned for as if it
-were a GPU, with a small model. It shares the processor's cores, so that its speeds mean little.
+With `--device worker` this plans for a worker on this machine as if it were a GPU, with a small
+model. The worker shares the processor's cores, so its speeds mean little.
 """
 
 import argparse
@@ -49,14 +49,12 @@ from tools.make_gguf import write_gguf
 from tools.make_wide import published_config
 
 _MOST_LAYERS = 62
-_UNSHARED = (
-    2_000_000_000  # bytes of a card that go to margin, head and buffers, however many layers
-)
-# To choose a number of layers: runs to come, what loads, and what a disk is written at.
+_UNSHARED = 2_000_000_000  # bytes of a card for reserve, head and buffers, whatever the layers
+# For the number of layers: placements to come, and the speeds of loading and writing.
 _RUNS, _LOADED, _WRITTEN = 12, 2e9, 1e9  # bytes a second
-_DEPTHS = ((512, 4608), (512,), (128,))  # the first that is predicted to take no longer than this
+_DEPTHS = ((512, 4608), (512,), (128,))  # the first ones that should not take longer than this
 _LONGEST = 20.0  # seconds
-_ROOM = 32  # tokens of the context that are written at a depth
+_ROOM = 32  # tokens of the context that are decoded at a depth
 _TIMEOUT = 90.0  # seconds that a run may take, or a third of the time left if that is more
 _UBATCHES = (512, 1024, 2048, 4096)
 _HOST_MEMORIES: tuple[HostMemory, ...] = ("pinned", "mapped")
@@ -69,7 +67,7 @@ _SMALL = {
 
 @dataclass(frozen=True)
 class Run:
-    """What is measured, where, and until when; `limit` bytes of a GPU are left free for it."""
+    """What is measured, where, and until when; `limit` bytes of a GPU are free for the model."""
 
     out: Path
     deadline: float
@@ -101,7 +99,7 @@ class Run:
         self.write()
 
     def _predict(self, placement: Placement) -> tuple[Sequence[int], tuple[Depth, ...]]:
-        """The depths to measure at, so many that it does not take long, and the speeds there."""
+        """The depths to measure at, which should not take long, and the predicted speeds there."""
         for depths in self._possible:
             predicted = predicted_depths(self.graph, self.machine, placement, depths)
             starts = (0, *depths)
@@ -133,7 +131,7 @@ class Run:
         )
 
     def write(self) -> None:
-        """Put everything known so far on disk, each file whole."""
+        """Write everything that is known so far to disk, each file whole."""
         for name, text in (
             ("results.json", json.dumps(self.results, indent=2) + "\n"),
             ("table.md", markdown(self.results)),
@@ -144,7 +142,7 @@ class Run:
 
 
 def main() -> None:
-    """Measure what the command line asks for, until its seconds are over."""
+    """Measure what the command line asks for, within its number of seconds."""
     args = _arguments()
     start = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -162,7 +160,7 @@ def _benchmark(args: argparse.Namespace, deadline: float, open_workers: ExitStac
         workers = (open_workers.enter_context(local_worker()).endpoint,)
     machine = this_machine(workers)
     if not machine.devices:
-        sys.exit("the engine has no device beside the CPU; try --device worker")
+        sys.exit("the engine has no device besides the CPU; try --device worker")
     config = _geometry(args, machine, deadline - time.monotonic())
     model = args.work / f"{args.recipe}-{config['num_hidden_layers']}-{args.device}.gguf"
     if not model.exists():
@@ -170,7 +168,7 @@ def _benchmark(args: argparse.Namespace, deadline: float, open_workers: ExitStac
         write_gguf(partial, config, args.recipe).rename(model)
     device = machine.devices[0]
     cpu = machine.cpu
-    if workers:  # planned for as a GPU, and neither that nor RAM has room for everything
+    if workers:  # it stands for a GPU, and neither the GPU nor RAM has room for everything
         free = GPU_RESERVE + model.stat().st_size * 11 // 10
         cpu = replace(cpu, free=RAM_RESERVE + model.stat().st_size)
     else:
@@ -215,12 +213,12 @@ def _on_workers(run: Run, placement: Placement) -> Placement:
 
 
 def _geometry(args: argparse.Namespace, machine: Hardware, seconds: float) -> dict[str, Any]:
-    """config.json of the model: as many layers as there is room and time for."""
+    """The config.json of a model with as many layers as there is room and time for."""
     if args.device == "worker":
         return published_config(**_SMALL)
     room = min(
         shutil.disk_usage(args.work).free - 2e9,
-        (machine.cpu.free - RAM_RESERVE) / 2,  # the file is cached beside what is loaded
+        (machine.cpu.free - RAM_RESERVE) / 2,  # the page cache holds the file too
         seconds / 2 / (_RUNS / _LOADED + 1 / _WRITTEN),
     )
     counts = range(3, _MOST_LAYERS + 1)
@@ -239,12 +237,12 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--device", choices=("gpu", "worker"), default="gpu", help="[gpu]")
-    parser.add_argument("--seconds", type=float, default=480, help="to be done in [480]")
+    parser.add_argument("--seconds", type=float, default=480, help="time for everything [480]")
     parser.add_argument(
         "--vram",
         type=parse_size,
         default="24GB",
-        help="that the GPU is to have free for 62 layers; fewer have their share [24GB]",
+        help="memory of the GPU for 62 layers; fewer layers get their share [24GB]",
     )
     parser.add_argument("--recipe", default="DQ4", help="of the model [DQ4]")
     parser.add_argument("--context", type=int, help="tokens [8192; 2048 with a worker]")

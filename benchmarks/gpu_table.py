@@ -11,7 +11,7 @@ _COLUMNS = ("placement", "device, GB", "driver, GB", "RAM, GB", "prefill, tok/s"
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """A paragraph on machine and model, and a table of predicted → real."""
+    """A paragraph on the machine and the model, and a table of predicted → real."""
     rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
     device = results["machine"]["devices"][0]["name"]
     rows += [_row(each, device) for each in results["outcomes"]]
@@ -36,8 +36,8 @@ def _machine(results: Mapping[str, Any]) -> str:
     )
     if results["device"] == "worker":
         text += (
-            " The device is a worker on the same machine, planned for as if it were a GPU: memory "
-            "counts here, but speeds do not, since both share the processor's cores."
+            " The device is a worker on this machine that stands for a GPU: its memory is real, "
+            "but speeds mean little, because both share the processor's cores."
         )
     return text
 
@@ -53,7 +53,7 @@ def _row(outcome: Mapping[str, Any], device: str) -> tuple[str, ...]:
 
 
 def _real(outcome: Mapping[str, Any], device: str) -> int | None:
-    """What the engine took of a device; None where it never came so far, or took nothing."""
+    """What the engine took of a device; None if it failed before, or took nothing."""
     taken = [each["real"] for each in outcome["bytes"] if each["device"] == device]
     return sum(taken) or None
 

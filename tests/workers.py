@@ -1,4 +1,4 @@
-"""Programs in processes of their own, and real workers with a CPU device of their own."""
+"""Programs in child processes, and real workers that serve a CPU."""
 
 import json
 import signal
@@ -17,14 +17,14 @@ _DEADLINE = 60  # seconds; only a failing test waits so long
 
 
 def start_dots1(*arguments: str, env: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
-    """The command in a process of its own, which can be interrupted; its outputs are pipes."""
+    """Start `dots1` in a child process that can be interrupted; its outputs are pipes."""
     return subprocess.Popen(
         [Path(sys.executable).with_name("dots1"), *arguments],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A suite run in the background ignores the signal, and so would what it starts.
+        # Tests that run in the background ignore the signal, and the child would inherit that.
         preexec_fn=lambda: signal.signal(  # noqa: PLW1509 -- nothing but a signal is set
             signal.SIGINT, signal.default_int_handler
         ),
@@ -32,7 +32,7 @@ def start_dots1(*arguments: str, env: Mapping[str, str] | None = None) -> "subpr
 
 
 class Program:
-    """Python in a process of its own; its output is read as lines, stderr's among them."""
+    """Python in a child process; its output, including stderr, is read line by line."""
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
@@ -53,7 +53,7 @@ class Program:
                 pipe.close()
 
     def wait_for(self, text: str) -> str:
-        """The next line that has this in it; those before it are passed over."""
+        """Return the next line that contains `text`, and skip the lines before it."""
         assert self.process.stdout
         passed = []
         watchdog = Timer(_DEADLINE, self.process.kill)
@@ -72,15 +72,15 @@ class Program:
         return self.process.wait(timeout=_DEADLINE)
 
     def kill(self) -> None:
-        """As a crash or a pulled plug would end it; a second time does nothing."""
+        """Kill the process, as a crash would; a second call does nothing."""
         self.process.kill()
         self.process.wait()
 
 
 class Worker(Program):
-    """The engine's server alone, without the supervisor of `dots1 worker`.
+    """The RPC server of `dots1 worker`, without its supervisor.
 
-    It has one thread, and serves its CPU on a free port of 127.0.0.1 when this returns.
+    It serves the CPU with one thread, on a free port of 127.0.0.1, as soon as this returns.
     """
 
     def __init__(self) -> None:
@@ -98,13 +98,13 @@ class Worker(Program):
 
 @contextmanager
 def local_worker() -> Iterator[Worker]:
-    """A worker for a test, killed after it."""
+    """A worker that is killed after the block."""
     with Worker() as worker:
         yield worker
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """A port on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -117,6 +117,15 @@ def test_refuses_more_sequences_than_llama_cpp_has(model: Path) -> None:
     Engine.open(model, n_ctx=8, n_sequences=256, shared_cache=True, threads=1).close()
 
 
+def test_refuses_parameters_that_make_no_sense(model: Path) -> None:
+    with pytest.raises(UsageError, match="n_ubatch"):
+        Engine.open(model, n_ubatch=0)
+    with pytest.raises(UsageError, match="threads"):
+        Engine.open(model, threads=0)
+    with pytest.raises(TypeError, match="n_context"):
+        Engine.open(model, n_context=64)
+
+
 def test_reports_what_it_allocated(model: Path) -> None:
     with Engine.open(model, n_ctx=512, kv_type="F32", threads=1) as engine:
         [device] = engine.report

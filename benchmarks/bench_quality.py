@@ -7,8 +7,8 @@ An example is a checkpoint folder with calibration.txt and heldout.txt. It is ca
 every recipe is converted with that importance and compared on the other with the BF16 conversion.
 Ours are allocated to the projected sizes (`projection`) of hand recipes that no smaller one is as
 good as, and of the stock mixes. Hand recipes are screened on a part of the text; those near the
-best are measured on all of it, beside ours. Tables go to stdout; results stay in --work, so that a
-run that was stopped goes on.
+best are measured on all of it, as are ours. Tables go to stdout; results are saved in --work, so
+that a run that was stopped can be resumed.
 """
 
 import argparse

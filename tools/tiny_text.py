@@ -81,7 +81,7 @@ def _cut(text: str, share: float) -> tuple[str, str]:
 
 
 def beginnings(files: Mapping[str, Sequence[Path]], size: int = 60_000) -> str:
-    """The first `size` bytes of every file: calibration text, of which nothing is held out."""
+    """The first `size` bytes of every file, for calibration; they contain no held-out text."""
     texts = [
         path.read_bytes()[:size].decode(errors="ignore").replace("\r", "")
         for paths in files.values()

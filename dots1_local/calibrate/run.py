@@ -75,8 +75,8 @@ def calibrate(
     progress: Progress = silent,
     on_resume: Progress = silent,
 ) -> list[Coverage]:
-    """Measure on `tokens` (chunks, n_ctx) the importance of every matrix (`folder`/imatrix.gguf)
-    and the effects of every type of it (`folder`/sensitivity.json).
+    """Measure the importance of every matrix (`folder`/imatrix.gguf), and the effects of each type
+    on it (`folder`/sensitivity.json), with `tokens` (chunks, n_ctx).
 
     `evaluation` are more chunks of the same length; the logits of their scored tokens go to
     `logits`. A run that was killed is resumed after the last layer that it finished; `on_resume` is

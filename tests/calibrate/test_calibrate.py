@@ -86,11 +86,11 @@ def test_logits_equal_the_references(tmp_path: Path, layers: int) -> None:
     checkpoint = Checkpoint.open(micro_checkpoint(tmp_path / "hf", num_hidden_layers=layers))
     tokens = random_tokens(3)
     sink = Sink(3, 15, checkpoint.config.vocab_size)
-    beside = random_tokens(2, seed=1)
+    other = random_tokens(2, seed=1)
     calibrate(
         checkpoint,
         tmp_path / "out",
-        beside,
+        other,
         evaluation=tokens,
         logits=sink,
         threads=1,
@@ -103,8 +103,8 @@ def test_logits_equal_the_references(tmp_path: Path, layers: int) -> None:
 def test_evaluation_changes_no_bit_of_the_importance(
     micro: Checkpoint, expected: bytes, tmp_path: Path
 ) -> None:
-    beside = random_tokens(3, seed=1)
-    assert run(micro, tmp_path / "out", random_tokens(6), evaluation=beside) == expected
+    other = random_tokens(3, seed=1)
+    assert run(micro, tmp_path / "out", random_tokens(6), evaluation=other) == expected
 
 
 def test_evaluation_alone_writes_no_importance(micro: Checkpoint, tmp_path: Path) -> None:

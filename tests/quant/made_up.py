@@ -1,4 +1,4 @@
-"""Sensitivity by formula: every bit divides damage by four, which varies from tensor to tensor."""
+"""Made-up sensitivity: every bit divides the damage by four, and tensors differ at random."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The oracle: the installed llama.cpp quantising, and small dots1 models for it to quantise."""
+"""The installed llama.cpp as an oracle for quantisation, and dots1 models for it to quantise."""
 
 import ctypes
 import re
@@ -30,7 +30,7 @@ FULL = Dots1Config(
 
 
 class StockError(Exception):
-    """What llama.cpp logged when it refused."""
+    """llama.cpp refused; the message is its log."""
 
 
 def write_model(path: Path, config: Dots1Config, seed: int | None = None) -> Path:
@@ -55,7 +55,7 @@ def write_model(path: Path, config: Dots1Config, seed: int | None = None) -> Pat
 
 
 def source_type(spec: TensorSpec) -> str:
-    """What a conversion to BF16 leaves in F32."""
+    """The type of a tensor in a BF16 conversion."""
     return "F32" if spec.role in ("norm", "router") else "BF16"
 
 
@@ -111,7 +111,7 @@ def read_bytes(path: Path, tensor: GGUFTensor) -> NDArray[np.uint8]:
 
 
 def read_rows(path: Path, name: str) -> NDArray[np.float32]:
-    """A BF16 tensor of such a model as float32."""
+    """Read a BF16 tensor of a model as float32."""
     tensor = tensors_of(path)[name]
     raw = read_bytes(path, tensor).view(np.uint16)
     return (raw.astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
@@ -138,7 +138,7 @@ def stock_types(
     importance: Importances | None = None,
     overrides: Sequence[Override] = (),
 ) -> dict[str, str]:
-    """The types that llama_model_quantize would write, out of what its dry run logs."""
+    """The types that llama_model_quantize would write, from the log of its dry run."""
     log = _quantise(source, Path("unused"), file_type, importance, overrides, dry_run=True)
     pattern = (
         r"\[ *\d+/ *\d+\] (\S+) +- \[.*?\], type = +(\S+), size = .*? MiB(?: -> .*?\((\S+)\))?\n"
@@ -180,7 +180,7 @@ def _quantise(
 
 @contextmanager
 def captured_log() -> Iterator[list[str]]:
-    """What llama.cpp logs, piece by piece."""
+    """The text that llama.cpp logs in the block."""
     pieces: list[str] = []
 
     def append(level: int, text: bytes, user_data: object) -> None:

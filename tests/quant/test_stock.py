@@ -30,7 +30,7 @@ from tests.quant import stock_llama
 from tests.quant.stock_llama import FULL, StockError
 
 MIXES = sorted({mix.name for mix in STOCK_MIXES.values()})
-# Any entry makes stock believe that there is importance; a dry run does not look further.
+# Any entry makes stock assume that there is importance; a dry run checks nothing else.
 SOME = {"x": np.ones(1, np.float32)}
 
 # Stock wants importance for at least one of their tensors.
@@ -160,7 +160,7 @@ def test_bytes_without_importance(small_model: Path, tmp_path: Path, mix: str) -
 
 @pytest.mark.parametrize("mix", REFUSED)
 def test_refused_without_importance(small_model: Path, tmp_path: Path, mix: str) -> None:
-    """And for the tensor that stock names."""
+    """Both refuse, because of the tensor that stock names."""
     with pytest.raises(StockError) as stock:
         stock_llama.stock_quantise(small_model, tmp_path / "x", STOCK_MIXES[mix].file_type)
     types = our_types(SMALL, mix, False)
@@ -186,7 +186,7 @@ def compare_files(source: Path, target: Path, mix: str, measured: bool) -> None:
 
 @cache
 def our_hash(model: Path, name: str, type_name: str, measured: bool) -> str:
-    """Of what our encoder makes of a tensor; most tensors have one type in many mixes."""
+    """A hash of an encoded tensor; cached, because a tensor has the same type in many mixes."""
     source = stock_llama.tensors_of(model)[name]
     if source.type == "F32":
         return hash_of(stock_llama.read_bytes(model, source))

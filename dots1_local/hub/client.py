@@ -6,6 +6,7 @@ their hashes; this module does.
 """
 
 import hashlib
+import os
 import re
 import time
 import warnings
@@ -166,7 +167,8 @@ def find_repo(name: str, revision: str | None, endpoint: str | None = None) -> H
     from huggingface_hub import constants
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # warnings would appear between ours
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()  # its warnings would appear between our lines
     warnings.filterwarnings("ignore", module=r"huggingface_hub\.")
     endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
     api = _api(endpoint)

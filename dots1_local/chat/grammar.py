@@ -129,8 +129,12 @@ class Grammar:
         if schema is False or not isinstance(schema, bool | dict):
             raise UsageError(f"the schema is {brief(schema)}, not an object")
         _check_bounds(schema)
-        described = {} if schema is True else closed
-        return cls(LLMatcher.grammar_from_json_schema(described, overrides=_OPTIONS), engine)
+        text = json.dumps({} if schema is True else closed)
+        try:
+            source = LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS)
+        except ValueError as error:  # such as a number that no float holds
+            raise UsageError(f"the schema is not supported: {_sentence(str(error))}") from None
+        return cls(source, engine)
 
     @classmethod
     def json_object(cls, engine: Engine) -> Self:
@@ -222,9 +226,17 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 def _check_bounds(schema: Any) -> None:
     """Refuse bounds for which llguidance 1.9 allows the excluded one: 0 if 0 < x <= 0.5."""
     for part in _objects(schema):
-        given = {key: part[key] for key in _BOUNDS if type(part.get(key)) in (int, float)}
-        excluded = [value for key, value in given.items() if "exclusive" in key and value % 1 == 0]
-        near = len(given) > 1 and max(given.values()) - min(given.values()) < 1
+        more = part["allOf"] if isinstance(part.get("allOf"), list) else []
+        given = [
+            (key, each[key])
+            for each in (part, *more)
+            for key in _BOUNDS
+            if isinstance(each, dict) and type(each.get(key)) in (int, float)
+            if abs(each[key]) < 1 << 53  # larger ones are further apart, or no float at all
+        ]
+        values = [value for _, value in given]
+        excluded = [value for key, value in given if "exclusive" in key and value % 1 == 0]
+        near = len(values) > 1 and max(values) - min(values) < 1
         if excluded and near and part.get("type") != "integer":
             raise UsageError(
                 f"the schema excludes {excluded[0]} from a range of numbers narrower than 1, which "

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dots1_local.errors import UsageError
 from tests.chat.conftest import Compile
@@ -48,6 +50,11 @@ TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
         (thing(["a"], a=False), ["required"]),
         ({"type": "number", "minimum": 0, "exclusiveMaximum": 1, "multipleOf": 1e-30}, ["digits"]),
         ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, ["0", "narrower"]),
+        (
+            {"type": "number", "allOf": [{"exclusiveMaximum": 0}, {"minimum": -0.5}]},
+            ["0", "narrower"],
+        ),
+        ({"type": "number", "exclusiveMinimum": 10**400, "maximum": 0.5}, ["number"]),
         ({"const": float("nan")}, ["not JSON"]),
         ({"const": "\ud800"}, ["not JSON"]),
         ({"const": "x" * 300_000}, ["262,144"]),
@@ -150,3 +157,33 @@ def test_a_schema_is_refused_or_its_answers_take_little_time(
         if not allowed.size or not matcher.accept(int(allowed[0])):
             break
         assert time.monotonic() - begun < 1
+
+
+KEYWORDS = st.sampled_from(
+    [
+        "type", "enum", "const", "properties", "required", "additionalProperties", "items",
+        "prefixItems", "minItems", "minLength", "pattern", "format", "minimum", "exclusiveMaximum",
+        "multipleOf", "anyOf", "allOf", "oneOf", "$ref", "$defs", "$id", "nullable", "x-guidance",
+    ]
+)  # fmt: skip
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(["string", "number", "object", "array", "#", "#/$defs/a", "^(?i)a{2,3}"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYWORDS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(schema=st.dictionaries(KEYWORDS, VALUES, max_size=6))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_any_value_is_a_grammar_or_one_sentence(compiled: Compile, schema: Any) -> None:
+    problem = ""
+    try:
+        compiled(schema)
+    except UsageError as error:
+        problem = str(error)
+    assert "\n" not in problem

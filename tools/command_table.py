@@ -5,8 +5,6 @@
 It replaces what stands between `<!-- commands -->` and `<!-- /commands -->`.
 """
 
-import re
-import sys
 from pathlib import Path
 
 from dots1_local.cli.repl.commands import COMMANDS
@@ -15,7 +13,6 @@ from dots1_local.cli.repl.loop import Command
 __all__ = ["render"]
 
 PAGE = Path(__file__).parent.parent / "docs" / "chat.md"
-BLOCK = re.compile(r"(?<=<!-- commands -->\n).*?(?=<!-- /commands -->)", re.DOTALL)
 
 
 def render() -> str:
@@ -33,13 +30,5 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
-def main() -> None:
-    """Rewrite the block in docs/chat.md."""
-    text = PAGE.read_text(encoding="utf-8")
-    if not BLOCK.search(text):
-        sys.exit(f"{PAGE.name} has no lines <!-- commands --> and <!-- /commands -->")
-    PAGE.write_text(BLOCK.sub(lambda _: render(), text), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    replace_block(PAGE, "commands", render())

@@ -19,6 +19,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from dots1_local.cli import app
+from tools.doc_block import replace_block
 from tools.make_gguf import write_gguf
 from tools.make_wide import published_config
 
@@ -26,7 +27,6 @@ __all__ = ["MIXES", "cell", "render"]
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-BLOCK = re.compile(r"(?<=<!-- machines -->\n).*?(?=<!-- /machines -->)", re.DOTALL)
 MACHINES = ("24gb-64gb", "24gb-128gb", "2x24gb-128gb", "12gb-96gb", "cpu-96gb")
 # Name, recipe, with an importance matrix or without.
 MIXES = (
@@ -84,13 +84,5 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
-def main() -> None:
-    """Rewrite the block in README.md."""
-    text = README.read_text(encoding="utf-8")
-    if not BLOCK.search(text):
-        sys.exit(f"{README.name} has no lines <!-- machines --> and <!-- /machines -->")
-    README.write_text(BLOCK.sub(lambda _: render(), text), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    replace_block(README, "machines", render())

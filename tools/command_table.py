@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dots1_local.cli.repl.commands import COMMANDS
 from dots1_local.cli.repl.loop import Command
+from tools.doc_block import replace_block
 
 __all__ = ["render"]
 

@@ -1,5 +1,6 @@
 """Finding a server and its model, and the errors if there is none."""
 
+import gzip
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from dots1_local.chat.remote.server import Server
 from dots1_local.errors import Dots1Error, UsageError
 from tests.chat.remote.conftest import Talk, say
 from tests.openai_server import VLLM_MODELS, Played, answer, as_json, playing, refused
+
+BOMB = gzip.compress(bytes(1 << 28))  # 256 MiB
 
 
 def test_opening_waits_for_a_model_that_is_loading(
@@ -93,6 +96,7 @@ def listening(reply: bytes | None) -> Iterator[str]:
         (b'HTTP/1.1 200 OK\r\n\r\n{"data": 7}', "models"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, "models"),
         (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\nnot gzip", "cannot use"),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + BOMB, "models"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "cut"),
         (b"HTTP/1.1 200 OK\r\nContent-Type: x; charset=zip\r\n\r\n{}", "models"),
         (None, "0.2 seconds"),

@@ -25,7 +25,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return scores
 
 
-def test_is_the_textbooks_definition() -> None:
+def test_agrees_with_the_textbook_definition() -> None:
     random = np.random.default_rng(0)
     p, q = random.normal(0, 2, (2, 50, 300)).astype(np.float32)
     targets = random.integers(0, 300, 50).astype(np.int32)
@@ -51,7 +51,7 @@ def test_is_the_textbooks_definition() -> None:
     assert (result.per_token == rows["kld"].astype(np.float32)).all()
 
 
-def test_what_the_base_finds_impossible_does_not_count() -> None:
+def test_tokens_that_the_base_finds_impossible_do_not_count() -> None:
     p = np.array([[0, -15.9, -16, -30]], np.float32)
     q = np.array([[0, -1e5, -1e8, -1e8]], np.float32)
     rows = compare(encode(p), q, np.zeros(1, np.int32))
@@ -65,7 +65,7 @@ def test_the_first_of_equal_tokens_is_the_top() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 11, 40])
-def test_few_or_equal_rows_leave_undefined_what_is_undefined(count: int) -> None:
+def test_undefined_statistics_of_few_or_equal_rows_are_nan(count: int) -> None:
     rows = np.zeros((1, count), ROW)
     rows["nll"], rows["same_top"] = 2, True
     result = summarise(rows, n_ctx=2 * count + 2)
@@ -84,14 +84,14 @@ def test_ten_tokens_have_no_error(count: int, known: bool) -> None:
     assert isnan(result.correlation) == (count < 10)
 
 
-def test_the_place_of_a_percentile_is_found_in_float32() -> None:
+def test_percentiles_are_interpolated_in_float32() -> None:
     rows = np.zeros((1, 1_000_004), ROW)
     rows["kld"][0, 999_003:] = 1  # 0.999 * 1,000,003 is 999,002.997; in float32 it is 999,003
     assert summarise(rows, n_ctx=2_000_010).kl_percentiles[99.9] == 1
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_no_numbers_are_refused(broken: float) -> None:
+def test_logits_that_are_not_finite_are_refused(broken: float) -> None:
     p = np.zeros((2, 5), np.float32)
     q = p.copy()
     q[1, 3] = broken
@@ -113,7 +113,7 @@ def test_counts_every_token_by_thirds_of_a_decade() -> None:
     assert found == {"1.0e-03": 2, "2.2e-03": 1, "4.6e-03": 2, "1.0e-02": 1}
 
 
-def test_what_rounding_made_zero_or_negative_is_below() -> None:
+def test_zero_and_negative_values_are_in_the_first_row() -> None:
     assert counts(draw(-2e-6, 0, 5e-8)) == {"below": 3}
     assert counts(draw(-1, 1.1e-7)) == {"below": 1, "1.0e-07": 1}
 

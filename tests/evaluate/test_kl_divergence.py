@@ -46,9 +46,7 @@ def test_rounds_as_llama_perplexity_does_when_it_saves(
         assert str(result) == f"PPL = {printed}"
 
 
-def test_by_file_and_by_model_alike_is_what_llama_perplexity_prints(
-    base: Path, noisy: Path
-) -> None:
+def test_file_and_model_give_what_llama_perplexity_prints(base: Path, noisy: Path) -> None:
     printed = PRINTED.read_text(encoding="utf-8")
     by_file = kl_divergence(noisy, logits=BASE, threads=1)
     assert f"{by_file}\n" == printed
@@ -106,7 +104,7 @@ def test_contradictions_are_refused(base: Path, noisy: Path) -> None:
         kl_divergence(noisy, logits=BASE, n_ctx=512)
 
 
-def test_longer_chunks_than_the_model_was_trained_for_are_warned_of(tmp_path: Path) -> None:
+def test_chunks_beyond_the_trained_context_cause_a_warning(tmp_path: Path) -> None:
     model = write_random_gguf(tmp_path / "model.gguf")
     n_ctx, slots = 2 * CONFIG.max_position_embeddings, 4 + len(TOKENS)
     file = tmp_path / "long.kld"
@@ -147,7 +145,7 @@ def test_an_existing_file_is_refused_before_the_model_is_loaded(tmp_path: Path) 
     assert path.read_bytes() == BASE.read_bytes()
 
 
-def test_progress_tells_how_it_goes(noisy: Path) -> None:
+def test_progress_shows_the_figures_so_far(noisy: Path) -> None:
     told: list[tuple[int, int, str]] = []
     kl_divergence(
         noisy,

@@ -102,7 +102,7 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: Damage) -> None:
 @pytest.mark.parametrize(
     "head", [(np.nan, -5), (1e-4, np.nan), (np.inf, -np.inf), (-1e-4, 0), (1, -5), (1e-4, -1e30)]
 )
-def test_rows_that_are_no_probabilities_are_refused(
+def test_rows_that_are_not_log_probabilities_are_refused(
     tmp_path: Path, head: tuple[float, float]
 ) -> None:
     path = tmp_path / "bad.kld"
@@ -114,7 +114,7 @@ def test_rows_that_are_no_probabilities_are_refused(
             file.rows(1, 0, SCORED)
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(Dots1Error, match=f"cannot read {path}|{path} is not a logits file"):
             LogitsFile.open(path)
@@ -234,9 +234,7 @@ def test_a_full_disk_is_found_before_the_first_byte(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
-def test_a_disk_that_fills_up_is_said_to_be_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_becomes_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 

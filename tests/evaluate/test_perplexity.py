@@ -17,7 +17,7 @@ from tests.verify.patch import rewrite
 TEXT = "".join(chr(33 + index * index % 90) for index in range(700))  # no merge applies
 
 
-def test_of_a_model_that_knows_nothing_is_the_vocabulary(tmp_path: Path) -> None:
+def test_a_model_that_knows_nothing_has_the_vocabulary_size(tmp_path: Path) -> None:
     zeros = np.zeros((CONFIG.vocab_size, CONFIG.hidden_size), np.float32)
     path = write_random_gguf(tmp_path / "zero.gguf", tensors={"output.weight": zeros})
     result = perplexity(path, TEXT, n_ctx=64, threads=1)
@@ -65,7 +65,7 @@ def test_chunks_begin_with_bos_where_the_model_wants_one(tmp_path: Path) -> None
     assert perplexity(plain, TEXT, n_ctx=8, threads=1).value != pytest.approx(expected, rel=1e-2)
 
 
-def test_is_what_transformers_logits_give(tiny: Path, converted: Converted) -> None:
+def test_agrees_with_transformers_logits(tiny: Path, converted: Converted) -> None:
     text = read_text(tiny / "heldout.txt")[:3000]
     with Engine.open(converted("F32"), n_ctx=64) as engine:
         tokens = engine.tokenize(text, special=False)
@@ -98,7 +98,7 @@ def test_a_short_text_is_refused(tmp_path: Path) -> None:
     assert perplexity(path, TEXT[:128], n_ctx=64, threads=1).chunks == 2
 
 
-def test_text_is_read_as_it_is(tmp_path: Path) -> None:
+def test_text_is_read_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes("a\r\nb\n中\n\n".encode())
     assert read_text(path) == "a\r\nb\n中\n"  # llama-perplexity drops one newline

@@ -1,4 +1,4 @@
-"""Makes a worker's device do in llama.cpp's plans what a GPU's backend does, to test without one.
+"""Makes a worker's device behave in llama.cpp's plans like a GPU, to test without a GPU.
 
 The engine asks backends through tables of functions (`ggml-backend-impl.h`). Here some of a
 device's are replaced by ours, which answer as ggml-cuda's do; computing is not to be tried then.
@@ -28,14 +28,14 @@ _AddDependency = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p)
 
 @contextmanager
 def fetching_device(device: int) -> Iterator[None]:
-    """This device wants weights from RAM for at least 32 rows (`..._device_offload_op`)."""
+    """Let this device fetch weights from RAM for at least 32 rows (`..._device_offload_op`)."""
     with _replaced(device, _OFFLOAD_OP, _OffloadOp(_wants_weights)):
         yield
 
 
 @contextmanager
 def like_cuda(device: int, buffer_type: int, attention_bytes: int) -> Iterator[None]:
-    """Flash attention takes more bytes, and the inputs of a sum of experts are kept.
+    """Make flash attention take more bytes, and keep the inputs of a sum of experts.
 
     See `ggml_cuda_flash_attn_ext_get_alloc_size` and `ggml_backend_cuda_graph_optimize`.
     """
@@ -81,7 +81,7 @@ def _wants_weights(_: int, tensor: int) -> bool:
 
 
 def _keep_experts(_: int, graph: int, parameters: int) -> None:
-    """Keep what experts put out, and their weights, until the sum over them is computed."""
+    """Keep the experts' outputs and their weights until the sum over them is computed."""
     count = c_int.from_address(graph + _N_NODES).value
     first = c_void_p.from_address(graph + _NODES).value or 0
     nodes = {_name(node): node for node in (c_size_t * count).from_address(first)}

@@ -1,4 +1,4 @@
-"""Made-up machines with round figures, for calculations by hand."""
+"""Invented machines with round figures, for calculations by hand."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ def speed(
     upload_pageable: float = 0,
     repacked: Mapping[str, Rate] | None = None,
 ) -> Speed:
-    """A device that bytes alone hold up, unless it says otherwise."""
+    """A device whose bandwidth is its only limit unless other limits are given."""
     return Speed(
         bandwidth,
         matmul or {"F32": NO_LIMIT},
@@ -44,7 +44,7 @@ def machine(
     worker: Speed | None = None,
     disk: float | None = None,
 ) -> Hardware:
-    """`ram` bytes, a CUDA device for each of `gpus`, an RPC device for each of `workers`."""
+    """A machine with `ram` bytes, and a device for each size in `gpus` and in `workers`."""
     devices = [
         Device(f"CUDA{n}", "CUDA", "a GPU", nbytes, nbytes, gpu) for n, nbytes in enumerate(gpus)
     ]

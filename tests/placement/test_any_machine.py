@@ -1,4 +1,4 @@
-"""What holds of every placement, whatever the machine, the model and the wishes."""
+"""Properties of every placement, for any machine, model and options."""
 
 import json
 import re
@@ -73,7 +73,9 @@ def machines(draw: st.DrawFn) -> Hardware:
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data(), hardware=machines())
-def test_any_machine(models: list[GGUFFile], data: st.DataObject, hardware: Hardware) -> None:
+def test_a_placement_for_any_machine_is_sound(
+    models: list[GGUFFile], data: st.DataObject, hardware: Hardware
+) -> None:
     model = models[data.draw(st.integers(0, len(models) - 1))]
     context = data.draw(st.sampled_from((None, 1, 256, 1000, 8192, 32768, 131072, 1 << 20)))
     kv_type = data.draw(st.sampled_from((None, *KV_TYPES)))
@@ -86,7 +88,7 @@ def test_any_machine(models: list[GGUFFile], data: st.DataObject, hardware: Hard
 
 
 def check_memory(model: GGUFFile, hardware: Hardware, placement: Placement) -> None:
-    """Nothing is too small, but RAM if it is said, and then the file itself is read."""
+    """Check that only RAM can lack memory; this is reported, and the file is mapped then."""
     over = []
     for name, usage in footprint(ModelGraph.read(model), placement).items():
         margin = GPU_RESERVE if name.startswith("CUDA") else RAM_RESERVE
@@ -112,7 +114,7 @@ def check_order(model: GGUFFile, placement: Placement) -> None:
     assert least is None or least >= 64  # heads are rows: with 32, each token's would be fetched
 
 
-def test_no_token_that_is_written_fetches_norms(models: list[GGUFFile]) -> None:
+def test_decoding_does_not_fetch_norms(models: list[GGUFFile]) -> None:
     slow, fast = speed(1e8), speed(1e12, upload=1e12, upload_pageable=1e12)
     for cpu, gpu in ((slow, fast), (None, None)):
         hardware = machine(200 * GB, (12 * GB,), cpu=cpu, gpu=gpu)
@@ -121,7 +123,7 @@ def test_no_token_that_is_written_fetches_norms(models: list[GGUFFile]) -> None:
         assert placement.offload_min_batch == 64
 
 
-def test_what_is_not_fetched_fits_as_well(models: list[GGUFFile]) -> None:
+def test_a_placement_that_fetches_nothing_fits_too(models: list[GGUFFile]) -> None:
     # Where nothing is fetched, buffers are larger on a GPU that gets what experts in RAM made.
     shipped = find_hardware("2x24gb-128gb")
     gpu = shipped.devices[0].speed
@@ -133,19 +135,19 @@ def test_what_is_not_fetched_fits_as_well(models: list[GGUFFile]) -> None:
 
 
 @pytest.mark.parametrize("context", [1 << 20, 1 << 24])
-def test_contexts_that_no_gpu_has_room_for(models: list[GGUFFile], context: int) -> None:
+def test_contexts_that_do_not_fit_any_gpu(models: list[GGUFFile], context: int) -> None:
     hardware = machine(128 * GB, (24 * GB,))
     placement = place(models[4], hardware, context=context)
     check_memory(models[4], hardware, placement)
 
 
 @pytest.mark.parametrize("context", [0, -1, (1 << 24) + 1])
-def test_contexts_that_are_none(models: list[GGUFFile], context: int) -> None:
+def test_impossible_contexts_are_refused(models: list[GGUFFile], context: int) -> None:
     with pytest.raises(UsageError, match="1 to 16,777,216 tokens"):
         place(models[0], machine(), context=context)
 
 
-def test_a_gpu_is_given_no_kv_cache_that_it_cannot_attend_to(models: list[GGUFFile]) -> None:
+def test_a_gpu_does_not_get_a_kv_cache_that_it_cannot_read(models: list[GGUFFile]) -> None:
     # ggml_cuda_fattn_kv_type_supported of ggml-cuda/fattn.cu lists all but IQ4_NL
     def planned(gpus: Sequence[int], **speeds: Any) -> Placement:
         return place(models[1], machine(gpus=tuple(gpus), **speeds), kv_type="iq4_nl")

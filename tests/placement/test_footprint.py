@@ -1,4 +1,4 @@
-"""Predicted bytes of every device against what the engine itself reserves, on two workers.
+"""Compare predicted bytes of every device with what the engine reserves on two workers.
 
 Files are sparse and have the real widths: the engine plans everything and allocates nothing. Small
 ones it really loads. All that connects to a worker runs in a child process, as in test_loading.
@@ -110,7 +110,7 @@ def endpoints() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def run(endpoints: list[str]) -> Iterator[Run]:
-    """Call a function of this module in the one child process that has the workers."""
+    """Call a function of this module in the child process that is connected to the workers."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         yield lambda function, *values: pool.submit(function, endpoints, *values).result()
 
@@ -193,7 +193,7 @@ def test_fetched_weights_lie_on_the_first_device(
 
 
 def taken_by_a_gpu(workers: Sequence[str], path: Path, decisions: Decisions) -> dict[str, Sizes]:
-    """The same where the first worker fetches weights from RAM, as the backends of GPUs do."""
+    """What the engine takes if the first worker fetches weights from RAM like a GPU."""
     with fetching_device(backends.add_worker(workers[0])[0].handle):
         return taken(workers, path, decisions)
 
@@ -204,7 +204,7 @@ def taken_by_a_gpu(workers: Sequence[str], path: Path, decisions: Decisions) -> 
     ("context", "ubatch", "kv_type"),
     [(32768, 512, "Q8_0"), (16384, 2048, "Q4_0"), (8192, 4096, "BF16"), (8192, 512, "F16")],
 )
-def test_cuda_computes_in_more(
+def test_cuda_needs_larger_buffers(
     six: Path, run: Run, monkeypatch: pytest.MonkeyPatch, place: str, context: int, ubatch: int,
     kv_type: str, sequences: int,
 ) -> None:  # fmt: skip
@@ -233,7 +233,7 @@ def compute_of(path: Path, device: str, **decisions: Any) -> int:
     return footprint(read_graph(path), placement)[device].compute
 
 
-def test_only_what_is_not_repacked_is_fetched(six: Path) -> None:
+def test_repacked_weights_do_not_lie_in_the_gpus_buffer(six: Path) -> None:
     experts = {"overrides": [("ffn_(gate|up)_exps", "CPU")], "context": 512}
     gate = 128 * 1408 * 4096 * 144 // 256
     assert compute_of(six, "CUDA0", **experts) > gate
@@ -243,7 +243,7 @@ def test_only_what_is_not_repacked_is_fetched(six: Path) -> None:
     assert compute_of(six, "RPC0", **experts) < gate
 
 
-def test_says_what_does_not_fit_together(six: Path, tmp_path: Path) -> None:
+def test_a_placement_or_file_of_another_model_is_refused(six: Path, tmp_path: Path) -> None:
     graph = read_graph(six)
     with pytest.raises(UsageError, match=r"62 blocks.*six\.gguf has 6"):
         footprint(graph, replace(placement_for(six, {}), blocks=62))
@@ -252,7 +252,7 @@ def test_says_what_does_not_fit_together(six: Path, tmp_path: Path) -> None:
         read_graph(path)
 
 
-def test_the_real_file_by_hand(six: Path) -> None:
+def test_bytes_by_role_are_as_calculated_by_hand(six: Path) -> None:
     decisions = {"layers": {"RPC0": 7}, "overrides": [(r"\.5\..*_exps", "CPU")], "context": 1000}
     usage = footprint(read_graph(six), placement_for(six, decisions))
     gate, down = 128 * 1408 * 4096 * 144 // 256, 128 * 1408 * 4096 * 22 // 32

@@ -136,7 +136,7 @@ def test_plans_are_the_goldens(machine: str, file: str, models: dict[str, GGUFFi
 
 
 @pytest.mark.parametrize(("machine", "file"), CASES)
-def test_goldens_are_what_the_table_says(machine: str, file: str) -> None:
+def test_goldens_agree_with_the_table(machine: str, file: str) -> None:
     placement = load_placement(GOLDENS / f"{machine}-{file}.json")
     counts = counts_of(placement)
     table = (GOLDENS / "by_hand.md").read_text()
@@ -163,7 +163,7 @@ def test_gpus_are_filled(machine: str, file: str, models: dict[str, GGUFFile]) -
 
 
 @pytest.mark.parametrize(("machine", "file"), CASES)
-def test_decode_is_what_a_hand_calculates(
+def test_decode_agrees_with_the_calculation_by_hand(
     machine: str, file: str, models: dict[str, GGUFFile]
 ) -> None:
     placement, hardware = load_placement(GOLDENS / f"{machine}-{file}.json"), find_hardware(machine)

@@ -1,4 +1,4 @@
-"""Predicted memory against hand calculations and against what the engine itself reserves.
+"""Compare predicted memory with hand calculations and with what the engine reserves.
 
 The engine loads sparse files at the real widths with `no_alloc`: it plans everything and allocates
 nothing.
@@ -62,7 +62,7 @@ def test_reads_memory(text: str, gpus: list[int], ram: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "64GB", "24GB gpu +", "24GB gpu, 64GB ram", "0x24GB gpu", "much ram", "0GB ram"]
 )
-def test_refuses_what_is_no_memory(text: str) -> None:
+def test_text_that_is_not_a_memory_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"not a (memory|size)"):
         parse_memory(text)
 
@@ -233,7 +233,7 @@ def _reserve(
     flash_attention: bool = True,
     kv_type: str = "f16",
 ) -> str:
-    """What the engine logs when it makes this context."""
+    """Make a context, and return what the engine logs."""
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ubatch, n_ubatch
     params.n_outputs_max, params.flash_attn_type = n_outputs, int(flash_attention)

@@ -35,7 +35,7 @@ def test_reads_what_it_writes(tmp_path: Path) -> None:
     assert load_placement(write(tmp_path / "plan.json", predicted={"x": 1})) == PLACEMENT
 
 
-def test_one_that_says_nothing_of_sequences_is_for_one(tmp_path: Path) -> None:
+def test_sequences_default_to_one(tmp_path: Path) -> None:
     content = PLACEMENT.to_json()
     del content["sequences"]
     (tmp_path / "plan.json").write_text(json.dumps(content))
@@ -99,7 +99,7 @@ def test_finds_the_device_of_a_tensor(tensor: str, device: str) -> None:
         ({"version": 2}, ["another version"]),
     ],
 )
-def test_says_what_is_wrong_with_an_edited_one(
+def test_an_error_in_an_edited_plan_is_named(
     tmp_path: Path, changes: dict[str, Any], words: list[str]
 ) -> None:
     path = write(tmp_path / "plan.json", **changes)

@@ -1,4 +1,4 @@
-"""Placements of the real geometry, judged by sums over the tensors that they name."""
+"""Placements of the real geometry, checked by sums over their tensors."""
 
 import json
 from collections import defaultdict
@@ -47,7 +47,7 @@ def gpus(*sizes: int, ram: int = 128, **options: Any) -> Hardware:
 
 
 def held(model: GGUFFile, placement: Placement) -> dict[str, dict[str, int]]:
-    """Bytes by device and role, the KV cache among them."""
+    """Bytes by device and role, including the KV cache."""
     sums: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
     for tensor in model.tensors:
         sums[placement.device_of(tensor.name)][str(role_of(tensor.name))] += tensor.nbytes
@@ -92,7 +92,7 @@ def test_only_one_layer_is_divided(model: GGUFFile) -> None:
             assert all(after == before + 1 for before, after in pairwise(layers))
 
 
-def test_precision_of_the_kv_cache_is_lowered_only_where_it_must_be(model: GGUFFile) -> None:
+def test_the_kv_cache_is_quantised_only_if_it_must_be(model: GGUFFile) -> None:
     # 16k tokens take 16.6 GB in F16 and 8.8 GB in Q8_0, other weights of every token 7.6 GB.
     assert place(model, gpus(32)).kv_type == "F16"
     assert place(model, gpus(24)).kv_type == "Q8_0"
@@ -113,7 +113,7 @@ def test_routers_and_shared_experts_come_before_routed_ones(model: GGUFFile, vra
         assert sum(by_device["CUDA0"].values()) < vram * GB - GPU_RESERVE
 
 
-def test_layers_whose_kv_cache_is_in_ram_attend_there(model: GGUFFile) -> None:
+def test_layers_whose_kv_cache_is_in_ram_compute_attention_there(model: GGUFFile) -> None:
     placement = place(model, gpus(12))
     in_ram = [layer for layer in range(62) if placement.device_of_layer(layer) == "CPU"]
     assert in_ram == list(range(len(in_ram)))
@@ -190,7 +190,7 @@ def test_a_worker_is_used_where_it_helps(model: GGUFFile) -> None:
     assert sum(held(model, placement)["CPU"].values()) < 48 * GB - RAM_RESERVE
 
 
-def test_two_small_machines_without_gpus_share_a_model(model: GGUFFile) -> None:
+def test_two_machines_without_gpus_share_a_model(model: GGUFFile) -> None:
     hardware = gpus(ram=64, workers=(64 * GB,), worker=CPU_SPEED)
     hardware = replace(hardware, devices=tuple(
         replace(each, speed=speed(60e9, upload=1e8, upload_pageable=1e8)) for each in
@@ -209,7 +209,7 @@ def test_limits(model: GGUFFile) -> None:
     assert place(model, gpus(24), threads=3).threads == 3
 
 
-def test_sequences_have_room_for_a_context_each(model: GGUFFile) -> None:
+def test_each_sequence_has_room_for_its_context(model: GGUFFile) -> None:
     placement = place(model, gpus(24), sequences=4, context=4096)
     assert (placement.sequences, placement.context, placement.tokens) == (4, 4096, 16384)
     graph = ModelGraph.read(model)
@@ -223,12 +223,14 @@ def test_sequences_have_room_for_a_context_each(model: GGUFFile) -> None:
 
 
 @pytest.mark.parametrize(("sequences", "context"), [(1, 16384), (2, 8192), (4, 4096), (16, 4096)])
-def test_the_usual_context_is_shared_out(model: GGUFFile, sequences: int, context: int) -> None:
+def test_the_default_context_is_divided_among_sequences(
+    model: GGUFFile, sequences: int, context: int
+) -> None:
     placement = place(model, gpus(ram=512), sequences=sequences)
     assert (placement.sequences, placement.context) == (sequences, context)
 
 
-def test_heads_of_all_sequences_are_too_few_to_fetch_norms_for(model: GGUFFile) -> None:
+def test_decoding_several_sequences_does_not_fetch_norms(model: GGUFFile) -> None:
     # 4 tokens have 128 rows of heads, so that with 64 those of layers in RAM would be fetched
     unmeasured = gpus(12, cpu=None, gpu=None)
     assert place(model, unmeasured).offload_min_batch == 64
@@ -240,7 +242,9 @@ def test_heads_of_all_sequences_are_too_few_to_fetch_norms_for(model: GGUFFile) 
     (0, "1 to 256 sequences .*, not 0"), (257, "not 257"),
     (256, "256 × 16,777,216 tokens"),
 ])  # fmt: skip
-def test_more_sequences_than_there_can_be(model: GGUFFile, sequences: int, sentence: str) -> None:
+def test_impossible_numbers_of_sequences_are_refused(
+    model: GGUFFile, sequences: int, sentence: str
+) -> None:
     with pytest.raises(UsageError, match=sentence):
         place(model, gpus(24), context=1 << 24, sequences=sequences)
 
@@ -289,7 +293,7 @@ def test_says_what_is_short_and_what_would_fit(model: GGUFFile) -> None:
     assert "of what RAM has to hold read from disk at 2.0 GB/s, it would write" in str(found)
 
 
-def test_says_what_would_fit_of_sequences(model: GGUFFile) -> None:
+def test_says_which_context_of_each_sequence_would_fit(model: GGUFFile) -> None:
     hardware = gpus(ram=96)
     found = short(model, hardware, sequences=4, context=4096)
     alone = short(model, hardware, context=16384)
@@ -315,7 +319,7 @@ def test_a_much_too_large_model_still_gets_a_placement(model: GGUFFile) -> None:
     assert "would fit" in str(found)
 
 
-def test_nothing_is_short_of_what_fits(model: GGUFFile) -> None:
+def test_a_placement_that_fits_lacks_nothing(model: GGUFFile) -> None:
     hardware = gpus(24)
     placement = place(model, hardware)
     assert explain_shortfall(ModelGraph.read(model), hardware, placement) is None

@@ -1,4 +1,4 @@
-"""Predicted seconds against calculations by hand, and splits against what llama.cpp counts."""
+"""Compare predicted seconds with calculations by hand, and splits with llama.cpp's."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_the_kv_type_counts(graph: ModelGraph) -> None:
     assert model.decode(99) == pytest.approx((ALL_ON_CPU + 100 * CELL * 34 / 64) / 1e6)
 
 
-def test_arithmetic_counts_where_it_takes_longer_than_reading(graph: ModelGraph) -> None:
+def test_arithmetic_counts_if_it_takes_longer_than_reading(graph: ModelGraph) -> None:
     slow = speed(1e18, matmul={"F32": Rate(1e6, 1e6)}, attention={"F16": Rate(5e5, 5e5)})
     model = SpeedModel(graph, machine(cpu=slow), CPU_ONLY)
     attention = 3 * 2 * 64 * 100 / 5e5  # 100 keys and values of 64 numbers in 3 layers
@@ -138,14 +138,14 @@ def test_repacked_weights_are_not_fetched(graph: ModelGraph) -> None:
     assert model.prefill(200) == pytest.approx(2 * ROUTED / 2e6, rel=0.1)
 
 
-def test_a_gpu_that_has_no_layer_fetches_too(graph: ModelGraph) -> None:
+def test_a_gpu_without_layers_fetches_too(graph: ModelGraph) -> None:
     head = replace(CPU_ONLY, overrides=(("^output.weight", "CUDA0"),), offload_min_batch=64)
     model = SpeedModel(graph, one_gpu(upload=1e18), replace(head, host_memory="pinned"))
     # all but the KV cache, which is copied, as that of layers in RAM is
     assert model.prefill(200) == pytest.approx(200 * CELL / 2e6, rel=0.02)
 
 
-def test_a_head_is_a_row_where_norms_are_fetched(graph: ModelGraph) -> None:
+def test_norms_by_head_have_a_row_for_each_head(graph: ModelGraph) -> None:
     # 2 heads: up to a minimum of 2 each token's q and k go to the GPU and back, in 3 layers
     hardware = one_gpu(split=1.0, upload=1e18)
     placement = replace(CPU_ONLY, layers={"CUDA0": 1}, offload_min_batch=3)
@@ -171,7 +171,7 @@ def test_break_even_is_where_fetching_begins_to_pay(graph: ModelGraph) -> None:
     assert model.break_even() == 32
 
 
-def test_what_ram_does_not_hold_comes_from_disk(graph: ModelGraph) -> None:
+def test_weights_that_do_not_fit_ram_come_from_disk(graph: ModelGraph) -> None:
     path = graph.gguf.files[0]
     weights = sum(tensor.nbytes for tensor in graph.gguf.tensors)
     kv, compute = 1024 * CELL, 2_000_000
@@ -215,18 +215,18 @@ def test_splits_are_llama_cpps(
 
 
 def test_nodes_are_llama_cpps(graph: ModelGraph) -> None:
-    """It counts 107 but views; three take rows out of the embedding and of the last layer."""
+    """llama.cpp counts 107 without views; 3 take rows of the embedding and of the last layer."""
     nodes = machine(cpu=speed(1e18, node=1))
     assert SpeedModel(graph, nodes, CPU_ONLY).decode(0) == pytest.approx(107 - 3)
 
 
-def test_knows_what_was_not_measured() -> None:
+def test_tells_if_a_machine_is_not_measured() -> None:
     assert not is_measured(machine(), [])
     assert is_measured(machine(cpu=speed(1)), [])
     assert not is_measured(machine(gpus=(GB,), cpu=speed(1)), ["CUDA0"])
 
 
-def test_another_architecture_is_a_sentence(tmp_path: Path) -> None:
+def test_another_architecture_and_missing_tensors_are_named(tmp_path: Path) -> None:
     path = write_random_gguf(tmp_path / "other.gguf", architecture="llama")
     with pytest.raises(GGUFError, match="architecture 'llama'"):
         ModelGraph.read(GGUFFile.open(path))

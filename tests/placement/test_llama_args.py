@@ -1,4 +1,4 @@
-"""Command lines, written by hand from what llama.cpp's common/arg.cpp takes."""
+"""Command lines against ones written by hand after llama.cpp's common/arg.cpp."""
 
 import re
 from dataclasses import replace
@@ -59,7 +59,7 @@ def test_two_gpus() -> None:
     )
 
 
-def test_buffers_of_workers_have_a_name_of_their_own() -> None:
+def test_buffers_of_workers_are_named_by_worker() -> None:
     placement = replace(
         CPU_ONLY,
         layers={"RPC0": 0, "RPC1": 10},
@@ -112,7 +112,7 @@ def test_overrides_of_experts_name_parts() -> None:
     ]
 
 
-def test_lent_layers_keep_what_is_needed_where_their_kv_cache_is() -> None:
+def test_norms_and_attn_output_stay_with_a_kv_cache_in_ram() -> None:
     [(pattern, device)] = gpu_weight_overrides({0: "CUDA0", 1: "CUDA0"})
     parts = [
         "attn_norm", "attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm", "attn_output",

@@ -25,7 +25,7 @@ MACHINE = Hardware(
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> ModelGraph:
-    """A dense layer and six others of the real widths, headers alone."""
+    """The header of a model of the real widths: a dense layer and six others."""
     path = tmp_path_factory.mktemp("wide") / "wide.gguf"
     config = published_config(num_hidden_layers=7)
     return ModelGraph.read(GGUFFile.open(write_gguf(path, config, headers_only=True)))

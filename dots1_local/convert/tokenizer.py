@@ -35,14 +35,14 @@ class _AddedToken(msgspec.Struct):
     special: bool
 
 
-class _Model(msgspec.Struct):
+class _BpeModel(msgspec.Struct):
     type: Literal["BPE"]
     vocab: Annotated[dict[str, int], msgspec.Meta(min_length=1)]
     merges: list[str | list[str]]
 
 
 class _TokenizerFile(msgspec.Struct):
-    model: _Model
+    model: _BpeModel
     added_tokens: list[_AddedToken]
     pre_tokenizer: Any = None
 
@@ -60,7 +60,7 @@ class Tokenizer:
     chat_template: str | None
 
     def write(self, writer: GGUFWriter) -> None:
-        """Add the keys. Without add_bos_token, llama.cpp would begin every text with token 11."""
+        """Add the keys. With add_bos_token true, llama.cpp would begin every text with token 11."""
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2")
         writer.add_token_list(list(self.tokens))
@@ -100,7 +100,7 @@ def read_tokenizer(folder: Path, vocab_size: int, end_tokens: list[int]) -> Toke
     return Tokenizer(tokens, types, merges, eos, eot, pad, _chat_template(folder))
 
 
-def _merges(model: _Model) -> Iterator[str]:
+def _merges(model: _BpeModel) -> Iterator[str]:
     for merge in model.merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if len(pair) != 2 or "".join(pair) not in model.vocab:

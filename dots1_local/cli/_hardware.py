@@ -63,7 +63,7 @@ def _show(machine: "Hardware") -> None:
     print(f"{machine.name}: {machine.cores} cores, {machine.engine}")
     print(f"{machine.source}\n")
     devices = [machine.cpu, *machine.devices]
-    header = ("device", "what it is", "free", "of", "reads", "a node", "a split")
+    header = ("device", "description", "free", "total", "reads", "per node", "per split")
     print_table(header, [_device_row(device) for device in devices], numbers_from=2)
     print()
     for line in _links(machine):

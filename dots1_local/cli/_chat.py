@@ -1,11 +1,11 @@
 """`dots1 chat`: talk to a model, or ask it one question."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -13,10 +13,12 @@ from dots1_local.cli import _options as shared
 from dots1_local.cli._options import argument, flag, option, verb
 from dots1_local.cli._output import notice, plain, print_json
 from dots1_local.errors import UsageError
+from dots1_local.progress import Progress
 
 if TYPE_CHECKING:
     from dots1_local.chat.conversation import Conversation
     from dots1_local.chat.dialogue import Dialogue
+    from dots1_local.chat.message import AnswerStats
     from dots1_local.chat.sampling import Sampling
 
 __all__ = ["ChatOptions", "chat"]
@@ -95,10 +97,7 @@ def chat(options: ChatOptions) -> None:
             _converse(session, options, source, conversation)
             return
         with save_at_end(session, options.session):
-            if options.json:
-                _answer_as_json(session, question)
-            else:
-                _answer(session, question, markdown=not (options.plain or options.raw))
+            _answer(session, question, options)
 
 
 def _check(options: ChatOptions) -> None:
@@ -215,50 +214,44 @@ def _converse(
     repl.run()
 
 
-def _answer(session: "Dialogue", question: str, *, markdown: bool) -> None:
-    """Print one answer on stdout, and its figures on stderr if that is a terminal."""
-    from dots1_local.cli.repl.answer import notify, print_answer, print_status
+def _answer(session: "Dialogue", question: str, options: ChatOptions) -> None:
+    """Print one answer on stdout; exit with 130 if Ctrl-C stopped it, as shells do."""
+    from dots1_local.cli.repl import answer
 
-    with _exit_if_interrupted(session):
-        print_answer(lambda progress: session.ask(question, progress=progress), markdown=markdown)
-        if session.stats is not None:
-            notify(session.stats, session.n_ctx)
-        print_status(session)
-
-
-def _answer_as_json(session: "Dialogue", question: str) -> None:
-    from dots1_local.cli.repl.answer import stream
+    def ask(progress: Progress) -> Generator[str, None, None]:
+        return session.ask(question, progress=progress)
 
     pieces: list[str] = []
-    with _exit_if_interrupted(session):
-        stream(lambda progress: session.ask(question, progress=progress), pieces.append)
-        stats = session.stats
-        if stats is not None:
-            speed = stats.prompt_speed
-            print_json(
-                {
-                    "text": "".join(pieces),
-                    "stop": stats.stop,
-                    "seed": session.sampling.seed,
-                    "prompt_tokens": stats.prompt_tokens,
-                    "reused_tokens": stats.reused_tokens,
-                    "generated_tokens": None if stats.estimate else stats.generated_tokens,
-                    "dropped_turns": stats.dropped_turns,
-                    "prompt_tokens_per_second": speed and round(speed, 2),
-                    "generated_tokens_per_second": round(stats.generation_speed, 2),
-                    "model": session.model,
-                }
-            )
-
-
-@contextmanager
-def _exit_if_interrupted(session: "Dialogue") -> Iterator[None]:
-    """Exit with 130 if Ctrl-C came before or in the answer, as shells do."""
-    from dots1_local.cli.repl.answer import NotAnswered
-
     try:
-        yield
-    except NotAnswered:
+        if options.json:
+            answer.stream(ask, pieces.append)
+        else:
+            answer.print_answer(ask, markdown=not (options.plain or options.raw))
+    except answer.NotAnswered:
         raise typer.Exit(130) from None
-    if session.stats is not None and session.stats.stop == "interrupted":
+    stats = session.stats
+    if stats is None:
+        return
+    if options.json:
+        print_json(_answer_json(session, stats, "".join(pieces)))
+    else:
+        answer.notify(stats, session.n_ctx)
+        answer.print_status(session)
+    if stats.stop == "interrupted":
         raise typer.Exit(130)
+
+
+def _answer_json(session: "Dialogue", stats: "AnswerStats", text: str) -> dict[str, Any]:
+    speed = stats.prompt_speed
+    return {
+        "text": text,
+        "stop": stats.stop,
+        "seed": session.sampling.seed,
+        "prompt_tokens": stats.prompt_tokens,
+        "reused_tokens": stats.reused_tokens,
+        "generated_tokens": None if stats.estimate else stats.generated_tokens,
+        "dropped_turns": stats.dropped_turns,
+        "prompt_tokens_per_second": speed and round(speed, 2),
+        "generated_tokens_per_second": round(stats.generation_speed, 2),
+        "model": session.model,
+    }

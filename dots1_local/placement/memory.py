@@ -113,12 +113,10 @@ def compute_bytes(
     `n_outputs` tokens of a ubatch have logits. If `fetched` is not 0, the routed experts are in RAM
     in matrices of `fetched` bytes, and the device copies them.
     """
-    tokens = min(n_ubatch, n_ctx)
-    outputs = min(n_outputs, tokens)
-    ubatch = UbatchShape(tokens, outputs, 1, kv_cells(n_ctx), kv_type.upper(), flash_attention)
+    tokens, cells = min(n_ubatch, n_ctx), kv_cells(n_ctx)
+    ubatch = UbatchShape(tokens, min(n_outputs, tokens), 1, cells, kv_type.upper(), flash_attention)
     own, copied = PlacedWeight(device), PlacedWeight(CPU, fetched, fetched=True)
-    parts: list[list[tuple[str, PlacedWeight]]]
-    parts = [[] for _ in range(config.num_hidden_layers + 1)]
+    parts: list[list[tuple[str, PlacedWeight]]] = [[] for _ in range(config.num_hidden_layers + 1)]
     for spec in inventory(config):
         if spec.role != "embedding":
             weight = copied if fetched and spec.role == "routed" else own

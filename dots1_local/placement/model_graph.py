@@ -21,7 +21,6 @@ __all__ = [
     "LayerSizes",
     "MatrixProduct",
     "ModelGraph",
-    "ModelOp",
     "UbatchWork",
     "count_work",
     "is_routed",
@@ -223,11 +222,9 @@ def count_work(
     runs: list[tuple[str, ModelOp]] = []
     for index, op in enumerate(graph.ops):
         if op.part == _ATTENTION:
-            # A KV cache in RAM is used, or copied to, where `attn_output` is multiplied.
-            device, output = kv_devices[op.layer], devices[index + 1]
-            if in_ram := device == CPU:
-                device = gpu if gpu and output == CPU and not only else output
-            attention[device, in_ram and device != CPU] += 1
+            output, kv = devices[index + 1], kv_devices[op.layer]
+            device, copied = _attention_device(kv, output, None if only else gpu)
+            attention[device, copied] += 1
         else:
             wanted = op.part in only if only else op.part != _HEAD  # the head has too few rows
             wanted = wanted and op.type not in unfetched
@@ -248,6 +245,14 @@ def matrix_product(op: ModelOp, home: str, gpu: str | None = None) -> MatrixProd
     routed, fetched = is_routed(op.part), home == CPU and gpu is not None
     device = gpu if fetched and gpu else home
     return MatrixProduct(device, op.type, op.nbytes, op.weights, routed, home == CPU, fetched)
+
+
+def _attention_device(kv: str, output: str, gpu: str | None) -> tuple[str, bool]:
+    """Where a layer computes attention, and whether its KV cache is copied there from RAM."""
+    if kv != CPU:
+        return kv, False
+    device = gpu if gpu and output == CPU else output  # where `attn_output` is multiplied
+    return device, device != CPU
 
 
 def _device_changes(

@@ -27,7 +27,6 @@ from dots1_local.placement.placement import Placement
 __all__ = [
     "UNMEASURED_DISK",
     "Forecast",
-    "SpeedAt",
     "SpeedModel",
     "forecast",
     "is_measured",
@@ -106,10 +105,9 @@ class SpeedModel:
         """The work of a ubatch if `gpu` copies weights from RAM, or only those of norms by head."""
         key = gpu, only_norms
         if key not in self._works:
-            placement = self._placement
-            kept = REPACKED if placement.host_memory == "repacked" else ()
-            kv = [placement.device_of_layer(layer) for layer in range(placement.blocks)]
-            only = _NORMS_BY_HEAD if only_norms else ()
+            placed, only = self._placement, _NORMS_BY_HEAD if only_norms else ()
+            kept = REPACKED if placed.host_memory == "repacked" else ()
+            kv = [placed.device_of_layer(layer) for layer in range(placed.blocks)]
             self._works[key] = count_work(self._graph, self._devices, kv, gpu, kept, only)
         return self._works[key]
 
@@ -251,11 +249,10 @@ def forecast(graph: ModelGraph, hardware: Hardware, placement: Placement) -> For
     model = SpeedModel(graph, hardware, placement)
     last = placement.context - 1
     contexts = [*(n for n in _CONTEXTS if n < last), last]
-    speeds = tuple(_speed_at(model, context, prompt) for context in contexts)
-    return Forecast(usage, free, speeds, prompt)
 
+    def speed_at(context: int) -> SpeedAt:
+        before = max(0, context - prompt)
+        decode, later = 1 / model.decode(context), 1 / model.decode(context + 1000)
+        return SpeedAt(context, prompt / model.prefill(prompt, before), decode, decode - later)
 
-def _speed_at(model: SpeedModel, context: int, prompt: int) -> SpeedAt:
-    before = max(0, context - prompt) if context else 0
-    decode, later = 1 / model.decode(context), 1 / model.decode(context + 1000)
-    return SpeedAt(context, prompt / model.prefill(prompt, before), decode, decode - later)
+    return Forecast(usage, free, tuple(map(speed_at, contexts)), prompt)

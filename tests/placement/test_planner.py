@@ -120,8 +120,8 @@ def test_layers_whose_kv_cache_is_in_ram_compute_attention_there(model: GGUFFile
     assert 0 < len(in_ram) < 62
     for layer in in_ram:
         assert placement.device_of(f"blk.{layer}.attn_output.weight") == "CPU"
-    lent = layers_on(model, placement, "CUDA0", "attn_q")
-    assert set(lent) & set(in_ram)
+    on_gpu = layers_on(model, placement, "CUDA0", "attn_q")
+    assert set(on_gpu) & set(in_ram)
 
 
 def test_a_kv_cache_that_the_cpu_reads_slowly_stays_on_the_gpu(model: GGUFFile) -> None:

@@ -183,26 +183,27 @@ def test_weights_that_do_not_fit_ram_come_from_disk(graph: ModelGraph) -> None:
 
 
 def test_attention_over_a_kv_cache_in_ram_stays_on_the_cpu(graph: ModelGraph) -> None:
-    lent = replace(EXPERTS_IN_RAM, layers={"CUDA0": 1}, overrides=tuple(gpu_weight_overrides(
+    on_gpu = replace(EXPERTS_IN_RAM, layers={"CUDA0": 1}, overrides=tuple(gpu_weight_overrides(
         dict.fromkeys(range(3), "CUDA0"))))  # fmt: skip
     gpu = speed(1e18, upload=1e18, upload_pageable=1e3)
     hardware = machine(gpus=(GB,), cpu=speed(1e6), gpu=gpu)
     on_cpu = 3 * ATTENTION // 4 + 2 * ROUTED // 4
-    seconds = SpeedModel(graph, hardware, lent).decode(99)
+    seconds = SpeedModel(graph, hardware, on_gpu).decode(99)
     assert seconds == pytest.approx((on_cpu + 100 * CELL) / 1e6)
     # with attn_output on the GPU, the KV cache is copied there for every token
-    moved = replace(lent, overrides=(("attn_output", "CUDA0"), *lent.overrides))
+    moved = replace(on_gpu, overrides=(("attn_output", "CUDA0"), *on_gpu.overrides))
     seconds = SpeedModel(graph, hardware, moved).decode(99)
     assert seconds == pytest.approx(2 * ROUTED / 4 / 1e6 + 100 * CELL / 1e3, rel=1e-3)
 
 
 LAST_EXPERTS = expert_overrides({2: dict.fromkeys(("up", "gate", "down"), "CPU")})
-LENT = (*gpu_weight_overrides({0: "RPC0", 1: "RPC0"}), *LAST_EXPERTS)
-BARE = (*ram_weight_overrides(range(2)), *LAST_EXPERTS)
+WEIGHTS_ON_GPU = (*gpu_weight_overrides({0: "RPC0", 1: "RPC0"}), *LAST_EXPERTS)
+WEIGHTS_IN_RAM = (*ram_weight_overrides(range(2)), *LAST_EXPERTS)
 
 
 @pytest.mark.parametrize(
-    ("layers", "overrides", "splits"), [(2, LENT, 16), (4, BARE, 20), (4, (("_exps", "CPU"),), 6)]
+    ("layers", "overrides", "splits"),
+    [(2, WEIGHTS_ON_GPU, 16), (4, WEIGHTS_IN_RAM, 20), (4, (("_exps", "CPU"),), 6)],
 )
 def test_splits_are_llama_cpps(
     graph: ModelGraph, layers: int, overrides: tuple[tuple[str, str], ...], splits: int

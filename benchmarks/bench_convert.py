@@ -31,8 +31,9 @@ from benchmarks.measure import Usage, forget, measure
 from dots1_local.architecture import inventory
 from dots1_local.convert import Conversion
 from dots1_local.errors import CheckpointError
-from dots1_local.files.checkpoint import Checkpoint, Slice, read_exactly
+from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.gguf_header import GGUFHeader
+from dots1_local.files.safetensors import Slice, read_exactly
 from dots1_local.ggml import to_float32
 from dots1_local.quant.encode import encode
 from dots1_local.quant.plan import PlannedTensor

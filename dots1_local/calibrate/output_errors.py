@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
 from dots1_local.errors import CheckpointError
-from dots1_local.files.checkpoint import Checkpoint, read_exactly
+from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.safetensors import read_exactly
 from dots1_local.ggml import TYPES, QuantType, to_float32
 from dots1_local.quant.encode import decode, encode
 from dots1_local.quant.importance import pad_columns

@@ -21,9 +21,10 @@ from dots1_local.architecture import TensorSpec
 from dots1_local.convert.shard_supply import ShardSupply
 from dots1_local.convert.writer import Journal, Output, TensorSlot
 from dots1_local.errors import CheckpointError, Dots1Error
-from dots1_local.files.checkpoint import Checkpoint, Slice, read_exactly
+from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.gguf import cores
 from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor
+from dots1_local.files.safetensors import Slice, read_exactly
 from dots1_local.ggml import to_float32
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import encode, is_valid

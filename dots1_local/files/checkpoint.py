@@ -1,17 +1,13 @@
 """A Hugging Face checkpoint, read lazily: headers first, rows when somebody asks for them.
 
-What is missing or corrupt is known before any work starts. This package parses the headers itself,
-not with `safetensors.safe_open`: a truncated or hostile file gets an error that names the tensor,
-24,000 tensors need no mappings, and reads go into buffers that the caller owns.
+What is missing or corrupt is known before any work starts.
 """
 
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,40 +17,13 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, TensorSpec
 from dots1_local.errors import CheckpointError
+from dots1_local.files.safetensors import Slice, read_exactly, read_header
 from dots1_local.ggml import to_float32
 
-__all__ = [
-    "INDEX", "SINGLE", "Checkpoint", "Slice", "header_length", "load_json", "promised_tensors",
-    "read_exactly", "read_header", "read_index", "tensor_table",
-]  # fmt: skip
+__all__ = ["INDEX", "SINGLE", "Checkpoint", "load_json", "promised_tensors", "read_index"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-_DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_MAX_HEADER = 100 << 20  # the safetensors format's own limit
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Where one tensor's bytes lie: contiguous, row-major, at `offset` in `file`."""
-
-    file: Path
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def item_bytes(self) -> int:
-        return _DTYPE_BYTES[self.dtype]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.item_bytes
-
-    def part(self, start: int, shape: tuple[int, ...]) -> "Slice":
-        """The `shape`d tensor that begins `start` elements into this one."""
-        return Slice(self.file, self.offset + start * self.item_bytes, self.dtype, shape)
 
 
 class Checkpoint:
@@ -189,17 +158,6 @@ class Checkpoint:
         return out
 
 
-def read_exactly(fd: int, buffer: NDArray[np.uint8], offset: int, path: Path) -> None:
-    """Fill `buffer` from `offset` of an open file; threads may share the descriptor."""
-    done = 0
-    while done < buffer.size:
-        data = os.pread(fd, buffer.size - done, offset + done)
-        if not data:
-            raise CheckpointError(f"{path} ended early; it was truncated while it was read")
-        buffer[done : done + len(data)] = np.frombuffer(data, np.uint8)
-        done += len(data)
-
-
 def load_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -292,76 +250,3 @@ def _unpack(slices: Mapping[str, Slice], config: Dots1Config) -> Iterator[tuple[
                 expert, part = divmod(index, len(parts))
                 name = f"{prefix}.{expert}.{parts[part]}_proj.weight"
                 yield name, packed.part(index * prod(piece), piece)
-
-
-def read_header(path: Path) -> dict[str, Slice]:
-    """The tensors of a safetensors file, by name."""
-    try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            length = header_length(path, file.read(8), size)
-            return tensor_table(path, file.read(length), size)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-
-
-def header_length(path: Path, start: bytes, size: int) -> int:
-    """The header's length in a file of `size` bytes; the first eight, in `start`, tell it.
-
-    Raises:
-        CheckpointError: the file is not a safetensors file.
-    """
-    length = int.from_bytes(start[:8], "little")
-    if len(start) < 8 or length > min(_MAX_HEADER, size - 8):
-        raise CheckpointError(f"{path} is not a safetensors file, or is truncated")
-    return length
-
-
-def tensor_table(path: Path, header: bytes, size: int) -> dict[str, Slice]:
-    """The tensors that a header names; every range is checked against the file's size.
-
-    Raises:
-        CheckpointError: the header is garbled, or promises more than the file holds.
-    """
-    try:
-        table = json.loads(header)
-    except (ValueError, RecursionError):
-        table = None
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{path} has a garbled safetensors header")
-    slices = {
-        name: _slice(path, name, entry, 8 + len(header), size)
-        for name, entry in table.items()
-        if name != "__metadata__"
-    }
-    _check_overlap(path, slices)
-    return slices
-
-
-def _check_overlap(path: Path, slices: Mapping[str, Slice]) -> None:
-    by_place = sorted(slices.items(), key=lambda item: (item[1].offset, item[1].nbytes))
-    for (first, left), (second, right) in pairwise(by_place):
-        if left.offset + left.nbytes > right.offset:
-            raise CheckpointError(f"{path} is corrupt: {first} and {second} share bytes")
-
-
-def _slice(path: Path, name: str, entry: Any, base: int, size: int) -> Slice:
-    try:
-        dtype, (start, end) = str(entry["dtype"]), entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
-    except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise CheckpointError(f"{path} has a garbled description of tensor {name}")
-    if dtype not in _DTYPE_BYTES:
-        raise CheckpointError(
-            f"{name} in {path.name} is {dtype!r}; dots1-local reads F32, F16 and BF16"
-        )
-    if end - start != prod(shape) * _DTYPE_BYTES[dtype]:
-        raise CheckpointError(f"{name} in {path.name} has {end - start} bytes for shape {shape}")
-    if base + end > size:
-        raise CheckpointError(
-            f"{path} is truncated: {name} ends at byte {base + end} of {size}; fetch it again"
-        )
-    return Slice(path, base + start, dtype, shape)

@@ -2,10 +2,11 @@
 
 import os
 import re
+import struct
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from dots1_local.architecture import Role
 from dots1_local.errors import GGUFError
@@ -15,9 +16,15 @@ if TYPE_CHECKING:  # numpy takes 100 ms, which verbs like `dots1 inspect` do wit
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["GGUFFile", "GGUFTensor", "OpenFiles", "Value", "cores", "role_of"]
+__all__ = [
+    "GGUFFile", "GGUFTensor", "OpenFiles", "Value", "cores", "pack_key", "pack_string", "role_of",
+]  # fmt: skip
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+
+# Kind of a key's value: GGUF's type id, struct's letter.
+_PACKED = {"u32": (4, "I"), "i32": (5, "i"), "f32": (6, "f"), "bool": (7, "?"), "string": (8, "")}
+_ARRAY = 9
 
 _ROLES: dict[str, Role] = {
     "token_embd": "embedding",
@@ -166,3 +173,25 @@ class OpenFiles:
             held = np.empty(size, np.uint8)
             setattr(self._local, name, held)
         return held[:size]
+
+
+def pack_key(key: str, kind: str, value: Any) -> bytes:
+    """A key with its value as GGUF stores them.
+
+    `kind` is "u32", "i32", "f32", "bool" or "string", or one of them with "[]" for a list.
+    """
+    type_id, layout = _PACKED[kind.removesuffix("[]")]
+    is_list = kind.endswith("[]")
+    values = value if is_list else [value]
+    head = (
+        struct.pack("<IIQ", _ARRAY, type_id, len(values)) if is_list else struct.pack("<I", type_id)
+    )
+    if layout:
+        return pack_string(key) + head + struct.pack(f"<{len(values)}{layout}", *values)
+    return b"".join([pack_string(key), head, *map(pack_string, values)])
+
+
+def pack_string(text: str) -> bytes:
+    """A string as GGUF stores it: its length in bytes, and UTF-8."""
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw

@@ -9,7 +9,8 @@ from dots1_local.architecture import inventory
 from dots1_local.files.gguf import GGUFFile, role_of
 
 if TYPE_CHECKING:
-    from dots1_local.files.checkpoint import Checkpoint, Slice
+    from dots1_local.files.checkpoint import Checkpoint
+    from dots1_local.files.safetensors import Slice
 
 __all__ = ["InspectedTensor", "Inspection", "inspect_path"]
 

@@ -18,14 +18,11 @@ from dots1_local.files.checkpoint import (
     INDEX,
     SINGLE,
     Checkpoint,
-    Slice,
-    header_length,
     load_json,
     promised_tensors,
-    read_header,
     read_index,
-    tensor_table,
 )
+from dots1_local.files.safetensors import Slice, header_length, read_header, tensor_table
 from dots1_local.hub.client import HubFile, HubRepo, find_repo, parallel_map
 
 __all__ = ["HubCheckpoint", "open_checkpoint", "open_hub"]

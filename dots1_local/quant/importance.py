@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
 from dots1_local.errors import Dots1Error
+from dots1_local.files.gguf import pack_key, pack_string
 from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor
 from dots1_local.files.partial_file import open_partial
 
@@ -307,38 +308,22 @@ def _header(
     chunk_size: int,
     extra: Mapping[str, str | int],
 ) -> bytes:
-    values: dict[str, str | int | Sequence[str]] = {
-        "general.type": "imatrix",
-        _DATASETS: datasets,
-        _CHUNKS: chunk_count,
-        _CHUNK_SIZE: chunk_size,
-        **extra,
-    }
-    parts = [b"GGUF" + struct.pack("<IQQ", 3, len(arrays), len(values))]
-    parts += [_string(key) + _value(value) for key, value in values.items()]
+    keys = [
+        pack_key("general.type", "string", "imatrix"),
+        pack_key(_DATASETS, "string[]", datasets),
+        pack_key(_CHUNKS, "u32", chunk_count),
+        pack_key(_CHUNK_SIZE, "u32", chunk_size),
+        *(pack_key(key, "u32" if isinstance(v, int) else "string", v) for key, v in extra.items()),
+    ]
+    parts = [b"GGUF" + struct.pack("<IQQ", 3, len(arrays), len(keys)), *keys]
     offset = 0
     for name, array in arrays.items():
         shape = array.shape if array.shape[0] > 1 else array.shape[1:]
-        parts.append(_string(name) + struct.pack("<I", len(shape)))
+        parts.append(pack_string(name) + struct.pack("<I", len(shape)))
         parts.append(struct.pack(f"<{len(shape)}Q", *reversed(shape)))
         parts.append(struct.pack("<IQ", 0, offset))
         offset += -(-array.size * 4 // _ALIGNMENT) * _ALIGNMENT
     return b"".join(parts)
-
-
-def _value(value: str | int | Sequence[str]) -> bytes:
-    """A GGUF value with its type before it."""
-    uint32, string, array = 4, 8, 9
-    if isinstance(value, int):
-        return struct.pack("<II", uint32, value)
-    if isinstance(value, str):
-        return struct.pack("<I", string) + _string(value)
-    return struct.pack("<IIQ", array, string, len(value)) + b"".join(map(_string, value))
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
 
 
 def _pad(file: BinaryIO) -> None:

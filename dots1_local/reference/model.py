@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
 from dots1_local.errors import CheckpointError
-from dots1_local.files.checkpoint import Checkpoint, read_exactly
+from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.safetensors import read_exactly
 from dots1_local.reference.layers import Observer, Weights, layer_forward, rms_norm
 
 __all__ = [

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
-from dots1_local.files.checkpoint import Checkpoint, Slice, read_exactly
+from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.gguf import GGUFFile, GGUFTensor, OpenFiles, cores, role_of
+from dots1_local.files.safetensors import Slice, read_exactly
 from dots1_local.ggml import TYPES, to_float32
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import decode

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dots1_local.errors import Dots1Error
-from dots1_local.files.gguf import GGUFFile
+from dots1_local.files.gguf import GGUFFile, pack_key
 from dots1_local.files.gguf_header import GGUFHeader
 from dots1_local.files.partial_file import (
     check_space,
@@ -21,13 +21,11 @@ from dots1_local.files.partial_file import (
     partial_path,
 )
 from dots1_local.progress import Progress, silent
-from dots1_local.verify.findings import KIND_IDS, Change, Report
+from dots1_local.verify.findings import Change, Report
 
 __all__ = ["check_output", "write_fixed"]
 
 _STEP = 64 << 20  # bytes copied between two calls of progress
-_FORMATS = {"u32": "<I", "f32": "<f", "bool": "<?"}
-_I32, _STRING = 5, 8  # enum gguf_type
 _NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -176,22 +174,4 @@ def changed_header(header: GGUFHeader, changes: Iterable[Change]) -> bytes:
 
 def _raw_key(change: Change) -> bytes:
     """A key with its value as GGUF stores them; empty for a key that is removed."""
-    if change.value is None:
-        return b""
-    return _string(change.key) + struct.pack("<I", KIND_IDS[change.kind]) + _value(change)
-
-
-def _value(change: Change) -> bytes:
-    value = change.value
-    if change.kind == "string":
-        return _string(str(value))
-    if not isinstance(value, list):
-        return struct.pack(_FORMATS[change.kind], value)
-    if change.kind == "string[]":
-        return struct.pack("<IQ", _STRING, len(value)) + b"".join(_string(str(v)) for v in value)
-    return struct.pack("<IQ", _I32, len(value)) + struct.pack(f"<{len(value)}i", *value)
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
+    return b"" if change.value is None else pack_key(change.key, change.kind, change.value)

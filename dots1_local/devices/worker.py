@@ -40,7 +40,7 @@ __all__ = ["keep_weights", "open_cache", "serve"]
 # Lines that llama.cpp's server logs.
 _SAVED = re.compile(r"saved to '.*([0-9a-f]{16})'")
 _REFUSED = ("Expected HELLO", "HELLO request size mismatch")
-_UNTELLING = ("{", "Accepted client", "Client connection closed")
+_ROUTINE = ("{", "Accepted client", "Client connection closed")
 _READ_ONLY = 0o400
 _ROOM = 1 << 20  # bytes
 
@@ -108,7 +108,7 @@ def _delete_incomplete(folder: Path) -> None:
 
 
 def keep_weights(file: Path) -> bool:
-    """Keep a file that the server has just written, unless the disk is full; whether it is kept."""
+    """Keep a file that the server has just written, unless the disk is full; return whether."""
     try:
         _check_room(file.parent)
         file.chmod(_READ_ONLY)
@@ -195,7 +195,7 @@ def _events(line: str, cache: Path | None) -> Iterator[str]:
 def _reason(status: int, log: Iterable[str]) -> str:
     if status == -signal.SIGKILL:
         return "the process was killed, perhaps because memory ran out"
-    lines = [line for line in log if line and not line.startswith(_UNTELLING)]
+    lines = [line for line in log if line and not line.startswith(_ROUTINE)]
     causes = [line for line in lines if "GGML_ASSERT" in line or "what():" in line]
     return (causes or lines or ["it did not say why"])[-1]
 

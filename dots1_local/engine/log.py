@@ -148,7 +148,7 @@ def compare(report: Report, predicted: Mapping[str, Usage]) -> tuple[Difference,
 
 
 def memory_warnings(report: Report, predicted: Mapping[str, Usage]) -> list[str]:
-    """A sentence for each device of which the engine took notably more or less than predicted.
+    """A sentence for each device on which the prediction was notably wrong.
 
     Scratch memory is left out, because the engine does not log it.
     """

@@ -140,7 +140,7 @@ def convert(options: ConvertOptions) -> None:
         budget = _memory_budget(checkpoint.config, options.fit_memory, options)
     conversion = _prepare(checkpoint, budget, split, options)
     file_bytes = conversion.file_bytes(split)
-    report.warn(conversion, options, budget, file_bytes)
+    report.warn(conversion, options.tensor_type or [], options.calibration, budget, file_bytes)
     files: tuple[Path, ...] = ()
     if options.output is not None and not options.dry_run:
         files = _run(conversion, options.output, split, options)

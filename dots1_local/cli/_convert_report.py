@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from json import loads
 from math import floor, log10
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dots1_local.cli._output import notice, print_sizes, print_table
 from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
-    from dots1_local.cli._convert import ConvertOptions
     from dots1_local.convert import Budget, Conversion
     from dots1_local.quant.allocation import Allocation, TypeChange
 
@@ -18,12 +18,16 @@ __all__ = ["show", "show_hub", "summary", "warn"]
 
 
 def warn(
-    conversion: "Conversion", options: "ConvertOptions", budget: "Budget | None", file_bytes: int
+    conversion: "Conversion",
+    overrides: Sequence[str],
+    calibration: Path | None,
+    budget: "Budget | None",
+    file_bytes: int,
 ) -> None:
     """Print what a person may not expect of this conversion."""
     for warnings in (
-        _importance_warnings(conversion, options, budget),
-        _override_warnings(conversion, options.tensor_type or []),
+        _importance_warnings(conversion, calibration, budget),
+        _override_warnings(conversion, overrides),
         _budget_warnings(conversion, budget, file_bytes),
     ):
         for warning in warnings:
@@ -31,11 +35,11 @@ def warn(
 
 
 def _importance_warnings(
-    conversion: "Conversion", options: "ConvertOptions", budget: "Budget | None"
+    conversion: "Conversion", folder: Path | None, budget: "Budget | None"
 ) -> Iterator[str]:
     from dots1_local.quant.sensitivity import load_sensitivity
 
-    recipe, importance, folder = conversion.plan.recipe, conversion.importance, options.calibration
+    recipe, importance = conversion.plan.recipe, conversion.importance
     if folder is not None and conversion.predicted_kl is None:
         yield (
             f"the KL divergence is not predicted, because {folder} does not hold measurements of "

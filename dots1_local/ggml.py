@@ -19,16 +19,7 @@ if TYPE_CHECKING:  # numpy takes 100 ms, which verbs like `dots1 inspect` do wit
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = [
-    "KV_TYPES",
-    "TYPES",
-    "QuantType",
-    "gpu_backends",
-    "library",
-    "library_folder",
-    "quant_type",
-    "to_float32",
-]
+__all__ = ["KV_TYPES", "TYPES", "QuantType", "gpu_backends", "library", "quant_type", "to_float32"]
 
 
 # Types that llama.cpp can keep a KV cache in.
@@ -38,7 +29,7 @@ _NO_GPU = ("base", "blas", "cpu", "rpc")
 _NAMES = {"darwin": "lib{}.dylib", "win32": "{}.dll"}
 
 
-def library_folder() -> Path:
+def _library_folder() -> Path:
     """The folder of llama-cpp-python's shared libraries."""
     spec = find_spec("llama_cpp")
     if spec is None or spec.origin is None:
@@ -49,7 +40,7 @@ def library_folder() -> Path:
 def gpu_backends() -> tuple[str, ...]:
     """The GPU backends whose libraries this build has, such as ("cuda",)."""
     names = {
-        path.name.partition("ggml-")[2].partition(".")[0] for path in library_folder().iterdir()
+        path.name.partition("ggml-")[2].partition(".")[0] for path in _library_folder().iterdir()
     }
     return tuple(sorted(name for name in names if name and not name.startswith(_NO_GPU)))
 
@@ -75,7 +66,7 @@ def _shared_object(name: str) -> Path:
     Wheels hold libggml-base.so, .so.0 and .so.0.1.2 as copies, not links. The loader opens the
     soname (.so.0); opening another copy would put a second ggml into the process.
     """
-    path = library_folder() / _NAMES.get(sys.platform, "lib{}.so").format(name)
+    path = _library_folder() / _NAMES.get(sys.platform, "lib{}.so").format(name)
     sonames = sorted(path.parent.glob(f"{path.name}.*"), key=lambda file: len(file.name))
     return sonames[0] if sonames else path
 

@@ -16,9 +16,18 @@ from dots1_local.errors import UsageError
 from dots1_local.files.json_file import JsonError, convert_json, read_json
 from dots1_local.files.partial_file import write_whole
 
-__all__ = ["Conversation", "load_conversation", "save_conversation", "state_path"]
+__all__ = ["Conversation", "Settings", "load_conversation", "save_conversation", "state_path"]
 
 _FORMAT, _KIND = "dots1-conversation", "saved conversation"
+
+
+@dataclass(frozen=True)
+class Settings(Sampling):
+    """Sampling, and the other options of a session that are saved."""
+
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    stop: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
+    overflow: Overflow = "drop"
 
 
 @dataclass(frozen=True)
@@ -30,18 +39,16 @@ class Conversation:
 
     model: str
     messages: tuple[Message, ...]
-    sampling: Sampling
-    max_tokens: int | None
-    stop: tuple[str, ...]
-    overflow: Overflow
+    settings: Settings
     unanswered: str = ""
 
     def apply(self, session: Dialogue) -> None:
-        """Put a session where this one was; an unanswered question is left to ask."""
+        """Give a session these messages and settings; an unanswered question is left to ask."""
+        given = vars(self.settings)
         session.messages = list(self.messages)
-        session.sampling = self.sampling
-        session.max_tokens = self.max_tokens
-        session.stop, session.overflow = self.stop, self.overflow
+        session.sampling = Sampling(**{each.name: given[each.name] for each in fields(Sampling)})
+        for name in ("max_tokens", "stop", "overflow"):
+            setattr(session, name, given[name])
 
 
 class _SavedMessage(Struct, frozen=True):
@@ -49,18 +56,11 @@ class _SavedMessage(Struct, frozen=True):
     text: str
 
 
-@dataclass(frozen=True)
-class _Settings(Sampling):
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    stop: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
-    overflow: Overflow = "drop"
-
-
 class _Document(Struct, frozen=True):
     format: Literal["dots1-conversation"]
     version: Literal[1]
     model: str
-    settings: _Settings
+    settings: Settings
     messages: list[_SavedMessage]
     unanswered: str = ""
 
@@ -121,17 +121,7 @@ def load_conversation(path: str | Path) -> Conversation:
         messages = _messages(document.messages)
     except (JsonError, UsageError) as error:
         raise UsageError(f"{path} is a damaged conversation: {error}") from None
-    settings = document.settings
-    sampling = Sampling(**{each.name: getattr(settings, each.name) for each in fields(Sampling)})
-    return Conversation(
-        document.model,
-        messages,
-        sampling,
-        settings.max_tokens,
-        settings.stop,
-        settings.overflow,
-        document.unanswered,
-    )
+    return Conversation(document.model, messages, document.settings, document.unanswered)
 
 
 def _read(path: Path) -> Any:

@@ -54,7 +54,7 @@ class Dialogue(ABC):
         max_tokens: int | None = None,
     ) -> None:
         self._sampling = sampling or Sampling()
-        self._raw = raw
+        self.raw = raw
         self.overflow: Overflow = overflow
         self.stop = stop
         self.max_tokens = max_tokens
@@ -117,17 +117,12 @@ class Dialogue(ABC):
         self._sampling = sampling
 
     @property
-    def raw(self) -> bool:
-        """Whether texts are completed without the chat template."""
-        return self._raw
-
-    @property
     def so_far(self) -> list[Message]:
         """The messages, with the question and the unfinished answer of an open turn."""
         if self._turn is None:
             return self.messages
-        answer = self._turn.answered()
-        return [*self._turn.messages, answer] if answer else self._turn.messages
+        answer = self._turn.answer.message()
+        return [*self._turn.messages, answer] if answer.text else self._turn.messages
 
     @abstractmethod
     def count(self, text: str) -> int | None:

@@ -136,11 +136,6 @@ class Grammar:
             raise UsageError(f"the schema is not supported: {_sentence(str(error))}") from None
         return cls(source, engine)
 
-    @classmethod
-    def json_object(cls, engine: Engine) -> Self:
-        """Compile the grammar of any JSON object."""
-        return cls.of_json_schema({"type": "object"}, engine)
-
     def matcher(self) -> Matcher:
         """Return the state of an answer that has no tokens yet."""
         return Matcher(self._compiled.deep_copy(), self._ends, self._n_vocab)

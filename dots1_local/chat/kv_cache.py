@@ -36,13 +36,14 @@ class KVCache:
         new = len(tokens) - common
         progress(0, new, "tokens", "reading")
         for start in range(common, len(tokens), self._engine.n_ubatch):
-            self._append(tokens[start : start + self._engine.n_ubatch])
+            self.append(tokens[start : start + self._engine.n_ubatch])
             progress(len(self._tokens) - common, new, "tokens", "reading")
         return common
 
-    def add(self, token: int) -> None:
-        """Compute one more token."""
-        self._append([token])
+    def append(self, tokens: Sequence[int]) -> None:
+        """Compute up to a ubatch of further tokens."""
+        self._engine.decode(tokens, len(self._tokens))
+        self._tokens += tokens
 
     def keep(self, tokens: Sequence[int]) -> int:
         """Drop all but the common prefix with `tokens`; return its length."""
@@ -70,10 +71,6 @@ class KVCache:
         if restore_state(state, self._engine):
             self._tokens = list(state.tokens)
             self._saved = (path.absolute(), state.tokens)
-
-    def _append(self, tokens: Sequence[int]) -> None:
-        self._engine.decode(tokens, len(self._tokens))
-        self._tokens += tokens
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

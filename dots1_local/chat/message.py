@@ -3,13 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = [
-    "AnswerStats",
-    "Message",
-    "Stats",
-    "StopReason",
-    "ToolCall",
-]
+__all__ = ["AnswerStats", "Message", "Stats", "StopReason", "ToolCall"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +35,11 @@ StopReason = Literal["end", "stop", "length", "context", "interrupted"]
 
 @dataclass(frozen=True)
 class AnswerStats:
-    """Tokens and seconds of an answer; unknown figures are None.
+    """Tokens and seconds of an answer; figures that a server does not give are None.
 
-    With `estimate`, `generated_tokens` is an estimate. A `stop` of "end" is the model's own end,
-    and "stop" is a stop string. `dropped_turns` is how many turns were dropped to make room.
+    `reused_tokens` of the prompt were in the KV cache. With `estimate`, `generated_tokens` is an
+    estimate. A `stop` of "end" is the model's own end, and "stop" is a stop string. `dropped_turns`
+    is how many turns were dropped to make room.
     """
 
     prompt_tokens: int | None
@@ -77,15 +72,10 @@ class AnswerStats:
 
 @dataclass(frozen=True)
 class Stats(AnswerStats):
-    """Statistics of an engine's answer, with every figure; reused tokens were in the KV cache."""
+    """Statistics of an engine's answer, which knows how many tokens its prompt has."""
 
     prompt_tokens: int
     reused_tokens: int
-
-    @property
-    def prompt_speed(self) -> float:
-        """Tokens per second of the part of the prompt that was computed."""
-        return _speed(self.prompt_tokens - self.reused_tokens, self.prompt_seconds)
 
 
 def _speed(tokens: int, seconds: float) -> float:

@@ -40,11 +40,7 @@ class Sampler:
             engine.n_vocab, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
         )
         self._answer_penalty = llama.llama_sampler_init_penalties(
-            engine.n_vocab,
-            engine.n_ctx,
-            1.0,
-            sampling.frequency_penalty,
-            sampling.presence_penalty,
+            engine.n_vocab, engine.n_ctx, 1.0, sampling.frequency_penalty, sampling.presence_penalty
         )
         penalties = self._prompt_penalty, self._answer_penalty
         for step in (*_bias(sampling.logit_bias, engine.n_vocab), *penalties, *_steps(sampling)):

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from dots1_local.chat.dialogue import SYSTEM_PROMPT, Dialogue, Overflow, SessionOptions
+from dots1_local.chat.dialogue import Dialogue, SessionOptions
 from dots1_local.chat.kv_cache import KVCache, common_prefix
 from dots1_local.chat.kv_state import AnswerTokens, opened_state
-from dots1_local.chat.message import Message, Stats, StopReason
+from dots1_local.chat.message import Message, Stats
 from dots1_local.chat.prompt import Prompter, RawPrompter
 from dots1_local.chat.sampler import Sampler
 from dots1_local.chat.sampling import Sampling
@@ -25,7 +25,7 @@ from dots1_local.engine.log import Difference, compare
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.progress import Progress, silent
 
-__all__ = ["SYSTEM_PROMPT", "Overflow", "Session", "Stats", "StopReason"]
+__all__ = ["Session"]
 
 _ORDINARY = (1, 6)  # NORMAL and BYTE of enum llama_token_type
 
@@ -56,7 +56,6 @@ class Session(Dialogue):
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are sampled; setting it restarts the random numbers."""
         return self._sampling
 
     @sampling.setter
@@ -67,17 +66,14 @@ class Session(Dialogue):
 
     @property
     def model(self) -> str:
-        """The name of the model's file."""
         return self._engine.gguf.files[0].name
 
     @property
     def n_ctx(self) -> int:
-        """Tokens the context holds."""
         return self._engine.n_ctx
 
     @property
     def context_used(self) -> int:
-        """Tokens in the KV cache now."""
         return len(self._cache)
 
     @property
@@ -86,7 +82,6 @@ class Session(Dialogue):
         return compare(self._engine.report, self._engine.predicted)
 
     def count(self, text: str) -> int:
-        """Return how many tokens a text is."""
         return len(self._prompter.content(Message("user", text)))
 
     def save_state(self, path: str | Path, progress: Progress = silent) -> int:
@@ -165,7 +160,7 @@ class Session(Dialogue):
     def _continue(self, turn: EngineTurn, token: int) -> bool:
         """Compute the last token of the answer; return False if the context has no room for it."""
         if turn.size < self.n_ctx:
-            self._cache.add(token)
+            self._cache.append([token])
             return True
         self._fit(turn)
         if turn.size >= self.n_ctx:

@@ -108,11 +108,6 @@ class Turn:
     answer: PartialAnswer
     dropped: int = field(default=0, kw_only=True)
 
-    def answered(self) -> Message | None:
-        """Return the answer so far; None while it has no text."""
-        message = self.answer.message()
-        return message if message.text else None
-
 
 @dataclass
 class EngineTurn(Turn):

@@ -233,7 +233,8 @@ def histogram(values: NDArray[np.float32]) -> str:
     """
     if not values.size:
         return "no tokens"
-    places = np.clip(np.searchsorted(_edges(), values, side="right"), 0, _HIGHEST - _LOWEST)
+    edges = (10 ** (np.arange(_LOWEST, _HIGHEST) / 3)).astype(np.float32)
+    places = np.clip(np.searchsorted(edges, values, side="right"), 0, _HIGHEST - _LOWEST)
     counts = np.bincount(places)
     marks = np.searchsorted(np.cumsum(counts), np.array(_MARKS) / 100 * (values.size - 1), "right")
     first = int(places.min())
@@ -246,10 +247,6 @@ def histogram(values: NDArray[np.float32]) -> str:
         bar = _bar(count / int(counts.max()))
         rows.append(f"{label:>8} {count:>11,}  {bar:<{_WIDTH}} {names}".rstrip())
     return "\n".join(rows)
-
-
-def _edges() -> NDArray[np.float32]:
-    return (10 ** (np.arange(_LOWEST, _HIGHEST) / 3)).astype(np.float32)
 
 
 def _bar(share: float) -> str:

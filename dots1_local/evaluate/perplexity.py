@@ -90,17 +90,16 @@ def perplexity(
         GGUFError: the model cannot be loaded.
         Dots1Error: the logits file exists, cannot be written, or does not fit the disk.
     """
-    target = None if save_logits is None else Path(save_logits)
-    if target is not None:
-        check_logits_target(target, force)
+    if save_logits is not None:
+        check_logits_target(Path(save_logits), force)
     with ExitStack() as stack:
         where = {"placement": placement, "workers": workers, "notify": notify}
         engine = stack.enter_context(open_engine(path, n_ctx, threads, **where))
         chunks = cut(engine, text, n_ctx, n_chunks)
         writer = None
-        if target is not None:
-            writer = LogitsWriter(target, chunks, engine.n_vocab, force=force)
-            stack.enter_context(writer)
+        if save_logits is not None:
+            file = LogitsWriter(Path(save_logits), chunks, engine.n_vocab, force=force)
+            writer = stack.enter_context(file)
         pool = stack.enter_context(thread_pool(threads))
         losses = np.empty((len(chunks), n_ctx - n_ctx // 2 - 1))
         loss = negative_log if writer is None else negative_log32

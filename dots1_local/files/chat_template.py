@@ -130,11 +130,7 @@ def _json(
 ) -> str:
     """Write JSON as transformers does; Jinja's own filter escapes < and & as for a web page."""
     return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 

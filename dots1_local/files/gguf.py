@@ -144,15 +144,11 @@ class OpenFiles:
         Raises:
             GGUFError: the file ends early or cannot be read.
         """
+        from dots1_local.files.safetensors import read_exactly
+
         buffer = self.buffer("stored", count)
-        done = 0
         try:
-            fd = self.descriptor(path)
-            while done < count:
-                got = os.preadv(fd, [buffer[done:].data], offset + done)
-                if not got:
-                    raise GGUFError(f"{path} ended early; it was truncated while it was read")
-                done += got
+            read_exactly(self.descriptor(path), buffer, offset, path, GGUFError)
         except OSError as error:
             raise GGUFError(f"cannot read {path}: {error.strerror}") from None
         return buffer

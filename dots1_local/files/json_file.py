@@ -75,8 +75,10 @@ def convert_json(value: Any, kind: type[_Converted]) -> _Converted:
     """
     try:
         return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise _validation_error(str(error)) from None
+    except msgspec.ValidationError as error:  # such as "Expected `int`, got `str` - at `$.a[0]`"
+        reason, _, path = str(error).partition(" - at ")
+        reason = re.sub(r"`(.+?)`", r"\1", reason[:1].lower() + reason[1:])
+        raise JsonError(reason, path.strip("`").removeprefix("$").removeprefix(".")) from None
 
 
 def read_json(path: str | Path, name: str) -> Any:
@@ -89,13 +91,6 @@ def read_json(path: str | Path, name: str) -> Any:
         return parse_json(_read_bytes(Path(path), name))
     except JsonError as error:
         raise UsageError(f"{path} is not a {name}: {error}") from None
-
-
-def _validation_error(message: str) -> JsonError:
-    """Rewrite msgspec's "Expected `int`, got `str` - at `$.a[0]`"."""
-    reason, _, path = message.partition(" - at ")
-    reason = re.sub(r"`(.+?)`", r"\1", reason[:1].lower() + reason[1:])
-    return JsonError(reason, path.strip("`").removeprefix("$").removeprefix("."))
 
 
 def _read_bytes(path: Path, name: str) -> bytes:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dots1_local.errors import CheckpointError
+from dots1_local.errors import CheckpointError, Dots1Error
 
 __all__ = ["Slice", "header_length", "read_exactly", "read_header", "tensor_table"]
 
@@ -120,12 +120,21 @@ def _slice(path: Path, name: str, entry: Any, base: int, size: int) -> Slice:
     return Slice(path, base + start, dtype, shape)
 
 
-def read_exactly(fd: int, buffer: NDArray[np.uint8], offset: int, path: Path) -> None:
-    """Fill `buffer` from `offset` of an open file; threads may share the descriptor."""
+def read_exactly(
+    fd: int,
+    buffer: NDArray[np.uint8],
+    offset: int,
+    path: Path,
+    error: type[Dots1Error] = CheckpointError,
+) -> None:
+    """Fill `buffer` from `offset` of an open file; threads may share the descriptor.
+
+    Raises:
+        CheckpointError: the file ends early; `error` may be another kind.
+    """
     done = 0
     while done < buffer.size:
-        data = os.pread(fd, buffer.size - done, offset + done)
-        if not data:
-            raise CheckpointError(f"{path} ended early; it was truncated while it was read")
-        buffer[done : done + len(data)] = np.frombuffer(data, np.uint8)
-        done += len(data)
+        count = os.preadv(fd, [buffer[done:].data], offset + done)
+        if not count:
+            raise error(f"{path} ended early; it was truncated while it was read")
+        done += count

@@ -14,13 +14,7 @@ import uvicorn
 
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
-from dots1_local.serve.http.app import (
-    BACKLOG,
-    IDLE_SECONDS,
-    Connection,
-    make_app,
-    raise_file_limit,
-)
+from dots1_local.serve.http.app import BACKLOG, IDLE_SECONDS, Connection, make_app, raise_file_limit
 from dots1_local.serve.http.service import Model, Service
 from dots1_local.serve.scheduler import Scheduler
 

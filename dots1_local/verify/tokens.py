@@ -153,9 +153,8 @@ def _vocabulary(gguf: GGUFFile, tokens: list[str]) -> Iterator[str]:
         if embeds and tensor.shape[:1] != (len(tokens),):
             shape = list(tensor.shape)
             yield f"there are {len(tokens)} tokens for {tensor.name} of {shape}: {REFUSES}"
-    for token, count in Counter(filter(None, tokens)).most_common(
-        1
-    ):  # llama.cpp renames empty ones
+    named = filter(None, tokens)  # llama.cpp gives empty ones a name
+    for token, count in Counter(named).most_common(1):
         if count > 1:
             yield f"the token {brief(token)} occurs {count} times: {ABORTS}"
     if not isinstance(types, list):

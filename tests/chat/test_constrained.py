@@ -74,9 +74,9 @@ def test_every_answer_is_valid(
 
 
 def test_any_object(engine: Engine) -> None:
+    grammar = Grammar.of_json_schema({"type": "object"}, engine)
     answers = [
-        written(engine, Grammar.json_object(engine), Sampling(1.5, seed=seed, logit_bias=BRIEF))
-        for seed in range(8)
+        written(engine, grammar, Sampling(1.5, seed=seed, logit_bias=BRIEF)) for seed in range(8)
     ]
     assert all(isinstance(json.loads(answer), dict) for answer in answers if answer is not None)
     assert any(answers)
@@ -177,4 +177,4 @@ def test_a_file_that_does_not_say_where_answers_end_is_refused(tmp_path: Path) -
         Engine.open(path, n_ctx=64, threads=1) as engine,
         pytest.raises(Dots1Error, match=r"model\.gguf"),
     ):
-        Grammar.json_object(engine)
+        Grammar.of_json_schema({"type": "object"}, engine)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dots1_local.chat.conversation import (
     Conversation,
+    Settings,
     load_conversation,
     save_conversation,
     state_path,
@@ -138,7 +139,7 @@ def test_an_unusable_path_is_one_sentence(talk: Talk, tmp_path: Path, name: str)
 def test_missing_settings_have_defaults(tmp_path: Path) -> None:
     messages = (Message("system", "S"), Message("user", "中"), Message("assistant", "文"))
     assert load_conversation(written(tmp_path)) == Conversation(
-        "dots.gguf", messages, Sampling(temperature=0.5), 9, ("x",), "drop"
+        "dots.gguf", messages, Settings(0.5, max_tokens=9, stop=("x",), overflow="drop")
     )
 
 

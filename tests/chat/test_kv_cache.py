@@ -15,7 +15,7 @@ def test_only_what_is_new_is_computed(tmp_path: Path, submitted: list[int]) -> N
     with Engine.open(path, n_ctx=64, n_ubatch=8, threads=1) as engine:
         cache = KVCache(engine)
         assert cache.hold(TEXT) == 0
-        cache.add(1)
+        cache.append([1])
         assert (submitted, len(cache)) == ([8, 8, 3, 1], 20)
         submitted.clear()
         assert cache.hold([*TEXT, 1, 2]) == 20

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from dots1_local.chat.message import Message
+from dots1_local.chat.message import Message, Stats
 from dots1_local.chat.prompt import Prompter
-from dots1_local.chat.session import Session, Stats
+from dots1_local.chat.session import Session
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error, GGUFError
 from tests.chat.conftest import Talk

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from dots1_local.chat.message import Message
-from dots1_local.chat.session import SYSTEM_PROMPT, Session, Stats
+from dots1_local.chat.dialogue import SYSTEM_PROMPT
+from dots1_local.chat.message import Message, Stats
+from dots1_local.chat.session import Session
 from dots1_local.errors import GGUFError, UsageError
 from tests.chat.conftest import Talk
 from tests.helpers import EOS, EOT, TOKENS, tokens_of

@@ -278,7 +278,7 @@ def _grammar(wanted: _ResponseFormat | None, engine: Engine) -> Grammar | None:
         return None
     try:
         if wanted.type == "json_object":
-            return Grammar.json_object(engine)
+            return Grammar.of_json_schema({"type": "object"}, engine)
         if wanted.json_schema is None:
             raise missing("response_format.json_schema")
         return Grammar.of_json_schema(wanted.json_schema.schema, engine)

@@ -13,23 +13,11 @@ from typing import Any, ClassVar
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from dots1_local.serve.generation import (
-    Event,
-    Failed,
-    Finished,
-    GenerationRequest,
-    Piece,
-)
+from dots1_local.serve.generation import Event, Failed, Finished, GenerationRequest, Piece
 from dots1_local.serve.http.request import ApiError, Options
 from dots1_local.serve.scheduler import Scheduler
 
-__all__ = [
-    "PING_SECONDS",
-    "Document",
-    "GenerationResponse",
-    "Writer",
-    "named_logprob",
-]
+__all__ = ["PING_SECONDS", "Document", "GenerationResponse", "Writer", "named_logprob"]
 
 PING_SECONDS = 5.0  # proxies and clients give up on streams that are silent for a minute or so
 _PING = b": still at work\n\n"

@@ -3,7 +3,7 @@
 Every message is one sentence that says what is wrong, where, and what to do about it.
 """
 
-__all__ = ["CheckpointError", "Dots1Error", "GGUFError", "UsageError"]
+__all__ = ["CheckpointError", "Dots1Error", "GGUFError", "UsageError", "readable"]
 
 
 class Dots1Error(Exception):
@@ -24,3 +24,10 @@ class CheckpointError(Dots1Error):
 
 class GGUFError(Dots1Error):
     """A GGUF file is missing, is corrupt, or is not what the command needs."""
+
+
+def readable(text: str, limit: int = 300) -> str:
+    """Cut words from elsewhere to one short line without terminal control characters."""
+    harmless = "".join(each if each.isprintable() else " " for each in text[: 4 * limit])
+    line = " ".join(harmless.split()).rstrip(".")
+    return line if len(line) <= limit else f"{line[:limit]}…"

@@ -8,14 +8,15 @@ fetched. Shards lie in NAME.shards/COMMIT.
 
 import re
 import shutil
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
+from threading import Event
 from typing import Self
 
 from dots1_local.convert.writer import Output, TensorSlot
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_GRACE = 1.0  # seconds for the fetching thread to notice that it is stopped
+_GRACE = 1.0  # seconds for a download to notice that it is stopped
 _HUB_FILES = ".cache"  # what huggingface_hub keeps in a folder that it fetches to
 
 
@@ -167,29 +168,27 @@ class ShardSupply:
         self.checkpoint, self._order = checkpoint, order
         self._folder, self._ahead = folder, ahead
         self._step_of = {name: at for at, step in enumerate(order.steps) for name in step.tensors}
-        self._changed = threading.Condition()
-        self._allowed = 0  # how many of the order's fetches
-        self._present: set[str] = set()
+        self._pool: ThreadPool
+        self._stop = Event()
+        self._arrivals: dict[str, AsyncResult[None]] = {}
         self._received = dict.fromkeys(order.fetches, 0)  # bytes
-        self._error: BaseException | None = None
-        self._stop = threading.Event()
         self._what = ""
-        self._thread = threading.Thread(target=self._fetch_all, name="fetch", daemon=True)
 
     def __enter__(self) -> Self:
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             _remove_commits(self._folder.parent, besides=self._folder)
             _remove_others(self._folder, next(self._order.on_disk(self._ahead), ()))
-        self._allow(0)
-        self._thread.start()
+        self._pool = ThreadPool(1)  # its thread is a daemon: Ctrl-C waits for no connection
+        self._request(0)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
-        with self._changed:
-            self._changed.notify_all()
-        self._thread.join(_GRACE)
+        running = next((each for each in self._arrivals.values() if not each.ready()), None)
+        if running:
+            running.wait(_GRACE)
+        self._pool.terminate()
 
     def without(self, done: Set[str]) -> "ShardSupply":
         """Return a supply for all tensors except `done`."""
@@ -216,13 +215,11 @@ class ShardSupply:
         Raises:
             Dots1Error: a shard cannot be fetched.
         """
-        needed = self._order.steps[self._step_of[slot.tensor.spec.name]].shards
-        with self._changed:
-            while not needed <= self._present:
-                if self._error is not None:
-                    raise self._error
+        for shard in self._order.steps[self._step_of[slot.tensor.spec.name]].shards:
+            while not self._arrivals[shard].ready():
                 report(self._what)
-                self._changed.wait(0.2)
+                self._arrivals[shard].wait(0.2)
+            self._arrivals[shard].get()
 
     def finish(self, slot: TensorSlot, close: Callable[[Path], None]) -> None:
         """Close and remove the shards that no later tensor needs."""
@@ -234,25 +231,14 @@ class ShardSupply:
             close(self._folder / shard)
             (self._folder / shard).unlink(missing_ok=True)
         if at + 1 < len(self._order.steps):
-            self._allow(at + 1)
+            self._request(at + 1)
 
-    def _allow(self, step: int) -> None:
-        with self._changed:
-            if self._order.steps:
-                self._allowed = self._order.needed[step] + self._ahead
-            self._changed.notify_all()
-
-    def _fetch_all(self) -> None:
-        try:
-            for index, shard in enumerate(self._order.fetches):
-                with self._changed:
-                    while index >= self._allowed and not self._stop.is_set():
-                        self._changed.wait()
-                self._fetch(self.checkpoint.repo.files[shard])
-        except BaseException as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+    def _request(self, step: int) -> None:
+        """Queue the shards that the step needs, and those to fetch in advance."""
+        count = self._order.needed[step] + self._ahead if self._order.steps else 0
+        for shard in self._order.fetches[len(self._arrivals) : count]:
+            file = self.checkpoint.repo.files[shard]
+            self._arrivals[shard] = self._pool.apply_async(self._fetch, (file,))
 
     def _fetch(self, file: HubFile) -> None:
         if self._stop.is_set():
@@ -262,9 +248,6 @@ class ShardSupply:
         path = self.checkpoint.repo.fetch(file, self._folder, received=received, stop=self._stop)
         self.checkpoint.check_header(path)
         received(file.size)
-        with self._changed:
-            self._present.add(file.name)
-            self._changed.notify_all()
 
 
 def shards_folder(output: Output) -> Path:

@@ -15,7 +15,7 @@ from jinja2 import TemplateError, meta, nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dots1_local.errors import GGUFError
+from dots1_local.errors import GGUFError, readable
 
 __all__ = ["ChatTemplate"]
 
@@ -43,7 +43,7 @@ class ChatTemplate:
             self.variables = frozenset(meta.find_undeclared_variables(tree))
             self._template = environment.from_string(_timed(tree))
         except Exception as error:
-            problem = _in_a_line(error)
+            problem = readable(str(error)) or type(error).__name__
             raise GGUFError(f"the chat template of {file} does not parse: {problem}") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
@@ -56,7 +56,7 @@ class ChatTemplate:
         try:
             return "".join(self._pieces({**variables, "messages": messages}))
         except (Exception, _TooSlowError) as error:  # a template can raise any exception
-            problem = _in_a_line(error)
+            problem = readable(str(error)) or type(error).__name__
             raise GGUFError(f"the chat template of {self._file} fails: {problem}") from error
 
     def _pieces(self, variables: Mapping[str, object]) -> Iterator[str]:
@@ -132,9 +132,3 @@ def _json(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-def _in_a_line(error: BaseException) -> str:
-    """The error in one printable line, because the template's author may have chosen its words."""
-    line = " ".join(str(error).split())[:200] or type(error).__name__
-    return "".join(character if character.isprintable() else "?" for character in line)

@@ -134,13 +134,11 @@ def _find(name: str, revision: str | None, endpoint: str | None) -> HubRepo:
         import huggingface_hub.hf_api  # noqa: F401 -- without it, the package prints import errors
         from huggingface_hub import is_offline_mode
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
     except ImportError:
         raise UsageError("fetching from the hub needs pip install 'dots1-local[hub]'") from None
     except ValueError as error:
         raise _malformed_settings(error) from error
     try:
-        validate_repo_id(name)
         find = _find_cached if is_offline_mode() else find_repo
         return find(name, revision, endpoint)
     except HFValidationError:

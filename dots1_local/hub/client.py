@@ -10,20 +10,17 @@ import os
 import re
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from json import JSONDecodeError
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from threading import Event, Thread
-from time import monotonic
+from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dots1_local import __version__
-from dots1_local.errors import CheckpointError
+from dots1_local.errors import CheckpointError, readable
 from dots1_local.files.partial_file import disk_error
 
 if TYPE_CHECKING:
@@ -101,8 +98,7 @@ class HubRepo:
                         break
             return bytes(data[:count])
 
-        with _hub_errors(self.name, self.endpoint, str(self), file.name):
-            data = _with_retries(once)
+        data = _ask(once, self.endpoint, self.name, f"file {file.name}")
         if len(data) < count:
             raise CheckpointError(f"{self} sends fewer bytes of {file.name} than it lists")
         return data
@@ -142,15 +138,10 @@ class HubRepo:
     def download(self, name: str, revision: str | None = None, **options: Any) -> Path:
         """Call `hf_hub_download`; its errors become sentences."""
 
-        def once() -> str:
-            path: str = _api(self.endpoint).hf_hub_download(
-                self.name, name, revision=revision or self.commit, **options
-            )
-            return path
-
+        fetch = partial(_api(self.endpoint).hf_hub_download, self.name, name, **options)
+        fetch.keywords["revision"] = revision or self.commit
         try:
-            with _hub_errors(self.name, self.endpoint, str(self), name):
-                return Path(_with_retries(once))
+            return Path(str(_ask(fetch, self.endpoint, self.name, f"file {name}")))
         except OSError as error:
             if error.errno is None:
                 raise CheckpointError(f"{self} sends a damaged {name}: {error}") from error
@@ -173,13 +164,11 @@ def find_repo(name: str, revision: str | None, endpoint: str | None = None) -> H
     endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
     api = _api(endpoint)
 
-    def once() -> Any:
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
-        return api.model_info(name, revision=revision, files_metadata=True, timeout=timeout)
-
+    what = f"revision {revision}" if revision else "model"
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    look_up = partial(api.model_info, name, revision=revision, files_metadata=True, timeout=timeout)
     try:
-        with _hub_errors(name, endpoint, name, f"revision {revision}" if revision else "model"):
-            info = _with_retries(once)
+        info = _ask(look_up, endpoint, name, what)
     except _MALFORMED:
         info = None
     if info is None or not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
@@ -242,16 +231,24 @@ def _progress_class(received: Received, stop: Event) -> type:
     return Progress
 
 
-def _with_retries(ask: Callable[[], _Result]) -> _Result:
-    """Call `ask`, and again if the server or the network fails for a moment."""
-    for pause in _PAUSES:
+def _ask(request: Callable[[], _Result], endpoint: str, name: str, what: str) -> _Result:
+    """Call `request`, and again if the server or the network fails for a moment.
+
+    Raises:
+        CheckpointError: `what`, such as "file config.json" of repository `name`, is refused.
+    """
+    pauses = iter(_PAUSES)
+    while True:
         try:
-            return ask()
+            return request()
         except Exception as error:
-            if not _is_transient(_cause(error)):
+            cause = _cause(error)
+            pause = next(pauses, None) if _is_transient(cause) else None
+            if pause is None:
+                if sentence := hub_error(cause, endpoint, name, what):
+                    raise CheckpointError(sentence) from error
                 raise
-            time.sleep(pause)
-    return ask()
+        time.sleep(pause)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -263,66 +260,30 @@ def _cause(error: BaseException) -> BaseException:
 def _is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     import httpx2
-    from huggingface_hub.errors import HfHubHTTPError
 
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in _TRANSIENT
+    if (response := getattr(error, "response", None)) is not None:
+        return response.status_code in _TRANSIENT
     broken = (httpx2.TimeoutException, httpx2.ReadError, httpx2.RemoteProtocolError)
     return isinstance(error, broken)
 
 
-@contextmanager
-def _hub_errors(name: str, endpoint: str, where: str, what: str) -> Iterator[None]:
-    """Turn errors of the hub into sentences, while `what` of the repository `name` is asked for.
-
-    `where` is how to call the repository.
-    """
-    try:
-        yield
-    except Exception as error:
-        sentence = hub_error(_cause(error), name, endpoint, where, what)
-        if sentence is None:
-            raise
-        raise CheckpointError(sentence) from error
-
-
-def hub_error(error: BaseException, name: str, endpoint: str, where: str, what: str) -> str | None:
+def hub_error(error: BaseException, endpoint: str, name: str, what: str) -> str | None:
     """Say in one sentence what is wrong and what to do; None if it is not an error of the hub."""
     import httpx2
     from huggingface_hub import errors
 
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE forbids to fetch {what} of {where}; unset it"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{endpoint} has no {what} of {name}"
-    if isinstance(error, errors.EntryNotFoundError):
-        return f"{where} has no file {what}"
+    if isinstance(error, (errors.RevisionNotFoundError, errors.EntryNotFoundError)):
+        return f"{endpoint}/{name} has no {what}"
     if isinstance(error, errors.HfHubHTTPError):
-        match error.response.status_code:
-            case status if isinstance(error, errors.GatedRepoError) or status == 403:
-                return (
-                    f"{endpoint} does not let you read {name}: accept its terms at "
-                    f"{endpoint}/{name}, and {_TOKEN}"
-                )
-            case 401 | 404:
-                return (
-                    f"{endpoint} has no repository {name} that you may read; for a private one, "
-                    f"{_TOKEN}"
-                )
-            case 429:
-                return (
-                    f"{endpoint} got too many requests from you (HTTP 429); wait some minutes and "
-                    f"{_AGAIN}"
-                )
-            case status:
-                return (
-                    f"{endpoint} answers HTTP status {status} for {what} of {where}; wait and "
-                    f"{_AGAIN}"
-                )
+        status = error.response.status_code
+        if status == 403 or isinstance(error, errors.GatedRepoError):
+            return f"accept the terms of {name} at {endpoint}/{name} to read it, and {_TOKEN}"
+        if status in (401, 404):
+            return f"{endpoint} has no repository {name} that you may read; if private, {_TOKEN}"
+        return f"{endpoint} answers HTTP status {status} for {what} of {name}; wait, and {_AGAIN}"
     if isinstance(error, httpx2.HTTPError):
-        line = " ".join(str(error).split())[:200] or type(error).__name__
-        line = "".join(each if each.isprintable() else "?" for each in line)
-        return f"{endpoint} cannot be reached ({line}); check the network and {_AGAIN}"
+        reason = readable(str(error)) or type(error).__name__
+        return f"{endpoint} cannot be reached ({reason}); check the network and {_AGAIN}"
     return None
 
 
@@ -334,38 +295,30 @@ def parallel_map(
 ) -> list[_Result]:
     """Return the results of `work` for every item, `count` at once, and call `report` meanwhile.
 
-    If one call raises, or the caller is interrupted, the event that the others hold is set. Python
-    waits for a pool's threads at its exit, so Ctrl-C would hang on a dead connection; here it does
-    not.
+    If one call raises, or the caller is interrupted, the event that the others hold is set. A
+    ThreadPool's threads are daemons, so a dead connection does not keep Python from its exit.
     """
-    futures: list[Future[_Result]] = [Future() for _ in items]
-    waiting = deque(zip(futures, items, strict=True))
     stop = Event()
+    errors: list[BaseException] = []
 
-    def run() -> None:
-        while not stop.is_set():
-            try:
-                future, item = waiting.popleft()
-            except IndexError:
-                return
-            try:
-                future.set_result(work(item, stop))
-            except BaseException as error:
-                future.set_exception(error)
+    def run(item: _Item) -> _Result:
+        try:
+            if stop.is_set():
+                raise Stopped
+            return work(item, stop)
+        except BaseException as error:
+            errors.append(error)
+            raise
 
-    threads = [Thread(target=run, name="fetch", daemon=True) for _ in items[:count]]
-    for thread in threads:
-        thread.start()
-    try:
-        left = set(futures)
-        while left:
-            done, left = wait(left, timeout=0.2, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            report()
-    finally:
-        stop.set()
-        deadline = monotonic() + _GRACE
-        for thread in threads:
-            thread.join(max(deadline - monotonic(), 0))
-    return [future.result() for future in futures]
+    with ThreadPool(count) as pool:
+        results = pool.map_async(run, items, chunksize=1)
+        try:
+            while not results.ready() and not errors:
+                results.wait(0.2)
+                report()
+            if errors:
+                raise errors[0]
+            return results.get()
+        finally:
+            stop.set()
+            results.wait(_GRACE)

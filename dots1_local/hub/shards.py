@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Event, Lock
 
 from dots1_local.errors import CheckpointError
-from dots1_local.files.json_file import JsonError, parse_json
+from dots1_local.files.json_file import JsonError, convert_json, parse_json
 from dots1_local.files.partial_file import write_whole
 from dots1_local.hub import HubCheckpoint
 from dots1_local.hub.client import HubFile, has_digest, parallel_map
@@ -52,12 +52,10 @@ class ShardCache:
 
         folder = self._record.parent
         for file in self.missing():
-            left = list(folder.glob(f"blobs/{file.digest}.*.incomplete"))
             lock = folder.parent / ".locks" / folder.name / f"{file.digest}.lock"
-            if left and lock.is_file():
-                with suppress(Timeout, OSError), FileLock(lock, timeout=0):  # nobody is downloading
-                    for path in left:
-                        path.unlink()
+            with suppress(Timeout, OSError), FileLock(lock, timeout=0):  # nobody is downloading
+                for path in folder.glob(f"blobs/{file.digest}.*.incomplete"):
+                    path.unlink()
 
     def holds(self, file: HubFile) -> bool:
         """Whether the shard is there and has the listed hash.
@@ -107,12 +105,11 @@ class ShardCache:
         """Whether the shard was hashed before, and has not changed since."""
         return path.is_file() and self._noted().get(file.digest) == _stamp(path)
 
-    def _noted(self) -> dict[str, object]:
+    def _noted(self) -> dict[str, list[int]]:
         try:
-            value = parse_json(self._record.read_bytes())
+            return convert_json(parse_json(self._record.read_bytes()), dict[str, list[int]])
         except (OSError, JsonError):
             return {}
-        return value if isinstance(value, dict) else {}
 
     def _note(self, file: HubFile, path: Path) -> None:
         """Record that the shard is undamaged; without a record it is hashed again next time."""

@@ -11,8 +11,7 @@ import httpx2
 
 from dots1_local.chat.message import AnswerStats, Message, StopReason
 from dots1_local.chat.remote.address import KEY_VARIABLES, Key
-from dots1_local.chat.remote.streaming import readable
-from dots1_local.errors import Dots1Error
+from dots1_local.errors import Dots1Error, readable
 from dots1_local.files.json_file import JsonError, parse_json
 
 __all__ = ["Refusal", "Reply", "TooLong", "count_in", "object_in", "server_error", "status_error"]

@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import httpx2
 
-from dots1_local.errors import Dots1Error
+from dots1_local.errors import Dots1Error, readable
 
-__all__ = ["StreamingRequest", "Wake", "readable"]
+__all__ = ["StreamingRequest", "Wake"]
 
 Wake = Callable[[], None]  # called while nothing arrives; an exception from it ends the waiting
 
@@ -26,7 +26,6 @@ _WAKE_SECONDS = 0.1
 _PARTS_AHEAD = 16  # a server that is faster than its reader has to wait
 _LARGEST = 1 << 22  # bytes of one event, or of an answer that is not streamed
 _LAST_EVENT = "[DONE]"
-_LONGEST_QUOTE = 300  # characters
 
 
 class _Left(Exception):
@@ -192,10 +191,3 @@ def _connection_error(error: BaseException, url: str) -> Dots1Error:
         case _:
             reason = f"cannot use {url}: {readable(str(error))}"
     return Dots1Error(reason)
-
-
-def readable(text: str) -> str:
-    """Cut words from elsewhere to one short line without terminal control characters."""
-    harmless = "".join(each if each.isprintable() else " " for each in text[: 4 * _LONGEST_QUOTE])
-    line = " ".join(harmless.split()).rstrip(".")
-    return line if len(line) <= _LONGEST_QUOTE else f"{line[:_LONGEST_QUOTE]}…"

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
@@ -19,7 +18,7 @@ from dots1_local.convert.budget import Budget, load_calibration, predicted_kl
 from dots1_local.convert.from_hub import fetch_shards
 from dots1_local.convert.metadata import end_tokens, write_metadata
 from dots1_local.convert.pipeline import Pipeline, verify_layout
-from dots1_local.convert.shard_supply import remove_shards
+from dots1_local.convert.shard_supply import remove_shards, shards_folder
 from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
 from dots1_local.convert.writer import ALIGNMENT, Journal, Output, lay_out
 from dots1_local.errors import Dots1Error
@@ -132,14 +131,10 @@ class Conversion:
             overrides=parse_overrides(overrides),
             cost=_aligned_bytes if budget.kind == "size" else attrgetter("nbytes"),
         )
-        any_plan = allocator.reaching(allocator.least_kl, f"measured {budget}")
-        undecided = cls._checked(source, any_plan.plan, importance)._with(any_plan)
+        largest = allocator.reaching(allocator.least_kl, f"measured {budget}")
+        undecided = cls._checked(source, largest.plan, importance)
 
-        any_overhead = cache(lambda: undecided._overhead(split_max_size))
-
-        def overhead(allocation: Allocation | None) -> int:
-            if allocation is None or split_max_size is None:  # headers differ by shards alone
-                return any_overhead()
+        def overhead(allocation: Allocation) -> int:
             return undecided._with(allocation)._overhead(split_max_size)
 
         parameters = sum(tensor.spec.source_elements for tensor in undecided.tensors)
@@ -220,7 +215,7 @@ class Conversion:
             Pipeline(source, journal, self.importance, threads, supply).run(progress)
             verify_layout(laid_out)
             journal.publish()
-        remove_shards(laid_out)
+        remove_shards(shards_folder(laid_out))
         return Result(laid_out.paths, laid_out.total_bytes, len(journal.done))
 
     def _lay_out(self, path: Path, split_max_size: int | None) -> Output:

@@ -42,12 +42,11 @@ class Budget:
         return _decimal(self.value) + (" of weights" if self.kind == "weights" else "")
 
     def allocate(
-        self, allocator: Allocator, parameters: int, overhead: Callable[[Allocation | None], int]
+        self, allocator: Allocator, parameters: int, overhead: Callable[[Allocation], int]
     ) -> Allocation:
         """Return the best plan within this budget for a model of so many `parameters`.
 
-        `overhead` returns the bytes that a file takes beside its tensors, for a plan or, given
-        None, for any plan.
+        `overhead` returns the bytes that a file takes beside its tensors.
 
         Raises:
             UsageError: the budget cannot be met; the message names what is possible.
@@ -62,7 +61,7 @@ class Budget:
             )
         if self.kind == "weights":
             return allocator.within(min(self.value, allocator.largest), recipe, _decimal)
-        extra = overhead(None)
+        extra = overhead(allocator.reaching(allocator.least_kl, recipe))
         while True:  # the plan decides the shards, and these the bytes of headers
             allocation = self._beside(allocator, extra, recipe)
             if (found := overhead(allocation)) <= extra:

@@ -43,8 +43,14 @@ def fetch_shards(
         return None
     _refuse_other_commit(checkpoint, output)
     if low_disk:
-        return _plan_low_disk(checkpoint, output, tensors, progress)
-    _fetch_all(checkpoint, output, tensors, progress)
+        order = order_of(checkpoint, tensors, _held(checkpoint, progress))
+        return _plan_low_disk(checkpoint, output, order)
+    cache = ShardCache(checkpoint)
+    cache.remove_stale()
+    _check_disks(cache, output, order_of(checkpoint, tensors).peak(0).nbytes)
+    cache.fetch(progress)
+    for file in cache.files:
+        checkpoint.check_header(cache.path(file))
     return None
 
 
@@ -65,14 +71,8 @@ def order_of(
     return order_tensors(needs, sizes)
 
 
-def _plan_low_disk(
-    checkpoint: HubCheckpoint,
-    output: Output,
-    tensors: Sequence[PlannedTensor],
-    progress: Progress,
-) -> ShardSupply:
+def _plan_low_disk(checkpoint: HubCheckpoint, output: Output, order: ShardOrder) -> ShardSupply:
     """Fetch one shard ahead if the disk has room; shards in the hub's cache are read there."""
-    order = order_of(checkpoint, tensors, _held(checkpoint, progress))
     folder = shards_folder(output) / checkpoint.repo.commit
     moved = checkpoint.with_shards_in(folder, list(order.sizes))
     try:
@@ -83,33 +83,21 @@ def _plan_low_disk(
     return ShardSupply(moved, order, folder, ahead=1)
 
 
-def _fetch_all(
-    checkpoint: HubCheckpoint,
-    output: Output,
-    tensors: Sequence[PlannedTensor],
-    progress: Progress,
-) -> None:
-    """Fetch every shard into the hub's cache, after a look at the disks."""
-    cache = ShardCache(checkpoint)
-    cache.remove_stale()
-    if missing := cache.missing():
-        check_space(output.path, output.total_bytes, output.partials)
-        place, nbytes = cache.path(missing[0]), sum(file.size for file in missing)
-        same_disk = place.parent.stat().st_dev == output.path.parent.stat().st_dev
-        try:
-            if same_disk:
-                what = f"{output.path.name} with the checkpoint"
-                check_space(output.path, nbytes + output.total_bytes, output.partials, what=what)
-            else:
-                check_space(place, nbytes, (), what="the checkpoint")
-        except Dots1Error as error:
-            peak = human_bytes(order_of(checkpoint, tensors).peak(0).nbytes)
-            raise Dots1Error(
-                f"{error}, or give --low-disk, which needs {peak} beside the output"
-            ) from None
-    cache.fetch(progress)
-    for file in cache.files:
-        checkpoint.check_header(cache.path(file))
+def _check_disks(cache: ShardCache, output: Output, least: int) -> None:
+    """Refuse disks that cannot hold missing shards and output; --low-disk needs `least` bytes."""
+    if not (missing := cache.missing()):
+        return
+    check_space(output.path, output.total_bytes, output.partials)
+    place, nbytes = cache.path(missing[0]), sum(file.size for file in missing)
+    try:
+        if place.parent.stat().st_dev == output.path.parent.stat().st_dev:
+            what = f"{output.path.name} with the checkpoint"
+            check_space(output.path, nbytes + output.total_bytes, output.partials, what=what)
+        else:
+            check_space(place, nbytes, (), what="the checkpoint")
+    except Dots1Error as error:
+        advice = f"give --low-disk, which needs {human_bytes(least)} beside the output"
+        raise Dots1Error(f"{error}, or {advice}") from None
 
 
 def _refuse_other_commit(checkpoint: HubCheckpoint, output: Output) -> None:

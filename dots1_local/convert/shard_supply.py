@@ -177,7 +177,7 @@ class ShardSupply:
     def __enter__(self) -> Self:
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            _remove_commits(self._folder.parent, besides=self._folder)
+            remove_shards(self._folder.parent, besides=self._folder)
             _remove_others(self._folder, next(self._order.on_disk(self._ahead), ()))
         self._pool = ThreadPool(1)  # its thread is a daemon: Ctrl-C waits for no connection
         self._request(0)
@@ -255,21 +255,13 @@ def shards_folder(output: Output) -> Path:
     return output.target.with_name(f"{output.target.name}.shards")
 
 
-def remove_shards(output: Output) -> None:
-    """Remove every shard that conversions to this output have left."""
-    _remove_commits(shards_folder(output))
-    with suppress(OSError):
-        shards_folder(output).rmdir()
-
-
-def _remove_commits(parent: Path, besides: Path | None = None) -> None:
-    """Remove the shards of all commits, or of all but one."""
+def remove_shards(parent: Path, besides: Path | None = None) -> None:
+    """Remove the shards of all commits in a folder of shards, or of all but one."""
     for folder in parent.glob("*"):
         if _COMMIT.fullmatch(folder.name) and folder != besides:
-            _remove_others(folder, ())
-            shutil.rmtree(folder / _HUB_FILES, ignore_errors=True)
-            with suppress(OSError):
-                folder.rmdir()
+            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        parent.rmdir()
 
 
 def _remove_others(folder: Path, shards: Iterable[str]) -> None:

@@ -17,14 +17,11 @@ from json import JSONDecodeError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from dots1_local import __version__
 from dots1_local.errors import CheckpointError, readable
 from dots1_local.files.partial_file import disk_error
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 __all__ = ["HubFile", "HubRepo", "Stopped", "find_repo", "has_digest", "parallel_map"]
 
@@ -56,6 +53,20 @@ class HubFile:
     name: str
     size: int
     digest: str
+
+
+def has_digest(path: Path, file: HubFile) -> bool:
+    """Whether a file on disk has the size and the hash that the hub lists.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if path.stat().st_size != file.size:
+        return False
+    sha1 = partial(hashlib.sha1, b"blob %d\0" % file.size, usedforsecurity=False)  # as git does
+    with open(path, "rb") as found:
+        digest = hashlib.file_digest(found, "sha256" if len(file.digest) == 64 else sha1)
+    return digest.hexdigest() == file.digest
 
 
 @dataclass(frozen=True)
@@ -108,13 +119,13 @@ class HubRepo:
         file: HubFile,
         folder: Path | None = None,
         *,
-        verified: Callable[[Path], bool] | None = None,
+        check: Callable[[Path, HubFile], bool] = has_digest,
         received: Received = lambda count: None,
         stop: Event | None = None,
     ) -> Path:
         """Fetch a file into the hub's cache, or into `folder`, unless it is there; return its path.
 
-        Its hash is checked unless `verified` says that it was; a damaged file is fetched once more.
+        A file that does not pass the `check` is fetched once more.
         `received` is called with the number of bytes that have arrived.
 
         Raises:
@@ -126,7 +137,7 @@ class HubRepo:
         for force in (False, True):
             bar = _progress_class(received, stop or Event())
             path = self.download(file.name, local_dir=folder, force_download=force, tqdm_class=bar)
-            if (verified and verified(path)) or has_digest(path, file):
+            if check(path, file):
                 return path
         path.resolve().unlink()
         path.unlink(missing_ok=True)
@@ -135,11 +146,12 @@ class HubRepo:
             f"({file.digest[:12]}...); it is damaged there or on the way"
         )
 
-    def download(self, name: str, revision: str | None = None, **options: Any) -> Path:
-        """Call `hf_hub_download`; its errors become sentences."""
+    def download(self, name: str, **options: Any) -> Path:
+        """Call `hf_hub_download`, by default at this commit; its errors become sentences."""
+        from huggingface_hub import HfApi
 
-        fetch = partial(_api(self.endpoint).hf_hub_download, self.name, name, **options)
-        fetch.keywords["revision"] = revision or self.commit
+        download = HfApi(endpoint=self.endpoint, **_CLIENT).hf_hub_download
+        fetch = partial(download, self.name, name, **{"revision": self.commit, **options})
         try:
             return Path(str(_ask(fetch, self.endpoint, self.name, f"file {name}")))
         except OSError as error:
@@ -155,15 +167,14 @@ def find_repo(name: str, revision: str | None, endpoint: str | None = None) -> H
         CheckpointError: no such repository or revision, no access, or no connection.
         ValueError: the environment's settings for huggingface_hub are malformed.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import logging
 
     if "HF_HUB_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()  # its warnings would appear between our lines
     warnings.filterwarnings("ignore", module=r"huggingface_hub\.")
     endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-    api = _api(endpoint)
-
+    api = HfApi(endpoint=endpoint, **_CLIENT)
     what = f"revision {revision}" if revision else "model"
     timeout = constants.HF_HUB_ETAG_TIMEOUT
     look_up = partial(api.model_info, name, revision=revision, files_metadata=True, timeout=timeout)
@@ -179,12 +190,6 @@ def find_repo(name: str, revision: str | None, endpoint: str | None = None) -> H
     return HubRepo(name, revision or constants.DEFAULT_REVISION, info.sha, files, endpoint)
 
 
-def _api(endpoint: str) -> "HfApi":
-    from huggingface_hub import HfApi
-
-    return HfApi(endpoint=endpoint, **_CLIENT)
-
-
 def _listed(sibling: Any) -> HubFile | None:
     """Return a file as the hub lists it, or None if its size or hash is missing."""
     name, size, digest = sibling.rfilename, sibling.size, sibling.blob_id
@@ -193,20 +198,6 @@ def _listed(sibling: Any) -> HubFile | None:
     known = isinstance(name, str) and type(size) is int and size >= 0
     known = known and isinstance(digest, str) and bool(_DIGEST.fullmatch(digest))
     return HubFile(name, size, digest) if known else None
-
-
-def has_digest(path: Path, file: HubFile) -> bool:
-    """Whether a file on disk has the size and the hash that the hub lists.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    if path.stat().st_size != file.size:
-        return False
-    sha1 = partial(hashlib.sha1, b"blob %d\0" % file.size, usedforsecurity=False)  # as git does
-    with open(path, "rb") as found:
-        digest = hashlib.file_digest(found, "sha256" if len(file.digest) == 64 else sha1)
-    return digest.hexdigest() == file.digest
 
 
 def _progress_class(received: Received, stop: Event) -> type:

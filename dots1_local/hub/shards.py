@@ -64,12 +64,7 @@ class ShardCache:
             OSError: it cannot be read.
         """
         path = self.path(file)
-        if self._is_verified(file, path):
-            return True
-        whole = path.is_file() and has_digest(path, file)
-        if whole:
-            self._note(file, path)
-        return whole
+        return path.is_file() and self._is_whole(path, file)
 
     def fetch(self, progress: Progress = silent) -> None:
         """Fetch missing shards, several at once, and check the hashes of all.
@@ -79,43 +74,41 @@ class ShardCache:
             Dots1Error: the disk fills up.
             OSError: the cache cannot be used.
         """
-        arrived = {
-            file.name: file.size if self._is_verified(file, self.path(file)) else 0
-            for file in self.files
-        }
-        left = [file for file in self.files if not arrived[file.name]]
-        total = sum(file.size for file in self.files)
+        arrived = dict.fromkeys(self.files, 0)
+        missing, total = self.missing(), sum(file.size for file in self.files)
 
         def provide(file: HubFile, stop: Event) -> None:
-            received = partial(arrived.__setitem__, file.name)
-            verified = partial(self._is_verified, file)
-            path = self.repo.fetch(file, verified=verified, received=received, stop=stop)
-            self._note(file, path)
+            received = partial(arrived.__setitem__, file)
+            self.repo.fetch(file, check=self._is_whole, received=received, stop=stop)
             received(file.size)
 
         def report() -> None:
             progress(sum(arrived.values()), total, "bytes", f"fetching {self.repo.name}")
 
-        parallel_map(provide, left, _AT_ONCE, report)
-        if left:  # now the cache knows the branch too, for runs without a network
+        parallel_map(provide, self.files, _AT_ONCE, report)
+        if missing:  # now the cache knows the branch too, for runs without a network
             with suppress(CheckpointError):
-                self.repo.download("config.json", self.repo.revision)
+                self.repo.download("config.json", revision=self.repo.revision)
 
-    def _is_verified(self, file: HubFile, path: Path) -> bool:
-        """Whether the shard was hashed before, and has not changed since."""
-        return path.is_file() and self._noted().get(file.digest) == _stamp(path)
+    def _is_whole(self, path: Path, file: HubFile) -> bool:
+        """Whether a file has the shard's hash; a file that passed and has not changed is not read.
+
+        Without a record, the file is hashed again next time.
+        """
+        if self._noted().get(file.digest) == _stamp(path):
+            return True
+        whole = has_digest(path, file)
+        if whole:
+            with self._lock, suppress(OSError):
+                noted = self._noted() | {file.digest: _stamp(path)}
+                write_whole(self._record, json.dumps(noted).encode())
+        return whole
 
     def _noted(self) -> dict[str, list[int]]:
         try:
             return convert_json(parse_json(self._record.read_bytes()), dict[str, list[int]])
         except (OSError, JsonError):
             return {}
-
-    def _note(self, file: HubFile, path: Path) -> None:
-        """Record that the shard is undamaged; without a record it is hashed again next time."""
-        with self._lock, suppress(OSError):
-            noted = self._noted() | {file.digest: _stamp(path)}
-            write_whole(self._record, json.dumps(noted).encode())
 
 
 def _stamp(path: Path) -> list[int]:

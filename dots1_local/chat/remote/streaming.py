@@ -182,12 +182,8 @@ def _connection_error(error: BaseException, url: str) -> Dots1Error:
             reason = f"cannot reach {url}: {readable(root.strerror or str(root))}"
         case _ if isinstance(error, httpx2.SSEError):
             reason = f"{url} sends an event without end"
-        case _ if "disconnected without" in str(error):
-            reason = f"{url} closes the connection without an answer; is it an HTTP server?"
         case _ if isinstance(root, ConnectionError) or "closed connection" in str(error):
             reason = f"the connection to {url} was cut"
-        case _ if isinstance(error, httpx2.RemoteProtocolError):
-            reason = f"{url} does not speak HTTP"
         case _:
-            reason = f"cannot use {url}: {readable(str(error))}"
+            reason = f"cannot use {url}; is it an HTTP server? {readable(str(error))}"
     return Dots1Error(reason)

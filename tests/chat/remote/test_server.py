@@ -91,7 +91,7 @@ def listening(reply: bytes | None) -> Iterator[str]:
     [
         (b"SSH-2.0-OpenSSH_9.2\r\n", "HTTP"),
         (b"\x00" * 100_000, "HTTP"),
-        (b"", "closes the connection"),
+        (b"", "HTTP"),
         (b"HTTP/1.1 200 OK\r\n\r\n<html>", "models"),
         (b'HTTP/1.1 200 OK\r\n\r\n{"data": 7}', "models"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, "models"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -16,9 +16,7 @@ from dots1_local.errors import CheckpointError, Dots1Error, GGUFError
 __all__ = ["ROLES", "Dots1Config", "Role", "TensorSpec", "inventory", "padded_width"]
 
 Role = Literal["embedding", "head", "norm", "attention", "dense", "router", "shared", "routed"]
-ROLES: tuple[Role, ...] = (
-    "embedding", "head", "norm", "attention", "dense", "router", "shared", "routed",
-)  # fmt: skip
+ROLES: tuple[Role, ...] = get_args(Role)
 
 # Numbers beyond these are garbage, not a bigger model, and its inventory would fill the memory.
 _MOST = 1024
@@ -114,9 +112,9 @@ class Dots1Config:
         return layer < self.first_k_dense_replace
 
 
-def padded_width(width: int, multiple: int = 256) -> int:
-    """The expert width, rounded up so that rows fit every K- and IQ-type."""
-    return -(-width // multiple) * multiple
+def padded_width(width: int) -> int:
+    """The expert width, rounded up so that rows fit the blocks of every K- and IQ-type."""
+    return -(-width // 256) * 256
 
 
 @dataclass(frozen=True)

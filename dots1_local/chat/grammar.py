@@ -40,10 +40,6 @@ class Matcher:
     def __init__(self, matcher: LLMatcher, ends: frozenset[int], n_vocab: int) -> None:
         self._matcher, self._ends, self._n_vocab = matcher, ends, n_vocab
 
-    def reset(self) -> None:
-        """Begin a new answer."""
-        self._matcher.reset()
-
     def accept(self, token: int) -> bool:
         """Append a token to the answer; return False if the grammar does not allow the token.
 
@@ -75,7 +71,7 @@ class Matcher:
 
 
 class Grammar:
-    """A compiled grammar; each answer has a `matcher()` of its own."""
+    """A compiled grammar; each answer needs a new `matcher()`."""
 
     def __init__(self, source: str, engine: Engine) -> None:
         """Compile a grammar in llguidance's notation.

@@ -53,11 +53,7 @@ class KVCache:
         return common
 
     def save(self, path: Path, answers: AnswerTokens = (), progress: Progress = silent) -> int:
-        """Write the cache to a file; return the bytes written, 0 if there is nothing new.
-
-        Raises:
-            Dots1Error: the file cannot be written.
-        """
+        """Write the cache as `save_state` does, unless the file has the same tokens already."""
         nothing_new = self._saved == (path.absolute(), self._tokens) and path.exists()
         if not self._tokens or nothing_new:
             return 0

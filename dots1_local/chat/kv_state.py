@@ -1,7 +1,7 @@
 """A KV cache in a file: the engine's own format, and a footer that says what it belongs to.
 
-llama.cpp reads such a file in good faith: it cannot tell another model's cache, and some damage
-ends the process. So the footer binds the cache to the model, the context, the types of keys and
+llama.cpp trusts such a file: it does not notice another model's cache, and some damage ends the
+process. So the footer binds the cache to the model, the context, the types of keys and
 values and the tokens, and has a hash of the engine's part. A file that does not match is not read.
 """
 
@@ -54,7 +54,7 @@ class _Footer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class KVState:
     """An open file whose first `nbytes` are the engine's cache of `tokens`.
 
-    `answers` has the tokens of the conversation's answers, as far as the file can be believed.
+    `answers` has what the file claims to be the tokens of the conversation's answers.
     """
 
     file: BinaryIO
@@ -156,7 +156,7 @@ def _checked(file: BinaryIO, engine: Engine) -> KVState | None:
 def _binding(engine: Engine) -> str:
     """Hash what the cache was computed with: the model and what changes its keys and values.
 
-    Of the model that is every shard's header and length, and blocks spread over its weights.
+    The model counts by the header and the length of every shard, and by blocks of its weights.
     """
     gguf, kv_type = engine.gguf, engine.params.kv_type.upper()
     rotation = os.environ.get("LLAMA_ATTN_ROT_DISABLE", "")  # of quantised keys and values

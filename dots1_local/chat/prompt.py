@@ -120,10 +120,11 @@ class Prompter(RawPrompter):
         """Whether the template reads tools."""
         return "tools" in self._template.variables
 
-    @property
+    @cached_property
     def writes_tool_calls(self) -> bool:
-        """Whether the model calls tools as JSON between <tool_call> tags, which are text."""
-        return self.takes_tools and _TOOL_CALL in self._template.source and not self._hidden
+        """Whether the model calls tools as JSON between <tool_call> tags that answers show."""
+        written = self.takes_tools and _TOOL_CALL in self._template.source
+        return written and _TOOL_CALL not in self._names(_CONTROL)
 
     def tokens(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
@@ -167,11 +168,6 @@ class Prompter(RawPrompter):
         _refuse_markers([*(tools or ()), *map(_as_variable, messages)], self._special_texts)
         return {"tools": list(tools)} if tools else {}
 
-    @cached_property
-    def _hidden(self) -> bool:
-        """Whether the tag is a control token, which answers do not show."""
-        return _TOOL_CALL in self._names(_CONTROL)
-
     def _special(self, name: str) -> str:
         """Return the text of a special token, for templates that use `eos_token` or the like."""
         keys = self._engine.gguf.keys
@@ -185,9 +181,6 @@ def _as_variable(message: Message, text: str = "") -> dict[str, Any]:
     """Return a message as templates expect it, with `text` in place of its own.
 
     If a message with tool calls has no text, its content stays empty: templates test for that.
-
-    Raises:
-        UsageError: the arguments of a call are not a JSON object.
     """
     variable: dict[str, Any] = {"role": message.role, "content": text}
     if message.tool_calls:
@@ -199,11 +192,7 @@ def _as_variable(message: Message, text: str = "") -> dict[str, Any]:
 
 
 def _refuse_markers(tools: Sequence[Any], markers: Sequence[str]) -> None:
-    """Refuse tools and calls that contain a marker, because the template writes them itself.
-
-    Raises:
-        UsageError: they contain a marker, or are not JSON.
-    """
+    """Raise a UsageError if tools or calls, which the template writes, contain a marker."""
     try:
         texts = list(_texts(json.loads(json.dumps(tools))))
     except (TypeError, ValueError, RecursionError):

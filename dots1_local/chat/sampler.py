@@ -33,7 +33,7 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling, engine: Engine, grammar: Grammar | None = None) -> None:
-        self._matcher = grammar.matcher() if grammar else None
+        self._grammar, self._matcher = grammar, grammar.matcher() if grammar else None
         self._candidates = np.empty(engine.n_vocab if grammar else 0, _CANDIDATE)
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         self._prompt_penalty = llama.llama_sampler_init_penalties(
@@ -64,8 +64,7 @@ class Sampler:
         llama.llama_sampler_reset(self._answer_penalty)
         for token in prompt[-_PENALTY_WINDOW:]:
             llama.llama_sampler_accept(self._prompt_penalty, token)
-        if self._matcher:
-            self._matcher.reset()
+        self._matcher = self._grammar.matcher() if self._grammar else None
 
     def next(self, engine: Engine, index: int = -1) -> int:
         """Sample a token from the logits at `index` in the last ubatch, and accept it.

@@ -9,7 +9,7 @@ from typing import Unpack
 from dots1_local.chat.dialogue import Dialogue, SessionOptions
 from dots1_local.chat.kv_cache import KVCache, common_prefix
 from dots1_local.chat.kv_state import AnswerTokens, opened_state
-from dots1_local.chat.message import Message, Stats
+from dots1_local.chat.message import Message, Stats, StopReason
 from dots1_local.chat.prompt import Prompter, RawPrompter
 from dots1_local.chat.sampler import Sampler
 from dots1_local.chat.sampling import Sampling
@@ -85,21 +85,14 @@ class Session(Dialogue):
         return len(self._prompter.content(Message("user", text)))
 
     def save_state(self, path: str | Path, progress: Progress = silent) -> int:
-        """Write the KV cache of the messages; return the bytes written, 0 if the file is current.
-
-        Raises:
-            Dots1Error: the file cannot be written.
-        """
+        """Write the KV cache; return the bytes written, 0 if the file is up to date."""
         self._end_latest()
         self._cache.keep(self._prompter.tokens(self.messages) if self.messages else [])
         answers = [each.tokens for each in self.messages if each.role == "assistant"]
         return self._cache.save(Path(path), answers, progress)
 
     def load_state(self, path: str | Path) -> int:
-        """Load a KV cache that `save_state` wrote; return how many of the messages' tokens it has.
-
-        A file that is damaged, or of another model, context or conversation, has none.
-        """
+        """Load a KV cache, unless it is damaged or of another model, context or conversation."""
         self._end_latest()
         with opened_state(Path(path), self._engine) as state:
             if state is None or not self.messages:
@@ -132,15 +125,10 @@ class Session(Dialogue):
             yield from self._generate(turn)
         finally:
             self.messages = [*turn.messages, turn.answer.message()]
-            self.stats = Stats(
-                prompt_tokens,
-                reused,
-                len(turn.answer.tokens),
-                begun - start,
-                time.perf_counter() - begun,
-                "stop" if turn.answer.stopped else turn.stop,
-                turn.dropped,
-            )
+            reading, writing = begun - start, time.perf_counter() - begun
+            stop: StopReason = "stop" if turn.answer.stopped else turn.stop
+            count = len(turn.answer.tokens)
+            self.stats = Stats(prompt_tokens, reused, count, reading, writing, stop, turn.dropped)
 
     def _generate(self, turn: EngineTurn) -> Generator[str, None, None]:
         answer = turn.answer

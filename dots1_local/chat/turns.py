@@ -24,11 +24,7 @@ __all__ = [
 
 
 def check_stop(stop: tuple[str, ...]) -> None:
-    """Refuse an empty stop string, which every answer contains.
-
-    Raises:
-        UsageError: one of them is empty.
-    """
+    """Raise a UsageError if a stop string is empty, because every answer contains it."""
     if not all(stop):
         raise UsageError("a stop string is empty, which would stop every answer; leave it out")
 

@@ -68,10 +68,7 @@ class Divergence:
     """KL divergence of each scored token, in the text's order (tokens,)."""
 
     def __str__(self) -> str:
-        return "\n".join([*self._perplexities(), "", *self._divergences(), "", *self._deltas()])
-
-    def _perplexities(self) -> list[str]:
-        return [
+        lines = [
             "====== Perplexity statistics ======",
             f"Mean PPL(Q)                   : {_pair(self.perplexity)}",
             f"Mean PPL(base)                : {_pair(self.base_perplexity)}",
@@ -79,24 +76,18 @@ class Divergence:
             f"Mean ln(PPL(Q)/PPL(base))     : {_pair(self.log_ratio)}",
             f"Mean PPL(Q)/PPL(base)         : {_pair(self.ratio)}",
             f"Mean PPL(Q)-PPL(base)         : {_pair(self.difference)}",
-        ]
-
-    def _divergences(self) -> list[str]:
-        return [
+            "",
             "====== KL divergence statistics ======",
             f"Mean    KLD: {_pair(self.kl_divergence)}",
             *(f"{_point(p)} KLD: {value:10.6f}" for p, value in self.kl_percentiles.items()),
-        ]
-
-    def _deltas(self) -> list[str]:
-        points = self.delta_p_percentiles.items()
-        return [
+            "",
             "====== Token probability statistics ======",
             f"Mean    Δp: {_percent(self.delta_p)}",
-            *(f"{_point(percent)} Δp: {100 * value:6.3f}%" for percent, value in points),
+            *(f"{_point(p)} Δp: {100 * v:6.3f}%" for p, v in self.delta_p_percentiles.items()),
             f"RMS Δp    : {_percent(self.delta_p_rms)}",
             f"Same top p: {_percent(self.same_top)}",
         ]
+        return "\n".join(lines)
 
 
 def _pair(estimate: Estimate) -> str:

@@ -212,11 +212,7 @@ class LogitsFile:
 
 
 def check_logits_target(path: Path, force: bool) -> None:
-    """Refuse a path where a file must stay; even `force` only replaces a logits file.
-
-    Raises:
-        Dots1Error: `check_target` refuses the path, or another kind of file is there.
-    """
+    """Raise a Dots1Error if a file must stay at `path`; `force` only replaces a logits file."""
     check_target(path, force=force)
     try:
         with path.open("rb") as file:
@@ -232,7 +228,8 @@ class LogitsWriter:
     """Writes a logits file, rows in any order and from any thread; use it in a `with` statement.
 
     `PATH.partial` has its final size from the start. It gets its name when the block ends and all
-    rows are written, and is removed when the block raises an exception.
+    rows are written, and is removed when the block raises an exception. If the disk is full or
+    fails, a Dots1Error is raised.
     """
 
     def __init__(
@@ -258,11 +255,7 @@ class LogitsWriter:
         return self
 
     def write(self, chunk: int, start: int, logits: Floats) -> None:
-        """Write logits or log-probabilities (n, n_vocab) to a chunk from row `start` on.
-
-        Raises:
-            Dots1Error: the disk is full or fails.
-        """
+        """Write logits or log-probabilities (n, n_vocab) to a chunk from row `start` on."""
         rows = encode(logits)
         with disk_errors(self.path, kept=False):
             write_all(self._fd, memoryview(rows.tobytes()), self.layout.offset(chunk, start))

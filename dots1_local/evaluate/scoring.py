@@ -50,7 +50,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Block:
-    """Logits (n, n_vocab) of n successive scored tokens, of which `start` is the first's number.
+    """Logits (n, n_vocab) of n successive scored tokens of a chunk, from its token `start` on.
 
     `targets` (n,) are the tokens to predict. The logits are llama.cpp's own memory, which is valid
     until the engine computes the next ubatch.

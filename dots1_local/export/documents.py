@@ -58,11 +58,7 @@ def encoded(value: object) -> bytes:
 
 
 def check_computes_the_same(gguf: GGUFFile) -> None:
-    """Refuse keys that make llama.cpp compute what no dots1 config.json can describe.
-
-    Raises:
-        GGUFError: RoPE is scaled.
-    """
+    """Raise a GGUFError if keys scale RoPE, which no config.json of dots1 can describe."""
     for key, harmless in _HARMLESS.items():
         if key in gguf.keys and gguf.keys[key] not in harmless:
             raise GGUFError(
@@ -163,7 +159,7 @@ def _tokenizer_json(gguf: GGUFFile) -> dict[str, Any]:
 def _tokenizer_config_json(gguf: GGUFFile, context: int) -> dict[str, Any]:
     """What transformers reads besides tokenizer.json; `context` is the model's most tokens."""
     template = gguf.keys.get("tokenizer.chat_template")
-    tokens = _strings(gguf, "tokens")
+    tokens = gguf.keys.strings(f"{_PREFIX}tokens")
     named = {name: _token_id(gguf, key) for name, key in (("eos", "eos"), ("pad", "padding"))}
     return {
         "add_bos_token": False,
@@ -183,7 +179,7 @@ def _tokenizer_config_json(gguf: GGUFFile, context: int) -> dict[str, Any]:
 
 
 def _vocab(gguf: GGUFFile) -> dict[str, int]:
-    tokens, types = _strings(gguf, "tokens"), _types(gguf)
+    tokens, types = gguf.keys.strings(f"{_PREFIX}tokens"), _types(gguf)
     return {
         token: index
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
@@ -203,7 +199,7 @@ def _added(gguf: GGUFFile) -> dict[int, dict[str, Any]]:
 
 
 def _merges(gguf: GGUFFile) -> list[list[str]]:
-    return [merge.split(" ") for merge in _strings(gguf, "merges")]
+    return [merge.split(" ") for merge in gguf.keys.strings(f"{_PREFIX}merges")]
 
 
 def _token_id(gguf: GGUFFile, name: str) -> int | None:
@@ -213,11 +209,6 @@ def _token_id(gguf: GGUFFile, name: str) -> int | None:
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(types):
         return None
     return index if types[index] != TokenType.UNUSED else None
-
-
-def _strings(gguf: GGUFFile, name: str) -> list[str]:
-    value = gguf.keys[f"{_PREFIX}{name}"]
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
 def _types(gguf: GGUFFile) -> list[Value]:

@@ -39,11 +39,7 @@ def true_width(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> int:
-    """The experts' width without padding; `config` has the stored width.
-
-    Raises:
-        GGUFError: the file cannot be read.
-    """
+    """The experts' width without padding; `config` has the stored width."""
     stored = config.moe_intermediate_size
     units = list(_all_units(tensors, config))
     with OpenFiles() as files:

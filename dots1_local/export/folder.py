@@ -72,11 +72,7 @@ class ExportFolder:
         self._lock.close()
 
     def write(self, shard: Shard, fill: Callable[[int], None]) -> None:
-        """Write a shard: `fill` gets a descriptor and writes the tensors to it.
-
-        Raises:
-            Dots1Error: the disk is full; or whatever `fill` raises.
-        """
+        """Write a shard, or raise a Dots1Error; `fill` writes the tensors to a descriptor."""
         with disk_errors(self._path), open_partial(self._partial / shard.name) as file:
             file.write(shard.header)
             file.truncate(shard.nbytes)
@@ -84,11 +80,7 @@ class ExportFolder:
             fill(file.fileno())
 
     def publish(self) -> None:
-        """Write the small files, and give the complete folder its name.
-
-        Raises:
-            Dots1Error: the disk is full, or somebody else has taken the name meanwhile.
-        """
+        """Write the small files and give the complete folder its name, or raise a Dots1Error."""
         with disk_errors(self._path):
             for name, data in self._documents.items():
                 (self._partial / name).write_bytes(data)

@@ -67,7 +67,7 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the weights change; sizes and times stand for the shards' contents."""
+        """A text that changes when a shard's size or time changes, and so with the weights."""
         stats = ((path.name, path.stat()) for path in self.shards)
         return ";".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)
 
@@ -82,18 +82,11 @@ class Checkpoint:
         """The safetensors files, in name order."""
         return sorted({piece.file for piece in self._slices.values()})
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._slices
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._slices)
 
     def locate(self, name: str) -> Slice:
-        """Where the tensor `name` lies.
-
-        Raises:
-            CheckpointError: the checkpoint has no such tensor.
-        """
+        """Where the tensor `name` lies; a CheckpointError is raised if it is missing."""
         try:
             return self._slices[name]
         except KeyError:
@@ -117,11 +110,7 @@ class Checkpoint:
                     )
 
     def check_nothing_else(self, tensors: Iterable[TensorSpec]) -> None:
-        """Refuse tensors that the model has no place for: without them it would compute otherwise.
-
-        Raises:
-            CheckpointError: there is such a tensor; the first is named.
-        """
+        """Raise a CheckpointError that names a tensor which the model has no place for, if any."""
         used = {source for tensor in tensors for source in tensor.sources}
         for name, piece in self._slices.items():
             if name not in used and not _is_derived(name, self.config):

@@ -1,8 +1,8 @@
 """The header of one GGUF file: keys, and where its tensors lie.
 
-A parser of our own, because headers are long and come from strangers: gguf-py takes seconds over
-152,064 tokens, and llama.cpp aborts the process on some files. Every length is checked before it is
-used, and a value is decoded when somebody asks for it.
+This package parses headers itself, because they are long and come from strangers: gguf-py takes
+seconds over 152,064 tokens, and llama.cpp aborts the process on some files. Every length is checked
+before it is used, and a value is decoded when somebody asks for it.
 """
 
 import mmap
@@ -100,6 +100,11 @@ class Keys(Mapping[str, Value]):
 
     def __len__(self) -> int:
         return len(self._raw)
+
+    def strings(self, key: str) -> list[str]:
+        """The strings in an array; empty if the key is missing or is something else."""
+        value = self.get(key)
+        return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
     def kind(self, key: str) -> int:
         """GGUF's id of the type of the key's value; 9 for every array."""
@@ -234,7 +239,9 @@ class _Parser:
     def _alignment(self, keys: Keys) -> int:
         alignment = keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise GGUFError(f"{self._path} has alignment {alignment!r}, which is no power of two")
+            raise GGUFError(
+                f"{self._path} has alignment {alignment!r}, which is not a power of two"
+            )
         return alignment
 
     def _check_ranges(self, tensors: tuple[GGUFTensor, ...], start: int, alignment: int) -> None:

@@ -30,11 +30,7 @@ __all__ = [
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """Refuse a file that cannot be written, or one that is there already (without `force`).
-
-    Raises:
-        Dots1Error: its folder does not exist or is not writable, or something is in the way.
-    """
+    """Raise a Dots1Error if a file cannot be written or, without `force`, exists already."""
     try:
         check_parent(path)
         if not path.name or path.is_dir():
@@ -53,11 +49,7 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Refuse a path whose folder does not exist or is not writable.
-
-    Raises:
-        Dots1Error: naming the folder.
-    """
+    """Raise a Dots1Error if the folder of `path` does not exist or is not writable."""
     if not path.parent.is_dir():
         raise Dots1Error(f"no such folder: {path.parent}")
     if not os.access(path.parent, os.W_OK):
@@ -182,11 +174,7 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file as a whole; of two processes that write it at once, the last one wins.
-
-    Raises:
-        OSError: it cannot be written there.
-    """
+    """Write a small file as a whole, or raise an OSError; the last of two writers wins."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(descriptor, "wb") as file:

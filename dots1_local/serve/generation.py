@@ -22,14 +22,13 @@ __all__ = [
     "GenerationRequest",
     "Piece",
     "Queue",
-    "QueueEta",
     "QueueFull",
     "QueuedChoice",
     "RequestHandle",
     "TokenLogprob",
 ]
 
-_RECENT_CHOICES = 16  # whose durations the estimate of the waiting time averages
+_RECENT_CHOICES = 16  # the estimate of the waiting time averages so many durations
 _log = logging.getLogger(__name__)
 
 
@@ -132,21 +131,6 @@ class QueueFull(Dots1Error):
         return f"{self.waiting} answers are waiting already; try again in {self.retry_after} s"
 
 
-class QueueEta:
-    """Estimates when slots become free from how long recent choices held theirs."""
-
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=_RECENT_CHOICES)
-
-    def record(self, seconds: float) -> None:
-        """Record how long a finished choice held its slot."""
-        self._recent.append(seconds)
-
-    def seconds(self, wanted: int, slots: int) -> int:
-        """Estimate in how many seconds, at least 1, `wanted` of the slots will have become free."""
-        return max(1, math.ceil(fmean(self._recent or [1.0]) * wanted / slots))
-
-
 @dataclass(frozen=True)
 class QueuedChoice:
     """A choice that waits for a slot; `index` is its number within its HTTP request."""
@@ -168,7 +152,7 @@ class Queue:
         self._closed = ""  # the reason, once the queue is closed
         self._deadline = math.inf  # of time.monotonic()
         self._changed = Condition()
-        self.eta = QueueEta()
+        self._recent: deque[float] = deque(maxlen=_RECENT_CHOICES)  # seconds with a slot
 
     def __len__(self) -> int:
         with self._changed:
@@ -191,9 +175,14 @@ class Queue:
             waiting = len(self)
             excess = running + waiting + len(requests) - self._slots - self._size
             if running + waiting and excess > 0:
-                raise QueueFull(waiting, self.eta.seconds(excess, self._slots))
+                seconds = fmean(self._recent or [1.0]) * excess / self._slots
+                raise QueueFull(waiting, max(1, math.ceil(seconds)))
             self._waiting += (QueuedChoice(handle, i, each) for i, each in enumerate(requests))
             self._changed.notify()
+
+    def record(self, seconds: float) -> None:
+        """Record how long a finished choice held its slot, to estimate when the next is free."""
+        self._recent.append(seconds)
 
     def pop(self) -> QueuedChoice | None:
         """Take out the choice that has waited longest, if any."""

@@ -211,7 +211,7 @@ class Scheduler:
             self._slots.empty(choice.slot)
             events = [Failed(_sentence(error))]
         if choice.done:  # free the slot before the client sends its next request
-            self._queue.eta.record(time.monotonic() - choice.started)
+            self._queue.record(time.monotonic() - choice.started)
             self._remove(choice)
         for event in events:
             choice.handle.deliver(event)

@@ -19,9 +19,9 @@ class CacheSlot:
     free: bool = True
     released: int = 0  # the higher the number, the later the release
 
-    def common(self, tokens: Sequence[int]) -> int:
-        """Return how many tokens the slot shares with the beginning of `tokens`."""
-        return common_prefix(self.tokens, tokens)
+    def common(self, *prompts: Sequence[int]) -> int:
+        """Return the length of the longest prefix that the slot shares with one of the prompts."""
+        return max((common_prefix(self.tokens, prompt) for prompt in prompts), default=0)
 
 
 class Slots:
@@ -51,7 +51,7 @@ class Slots:
         free = [slot for slot in self._slots if slot.free]
         slot = max(free, key=lambda slot: slot.common(prompt))
         if 2 * slot.common(prompt) < len(slot.tokens):
-            slot = min(free, key=lambda slot: (_longest_prefix(slot, next_in_line), slot.released))
+            slot = min(free, key=lambda slot: (slot.common(*next_in_line), slot.released))
         slot.free = False
         self.fill(slot, prompt)
         return slot
@@ -85,7 +85,3 @@ class Slots:
         self._engine.forget()
         for slot in self._slots:
             slot.tokens, slot.free = [], True
-
-
-def _longest_prefix(slot: CacheSlot, prompts: Sequence[Sequence[int]]) -> int:
-    return max(map(slot.common, prompts), default=0)

@@ -10,14 +10,12 @@ from dots1_local.errors import GGUFError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.progress import Progress, silent
-from dots1_local.verify.findings import Change, Finding, Report, Severity, TensorCheck
+from dots1_local.verify.findings import Finding, Report, TensorCheck
 from dots1_local.verify.numbers import conflicts, likely_config, lint_numbers
 from dots1_local.verify.tensors import expected_tensors, lint_tensors
 from dots1_local.verify.tokens import lint_template, lint_tokenizer
 
-__all__ = [
-    "Change", "Finding", "Report", "Severity", "TensorCheck", "check_loadable", "verify_gguf",
-]  # fmt: skip
+__all__ = ["Finding", "Report", "TensorCheck", "check_loadable", "verify_gguf"]
 
 
 def verify_gguf(

@@ -123,11 +123,10 @@ def _error(tensor: TensorCheck) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def names(items: Iterable[str], shown: int = 3) -> str:
+def names(items: Iterable[str]) -> str:
     """`a, b, c and 58 more`."""
     every = list(items)
-    rest = f" and {len(every) - shown} more" if len(every) > shown else ""
-    return ", ".join(every[:shown]) + rest
+    return ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")
 
 
 def remedy(changes: Sequence[Change], by_fix: str) -> str:
@@ -169,7 +168,7 @@ def findings_from(tensors: Sequence[TensorCheck]) -> Iterator[Finding]:
         first = padded[0]
         yield Finding(
             "against", "error",
-            f"{_names(padded)} padded with weights other than zero ({first.padding} weights of "
+            f"the padding of {_names(padded)} is not zero ({first.padding} weights of "
             f"{first.name}): the experts compute something else",
         )  # fmt: skip
     if unusual:

@@ -34,7 +34,6 @@ class _Copy:
     """`header`, and then what `source` holds from `start` on."""
 
     source: Path
-    target: Path
     header: bytes
     start: int
 
@@ -57,10 +56,10 @@ def write_fixed(
     path = _resolved(output)
     targets = _check(report.files, path, force)
     copies = []
-    for number, (source, target) in enumerate(zip(report.files, targets, strict=True)):
+    for number, source in enumerate(report.files):
         header = GGUFHeader.read(source)
         changes = report.changes if number == 0 else ()
-        copies.append(_Copy(source, target, changed_header(header, changes), header.data_start))
+        copies.append(_Copy(source, changed_header(header, changes), header.data_start))
     with disk_errors(path, kept=False), ExitStack() as opened:
         files = [opened.enter_context(_open(target)) for target in targets]
         _write(copies, files, progress)
@@ -68,11 +67,7 @@ def write_fixed(
 
 
 def check_output(path: str | Path, output: str | Path, *, force: bool = False) -> None:
-    """Refuse an output as `write_fixed` would, before the time to verify `path` is spent.
-
-    Raises:
-        Dots1Error: it exists (without `force`), is the input, or does not fit the disk.
-    """
+    """Raise what `write_fixed` would raise about `output`, before time is spent on verifying."""
     _check(GGUFFile.open(path).files, _resolved(output), force)
 
 

@@ -99,9 +99,9 @@ def conflicts(gguf: GGUFFile, checkpoint: Dots1Config) -> list[str]:
 
 
 def likely_config(gguf: GGUFFile) -> Dots1Config | None:
-    """The model that tensors and keys describe together, to tell what is wrong with a file.
+    """Return the model that tensors and keys describe together, to tell what is wrong with a file.
 
-    None if even so a number is missing, or one is beyond llama.cpp's limits.
+    Return None if a number is in neither, or is beyond llama.cpp's limits.
     """
     tokens = gguf.keys.get("tokenizer.ggml.tokens")
     told: dict[str, Any] = {"vocab_size": len(tokens)} if isinstance(tokens, list) else {}

@@ -79,7 +79,7 @@ def _places(gguf: GGUFFile) -> Iterator[Finding]:
             end = header.aligned(tensor.offset + tensor.nbytes)
         behind += max(0, header.file.stat().st_size - end)
     if strayed:
-        message = f"{names(strayed)} not where the tensor before it ends: {REFUSES}; {_AGAIN}"
+        message = f"there are gaps or overlaps before {names(strayed)}: {REFUSES}; {_AGAIN}"
         yield Finding("offsets", "error", message)
     elif behind:
         message = f"{behind} bytes after the last tensor belong to no tensor"
@@ -90,7 +90,7 @@ def _missing(missing: list[str]) -> Iterator[Finding]:
     if missing:
         biases = all(name.endswith(".exp_probs_b.bias") for name in missing)
         effect = "silently chooses experts without it" if biases else "refuses to load the file"
-        message = f"{names(missing)} missing: llama.cpp {effect}; {_AGAIN}"
+        message = f"the file lacks {names(missing)}: llama.cpp {effect}; {_AGAIN}"
         yield Finding("tensors", "error", message)
 
 
@@ -113,8 +113,9 @@ def _misshaped(
         first = wrong[0]
         yield Finding(
             "tensors", "error",
-            f"{names(wrong)} misshaped: {first} is {_shape(found[first].shape)} where the keys "
-            f"make it {_shape(wanted[first].shape)}, and {REFUSES}; {_AGAIN}",
+            f"the keys do not fit the shape of {names(wrong)}: {first} is "
+            f"{_shape(found[first].shape)} where the keys make it {_shape(wanted[first].shape)}, "
+            f"and {REFUSES}; {_AGAIN}",
         )  # fmt: skip
 
 

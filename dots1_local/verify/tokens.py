@@ -55,7 +55,7 @@ def lint_template(gguf: GGUFFile, right: str | None, *, compared: bool) -> Itera
     if right is not None and source != right:
         message = f"{key} is not the checkpoint's"
         yield Finding("template", "warning", f"{message}; {way_out}", changes)
-    known = set(_strings(gguf.keys.get(_PREFIX + "tokens")))
+    known = set(gguf.keys.strings(_PREFIX + "tokens"))
     for severity, problem in _template_problems(source, str(gguf.files[0]), known):
         yield Finding("template", severity, f"{problem}; {way_out}", changes)
 
@@ -87,7 +87,7 @@ def _template_problems(source: str, file: str, known: set[str]) -> Iterator[tupl
 def lint_tokenizer(gguf: GGUFFile, checkpoint: "Tokenizer | None") -> Iterator[Finding]:
     """What is wrong with the tokenizer's keys; the checkpoint's tokenizer is the right one."""
     yield from _stored(gguf)
-    tokens = _strings(gguf.keys.get(_PREFIX + "tokens"))
+    tokens = gguf.keys.strings(_PREFIX + "tokens")
     replaced = _replacement(gguf, checkpoint)
     wrong = list(_vocabulary(gguf, tokens)) if tokens else [f"there is no tokenizer: {REFUSES}"]
     if checkpoint and not wrong and not _agrees(gguf, tokens, checkpoint):
@@ -161,7 +161,7 @@ def _vocabulary(gguf: GGUFFile, tokens: list[str]) -> Iterator[str]:
         yield f"{_PREFIX}token_type is missing: a prompt would spell out its markers as text"
     elif len(types) != len(tokens):
         yield f"there are {len(types)} token types for {len(tokens)} tokens"
-    if not _strings(gguf.keys.get(_PREFIX + "merges")):
+    if not gguf.keys.strings(_PREFIX + "merges"):
         yield f"{_PREFIX}merges is missing: {REFUSES}"
 
 
@@ -280,7 +280,3 @@ def _markers(gguf: GGUFFile, tokens: list[str]) -> Iterator[Finding]:
     else:
         message = f"{names(wrong)} is not a control token: in some programs a message can forge it"
         yield Finding("markers", "warning", f"{message}; --fix makes it one", changes)
-
-
-def _strings(value: Value | None) -> list[str]:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []

@@ -3,8 +3,16 @@ import math
 import numpy as np
 import pytest
 
+from dots1_local.chat.sampling import Sampling
 from dots1_local.serve.choice import PieceBuilder, token_logprob
-from dots1_local.serve.generation import Piece, QueueEta, TokenLogprob
+from dots1_local.serve.generation import (
+    GenerationRequest,
+    Piece,
+    Queue,
+    QueueFull,
+    RequestHandle,
+    TokenLogprob,
+)
 from dots1_local.serve.scheduler import PrefillBudget
 
 
@@ -46,14 +54,22 @@ def test_the_budget_is_at_most_a_ubatch() -> None:
     assert settled(5000, 0, n_ubatch=16) == settled(1, 0, n_ubatch=16) == 16
 
 
+def retry_after(wanted: int, slots: int, *recent: float) -> int:
+    """Return the estimate for `wanted` choices when all slots are taken and none may wait."""
+    queue, handle = Queue(0, slots), RequestHandle(lambda event: None)
+    for seconds in recent:
+        queue.record(seconds)
+    with pytest.raises(QueueFull) as refused:
+        queue.put(handle, [GenerationRequest((1,), Sampling())] * wanted, running=slots)
+    return refused.value.retry_after
+
+
 def test_the_estimate_averages_recent_choices() -> None:
-    eta = QueueEta()
-    assert eta.seconds(1, 4) == 1
-    for seconds in (1000.0, *[8.0] * 16):
-        eta.record(seconds)
-    assert eta.seconds(1, 4) == 2
-    assert eta.seconds(5, 4) == 10
-    assert eta.seconds(1, 32) == 1
+    assert retry_after(1, 4) == 1
+    recent = (1000.0, *[8.0] * 16)
+    assert retry_after(1, 4, *recent) == 2
+    assert retry_after(5, 4, *recent) == 10
+    assert retry_after(1, 32, *recent) == 1
 
 
 def pieces_of(text: bytes, *stop: str, cut: int = 1) -> list[tuple[str, bytes]]:

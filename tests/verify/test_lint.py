@@ -117,7 +117,7 @@ def test_findings_that_fix_puts_right(
         ),
         ({"values": {"dots1.expert_used_count": 9}}, "error", "9 of 8 experts"),
         ({"values": {"dots1.block_count": 600}}, "error", "600, beyond 512"),
-        ({"remove": ["token_embd.weight"]}, "error", "token_embd.weight missing"),
+        ({"remove": ["token_embd.weight"]}, "error", "lacks token_embd.weight"),
         ({"remove": [PREFIX + "model"]}, "error", "model is missing: llama.cpp refuses to load"),
         ({"remove": [PREFIX + "tokens"]}, "error", "no tokenizer: llama.cpp refuses to load"),
         ({"remove": [PREFIX + "merges"]}, "error", "merges is missing"),

@@ -25,7 +25,7 @@ def as_float16(name: str) -> Tensors:
 @pytest.mark.parametrize(
     ("without", "sentence"),
     [
-        (["blk.1.attn_q.weight", "output.weight"], "blk.1.attn_q.weight, output.weight missing"),
+        (["blk.1.attn_q.weight", "output.weight"], "lacks blk.1.attn_q.weight, output.weight"),
         (["blk.2.exp_probs_b.bias"], "silently chooses experts without it"),
         ([f"blk.2.{part}.weight" for part in ("attn_norm", "ffn_norm")], "blk.2.ffn_norm.weight"),
     ],
@@ -39,7 +39,7 @@ def test_names_tensors_that_are_missing(tmp_path: Path, without: list[str], sent
 def test_a_lost_layer_is_not_corrected_away(tmp_path: Path) -> None:
     lost = [name for name in random_tensors() if name.startswith("blk.2.")]
     report = verified(tmp_path / "model.gguf", without=lost)
-    assert "and 13 more missing" in report.findings[0].message
+    assert "and 13 more" in report.findings[0].message
     assert report.changes == ()
 
 
@@ -111,7 +111,7 @@ def test_tensors_have_to_follow_each_other(
         file.write(bytes(32))
     (finding,) = verify_gguf(moved(path, places), quick=True).findings
     assert (finding.check, finding.severity) == ("offsets", "error")
-    assert finding.message.startswith("output.weight" if wrong == "gap" else q)
+    assert ("output.weight" if wrong == "gap" else q) in finding.message
     monkeypatch.setattr(engine, "check_loadable", lambda _: None)  # llama.cpp's own word counts
     with pytest.raises(GGUFError, match=r"llama\.cpp cannot load"):
         Engine.open(path, n_ctx=64, threads=1)

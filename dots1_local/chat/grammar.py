@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from threading import Lock
-from typing import Any, Self
+from typing import Any
 from urllib.parse import unquote
 from weakref import WeakKeyDictionary, ref
 
@@ -71,16 +71,18 @@ class Matcher:
 
 
 class Grammar:
-    """A compiled grammar; each answer needs a new `matcher()`."""
+    """A compiled JSON schema; each answer needs a new `matcher()`.
 
-    def __init__(self, source: str, engine: Engine) -> None:
-        """Compile a grammar in llguidance's notation.
+    Documents have their properties in the schema's order.
 
-        Raises:
-            UsageError: llguidance refuses the grammar, or no text satisfies it.
-            Dots1Error: the engine's file does not say which token ends an answer.
-        """
-        tokenizer = _tokenizer(engine)
+    Raises:
+        UsageError: the value is not a schema, uses what llguidance does not support, is too large,
+            or allows no document.
+        Dots1Error: the engine's file does not say which token ends an answer.
+    """
+
+    def __init__(self, schema: Any, engine: Engine) -> None:
+        source, tokenizer = _source(schema), _tokenizer(engine)
         self._compiled = LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
         self._ends, self._n_vocab = frozenset(tokenizer.eos_tokens), engine.n_vocab
         if self._compiled.is_error():
@@ -98,43 +100,34 @@ class Grammar:
             reason = _sentence(matcher.get_error()) or "the schema allows none"
             raise UsageError(f"no document can be written: {reason}")
 
-    @classmethod
-    def of_json_schema(cls, schema: Any, engine: Engine) -> Self:
-        """Compile a JSON schema; documents have their properties in the schema's order.
-
-        Raises:
-            UsageError: the value is not a schema, uses what llguidance does not support, is too
-                large, or allows no document.
-            Dots1Error: the engine's file does not say which token ends an answer.
-        """
-        try:
-            length = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
-            levels = _levels(schema)
-            closed = schema if _combines(schema) else _closed(schema)
-        except (TypeError, ValueError, RecursionError):
-            raise UsageError("the schema is not JSON, or it is nested too deeply") from None
-        if length > _MAX_BYTES:
-            raise UsageError(
-                f"the schema has {length:,} bytes; at most {_MAX_BYTES:,} are supported"
-            )
-        if levels > _MAX_LEVELS:
-            raise UsageError(
-                f"the schema and its references nest up to {levels:,} levels deep; at most "
-                f"{_MAX_LEVELS} are supported"
-            )
-        if schema is False or not isinstance(schema, bool | dict):
-            raise UsageError(f"the schema is {brief(schema)}, not an object")
-        _check_bounds(schema)
-        text = json.dumps({} if schema is True else closed)
-        try:
-            source = LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS)
-        except ValueError as error:  # such as a number that no float holds
-            raise UsageError(f"the schema is not supported: {_sentence(str(error))}") from None
-        return cls(source, engine)
-
     def matcher(self) -> Matcher:
         """Return the state of an answer that has no tokens yet."""
         return Matcher(self._compiled.deep_copy(), self._ends, self._n_vocab)
+
+
+def _source(schema: Any) -> str:
+    """Return a schema in llguidance's notation, once it is checked."""
+    try:
+        length = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
+        levels = _levels(schema)
+        closed = schema if _combines(schema) else _closed(schema)
+    except (TypeError, ValueError, RecursionError):
+        raise UsageError("the schema is not JSON, or it is nested too deeply") from None
+    if length > _MAX_BYTES:
+        raise UsageError(f"the schema has {length:,} bytes; at most {_MAX_BYTES:,} are supported")
+    if levels > _MAX_LEVELS:
+        raise UsageError(
+            f"the schema and its references nest up to {levels:,} levels deep; at most "
+            f"{_MAX_LEVELS} are supported"
+        )
+    if schema is False or not isinstance(schema, bool | dict):
+        raise UsageError(f"the schema is {brief(schema)}, not an object")
+    _check_bounds(schema)
+    text = json.dumps({} if schema is True else closed)
+    try:
+        return LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS)
+    except ValueError as error:  # such as a number that no float holds
+        raise UsageError(f"the schema is not supported: {_sentence(str(error))}") from None
 
 
 class _Vocabulary:

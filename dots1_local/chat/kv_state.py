@@ -194,7 +194,9 @@ def _replace(
     room = llama.llama_state_seq_get_size(engine.context, _SEQUENCE) + 4 * len(tokens)
     written = [None if answer is None else list(answer) for answer in answers]
     with open_partial(path, private=True) as file:
-        _make_room(path, room)
+        check_space(path, room, [path], what="the KV cache")
+        if shutil.disk_usage(path.parent).free < room:  # the disk cannot hold both files
+            path.unlink(missing_ok=True)
         with _watched(file, room, progress):
             nbytes = _write(file, engine, tokens)
         footer = _Footer(_binding(engine), list(tokens), written, _hash(file, nbytes, len(tokens)))
@@ -202,13 +204,6 @@ def _replace(
         file.seek(nbytes)
         file.write(text + _END.pack(len(text), _SIGNATURE))
     return nbytes
-
-
-def _make_room(path: Path, nbytes: int) -> None:
-    """Check the space, and remove the old file first if the disk cannot hold both."""
-    check_space(path, nbytes, [path], what="the KV cache")
-    if shutil.disk_usage(path.parent).free < nbytes:
-        path.unlink(missing_ok=True)
 
 
 def _write(file: BinaryIO, engine: Engine, tokens: Sequence[int]) -> int:

@@ -66,10 +66,6 @@ class LogitsLayout:
     def nbytes(self) -> int:
         return self.offset(self.chunks, 0)
 
-    @property
-    def header(self) -> bytes:
-        return _HEADER.pack(_MAGIC, self.n_ctx, self.n_vocab, self.chunks)
-
     def offset(self, chunk: int, row: int) -> int:
         """The offset of a row."""
         tokens = 4 * self.chunks * self.n_ctx
@@ -249,8 +245,9 @@ class LogitsWriter:
         with disk_errors(self.path, kept=False), ExitStack() as opened:
             self._fd = opened.enter_context(open_partial(self.path)).fileno()
             os.ftruncate(self._fd, self.layout.nbytes)
-            header = self.layout.header + self._tokens.astype("<i4").tobytes()
-            write_all(self._fd, memoryview(header), 0)
+            layout, tokens = self.layout, self._tokens.astype("<i4").tobytes()
+            header = _HEADER.pack(_MAGIC, layout.n_ctx, layout.n_vocab, layout.chunks)
+            write_all(self._fd, memoryview(header + tokens), 0)
             self._open = opened.pop_all()
         return self
 

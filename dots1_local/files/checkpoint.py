@@ -93,11 +93,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.source} has no tensor {name}") from None
 
     def check(self, tensors: Iterable[TensorSpec]) -> None:
-        """Check that every source of `tensors` is there, in the shape config.json promises.
-
-        Raises:
-            CheckpointError: a tensor is missing or misshapen; the first is named.
-        """
+        """Raise a CheckpointError if a source of `tensors` is missing or has another shape."""
         for tensor in tensors:
             for source in tensor.sources:
                 found = self._slices.get(source)

@@ -87,24 +87,20 @@ def read_json(path: str | Path, name: str) -> Any:
     Raises:
         UsageError: the file is missing, unreadable, too large, or not strict JSON.
     """
-    try:
-        return parse_json(_read_bytes(Path(path), name))
-    except JsonError as error:
-        raise UsageError(f"{path} is not a {name}: {error}") from None
-
-
-def _read_bytes(path: Path, name: str) -> bytes:
+    path = Path(path)
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
             raise UsageError(f"{path} is not a file")
         with path.open("rb") as file:
             data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise UsageError(f"{path} is too large for a {name}")
+        return parse_json(data)
+    except JsonError as error:
+        raise UsageError(f"{path} is not a {name}: {error}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot read {path}: {reason}") from None
-    if len(data) > _LARGEST:
-        raise UsageError(f"{path} is too large for a {name}")
-    return data
 
 
 def _unrepeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -163,11 +163,8 @@ class Queue:
     ) -> None:
         """Add all choices of a request, or none, while `running` others have a slot.
 
-        An idle scheduler accepts a request with any number of choices.
-
-        Raises:
-            QueueFull: more choices would wait than the queue holds.
-            Dots1Error: the queue is closed.
+        Raise QueueFull if too many choices would wait, or a Dots1Error if the queue is closed. An
+        idle scheduler accepts a request with any number of choices.
         """
         with self._changed:
             if self._closed:

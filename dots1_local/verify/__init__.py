@@ -56,12 +56,9 @@ def verify_gguf(
 
 
 def check_loadable(gguf: GGUFFile) -> None:
-    """Refuse a file that llama.cpp would not load, would load wrong, or would abort over.
+    """Raise a GGUFError if llama.cpp would not load the file, would load it wrong, or would abort.
 
     What only a chat needs is not checked: markers, the tokens that end a response, the template.
-
-    Raises:
-        GGUFError: the architecture is another one, or something is wrong with the model.
     """
     found = _other_model(gguf) or next((f for f in _obstacles(gguf) if f.severity == "error"), None)
     if found:

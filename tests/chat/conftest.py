@@ -78,4 +78,4 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 @pytest.fixture(scope="session")
 def compiled(engine: Engine) -> Compile:
     """Compile a JSON schema for that model."""
-    return lambda schema: Grammar.of_json_schema(schema, engine)
+    return lambda schema: Grammar(schema, engine)

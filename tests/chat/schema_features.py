@@ -112,7 +112,7 @@ def table(engine: Engine) -> str:
 
 def _outcome(schema: Any, text: str, engine: Engine) -> str:
     try:
-        grammar = Grammar.of_json_schema(schema, engine)
+        grammar = Grammar(schema, engine)
     except UsageError as error:
         return str(error).removeprefix("the schema is not supported: ").replace("|", "\\|")
     return "ignored" if accepts(grammar, text) else "enforced"

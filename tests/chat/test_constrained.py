@@ -63,7 +63,7 @@ SCHEMAS: list[dict[str, Any]] = [
 def test_every_answer_is_valid(
     engine: Engine, schema: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    grammar, ended = Grammar.of_json_schema(schema, engine), 0
+    grammar, ended = Grammar(schema, engine), 0
     for seed in range(6):
         sampling = Sampling(1.5, seed=seed, logit_bias=BRIEF, **options)
         answer = written(engine, grammar, sampling)
@@ -74,7 +74,7 @@ def test_every_answer_is_valid(
 
 
 def test_any_object(engine: Engine) -> None:
-    grammar = Grammar.of_json_schema({"type": "object"}, engine)
+    grammar = Grammar({"type": "object"}, engine)
     answers = [
         written(engine, grammar, Sampling(1.5, seed=seed, logit_bias=BRIEF)) for seed in range(8)
     ]
@@ -83,9 +83,7 @@ def test_any_object(engine: Engine) -> None:
 
 
 def test_an_answer_may_be_greedy_and_repeated(engine: Engine) -> None:
-    grammar = Grammar.of_json_schema(
-        {"type": "array", "items": {"const": "中"}, "maxItems": 3}, engine
-    )
+    grammar = Grammar({"type": "array", "items": {"const": "中"}, "maxItems": 3}, engine)
     with Sampler(Sampling(0), engine, grammar) as sampler:
         first = written(engine, grammar, Sampling(0), sampler)
         assert first == written(engine, grammar, Sampling(0), sampler)
@@ -94,7 +92,7 @@ def test_an_answer_may_be_greedy_and_repeated(engine: Engine) -> None:
 
 
 def test_an_allowed_token_is_the_one_sampled_without_a_grammar(engine: Engine) -> None:
-    grammar = Grammar.of_json_schema({"type": "string"}, engine)
+    grammar = Grammar({"type": "string"}, engine)
     for seed in range(20):
         sampling = Sampling(1.0, seed=seed)
         engine.forget()
@@ -110,7 +108,7 @@ def test_an_allowed_token_is_the_one_sampled_without_a_grammar(engine: Engine) -
 
 
 def test_after_a_whole_document_only_the_end_is_left(engine: Engine) -> None:
-    grammar = Grammar.of_json_schema({"const": {"a": [1]}}, engine)
+    grammar = Grammar({"const": {"a": [1]}}, engine)
     ends = {EOS, EOT}
     answer = written(engine, grammar, Sampling(5, logit_bias=tuple((end, -100.0) for end in ends)))
     assert answer is not None
@@ -123,20 +121,20 @@ def test_control_tokens_are_not_text_of_an_answer(tmp_path: Path) -> None:
     tensors = scripted_tensors([marker])
     path = write_random_gguf(tmp_path / "model.gguf", tensors=tensors)
     with Engine.open(path, n_ctx=64, threads=1) as engine:
-        grammar = Grammar.of_json_schema({"const": "<|system|>"}, engine)
+        grammar = Grammar({"const": "<|system|>"}, engine)
         answer = written(engine, grammar, Sampling(0, logit_bias=((marker, 100.0),)))
     assert answer == b'"<|system|>"'
 
 
 def test_characters_split_over_tokens_are_completed(engine: Engine) -> None:
-    split = Grammar.of_json_schema({"enum": ["中文", "中国", "é"]}, engine)
+    split = Grammar({"enum": ["中文", "中国", "é"]}, engine)
     answers = {written(engine, split, Sampling(9, top_k=0, seed=seed)) for seed in range(12)}
     assert {json.loads(each) for each in answers if each} == {"中文", "中国", "é"}
 
 
 def test_overlong_utf8_is_refused(engine: Engine) -> None:
     # E0 82 80 would be U+0080 in more bytes than UTF-8 allows.
-    grammar = Grammar.of_json_schema({"type": "string", "minLength": 1, "maxLength": 1}, engine)
+    grammar = Grammar({"type": "string", "minLength": 1, "maxLength": 1}, engine)
     wish = ((0xE0, 60.0), *((byte, 40.0) for byte in range(0x82, 0xA0)))
     for seed in range(4):
         answer = written(engine, grammar, Sampling(1, seed=seed, logit_bias=wish))
@@ -145,7 +143,7 @@ def test_overlong_utf8_is_refused(engine: Engine) -> None:
 
 
 def test_deep_nesting_is_closed_again(engine: Engine) -> None:
-    grammar = Grammar.of_json_schema({"type": "array", "items": {"$ref": "#"}}, engine)
+    grammar = Grammar({"type": "array", "items": {"$ref": "#"}}, engine)
     matcher, depth = grammar.matcher(), 20_000
     assert all(matcher.accept(ord("[")) for _ in range(depth))
     assert all(matcher.accept(ord("]")) for _ in range(depth))
@@ -154,16 +152,16 @@ def test_deep_nesting_is_closed_again(engine: Engine) -> None:
 
 def test_an_answer_that_exceeds_llguidances_limits_fails_alone(engine: Engine) -> None:
     large = thing(**{f"p{n}": {"type": "integer"} for n in range(3000)})
-    grammar = Grammar.of_json_schema(thing(a={"type": "null"}, b=large), engine)
+    grammar = Grammar(thing(a={"type": "null"}, b=large), engine)
     matcher = grammar.matcher()
     with pytest.raises(Dots1Error, match="schema"):
         assert all(map(matcher.accept, b'{"b":{"p0":0}}'))
-    small = Grammar.of_json_schema({"const": 7}, engine)
+    small = Grammar({"const": 7}, engine)
     assert written(engine, small, Sampling(0)) == b"7"
 
 
 def test_an_answer_without_an_allowed_token_is_an_error(engine: Engine) -> None:
-    with Sampler(Sampling(0), engine, Grammar.of_json_schema({"const": 7}, engine)) as sampler:
+    with Sampler(Sampling(0), engine, Grammar({"const": 7}, engine)) as sampler:
         engine.forget()
         logits = engine.decode(PROMPT, 0)  # llama.cpp's own, so that it reads what is written here
         logits[ord("7")] = -np.inf
@@ -177,4 +175,4 @@ def test_a_file_that_does_not_say_where_answers_end_is_refused(tmp_path: Path) -
         Engine.open(path, n_ctx=64, threads=1) as engine,
         pytest.raises(Dots1Error, match=r"model\.gguf"),
     ):
-        Grammar.of_json_schema({"type": "object"}, engine)
+        Grammar({"type": "object"}, engine)

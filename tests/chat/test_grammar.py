@@ -141,7 +141,7 @@ def test_whitespace_has_an_end(compiled: Compile) -> None:
 
 
 def test_any_object_is_any_object(engine: Engine) -> None:
-    grammar = Grammar.of_json_schema({"type": "object"}, engine)
+    grammar = Grammar({"type": "object"}, engine)
     assert accepts(
         grammar, json.dumps({"a": [1, -2.5e7, True, None, {"b\n": "é"}]}, ensure_ascii=False)
     )

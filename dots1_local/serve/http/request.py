@@ -278,9 +278,9 @@ def _grammar(wanted: _ResponseFormat | None, engine: Engine) -> Grammar | None:
         return None
     try:
         if wanted.type == "json_object":
-            return Grammar.of_json_schema({"type": "object"}, engine)
+            return Grammar({"type": "object"}, engine)
         if wanted.json_schema is None:
             raise missing("response_format.json_schema")
-        return Grammar.of_json_schema(wanted.json_schema.schema, engine)
+        return Grammar(wanted.json_schema.schema, engine)
     except Dots1Error as error:
         raise invalid(str(error), "response_format") from None

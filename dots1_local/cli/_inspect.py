@@ -1,18 +1,17 @@
 """`dots1 inspect`: show what a GGUF file or a checkpoint holds."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dots1_local.cli._options import Json, argument, flag, verb
 from dots1_local.cli._output import plural, print_json, print_sizes, print_table
 from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
-    from dots1_local.files.checkpoint import Checkpoint
-    from dots1_local.files.safetensors import Slice
+    from dots1_local.files.inspection import ModelContents, StoredTensor
 
 __all__ = ["InspectOptions", "inspect"]
 
@@ -28,45 +27,6 @@ class InspectOptions:
     json: Json = False
 
 
-@dataclass(frozen=True)
-class _StoredTensor:
-    """One tensor as it is stored; `role` is "other" for a tensor that no dots1 model has."""
-
-    name: str
-    role: str
-    type: str
-    shape: tuple[int, ...]
-    parameters: int
-    nbytes: int
-    file: str
-
-
-@dataclass(frozen=True)
-class _Model:
-    """The contents of a model; `keys` are a GGUF's keys or the object in config.json."""
-
-    path: Path
-    kind: Literal["gguf", "checkpoint"]
-    architecture: str
-    files: tuple[str, ...]
-    tensors: tuple[_StoredTensor, ...]
-    keys: Mapping[str, Any]
-
-    @property
-    def parameters(self) -> int:
-        return sum(tensor.parameters for tensor in self.tensors)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors, without headers."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def bpw(self) -> float:
-        """Bits per weight over all tensors."""
-        return 8 * self.nbytes / max(self.parameters, 1)
-
-
 @verb
 def inspect(options: InspectOptions) -> None:
     """Show what a model file holds, summed up by the role of its tensors.
@@ -75,8 +35,9 @@ def inspect(options: InspectOptions) -> None:
 
     dots1 inspect --tensors checkpoint/
     """
-    path = options.path
-    model = _read_checkpoint(path) if path.is_dir() else _read_gguf(path)
+    from dots1_local.files.inspection import inspect_model
+
+    model = inspect_model(options.path)
     if options.json:
         print_json(_as_json(model))
         return
@@ -94,56 +55,7 @@ def inspect(options: InspectOptions) -> None:
         print_table(("key", "value"), rows, numbers_from=2)
 
 
-def _read_gguf(path: Path) -> _Model:
-    from dots1_local.files.gguf import GGUFFile, role_of
-
-    gguf = GGUFFile.open(path)
-    tensors = tuple(
-        _StoredTensor(
-            tensor.name, role_of(tensor.name) or "other", tensor.type, tensor.shape,
-            tensor.elements, tensor.nbytes, tensor.file.name,
-        )
-        for tensor in gguf.tensors
-    )  # fmt: skip
-    architecture = str(gguf.keys.get("general.architecture", "unknown"))
-    files = tuple(file.name for file in gguf.files)
-    return _Model(path, "gguf", architecture, files, tensors, gguf.keys)
-
-
-def _read_checkpoint(folder: Path) -> _Model:
-    from dots1_local.architecture import inventory
-    from dots1_local.files.checkpoint import Checkpoint
-
-    checkpoint = Checkpoint.open(folder)
-    specs = inventory(checkpoint.config)
-    checkpoint.check(specs)
-    roles = {source: spec.role for spec in reversed(specs) for source in spec.sources}
-    tensors = tuple(
-        _StoredTensor(
-            name, roles.get(name, "other"), piece.dtype, piece.shape,
-            piece.nbytes // piece.item_bytes, piece.nbytes, piece.file.name,
-        )
-        for name, piece in _stored(checkpoint, roles)
-    )  # fmt: skip
-    files = tuple(file.name for file in checkpoint.shards)
-    return _Model(folder, "checkpoint", "dots1", files, tensors, checkpoint.raw_config)
-
-
-def _stored(checkpoint: "Checkpoint", roles: Mapping[str, str]) -> "Iterator[tuple[str, Slice]]":
-    """Yield the tensors of the model, then those that the shards hold besides."""
-    seen = set()
-    for name in roles:
-        piece = checkpoint.locate(name)
-        seen.add((piece.file, piece.offset))
-        yield name, piece
-    for name in checkpoint:
-        piece = checkpoint.locate(name)
-        # Packed experts begin where the first of the experts read from them does.
-        if name not in roles and (piece.file, piece.offset) not in seen:
-            yield name, piece
-
-
-def _print_summary(model: _Model) -> None:
+def _print_summary(model: "ModelContents") -> None:
     count = model.parameters
     parameters = f"{count / 1e9:.3f} B" if count >= 1e9 else f"{count / 1e6:.3f} M"
     print(
@@ -165,7 +77,7 @@ def _abbreviate(value: Any) -> str:
     return text
 
 
-def _as_json(model: _Model) -> dict[str, Any]:
+def _as_json(model: "ModelContents") -> dict[str, Any]:
     return {
         "path": str(model.path),
         "kind": model.kind,
@@ -180,7 +92,7 @@ def _as_json(model: _Model) -> dict[str, Any]:
     }
 
 
-def _by_role(tensors: Iterable[_StoredTensor]) -> dict[str, dict[str, int]]:
+def _by_role(tensors: "Iterable[StoredTensor]") -> dict[str, dict[str, int]]:
     sums: dict[str, dict[str, int]] = {}
     for each in tensors:
         role = sums.setdefault(each.role, {"tensors": 0, "parameters": 0, "bytes": 0})

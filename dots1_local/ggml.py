@@ -75,8 +75,6 @@ def _declare_base(lib: ctypes.CDLL) -> None:
     pointer, i64 = ctypes.c_void_p, ctypes.c_int64
     lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
-    lib.ggml_validate_row_data.argtypes = [ctypes.c_int, pointer, ctypes.c_size_t]
-    lib.ggml_validate_row_data.restype = ctypes.c_bool
     lib.ggml_bf16_to_fp32_row.argtypes = [pointer, pointer, i64]
     lib.ggml_bf16_to_fp32_row.restype = None
     lib.ggml_fp16_to_fp32_row.argtypes = [pointer, pointer, i64]

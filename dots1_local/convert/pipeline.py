@@ -27,7 +27,7 @@ from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor
 from dots1_local.files.safetensors import Slice, read_exactly
 from dots1_local.ggml import to_float32
 from dots1_local.progress import Progress, silent
-from dots1_local.quant.encode import encode, is_valid
+from dots1_local.quant.encode import bad_blocks, encode
 from dots1_local.quant.importance import Importance
 
 __all__ = ["Pipeline", "verify_layout"]
@@ -129,7 +129,7 @@ class Pipeline:
         _check_finite(rows, tensor.spec, block)
         importance = None if weights is None else weights[block.expert]
         data = encode(rows, tensor.kind, importance)
-        if not is_valid(data, tensor.kind):
+        if bad_blocks(data, tensor.kind.name).size:
             raise CheckpointError(
                 f"{tensor.spec.sources[block.expert]} has weights that are too large for "
                 f"{tensor.kind.name}; give it another type with --tensor-type, such as BF16"

@@ -18,8 +18,7 @@ from dots1_local.files.gguf import OpenFiles, cores
 from dots1_local.files.partial_file import write_all
 from dots1_local.ggml import TYPES
 from dots1_local.progress import Progress, silent
-from dots1_local.quant.encode import decode, encode
-from dots1_local.verify.check_blocks import bad_blocks
+from dots1_local.quant.encode import bad_blocks, decode, encode
 
 __all__ = ["write_shards"]
 
@@ -85,7 +84,7 @@ def _write(files: OpenFiles, fd: int, piece: _RowRange) -> int:
     kind, rows = piece.tensor.kind, _rows(files, piece)
     out = files.buffer("rounded", rows.size * kind.bytes).reshape(len(rows), -1)
     data = encode(rows, kind, out=out)
-    if bad_blocks(data.reshape(-1), kind.name).size:  # F32 reaches a little further than BF16
+    if bad_blocks(data, kind.name).size:  # F32 reaches a little further than BF16
         raise GGUFError(f"{_where(piece)} has weights beyond the range of BF16")
     write_all(fd, data.reshape(-1).data, piece.offset)
     return data.nbytes

@@ -1,9 +1,16 @@
 """Quantise float32 rows to bytes of a type, and back, with ggml's own functions.
 
 The bytes are those that stock llama-quantize writes for the same rows, importance and type.
+
+A block's scales alone tell whether it decodes to finite numbers. Everything else in a block is a
+small integer, so its weights are finite if its 16-bit scales are: the largest weight is 65504 times
+a few thousand. MXFP4's scale is a power of two up to 2^127, and from 2^126 on a weight may
+overflow. ggml has the same check, but it prints to stderr.
 """
 
 import ctypes
+from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +19,7 @@ from dots1_local import ggml
 from dots1_local.errors import UsageError
 from dots1_local.ggml import QuantType
 
-__all__ = ["decode", "encode", "is_valid"]
+__all__ = ["bad_blocks", "block_bytes", "decode", "encode"]
 
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
@@ -64,16 +71,6 @@ def encode(
     return out
 
 
-def is_valid(data: NDArray[np.uint8], kind: QuantType) -> bool:
-    """Whether ggml's own check finds only finite scales in contiguous encoded rows.
-
-    Large finite weights can fail it, because a block scale is a 16-bit float. ggml prints the
-    place to stderr.
-    """
-    valid = ggml.library().ggml_validate_row_data(kind.ggml, data.ctypes.data, data.nbytes)
-    return bool(valid)
-
-
 def decode(data: NDArray[np.uint8], kind: QuantType, columns: int) -> NDArray[np.float32]:
     """Dequantise bytes (n_rows, row_bytes) to float32 (n_rows, columns)."""
     out = np.empty((data.shape[0], columns), np.float32)
@@ -85,3 +82,49 @@ def decode(data: NDArray[np.uint8], kind: QuantType, columns: int) -> NDArray[np
     data = np.ascontiguousarray(data)
     traits(kind.ggml).contents.to_float(data.ctypes.data, out.ctypes.data, out.size)
     return out
+
+
+# Bytes of a block, and the places of its float16 scales.
+_SCALES = {
+    "Q4_0": (18, 0), "Q4_1": (20, 0, 2), "Q5_0": (22, 0), "Q5_1": (24, 0, 2), "Q8_0": (34, 0),
+    "Q2_K": (84, 80, 82), "Q3_K": (110, 108), "Q4_K": (144, 0, 2), "Q5_K": (176, 0, 2),
+    "Q6_K": (210, 208), "IQ1_S": (50, 0), "IQ2_XXS": (66, 0), "IQ2_XS": (74, 0), "IQ2_S": (82, 0),
+    "IQ3_XXS": (98, 0), "IQ3_S": (110, 0), "IQ4_NL": (18, 0), "IQ4_XS": (136, 0),
+    "TQ1_0": (54, 52), "TQ2_0": (66, 64), "Q1_0": (18, 0), "Q2_0": (18, 0), "F16": (2, 0),
+}  # fmt: skip
+
+
+def _bad_iq1_m(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """IQ1_M's scale is spread over the top four bits of four 16-bit words at the block's end."""
+    blocks = data.reshape(-1, 56)
+    bad: NDArray[np.bool_] = ((blocks[:, 53] & 0xC0) == 0xC0) & ((blocks[:, 55] & 0x70) == 0x70)
+    return bad
+
+
+# Bytes of a block, and which blocks are bad. Types in neither table are always finite: integers,
+# and NVFP4, whose scales have 8 bits.
+_OTHERS: dict[str, tuple[int, Callable[[NDArray[np.uint8]], NDArray[np.bool_]]]] = {
+    "BF16": (2, lambda data: (data.view(np.uint16) & 0x7F80) == 0x7F80),
+    "F32": (4, lambda data: ~np.isfinite(data.view(np.float32))),
+    "F64": (8, lambda data: ~np.isfinite(data.view(np.float64))),
+    "MXFP4": (17, lambda data: data.reshape(-1, 17)[:, 0] >= 253),  # weights of 12 × 2^(e - 128)
+    "IQ1_M": (56, _bad_iq1_m),
+}
+
+
+def block_bytes(kind: str) -> int:
+    """Bytes of a block of `kind`; 1 for types that are always finite."""
+    return (_SCALES.get(kind) or _OTHERS.get(kind) or (1,))[0]
+
+
+def bad_blocks(data: NDArray[np.uint8], kind: str) -> NDArray[np.intp]:
+    """The indices of the blocks of contiguous `data` that hold a NaN or an infinity."""
+    if kind in _OTHERS:
+        return np.flatnonzero(_OTHERS[kind][1](data))
+    if kind not in _SCALES:
+        return np.empty(0, np.intp)
+    size, *places = _SCALES[kind]
+    blocks = data.reshape(-1, size)
+    # A float16 is special if all bits of its exponent are set.
+    special = ((blocks[:, place + 1] & 0x7C) == 0x7C for place in places)
+    return np.flatnonzero(reduce(np.logical_or, special))

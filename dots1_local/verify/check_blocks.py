@@ -1,17 +1,11 @@
 """Every block of a file, read once: is it finite, and how far is it from the checkpoint?
 
 All cores take pieces of a few megabytes; memory holds a handful of them per core.
-
-A block's scales alone tell whether it decodes to finite numbers. Everything else in a block is a
-small integer, so its weights are finite if its 16-bit scales are: the largest weight is 65504 times
-a few thousand. MXFP4's scale is a power of two up to 2^127, and from 2^126 on a weight may
-overflow. ggml has the same check, but it prints to stderr.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import reduce
 from math import inf, prod, sqrt
 
 import numpy as np
@@ -23,58 +17,13 @@ from dots1_local.files.gguf import GGUFFile, GGUFTensor, OpenFiles, cores, role_
 from dots1_local.files.safetensors import Slice, read_exactly
 from dots1_local.ggml import TYPES, to_float32
 from dots1_local.progress import Progress, silent
-from dots1_local.quant.encode import decode
+from dots1_local.quant.encode import bad_blocks, block_bytes, decode
 from dots1_local.verify.findings import TensorCheck
 
-__all__ = ["bad_blocks", "block_bytes", "check_blocks"]
+__all__ = ["check_blocks"]
 
 _PIECE = 1 << 20  # weights that are compared at a time
 _PIECE_BYTES = 4 << 20  # bytes that are only checked to be finite at a time
-
-# Bytes of a block, and the places of its float16 scales.
-_SCALES = {
-    "Q4_0": (18, 0), "Q4_1": (20, 0, 2), "Q5_0": (22, 0), "Q5_1": (24, 0, 2), "Q8_0": (34, 0),
-    "Q2_K": (84, 80, 82), "Q3_K": (110, 108), "Q4_K": (144, 0, 2), "Q5_K": (176, 0, 2),
-    "Q6_K": (210, 208), "IQ1_S": (50, 0), "IQ2_XXS": (66, 0), "IQ2_XS": (74, 0), "IQ2_S": (82, 0),
-    "IQ3_XXS": (98, 0), "IQ3_S": (110, 0), "IQ4_NL": (18, 0), "IQ4_XS": (136, 0),
-    "TQ1_0": (54, 52), "TQ2_0": (66, 64), "Q1_0": (18, 0), "Q2_0": (18, 0), "F16": (2, 0),
-}  # fmt: skip
-
-
-def _bad_iq1_m(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """IQ1_M's scale is spread over the top four bits of four 16-bit words at the block's end."""
-    blocks = data.reshape(-1, 56)
-    bad: NDArray[np.bool_] = ((blocks[:, 53] & 0xC0) == 0xC0) & ((blocks[:, 55] & 0x70) == 0x70)
-    return bad
-
-
-# Bytes of a block, and which blocks are bad. Types in neither table are always finite: integers,
-# and NVFP4, whose scales have 8 bits.
-_OTHERS: dict[str, tuple[int, Callable[[NDArray[np.uint8]], NDArray[np.bool_]]]] = {
-    "BF16": (2, lambda data: (data.view(np.uint16) & 0x7F80) == 0x7F80),
-    "F32": (4, lambda data: ~np.isfinite(data.view(np.float32))),
-    "F64": (8, lambda data: ~np.isfinite(data.view(np.float64))),
-    "MXFP4": (17, lambda data: data.reshape(-1, 17)[:, 0] >= 253),  # weights of 12 × 2^(e - 128)
-    "IQ1_M": (56, _bad_iq1_m),
-}
-
-
-def block_bytes(kind: str) -> int:
-    """Bytes of a block of `kind`; 1 for types that are always finite."""
-    return (_SCALES.get(kind) or _OTHERS.get(kind) or (1,))[0]
-
-
-def bad_blocks(data: NDArray[np.uint8], kind: str) -> NDArray[np.intp]:
-    """The indices of the blocks of contiguous `data` that hold a NaN or an infinity."""
-    if kind in _OTHERS:
-        return np.flatnonzero(_OTHERS[kind][1](data))
-    if kind not in _SCALES:
-        return np.empty(0, np.intp)
-    size, *places = _SCALES[kind]
-    blocks = data.reshape(-1, size)
-    # A float16 is special if all bits of its exponent are set.
-    special = ((blocks[:, place + 1] & 0x7C) == 0x7C for place in places)
-    return np.flatnonzero(reduce(np.logical_or, special))
 
 
 def check_blocks(

@@ -9,9 +9,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from dots1_local.ggml import TYPES
-from dots1_local.quant.encode import decode
+from dots1_local.quant.encode import bad_blocks, block_bytes, decode
 from dots1_local.verify import verify_gguf
-from dots1_local.verify.check_blocks import bad_blocks, block_bytes
 from tests.helpers import write_random_gguf
 from tests.verify.patch import Data, rewrite
 

@@ -63,6 +63,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("page", FILES, ids=lambda page: page.name)
+def test_paths_exist(page: Path) -> None:
+    paths = re.findall(r"`([a-z_]+/[\w/]+\.(?:py|md|sh))`", page.read_text(encoding="utf-8"))
+    missing = [
+        p for p in paths if not any((ROOT / top / p).exists() for top in ("", "dots1_local"))
+    ]
+    assert not missing
+
+
 def test_the_table_of_machines_is_what_is_planned(tmp_path: Path) -> None:
     [row] = re.findall(r"^\| DQ3 \|.*$", README, re.MULTILINE)
     path = tmp_path / "dots.gguf"

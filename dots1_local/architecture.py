@@ -13,7 +13,7 @@ import msgspec
 
 from dots1_local.errors import CheckpointError, Dots1Error, GGUFError
 
-__all__ = ["ROLES", "Dots1Config", "Role", "TensorSpec", "inventory", "padded_width"]
+__all__ = ["GGUF_KEYS", "ROLES", "Dots1Config", "Role", "TensorSpec", "inventory", "padded_width"]
 
 Role = Literal["embedding", "head", "norm", "attention", "dense", "router", "shared", "routed"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -25,24 +25,24 @@ _Count = Annotated[int, msgspec.Meta(ge=1, le=_MOST)]  # of layers, or of expert
 _Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e12)]
 
 # The key, without "dots1.", of each field of a config.
-_GGUF_KEYS = {
-    "hidden_size": "embedding_length",
+GGUF_KEYS = {
     "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "vocab_size": "vocab_size",
     "num_attention_heads": "attention.head_count",
     "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length",
-    "intermediate_size": "feed_forward_length",
-    "moe_intermediate_size": "expert_feed_forward_length",
-    "n_routed_experts": "expert_count",
-    "n_shared_experts": "expert_shared_count",
-    "num_experts_per_tok": "expert_used_count",
+    "rope_theta": "rope.freq_base",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "first_k_dense_replace": "leading_dense_block_count",
+    "n_routed_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "n_shared_experts": "expert_shared_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
     "routed_scaling_factor": "expert_weights_scale",
     "norm_topk_prob": "expert_weights_norm",
-    "vocab_size": "vocab_size",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-    "max_position_embeddings": "context_length",
 }
 
 
@@ -98,7 +98,7 @@ class Dots1Config:
                 f"{file} holds a model of architecture {architecture!r:.40}; "
                 "dots1-local runs dots1 models only"
             )
-        names = {field: f"dots1.{key}" for field, key in _GGUF_KEYS.items()}
+        names = {field: f"dots1.{key}" for field, key in GGUF_KEYS.items()}
         raw = {field: _uniform(keys[name]) for field, name in names.items() if name in keys}
         if raw.setdefault("first_k_dense_replace", 0) == 0:
             raw.setdefault("intermediate_size", 1)

@@ -1,11 +1,12 @@
 """Write config.json, model card and recipe as GGUF keys."""
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gguf import ExpertGatingFuncType, GGUFWriter, Metadata
 
-from dots1_local.architecture import Dots1Config
+from dots1_local.architecture import GGUF_KEYS, Dots1Config
 from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.importance import Importance
@@ -58,25 +59,13 @@ def _card(checkpoint: Checkpoint) -> Metadata:
 
 
 def _architecture(writer: GGUFWriter, config: Dots1Config, expert_width: int) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    stored = replace(config, moe_intermediate_size=expert_width)
+    for field, key in GGUF_KEYS.items():
+        value = getattr(stored, field)
+        add[type(value)](f"dots1.{key}", value)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_leading_dense_block_count(config.first_k_dense_replace)
-    writer.add_expert_count(config.n_routed_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_expert_shared_count(config.n_shared_experts)
-    writer.add_expert_feed_forward_length(expert_width)
-    writer.add_expert_weights_scale(config.routed_scaling_factor)
-    writer.add_expert_weights_norm(config.norm_topk_prob)
     # Every published form of the router is sigmoid; without this key llama.cpp aborts.
     writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
 

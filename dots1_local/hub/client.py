@@ -56,11 +56,7 @@ class HubFile:
 
 
 def has_digest(path: Path, file: HubFile) -> bool:
-    """Whether a file on disk has the size and the hash that the hub lists.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Whether a file on disk has the size and the hash that the hub lists."""
     if path.stat().st_size != file.size:
         return False
     sha1 = partial(hashlib.sha1, b"blob %d\0" % file.size, usedforsecurity=False)  # as git does

@@ -58,11 +58,7 @@ class ShardCache:
                     path.unlink()
 
     def holds(self, file: HubFile) -> bool:
-        """Whether the shard is there and has the listed hash.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """Whether the shard is there and has the listed hash."""
         path = self.path(file)
         return path.is_file() and self._is_whole(path, file)
 

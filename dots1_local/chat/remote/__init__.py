@@ -27,12 +27,6 @@ __all__ = ["RemoteSession"]
 _USUAL_CONTEXT = 2048  # tokens, if the server does not tell
 _TEMPLATE_BYTES = 8  # that a chat template puts around each message, roughly
 
-# Parameters that a server may not know; each group may be left out as a whole.
-_OPTIONAL = (
-    ("top_k", "min_p", "repetition_penalty", "repeat_penalty"),
-    ("stream_options",),
-)
-
 
 @dataclass
 class _RemoteTurn(Turn):
@@ -146,7 +140,7 @@ class RemoteSession(Dialogue):
             path, prompt = _prompt(turn.messages, raw=self.raw)
             body = {**prompt, **_sampling(self.sampling), **self._bounds(turn)}
             try:
-                yield from self._server.stream(path, body, wake, _OPTIONAL)
+                yield from self._server.stream(path, body, wake)
                 return
             except Refusal as refusal:
                 if turn.answer.begun or not self._adapt(turn, refusal):

@@ -2,14 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 
-from dots1_local.chat.remote.address import Key, is_exposed, is_loopback, parse_address
+from dots1_local.chat.remote.address import Key, is_exposed, parse_address
 from dots1_local.chat.remote.reply import (
     Refusal,
     count_in,
@@ -27,6 +27,12 @@ _TIMEOUT = 30  # seconds for answers that need no computing
 _LOADING_STEPS, _STEP_SECONDS = 10, 0.1  # between two looks at a model that loads
 _LONGEST_NAME = 200  # characters
 _SHOWN = 20  # names
+
+# Parameters that a server may not know; each group may be left out as a whole.
+_OPTIONAL = (
+    ("top_k", "min_p", "repetition_penalty", "repeat_penalty"),
+    ("stream_options",),
+)
 
 
 @dataclass(frozen=True)
@@ -67,16 +73,10 @@ class Server:
             )
         self._find_model(model)
 
-    def stream(
-        self,
-        path: str,
-        body: Mapping[str, Any],
-        wake: Wake,
-        optional: Iterable[tuple[str, ...]] = (),
-    ) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, body: Mapping[str, Any], wake: Wake) -> Iterator[dict[str, Any]]:
         """Yield the chunks of an answer; closing the iterator closes the connection.
 
-        If the server rejects a parameter, its whole group in `optional` is left out from then on.
+        If the server rejects an optional parameter, its whole group is left out from then on.
 
         Raises:
             Refusal: the server's error.
@@ -89,7 +89,7 @@ class Server:
                     yield from map(self._parsed, request.parts())
                 return
             except Refusal as refusal:
-                groups = [group for group in optional if refusal.rejects_parameter(group)]
+                groups = [group for group in _OPTIONAL if refusal.rejects_parameter(group)]
                 unknown = {name for group in groups for name in group} & sent.keys()
                 if not unknown:
                     raise
@@ -174,7 +174,6 @@ class Server:
                 wake,
                 timeout,
                 server=str(self.url),
-                proxies=not is_loopback(self.url),  # a proxy would take localhost for itself
             ) as request:
                 head = request.head()
                 if head.status_code == 200:

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import httpx2
 
+from dots1_local.chat.remote.address import is_loopback
 from dots1_local.errors import Dots1Error, readable
 
 __all__ = ["StreamingRequest", "Wake"]
@@ -36,9 +37,9 @@ class StreamingRequest:
     """A request that is under way; leaving its `with` block closes the connection.
 
     While waiting, `wake` is called ten times a second. With `timeout`, waiting for the head or for
-    one part of the body ends after that many seconds. `proxies` allows the proxies that the
-    environment names. Redirects are not followed: they would take a key to another host. Errors
-    name the server by its address `server`.
+    one part of the body ends after that many seconds. Proxies that the
+    environment names are used. Redirects are not followed: they would take a key to another host.
+    Errors name the server by its address `server`.
 
     Raises:
         Dots1Error: the connection fails or breaks, the timeout is over, or the answer is not HTTP.
@@ -51,10 +52,9 @@ class StreamingRequest:
         timeout: float | None = None,
         *,
         server: str,
-        proxies: bool = True,
     ) -> None:
         self._request, self._wake, self._timeout = request, wake, timeout
-        self._server, self._proxies = server, proxies
+        self._server = server
         self._arrived: Queue[Any] = Queue(_PARTS_AHEAD)
         self._left = Event()
         self._socket: socket.socket | None = None
@@ -106,11 +106,13 @@ class StreamingRequest:
                 self._hand_over(error)
 
     def _receive(self) -> None:
-        tls = self._request.url.scheme == "https"  # loading certificates takes 20 ms
+        url = self._request.url
+        tls = url.scheme == "https"  # loading certificates takes 20 ms
         with (
             httpx2.Client(
                 verify=tls,
-                transport=None if self._proxies else httpx2.HTTPTransport(verify=tls),
+                # A proxy would take localhost for itself.
+                transport=httpx2.HTTPTransport(verify=tls) if is_loopback(url) else None,
                 timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
             ) as client,
             closing(client.send(self._request, stream=True)) as response,

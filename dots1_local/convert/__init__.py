@@ -20,7 +20,7 @@ from dots1_local.convert.metadata import end_tokens, write_metadata
 from dots1_local.convert.pipeline import Pipeline, verify_layout
 from dots1_local.convert.shard_supply import remove_shards, shards_folder
 from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
-from dots1_local.convert.writer import ALIGNMENT, Journal, Output, lay_out
+from dots1_local.convert.writer import Journal, Output, aligned_bytes, lay_out
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import check_target
@@ -129,7 +129,7 @@ class Conversion:
             covered=importance,
             padding=padding,
             overrides=parse_overrides(overrides),
-            cost=_aligned_bytes if budget.kind == "size" else attrgetter("nbytes"),
+            cost=aligned_bytes if budget.kind == "size" else attrgetter("nbytes"),
         )
         largest = allocator.reaching(allocator.least_kl, f"measured {budget}")
         undecided = cls._checked(source, largest.plan, importance)
@@ -171,7 +171,7 @@ class Conversion:
         return self._lay_out(Path("any.gguf"), split_max_size).total_bytes
 
     def _overhead(self, split_max_size: int | None) -> int:
-        return self.file_bytes(split_max_size) - sum(map(_aligned_bytes, self.tensors))
+        return self.file_bytes(split_max_size) - sum(map(aligned_bytes, self.tensors))
 
     def run(
         self,
@@ -250,10 +250,6 @@ def convert_checkpoint(
 
 def _opened(checkpoint: str | Path | Checkpoint) -> Checkpoint:
     return checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-
-
-def _aligned_bytes(tensor: PlannedTensor) -> int:
-    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _check_target(output: Output, force: bool, sources: Sequence[Path]) -> None:

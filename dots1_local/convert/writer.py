@@ -8,7 +8,7 @@ gets its name only when it is complete.
 import hashlib
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -33,7 +33,7 @@ from dots1_local.files.partial_file import (
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.plan import PlannedTensor
 
-__all__ = ["ALIGNMENT", "Journal", "Output", "TensorSlot", "interrupted_source", "lay_out"]
+__all__ = ["Journal", "Output", "TensorSlot", "aligned_bytes", "interrupted_source", "lay_out"]
 
 ALIGNMENT = 32
 _LONGEST_FIRST_LINE = 1 << 20
@@ -95,8 +95,13 @@ def lay_out(
     for tensor in tensors:
         file = shard_of[tensor.spec.name]
         slots.append(TensorSlot(tensor, file, ends[file]))
-        ends[file] += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        ends[file] += aligned_bytes(tensor)
     return Output(path, paths, headers, tuple(ends), tuple(slots))
+
+
+def aligned_bytes(tensor: PlannedTensor) -> int:
+    """Return the bytes that a tensor takes in the file, with padding."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _headers(path: Path, writer: GGUFWriter) -> tuple[bytes, ...]:
@@ -174,9 +179,7 @@ class Journal:
         self._journal.truncate(0)
         partials = tuple(partial.name for partial in self.output.partials)
         self._record(_Line(identity=self._identity, partials=partials, source=self._source))
-        for fd, header, size in zip(
-            self._files, self.output.headers, self.output.sizes, strict=True
-        ):
+        for fd, header, size in self._expected():
             os.ftruncate(fd, 0)
             os.ftruncate(fd, size)
             write_all(fd, memoryview(header), 0)
@@ -185,9 +188,7 @@ class Journal:
         """Take over the tensors recorded in `lines`; return False if their files are not there."""
         intact = all(
             os.fstat(fd).st_size == size and os.pread(fd, len(header), 0) == header
-            for fd, header, size in zip(
-                self._files, self.output.headers, self.output.sizes, strict=True
-            )
+            for fd, header, size in self._expected()
         )
         if not intact:
             return False
@@ -200,6 +201,10 @@ class Journal:
                 checked += slot.tensor.nbytes
                 self._progress(checked, total, "bytes", "checking what is there")
         return True
+
+    def _expected(self) -> Iterator[tuple[int, bytes, int]]:
+        """Yield every file's descriptor, with the header and the size that it should have."""
+        return zip(self._files, self.output.headers, self.output.sizes, strict=True)
 
     def _take_back_shards(self) -> None:
         """Undo the renaming of shards, in case a former run was killed while it published."""

@@ -168,10 +168,13 @@ def _find_cached(name: str, revision: str | None, _: str | None) -> HubRepo:
 
 
 def _open(repo: HubRepo) -> HubCheckpoint:
-    from huggingface_hub import is_offline_mode
+    from huggingface_hub import is_offline_mode, snapshot_download
 
     if is_offline_mode():
-        return _open_cached(repo)
+        cached = snapshot_download(repo.name, revision=repo.commit, local_files_only=True)
+        found = Checkpoint.open(cached)
+        slices = {name: found.locate(name) for name in found}
+        return HubCheckpoint(repo, found.path, found.raw_config, slices)
     wanted = [*_REQUIRED, *(name for name in (*_OPTIONAL, INDEX) if name in repo.files)]
     for name in wanted:
         if name not in repo.files:
@@ -182,15 +185,6 @@ def _open(repo: HubRepo) -> HubCheckpoint:
     raw_config = load_json(folder / "config.json")
     Dots1Config.from_json(raw_config)
     return HubCheckpoint(repo, folder, raw_config, _read_headers(repo, folder))
-
-
-def _open_cached(repo: HubRepo) -> HubCheckpoint:
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(repo.name, "config.json", revision=repo.commit)
-    found = Checkpoint.open(Path(str(config)).parent)
-    slices = {tensor: found.locate(tensor) for tensor in found}
-    return HubCheckpoint(repo, found.path, found.raw_config, slices)
 
 
 def _read_headers(repo: HubRepo, folder: Path) -> dict[str, Slice]:

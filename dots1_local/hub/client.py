@@ -229,19 +229,15 @@ def _ask(request: Callable[[], _Result], endpoint: str, name: str, what: str) ->
         try:
             return request()
         except Exception as error:
-            cause = _cause(error)
+            # huggingface_hub wraps the cause if a file is neither on the hub nor in the cache.
+            wraps = isinstance(error, (FileNotFoundError, ValueError))
+            cause = (error.__cause__ if wraps else None) or error
             pause = next(pauses, None) if _is_transient(cause) else None
             if pause is None:
                 if sentence := hub_error(cause, endpoint, name, what):
                     raise CheckpointError(sentence) from error
                 raise
         time.sleep(pause)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return what huggingface_hub wraps if a file is neither on the hub nor in the cache."""
-    wraps = isinstance(error, (FileNotFoundError, ValueError))
-    return error.__cause__ if wraps and error.__cause__ is not None else error
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, BinaryIO
+from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 import numpy as np
@@ -118,7 +119,10 @@ def _aligned(data: bytes) -> bytes:
 
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A line of the journal: the first one identifies the run, each other one finishes a tensor."""
+    """A line of the journal: the first one identifies the run, each other one finishes a tensor.
+
+    `partials` are percent-encoded, because names of files need not be UTF-8.
+    """
 
     identity: str = ""
     partials: tuple[str, ...] = ()
@@ -177,7 +181,7 @@ class Journal:
 
     def _begin(self) -> None:
         self._journal.truncate(0)
-        partials = tuple(partial.name for partial in self.output.partials)
+        partials = tuple(quote(os.fsencode(partial.name)) for partial in self.output.partials)
         self._record(_Line(identity=self._identity, partials=partials, source=self._source))
         for fd, header, size in self._expected():
             os.ftruncate(fd, 0)
@@ -216,7 +220,7 @@ class Journal:
         """Remove the working files of a former run with other inputs."""
         ours = {partial.name for partial in self.output.partials}
         for name in names:
-            stale = self.output.target.with_name(Path(name).name)
+            stale = self.output.target.with_name(Path(os.fsdecode(unquote_to_bytes(name))).name)
             if stale.name.endswith(".partial") and stale.name not in ours:
                 stale.unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -116,7 +117,7 @@ class Export:
         digest = hashlib.sha256()
         for file in self.gguf.files:
             stat = file.stat()
-            digest.update(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns};".encode())
+            digest.update(os.fsencode(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns};"))
         for shard in self.shards:
             digest.update(shard.header)
         for data in self.documents.values():

@@ -57,8 +57,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The model's name: the folder's."""
-        return self.path.resolve().name
+        """The model's name: the folder's, with replacements for what is not UTF-8."""
+        return os.fsencode(self.path.resolve().name).decode(errors="replace")
 
     @property
     def source(self) -> str:

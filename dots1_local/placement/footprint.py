@@ -122,11 +122,11 @@ def kv_bytes(config: Dots1Config, n_ctx: int, kv_type: str = "f16") -> int:
     Raises:
         UsageError: llama.cpp cannot keep a KV cache in this type.
     """
-    kind = quant_type(kv_type)
-    if kind.name not in KV_TYPES:
+    if kv_type.upper() not in KV_TYPES:
         raise UsageError(
-            f"llama.cpp cannot keep a KV cache in {kind.name}; choose one of {', '.join(KV_TYPES)}"
+            f"llama.cpp cannot keep a KV cache in {kv_type.upper()}; choose one of {', '.join(KV_TYPES)}"
         )
+    kind = quant_type(kv_type)
     row = kind.row_bytes(config.num_key_value_heads * config.head_dim)
     return 2 * config.num_hidden_layers * row * kv_cells(n_ctx)
 

@@ -131,7 +131,8 @@ def _budget(
     kv = kv_bytes(config, n_ctx, kv_type)
     usable = sum(usable_bytes(device) for device in devices)
     reserve = sum(device.free for device in devices) - usable
-    buffers = sum(_buffers(config, devices, n_ctx, kv_type, usable - kv))
+    most = min(usable - kv, 2 * _elements(config))  # no model is larger than in BF16
+    buffers = sum(_buffers(config, devices, n_ctx, kv_type, most))
     weights = usable - kv - buffers
     memory = " + ".join(f"{human_bytes(device.free)} {_name(device)}" for device in devices)
     explanation = (

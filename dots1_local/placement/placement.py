@@ -44,6 +44,7 @@ MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _MAX_TOKENS = (1 << 31) - 1  # of all sequences together
 _DEFAULT_CONTEXT, _DEFAULT_SHARE = 16_384, 4096  # tokens of all sequences, and of each at least
 _FORMAT, _VERSION = "dots1-placement", 1
+_WRITTEN = ("layers", "overrides", "workers")  # in every plan file, though often empty
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _MAX_PATTERN = 1 << 11  # characters; naming each layer by itself takes a fraction of it
 # Python's re knows these and std::regex does not: groups but (?: (?= (?!, possessive repeats, \A \Z
@@ -160,6 +161,8 @@ def placement_from_json(raw: Any, what: str) -> Placement:
     try:
         if unknown := content.keys() - {field.name for field in fields(Placement)}:
             raise JsonError("unknown key", min(unknown))
+        if missing := [key for key in _WRITTEN if key not in content]:
+            raise JsonError("missing key", missing[0])
         placement = convert_json(content, Placement)
         _check(placement)
     except JsonError as error:

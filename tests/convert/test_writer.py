@@ -71,3 +71,22 @@ def test_two_writers_of_one_file_are_refused(tmp_path: Path) -> None:
         Journal(output, ""),
     ):
         pass
+
+
+def test_names_of_files_need_not_be_utf8(tmp_path: Path) -> None:
+    spec = TensorSpec("t.weight", "dense", 0, (2, 32), ("t",), (2, 32))
+    output = lay_out(
+        tmp_path / "caf\udce9.gguf",
+        GGUFWriter(None, "dots1"),
+        [PlannedTensor(spec, TYPES["F32"])],
+        None,
+    )
+    with Journal(output, "another run"):
+        pass
+    with Journal(output, "") as journal:
+        assert not journal.done
+        journal.finish(output.slots[0], [journal.write(output.slots[0], np.zeros(256, "u1"), 0)])
+    with Journal(output, "") as journal:
+        assert journal.done == {"t.weight"}
+        journal.publish()
+    assert [path.name for path in tmp_path.iterdir()] == ["caf\udce9.gguf"]

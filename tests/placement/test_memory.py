@@ -72,6 +72,8 @@ def test_kv_cache_of_the_real_model() -> None:
     assert kv_bytes(REAL, 32768) == 32768 * 507_904 * 2 == 32768 * 1_015_808
     assert kv_bytes(REAL, 32768, "q8_0") == 32768 * 507_904 * 34 // 32 == 32768 * 539_648
     assert kv_bytes(REAL, 1000) == kv_bytes(REAL, 1024)
+    with pytest.raises(UsageError, match=r"Q9.*F32, F16, BF16, Q8_0, Q5_1"):
+        kv_bytes(REAL, 4096, "q9")
     with pytest.raises(UsageError, match=r"Q4_K.*F32, F16"):
         kv_bytes(REAL, 1024, "q4_k")
 
@@ -176,6 +178,11 @@ def test_every_device_has_the_reserve_of_its_kind() -> None:
     budget = weights_budget(REAL, machine(64 * GB, (24 * GB,), (32 * GB,)), 4096)
     assert "24.0 GB gpu + 32.0 GB worker + 64.0 GB ram - " in budget.explanation
     assert budget.reserve == (1 + 2 + 2) * GB  # a worker's machine has other programs too
+
+
+def test_buffers_of_a_small_model_do_not_grow_with_the_memory() -> None:
+    budget = weights_budget(CONFIG, machine(96 * GB, (12 * GB,)), 1024)
+    assert budget.buffers < 1 * GB
 
 
 @pytest.fixture(scope="module")

@@ -135,3 +135,13 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(UsageError, match=r"plan\.json is not a plan"):
         load_placement(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("key", ["layers", "overrides", "workers", "context"])
+def test_a_key_that_was_deleted_is_missed(tmp_path: Path, key: str) -> None:
+    content = PLACEMENT.to_json()
+    del content[key]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=f"plan.json.*{key}"):
+        load_placement(path)

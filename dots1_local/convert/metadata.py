@@ -64,8 +64,9 @@ def _architecture(writer: GGUFWriter, config: Dots1Config, expert_width: int) ->
     for field, key in GGUF_KEYS.items():
         value = getattr(stored, field)
         add[type(value)](f"dots1.{key}", value)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+        if field == "head_dim":  # three keys hold it; files keep this order of keys
+            writer.add_value_length(value)
+            writer.add_rope_dimension_count(value)
     # Every published form of the router is sigmoid; without this key llama.cpp aborts.
     writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
 

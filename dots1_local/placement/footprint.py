@@ -124,7 +124,8 @@ def kv_bytes(config: Dots1Config, n_ctx: int, kv_type: str = "f16") -> int:
     """
     if kv_type.upper() not in KV_TYPES:
         raise UsageError(
-            f"llama.cpp cannot keep a KV cache in {kv_type.upper()}; choose one of {', '.join(KV_TYPES)}"
+            f"llama.cpp cannot keep a KV cache in {kv_type.upper()}; "
+            f"choose one of {', '.join(KV_TYPES)}"
         )
     kind = quant_type(kv_type)
     row = kind.row_bytes(config.num_key_value_heads * config.head_dim)

@@ -43,6 +43,33 @@ def test_stock_mixes_are_what_stock_writes(
         assert same, name
 
 
+def test_keys_keep_their_order(converted: Converted) -> None:
+    # A conversion that was interrupted resumes only if the header is the same to the byte.
+    keys = [key for key in GGUFFile.open(converted("BF16")).keys if key.startswith("dots1.")]
+    assert keys == [
+        "dots1.block_count",
+        "dots1.context_length",
+        "dots1.embedding_length",
+        "dots1.feed_forward_length",
+        "dots1.vocab_size",
+        "dots1.attention.head_count",
+        "dots1.attention.head_count_kv",
+        "dots1.attention.key_length",
+        "dots1.attention.value_length",
+        "dots1.rope.dimension_count",
+        "dots1.rope.freq_base",
+        "dots1.attention.layer_norm_rms_epsilon",
+        "dots1.leading_dense_block_count",
+        "dots1.expert_count",
+        "dots1.expert_used_count",
+        "dots1.expert_shared_count",
+        "dots1.expert_feed_forward_length",
+        "dots1.expert_weights_scale",
+        "dots1.expert_weights_norm",
+        "dots1.expert_gating_func",
+    ]
+
+
 def test_shards_load_as_one_model(tiny: Path, converted: Converted, tmp_path: Path) -> None:
     paths = convert_checkpoint(tiny, tmp_path / "out.gguf", "DQ4", split_max_size=3 << 20).paths
     assert len(paths) > 3

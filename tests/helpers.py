@@ -9,6 +9,7 @@ from gguf import ExpertGatingFuncType, GGUFWriter, TokenType
 from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
+from dots1_local.engine.engine import Engine, Entry
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -174,3 +175,10 @@ def _add_tokenizer(
     writer.add_add_bos_token(False)
     if template is not None:
         writer.add_chat_template(template)
+
+
+def all_logits(engine: Engine, tokens: Sequence[int]) -> NDArray[np.float32]:
+    """The logits (n, n_vocab) of all tokens, from the first position on; needs `all_logits`."""
+    entries = [Entry(token, position, 0, True) for position, token in enumerate(tokens)]
+    parts = range(0, len(entries), engine.n_ubatch)
+    return np.concatenate([engine.submit(entries[i : i + engine.n_ubatch]).copy() for i in parts])

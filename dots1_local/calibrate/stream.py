@@ -31,14 +31,8 @@ from dots1_local.reference.model import (
 )
 
 __all__ = [
-    "Report",
-    "Segment",
-    "embed",
-    "forward_layer",
-    "observe_head",
-    "output_logits",
-    "rounding_to",
-]
+    "Report", "Segment", "embed", "forward_layer", "observe_head", "output_logits", "rounding_to",
+]  # fmt: skip
 
 _ROWS = 2048  # rows in one matrix product; more are no faster
 _LOGITS = 1 << 25  # logits computed at a time: 134 MB

@@ -11,16 +11,9 @@ from dots1_local.errors import UsageError
 from dots1_local.progress import Progress
 
 __all__ = [
-    "AnswerText",
-    "EngineTurn",
-    "Turn",
-    "check_stop",
-    "count_turns",
-    "drop_oldest",
-    "last_turn",
-    "overflow_message",
-    "turns_to_drop",
-]
+    "AnswerText", "EngineTurn", "Turn", "check_stop", "count_turns", "drop_oldest", "last_turn",
+    "overflow_message", "turns_to_drop",
+]  # fmt: skip
 
 
 def check_stop(stop: tuple[str, ...]) -> None:

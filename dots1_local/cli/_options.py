@@ -21,27 +21,10 @@ if TYPE_CHECKING:
     from dots1_local.engine.engine import Engine
 
 __all__ = [
-    "Context",
-    "Json",
-    "KVType",
-    "Model",
-    "ModelShard",
-    "Plan",
-    "Ram",
-    "Threads",
-    "Vram",
-    "Workers",
-    "argument",
-    "choose_placement",
-    "exit_on_interrupt",
-    "flag",
-    "memory_limits",
-    "open_engine",
-    "option",
-    "report_abort",
-    "user_folder",
-    "verb",
-]
+    "Context", "Json", "KVType", "Model", "ModelShard", "Plan", "Ram", "Threads", "Vram", "Workers",
+    "argument", "choose_placement", "exit_on_interrupt", "flag", "memory_limits", "open_engine",
+    "option", "report_abort", "user_folder", "verb",
+]  # fmt: skip
 
 
 def _typer_option(

@@ -20,17 +20,9 @@ from dots1_local.progress import Progress
 from dots1_local.sizes import human_bytes
 
 __all__ = [
-    "ControlFilter",
-    "notice",
-    "notice_resumed",
-    "one_line",
-    "plain",
-    "plural",
-    "print_json",
-    "print_sizes",
-    "print_table",
-    "progress_bar",
-]
+    "ControlFilter", "notice", "notice_resumed", "one_line", "plain", "plural", "print_json",
+    "print_sizes", "print_table", "progress_bar",
+]  # fmt: skip
 
 _PIPE_WIDTH = 10_000  # off a terminal nothing is wrapped or cut, because scripts want whole cells
 _LINE_LENGTH = 60  # characters of a text that `one_line` keeps

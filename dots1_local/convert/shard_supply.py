@@ -25,14 +25,9 @@ from dots1_local.hub import HubCheckpoint
 from dots1_local.hub.client import HubFile, Stopped
 
 __all__ = [
-    "Peak",
-    "ShardOrder",
-    "ShardStep",
-    "ShardSupply",
-    "order_tensors",
-    "remove_shards",
+    "Peak", "ShardOrder", "ShardStep", "ShardSupply", "order_tensors", "remove_shards",
     "shards_folder",
-]
+]  # fmt: skip
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _GRACE = 1.0  # seconds for a download to notice that it is stopped

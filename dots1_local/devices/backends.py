@@ -18,17 +18,9 @@ from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.ggml import library
 
 __all__ = [
-    "DeviceInfo",
-    "Signatures",
-    "add_worker",
-    "backend_names",
-    "build_with",
-    "check_rpc",
-    "declare",
-    "device",
-    "devices",
-    "serve_rpc",
-]
+    "DeviceInfo", "Signatures", "add_worker", "backend_names", "build_with", "check_rpc", "declare",
+    "device", "devices", "serve_rpc",
+]  # fmt: skip
 
 Kind = Literal["cpu", "gpu", "igpu", "accel", "meta"]  # in the order of enum ggml_backend_dev_type
 Signatures = Mapping[str, tuple[Any, Sequence[Any]]]  # function: (result, arguments)

@@ -21,16 +21,8 @@ from dots1_local.ggml import library
 from dots1_local.sizes import human_bytes
 
 __all__ = [
-    "F16",
-    "F32",
-    "HEAD_DIM",
-    "I8",
-    "I32",
-    "BenchDevice",
-    "BenchGraph",
-    "Tensor",
-    "pinned_memory",
-]
+    "F16", "F32", "HEAD_DIM", "I8", "I32", "BenchDevice", "BenchGraph", "Tensor", "pinned_memory",
+]  # fmt: skip
 
 Tensor = int  # a handle of ggml's
 

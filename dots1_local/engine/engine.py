@@ -6,7 +6,7 @@ that Ctrl-C takes effect between two of them.
 """
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -174,17 +174,6 @@ class Engine(Vocabulary):
             rows = self.submit(entries[start : start + self.n_ubatch])
         logits: NDArray[np.float32] = rows[-1]
         return logits
-
-    def decode_all(
-        self, tokens: Sequence[int], position: int, sequence: int = 0
-    ) -> Iterator[NDArray[np.float32]]:
-        """As `decode`, but yield the logits (n, n_vocab) of all tokens, a ubatch at a time.
-
-        Each array is llama.cpp's own and valid until the next one; needs `all_logits`.
-        """
-        entries = [Entry(t, position + i, sequence, True) for i, t in enumerate(tokens)]
-        for start in range(0, len(entries), self.n_ubatch):
-            yield self.submit(entries[start : start + self.n_ubatch])
 
     def submit(self, entries: Sequence[Entry]) -> NDArray[np.float32]:
         """Compute one ubatch; return the logits (entries with logits, n_vocab).

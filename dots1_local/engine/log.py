@@ -18,17 +18,9 @@ from dots1_local.placement.footprint import Usage
 from dots1_local.sizes import human_bytes
 
 __all__ = [
-    "Allocated",
-    "Difference",
-    "Log",
-    "Report",
-    "capture",
-    "compare",
-    "device_of",
-    "memory_warnings",
-    "read_report",
-    "recent_errors",
-]
+    "Allocated", "Difference", "Log", "Report", "capture", "compare", "device_of",
+    "memory_warnings", "read_report", "recent_errors",
+]  # fmt: skip
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR; the binding's own table is of an older llama.cpp
 _MIB = 1 << 20

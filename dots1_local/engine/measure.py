@@ -34,14 +34,9 @@ from dots1_local.placement.speed_model import SpeedModel, is_measured
 from dots1_local.progress import Progress, silent
 
 __all__ = [
-    "BenchResult",
-    "Depth",
-    "Measurement",
-    "bench",
-    "measure_depths",
-    "measure_placement",
+    "BenchResult", "Depth", "Measurement", "bench", "measure_depths", "measure_placement",
     "predicted_depths",
-]
+]  # fmt: skip
 
 _N_DECODED = 24  # tokens at each depth; the median of their times counts
 _TIMEOUT = 900.0  # seconds for a ubatch, or for llama.cpp to make the context

@@ -23,21 +23,9 @@ from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.placement.placement import MAX_SEQUENCES
 
 __all__ = [
-    "NOT_FINITE",
-    "Block",
-    "Doubles",
-    "Floats",
-    "ScoredUbatch",
-    "Tokens",
-    "cut",
-    "exp32",
-    "log_sum_exp",
-    "negative_log",
-    "negative_log32",
-    "open_engine",
-    "score",
-    "thread_pool",
-]
+    "NOT_FINITE", "Block", "Doubles", "Floats", "ScoredUbatch", "Tokens", "cut", "exp32",
+    "log_sum_exp", "negative_log", "negative_log32", "open_engine", "score", "thread_pool",
+]  # fmt: skip
 
 NOT_FINITE = "the model computes NaN or infinite logits; its file may be damaged"
 _N_BATCH = 2048  # tokens; llama-perplexity's default, chunks are evaluated side by side up to it

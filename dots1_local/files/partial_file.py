@@ -16,17 +16,9 @@ from typing import BinaryIO
 from dots1_local.errors import Dots1Error
 
 __all__ = [
-    "check_parent",
-    "check_space",
-    "check_target",
-    "disk_error",
-    "disk_errors",
-    "open_locked",
-    "open_partial",
-    "partial_path",
-    "write_all",
-    "write_whole",
-]
+    "check_parent", "check_space", "check_target", "disk_error", "disk_errors", "open_locked",
+    "open_partial", "partial_path", "write_all", "write_whole",
+]  # fmt: skip
 
 
 def check_target(path: Path, *, force: bool) -> None:

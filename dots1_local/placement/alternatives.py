@@ -14,13 +14,8 @@ from dots1_local.placement.speed_model import UNMEASURED_DISK, SpeedModel, is_me
 from dots1_local.sizes import human_bytes
 
 __all__ = [
-    "Shortfall",
-    "all_on_cpu",
-    "baselines",
-    "experts_in_ram",
-    "explain_shortfall",
-    "with_ubatch",
-]
+    "Shortfall", "all_on_cpu", "baselines", "experts_in_ram", "explain_shortfall", "with_ubatch",
+]  # fmt: skip
 
 _NARROWER = ("Q8_0", "Q5_1", "Q4_0")  # types of a KV cache, each smaller than the one before
 _STEP = 1024  # tokens between the contexts that are tried

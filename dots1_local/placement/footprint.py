@@ -21,21 +21,10 @@ from dots1_local.placement.placement import Placement
 from dots1_local.placement.ubatch_graph import PlacedLayer, PlacedWeight, UbatchShape
 
 __all__ = [
-    "GPU_RESERVE",
-    "RAM_RESERVE",
-    "REPACKED",
-    "Usage",
-    "distinct_layers",
-    "fetching_gpu",
-    "footprint",
-    "kv_bytes",
-    "kv_cells",
-    "kv_type_unsupported",
-    "limited",
-    "scratch_bytes",
-    "shortfall",
-    "usable_bytes",
-]
+    "GPU_RESERVE", "RAM_RESERVE", "REPACKED", "Usage", "distinct_layers", "fetching_gpu",
+    "footprint", "kv_bytes", "kv_cells", "kv_type_unsupported", "limited", "scratch_bytes",
+    "shortfall", "usable_bytes",
+]  # fmt: skip
 
 # Bytes left free: on each GPU for the driver's context and a desktop's windows, in RAM 1 GB for
 # this program besides the model and 1 GB for the rest of the system.

@@ -12,15 +12,9 @@ from dots1_local.devices.hardware import CPU, Hardware
 from dots1_local.placement.placement import MIN_BATCH, Placement
 
 __all__ = [
-    "EXPERTS",
-    "EXPERT_PARTS",
-    "command_line",
-    "expert_overrides",
-    "gpu_weight_overrides",
-    "layer_pattern",
-    "llama_flags",
-    "ram_weight_overrides",
-]
+    "EXPERTS", "EXPERT_PARTS", "command_line", "expert_overrides", "gpu_weight_overrides",
+    "layer_pattern", "llama_flags", "ram_weight_overrides",
+]  # fmt: skip
 
 EXPERTS = "_exps"  # a pattern that matches all routed experts
 EXPERT_PARTS = ("up", "gate", "down")  # in the order in which llama.cpp multiplies

@@ -18,14 +18,9 @@ from dots1_local.errors import GGUFError
 from dots1_local.files.gguf import GGUFFile, GGUFTensor
 
 __all__ = [
-    "LayerSizes",
-    "MatrixProduct",
-    "ModelGraph",
-    "UbatchWork",
-    "count_work",
-    "is_routed",
+    "LayerSizes", "MatrixProduct", "ModelGraph", "UbatchWork", "count_work", "is_routed",
     "matrix_product",
-]
+]  # fmt: skip
 
 _ATTENTION = "attention"  # the operation that reads the KV cache
 _HEAD = "output"

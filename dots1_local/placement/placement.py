@@ -21,18 +21,9 @@ from dots1_local.files.json_file import JsonError, convert_json, read_json
 from dots1_local.ggml import KV_TYPES, quant_type
 
 __all__ = [
-    "MAX_CONTEXT",
-    "MAX_SEQUENCES",
-    "MIN_BATCH",
-    "HostMemory",
-    "Placement",
-    "check_context",
-    "check_made_for",
-    "default_context",
-    "human_context",
-    "load_placement",
-    "placement_from_json",
-]
+    "MAX_CONTEXT", "MAX_SEQUENCES", "MIN_BATCH", "HostMemory", "Placement", "check_context",
+    "check_made_for", "default_context", "human_context", "load_placement", "placement_from_json",
+]  # fmt: skip
 
 # How RAM holds weights: allocated ("plain"), allocated where a GPU can copy them from at full speed
 # ("pinned"), allocated and rearranged for the CPU's kernels ("repacked"), or the file ("mapped").

@@ -25,14 +25,9 @@ from dots1_local.placement.model_graph import (
 from dots1_local.placement.placement import Placement
 
 __all__ = [
-    "UNMEASURED_DISK",
-    "Forecast",
-    "SpeedModel",
-    "forecast",
-    "is_measured",
-    "reference_turn",
+    "UNMEASURED_DISK", "Forecast", "SpeedModel", "forecast", "is_measured", "reference_turn",
     "seconds_of_turn",
-]
+]  # fmt: skip
 
 UNMEASURED_DISK = 1e9  # bytes a second at which a mapped file is read, if nobody has measured it
 

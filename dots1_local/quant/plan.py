@@ -21,14 +21,9 @@ from dots1_local.files.json_file import JsonError, convert_json, parse_json, rea
 from dots1_local.ggml import QuantType, quant_type
 
 __all__ = [
-    "Override",
-    "PlannedTensor",
-    "QuantPlan",
-    "load_plan",
-    "override_type",
-    "parse_override",
+    "Override", "PlannedTensor", "QuantPlan", "load_plan", "override_type", "parse_override",
     "parse_overrides",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

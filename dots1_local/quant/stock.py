@@ -17,14 +17,9 @@ from dots1_local.ggml import TYPES
 from dots1_local.quant.plan import Override, override_type
 
 __all__ = [
-    "STOCK_MIXES",
-    "fallback",
-    "is_quantisable",
-    "needs_importance",
-    "require_importance",
-    "stock_mix",
-    "stock_types",
-]
+    "STOCK_MIXES", "fallback", "is_quantisable", "needs_importance", "require_importance",
+    "stock_mix", "stock_types",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

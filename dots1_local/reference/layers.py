@@ -17,18 +17,9 @@ from torch import Tensor
 from dots1_local.architecture import Dots1Config
 
 __all__ = [
-    "Observer",
-    "OutputObserver",
-    "Weights",
-    "attention",
-    "dense_ffn",
-    "expert_shares",
-    "layer_forward",
-    "moe",
-    "rms_norm",
-    "route",
-    "router_scores",
-]
+    "Observer", "OutputObserver", "Weights", "attention", "dense_ffn", "expert_shares",
+    "layer_forward", "moe", "rms_norm", "route", "router_scores",
+]  # fmt: skip
 
 
 Weights = Mapping[str, Tensor]

@@ -20,19 +20,9 @@ from dots1_local.files.safetensors import read_exactly
 from dots1_local.reference.layers import Observer, Weights, layer_forward, rms_norm
 
 __all__ = [
-    "Compute",
-    "Rounding",
-    "forward",
-    "head_name",
-    "load_common",
-    "load_layer",
-    "load_layers",
-    "load_outer",
-    "logits",
-    "read_experts",
-    "read_tensor",
-    "stacked_name",
-]
+    "Compute", "Rounding", "forward", "head_name", "load_common", "load_layer", "load_layers",
+    "load_outer", "logits", "read_experts", "read_tensor", "stacked_name",
+]  # fmt: skip
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READ_AHEAD = 2  # experts; at the real width one is 35 MB

@@ -16,17 +16,9 @@ from dots1_local.chat.sampling import Sampling
 from dots1_local.errors import Dots1Error
 
 __all__ = [
-    "Event",
-    "Failed",
-    "Finished",
-    "GenerationRequest",
-    "Piece",
-    "Queue",
-    "QueueFull",
-    "QueuedChoice",
-    "RequestHandle",
-    "TokenLogprob",
-]
+    "Event", "Failed", "Finished", "GenerationRequest", "Piece", "Queue", "QueueFull",
+    "QueuedChoice", "RequestHandle", "TokenLogprob",
+]  # fmt: skip
 
 _RECENT_CHOICES = 16  # the estimate of the waiting time averages so many durations
 _log = logging.getLogger(__name__)

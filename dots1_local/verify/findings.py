@@ -9,20 +9,9 @@ from typing import Literal
 from dots1_local.files.gguf import Value
 
 __all__ = [
-    "ABORTS",
-    "KIND_IDS",
-    "REFUSES",
-    "USUAL_ERROR",
-    "Change",
-    "Finding",
-    "Kind",
-    "Report",
-    "Severity",
-    "TensorCheck",
-    "findings_from",
-    "names",
-    "remedy",
-]
+    "ABORTS", "KIND_IDS", "REFUSES", "USUAL_ERROR", "Change", "Finding", "Kind", "Report",
+    "Severity", "TensorCheck", "findings_from", "names", "remedy",
+]  # fmt: skip
 
 REFUSES = "llama.cpp refuses to load the file"
 ABORTS = "llama.cpp aborts the process"

@@ -8,7 +8,7 @@ import pytest
 from dots1_local.engine.engine import Engine, Entry
 from dots1_local.errors import Dots1Error, GGUFError, UsageError
 from dots1_local.files.gguf import GGUFFile
-from tests.helpers import EOS, EOT, TOKENS, tokens_of, write_random_gguf
+from tests.helpers import EOS, EOT, TOKENS, all_logits, tokens_of, write_random_gguf
 from tests.verify.patch import rewrite
 
 TEXT = list(b"the quick brown fox jumps over the lazy dog" * 4)
@@ -190,7 +190,7 @@ def test_without_the_key_no_ordinary_token_ends_a_response(tmp_path: Path) -> No
 
 def test_ubatches_and_forgetting_do_not_change_logits(engine: Engine) -> None:
     engine.forget()
-    rows = np.concatenate([part.copy() for part in engine.decode_all(TEXT, 0)])
+    rows = all_logits(engine, TEXT)
     assert rows.shape == (len(TEXT), engine.n_vocab)
     engine.forget(50)
     continued = engine.decode(TEXT[50:100], 50)

@@ -27,7 +27,7 @@ from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.footprint import Usage
 from dots1_local.placement.placement import HostMemory, Placement
 from tests.conftest import Converted
-from tests.helpers import write_random_gguf
+from tests.helpers import all_logits, write_random_gguf
 from tests.workers import Worker, local_worker
 
 TEXT = list(b"the quick brown fox jumps over the lazy dog")
@@ -85,8 +85,7 @@ def logits_and_report(
 ) -> tuple[Logits, Report]:
     placement = None if decisions is None else placement_for(path, **decisions)
     with Engine.open(path, placement=placement, all_logits=True, threads=1, **options) as engine:
-        rows = [part.copy() for part in engine.decode_all(TEXT, 0)]
-        return np.concatenate(rows), dict(engine.report)
+        return all_logits(engine, TEXT), dict(engine.report)
 
 
 def all_in_ram(path: Path, host_memory: HostMemory = "plain") -> Logits:

@@ -11,7 +11,7 @@ from dots1_local.engine.engine import Engine
 from dots1_local.errors import UsageError
 from dots1_local.evaluate.perplexity import perplexity, read_text
 from tests.conftest import Converted
-from tests.helpers import CONFIG, TOKENS, write_random_gguf
+from tests.helpers import CONFIG, TOKENS, all_logits, write_random_gguf
 from tests.verify.patch import rewrite
 
 TEXT = "".join(chr(33 + index * index % 90) for index in range(700))  # no merge applies
@@ -40,7 +40,7 @@ def test_does_not_depend_on_how_chunks_are_batched(tmp_path: Path, n_ctx: int) -
         for start in range(0, len(TEXT) - n_ctx + 1, n_ctx):
             tokens = list(TEXT[start : start + n_ctx].encode())
             engine.forget()
-            rows = np.concatenate([part.copy() for part in engine.decode_all(tokens, 0)])
+            rows = all_logits(engine, tokens)
             losses.append(_losses(rows, tokens))
     assert perplexity(path, TEXT, n_ctx=n_ctx, threads=1).value == pytest.approx(
         exp(np.concatenate(losses).mean()), rel=1e-2
@@ -59,7 +59,7 @@ def test_chunks_begin_with_bos_where_the_model_wants_one(tmp_path: Path) -> None
         for start in range(0, len(stream) - 7, 8):
             tokens = [bos, *stream[start + 1 : start + 8]]
             engine.forget()
-            losses.append(_losses(next(engine.decode_all(tokens, 0)), tokens))
+            losses.append(_losses(all_logits(engine, tokens), tokens))
     expected = exp(np.concatenate(losses).mean())
     assert perplexity(path, TEXT, n_ctx=8, threads=1).value == pytest.approx(expected, rel=1e-3)
     assert perplexity(plain, TEXT, n_ctx=8, threads=1).value != pytest.approx(expected, rel=1e-2)

@@ -13,6 +13,7 @@ from dots1_local.convert import convert_checkpoint
 from dots1_local.engine.engine import Engine
 from dots1_local.export import export_checkpoint
 from tests.conftest import Converted
+from tests.helpers import all_logits
 
 N_TOKENS = 192
 
@@ -29,8 +30,7 @@ def engine_logits(path: Path, tokens: list[int]) -> Tensor:
     with Engine.open(
         path, n_ctx=256, threads=1, kv_type="F32", flash_attention=False, all_logits=True
     ) as engine:
-        rows = [rows.copy() for rows in engine.decode_all(tokens, 0)]
-    return torch.from_numpy(np.concatenate(rows))
+        return torch.from_numpy(all_logits(engine, tokens))
 
 
 def transformers_logits(folder: Path, tokens: list[int], **options: Any) -> Tensor:

@@ -12,6 +12,7 @@ from dots1_local.evaluate.perplexity import perplexity
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.reference.model import logits as reference_logits
 from tests.conftest import Converted
+from tests.helpers import all_logits
 
 N_TOKENS = 192
 
@@ -21,7 +22,7 @@ def engine_logits(path: Path, tokens: list[int]) -> NDArray[np.float32]:
     with Engine.open(
         path, n_ctx=256, kv_type="F32", flash_attention=False, all_logits=True
     ) as engine:
-        return np.concatenate([rows.copy() for rows in engine.decode_all(tokens, 0)])
+        return all_logits(engine, tokens)
 
 
 @pytest.fixture(scope="module")

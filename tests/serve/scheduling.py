@@ -22,6 +22,7 @@ from dots1_local.serve.generation import (
     TokenLogprob,
 )
 from dots1_local.serve.scheduler import Scheduler
+from tests.helpers import all_logits
 
 GREEDY = Sampling(temperature=0)
 TIMEOUT = 60  # seconds; only a broken scheduler needs so long
@@ -175,7 +176,7 @@ class Alone:
         """Check that each token was (almost) the likeliest, and that its logprob is right."""
         tokens = [*prompt, *(each.token for each in written)]
         with open_engine(self._model, 1024, 1024, all_logits=True) as engine:
-            [rows] = engine.decode_all(tokens[:-1], 0)
+            rows = all_logits(engine, tokens[:-1])
             logprobs = log_softmax(rows)[len(prompt) - 1 :]
         assert len(logprobs) == len(written)
         for row, each in zip(logprobs, written, strict=True):

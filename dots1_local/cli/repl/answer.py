@@ -18,15 +18,9 @@ if TYPE_CHECKING:
     from dots1_local.chat.message import AnswerStats
 
 __all__ = [
-    "Ask",
-    "NotAnswered",
-    "echo_controls",
-    "interrupts",
-    "notify",
-    "print_answer",
-    "print_status",
+    "Ask", "NotAnswered", "echo_controls", "interrupts", "notify", "print_answer", "print_status",
     "stream",
-]
+]  # fmt: skip
 
 Ask = Callable[[Progress], Generator[str, None, None]]
 

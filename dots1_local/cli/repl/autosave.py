@@ -24,14 +24,8 @@ if TYPE_CHECKING:
     from dots1_local.chat.message import Message
 
 __all__ = [
-    "AutoSave",
-    "find_session",
-    "in_use",
-    "resume",
-    "save",
-    "save_at_end",
-    "unfinished_sessions",
-]
+    "AutoSave", "find_session", "in_use", "resume", "save", "save_at_end", "unfinished_sessions",
+]  # fmt: skip
 
 
 def save(path: Path, session: "Dialogue", *, quiet: bool = False) -> None:

@@ -28,15 +28,9 @@ from dots1_local.cli._output import plain
 from dots1_local.errors import UsageError
 
 __all__ = [
-    "QUOTES",
-    "Completes",
-    "LineEditor",
-    "edit_text",
-    "message_from",
-    "read_text",
-    "typed_as",
+    "QUOTES", "Completes", "LineEditor", "edit_text", "message_from", "read_text", "typed_as",
     "typed_path",
-]
+]  # fmt: skip
 
 QUOTES = '"""'
 Completes = Literal["path"] | tuple[str, ...]  # what Tab offers after a command

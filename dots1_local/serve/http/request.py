@@ -20,17 +20,9 @@ from dots1_local.files.json_file import JsonError, brief, convert_json, parse_js
 from dots1_local.serve.generation import GenerationRequest
 
 __all__ = [
-    "MAX_CHOICES",
-    "ApiError",
-    "Options",
-    "SharedFields",
-    "TokenCount",
-    "check_model_name",
-    "invalid",
-    "missing",
-    "parse_body",
-    "read_body",
-]
+    "MAX_CHOICES", "ApiError", "Options", "SharedFields", "TokenCount", "check_model_name",
+    "invalid", "missing", "parse_body", "read_body",
+]  # fmt: skip
 
 MAX_CHOICES = 128  # per request, OpenAI's limit
 _MAX_BODY = 8 << 20  # bytes: 30 times the size of a prompt of 32k tokens

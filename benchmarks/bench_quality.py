@@ -23,7 +23,7 @@ from benchmarks.quality_report import Candidate, Pair, Results, report
 from benchmarks.quality_runs import Example
 from dots1_local.errors import Dots1Error
 from dots1_local.quant.allocate import Allocator
-from dots1_local.quant.importance import load_importance
+from dots1_local.quant.imatrix_file import load_importance
 from dots1_local.quant.plan import QuantPlan
 
 _BUDGETS = 8

@@ -31,7 +31,7 @@ from dots1_local.files.partial_file import (
     open_locked,
     open_partial,
 )
-from dots1_local.quant.importance import load_importance, write_imatrix
+from dots1_local.quant.imatrix_file import load_importance, write_imatrix
 from dots1_local.quant.sensitivity import Effect
 
 __all__ = ["IMATRIX", "SENSITIVITY", "CalibrationFolder", "Entries", "ProbeFiles"]

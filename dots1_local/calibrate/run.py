@@ -27,7 +27,7 @@ from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import disk_errors
 from dots1_local.progress import Progress, silent
-from dots1_local.quant.importance import load_importance, write_imatrix
+from dots1_local.quant.imatrix_file import load_importance, write_imatrix
 from dots1_local.reference.model import Compute
 
 __all__ = ["FEW_TOKENS", "Coverage", "LogitsSink", "calibrate", "coverage", "shrink"]

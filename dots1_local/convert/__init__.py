@@ -27,7 +27,8 @@ from dots1_local.files.partial_file import check_target
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.allocate import Allocator
 from dots1_local.quant.allocation import Allocation
-from dots1_local.quant.importance import Importance, load_importance
+from dots1_local.quant.imatrix_file import load_importance
+from dots1_local.quant.importance import Importance
 from dots1_local.quant.plan import PlannedTensor, QuantPlan, parse_overrides
 from dots1_local.quant.recipes import Padding, make_plan
 from dots1_local.quant.stock import require_importance

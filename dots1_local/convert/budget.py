@@ -11,7 +11,8 @@ from dots1_local.calibrate.folder import IMATRIX, SENSITIVITY
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.quant.allocate import Allocator
 from dots1_local.quant.allocation import Allocation
-from dots1_local.quant.importance import Importance, load_importance
+from dots1_local.quant.imatrix_file import load_importance
+from dots1_local.quant.importance import Importance
 from dots1_local.quant.plan import QuantPlan
 from dots1_local.quant.sensitivity import Sensitivity, load_sensitivity
 

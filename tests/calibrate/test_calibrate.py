@@ -15,7 +15,8 @@ from dots1_local.engine.engine import Vocabulary
 from dots1_local.errors import CheckpointError, Dots1Error, UsageError
 from dots1_local.evaluate.perplexity import read_text
 from dots1_local.files.checkpoint import Checkpoint
-from dots1_local.quant.importance import Importance, load_importance
+from dots1_local.quant.imatrix_file import load_importance
+from dots1_local.quant.importance import Importance
 from dots1_local.reference.model import logits as whole_logits
 from tests.calibrate.calibration import LAYERS, Sink, random_tokens, run
 from tests.goldens.make_calibrate_goldens import CHUNKS, GOLDEN, N_CTX, STEP

@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dots1_local.cli import app
-from dots1_local.quant.importance import load_importance
+from dots1_local.quant.imatrix_file import load_importance
 from tests.conftest import Converted
 from tests.micro import edit_json, micro_checkpoint
 

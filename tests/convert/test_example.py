@@ -11,7 +11,7 @@ import pytest
 from dots1_local.convert import Conversion, convert_checkpoint
 from dots1_local.engine.engine import Engine
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.quant.importance import load_importance
+from dots1_local.quant.imatrix_file import load_importance
 from dots1_local.quant.stock import stock_mix
 from tests.conftest import Converted
 from tests.micro import micro_checkpoint

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType, GGUFReader, TokenType, quants
 from safetensors.numpy import load_file, save_file
 
 from dots1_local.convert import Conversion, convert_checkpoint
-from dots1_local.quant.importance import write_imatrix
+from dots1_local.quant.imatrix_file import write_imatrix
 from tests.micro import micro_checkpoint
 
 WIDTHS = {"hidden_size": 256, "moe_intermediate_size": 192, "intermediate_size": 704}

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from dots1_local.convert import convert_checkpoint
-from dots1_local.quant.importance import load_importance, write_imatrix
+from dots1_local.quant.imatrix_file import load_importance, write_imatrix
 
 GOLDEN = Path(__file__).with_name("calibrate.imatrix")
 CHUNKS, N_CTX, STEP = 4, 512, 8

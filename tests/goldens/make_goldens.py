@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.architecture import inventory
-from dots1_local.quant import importance
+from dots1_local.quant import imatrix_file
 from tests.quant import stock_llama
 from tests.quant.stock_llama import FULL
 
@@ -72,7 +72,7 @@ def write_imatrix(path: Path, rounded: bool = False) -> Path:
         for name, (sums, counts) in entries().items()
     }
     chunks = 5000 // CHUNK_SIZE
-    importance.write_imatrix(
+    imatrix_file.write_imatrix(
         path, content, datasets=[DATASET], chunk_count=chunks, chunk_size=CHUNK_SIZE
     )
     return path

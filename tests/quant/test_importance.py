@@ -17,7 +17,8 @@ from dots1_local.architecture import TensorSpec, inventory
 from dots1_local.errors import Dots1Error
 from dots1_local.ggml import TYPES
 from dots1_local.quant.encode import encode
-from dots1_local.quant.importance import Importance, load_importance, pad_columns, write_imatrix
+from dots1_local.quant.imatrix_file import load_importance, write_imatrix
+from dots1_local.quant.importance import Importance, pad_columns
 from dots1_local.quant.stock import stock_types
 from tests.goldens import make_goldens
 from tests.goldens.make_goldens import CONFIG, MIXES, short_hash

@@ -77,8 +77,31 @@ def convert_json(value: Any, kind: type[_Converted]) -> _Converted:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:  # such as "Expected `int`, got `str` - at `$.a[0]`"
         reason, _, path = str(error).partition(" - at ")
+        path = path.strip("`").removeprefix("$").removeprefix(".")
+        if found := re.fullmatch(r"Invalid (?:enum )?value (.*)", reason):
+            reason = (
+                f"Expected one of {', '.join(map(str, _choices(kind, path)))}, got {found[1]:.60}"
+            )
         reason = re.sub(r"`(.+?)`", r"\1", reason[:1].lower() + reason[1:])
-        raise JsonError(reason, path.strip("`").removeprefix("$").removeprefix(".")) from None
+        raise JsonError(reason, path) from None
+
+
+def _choices(kind: Any, path: str) -> list[Any]:
+    """Return the values that the field of `kind` at `path` may have."""
+    schema = msgspec.json.schema(kind)
+
+    def alternatives(node: Any) -> list[Any]:
+        if "$ref" in node:
+            return alternatives(schema["$defs"][node["$ref"].rpartition("/")[2]])
+        if "anyOf" in node:
+            return [each for part in node["anyOf"] for each in alternatives(part)]
+        return [node]
+
+    nodes = alternatives(schema)
+    for part in re.findall(r"[^.\[\]]+", path):
+        below = (node.get("properties", {}).get(part, node.get("items")) for node in nodes)
+        nodes = [each for child in below if child for each in alternatives(child)]
+    return [value for node in nodes for value in node.get("enum", ()) if value is not None]
 
 
 def read_json(path: str | Path, name: str) -> Any:

@@ -74,7 +74,7 @@ def test_converts_to_the_types_it_is_given() -> None:
         ({"parts": [{"size": "3"}]}, "parts[0].size", "expected int, got str"),
         ({"parts": [{"size": 6}]}, "parts[0].size", "<= 5"),
         ({"parts": [{}]}, "parts[0]", "size"),
-        ({"parts": [{"size": 3, "kind": "c"}]}, "parts[0].kind", "'c'"),
+        ({"parts": [{"size": 3, "kind": "c"}]}, "parts[0].kind", "expected one of a, b, got 'c'"),
     ],
 )
 def test_names_the_field_that_is_wrong(change: dict[str, Any], path: str, reason: str) -> None:

@@ -247,8 +247,7 @@ def _refusal(error: JsonError) -> ApiError:
     path = error.path.partition("[...]")[0]  # msgspec does not say which key of an object is wrong
     if field := re.fullmatch(r"object missing required field (\w+)", error.reason):
         return missing(f"{path}.{field[1]}".removeprefix("."))
-    reason = re.sub("^invalid (enum )?value", "unknown value", error.reason)
-    return invalid(f"{path or 'the body'} is invalid: {reason:.200}", path or None)
+    return invalid(f"{path or 'the body'} is invalid: {error.reason:.200}", path or None)
 
 
 def _biases(raw: Mapping[str, float | None], n_vocab: int) -> dict[int, float]:

@@ -44,11 +44,13 @@ class Conversation:
 
     def apply(self, session: Dialogue) -> None:
         """Give a session these messages and settings; an unanswered question is left to ask."""
-        given = vars(self.settings)
+        given = asdict(self.settings)
         session.messages = list(self.messages)
-        session.sampling = Sampling(**{each.name: given[each.name] for each in fields(Sampling)})
-        for name in ("max_tokens", "stop", "overflow"):
-            setattr(session, name, given[name])
+        session.sampling = Sampling(
+            **{each.name: given.pop(each.name) for each in fields(Sampling)}
+        )
+        for name, value in given.items():  # max_tokens, stop, overflow
+            setattr(session, name, value)
 
 
 class _SavedMessage(Struct, frozen=True):

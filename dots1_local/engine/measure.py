@@ -8,7 +8,7 @@ random, which spreads them over the experts.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -86,9 +86,11 @@ class BenchResult:
         return {
             "name": self.name,
             "placement": self.placement.to_json() if self.placement else None,
-            "predicted": [vars(depth) for depth in self.predicted],
-            "measured": [vars(depth) for depth in found.depths] if found else [],
-            "bytes": [vars(each) for each in compare(found.allocated, self.usage)] if found else [],
+            "predicted": [asdict(depth) for depth in self.predicted],
+            "measured": [asdict(depth) for depth in found.depths] if found else [],
+            "bytes": [asdict(each) for each in compare(found.allocated, self.usage)]
+            if found
+            else [],
             "driver_bytes": dict(found.driver_bytes) if found else {},
             "load_seconds": found.load_seconds if found else None,
             "warnings": list(found.warnings) if found else [],

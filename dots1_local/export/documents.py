@@ -5,6 +5,7 @@ tokenizer.json is written, because nobody would notice that it splits text diffe
 """
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def _config_json(config: Dots1Config, ends: list[int]) -> dict[str, Any]:
     """
     numbers = {
         name: _shortest(value) if isinstance(value, float) else value
-        for name, value in vars(config).items()
+        for name, value in asdict(config).items()
     }
     fixed = {
         "architectures": ["Dots1ForCausalLM"],

@@ -127,7 +127,7 @@ def load_sensitivity(path: str | Path) -> Sensitivity:
         for kind, effect in by_type.items():
             if kind not in TYPES:
                 raise Dots1Error(f"{path}: {name} has the unknown type {kind!r}")
-            for figure, value in vars(effect).items():
+            for figure, value in asdict(effect).items():
                 if not 0 <= value <= _LARGEST:
                     raise Dots1Error(f"{path}: {name} has the {figure} {value!r} as {kind}")
     return found

@@ -6,7 +6,7 @@ keys it requires, and what it takes for a missing one.
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from reprlib import repr as brief
 from typing import Any
 
@@ -88,7 +88,7 @@ def conflicts(gguf: GGUFFile, checkpoint: Dots1Config) -> list[str]:
 
     Wider experts are padded ones; a lost layer does not make the file another model.
     """
-    shown, wanted = config_from_tensors(gguf.tensors), vars(checkpoint)
+    shown, wanted = config_from_tensors(gguf.tensors), asdict(checkpoint)
     return [
         f"{field} {value} ({wanted[field]})"
         for field, value in shown.items()
@@ -124,7 +124,7 @@ def lint_numbers(gguf: GGUFFile, checkpoint: Dots1Config | None) -> Iterator[Fin
     shown, wanted = config_from_tensors(gguf.tensors), None
     if checkpoint:
         stored_width = {k: v for k, v in shown.items() if k == "moe_intermediate_size"}
-        wanted = vars(checkpoint) | stored_width  # the width may be padded
+        wanted = asdict(checkpoint) | stored_width  # the width may be padded
     yield from _gating(gguf)
     defaults = _defaults(gguf, shown)
     for key in _KEYS:

@@ -24,7 +24,7 @@ __all__ = ["BenchOptions", "bench"]
 _MARGIN = 256  # tokens that are generated after the deepest context
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class BenchOptions:
     model: shared.Model
     context: str = option(

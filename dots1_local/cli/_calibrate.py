@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["CalibrateOptions", "calibrate"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CalibrateOptions:
     checkpoint: Path = argument("A folder with config.json and safetensors.")
     output: Path = option("Write to this folder.", "--output", "-o", value=MISSING, metavar="DIR")

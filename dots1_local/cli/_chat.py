@@ -26,7 +26,7 @@ __all__ = ["ChatOptions", "chat"]
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ChatOptions:
     file: Path | None = argument(
         "A dots1 GGUF file. Optional with --url.", metavar="FILE.gguf", value=None

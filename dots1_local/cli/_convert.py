@@ -29,7 +29,7 @@ _BUDGET = "Types under a budget, by what dots1 calibrate measured"
 _HUB = "A checkpoint on the hub"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConvertOptions:
     checkpoint: str = argument(
         "A folder with config.json and safetensors, or organisation/model on the Hugging Face hub."

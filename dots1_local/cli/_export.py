@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["ExportOptions", "export"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExportOptions:
     file: ModelShard
     output: Path | None = option(

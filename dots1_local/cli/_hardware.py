@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["HardwareOptions", "hardware"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class HardwareOptions:
     file: str | None = option(
         "Show the machine that this file or name describes.",

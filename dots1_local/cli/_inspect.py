@@ -19,7 +19,7 @@ _MAX_ITEMS = 4
 _MAX_CHARACTERS = 120
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class InspectOptions:
     path: Path = argument("A GGUF file, any shard of a split one, or a checkpoint's folder.")
     tensors: bool = flag("List every tensor with its type, shape and size.", "--tensors")

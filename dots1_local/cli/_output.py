@@ -15,7 +15,6 @@ from functools import partial
 from shutil import get_terminal_size
 from typing import Any
 
-from dots1_local.architecture import ROLES
 from dots1_local.progress import Progress
 from dots1_local.sizes import human_bytes
 
@@ -95,6 +94,8 @@ def print_sizes(tensors: Iterable[tuple[str, str, int, int]]) -> None:
 
     Rows are in the order of `ROLES`, then of first appearance. The share is that of the bytes.
     """
+    from dots1_local.architecture import ROLES
+
     sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for role, kind, parameters, nbytes in tensors:
         for place, amount in enumerate((1, parameters, nbytes)):

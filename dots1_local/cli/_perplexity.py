@@ -21,7 +21,7 @@ __all__ = ["PerplexityOptions", "perplexity"]
 _FEW = 100  # scored tokens; llama-perplexity prints no statistics for fewer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PerplexityOptions:
     model: shared.Model
     file: Path | None = option("Predict this text, UTF-8. Optional with --logits.", "--file", "-f")

@@ -39,7 +39,7 @@ _HOST_MEMORY = {
 _NEVER = 1 << 20  # tokens; no placement has a batch that large
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PlanOptions:
     model: shared.Model
     context: str | None = option(

@@ -19,7 +19,7 @@ __all__ = ["ServeOptions", "serve"]
 _GRACE = 10  # seconds that answers get to finish when the server ends
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ServeOptions:
     model: shared.Model
     host: str = option(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["VerifyOptions", "verify"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class VerifyOptions:
     file: ModelShard
     against: Path | None = option(

@@ -12,7 +12,7 @@ from dots1_local.errors import UsageError
 __all__ = ["WorkerOptions", "worker"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class WorkerOptions:
     host: str = option(
         "Listen at this address; every address but a loopback one is open to others.",

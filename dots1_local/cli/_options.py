@@ -1,8 +1,8 @@
 """Options that several verbs share, and what verbs do with them.
 
 A verb with many options declares them as the fields of a frozen dataclass, so that its helpers
-take one argument. `verb` turns the fields into the parameters that Typer reads. The dataclasses leave
-out comparison and repr, because generating them would delay the start of every verb.
+take one argument. `verb` turns the fields into the parameters that Typer reads. The dataclasses
+leave out comparison and repr, because generating them would delay the start of every verb.
 """
 
 import inspect

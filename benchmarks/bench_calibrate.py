@@ -41,7 +41,7 @@ def run(checkpoint: Path, tokens: int, precision: str) -> tuple[Usage, Spent]:
 
 def calibrate_once(checkpoint: Path, tokens: int, precision: str) -> None:
     """Calibrate, and write the core-seconds of each part to spent.json."""
-    from dots1_local.calibrate.run import calibrate
+    from dots1_local.calibrate.calibrate import calibrate
 
     source = Checkpoint.open(checkpoint)
     drawn = np.random.default_rng(0).integers(0, source.config.vocab_size, (tokens // 512, 512))

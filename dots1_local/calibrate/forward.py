@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dots1_local.architecture import Dots1Config, inventory
-from dots1_local.calibrate.folder import CalibrationFolder, Entries
+from dots1_local.calibrate.calibration_folder import CalibrationFolder, Entries
 from dots1_local.calibrate.output_errors import REFERENCE
 from dots1_local.calibrate.router_flips import RouterNoise
 from dots1_local.calibrate.stream import (

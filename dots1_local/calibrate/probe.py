@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dots1_local.architecture import TensorSpec, inventory, padded_width
 from dots1_local.calibrate.backward import backward_layer, generator, head_gradients
-from dots1_local.calibrate.folder import ProbeFiles
+from dots1_local.calibrate.calibration_folder import ProbeFiles
 from dots1_local.calibrate.forward import ColumnSums
 from dots1_local.calibrate.output_errors import REFERENCE, measure, read_rows, sample
 from dots1_local.calibrate.stream import Report, observe_head

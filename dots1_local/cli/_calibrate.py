@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dots1_local.calibrate.run import Coverage
+    from dots1_local.calibrate.calibrate import Coverage
     from dots1_local.files.checkpoint import Checkpoint
 
     Tokens = NDArray[np.int32]
@@ -134,7 +134,7 @@ def _run(
     evaluation: "Tokens | None",
     options: CalibrateOptions,
 ) -> "list[Coverage]":
-    from dots1_local.calibrate.run import calibrate as run
+    from dots1_local.calibrate.calibrate import calibrate as run
     from dots1_local.evaluate.logits_file import LogitsWriter, check_logits_target
 
     writer, force = None, options.force

@@ -142,7 +142,7 @@ def _hub_json(conversion: "Conversion") -> dict[str, Any]:
     """Return what the hub has; bytes on disk are those of shards alone."""
     from dots1_local.convert.from_hub import order_of
     from dots1_local.hub import HubCheckpoint
-    from dots1_local.hub.shards import ShardCache
+    from dots1_local.hub.shard_cache import ShardCache
 
     source = conversion.checkpoint
     if not isinstance(source, HubCheckpoint) or not source.shard_files:

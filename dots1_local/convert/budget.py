@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.calibrate.folder import IMATRIX, SENSITIVITY
+from dots1_local.calibrate.calibration_folder import IMATRIX, SENSITIVITY
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.quant.allocate import Allocator
 from dots1_local.quant.allocation import Allocation

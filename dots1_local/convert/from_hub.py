@@ -13,7 +13,7 @@ from dots1_local.errors import CheckpointError, Dots1Error, UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import check_space
 from dots1_local.hub import HubCheckpoint
-from dots1_local.hub.shards import ShardCache
+from dots1_local.hub.shard_cache import ShardCache
 from dots1_local.progress import Progress
 from dots1_local.quant.plan import PlannedTensor
 from dots1_local.sizes import human_bytes

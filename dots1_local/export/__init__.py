@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dots1_local.architecture import Dots1Config
+from dots1_local.export.decode import write_shards
 from dots1_local.export.documents import check_computes_the_same, documents, encoded
 from dots1_local.export.expert_width import true_width
 from dots1_local.export.folder import ExportFolder
-from dots1_local.export.pipeline import write_shards
 from dots1_local.export.shards import Shard, exported_tensors, index_json, lay_out, model_tensors
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.progress import Progress, silent

@@ -6,7 +6,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dots1_local.calibrate.run import calibrate
+from dots1_local.calibrate.calibrate import calibrate
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 

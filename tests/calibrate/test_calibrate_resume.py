@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dots1_local.calibrate.run import calibrate
+from dots1_local.calibrate.calibrate import calibrate
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from tests.calibrate.calibration import LAYERS, Sink, random_tokens, run
@@ -21,7 +21,7 @@ CHILD = """
 import sys, time
 import numpy as np
 from dots1_local.files.checkpoint import Checkpoint
-from dots1_local.calibrate.run import calibrate
+from dots1_local.calibrate.calibrate import calibrate
 
 def progress(done, total, unit, what):
     if done >= float(sys.argv[4]) * total:
@@ -149,7 +149,7 @@ def test_full_disk_in_the_end_loses_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dots1_local.calibrate.run.write_imatrix", full)
+        patch.setattr("dots1_local.calibrate.calibrate.write_imatrix", full)
         with pytest.raises(Dots1Error, match=r"disk is full.*/out\b"):
             calibrate(micro, tmp_path / "out", random_tokens(6), threads=1, sensitivity=False)
     assert run(micro, tmp_path / "out", random_tokens(6)) == expected

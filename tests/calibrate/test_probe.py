@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from dots1_local.calibrate.run import calibrate
+from dots1_local.calibrate.calibrate import calibrate
 from dots1_local.convert.budget import load_calibration
 from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.checkpoint import Checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dots1_local.calibrate.run import calibrate
+from dots1_local.calibrate.calibrate import calibrate
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from tests.calibrate.calibration import RESULTS, Sink, probed, random_tokens

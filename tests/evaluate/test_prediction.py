@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dots1_local.calibrate.run import calibrate
+from dots1_local.calibrate.calibrate import calibrate
 from dots1_local.convert import Conversion
 from dots1_local.evaluate.perplexity import kl_divergence, perplexity, read_text
 from dots1_local.evaluate.texts import open_vocabulary, tokenize

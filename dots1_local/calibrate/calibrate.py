@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dots1_local.architecture import inventory
-from dots1_local.calibrate.folder import IMATRIX, SENSITIVITY, CalibrationFolder
+from dots1_local.calibrate.calibration_folder import IMATRIX, SENSITIVITY, CalibrationFolder
 from dots1_local.calibrate.forward import PROBED, ForwardPass
 from dots1_local.calibrate.probe import BACKWARD_WORK, Probe, rounded_divergence
 from dots1_local.errors import UsageError

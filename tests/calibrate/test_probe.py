@@ -124,7 +124,7 @@ def test_the_number_of_probed_positions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, chunks: int, positions: int
 ) -> None:
     """Whole chunks are probed, or the beginning of one."""
-    for module in ("run", "forward"):
+    for module in ("calibrate", "forward"):
         monkeypatch.setattr(f"dots1_local.calibrate.{module}.PROBED", limit)
     checkpoint = Checkpoint.open(micro_checkpoint(tmp_path / "hf"))
     shapes: set[tuple[int, ...]] = set()

@@ -76,18 +76,17 @@ def convert_json(value: Any, kind: type[_Converted]) -> _Converted:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:  # such as "Expected `int`, got `str` - at `$.a[0]`"
-        reason, _, path = str(error).partition(" - at ")
-        path = path.strip("`").removeprefix("$").removeprefix(".")
-        if found := re.fullmatch(r"Invalid (?:enum )?value (.*)", reason):
-            reason = (
-                f"Expected one of {', '.join(map(str, _choices(kind, path)))}, got {found[1]:.60}"
-            )
+        reason, _, place = str(error).partition(" - at ")
+        path = re.sub(r"\$\.?|`", "", place)
+        found = re.fullmatch(r"Invalid (?:enum )?value (.*)", reason)
+        if found and (choices := _choices(kind, path)):
+            reason = f"Expected one of {', '.join(map(str, choices))}, got {found[1]:.60}"
         reason = re.sub(r"`(.+?)`", r"\1", reason[:1].lower() + reason[1:])
         raise JsonError(reason, path) from None
 
 
 def _choices(kind: Any, path: str) -> list[Any]:
-    """Return the values that the field of `kind` at `path` may have."""
+    """Return the values that the field of `kind` at `path` may have, if its type lists them."""
     schema = msgspec.json.schema(kind)
 
     def alternatives(node: Any) -> list[Any]:
@@ -98,8 +97,9 @@ def _choices(kind: Any, path: str) -> list[Any]:
         return [node]
 
     nodes = alternatives(schema)
-    for part in re.findall(r"[^.\[\]]+", path):
-        below = (node.get("properties", {}).get(part, node.get("items")) for node in nodes)
+    for part in re.findall(r"\[\.\.\.\]|[^.\[\]]+", path):
+        rest = "additionalProperties" if part == "[...]" else "items"
+        below = (node.get("properties", {}).get(part, node.get(rest)) for node in nodes)
         nodes = [each for child in below if child for each in alternatives(child)]
     return [value for node in nodes for value in node.get("enum", ()) if value is not None]
 

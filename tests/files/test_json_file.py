@@ -24,6 +24,7 @@ class Thing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     parts: list[Part] = []
     on: bool = False
+    kinds: dict[Literal["c", "d"], Literal["e", "f"]] = {}
 
 
 @pytest.mark.parametrize("value", [None, True, 3, 0.5, "一", [1, [2]], {"a": {"b": "\U0001f600"}}])
@@ -75,6 +76,8 @@ def test_converts_to_the_types_it_is_given() -> None:
         ({"parts": [{"size": 6}]}, "parts[0].size", "<= 5"),
         ({"parts": [{}]}, "parts[0]", "size"),
         ({"parts": [{"size": 3, "kind": "c"}]}, "parts[0].kind", "expected one of a, b, got 'c'"),
+        ({"kinds": {"c": "g"}}, "kinds[...]", "expected one of e, f, got 'g'"),
+        ({"kinds": {"g": "e"}}, "key in kinds", "'g'"),
     ],
 )
 def test_names_the_field_that_is_wrong(change: dict[str, Any], path: str, reason: str) -> None:

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from dots1_local.chat.sampling import Sampling
 from dots1_local.cli import app
-from dots1_local.placement.placement import Placement
 from tests.cli.terminal import ABORTS
+from tests.engine.engine_memory import placement_for
 from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
 
 CHAT = [sys.executable, "-c", "from dots1_local.cli import main; main()", "chat"]
@@ -161,17 +161,7 @@ def test_an_aborting_engine_leaves_the_answer_so_far(model: Path, tmp_path: Path
 
 
 def test_a_plan_decides_the_context(model: Path, tmp_path: Path) -> None:
-    placement = Placement(
-        model=model.name,
-        model_bytes=model.stat().st_size,
-        blocks=3,
-        context=64,
-        kv_type="F16",
-        flash_attention=True,
-        ubatch=16,
-        threads=1,
-        host_memory="mapped",
-    )
+    placement = placement_for(model, {"context": 64, "ubatch": 16, "host_memory": "mapped"})
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(placement.to_json()), encoding="utf-8")
     assert run(model, "-p", "hi", "--plan", str(path)).stdout == "中文\n"

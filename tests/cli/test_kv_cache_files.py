@@ -11,7 +11,7 @@ from dots1_local.cli.repl.autosave import resume, save
 from dots1_local.cli.repl.commands import COMMANDS
 from dots1_local.cli.repl.loop import Repl
 from dots1_local.engine.engine import Engine
-from dots1_local.placement.placement import Placement
+from tests.engine.engine_memory import placement_for
 from tests.helpers import write_random_gguf
 
 
@@ -91,17 +91,7 @@ def test_show_prints_the_memory_of_each_device(
     assert " kB weights, " in line
     assert "planned" not in line
     model = tmp_path / "model.gguf"
-    placement = Placement(
-        model=model.name,
-        model_bytes=model.stat().st_size,
-        blocks=3,
-        context=64,
-        kv_type="F16",
-        flash_attention=True,
-        ubatch=16,
-        threads=1,
-        host_memory="mapped",
-    )
+    placement = placement_for(model, {"context": 64, "ubatch": 16, "host_memory": "mapped"})
     with (
         Engine.open(model, placement=placement, n_ctx=256) as engine,  # n_ctx wins over the plan's
         Session(engine) as planned,

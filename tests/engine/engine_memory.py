@@ -23,6 +23,7 @@ _MIB = 2**20
 
 
 def placement_for(path: Path, decisions: Decisions) -> Placement:
+    """A placement with everything in RAM, unless `decisions` say otherwise."""
     gguf = GGUFFile.open(path)
     blocks = gguf.keys["dots1.block_count"]
     assert isinstance(blocks, int)

@@ -27,6 +27,7 @@ from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.footprint import Usage
 from dots1_local.placement.placement import HostMemory, Placement
 from tests.conftest import Converted
+from tests.engine import engine_memory
 from tests.helpers import all_logits, write_random_gguf
 from tests.workers import Worker, local_worker
 
@@ -63,21 +64,8 @@ def run() -> Iterator[Run]:
 
 def placement_for(path: Path, **decisions: Any) -> Placement:
     """A placement with everything in RAM, unless `decisions` say otherwise."""
-    gguf = GGUFFile.open(path)
-    blocks = gguf.keys["dots1.block_count"]
-    assert isinstance(blocks, int)
-    placement = Placement(
-        model=path.name,
-        model_bytes=gguf.nbytes,
-        blocks=blocks,
-        context=256,
-        kv_type="F32",
-        flash_attention=False,
-        ubatch=64,
-        threads=1,
-        host_memory="plain",
-    )
-    return replace(placement, **decisions)
+    small = {"context": 256, "kv_type": "F32", "flash_attention": False, "ubatch": 64}
+    return engine_memory.placement_for(path, {**small, **decisions})
 
 
 def logits_and_report(

@@ -35,10 +35,11 @@ PLACES = {
     "convert": (1, 6),
     "calibrate": (1, 7),
     "hub": (0, 7),
-    "reference": (1, 8),
-    "quant": (2, 8),
-    "files": (1, 9),
-    BASE: (1, 10),
+    "refine": (1, 8),
+    "reference": (0, 8),
+    "quant": (1, 9),
+    "files": (1, 10),
+    BASE: (1, 11),
 }
 _WIDTH, _HEIGHT, _COLUMN, _ROW, _MARGIN = 232, 64, 256, 92, 14
 _STYLE = """
@@ -79,7 +80,7 @@ def without_implied(edges: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]
 def render() -> str:
     """The picture as SVG."""
     width = 4 * _COLUMN - _COLUMN + _WIDTH + 2 * _MARGIN
-    height = 10 * _ROW + _HEIGHT + 2 * _MARGIN
+    height = 11 * _ROW + _HEIGHT + 2 * _MARGIN
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img" '

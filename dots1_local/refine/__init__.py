@@ -1,1 +1,1 @@
-"""Rounding that knows a matrix's inputs: error feedback and coordinate descent in ggml's formats."""
+"""Rounding that knows what a matrix is multiplied by."""

@@ -131,16 +131,30 @@ class Checkpoint:
         Raises:
             CheckpointError: the tensor is missing or cannot be read.
         """
+        return self._floats(self.locate(name))
+
+    def read_start(self, name: str, count: int) -> NDArray[np.float32]:
+        """The first `count` weights of a tensor as float32, or all if it has fewer.
+
+        Raises:
+            CheckpointError: the tensor is missing or cannot be read.
+        """
         piece = self.locate(name)
+        return self._floats(piece.part(0, (min(count, prod(piece.shape)),)))
+
+    def _floats(self, piece: Slice) -> NDArray[np.float32]:
+        out = np.empty(piece.shape, np.float32)
+        to_float32(self._bytes(piece), piece.dtype, out)
+        return out
+
+    def _bytes(self, piece: Slice) -> NDArray[np.uint8]:
         raw = np.empty(piece.nbytes, np.uint8)
         try:
             with open(piece.file, "rb") as file:
                 read_exactly(file.fileno(), raw, piece.offset, piece.file)
         except OSError as error:
             raise CheckpointError(f"cannot read {piece.file}: {error.strerror}") from None
-        out = np.empty(piece.shape, np.float32)
-        to_float32(raw, piece.dtype, out)
-        return out
+        return raw
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dots1_local.architecture import Dots1Config
 from dots1_local.errors import CheckpointError, Dots1Error, UsageError
 from dots1_local.files.checkpoint import (
@@ -74,6 +77,13 @@ class HubCheckpoint(Checkpoint):
             for tensor, place in self._slices.items()
         }
         return HubCheckpoint(self.repo, self.path, self.raw_config, slices)
+
+    def _bytes(self, piece: Slice) -> NDArray[np.uint8]:
+        """Ask the hub for bytes of a shard that is not on disk."""
+        file = self.repo.files.get(piece.file.name)
+        if file is None or piece.file.is_file():
+            return super()._bytes(piece)
+        return np.frombuffer(self.repo.read(file, piece.nbytes, piece.offset), np.uint8)
 
     def check_header(self, shard: Path) -> None:
         """Make sure that a shard's tensors lie where the header said that was fetched on opening.
@@ -210,8 +220,8 @@ def _read_header(repo: HubRepo, shard: str, folder: Path) -> dict[str, Slice]:
     file, path = repo.files[shard], folder / shard
     if file.size < 8:
         raise CheckpointError(f"{shard} of {repo} is not a safetensors file")
-    start = repo.read_start(file, min(_LIKELY_HEADER, file.size))
+    start = repo.read(file, min(_LIKELY_HEADER, file.size))
     end = 8 + header_length(path, start, file.size)
     if end > len(start):
-        start = repo.read_start(file, end)
+        start = repo.read(file, end)
     return tensor_table(path, start[8:end], file.size)

@@ -27,6 +27,7 @@ __all__ = ["HubFile", "HubRepo", "Stopped", "find_repo", "has_digest", "parallel
 
 _CLIENT: dict[str, Any] = {"library_name": "dots1-local", "library_version": __version__}
 _PAUSES = (1.0, 2.0, 4.0)  # seconds before further tries
+_PARTIAL = 206  # the HTTP status of an answer with the range that was asked for
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -78,11 +79,12 @@ class HubRepo:
     def __str__(self) -> str:
         return f"{self.name} at commit {self.commit[:12]}"
 
-    def read_start(self, file: HubFile, count: int) -> bytes:
-        """Read the first `count` bytes of a file, in memory that a hostile server cannot exceed.
+    def read(self, file: HubFile, count: int, start: int = 0) -> bytes:
+        """Read `count` bytes of a file, in memory that a hostile server cannot exceed.
 
         Raises:
-            CheckpointError: the hub refuses, cannot be reached, or sends fewer bytes.
+            CheckpointError: the hub refuses, cannot be reached, sends fewer bytes, or sends a file
+                from its beginning only.
         """
         from huggingface_hub import constants, get_session, hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -92,13 +94,15 @@ class HubRepo:
 
         url = hf_hub_url(self.name, file.name, revision=self.commit, endpoint=self.endpoint)
         headers = build_hf_headers(**_CLIENT)
-        headers |= {"Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
 
         def once() -> bytes:
             data = bytearray()
             with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
                 hf_raise_for_status(response)
+                if start and response.status_code != _PARTIAL:
+                    raise CheckpointError(f"{self.endpoint} does not send parts of files")
                 for chunk in response.iter_raw():
                     data += chunk
                     if len(data) >= count:

@@ -16,11 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dots1_local.architecture import inventory
+from dots1_local.calibrate.hooks import NO_HOOKS, Expert, Hooks
 from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.ggml import QuantType
 from dots1_local.quant.encode import decode, encode
-from dots1_local.reference.layers import Observer, Weights, attention, dense_ffn, rms_norm, route
+from dots1_local.reference.layers import (
+    Observer,
+    Weights,
+    attention,
+    dense_ffn,
+    rms_norm,
+    route,
+)
 from dots1_local.reference.model import (
     Compute,
     Rounding,
@@ -31,7 +39,8 @@ from dots1_local.reference.model import (
 )
 
 __all__ = [
-    "Report", "Segment", "embed", "forward_layer", "observe_head", "output_logits", "rounding_to",
+    "Report", "Segment", "WorkingMemory", "embed", "forward_layer", "observe_head",
+    "output_logits", "rounding_to",
 ]  # fmt: skip
 
 _ROWS = 2048  # rows in one matrix product; more are no faster
@@ -54,6 +63,17 @@ class Segment:
     stop: int
     observe: Observer | None = None
     rounding: Rounding | None = None
+
+
+@dataclass(frozen=True)
+class WorkingMemory:
+    """What a layer is computed in: `inputs` of the routed experts, and the layer's output `after`.
+
+    Both are shaped like x. They may lie in files.
+    """
+
+    inputs: Tensor
+    after: Tensor
 
 
 def rounding_to(kind: QuantType, threads: int | None = None) -> Rounding:
@@ -103,15 +123,18 @@ def forward_layer(
     segments: Sequence[Segment],
     compute: Compute,
     report: Report,
+    hooks: Hooks = NO_HOOKS,
+    working: WorkingMemory | None = None,
 ) -> None:
     """Replace `x`, the residual stream before a layer, by the residual stream after it.
 
-    `x` may be on another device than the computation.
+    `x` may be on another device than the computation. With `working`, the stream after the layer
+    is in `working.after`, and `x` stays as it is.
 
     Raises:
         CheckpointError: a tensor is missing or unreadable, or the router's bias is NaN or infinite.
     """
-    work = _ForwardLayer(x, checkpoint, layer, segments, compute, report)
+    work = _ForwardLayer(x, checkpoint, layer, segments, compute, report, hooks, working)
     if checkpoint.config.is_dense(layer):
         work.dense()
     else:
@@ -163,6 +186,8 @@ class _ForwardLayer:
     segments: Sequence[Segment]
     compute: Compute
     report: Report
+    hooks: Hooks
+    working: WorkingMemory | None
 
     def __post_init__(self) -> None:
         self.config, self.device = self.checkpoint.config, self.compute.device
@@ -172,16 +197,19 @@ class _ForwardLayer:
         }
 
     def dense(self) -> None:
+        after = self.working.after if self.working else self.x
         for group, segment in self._groups():
             attended, normed = self._attend(group, segment)
             attended += _ffn(normed, self.weights[segment.rounding], "mlp", segment.observe)
-            self._put(self.x, group, attended)
+            self._put(after, group, attended)
             self.report(len(normed))
+        self.hooks.common()
 
     def moe(self) -> None:
-        """Compute everything but the routed experts first; x then holds the experts' inputs, while
-        their outputs are added to `after`."""
-        after, routes = torch.empty_like(self.x), []
+        """Compute everything but the routed experts first; the experts' outputs are then added to
+        `after`. Without working memory of its own, x holds the experts' inputs."""
+        working = self.working or WorkingMemory(self.x, torch.empty_like(self.x))
+        routes = []
         part = self._common_part()
         for group, segment in self._groups():
             weights, observe = self.weights[segment.rounding], segment.observe
@@ -191,12 +219,14 @@ class _ForwardLayer:
             bias = self._checked_bias(weights)
             routes.append(route(normed, weights["mlp.gate.weight"], bias, self.config))
             attended += _ffn(normed, weights, "mlp.shared_experts", observe)
-            self._put(self.x, group, normed)
-            self._put(after, group, attended)
+            self._put(working.inputs, group, normed)
+            self._put(working.after, group, attended)
             self.report(len(normed) * part)
+        self.hooks.common()
         chosen, shares = (torch.cat(parts) for parts in zip(*routes, strict=True))
-        self._experts(after, chosen, shares, (1 - part) / self.config.num_experts_per_tok)
-        self.x.copy_(after)
+        self._experts(working, chosen, shares, (1 - part) / self.config.num_experts_per_tok)
+        if self.working is None:
+            self.x.copy_(working.after)
 
     def _checked_bias(self, weights: Weights) -> Tensor:
         """The router's bias. It only ranks experts, so NaN in it would not show in any output."""
@@ -226,9 +256,9 @@ class _ForwardLayer:
     def _put(self, target: Tensor, group: slice, rows: Tensor) -> None:
         target[group].copy_(rows.view(-1, *self.x.shape[1:]))
 
-    def _experts(self, after: Tensor, chosen: Tensor, shares: Tensor, work: float) -> None:
+    def _experts(self, working: WorkingMemory, chosen: Tensor, shares: Tensor, work: float) -> None:
         """Add the output of each expert to `after`, for the rows that are routed to it."""
-        inputs, outputs = self.x.flatten(0, 1), after.flatten(0, 1)
+        inputs, outputs = working.inputs.flatten(0, 1), working.after.flatten(0, 1)
         for expert, stored in enumerate(read_experts(self.checkpoint, self.layer)):
             prefix = f"mlp.experts.{expert}"
             rows, slots = (chosen == expert).nonzero(as_tuple=True)
@@ -246,6 +276,7 @@ class _ForwardLayer:
                     result *= shares[rows[block], slots[block], None]
                     outputs.index_add_(0, at, result.to(outputs.device))
                     self.report(len(at) * work)
+            self.hooks.expert(Expert(expert, inputs, rows.to(inputs.device), stored, self.compute))
 
     def _blocks(self, rows: Tensor) -> Iterator[tuple[Segment, list[slice]]]:
         """Split ascending row numbers at the ends of segments, and further into blocks; segments

@@ -18,7 +18,7 @@ from dots1_local.architecture import Dots1Config
 
 __all__ = [
     "Observer", "OutputObserver", "Weights", "attention", "dense_ffn", "expert_shares",
-    "layer_forward", "moe", "rms_norm", "route", "router_scores",
+    "ffn_hidden", "layer_forward", "moe", "rms_norm", "route", "router_scores",
 ]  # fmt: skip
 
 
@@ -110,9 +110,21 @@ def dense_ffn(
     observe_output: OutputObserver | None = None,
 ) -> Tensor:
     """SwiGLU with the matrices `PREFIX.{gate,up,down}_proj.weight`."""
+    hidden = ffn_hidden(x, weights, prefix, observe, observe_output)
+    return linear(hidden, weights, f"{prefix}.down_proj.weight", observe, observe_output)
+
+
+def ffn_hidden(
+    x: Tensor,
+    weights: Weights,
+    prefix: str,
+    observe: Observer | None = None,
+    observe_output: OutputObserver | None = None,
+) -> Tensor:
+    """The inputs of the down projection in `dense_ffn`: [..., width]."""
     gate = linear(x, weights, f"{prefix}.gate_proj.weight", observe, observe_output)
     up = linear(x, weights, f"{prefix}.up_proj.weight", observe, observe_output)
-    return linear(F.silu(gate) * up, weights, f"{prefix}.down_proj.weight", observe, observe_output)
+    return F.silu(gate) * up
 
 
 def router_scores(x: Tensor, weight: Tensor) -> Tensor:

@@ -15,15 +15,15 @@ from typing import Any
 from gguf import GGUFWriter
 
 from dots1_local.convert.budget import Budget, load_calibration, predicted_kl
-from dots1_local.convert.from_hub import fetch_shards
+from dots1_local.convert.from_hub import fetch_shards, shards_folder
 from dots1_local.convert.metadata import end_tokens, write_metadata
 from dots1_local.convert.pipeline import Pipeline, verify_layout
-from dots1_local.convert.shard_supply import remove_shards, shards_folder
 from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
 from dots1_local.convert.writer import Journal, Output, aligned_bytes, lay_out
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import check_target
+from dots1_local.hub.shard_supply import remove_shards
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.allocate import Allocator
 from dots1_local.quant.allocation import Allocation

@@ -1,24 +1,21 @@
 """Conversion of a checkpoint on the hub: whole, through the hub's cache, or shard by shard."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from dots1_local.convert.shard_supply import (
-    ShardOrder,
-    ShardSupply,
-    order_tensors,
-    shards_folder,
-)
 from dots1_local.convert.writer import Output, interrupted_source
 from dots1_local.errors import CheckpointError, Dots1Error, UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import check_space
 from dots1_local.hub import HubCheckpoint
 from dots1_local.hub.shard_cache import ShardCache
+from dots1_local.hub.shard_order import ShardOrder, order_freely
+from dots1_local.hub.shard_supply import ShardSupply
 from dots1_local.progress import Progress
 from dots1_local.quant.plan import PlannedTensor
 from dots1_local.sizes import human_bytes
 
-__all__ = ["fetch_shards", "order_of"]
+__all__ = ["fetch_shards", "order_of", "shards_folder"]
 
 
 def fetch_shards(
@@ -59,7 +56,7 @@ def order_of(
 ) -> ShardOrder:
     """Order the conversion of tensors for few shards on disk; shards `held` in the cache are free.
 
-    See `order_tensors`.
+    See `order_freely`.
     """
     sizes = {file.name: file.size for file in checkpoint.shard_files if file.name not in set(held)}
     needs = {
@@ -68,7 +65,12 @@ def order_of(
         }.intersection(sizes)
         for tensor in tensors
     }
-    return order_tensors(needs, sizes)
+    return order_freely(needs, sizes)
+
+
+def shards_folder(output: Output) -> Path:
+    """Return the folder beside an output that holds shards while they are needed."""
+    return output.target.with_name(f"{output.target.name}.shards")
 
 
 def _plan_low_disk(checkpoint: HubCheckpoint, output: Output, order: ShardOrder) -> ShardSupply:

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
-from dots1_local.convert.shard_supply import ShardSupply
 from dots1_local.convert.writer import Journal, Output, TensorSlot
 from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
@@ -26,6 +25,7 @@ from dots1_local.files.gguf import cores
 from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor
 from dots1_local.files.safetensors import Slice, read_exactly
 from dots1_local.ggml import to_float32
+from dots1_local.hub.shard_supply import ShardSupply
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import bad_blocks, encode
 from dots1_local.quant.importance import Importance
@@ -87,17 +87,18 @@ class Pipeline:
 
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="encode")
         try:
-            for slot in supply.in_order(left) if supply else left:
+            for slot in _in_order(left, supply) if supply else left:
+                name = slot.tensor.spec.name
                 if supply:
-                    supply.wait(slot, report)
+                    supply.wait(name, report)
                 pieces = []
                 for size, crc in self._tensor(pool, slot):
                     pieces.append((size, crc))
                     done += size
-                    report(slot.tensor.spec.name)
+                    report(name)
                 self._journal.finish(slot, pieces)
                 if supply:
-                    supply.finish(slot, self._close)
+                    supply.finish(name, self._close)
         finally:
             pool.shutdown(cancel_futures=True)
             for fd in self._sources.values():
@@ -199,6 +200,11 @@ class Pipeline:
             held = np.empty(size, np.uint8)
             setattr(self._local, name, held)
         return held[:size].view(dtype).reshape(shape)
+
+
+def _in_order(slots: Sequence[TensorSlot], supply: ShardSupply) -> list[TensorSlot]:
+    """The slots in the order in which the supply brings their tensors' shards."""
+    return sorted(slots, key=lambda slot: supply.step(slot.tensor.spec.name))
 
 
 def _blocks(spec: TensorSpec) -> Iterator[_RowBlock]:

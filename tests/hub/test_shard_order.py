@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from dots1_local.architecture import inventory
-from dots1_local.convert.shard_supply import Peak, ShardOrder, order_tensors
 from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.hub.shard_order import Peak, ShardOrder, order_as_given, order_freely
 from tools.make_wide import published_config, write_checkpoint
 
 GB = 10**9
@@ -33,9 +33,9 @@ def chain(links: Sequence[tuple[str, ...]]) -> dict[str, set[str]]:
 
 def test_every_tensor_is_converted_once_and_every_shard_kept_until_its_last_use() -> None:
     needs = chain([("a",), ("c", "d"), ("a", "b"), ("d",), ("b", "c"), ("b",)])
-    order = order_tensors(needs, dict.fromkeys("abcd", 10))
-    assert sorted(t for step in order.steps for t in step.tensors) == sorted(needs)
-    assert all(needs[tensor] == step.shards for step in order.steps for tensor in step.tensors)
+    order = order_freely(needs, dict.fromkeys("abcd", 10))
+    assert sorted(t for step in order.steps for t in step.names) == sorted(needs)
+    assert all(needs[tensor] == step.shards for step in order.steps for tensor in step.names)
     assert order.fetches == ("a", "b", "c", "d")
     dropped = [shard for at in range(len(order.steps)) for shard in order.dropped_after(at)]
     assert dropped == ["a", "b", "c", "d"]
@@ -47,26 +47,36 @@ def test_every_tensor_is_converted_once_and_every_shard_kept_until_its_last_use(
 def test_a_chain_of_shards_is_walked_from_an_end(first: int) -> None:
     links: list[tuple[str, ...]] = [(f"{at}", f"{at + 1}") for at in range(10)]
     links = [links[first], *links[:first], *links[first + 1 :]]
-    order = order_tensors(chain(links), {str(at): 1 for at in range(11)})
+    order = order_freely(chain(links), {str(at): 1 for at in range(11)})
     assert order.peak(0).shards == 2
     assert all(len(a.shards & b.shards) == 1 for a, b in pairwise(order.steps))
 
 
 def test_chains_that_share_no_shard_are_walked_one_after_the_other() -> None:
     links = [("a", "b"), ("x", "y"), ("b", "c"), ("y", "z")]
-    order = order_tensors(chain(links), dict.fromkeys("abcxyz", 1))
+    order = order_freely(chain(links), dict.fromkeys("abcxyz", 1))
     assert order.peak(0) == Peak(2, 2)
 
 
 def test_the_rest_of_an_order_needs_no_more_than_the_whole() -> None:
     needs = chain([("a",), ("a", "b"), ("b",), ("b", "c"), ("c",), ("c", "d")])
-    order = order_tensors(needs, {"a": 3, "b": 9, "c": 4, "d": 1})
-    names = [tensor for step in order.steps for tensor in step.tensors]
+    order = order_freely(needs, {"a": 3, "b": 9, "c": 4, "d": 1})
+    names = [tensor for step in order.steps for tensor in step.names]
     for count in range(len(names) + 1):
         left = order.without(set(names[:count]))
         assert left.peak(0).nbytes <= order.peak(0).nbytes
-        assert [tensor for step in left.steps for tensor in step.tensors] == names[count:]
+        assert [tensor for step in left.steps for tensor in step.names] == names[count:]
     assert order.without(set(names)).peak() == Peak(0, 0)
+
+
+def test_a_pass_keeps_its_order() -> None:
+    needs = chain([("a",), ("a", "b"), ("c",), ("b",)])
+    order = order_as_given(needs, {"a": 1, "b": 2, "c": 4})
+    assert [name for step in order.steps for name in step.names] == list(needs)
+    assert [order.dropped_after(at) for at in range(4)] == [[], ["a"], ["c"], ["b"]]
+    assert (order.peak(0), order.nbytes) == (Peak(2, 6), 7)
+    back = order_as_given(dict(reversed(needs.items())), order.sizes)
+    assert back.fetches == ("b", "c", "a")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +93,7 @@ def test_dots_llm1_needs_two_shards_at_once(full: Checkpoint) -> None:
     }
     sizes = {shard.name: shard.stat().st_size for shard in full.shards}
     assert sum(sizes.values()) > 285 * GB
-    order = order_tensors(needs, sizes)
+    order = order_freely(needs, sizes)
     assert (at_once(order, 0), at_once(order, 1)) == (2, 3)
     assert order.peak(0).shards == 2
     assert order.peak(1).shards == 3
@@ -102,6 +112,6 @@ def test_layers_that_are_sorted_by_name(full: Checkpoint) -> None:
     needs = {spec.name: {shard_of[s] for s in spec.sources} for spec in inventory(full.config)}
     sizes = dict.fromkeys(shard_of.values(), 4_800_000_000)
     assert len(sizes) == 60
-    order = order_tensors(needs, sizes)
+    order = order_freely(needs, sizes)
     assert (at_once(order, 0), at_once(order, 1)) == (2, 3)
     assert order.peak(1) == Peak(3, 3 * 4_800_000_000)

@@ -20,9 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dots1_local.architecture import inventory
-from dots1_local.calibrate.calibration_folder import IMATRIX, SENSITIVITY, CalibrationFolder
+from dots1_local.calibrate.calibration_folder import (
+    IMATRIX,
+    REFINEMENT,
+    SENSITIVITY,
+    CalibrationFolder,
+)
 from dots1_local.calibrate.forward import PROBED, ForwardPass
 from dots1_local.calibrate.probe import BACKWARD_WORK, Probe, rounded_divergence
+from dots1_local.calibrate.refinement_file import RefinementWriter, refinement_bytes
 from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import disk_errors
@@ -66,6 +72,7 @@ def calibrate(
     evaluation: Tokens | None = None,
     logits: LogitsSink | None = None,
     sensitivity: bool = True,
+    refine: bool = False,
     datasets: Sequence[str] = (),
     device: str | None = None,
     precision: Precision = "F32",
@@ -76,7 +83,8 @@ def calibrate(
     on_resume: Progress = silent,
 ) -> list[Coverage]:
     """Measure the importance of every matrix (`folder`/imatrix.gguf), and the effects of each type
-    on it (`folder`/sensitivity.json), with `tokens` (chunks, n_ctx).
+    on it (`folder`/sensitivity.json), with `tokens` (chunks, n_ctx). With `refine`, also measure
+    what the refining of matrices needs (`folder`/refinement.safetensors).
 
     `evaluation` are more chunks of the same length; the logits of their scored tokens go to
     `logits`. A run that was killed is resumed after the last layer that it finished; `on_resume` is
@@ -95,21 +103,26 @@ def calibrate(
             there is too little memory.
     """
     evaluated = tokens[:0] if evaluation is None else evaluation
+    if refine and not (sensitivity and len(tokens)):
+        raise UsageError("refine needs a calibration text, and the passes that measure sensitivity")
     _check(checkpoint, np.concatenate([tokens, evaluated]))
     compute = Compute(_device(device), precision == "BF16")
     if threads is not None:
         torch.set_num_threads(threads)
     probed = min(len(tokens), max(1, PROBED // tokens.shape[1])) if sensitivity else 0
-    tokens = _probed_first(tokens, probed)
+    text, tokens = tokens, _probed_first(tokens, probed)
     forward = ForwardPass(checkpoint, tokens, evaluated, probed, compute, threads)
     opened = CalibrationFolder(
         Path(folder),
         # The effects depend on the importance that the encoders used, and so on `least`.
-        forward.identity() + (f" {least}" if probed else ""),
+        forward.identity() + (f" {least}" if probed else "") + (" refine" if refine else ""),
         forward.stream_bytes,
         forward.probe_bytes,
+        refinement_bytes(checkpoint.config) if refine else 0,
         force=force,
-        results=[IMATRIX] * (len(tokens) > 0) + [SENSITIVITY] * (probed > 0),
+        results=[IMATRIX] * (len(tokens) > 0)
+        + [SENSITIVITY] * (probed > 0)
+        + [REFINEMENT] * refine,
     )
     with opened, forward.memory_errors():
         _report_resumed(opened, checkpoint.config.num_hidden_layers, on_resume)
@@ -120,7 +133,8 @@ def calibrate(
                 # The rest of the residual stream is freed.
                 reference_kl, x = _reference_kl(forward, x), forward.exact_probes(x)
                 backward = _part(progress, forward.tokens.size, 0)
-                _write_sensitivity(forward, x, reference_kl, opened, backward)
+                kept_text = text if refine else None
+                _write_sensitivity(forward, x, reference_kl, opened, kept_text, backward)
             if sink is not None:
                 x = forward.run(opened, silent) if probed else x
                 for chunk, start, rows in forward.logits(x):
@@ -254,18 +268,26 @@ def _write_sensitivity(
     output: Tensor,
     reference_kl: float,
     folder: CalibrationFolder,
+    text: Tokens | None,
     progress: Progress,
 ) -> None:
-    vocabulary = forward.checkpoint.config.vocab_size
-    counts = np.bincount(forward.calibration.ravel(), minlength=vocabulary)
-    probe = Probe(
-        forward.checkpoint,
-        folder.probe,
-        load_importance(folder.draft(IMATRIX)),
-        counts / counts.sum(),
-        forward.compute,
-        forward.threads,
-    )
+    """Run the backward pass; with `text` it also writes what refining needs."""
+    checkpoint, importance = forward.checkpoint, load_importance(folder.draft(IMATRIX))
+    counts = np.bincount(forward.calibration.ravel(), minlength=checkpoint.config.vocab_size)
     with disk_errors(folder.path):
+        refinement = None
+        if text is not None:
+            resume = folder.probe.reached(checkpoint.config.num_hidden_layers) is not None
+            draft = folder.draft(REFINEMENT)
+            refinement = RefinementWriter(draft, text, checkpoint, importance.sha256, resume=resume)
+        probe = Probe(
+            checkpoint,
+            folder.probe,
+            importance,
+            counts / counts.sum(),
+            forward.compute,
+            forward.threads,
+            refinement,
+        )
         measured = probe.run(output, reference_kl, progress)
         folder.draft(SENSITIVITY).write_text(measured.to_json(), encoding="utf-8")

@@ -34,9 +34,12 @@ from dots1_local.files.partial_file import (
 from dots1_local.quant.imatrix_file import load_importance, write_imatrix
 from dots1_local.quant.sensitivity import Effect
 
-__all__ = ["IMATRIX", "SENSITIVITY", "CalibrationFolder", "Entries", "ProbeFiles"]
+__all__ = [
+    "IMATRIX", "REFINEMENT", "SENSITIVITY", "CalibrationFolder", "Entries", "ProbeFiles",
+]  # fmt: skip
 
-IMATRIX, SENSITIVITY = "imatrix.gguf", "sensitivity.json"  # the results
+# The results.
+IMATRIX, SENSITIVITY, REFINEMENT = "imatrix.gguf", "sensitivity.json", "refinement.safetensors"
 
 Floats = NDArray[np.float32]
 Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (experts, columns), counts
@@ -44,8 +47,8 @@ Effects = Mapping[str, Mapping[str, Effect]]  # by GGUF name and type
 T = TypeVar("T")
 
 _NAMES = re.compile(
-    r"lock|identity|sensitivity\.json|(after-\d+\.f32|layer-\d+\.gguf|imatrix\.gguf"
-    r"|(probe|back)-\d+\.npy|(noise|effects)-\d+\.json)(\.partial)?"
+    r"lock|identity|sensitivity\.json|refinement\.safetensors"
+    r"|(after-\d+\.f32|layer-\d+\.gguf|imatrix\.gguf|(probe|back)-\d+\.npy|(noise|effects)-\d+\.json)(\.partial)?"
     r"|(after|(probe|back|noise|effects)-\d+)\.partial"  # of earlier versions
 )
 
@@ -62,6 +65,7 @@ class CalibrationFolder:
     identity: str
     stream_bytes: int
     probe_bytes: int
+    refinement_bytes: int
     force: bool
     results: Sequence[str]
     finished: int = field(default=0, init=False)
@@ -81,8 +85,9 @@ class CalibrationFolder:
             opened.enter_context(open_locked(self._work / "lock", busy))
             self._resume_or_clear()
             # A new stream is written before the old one is removed.
-            needed = 2 * self.stream_bytes + self.probe_bytes
-            present = [*self._files("after"), *self._files("probe"), *self._files("back")]
+            needed = 2 * self.stream_bytes + self.probe_bytes + self.refinement_bytes
+            working = ("after", "probe", "back", REFINEMENT)
+            present = [path for start in working for path in self._files(start)]
             check_space(self._work / "after", needed, present, what="calibration")
             self._lock = opened.pop_all()
         return self

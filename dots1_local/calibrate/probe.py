@@ -25,6 +25,7 @@ from dots1_local.calibrate.backward import backward_layer, generator, head_gradi
 from dots1_local.calibrate.calibration_folder import ProbeFiles
 from dots1_local.calibrate.forward import ColumnSums
 from dots1_local.calibrate.output_errors import REFERENCE, measure, read_rows, sample
+from dots1_local.calibrate.refinement_file import RefinementWriter
 from dots1_local.calibrate.stream import Report, observe_head
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
@@ -53,7 +54,8 @@ Found = dict[str, dict[str, Effect]]
 class Probe:
     """What the backward pass works on.
 
-    `frequencies` (vocabulary,) are those of the tokens in the whole calibration text.
+    `frequencies` (vocabulary,) are those of the tokens in the whole calibration text. `refinement`
+    gets the second moments of the gradients.
     """
 
     checkpoint: Checkpoint
@@ -62,6 +64,7 @@ class Probe:
     frequencies: Floats
     compute: Compute
     threads: int | None = None
+    refinement: RefinementWriter | None = None
 
     def run(self, output: Tensor, reference_kl: float, progress: Progress) -> Sensitivity:
         """Measure every tensor, resuming after the last layer that an earlier run finished.
@@ -113,6 +116,8 @@ class Probe:
     def _layer(self, layer: int, g: Tensor, tokens: int, report: Report) -> None:
         inputs = torch.from_numpy(self.files.inputs(layer, g.shape[1:])).to(g.device)
         noise = ColumnSums(self.checkpoint.config, layer, activation_errors)
+        if self.refinement is not None:
+            self.refinement.put_outputs(layer, g[:_DRAWS].cpu().numpy())
         sigma, random, observe = self.files.noise(layer), generator(0, layer), noise.observe
         sums, _ = backward_layer(
             g, inputs, self.checkpoint, layer, _DRAWS, sigma, random, self.compute, report, observe
@@ -128,6 +133,8 @@ class Probe:
         if layer == 0:
             embedding = next(spec for spec in self._specs(None) if spec.role == "embedding")
             found[embedding.name] = self._embedding(embedding, g)
+            if self.refinement is not None:
+                self.refinement.put_embedding(g[:_DRAWS].cpu().numpy())
         self.files.save_backward(layer, g.cpu().numpy(), found)
 
     def _embedding(self, spec: TensorSpec, g: Tensor) -> dict[str, Effect]:

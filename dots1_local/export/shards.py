@@ -1,6 +1,5 @@
 """Which tensors an exported checkpoint holds, in which shard and where, from headers alone."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -9,12 +8,12 @@ from math import prod
 from dots1_local.architecture import Dots1Config, Role, TensorSpec
 from dots1_local.errors import GGUFError
 from dots1_local.files.gguf import GGUFFile, GGUFTensor
+from dots1_local.files.safetensors import pack_header
 from dots1_local.ggml import TYPES, QuantType
 from dots1_local.verify.tensors import expected_tensors
 
 __all__ = ["ExportedTensor", "Shard", "exported_tensors", "index_json", "lay_out", "model_tensors"]
 
-_ALIGNMENT = 8  # of a safetensors header
 _BIAS = "e_score_correction_bias"
 
 
@@ -132,18 +131,10 @@ def lay_out(tensors: Iterable[ExportedTensor], shard_size: int) -> tuple[Shard, 
 
 def _shard(name: str, tensors: Sequence[ExportedTensor]) -> Shard:
     """F32 tensors come first, so that every number is aligned."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    places, end = [], 0
-    for tensor in sorted(tensors, key=lambda tensor: -tensor.kind.bytes):
-        start, end = end, end + tensor.nbytes
-        places.append((tensor, start))
-        header[tensor.name] = {
-            "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end),
-        }  # fmt: skip
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    whole = len(text).to_bytes(8, "little") + text
-    return Shard(name, whole, tuple((tensor, len(whole) + start) for tensor, start in places))
+    ordered = sorted(tensors, key=lambda tensor: -tensor.kind.bytes)
+    described = {tensor.name: (tensor.dtype, tensor.shape) for tensor in ordered}
+    header, offsets = pack_header(described, {"format": "pt"})
+    return Shard(name, header, tuple((tensor, offsets[tensor.name]) for tensor in ordered))
 
 
 def index_json(shards: Sequence[Shard]) -> dict[str, object]:

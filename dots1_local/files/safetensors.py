@@ -19,9 +19,13 @@ from numpy.typing import NDArray
 
 from dots1_local.errors import CheckpointError, Dots1Error
 
-__all__ = ["Slice", "header_length", "read_exactly", "read_header", "tensor_table"]
+__all__ = [
+    "Slice", "header_length", "pack_header", "read_exactly", "read_header", "tensor_table",
+]  # fmt: skip
 
 _DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_WRITTEN_BYTES = {**_DTYPE_BYTES, "I32": 4}
+_ALIGNMENT = 8  # of a header
 _MAX_HEADER = 100 << 20  # the safetensors format's own limit
 
 
@@ -118,6 +122,25 @@ def _slice(path: Path, name: str, entry: Any, base: int, size: int) -> Slice:
             f"{path} is truncated: {name} ends at byte {base + end} of {size}; fetch it again"
         )
     return Slice(path, base + start, dtype, shape)
+
+
+def pack_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The start of a file that holds tensors, given as dtype and shape, in this order.
+
+    Returns the bytes up to the first tensor, and each tensor's offset from the file's beginning.
+    Tensors with longer numbers should come first, so that every number is aligned.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    starts, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        starts[name], end = end, end + prod(shape) * _WRITTEN_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (starts[name], end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    whole = len(text).to_bytes(8, "little") + text
+    return whole, {name: len(whole) + start for name, start in starts.items()}
 
 
 def read_exactly(

@@ -24,7 +24,7 @@ from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.json_file import JsonError, convert_json, read_json
 from dots1_local.ggml import TYPES
 
-__all__ = ["Effect", "Sensitivity", "geometry", "load_sensitivity"]
+__all__ = ["Effect", "Sensitivity", "check_geometry", "geometry", "load_sensitivity"]
 
 _LARGEST = 1e9  # of every figure in a file, so that sums of them stay finite
 # The shapes and names of all tensors follow from these.
@@ -92,12 +92,7 @@ class Sensitivity:
         Raises:
             Dots1Error: names the first number that differs.
         """
-        for key, value in geometry(config).items():
-            if self.geometry.get(key) != value:
-                raise Dots1Error(
-                    f"the sensitivity was measured on another model: its {key} is "
-                    f"{self.geometry.get(key)}, this model's {value}"
-                )
+        check_geometry("the sensitivity", self.geometry, config)
 
     def to_json(self) -> str:
         """The file's text."""
@@ -107,6 +102,20 @@ class Sensitivity:
 def geometry(config: Dots1Config) -> dict[str, int]:
     """The numbers that must agree for a sensitivity file to fit a model."""
     return {key: getattr(config, key) for key in _GEOMETRY}
+
+
+def check_geometry(what: str, measured: Mapping[str, object], config: Dots1Config) -> None:
+    """Refuse what was measured on another model.
+
+    Raises:
+        Dots1Error: names the first number that differs.
+    """
+    for key, value in geometry(config).items():
+        if measured.get(key) != value:
+            raise Dots1Error(
+                f"{what} was measured on another model: its {key} is {measured.get(key)}, this "
+                f"model's {value}"
+            )
 
 
 def load_sensitivity(path: str | Path) -> Sensitivity:

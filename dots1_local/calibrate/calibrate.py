@@ -27,7 +27,7 @@ from dots1_local.calibrate.calibration_folder import (
     CalibrationFolder,
 )
 from dots1_local.calibrate.forward import PROBED, ForwardPass
-from dots1_local.calibrate.probe import BACKWARD_WORK, Probe, rounded_divergence
+from dots1_local.calibrate.probe import BACKWARD_WORK, DRAWS, Probe, rounded_divergence
 from dots1_local.calibrate.refinement_file import RefinementWriter, refinement_bytes
 from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
@@ -278,8 +278,10 @@ def _write_sensitivity(
         refinement = None
         if text is not None:
             resume = folder.probe.reached(checkpoint.config.num_hidden_layers) is not None
-            draft = folder.draft(REFINEMENT)
-            refinement = RefinementWriter(draft, text, checkpoint, importance.sha256, resume=resume)
+            draft, gradients = folder.draft(REFINEMENT), DRAWS * output[..., 0].numel()
+            refinement = RefinementWriter(
+                draft, text, checkpoint, importance.sha256, gradients, resume=resume
+            )
         probe = Probe(
             checkpoint,
             folder.probe,

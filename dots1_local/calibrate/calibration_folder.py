@@ -35,11 +35,13 @@ from dots1_local.quant.imatrix_file import load_importance, write_imatrix
 from dots1_local.quant.sensitivity import Effect
 
 __all__ = [
-    "IMATRIX", "REFINEMENT", "SENSITIVITY", "CalibrationFolder", "Entries", "ProbeFiles",
+    "IMATRIX", "REFINED_SENSITIVITY", "REFINEMENT", "SENSITIVITY", "CalibrationFolder", "Entries",
+    "ProbeFiles",
 ]  # fmt: skip
 
 # The results.
-IMATRIX, SENSITIVITY, REFINEMENT = "imatrix.gguf", "sensitivity.json", "refinement.safetensors"
+IMATRIX, SENSITIVITY = "imatrix.gguf", "sensitivity.json"
+REFINEMENT, REFINED_SENSITIVITY = "refinement.safetensors", "sensitivity-refined.json"
 
 Floats = NDArray[np.float32]
 Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (experts, columns), counts

@@ -37,11 +37,11 @@ from dots1_local.quant.stock import is_quantisable
 from dots1_local.reference.layers import rms_norm
 from dots1_local.reference.model import Compute, Rounding, head_name, read_tensor
 
-__all__ = ["BACKWARD_WORK", "BLOCKS", "Probe", "activation_errors", "rounded_divergence"]
+__all__ = ["BACKWARD_WORK", "BLOCKS", "DRAWS", "Probe", "activation_errors", "rounded_divergence"]
 
 BACKWARD_WORK = 10  # time of a token in the backward pass, relative to the forward pass
 BLOCKS = (32, 256)  # activations that are rounded with one scale
-_DRAWS = 2  # of gradients, of each kind
+DRAWS = 2  # of gradients, of each kind
 _LEVELS = 127
 _VOCABULARY = 8192  # rows of the head that are rounded at a time
 _ROWS = 1024  # positions; with as many rows of the head, 67 MB in F64
@@ -99,10 +99,10 @@ class Probe:
         layers = self.checkpoint.config.num_hidden_layers
         reached = self.files.reached(layers)
         if reached is not None:
-            saved = self.files.gradients(reached, (2 * _DRAWS, *output.shape))
+            saved = self.files.gradients(reached, (2 * DRAWS, *output.shape))
             return reached, torch.from_numpy(saved).to(output.device)
         random, device = generator(0, layers), self.compute.device
-        kl_draws, rows = head_gradients(output, self.checkpoint, _DRAWS, random, device)
+        kl_draws, rows = head_gradients(output, self.checkpoint, DRAWS, random, device)
         g = torch.cat([kl_draws, torch.zeros_like(kl_draws)])
         row_costs = torch.stack([rows, torch.zeros_like(rows)])[:, None] / output[..., 0].numel()
         head = next(spec for spec in self._specs(None) if spec.role == "head")
@@ -117,10 +117,10 @@ class Probe:
         inputs = torch.from_numpy(self.files.inputs(layer, g.shape[1:])).to(g.device)
         noise = ColumnSums(self.checkpoint.config, layer, activation_errors)
         if self.refinement is not None:
-            self.refinement.put_outputs(layer, g[:_DRAWS].cpu().numpy())
+            self.refinement.put_outputs(layer, g[:DRAWS].cpu().numpy())
         sigma, random, observe = self.files.noise(layer), generator(0, layer), noise.observe
         sums, _ = backward_layer(
-            g, inputs, self.checkpoint, layer, _DRAWS, sigma, random, self.compute, report, observe
+            g, inputs, self.checkpoint, layer, DRAWS, sigma, random, self.compute, report, observe
         )
         specs, found, errors = list(self._specs(layer)), {}, noise.means()
         prefix = f"model.layers.{layer}."
@@ -134,13 +134,13 @@ class Probe:
             embedding = next(spec for spec in self._specs(None) if spec.role == "embedding")
             found[embedding.name] = self._embedding(embedding, g)
             if self.refinement is not None:
-                self.refinement.put_embedding(g[:_DRAWS].cpu().numpy())
+                self.refinement.put_embedding(g[:DRAWS].cpu().numpy())
         self.files.save_backward(layer, g.cpu().numpy(), found)
 
     def _embedding(self, spec: TensorSpec, g: Tensor) -> dict[str, Effect]:
         """The cost of a row is its token's frequency; that of a column is the mean square of the
         gradients there."""
-        squares = g.square().unflatten(0, (2, _DRAWS))
+        squares = g.square().unflatten(0, (2, DRAWS))
         by_kind = squares.mean(dim=(1, 2, 3), dtype=torch.float64)
         row_costs = np.broadcast_to(self.frequencies, (2, 1, len(self.frequencies)))
         return self._effects(spec, row_costs, by_kind[:, None].cpu().numpy())

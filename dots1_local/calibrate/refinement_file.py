@@ -4,6 +4,7 @@
     data.tokens                  int32 (chunks, n_ctx): the calibration text, in its order
     data.output_moment(layer)    float32 (hidden, hidden): HO at the output of a layer
     data.embedding_moment()      float32 (hidden, hidden): the metric of the embedding's rows
+    data.gradients               the number of gradients in each moment
 
 HO is the second moment of the gradients of KL divergence at a layer's output: it serves every
 matrix that writes to the residual stream there. The embedding's metric is that of the gradients at
@@ -14,6 +15,7 @@ is asked for. The file names the model and the importance file that it was measu
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,12 +71,14 @@ def gradient_moment(gradients: Floats) -> Floats:
 class RefinementData:
     """An opened refinement.safetensors whose contents fit the checkpoint that it was opened for.
 
-    `imatrix` is the SHA-256 of the importance file that was measured with it.
+    `imatrix` is the SHA-256 of the importance file that was measured with it. Each moment is the
+    mean over so many `gradients`.
     """
 
     path: Path
     config: Dots1Config
     imatrix: str
+    gradients: int
 
     @classmethod
     def load(cls, folder: Path, checkpoint: Checkpoint) -> "RefinementData":
@@ -97,7 +101,7 @@ class RefinementData:
                 f"{path} was measured with another importance file than {folder / IMATRIX}; "
                 "calibrate again with --refine"
             )
-        return cls(path, checkpoint.config, found)
+        return cls(path, checkpoint.config, found, int(metadata["gradients"]))
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -154,7 +158,9 @@ def _metadata(path: Path) -> dict[str, str]:
             metadata: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise Dots1Error(f"{path} is not a refinement file, or is damaged: {error}") from None
-    if metadata.get("format") != _FORMAT or not {"geometry", "model", "imatrix"} <= set(metadata):
+    keys = {"geometry", "model", "imatrix", "gradients"}
+    known = metadata.get("format") == _FORMAT and keys <= set(metadata)
+    if not known or not re.fullmatch(r"[1-9]\d{,11}", metadata["gradients"]):
         raise Dots1Error(f"{path} is not a refinement file that this version of dots1 reads")
     return metadata
 
@@ -193,9 +199,18 @@ class RefinementWriter:
     """
 
     def __init__(
-        self, path: Path, tokens: Tokens, checkpoint: Checkpoint, imatrix: str, *, resume: bool
+        self,
+        path: Path,
+        tokens: Tokens,
+        checkpoint: Checkpoint,
+        imatrix: str,
+        gradients: int,
+        *,
+        resume: bool,
     ) -> None:
-        """Begin the file at `path`, or `resume` it; `imatrix` is the importance file's SHA-256.
+        """Begin the file at `path`, or `resume` it.
+
+        `imatrix` is the SHA-256 of the importance file; so many `gradients` are in each moment.
 
         Raises:
             Dots1Error: the file to resume is missing or damaged.
@@ -206,6 +221,7 @@ class RefinementWriter:
             "geometry": json.dumps(geometry(config)),
             "model": model_digest(checkpoint),
             "imatrix": imatrix,
+            "gradients": str(gradients),
         }
         tensors = _tensors(tokens.shape, config)
         header, self._offsets = pack_header(tensors, metadata)

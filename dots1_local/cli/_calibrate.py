@@ -52,6 +52,7 @@ class CalibrateOptions:
         "Write the logits of at most this many chunks.", min=1, default="all"
     )
     importance_only: bool = flag("Do not measure sensitivity.", "--importance-only")
+    refine: bool = flag("Also measure what dots1 convert --refine needs.", "--refine")
     shrink_below: int = option(
         "Shrink the importance of experts that fewer tokens reach towards their layer's "
         "mean; 0 shrinks none.",
@@ -122,6 +123,10 @@ def calibrate(options: CalibrateOptions) -> None:
 def _check(options: CalibrateOptions) -> None:
     if not options.file and not options.chat and options.logits is None:
         raise typer.BadParameter("name a text to calibrate on", param_hint="--file / -f")
+    if options.refine and not (options.file or options.chat):
+        raise typer.BadParameter("--refine needs a text to calibrate on", param_hint="--refine")
+    if options.refine and options.importance_only:
+        raise typer.BadParameter("--refine and --importance-only exclude each other")
     if (options.logits is None) != (options.logits_text is None):
         raise typer.BadParameter("--logits and --logits-text go together")
     if importlib.util.find_spec("torch") is None:
@@ -160,6 +165,7 @@ def _run(
             precision=options.precision,
             threads=options.threads,
             sensitivity=not options.importance_only,
+            refine=options.refine,
             least=options.shrink_below,
             force=force,
             progress=progress,

@@ -40,6 +40,7 @@ def test_the_reader_returns_what_the_file_holds(micro: Checkpoint, calibrated: P
     data = RefinementData.load(calibrated, micro)
     stored = load_arrays(calibrated / "refinement.safetensors")
     np.testing.assert_array_equal(data.tokens, TOKENS)
+    assert data.gradients == 2 * TOKENS.size  # two draws of each token
     moments = {f"outputs.{layer}": data.output_moment(layer) for layer in range(LAYERS)}
     moments["embedding"] = data.embedding_moment()
     assert set(stored) == {"tokens", *moments}

@@ -74,6 +74,15 @@ def test_scripts_get_coverage_as_json(micro: Path, text: Path, tmp_path: Path) -
     assert [path.name for path in (tmp_path / "only").iterdir()] == ["imatrix.gguf"]
 
 
+def test_refining_needs_a_text_and_both_passes(micro: Path, text: Path, tmp_path: Path) -> None:
+    logits = ["--logits", tmp_path / "base.kld", "--logits-text", text]
+    result = run(micro, *logits, "-o", tmp_path / "out", "--refine")
+    assert (result.exit_code, "--refine" in result.stderr) == (2, True)
+    result = run(micro, "-f", text, "-o", tmp_path / "out", "--refine", "--importance-only")
+    assert (result.exit_code, "--importance-only" in result.stderr) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_without_experts_has_no_coverage(tmp_path: Path, text: Path) -> None:
     checkpoint = micro_checkpoint(tmp_path / "hf", first_k_dense_replace=2)
     result = run(checkpoint, "-f", text, "-o", tmp_path / "out", "-c", 32)

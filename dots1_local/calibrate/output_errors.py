@@ -33,7 +33,7 @@ from dots1_local.quant.encode import decode, encode
 from dots1_local.quant.importance import pad_columns
 from dots1_local.quant.sensitivity import Effect
 
-__all__ = ["REFERENCE", "Sample", "draw_rows", "measure", "read_rows", "sample"]
+__all__ = ["REFERENCE", "Sample", "candidates", "draw_rows", "measure", "read_rows", "sample"]
 
 REFERENCE = "Q4_0"  # without importance; the forward pass measures its KL divergence
 _PIECE = 1 << 18  # weights encoded at a time
@@ -119,7 +119,7 @@ def measure(
         CheckpointError: weights are too large for `REFERENCE`.
     """
     spec, reference_kind = drawn.spec, TYPES[REFERENCE]
-    kinds = _candidates(spec, importance is not None)
+    kinds = candidates(spec, importance is not None)
     pool = ThreadPoolExecutor(threads or os.cpu_count())
     try:
         effects = drawn.effects(kinds, importance, pool)
@@ -133,7 +133,7 @@ def measure(
     return effects, reference[REFERENCE]
 
 
-def _candidates(spec: TensorSpec, importance: bool) -> list[QuantType]:
+def candidates(spec: TensorSpec, importance: bool) -> list[QuantType]:
     """The types under 16 bits that fit a tensor, padded or not.
 
     `REFERENCE` is left out: IQ4_NL is better at the same size.

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dots1_local.architecture import TensorSpec, inventory, padded_width
 from dots1_local.calibrate.backward import backward_layer, generator, head_gradients
-from dots1_local.calibrate.calibration_folder import ProbeFiles
-from dots1_local.calibrate.forward import ColumnSums
+from dots1_local.calibrate.column_sums import ColumnSums
 from dots1_local.calibrate.output_errors import REFERENCE, measure, read_rows, sample
+from dots1_local.calibrate.probe_files import ProbeFiles
 from dots1_local.calibrate.refinement_file import RefinementWriter
 from dots1_local.calibrate.stream import Report, observe_head
 from dots1_local.errors import Dots1Error

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dots1_local import ggml
 from dots1_local.architecture import Dots1Config
-from dots1_local.calibrate.forward import ColumnSums
+from dots1_local.calibrate.column_sums import ColumnSums
 from dots1_local.calibrate.probe import BLOCKS, activation_errors
 from dots1_local.ggml import TYPES, QuantType
 from tests.micro import micro_config

@@ -36,7 +36,7 @@ from dots1_local.progress import Progress, silent
 from dots1_local.quant.imatrix_file import load_importance, write_imatrix
 from dots1_local.reference.model import Compute
 
-__all__ = ["FEW_TOKENS", "Coverage", "LogitsSink", "calibrate", "coverage", "shrink"]
+__all__ = ["FEW_TOKENS", "Coverage", "LogitsSink", "calibrate", "coverage", "find_device", "shrink"]
 
 FEW_TOKENS = 100  # above this an expert's own mean is used; its error is then about 10%
 
@@ -106,7 +106,7 @@ def calibrate(
     if refine and not (sensitivity and len(tokens)):
         raise UsageError("refine needs a calibration text, and the passes that measure sensitivity")
     _check(checkpoint, np.concatenate([tokens, evaluated]))
-    compute = Compute(_device(device), precision == "BF16")
+    compute = Compute(find_device(device), precision == "BF16")
     if threads is not None:
         torch.set_num_threads(threads)
     probed = min(len(tokens), max(1, PROBED // tokens.shape[1])) if sensitivity else 0
@@ -179,7 +179,12 @@ def _check(checkpoint: Checkpoint, tokens: Tokens) -> None:
         raise UsageError("a token is not in this model's vocabulary")
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """Return the device of that name; by default a GPU if there is one.
+
+    Raises:
+        UsageError: torch has no such device here.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

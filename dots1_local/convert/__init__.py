@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gguf import GGUFWriter
 
@@ -20,7 +20,7 @@ from dots1_local.convert.metadata import end_tokens, write_metadata
 from dots1_local.convert.pipeline import Pipeline, verify_layout
 from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
 from dots1_local.convert.writer import Journal, Output, aligned_bytes, lay_out
-from dots1_local.errors import Dots1Error
+from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import check_target
 from dots1_local.hub.shard_supply import remove_shards
@@ -33,7 +33,14 @@ from dots1_local.quant.plan import PlannedTensor, QuantPlan, parse_overrides
 from dots1_local.quant.recipes import Padding, make_plan
 from dots1_local.quant.stock import require_importance
 
+if TYPE_CHECKING:
+    from dots1_local.calibrate.refinement_file import RefinementData
+    from dots1_local.convert.refined_results import TensorResult
+    from dots1_local.convert.refining import Refining
+
 __all__ = ["Budget", "Conversion", "Result", "convert_checkpoint"]
+
+Precision = Literal["F32", "BF16"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Result:
     paths: tuple[Path, ...]
     nbytes: int
     resumed_tensors: int
+    refined: "tuple[TensorResult, ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ class Conversion:
     """A conversion that is decided and checked, but not done yet.
 
     `predicted_kl` is in nats per token, and known if calibration measured every type; if a budget
-    decided, `allocation` explains its choice of types.
+    decided, `allocation` explains its choice of types. With `refinement`, types that can be refined
+    are.
     """
 
     checkpoint: Checkpoint
@@ -60,6 +69,7 @@ class Conversion:
     importance: Importance | None = field(default=None, repr=False)
     predicted_kl: float | None = None
     allocation: Allocation | None = field(default=None, repr=False)
+    refinement: "RefinementData | None" = field(default=None, repr=False)
 
     @classmethod
     def prepare(
@@ -71,15 +81,18 @@ class Conversion:
         calibration: str | Path | None = None,
         padding: Padding = "auto",
         overrides: Sequence[str] = (),
+        refine: bool = False,
     ) -> "Conversion":
         """Choose every tensor's type, and check that the checkpoint holds every tensor.
 
         The importance is `imatrix`, or else that in the folder `calibration`. Pass the result of
-        `open_hub` for a checkpoint on the hub.
+        `open_hub` for a checkpoint on the hub. To `refine`, the folder must have been calibrated
+        for it.
 
         Raises:
             CheckpointError: the checkpoint is incomplete, corrupt, or of another architecture.
             UsageError: a recipe or type is unknown, or needs importance that is not given.
+            Dots1Error: `refine` is set, and the folder lacks a file or is of another model.
         """
         source = _opened(checkpoint)
         if calibration is not None and imatrix is None:
@@ -95,9 +108,13 @@ class Conversion:
             )
         conversion = cls._checked(source, recipe, importance)
         if calibration is None or importance is None:
+            if refine:
+                raise UsageError("refinement needs the folder of a calibration for refinement")
             return conversion
-        predicted = predicted_kl(Path(calibration), source.config, recipe, importance)
-        return replace(conversion, predicted_kl=predicted)
+        folder = Path(calibration)
+        predicted = predicted_kl(folder, source.config, recipe, importance, refine=refine)
+        refinement = load_refinement(folder, source) if refine else None
+        return replace(conversion, predicted_kl=predicted, refinement=refinement)
 
     @classmethod
     def allocate(
@@ -110,11 +127,14 @@ class Conversion:
         padding: Padding = "auto",
         overrides: Sequence[str] = (),
         split_max_size: int | None = None,
+        refine: bool = False,
     ) -> "Conversion":
         """Choose the types with the least predicted KL divergence within a budget.
 
-        `calibration` is the folder with sensitivity.json and imatrix.gguf. Give `split_max_size`
-        here as well as to `run`: a budget of file size includes the headers of shards.
+        `calibration` is the folder with sensitivity.json and imatrix.gguf; to `refine`, it must
+        have been calibrated for that, and the divergence of refined types is predicted. Give
+        `split_max_size` here as well as to `run`: a budget of file size includes the headers of
+        shards.
 
         Raises:
             CheckpointError: as `prepare`.
@@ -123,7 +143,8 @@ class Conversion:
                 `imatrix` is given, not to each other.
         """
         source = _opened(checkpoint)
-        sensitivity, importance = load_calibration(Path(calibration), imatrix)
+        sensitivity, importance = load_calibration(Path(calibration), imatrix, refine=refine)
+        refinement = load_refinement(Path(calibration), source) if refine else None
         allocator = Allocator(
             source.config,
             sensitivity,
@@ -134,6 +155,7 @@ class Conversion:
         )
         largest = allocator.reaching(allocator.least_kl, f"measured {budget}")
         undecided = cls._checked(source, largest.plan, importance)
+        undecided = replace(undecided, refinement=refinement)
 
         def overhead(allocation: Allocation) -> int:
             return undecided._with(allocation)._overhead(split_max_size)
@@ -182,6 +204,8 @@ class Conversion:
         threads: int | None = None,
         force: bool = False,
         low_disk: bool = False,
+        device: str | None = None,
+        precision: Precision = "F32",
         progress: Progress = silent,
         on_resume: Progress = silent,
     ) -> Result:
@@ -192,6 +216,9 @@ class Conversion:
         are fetched into the output's folder one after another and removed once converted. Then
         `progress` counts the bytes that are fetched as well as those that are written.
 
+        Refinement computes the layers on the torch `device`, by default a GPU if there is one, and
+        multiplies in `precision`.
+
         Raises:
             Dots1Error: the output exists, cannot be written or does not fit the disk, a weight
                 is not finite, or the hub cannot be reached or sends damaged files. The next run
@@ -201,33 +228,51 @@ class Conversion:
         path = Path(output)
         path = path.resolve() if os.path.islink(path) else path  # replace the target, not the link
         laid_out, source = self._lay_out(path, split_max_size), self.checkpoint
+        refining = self._refining(device, precision)
         try:
             _check_target(laid_out, force, source.shards)
+            if refining:
+                refining.check_space(source, laid_out)
             shards = fetch_shards(source, laid_out, self.tensors, low_disk, progress)
         except OSError as error:
             raise Dots1Error(f"cannot use {error.filename or path}: {error.strerror}") from None
         with (
-            Journal(laid_out, self._fingerprint(), progress, source.fingerprint) as journal,
+            Journal(laid_out, self._fingerprint(refining), progress, source.fingerprint) as journal,
             shards.without(journal.done) if shards else nullcontext() as supply,
         ):
             if journal.done:
                 on_resume(len(journal.done), len(self.tensors), "tensors", "")
             source = supply.checkpoint if supply else source
+            refined = refining.run(source, journal, threads, progress) if refining else ()
             Pipeline(source, journal, self.importance, threads, supply).run(progress)
             verify_layout(laid_out)
             journal.publish()
         remove_shards(shards_folder(laid_out))
-        return Result(laid_out.paths, laid_out.total_bytes, len(journal.done))
+        if refining:
+            refining.files(source, laid_out).remove()
+        return Result(laid_out.paths, laid_out.total_bytes, len(journal.done), refined)
+
+    def _refining(self, device: str | None, precision: Precision) -> "Refining | None":
+        if self.refinement is None or self.importance is None:
+            return None
+        from dots1_local.convert.refining import Refining  # imports torch
+
+        return Refining(self.refinement, self.importance, device, precision == "BF16")
 
     def _lay_out(self, path: Path, split_max_size: int | None) -> Output:
         writer = GGUFWriter(None, "dots1")
-        write_metadata(writer, self.checkpoint, self.plan, self.importance, self.predicted_kl)
+        tokens = self.refinement.tokens.size if self.refinement else 0
+        write_metadata(
+            writer, self.checkpoint, self.plan, self.importance, self.predicted_kl, tokens
+        )
         self.tokenizer.write(writer)
         return lay_out(path, writer, self.tensors, split_max_size)
 
-    def _fingerprint(self) -> str:
+    def _fingerprint(self, refining: "Refining | None") -> str:
         """Identify the inputs and the encoders: a resumed file must not mix two of either."""
         encoders = f"{version('dots1-local')} {version('llama-cpp-python')}"
+        if refining:
+            encoders += f" {refining.fingerprint()}"
         importance = self.importance and self.importance.sha256
         return f"{self.checkpoint.fingerprint} {importance} {encoders}"
 
@@ -247,6 +292,13 @@ def convert_checkpoint(
         checkpoint, recipe, imatrix=imatrix, padding=padding, overrides=overrides
     )
     return conversion.run(output, **options)
+
+
+def load_refinement(folder: Path, checkpoint: Checkpoint) -> "RefinementData":
+    """Open what calibration measured for refinement; see `RefinementData.load`."""
+    from dots1_local.calibrate.refinement_file import RefinementData  # imports safetensors
+
+    return RefinementData.load(folder, checkpoint)
 
 
 def _opened(checkpoint: str | Path | Checkpoint) -> Checkpoint:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.calibrate.calibration_folder import IMATRIX, SENSITIVITY
+from dots1_local.calibrate.calibration_folder import IMATRIX, REFINED_SENSITIVITY, SENSITIVITY
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.quant.allocate import Allocator
 from dots1_local.quant.allocation import Allocation
@@ -88,42 +88,54 @@ def _rounded_up(value: float, digits: int) -> float:
 
 
 def load_calibration(
-    folder: Path, imatrix: str | Path | None = None
+    folder: Path, imatrix: str | Path | None = None, *, refine: bool = False
 ) -> tuple[Sensitivity, Importance]:
     """Load the folder's sensitivity, and its importance or that in the file `imatrix`.
+
+    With `refine` it is the sensitivity to refined types.
 
     Raises:
         Dots1Error: the folder or one of its files is missing, or they do not belong together.
     """
     if not folder.is_dir():
         raise Dots1Error(f"there is no folder {folder}; make it with dots1 calibrate -o {folder}")
-    for name in (SENSITIVITY, *([] if imatrix else [IMATRIX])):
+    measured = _sensitivity_file(refine)
+    for name in (measured, *([] if imatrix else [IMATRIX])):
         if not (folder / name).is_file():
-            raise Dots1Error(f"{folder} has no {name}; make it with dots1 calibrate -o {folder}")
-    sensitivity = load_sensitivity(folder / SENSITIVITY)
+            option = " --refine" if refine else ""
+            raise Dots1Error(
+                f"{folder} has no {name}; make it with dots1 calibrate{option} -o {folder}"
+            )
+    sensitivity = load_sensitivity(folder / measured)
     importance = load_importance(imatrix or folder / IMATRIX)
     if imatrix is None and importance.sha256 != sensitivity.imatrix:
         raise Dots1Error(
-            f"{folder / SENSITIVITY} was measured with another importance file than "
+            f"{folder / measured} was measured with another importance file than "
             f"{importance.path}; calibrate again, or name the file with --imatrix to use it anyway"
         )
     return sensitivity, importance
 
 
 def predicted_kl(
-    folder: Path, config: Dots1Config, plan: QuantPlan, importance: Importance
+    folder: Path,
+    config: Dots1Config,
+    plan: QuantPlan,
+    importance: Importance,
+    *,
+    refine: bool = False,
 ) -> float | None:
     """Predict a plan's KL divergence in nats per token from the folder's sensitivity.
 
-    The result is None if there is no sensitivity.json for this importance, or if a type was not
-    measured.
+    With `refine` it is the sensitivity to refined types. The result is None if the folder has no
+    sensitivity for this importance, or if a type was not measured.
 
     Raises:
-        Dots1Error: sensitivity.json is damaged or belongs to another model.
+        Dots1Error: the sensitivity file is damaged or belongs to another model.
     """
-    if not (folder / SENSITIVITY).is_file():
+    path = folder / _sensitivity_file(refine)
+    if not path.is_file():
         return None
-    sensitivity = load_sensitivity(folder / SENSITIVITY)
+    sensitivity = load_sensitivity(path)
     sensitivity.check(config)
     if sensitivity.imatrix != importance.sha256:
         return None
@@ -131,3 +143,7 @@ def predicted_kl(
         return sensitivity.predict(plan.types)
     except Dots1Error:  # a type that was not measured
         return None
+
+
+def _sensitivity_file(refine: bool) -> str:
+    return REFINED_SENSITIVITY if refine else SENSITIVITY

@@ -1,6 +1,7 @@
 """Write config.json, model card and recipe as GGUF keys."""
 
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,8 +22,12 @@ def write_metadata(
     plan: QuantPlan,
     importance: Importance | None,
     predicted_kl: float | None = None,
+    refined_tokens: int = 0,
 ) -> None:
-    """Add every key except the tokenizer's; `predicted_kl` is in nats per token."""
+    """Add every key except the tokenizer's; `predicted_kl` is in nats per token.
+
+    Matrices are refined with `refined_tokens` of the importance's datasets, 0 if they are not.
+    """
     _general(writer, checkpoint)
     _architecture(writer, checkpoint.config, plan.expert_width)
     writer.add_file_type(plan.file_type)
@@ -32,6 +37,8 @@ def write_metadata(
         writer.add_float32("dots1_local.predicted_kl_divergence", predicted_kl)
     if importance is not None:
         _importance(writer, importance)
+    if refined_tokens:
+        _refinement(writer, importance, refined_tokens)
 
 
 def _general(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
@@ -80,6 +87,17 @@ def _importance(writer: GGUFWriter, importance: Importance) -> None:
     if importance.chunk_count:
         writer.add_uint32("quantize.imatrix.chunks_count", importance.chunk_count)
     writer.add_string("dots1_local.imatrix.sha256", importance.sha256)
+
+
+def _refinement(writer: GGUFWriter, importance: Importance | None, tokens: int) -> None:
+    """Add how the tensors of refinable types were refined."""
+    from dots1_local.refine.matrix import ROUNDS  # imports numba
+
+    writer.add_uint32("dots1_local.refinement.tokens", tokens)
+    if importance is not None and importance.datasets:
+        writer.add_string("dots1_local.refinement.datasets", ", ".join(importance.datasets))
+    writer.add_uint32("dots1_local.refinement.rounds", ROUNDS)
+    writer.add_string("dots1_local.refinement.version", version("dots1-local"))
 
 
 def end_tokens(checkpoint: Checkpoint) -> list[int]:

@@ -77,7 +77,7 @@ class Pipeline:
         """
         slots = self._journal.output.slots
         total = sum(slot.tensor.nbytes for slot in slots)
-        left = [slot for slot in slots if slot.tensor.spec.name not in self._journal.done]
+        left = [slot for slot in slots if slot.tensor.spec.name not in self._journal.finished]
         done = total - sum(slot.tensor.nbytes for slot in left)
         supply = self._supply
 

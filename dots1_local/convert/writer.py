@@ -135,8 +135,8 @@ class Journal:
     """The open output files of one conversion, and the record of finished tensors.
 
     Use it in a `with` statement. `done` holds the tensors that a former run finished and whose
-    checksums still match. `source` is recorded for `interrupted_source`; `progress` hears of the
-    check.
+    checksums still match; `finished` holds those of this run, too. `source` is recorded for
+    `interrupted_source`; `progress` hears of the check.
     """
 
     def __init__(
@@ -145,6 +145,7 @@ class Journal:
         self.output = output
         self._source, self._progress = source, progress
         self.done: set[str] = set()
+        self.finished: set[str] = set()
         self._path = _journal_path(output)
         digest = hashlib.sha256(fingerprint.encode())
         for header in output.headers:
@@ -202,6 +203,7 @@ class Journal:
             slot = slots.get(line.tensor)
             if slot and self._reads_back(slot, line.pieces):
                 self.done.add(slot.tensor.spec.name)
+                self.finished.add(slot.tensor.spec.name)
                 checked += slot.tensor.nbytes
                 self._progress(checked, total, "bytes", "checking what is there")
         return True
@@ -252,6 +254,7 @@ class Journal:
     def finish(self, slot: TensorSlot, pieces: Sequence[tuple[int, int]]) -> None:
         """Record a tensor as complete; `pieces` are the results of `write`, in order."""
         self._record(_Line(tensor=slot.tensor.spec.name, pieces=tuple(pieces)))
+        self.finished.add(slot.tensor.spec.name)
 
     def _record(self, line: _Line) -> None:
         with disk_errors(self.output.path):

@@ -1,0 +1,109 @@
+"""The pass over all layers in which matrices are refined: tokens in, moments out, layer by layer.
+
+The tokens pass the exact layers. When a matrix has seen all its rows, the second moment of its
+inputs goes to a sink, which refines the matrix and drops the moment. The residual stream lies in
+files.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dots1_local.calibrate.hooks import NO_HOOKS
+from dots1_local.calibrate.layer_moments import LayerMoments, MomentSink
+from dots1_local.calibrate.moments import Moments
+from dots1_local.calibrate.stream import Segment, embed, forward_layer, observe_head
+from dots1_local.calibrate.stream_files import StreamFiles
+from dots1_local.errors import CheckpointError
+from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.reference.model import Compute, head_name
+
+__all__ = ["RefiningPass", "RefiningSink"]
+
+Tokens = NDArray[np.int32]
+
+
+class RefiningSink(MomentSink, Protocol):
+    """Takes the moments of one layer after another; the head is the layer None.
+
+    Methods may block while matrices are refined.
+    """
+
+    def begin(self, layer: int | None) -> bool:
+        """Begin a layer; return whether its moments are needed."""
+
+    def finish(self, layer: int | None) -> None:
+        """Finish a layer; its results are on the disk when this returns."""
+
+
+@dataclass
+class RefiningPass:
+    """Tokens (chunks, positions) on their way through the exact layers.
+
+    `report` is called with a short text about what is computed.
+    """
+
+    checkpoint: Checkpoint
+    tokens: Tokens
+    compute: Compute
+    threads: int
+    files: StreamFiles
+    report: Callable[[str], None]
+
+    @torch.no_grad()
+    def run(self, sink: RefiningSink) -> None:
+        """Pass all layers that are not finished, and hand their moments to `sink`.
+
+        Raises:
+            CheckpointError: a tensor is missing or unreadable, or a result is NaN or infinite.
+            Dots1Error: the disk is full.
+        """
+        torch.set_num_threads(self.threads)
+        files = self.files
+        if files.finished is None:
+            self.report("embedding")
+            embed(self.checkpoint, torch.from_numpy(self.tokens), files.working.after)
+            files.finish_layer()
+        for layer in range(files.finished or 0, self.checkpoint.config.num_hidden_layers):
+            self._pass_layer(layer, sink)
+        if sink.begin(None):
+            self._head(sink)
+        sink.finish(None)
+
+    def _pass_layer(self, layer: int, sink: RefiningSink) -> None:
+        moments = LayerMoments(layer, sink) if sink.begin(layer) else None
+        done = 0.0
+
+        def report(tokens: float) -> None:
+            nonlocal done
+            done += tokens
+            self.report(f"layer {layer}, {done / self.tokens.size:.0%} of its tokens")
+
+        observe, hooks = (moments.observe, moments.hooks) if moments else (None, NO_HOOKS)
+        forward_layer(
+            self.files.stream,
+            self.checkpoint,
+            layer,
+            [Segment(0, len(self.tokens), observe)],
+            self.compute,
+            report,
+            hooks,
+            self.files.working,
+        )
+        if not all(torch.isfinite(chunk.sum()) for chunk in self.files.working.after):
+            raise CheckpointError(
+                f"the output of layer {layer} is NaN or infinite; is the checkpoint damaged?"
+            )
+        sink.finish(layer)
+        self.files.finish_layer()
+
+    def _head(self, sink: RefiningSink) -> None:
+        self.report("head")
+        moments, name = Moments(), head_name(self.checkpoint.config)
+        observe_head(self.files.stream, self.checkpoint, moments.observe, self.compute.device)
+        moment = moments.take(name)
+        sink.common({name: moment} if moment else {})

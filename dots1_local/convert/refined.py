@@ -1,0 +1,180 @@
+"""Refined tensors: the moments of the streaming pass in, ggml's blocks in the output file.
+
+`RefinedTensors` is the sink of the pass. A routed expert is one task, whose gate and up
+share a metric. Another matrix is cut into rows, unless the metric of its outputs couples all rows.
+What becomes of a matrix does not depend on the number of threads.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dots1_local.calibrate.layer_moments import ExpertMoments, shrunk_moment
+from dots1_local.calibrate.moments import Moment, moment_name
+from dots1_local.calibrate.refinement_file import RefinementData
+from dots1_local.convert.bounded_pool import BoundedPool
+from dots1_local.convert.refined_matrix import Encoded, Piece, pieces_of
+from dots1_local.convert.refined_results import MatrixResult, TensorResult, append_result
+from dots1_local.convert.writer import Journal, TensorSlot
+from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.partial_file import disk_errors
+from dots1_local.quant.importance import Importance
+from dots1_local.refine.metric import Metric, input_metric, output_metric
+
+__all__ = ["RefinedTensors", "TensorWriter"]
+
+Floats = NDArray[np.float32]
+
+_TO_RESIDUAL = ("attn_output", "ffn_down", "ffn_down_shexp", "ffn_down_exps")
+
+
+class TensorWriter:
+    """Writes pieces of tensors in any order, and journals a tensor when all its pieces are there.
+
+    What was found goes to the file `results`. `written` is called with the bytes of each piece.
+    """
+
+    def __init__(self, journal: Journal, results: Path, written: Callable[[int], None]) -> None:
+        self._journal, self._results, self._written = journal, results, written
+        self._open: dict[str, dict[int, tuple[tuple[int, int], MatrixResult]]] = {}
+
+    def accept(self, pieces: Sequence[Encoded]) -> None:
+        """Write pieces.
+
+        Raises:
+            Dots1Error: the disk is full.
+        """
+        for encoded in pieces:
+            slot = encoded.piece.slot
+            written = self._journal.write(slot, encoded.data, encoded.piece.offset)
+            there = self._open.setdefault(slot.tensor.spec.name, {})
+            there[encoded.piece.number] = written, encoded.result
+            self._written(encoded.data.nbytes)
+            if len(there) == encoded.piece.count:
+                self._finish(slot)
+
+    def _finish(self, slot: TensorSlot) -> None:
+        name = slot.tensor.spec.name
+        there = [found for _, found in sorted(self._open.pop(name).items())]
+        with disk_errors(self._journal.output.path):
+            append_result(self._results, TensorResult(name, tuple(each for _, each in there)))
+        self._journal.finish(slot, [written for written, _ in there])
+
+
+class RefinedTensors:
+    """Refines the tensors of `slots` with `threads` workers, in a `with` statement."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        slots: Sequence[TensorSlot],
+        data: RefinementData,
+        importance: Importance,
+        writer: TensorWriter,
+        threads: int,
+    ) -> None:
+        self._checkpoint, self._slots, self._data = checkpoint, slots, data
+        self._importance = importance
+        self._tasks = BoundedPool(threads, writer.accept)
+        self._layer: list[TensorSlot] = []
+        self._columns: dict[str, Floats | None] = {}  # importance of the layer's tensors
+        self._outputs: Floats | None = None  # of the layer
+        self._opened = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._opened.enter_context(self._tasks)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._opened.close()
+
+    def embedding(self) -> None:
+        """Refine the embedding, whose metric is in the calibration folder."""
+        self._layer = [slot for slot in self._slots if slot.tensor.spec.role == "embedding"]
+        self._read_importance()
+        for slot in self._layer:
+            moment = input_metric(self._data.embedding_moment(), self._data.gradients)
+            self._rows(slot, Metric(moment), None)
+        self._tasks.drain()
+
+    def begin(self, layer: int | None) -> bool:
+        """Begin a layer; return whether any of its tensors is to be refined."""
+        self._layer = [
+            slot
+            for slot in self._slots
+            if slot.tensor.spec.layer == layer and slot.tensor.spec.role != "embedding"
+        ]
+        self._read_importance()
+        self._outputs = None
+        if layer is not None and any(map(_couples_rows, self._layer)):
+            self._outputs = output_metric(self._data.output_moment(layer))
+        return bool(self._layer)
+
+    def common(self, moments: Mapping[str, Moment]) -> None:
+        """Refine the matrices that all tokens use."""
+        metrics: dict[tuple[str, bool], Metric] = {}  # shared, for factors are made only once
+        slots = [slot for slot in self._layer if slot.tensor.spec.role != "routed"]
+        # Matrices that cannot be cut take longest.
+        for slot in sorted(slots, key=_couples_rows, reverse=True):
+            moment = moments[moment_name(slot.tensor.spec.sources[0])]
+            key = moment_name(slot.tensor.spec.sources[0]), _couples_rows(slot)
+            if key not in metrics:
+                inputs = input_metric(moment.mean, moment.tokens)
+                metrics[key] = Metric(inputs, self._outputs if _couples_rows(slot) else None)
+            self._rows(slot, metrics[key], moment.held_out)
+
+    def expert(self, number: int, moments: ExpertMoments) -> None:
+        """Refine the matrices of a routed expert."""
+        routed = [slot for slot in self._layer if slot.tensor.spec.role == "routed"]
+        pieces = [pieces_of(slot, whole=True)[number] for slot in routed]
+        if pieces:
+            # The list lets the task drop the moments before it refines.
+            self._tasks.submit(partial(self._refine_expert, pieces, [moments]))
+
+    def finish(self, layer: int | None) -> None:
+        """Wait for all tensors of the layer."""
+        self._tasks.drain()
+
+    def _read_importance(self) -> None:
+        specs = [slot.tensor.spec for slot in self._layer]
+        self._columns = {spec.name: self._importance.for_tensor(spec) for spec in specs}
+
+    def _rows(self, slot: TensorSlot, metric: Metric, held_out: Floats | None) -> None:
+        _ = metric.factor  # threads may share a metric that has it
+        for piece in pieces_of(slot, whole=metric.outputs is not None):
+            self._tasks.submit(partial(self._refine, [piece], metric, held_out))
+
+    def _refine(
+        self, pieces: Sequence[Piece], metric: Metric, held_out: Floats | None
+    ) -> list[Encoded]:
+        return [
+            piece.refine(self._checkpoint, metric, held_out, self._columns[piece.tensor])
+            for piece in pieces
+        ]
+
+    def _refine_expert(self, pieces: Sequence[Piece], given: list[ExpertMoments]) -> list[Encoded]:
+        moments = given.pop()
+        down = [piece for piece in pieces if _couples_rows(piece.slot)]
+        others = [piece for piece in pieces if not _couples_rows(piece.slot)]
+        encoded: list[Encoded] = []
+        if others:
+            metric = Metric(shrunk_moment(moments.gate, moments.gate_prior))
+            encoded += self._refine(others, metric, _held_out(moments.gate))
+        if down:
+            metric = Metric(shrunk_moment(moments.down, moments.down_prior), self._outputs)
+            encoded += self._refine(down, metric, _held_out(moments.down))
+        return encoded
+
+
+def _couples_rows(slot: TensorSlot) -> bool:
+    """Whether the outputs of a matrix are added to the residual stream, whose metric is known."""
+    return slot.tensor.spec.part in _TO_RESIDUAL
+
+
+def _held_out(moment: Moment | None) -> Floats | None:
+    return None if moment is None else moment.held_out

@@ -18,7 +18,16 @@ from dots1_local.ggml import QuantType
 from dots1_local.quant.encode import decode
 from dots1_local.refine.block_layouts import FIELDS, LAYOUTS, Field, Layout
 
-__all__ = ["BlockFormat", "Blocks", "block_format", "pack", "refinable", "unpack", "weights"]
+__all__ = [
+    "BlockFormat",
+    "Blocks",
+    "block_format",
+    "pack",
+    "refinable",
+    "unpack",
+    "weights",
+    "zero_blocks",
+]
 
 Floats = NDArray[np.float32]
 
@@ -60,6 +69,20 @@ class Blocks:
     mins: NDArray[np.uint8]  # (rows, columns / sub): the factor of dmin
     codes: NDArray[np.uint16]  # (rows, columns / vector): index into values
     signs: NDArray[np.uint8]  # (rows, columns / 8): bit j says that column 8g + j is negative
+
+
+def zero_blocks(kind: QuantType, rows: int, columns: int) -> Blocks:
+    """Blocks whose every field is 0, except for mins that are always 1."""
+    form = block_format(kind)
+    per_block, per_sub = columns // form.block, columns // form.sub
+    return Blocks(
+        np.zeros((rows, per_block), np.float32),
+        np.zeros((rows, per_block if form.mins else 0), np.float32),
+        np.zeros((rows, per_sub), np.uint8),
+        np.full((rows, per_sub if form.mins else 0), form.mins == 1, np.uint8),
+        np.zeros((rows, columns // form.vector), np.uint16),
+        np.zeros((rows, 0 if form.signs == "none" else columns // 8), np.uint8),
+    )
 
 
 def refinable(kind: QuantType) -> bool:

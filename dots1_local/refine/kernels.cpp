@@ -42,9 +42,10 @@ struct Rows {
 
 // A panel's quadratic forms. `form` is (width, width): H, or the factor that carries errors on.
 // `diagonal` has a (vector, vector) form for each group; `tables`, (groups, patterns, codes), has
-// the form of every code by pattern of signs.
+// the form of every code by pattern of signs. A form without cross terms is null; it does not depend
+// on the signs, and has one pattern.
 struct Panel {
-  int32_t start, width;
+  int32_t start, width, patterns;
   const float *form, *diagonal, *tables;
 };
 
@@ -126,10 +127,10 @@ struct Found {
   int code = 0, pattern = 0;
 };
 
-template <int V>
-int table_row(int pattern) {  // a pattern and its opposite have the same form
-  constexpr int half = 1 << (V - 1);
-  return pattern < half ? pattern : 2 * half - 1 - pattern;
+// A pattern and its opposite have the same form.
+int table_row(int pattern, int patterns) {
+  if (patterns == 1) return 0;
+  return pattern < patterns ? pattern : 2 * patterns - 1 - pattern;
 }
 
 template <int V>
@@ -160,12 +161,13 @@ Found best_code(const float *grid, int codes, const float *table, float s, const
 // or only odd patterns are allowed (parity 0 or 1; -1: both), the natural ones if they are allowed,
 // and else the single flips.
 template <int V>
-Found search(const Format &f, const float *tables, float s, const float *b, const float *t,
-             int parity) {
+Found search(const Format &f, const float *tables, int patterns, float s, const float *b,
+             const float *t, int parity) {
   int natural = 0;
   for (int i = 0; i < V; i++) natural |= (t[i] * s < 0) << i;
   bool odd = __builtin_parity(natural);
-  bool keep = parity < 0 || odd == parity, flip = parity < 0 || odd != parity;
+  bool keep = parity < 0 || odd == parity;
+  bool flip = parity < 0 ? patterns > 1 : odd != parity;  // a diagonal form needs no other signs
   const int K = f.codes;
   const float *forms[V + 1];
   Lanes factor[V], least[V + 1];
@@ -173,9 +175,9 @@ Found search(const Format &f, const float *tables, float s, const float *b, cons
   for (int i = 0; i < V; i++) {
     float x = (natural >> i & 1 ? 2 : -2) * s * b[i];
     factor[i] = x - Lanes{};
-    forms[i] = tables + (size_t)table_row<V>(natural ^ 1 << i) * K;
+    forms[i] = tables + (size_t)table_row(natural ^ 1 << i, patterns) * K;
   }
-  forms[V] = tables + (size_t)table_row<V>(natural) * K;
+  forms[V] = tables + (size_t)table_row(natural, patterns) * K;
   for (auto &lanes : least) lanes = kHuge - Lanes{};
   for (int k = 0; k < K; k += kLanes) {
     Lanes g[V], linear;
@@ -200,7 +202,8 @@ Found search(const Format &f, const float *tables, float s, const float *b, cons
     for (int l = 0; l < kLanes; l++) cost = std::min(cost, least[i][l]);
     if (cost < best) best = cost, pattern = i < V ? natural ^ 1 << i : natural;
   }
-  return best_code<V>(f.grid, K, tables + (size_t)table_row<V>(pattern) * K, s, b, pattern, 0, K);
+  const float *table = tables + (size_t)table_row(pattern, patterns) * K;
+  return best_code<V>(f.grid, K, table, s, b, pattern, 0, K);
 }
 
 // Values chosen for a sub-block, and how the cost would change with its scale and min.
@@ -252,10 +255,11 @@ template <int V, class Mode>
 void carry(const Mode &mode, const Panel &p, float *state, int from, int to, const float *q, int lo,
            int hi) {
   for (int j = from; j < to; j++) {
-    int first = Mode::backwards ? lo : std::max(lo, (j / V + 1) * V);
     float moved = mode.moved(j, q[j]);
-    const float *form = p.form + (size_t)j * p.width;
-    if (moved != 0 && first < hi) add(state + first, moved, form + first, hi - first);
+    int first = Mode::backwards ? lo : std::max(lo, (j / V + 1) * V);
+    if (moved == 0 || first >= hi) continue;
+    if (p.form) add(state + first, moved, p.form + (size_t)j * p.width + first, hi - first);
+    else if (Mode::backwards) state[j] += moved * p.diagonal[(size_t)j * V + j % V];
   }
 }
 
@@ -271,11 +275,11 @@ void choose(const Mode &mode, Row &row, const float *state, int j, float s, floa
     out.codes[j] = nearest(f, s != 0 ? (t[0] + m) / s : 0.0f);
     q[0] = s * f.values[out.codes[j]] - m;
   } else {
-    const int patterns = f.signs ? 1 << (V - 1) : 1;
+    const int patterns = row.panel.patterns;
     const float *tables = row.panel.tables + (size_t)(j / V) * patterns * f.codes;
     Found found;
     if (f.signs) {
-      found = search<V>(f, tables, s, b, t, parity);
+      found = search<V>(f, tables, patterns, s, b, t, parity);
     } else {
       int half = f.codes / 2, first = f.shared_half ? *row.codes(j) / half * half : 0;
       int last = f.shared_half ? first + half : f.codes;
@@ -375,7 +379,8 @@ void descend_scale(Row &row, const float *g, int start, int stop, bool of_min, f
     for (int i = j; i < end; i++) u[i] = of_min ? factor : factor * u[i];
   }
   for (int j = start; j < stop; j++)
-    if (u[j] != 0) add(hu, u[j], p.form + (size_t)j * p.width, p.width);
+    if (p.form) add(hu, u[j], p.form + (size_t)j * p.width, p.width);
+    else hu[j] = p.diagonal[(size_t)j * row.f.vector + j % row.f.vector] * u[j];
   float steep = dot(g + start, u + start, stop - start);
   float curved = dot(hu + start, u + start, stop - start);
   float &scale = of_min ? row.dmin(start) : row.d(start);
@@ -443,9 +448,115 @@ void descend_rows(const Format &f, const Rows &rows, const Panel &p, float *grad
   }
 }
 
+// Scales to try for a sub-block: its largest weight becomes the largest value, times 0.8 to 1.3.
+constexpr int kTries = 12;
+
+template <int V>
+void scales_to_try(const Format &f, const float *x, int n, float *tries) {
+  float largest = 0, value = f.values[0];
+  for (int j = 0; j < n; j++)
+    if (std::fabs(x[j]) > std::fabs(largest)) largest = x[j];
+  for (int k = 0; k < f.codes * V; k++)
+    if (std::fabs(f.values[k]) > std::fabs(value)) value = f.values[k];
+  if (f.signs) largest = std::fabs(largest);
+  for (int k = 0; k < kTries; k++) tries[k] = largest / (value * (0.8f + 0.5f / kTries * k));
+}
+
+// Add the least costs of a group, s^2 q'Dq - 2 s q'Dx, to those of all scales. D is diagonal, so
+// that only these two products depend on the code, and signs follow those of x.
+template <int V>
+void add_costs(const Format &f, const float *D, const float *table, const float *x,
+               const float *tries, float *costs) {
+  if constexpr (V == 1) {
+    for (int t = 0; t < kTries; t++) {
+      float q = tries[t] != 0 ? tries[t] * f.values[nearest(f, *x / tries[t])] : 0;
+      costs[t] += D[0] * q * (q - 2 * *x);
+    }
+  } else {
+    Lanes least[kTries];
+    float weighed[V];
+    for (int i = 0; i < V; i++) weighed[i] = 2 * D[i * V + i] * std::fabs(x[i]);
+    for (auto &lanes : least) lanes = kHuge - Lanes{};
+    for (int k = 0; k < f.codes; k += kLanes) {
+      Lanes linear = {}, square = *(const Lanes *)(table + k);
+      for (int i = 0; i < V; i++)
+        linear += weighed[i] * *(const Lanes *)(f.grid + (size_t)i * f.codes + k);
+      for (int t = 0; t < kTries; t++) {
+        Lanes cost = tries[t] * (tries[t] * square - linear);
+        least[t] = cost < least[t] ? cost : least[t];
+      }
+    }
+    for (int t = 0; t < kTries; t++) {
+      float cost = kHuge;
+      for (int l = 0; l < kLanes; l++) cost = std::min(cost, least[t][l]);
+      costs[t] += cost;
+    }
+  }
+}
+
+// Store the scales s of a block's sub-blocks as d and levels; `weight` says how much each counts.
+void store_scales(Row &row, int start, const float *s, const float *weight, int count) {
+  const Format &f = row.f;
+  float &d = row.d(start), largest = 0, most = row.step(f.levels - 1);
+  if (std::fabs(row.step(0)) > std::fabs(most)) most = row.step(0);
+  for (int k = 0; k < count; k++)
+    if (std::fabs(s[k]) > std::fabs(largest)) largest = s[k];
+  d = to_half(largest / most);
+  if (f.levels == 1) return;
+  auto level = [&](float unit, float scale) {
+    float l = unit != 0 ? std::nearbyint((scale / unit - f.step0) / f.step1) : 0;
+    return (int)std::min(std::max(l, 0.0f), f.levels - 1.0f);
+  };
+  float best = kHuge, chosen = d;
+  for (int t = 0; t < kTries; t++) {
+    float unit = to_half(d * (0.88f + 0.02f * t)), cost = 0;
+    for (int k = 0; k < count; k++) {
+      float off = s[k] - unit * row.step(level(unit, s[k]));
+      cost += weight[k] * off * off / (s[k] * s[k] + 1e-30f);
+    }
+    if (cost < best) best = cost, chosen = unit;
+  }
+  d = chosen;
+  for (int k = 0; k < count; k++) row.scale(start + k * f.sub) = level(d, s[k]);
+}
+
+template <int V>
+void begin_rows(const Format &f, const Rows &rows, const Panel &p) {
+  for (int r = 0; r < rows.rows; r++) {
+    Row row{f, rows, p, r};
+    const float *x = row.weights();
+    for (int block = 0; block < p.width; block += f.block) {
+      int end = std::min(block + f.block, p.width), count = 0;
+      float chosen[kPanel / 8], weight[kPanel / 8];
+      for (int start = block; start < end; start += f.sub, count++) {
+        int stop = std::min(start + f.sub, end);
+        float tries[kTries], costs[kTries] = {0};
+        scales_to_try<V>(f, x + start, stop - start, tries);
+        weight[count] = 0;
+        for (int j = start; j < stop; j += V) {
+          const float *D = p.diagonal + (size_t)j * V;
+          add_costs<V>(f, D, p.tables + (size_t)(j / V) * p.patterns * f.codes, x + j, tries, costs);
+          for (int i = 0; i < V; i++) weight[count] += D[i * V + i] * x[j + i] * x[j + i];
+        }
+        chosen[count] = tries[std::min_element(costs, costs + kTries) - costs];
+      }
+      store_scales(row, block, chosen, weight, count);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+// Choose the scales to begin with, for a diagonal form and a type without mins.
+void begin(const Format *f, const Rows *rows, const Panel *p) {
+  switch (f->vector) {
+    case 8: return begin_rows<8>(*f, *rows, *p);
+    case 4: return begin_rows<4>(*f, *rows, *p);
+    default: return begin_rows<1>(*f, *rows, *p);
+  }
+}
 
 // Round a panel with error feedback; `targets` (rows, width) are the weights plus what the errors
 // of earlier panels carry on.

@@ -35,20 +35,26 @@ _SIGNS = ("none", "free", "even")
 class Panel:
     """Columns of a matrix from `start` on, and the quadratic forms of their errors.
 
-    `form` (width, width) is that part of H, or of the factor that carries errors on; `diagonal`
-    (groups, vector, vector) is the form of each group of columns that share a code.
+    `form` (width, width) is that part of H, or of the factor that carries errors on; None without
+    cross terms. `diagonal` (groups, vector, vector) is the form of each group of columns that share
+    a code, and `tables` (groups, patterns of signs, codes) that of every code's values.
     """
 
     start: int
-    form: Floats
+    form: Floats | None
     diagonal: Floats
+    tables: Floats
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.diagonal.shape[0] * self.diagonal.shape[1])
 
 
 class Kernels:
     """The kernels for one type.
 
     All arrays are C-contiguous F32, except that rows of the weights and their errors (rows,
-    columns) may lie further apart. Both kernels change blocks and errors, as rows of the panel.
+    columns) may lie further apart. The kernels change blocks and errors.
     """
 
     def __init__(self, form: BlockFormat) -> None:
@@ -60,6 +66,24 @@ class Kernels:
             form.values.ctypes.data, self._grid.ctypes.data,
         )  # fmt: skip
 
+    def panel(self, start: int, form: Floats, diagonal: Floats) -> Panel:
+        """A panel for this type."""
+        return Panel(start, np.ascontiguousarray(form), diagonal, self._tables(diagonal, True))
+
+    def diagonal_panel(self, start: int, importance: Floats) -> Panel:
+        """A panel whose columns are weighed by `importance` (width,), without cross terms."""
+        size = self._form.vector
+        groups = importance.reshape(-1, size)[:, :, None] * np.eye(size, dtype=np.float32)
+        tables = self._tables(groups, False)
+        return Panel(start, None, np.ascontiguousarray(groups), tables)
+
+    def begin(self, panel: Panel, weights: Floats, blocks: Blocks) -> None:
+        """Choose the scales of a panel to begin with; its form is diagonal.
+
+        Types with mins, and those whose codebook has the signs in it, are not supported.
+        """
+        self._call(_library().begin, panel, weights, weights, blocks)
+
     def feed(
         self, panel: Panel, weights: Floats, errors: Floats, blocks: Blocks, targets: Floats
     ) -> None:
@@ -68,7 +92,7 @@ class Kernels:
         `targets` (rows, width) are its weights plus what the errors of earlier panels carry on;
         they are overwritten.
         """
-        self._call(_library().feed, panel, weights, errors, blocks, targets)
+        self._call(_library().feed, panel, weights, errors, blocks, targets.ctypes.data)
 
     def descend(
         self,
@@ -86,9 +110,8 @@ class Kernels:
         (rows, rows), HO with each row divided by its diagonal element, they are those of HO E H
         divided by it, and `moved` (rows, width), 0 at first, receives the change of E H.
         """
-        arrays = (coupling, moved)
-        pointers = (None if array is None else array.ctypes.data for array in arrays)
-        self._call(_library().descend, panel, weights, errors, blocks, gradients, *pointers)
+        state = map(_address, (gradients, coupling, moved))
+        self._call(_library().descend, panel, weights, errors, blocks, *state)
 
     def _call(
         self,
@@ -97,33 +120,33 @@ class Kernels:
         weights: Floats,
         errors: Floats,
         blocks: Blocks,
-        state: Floats,
         *pointers: int | None,
     ) -> None:
-        columns = blocks.d.shape[1] * self._form.block
-        tables = self._tables(panel.diagonal)
+        stored = blocks.d.shape[1] * self._form.block
         rows = _Rows(
-            len(weights), columns, weights.strides[0] // 4,
+            len(weights), stored, weights.strides[0] // 4,
             *(array.ctypes.data for array in (weights, errors, blocks.d, blocks.dmin)),
             *(a.ctypes.data for a in (blocks.scales, blocks.mins, blocks.codes, blocks.signs)),
         )  # fmt: skip
-        forms = (panel.form, panel.diagonal, tables)
-        part = _Panel(panel.start, len(panel.form), *(array.ctypes.data for array in forms))
-        function(
-            ctypes.byref(self._format), ctypes.byref(rows), ctypes.byref(part), state.ctypes.data,
-            *pointers,
+        columns, patterns = panel.columns, panel.tables.shape[1]
+        part = _Panel(
+            columns.start, columns.stop - columns.start, patterns,
+            *map(_address, (panel.form, panel.diagonal, panel.tables)),
         )  # fmt: skip
+        structures = (self._format, rows, part)
+        function(*map(ctypes.byref, structures), *pointers)
 
-    def _tables(self, diagonal: Floats) -> Floats:
+    def _tables(self, diagonal: Floats, signed: bool) -> Floats:
         """v' D v of every code's values v, (groups, patterns of signs, codes).
 
-        A pattern of signs and its opposite have the same form, so half of them suffice. With
-        scalars, the kernels need no table.
+        A pattern of signs and its opposite have the same form, so half of them suffice; one does
+        unless `signed`. With scalars, the kernels need no table.
         """
         first, second, products = self._products
         if len(products) == 1:
-            return np.empty(0, np.float32)
-        signs = self._patterns[:, first] * self._patterns[:, second]
+            return np.empty((0, 1, 0), np.float32)
+        patterns = self._patterns if signed else self._patterns[:1]
+        signs = patterns[:, first] * patterns[:, second]
         forms = diagonal[:, None, first, second] * np.where(first == second, 1, 2) * signs
         flat = forms.astype(np.float32).reshape(-1, len(products)) @ products
         return flat.reshape(len(diagonal), len(signs), -1)
@@ -140,6 +163,10 @@ class Kernels:
         size = self._form.vector
         count = 1 << (size - 1) if self._form.signs != "none" else 1
         return (1 - 2 * (np.arange(count)[:, None] >> np.arange(size) & 1)).astype(np.float32)
+
+
+def _address(array: Floats | None) -> int | None:
+    return None if array is None else array.ctypes.data
 
 
 class _Format(ctypes.Structure):
@@ -161,7 +188,7 @@ class _Rows(ctypes.Structure):
 
 class _Panel(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("start", "width")),
+        *((name, ctypes.c_int32) for name in ("start", "width", "patterns")),
         *((name, ctypes.c_void_p) for name in ("form", "diagonal", "tables")),
     )
 
@@ -172,9 +199,10 @@ def _library() -> ctypes.CDLL:
     if not path.exists():
         _compile(path)
     library, pointer = ctypes.CDLL(str(path)), ctypes.c_void_p
+    library.begin.argtypes = [pointer] * 3
     library.feed.argtypes = [pointer] * 4
     library.descend.argtypes = [pointer] * 6
-    library.feed.restype = library.descend.restype = None
+    library.begin.restype = library.feed.restype = library.descend.restype = None
     return library
 
 

@@ -1,10 +1,10 @@
 """The refinement of one matrix: error feedback, then coordinate descent.
 
-ggml's encoder gives the scales to begin with. Error feedback (LDLQ; blocks of 4 or 8 columns for
-codebooks, as QuIP#'s BlockLDLQ) rounds column after column to what the errors before it leave over.
-Coordinate descent then changes codes, scales and mins one at a time where that lowers the error.
-Both work on panels of 256 columns: what a panel's errors do to the other columns is a matrix
-product, and what they do within the panel is up to the kernels.
+The scales to begin with are those of a plain encoder. Error feedback (LDLQ; blocks of 4 or 8
+columns for codebooks, as QuIP#'s BlockLDLQ) rounds column after column to what the errors before it
+leave over. Coordinate descent then changes codes, scales and mins one at a time where that lowers
+the error. Both work on panels of 256 columns: what a panel's errors do to the other columns is a
+matrix product, and what they do within the panel is up to the kernels.
 """
 
 from dataclasses import dataclass, fields
@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.ggml import QuantType
-from dots1_local.quant.encode import encode
-from dots1_local.refine.blocks import Blocks, block_format, pack, refinable, unpack, weights
+from dots1_local.quant.encode import decode, encode
+from dots1_local.refine.blocks import Blocks, block_format, pack, refinable, unpack
+from dots1_local.refine.fast_encoder import begin, can_begin
 from dots1_local.refine.kernels import Kernels, Panel
 from dots1_local.refine.metric import Floats, Metric
 
@@ -23,6 +24,7 @@ __all__ = ["ROUNDS", "Refined", "refine_matrix"]
 ROUNDS = 2  # of coordinate descent; two more lower the error by 3% again
 _PANEL = 256
 _COUPLED = 128  # rows whose changes see one another at once
+_COMPARED = 128  # rows that ggml's encoder is compared on
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Refined:
     """A matrix (rows, row_bytes) in ggml's layout.
 
     `kept` says that these are the bytes of ggml's own encoder, because held-out rows did not
-    improve. `fitted` is the error after refinement by that before, in the metric; `held_out` the
-    same for the outputs on held-out rows, NaN if there are none.
+    improve. `fitted` is the error after refinement by that of ggml's encoder, in the metric;
+    `held_out` the same for the outputs on held-out rows, NaN if there are none.
     """
 
     data: NDArray[np.uint8]
@@ -56,27 +58,33 @@ def refine_matrix(
     (unpadded columns,) is for ggml's encoder; by default it is the metric's diagonal. Types without
     blocks keep ggml's bytes.
     """
-    padding = (0, columns - matrix.shape[1])
     weighed = np.diag(metric.inputs) if importance is None else importance
-    stored = np.ascontiguousarray(np.pad(matrix, ((0, 0), padding)))
-    plain = encode(stored, kind, np.pad(weighed, padding).astype(np.float32))
+
+    def plain(rows: slice) -> NDArray[np.uint8]:
+        return encode(_padded(matrix[rows], columns), kind, _padded(weighed[None], columns)[0])
+
     if not refinable(kind):
-        return Refined(plain, True, 1.0, 1.0)
-    work = _Refinement(matrix, kind, metric, unpack(plain, kind))
-    before = work.errors
+        return Refined(plain(slice(None)), True, 1.0, 1.0)
+    has_start = can_begin(kind)
+    blocks = (
+        begin(matrix, kind, weighed, columns) if has_start else unpack(plain(slice(None)), kind)
+    )
+    work = _Refinement(matrix, kind, metric, blocks)
     work.feed()
     for _ in range(rounds):
         work.descend()
-    fitted = _ratio(metric, work.errors, before, metric.samples)
-    held = np.nan if held_out is None else _ratio(metric, work.errors, before, held_out)
+    step = slice(None, None, -(-len(matrix) // _COMPARED))
+    before = matrix[step] - decode(plain(step), kind, columns)[:, : matrix.shape[1]]
+    fitted = metric.ratio(work.errors, before, step, metric.samples)
+    held = np.nan if held_out is None else metric.ratio(work.errors, before, step, held_out)
     if not (fitted if held_out is None else held) < 1:
-        return Refined(plain, True, fitted, held)
+        return Refined(plain(slice(None)), True, fitted, held)
     return Refined(pack(work.blocks, kind), False, fitted, held)
 
 
-def _ratio(metric: Metric, after: Floats, before: Floats, inputs: Floats) -> float:
-    whole = metric.error(before, inputs)
-    return metric.error(after, inputs) / whole if whole > 0 else 1.0
+def _padded(rows: Floats, columns: int) -> Floats:
+    missing = columns - rows.shape[1]
+    return np.ascontiguousarray(np.pad(rows, ((0, 0), (0, missing))), np.float32)
 
 
 class _Refinement:
@@ -85,29 +93,27 @@ class _Refinement:
     def __init__(self, matrix: Floats, kind: QuantType, metric: Metric, blocks: Blocks) -> None:
         self.blocks, self._metric = blocks, metric
         self._matrix, self._form = np.ascontiguousarray(matrix), block_format(kind)
-        self.errors: Floats = self._matrix - weights(blocks, kind)[:, : matrix.shape[1]]
+        self.errors = np.zeros_like(self._matrix)
         self._kernels = Kernels(self._form)
 
     def feed(self) -> None:
         """Round all columns with error feedback."""
         factor = self._metric.factor
-        errors = np.zeros_like(self._matrix)
         for part in self._panels():
             corner = _groups(factor[part, part], self._form.vector)
             inverse = np.linalg.inv(corner.astype(np.float64)).astype(np.float32)
             carried = _times_groups(factor[: part.stop, part], inverse)
-            targets = self._matrix[:, part] + errors[:, : part.start] @ carried[: part.start]
+            targets = self._matrix[:, part] + self.errors[:, : part.start] @ carried[: part.start]
             diagonal = corner @ corner.transpose(0, 2, 1)
-            panel = Panel(part.start, np.ascontiguousarray(carried[part.start :]), diagonal)
-            self._kernels.feed(panel, self._matrix, errors, self.blocks, targets)
-        self.errors = errors
+            panel = self._kernels.panel(part.start, carried[part.start :], diagonal)
+            self._kernels.feed(panel, self._matrix, self.errors, self.blocks, targets)
 
     def descend(self) -> None:
         """Change every code, scale and min once where that lowers the error."""
         moment, outputs = self._metric.inputs, self._metric.outputs
         for part in self._panels():
             form = np.ascontiguousarray(moment[part, part])
-            panel = Panel(part.start, form, _groups(form, self._form.vector))
+            panel = self._kernels.panel(part.start, form, _groups(form, self._form.vector))
             gradients: Floats = self.errors @ moment[:, part]
             if outputs is None:
                 self._kernels.descend(panel, self._matrix, self.errors, self.blocks, gradients)

@@ -23,7 +23,7 @@ _OUTPUT_DAMPING = 0.03
 # Part of the mean diagonal that is added to H, for at least so many tokens per column.
 _DAMPING = ((20, 0.01), (5, 0.05), (2, 0.1), (0, 0.3))
 _BLOCK = 256  # columns that are factored at a time
-_SAMPLES = 256  # inputs drawn to estimate an error
+_SAMPLES = 256  # inputs to estimate an error on
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,22 @@ class Metric:
         drawn = np.random.default_rng(0).standard_normal((_SAMPLES, len(self.inputs)), np.float32)
         return drawn @ self.factor.T
 
-    def error(self, errors: Floats, inputs: Floats) -> float:
-        """Sum the squares of `errors` (rows, columns) times `inputs` (n, columns), in HO."""
-        outputs = errors @ inputs.T
-        weighed = outputs if self.outputs is None else self.outputs @ outputs
-        return float(np.vdot(outputs, weighed))
+    def ratio(self, after: Floats, before: Floats, rows: slice, inputs: Floats) -> float:
+        """Compare errors (rows, columns) of outputs on `inputs` (n, columns), weighed by HO.
+
+        `before` are the errors of some `rows` only. If rows are coupled by HO, errors before are
+        taken to be independent of one another, as those of a plain encoder are.
+        """
+        inputs = inputs[:: -(-len(inputs) // _SAMPLES)]
+        outputs: Floats = after @ inputs.T
+        each, earlier = (np.square(x).sum(axis=1) for x in (outputs, before @ inputs.T))
+        coupled = 1.0
+        if self.outputs is not None:
+            diagonal = np.diag(self.outputs)
+            each, earlier = each * diagonal, earlier * diagonal[rows]
+            coupled = float(np.vdot(outputs, self.outputs @ outputs) / max(each.sum(), 1e-30))
+        whole = float(earlier.sum())
+        return coupled * float(each[rows].sum()) / whole if whole > 0 else 1.0
 
 
 def input_metric(second_moment: Floats, tokens: int, prior: Floats | None = None) -> Floats:

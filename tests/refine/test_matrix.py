@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dots1_local.ggml import TYPES
 from dots1_local.quant.encode import decode, encode
 from dots1_local.refine.blocks import block_format, unpack
+from dots1_local.refine.fast_encoder import encode_fast
 from dots1_local.refine.matrix import refine_matrix
 from dots1_local.refine.metric import Metric, input_metric, output_metric
 
@@ -155,3 +156,14 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
         check=False,
     )
     assert "no compiler 'no-such-compiler'; install g++" in found.stderr
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_XXS"])
+def test_the_fast_encoder_is_no_worse_than_ggmls(name: str) -> None:
+    kind, matrix = TYPES[name], normal(64, 512, scale=0.02)
+    importance = np.exp(normal(512, seed=3))
+    plain, fast = encode(matrix, kind, importance), encode_fast(matrix, kind, importance)
+    before, after = (
+        (importance * np.square(matrix - decode(data, kind, 512))).sum() for data in (plain, fast)
+    )
+    assert after < before

@@ -7,9 +7,9 @@ use (0.8 GB for dots.llm1's dense layer, 0.4 GB for the others; twice that for s
 and rounded), whatever the number of layers. The backward pass needs no residual stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Literal, Protocol
@@ -26,35 +26,30 @@ from dots1_local.calibrate.calibration_folder import (
     SENSITIVITY,
     CalibrationFolder,
 )
+from dots1_local.calibrate.coverage import FEW_TOKENS, Coverage, coverage, shrink
 from dots1_local.calibrate.forward import PROBED, ForwardPass
 from dots1_local.calibrate.probe import BACKWARD_WORK, DRAWS, Probe, rounded_divergence
 from dots1_local.calibrate.refinement_file import RefinementWriter, refinement_bytes
 from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import disk_errors
+from dots1_local.hub import HubCheckpoint
+from dots1_local.hub.pass_shards import (
+    HEAD,
+    Provide,
+    backward_steps,
+    forward_steps,
+    open_shards,
+)
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.imatrix_file import load_importance, write_imatrix
 from dots1_local.reference.model import Compute
 
-__all__ = ["FEW_TOKENS", "Coverage", "LogitsSink", "calibrate", "coverage", "find_device", "shrink"]
-
-FEW_TOKENS = 100  # above this an expert's own mean is used; its error is then about 10%
+__all__ = ["LogitsSink", "calibrate", "find_device"]
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int32]
 Precision = Literal["F32", "BF16"]
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How many tokens the routed experts of one layer got; `rare` includes `unseen` experts."""
-
-    layer: int
-    experts: int
-    unseen: int
-    rare: int
-    fewest: int
-    median: int
 
 
 class LogitsSink(AbstractContextManager["LogitsSink", None], Protocol):
@@ -79,8 +74,10 @@ def calibrate(
     threads: int | None = None,
     least: int = FEW_TOKENS,
     force: bool = False,
+    low_disk: bool = False,
     progress: Progress = silent,
     on_resume: Progress = silent,
+    notify: Callable[[str], None] = lambda sentence: None,
 ) -> list[Coverage]:
     """Measure the importance of every matrix (`folder`/imatrix.gguf), and the effects of each type
     on it (`folder`/sensitivity.json), with `tokens` (chunks, n_ctx). With `refine`, also measure
@@ -95,9 +92,15 @@ def calibrate(
     The importance of experts with fewer than `least` tokens is drawn to their layer's mean (see
     `shrink`); 0 leaves it as llama-imatrix computes it. Returns the coverage of each layer.
 
+    The shards of a checkpoint on the hub are fetched into its cache first; with `low_disk` they are
+    fetched into the folder when a layer needs them, and removed after it. Then the backward pass
+    fetches them again, and `notify` hears beforehand how many bytes a pass fetches.
+
     Raises:
-        CheckpointError: the checkpoint is incomplete or corrupt, or a result is NaN or infinite.
-        UsageError: there are no tokens, chunks are too long, or the device is unknown.
+        CheckpointError: the checkpoint is incomplete or corrupt, a result is NaN or infinite, or
+            the hub cannot be reached or sends damaged files.
+        UsageError: there are no tokens, chunks are too long, the device is unknown, or `low_disk`
+            is given for a folder.
         Dots1Error: a result exists, or an unfinished run with other inputs, and `force` is not set;
             the disk is full; the folder is not writable; a file of the unfinished run is damaged;
             there is too little memory.
@@ -114,8 +117,7 @@ def calibrate(
     forward = ForwardPass(checkpoint, tokens, evaluated, probed, compute, threads)
     opened = CalibrationFolder(
         Path(folder),
-        # The effects depend on the importance that the encoders used, and so on `least`.
-        forward.identity() + (f" {least}" if probed else "") + (" refine" if refine else ""),
+        _identity(forward, least, refine),
         forward.stream_bytes,
         forward.probe_bytes,
         refinement_bytes(checkpoint.config) if refine else 0,
@@ -126,21 +128,52 @@ def calibrate(
     )
     with opened, forward.memory_errors():
         _report_resumed(opened, checkpoint.config.num_hidden_layers, on_resume)
+        passes = _passes(opened, checkpoint.config.num_hidden_layers, probed > 0)
+        with disk_errors(opened.path):
+            shards = open_shards(
+                checkpoint, opened.shards, [*passes.values()], opened.need,
+                low_disk=low_disk, progress=progress,
+            )  # fmt: skip
+        forward = replace(forward, checkpoint=shards.checkpoint)
+        shards.announce(passes, notify)
         with logits or nullcontext() as sink:
-            x = forward.run(opened, _part(progress, 0, BACKWARD_WORK * forward.probed_tokens))
-            covered = _write_imatrix(forward, x, opened, datasets, least) if len(tokens) else []
+            with shards.over(passes.pop("the forward pass")) as provide:
+                work = BACKWARD_WORK * forward.probed_tokens
+                x = forward.run(opened, _part(progress, 0, work), provide)
+                covered = _write_imatrix(forward, x, opened, datasets, least) if len(tokens) else []
+                if probed:
+                    # The rest of the residual stream is freed.
+                    reference_kl, x = _reference_kl(forward, x), forward.exact_probes(x)
+            shards.announce(passes, notify)
             if probed:
-                # The rest of the residual stream is freed.
-                reference_kl, x = _reference_kl(forward, x), forward.exact_probes(x)
-                backward = _part(progress, forward.tokens.size, 0)
-                kept_text = text if refine else None
-                _write_sensitivity(forward, x, reference_kl, opened, kept_text, backward)
+                with shards.over(passes["the backward pass"]) as provide:
+                    backward = _part(progress, forward.tokens.size, 0)
+                    kept = text if refine else None
+                    _write_sensitivity(forward, x, reference_kl, opened, kept, backward, provide)
             if sink is not None:
-                x = forward.run(opened, silent) if probed else x
-                for chunk, start, rows in forward.logits(x):
-                    sink.write(chunk, start, rows)
+                with shards.over([HEAD]) as provide:
+                    x = forward.run(opened, silent, provide) if probed else x
+                    for chunk, start, rows in forward.logits(x):
+                        sink.write(chunk, start, rows)
         opened.publish()
     return covered
+
+
+def _identity(forward: ForwardPass, least: int, refine: bool) -> str:
+    """What must agree for a run to be resumed."""
+    # The effects depend on the importance that the encoders used, and so on `least`.
+    parts = [forward.identity(), *[str(least)] * (forward.probed > 0), *["refine"] * refine]
+    if isinstance(forward.checkpoint, HubCheckpoint):
+        parts.append(forward.checkpoint.fingerprint)
+    return " ".join(parts)
+
+
+def _passes(folder: CalibrationFolder, layers: int, probed: bool) -> dict[str, list[str]]:
+    """The steps that are left of the passes over the layers."""
+    passes = {"the forward pass": forward_steps(layers, folder.finished)}
+    if probed:
+        passes["the backward pass"] = backward_steps(layers, folder.probe.reached(layers))
+    return passes
 
 
 def _report_resumed(folder: CalibrationFolder, layers: int, on_resume: Progress) -> None:
@@ -227,41 +260,6 @@ def _write_imatrix(
     return covered
 
 
-def coverage(layer: int, counts: Floats, least: int = FEW_TOKENS) -> Coverage:
-    """The coverage of a layer by `counts` (experts,); experts below `least` tokens are rare."""
-    return Coverage(
-        layer,
-        len(counts),
-        int((counts == 0).sum()),
-        int((counts < least).sum()),
-        int(counts.min()),
-        int(np.median(counts)),
-    )
-
-
-def shrink(sums: Floats, counts: Floats, least: int = FEW_TOKENS) -> tuple[Floats, Floats]:
-    """Draw the importance of experts with fewer than `least` tokens to their layer's mean.
-
-    A mean square over five tokens is mostly noise, and llama.cpp gives an expert without tokens
-    the weight 1 in every column, whatever its layer's scale. Below `least` tokens this uses instead
-
-        importance = (tokens * own mean + (least - tokens) * layer's mean) / least
-
-    Returns sums (experts, columns) and counts (experts,) with this quotient. Counts stay as they
-    are, except that 0 becomes 1.
-    """
-    total = counts.sum(dtype=np.float64)
-    rare = counts < least
-    if total == 0 or not rare.any():
-        return sums, counts
-    mean = sums.sum(axis=0, dtype=np.float64) / total
-    seen = counts[rare].astype(np.float64)[:, None]
-    shrunk = (sums[rare] + (least - seen) * mean) / least
-    sums, counts = sums.copy(), np.maximum(counts, 1)
-    sums[rare] = shrunk * counts[rare, None]
-    return sums, counts
-
-
 def _reference_kl(forward: ForwardPass, x: Tensor) -> float:
     exact, rounded = forward.exact_probes(x), forward.rounded_probes(x)
     device = forward.compute.device
@@ -275,6 +273,7 @@ def _write_sensitivity(
     folder: CalibrationFolder,
     text: Tokens | None,
     progress: Progress,
+    provide: Provide,
 ) -> None:
     """Run the backward pass; with `text` it also writes what refining needs."""
     checkpoint, importance = forward.checkpoint, load_importance(folder.draft(IMATRIX))
@@ -295,6 +294,7 @@ def _write_sensitivity(
             forward.compute,
             forward.threads,
             refinement,
+            provide,
         )
         measured = probe.run(output, reference_kl, progress)
         folder.draft(SENSITIVITY).write_text(measured.to_json(), encoding="utf-8")

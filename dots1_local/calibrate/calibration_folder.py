@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from dots1_local.calibrate.probe_files import ProbeFiles
 from dots1_local.errors import Dots1Error
 from dots1_local.files.partial_file import (
-    check_space,
+    DiskNeed,
     check_target,
     disk_errors,
     open_locked,
     open_partial,
 )
+from dots1_local.hub.shard_supply import remove_shards
 from dots1_local.quant.imatrix_file import load_importance, write_imatrix
 
 __all__ = [
@@ -54,6 +55,7 @@ _NAMES = re.compile(
 class CalibrationFolder:
     """The folder that a calibration writes to; a `with` statement opens and locks it.
 
+    `identity` is a digest of the inputs; for a model on the hub, its name@commit follows.
     `results` are the names of the files to write in the end. `finished` is the number of layers
     that the forward pass has finished, also in an earlier run with the same `identity`.
     """
@@ -81,16 +83,26 @@ class CalibrationFolder:
             busy = f"another calibration is running in {self.path}"
             opened.enter_context(open_locked(self._work / "lock", busy))
             self._resume_or_clear()
-            # A new stream is written before the old one is removed.
-            needed = 2 * self.stream_bytes + self.probe_bytes + self.refinement_bytes
-            working = ("after", "probe", "back", REFINEMENT)
-            present = [path for start in working for path in self._files(start)]
-            check_space(self._work / "after", needed, present, what="calibration")
+            self.need.check()
             self._lock = opened.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._lock.close()
+
+    @property
+    def need(self) -> DiskNeed:
+        """The disk space of all files of an unfinished run, except shards."""
+        # A new stream is written before the old one is removed.
+        nbytes = 2 * self.stream_bytes + self.probe_bytes + self.refinement_bytes
+        working = ("after", "probe", "back", REFINEMENT)
+        present = [path for start in working for path in self._files(start)]
+        return DiskNeed(self._work / "after", nbytes, present, "calibration")
+
+    @property
+    def shards(self) -> Path:
+        """The folder of shards that are fetched from the hub."""
+        return self._work / "shards"
 
     def load_stream(self, count: int) -> Iterator[Floats]:
         """The residual stream after the last finished layer, in arrays of `count` numbers."""
@@ -145,13 +157,15 @@ class CalibrationFolder:
             # Without `identity`, the other files are not taken for an unfinished run.
             for file in [*self._files("identity"), *self._files("")]:
                 file.unlink(missing_ok=True)
+        remove_shards(self.shards)
         with suppress(OSError):  # it is a link, or holds files of somebody else
             self._work.rmdir()
 
     def _resume_or_clear(self) -> None:
         """Resume a run with the same inputs; remove the files of another one if `force` is set."""
         path = self._work / "identity"
-        if path.exists() and path.read_text(errors="replace") == self.identity:
+        found = path.read_text(errors="replace") if path.exists() else ""
+        if found == self.identity:
             self.finished = self._count_finished()
             for stream in self._streams():
                 if stream != self._stream(self.finished):
@@ -159,8 +173,9 @@ class CalibrationFolder:
             return
         if self._streams() and not self.force:
             raise Dots1Error(
-                f"{self._work} holds an unfinished calibration of another checkpoint, text or "
-                "setting; give --force to remove it, or name another folder"
+                f"{self._work} holds an unfinished calibration of another "
+                f"{_difference(found, self.identity)}; give --force to remove it, or name another "
+                "folder"
             )
         for old in self._files(""):
             if old.name != "lock":
@@ -189,3 +204,11 @@ class CalibrationFolder:
 
     def _layer(self, layer: int) -> Path:
         return self._work / f"layer-{layer:04}.gguf"
+
+
+def _difference(found: str, identity: str) -> str:
+    """In what two runs differ; identities of models on the hub end with their name and commit."""
+    (begun, _, before), (name, _, now) = (text.rpartition("@") for text in (found, identity))
+    if begun.rpartition(" ")[2] == name.rpartition(" ")[2] != "" and before != now:
+        return f"commit: it was begun with --revision {before}, and the revision is {now[:12]} now"
+    return "checkpoint, text or setting"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 
 import numpy as np
@@ -36,6 +36,7 @@ from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import disk_errors
 from dots1_local.ggml import TYPES
+from dots1_local.hub.pass_shards import EMBEDDING, HEAD, Provide, layer_step, on_disk
 from dots1_local.progress import Progress
 from dots1_local.reference.model import Compute, Rounding, read_tensor
 
@@ -103,36 +104,42 @@ class ForwardPass:
         return x[len(x) - self.probed :, : self._positions]
 
     def identity(self) -> str:
-        """A digest of all inputs; the shards' sizes and times stand for their contents."""
-        stats = ((path.name, path.stat()) for path in self.checkpoint.shards)
-        shards = ";".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)
+        """A digest of all inputs."""
         versions = f"{version('dots1-local')} {version('torch')}"
         settings = (self.tokens.shape, len(self.calibration), self.probed, self.compute.bf16)
-        parts = (versions, shards, self.checkpoint.config, settings)
+        parts = (versions, self.checkpoint.fingerprint, self.checkpoint.config, settings)
         digest = hashlib.sha256(repr(parts).encode())
         digest.update(self.tokens.tobytes())
         return digest.hexdigest()
 
-    def run(self, folder: CalibrationFolder, progress: Progress) -> Tensor:
+    def run(
+        self, folder: CalibrationFolder, progress: Progress, provide: Provide = on_disk
+    ) -> Tensor:
         """Apply all layers that are not finished; return x [chunks, positions, hidden] after them.
+
+        In the end the shards of the head are on the disk.
 
         Raises:
             CheckpointError: a tensor is missing or unreadable, or a result is NaN or infinite.
-            Dots1Error: the disk is full.
+            Dots1Error: the disk is full, or a shard cannot be fetched.
         """
+        total, layers = self.tokens.size, self.checkpoint.config.num_hidden_layers
+        if not folder.finished:
+            provide(EMBEDDING, partial(progress, 0, total, "tokens"))
         x = self._start(folder)
-        layers = self.checkpoint.config.num_hidden_layers
         for layer in range(folder.finished, layers):
-            done = float(layer * self.tokens.size)
+            done = float(layer * total)
 
             def report(work: float, name: str = f"layer {layer}") -> None:
                 nonlocal done
                 done += work
-                progress(round(done / layers), self.tokens.size, "tokens", name)
+                progress(round(done / layers), total, "tokens", name)
 
+            provide(layer_step(layer), partial(report, 0))
             report(0)
             self._layer(x, layer, folder, report)
-        progress(self.tokens.size, self.tokens.size, "tokens", "head")
+        provide(HEAD, partial(progress, total, total, "tokens"))
+        progress(total, total, "tokens", "head")
         return x
 
     def head(self, x: Tensor) -> Entries:

@@ -11,8 +11,9 @@ multiply them by quantised weights. They do this in blocks with a common scale: 
 whose own blocks have 32 weights, and of 256 for the other types. This counts as an effect too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from dots1_local.calibrate.stream import Report, observe_head
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.ggml import TYPES
+from dots1_local.hub.pass_shards import EMBEDDING, HEAD, Provide, layer_step, on_disk
 from dots1_local.progress import Progress
 from dots1_local.quant.importance import Importance
 from dots1_local.quant.sensitivity import Effect, Sensitivity, geometry
@@ -55,7 +57,7 @@ class Probe:
     """What the backward pass works on.
 
     `frequencies` (vocabulary,) are those of the tokens in the whole calibration text. `refinement`
-    gets the second moments of the gradients.
+    gets the second moments of the gradients. `provide` is called before a step is read.
     """
 
     checkpoint: Checkpoint
@@ -65,6 +67,7 @@ class Probe:
     compute: Compute
     threads: int | None = None
     refinement: RefinementWriter | None = None
+    provide: Provide = on_disk
 
     def run(self, output: Tensor, reference_kl: float, progress: Progress) -> Sensitivity:
         """Measure every tensor, resuming after the last layer that an earlier run finished.
@@ -80,7 +83,7 @@ class Probe:
         layers, tokens = self.checkpoint.config.num_hidden_layers, output[..., 0].numel()
         total = BACKWARD_WORK * tokens
         progress(0, total, "tokens", "head")
-        reached, g = self._start(output)
+        reached, g = self._start(output, partial(progress, 0, total, "tokens"))
         for layer in range(reached - 1, -1, -1):
             done = float(tokens * (layers - 1 - layer))
 
@@ -89,11 +92,12 @@ class Probe:
                 done += work / 2  # gradients take about as long as sampled rows
                 progress(round(BACKWARD_WORK * done / layers), total, "tokens", name)
 
+            self.provide(layer_step(layer), partial(report, 0))
             report(0)
             self._layer(layer, g, tokens, report)
         return self._sensitivity(self.files.effects(layers), tokens, reference_kl)
 
-    def _start(self, output: Tensor) -> tuple[int, Tensor]:
+    def _start(self, output: Tensor, notify: Callable[[str], None]) -> tuple[int, Tensor]:
         """The last layer that is finished, and the gradients at its input; the head counts as the
         layer after the last one."""
         layers = self.checkpoint.config.num_hidden_layers
@@ -101,6 +105,7 @@ class Probe:
         if reached is not None:
             saved = self.files.gradients(reached, (2 * DRAWS, *output.shape))
             return reached, torch.from_numpy(saved).to(output.device)
+        self.provide(HEAD, notify)
         random, device = generator(0, layers), self.compute.device
         kl_draws, rows = head_gradients(output, self.checkpoint, DRAWS, random, device)
         g = torch.cat([kl_draws, torch.zeros_like(kl_draws)])
@@ -131,6 +136,7 @@ class Probe:
             found[spec.name] = self._effects(spec, row_costs, moments, errors[spec.name])
             report(tokens / len(specs))
         if layer == 0:
+            self.provide(EMBEDDING, partial(report, 0))
             embedding = next(spec for spec in self._specs(None) if spec.role == "embedding")
             found[embedding.name] = self._embedding(embedding, g)
             if self.refinement is not None:

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from dots1_local.cli._options import Json, Threads, argument, exit_on_interrupt, flag, option, verb
+from dots1_local.cli._options import (
+    CHECKPOINT,
+    HUB_PANEL,
+    Json,
+    Revision,
+    Threads,
+    argument,
+    exit_on_interrupt,
+    flag,
+    open_checkpoint,
+    option,
+    verb,
+)
 from dots1_local.cli._output import (
     notice,
     notice_resumed,
@@ -22,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dots1_local.calibrate.calibrate import Coverage
+    from dots1_local.calibrate.coverage import Coverage
     from dots1_local.files.checkpoint import Checkpoint
 
     Tokens = NDArray[np.int32]
@@ -32,7 +44,7 @@ __all__ = ["CalibrateOptions", "calibrate"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CalibrateOptions:
-    checkpoint: Path = argument("A folder with config.json and safetensors.")
+    checkpoint: str = argument(CHECKPOINT)
     output: Path = option("Write to this folder.", "--output", "-o", value=MISSING, metavar="DIR")
     file: list[Path] | None = option("Calibrate on this text, UTF-8; repeatable.", "--file", "-f")
     chat: list[Path] | None = option(
@@ -65,6 +77,13 @@ class CalibrateOptions:
         "Multiply matrices in this type; BF16 is 2 to 4 times faster on CPUs that have it.",
         value="F32",
     )
+    revision: Revision = None
+    low_disk: bool = flag(
+        "Fetch shards when a layer needs them, and delete them after it; the backward pass "
+        "fetches them again.",
+        "--low-disk",
+        panel=HUB_PANEL,
+    )
     threads: Threads = None
     force: bool = flag("Replace earlier results, and drop an unfinished run.", "--force")
     json: Json = False
@@ -83,12 +102,13 @@ def calibrate(options: CalibrateOptions) -> None:
       dots1 calibrate dots.llm1.inst -f calibration.txt -o calibrated
 
       dots1 calibrate dots.llm1.inst -o calibrated --logits base.kld --logits-text wiki.test.raw
+
+      dots1 calibrate rednote-hilab/dots.llm1.inst -f calibration.txt -o calibrated --low-disk
     """
     _check(options)
     from dots1_local.evaluate.texts import open_vocabulary, tokenize
-    from dots1_local.files.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.open(options.checkpoint)
+    checkpoint = open_checkpoint(options.checkpoint, options.revision, options.low_disk)
     n_ctx, text = options.context, options.logits_text
     files, chats = options.file or [], options.chat or []
     with open_vocabulary(checkpoint) as vocabulary:
@@ -168,8 +188,10 @@ def _run(
             refine=options.refine,
             least=options.shrink_below,
             force=force,
+            low_disk=options.low_disk,
             progress=progress,
             on_resume=notice_resumed,
+            notify=notice,
         )
 
 

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from dots1_local.cli._options import (
+    CHECKPOINT,
+    HUB_PANEL,
     Json,
+    Revision,
     Threads,
     argument,
     exit_on_interrupt,
     flag,
+    open_checkpoint,
     option,
     verb,
 )
@@ -26,14 +30,11 @@ __all__ = ["ConvertOptions", "convert"]
 
 _TYPES = "Types"
 _BUDGET = "Types under a budget, by what dots1 calibrate measured"
-_HUB = "A checkpoint on the hub"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ConvertOptions:
-    checkpoint: str = argument(
-        "A folder with config.json and safetensors, or organisation/model on the Hugging Face hub."
-    )
+    checkpoint: str = argument(CHECKPOINT)
     output: Path | None = option("Write this GGUF file. Optional with --dry-run.", "--output", "-o")
     type_: str | None = option(
         "Use DQ2 to DQ6 (dynamic: routed experts in few bits, the rest in more), or a "
@@ -95,14 +96,12 @@ class ConvertOptions:
     split_max_size: str | None = option(
         "Write shards of at most SIZE, such as 48G.", metavar="SIZE"
     )
-    revision: str | None = option(
-        "Take this branch, tag or commit.", metavar="REVISION", default="main", panel=_HUB
-    )
+    revision: Revision = None
     low_disk: bool = flag(
         "Fetch, convert and delete one shard after another: the disk needs room for the "
         "GGUF file and a few shards.",
         "--low-disk",
-        panel=_HUB,
+        panel=HUB_PANEL,
     )
     threads: Threads = None
     dry_run: bool = flag("Print types and sizes, and write nothing.", "--dry-run")
@@ -135,7 +134,7 @@ def convert(options: ConvertOptions) -> None:
     _check(options)
     split = None if options.split_max_size is None else parse_size(options.split_max_size)
     budget = _read_budget(options)
-    checkpoint = _open_checkpoint(options)
+    checkpoint = open_checkpoint(options.checkpoint, options.revision, options.low_disk)
     if options.fit_memory is not None:
         budget = _memory_budget(checkpoint.config, options.fit_memory, options)
     conversion = _prepare(checkpoint, budget, split, options)
@@ -205,17 +204,6 @@ def _memory_budget(config: "Dots1Config", memory: str, options: ConvertOptions) 
     found = weights_budget(config, machine, tokens, options.kv_type or "f16")
     notice(found.explanation)
     return Budget("weights", found.weights)
-
-
-def _open_checkpoint(options: ConvertOptions) -> "Checkpoint":
-    """Open the folder or the model on the hub."""
-    from dots1_local.hub import HubCheckpoint, open_checkpoint
-
-    with exit_on_interrupt("stopped"):
-        checkpoint = open_checkpoint(options.checkpoint, options.revision)
-    if options.low_disk and not isinstance(checkpoint, HubCheckpoint):
-        raise typer.BadParameter("a folder is on the disk already", param_hint="--low-disk")
-    return checkpoint
 
 
 def _prepare(

@@ -20,11 +20,13 @@ from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.engine.engine import Engine
+    from dots1_local.files.checkpoint import Checkpoint
 
 __all__ = [
-    "Context", "Json", "KVType", "Model", "ModelShard", "Plan", "Ram", "Threads", "Vram", "Workers",
-    "argument", "choose_placement", "exit_on_interrupt", "flag", "memory_limits", "open_engine",
-    "option", "report_abort", "user_folder", "verb",
+    "CHECKPOINT", "HUB_PANEL", "Context", "Json", "KVType", "Model", "ModelShard", "Plan", "Ram",
+    "Revision", "Threads", "Vram", "Workers", "argument", "choose_placement", "exit_on_interrupt",
+    "flag", "memory_limits", "open_checkpoint", "open_engine", "option", "report_abort",
+    "user_folder", "verb",
 ]  # fmt: skip
 
 
@@ -62,6 +64,16 @@ Json = Annotated[bool, _typer_option("Print the result as JSON for scripts.", "-
 Threads = Annotated[
     int | None,
     _typer_option("Use this many CPU threads.", "--threads", "-t", min=1, default="one per core"),
+]
+CHECKPOINT = (  # the help of an argument
+    "A folder with config.json and safetensors, or organisation/model on the Hugging Face hub."
+)
+HUB_PANEL = "A checkpoint on the hub"
+Revision = Annotated[
+    str | None,
+    _typer_option(
+        "Take this branch, tag or commit.", metavar="REVISION", default="main", panel=HUB_PANEL
+    ),
 ]
 Context = Annotated[
     str | None,
@@ -175,6 +187,23 @@ def open_engine(
         return load(
             model, placement, workers=tuple(workers), notify=notice, progress=report, **options
         )
+
+
+def open_checkpoint(path: str, revision: str | None, low_disk: bool) -> "Checkpoint":
+    """Open the checkpoint in a folder, or that of a model on the hub.
+
+    Raises:
+        CheckpointError: it is neither, or is incomplete, corrupt, or of another architecture.
+        UsageError: the extra `hub` is missing, or an option for the hub is given with a folder.
+    """
+    from dots1_local.hub import HubCheckpoint
+    from dots1_local.hub import open_checkpoint as open_
+
+    with exit_on_interrupt("stopped"):
+        checkpoint = open_(path, revision)
+    if low_disk and not isinstance(checkpoint, HubCheckpoint):
+        raise typer.BadParameter("a folder is on the disk already", param_hint="--low-disk")
+    return checkpoint
 
 
 @contextmanager

@@ -8,16 +8,17 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from dots1_local.errors import Dots1Error
 
 __all__ = [
-    "check_parent", "check_space", "check_target", "disk_error", "disk_errors", "open_locked",
-    "open_partial", "partial_path", "write_all", "write_whole",
+    "DiskNeed", "check_parent", "check_space", "check_target", "disk_error", "disk_errors",
+    "open_locked", "open_partial", "partial_path", "write_all", "write_whole",
 ]  # fmt: skip
 
 
@@ -67,6 +68,29 @@ def check_space(
             f"{path.parent} has {free / 1e9:.1f} GB free, but {what or path.name} needs "
             f"{nbytes / 1e9:.1f} GB; free some space or write elsewhere"
         )
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """The `nbytes` that `what` needs on the disk of `path`.
+
+    The space of `working` files, which a former run left, counts as free.
+    """
+
+    path: Path
+    nbytes: int
+    working: Sequence[Path]
+    what: str
+
+    def check(self, more: int = 0, beside: str = "") -> None:
+        """Refuse a disk that is too small for this, or for this and `more` bytes for `beside`.
+
+        Raises:
+            Dots1Error: too few bytes are free.
+            OSError: the disk does not tell its free space.
+        """
+        what = f"{self.what} with {beside}" if beside else self.what
+        check_space(self.path, self.nbytes + more, self.working, what=what)
 
 
 def disk_error(path: Path, error: OSError, *, kept: bool = True) -> Dots1Error:

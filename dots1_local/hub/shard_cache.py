@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 
-from dots1_local.errors import CheckpointError
+from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.json_file import JsonError, convert_json, parse_json
-from dots1_local.files.partial_file import write_whole
+from dots1_local.files.partial_file import DiskNeed, check_space, write_whole
 from dots1_local.hub import HubCheckpoint
 from dots1_local.hub.client import HubFile, has_digest, parallel_map
 from dots1_local.progress import Progress, silent
+from dots1_local.sizes import human_bytes
 
 __all__ = ["ShardCache"]
 
@@ -27,7 +28,7 @@ class ShardCache:
     """
 
     def __init__(self, checkpoint: HubCheckpoint) -> None:
-        self.repo = checkpoint.repo
+        self.repo, self._checkpoint = checkpoint.repo, checkpoint
         self.files = checkpoint.shard_files
         self._snapshot = checkpoint.path
         self._record = checkpoint.path.parent.parent / _VERIFIED
@@ -62,8 +63,39 @@ class ShardCache:
         path = self.path(file)
         return path.is_file() and self._is_whole(path, file)
 
+    def held(self, progress: Progress = silent) -> list[str]:
+        """Return the names of the shards that are there and undamaged."""
+        names = []
+        for index, file in enumerate(self.files):
+            if self.holds(file):
+                self._checkpoint.check_header(self.path(file))
+                names.append(file.name)
+                progress(index + 1, len(self.files), "shards", "checking the hub's cache")
+        return names
+
+    def check_room(self, need: DiskNeed, least: int, beside: str) -> None:
+        """Refuse disks that cannot hold what is needed, and the missing shards.
+
+        The advice is to give --low-disk, which needs `least` bytes `beside` what is written.
+
+        Raises:
+            Dots1Error: a disk is too small.
+        """
+        if not (missing := self.missing()):
+            return
+        need.check()
+        place, nbytes = self.path(missing[0]), sum(file.size for file in missing)
+        try:
+            if place.parent.stat().st_dev == need.path.parent.stat().st_dev:
+                need.check(nbytes, "the checkpoint")
+            else:
+                check_space(place, nbytes, (), what="the checkpoint")
+        except Dots1Error as error:
+            advice = f"give --low-disk, which needs {human_bytes(least)} beside {beside}"
+            raise Dots1Error(f"{error}, or {advice}") from None
+
     def fetch(self, progress: Progress = silent) -> None:
-        """Fetch missing shards, several at once, and check the hashes of all.
+        """Fetch missing shards, several at once, and check the hashes and headers of all.
 
         Raises:
             CheckpointError: a file is refused or arrives damaged, or the hub cannot be reached.
@@ -85,6 +117,8 @@ class ShardCache:
         if missing:  # now the cache knows the branch too, for runs without a network
             with suppress(CheckpointError):
                 self.repo.download("config.json", revision=self.repo.revision)
+        for file in self.files:
+            self._checkpoint.check_header(self.path(file))
 
     def _is_whole(self, path: Path, file: HubFile) -> bool:
         """Whether a file has the shard's hash; a file that passed and has not changed is not read.

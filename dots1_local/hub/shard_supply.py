@@ -5,20 +5,22 @@ They lie in a folder that is named after the commit.
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Set
+import time
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
-from functools import partial
+from dataclasses import replace
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from threading import Event
 from typing import Self
 
-from dots1_local.files.partial_file import disk_errors
+from dots1_local.errors import Dots1Error
+from dots1_local.files.partial_file import DiskNeed, disk_errors
 from dots1_local.hub import HubCheckpoint
 from dots1_local.hub.client import HubFile, Stopped
 from dots1_local.hub.shard_order import ShardOrder
 
-__all__ = ["ShardSupply", "remove_shards"]
+__all__ = ["ShardSupply", "remove_shards", "shards_ahead"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _GRACE = 1.0  # seconds for a download to notice that it is stopped
@@ -42,7 +44,9 @@ class ShardSupply:
         self._stop = Event()
         self._arrivals: dict[str, AsyncResult[None]] = {}
         self._received = dict.fromkeys(order.fetches, 0)  # bytes
+        self._reached = 0  # the step whose shards are on disk
         self._what = ""
+        self.downloaded, self.seconds = 0, 0.0  # without shards that were there
 
     def __enter__(self) -> Self:
         with disk_errors(self._folder):
@@ -102,6 +106,17 @@ class ShardSupply:
         if at + 1 < len(self._order.steps):
             self._request(at + 1)
 
+    def move_to(self, name: str, report: Callable[[str], None]) -> None:
+        """Finish all steps before that of `name`, and wait for what `name` reads.
+
+        Raises:
+            Dots1Error: a shard cannot be fetched.
+        """
+        while self._reached < self.step(name):
+            self.finish(self._order.steps[self._reached].names[-1])
+            self._reached += 1
+        self.wait(name, report)
+
     def _request(self, step: int) -> None:
         """Queue the shards that the step needs, and those to fetch in advance."""
         count = self._order.needed[step] + self._ahead if self._order.steps else 0
@@ -113,10 +128,41 @@ class ShardSupply:
         if self._stop.is_set():
             raise Stopped
         self._what = f"fetching {file.name}"
-        received = partial(self._received.__setitem__, file.name)
+        arrived, begun = 0, time.monotonic()
+
+        def received(count: int) -> None:
+            nonlocal arrived
+            self._received[file.name] = arrived = count
+
         path = self.checkpoint.repo.fetch(file, self._folder, received=received, stop=self._stop)
+        if arrived:
+            self.downloaded += file.size
+            self.seconds += time.monotonic() - begun
         self.checkpoint.check_header(path)
-        received(file.size)
+        self._received[file.name] = file.size
+
+
+def shards_ahead(orders: Sequence[ShardOrder], folder: Path, need: DiskNeed) -> int:
+    """How many shards to fetch in advance into `folder`: 1 if the disk has room, or else 0.
+
+    `need` says what else is written on that disk. What lies in `folder` counts as free.
+
+    Raises:
+        Dots1Error: the disk has no room for the shards of one step.
+    """
+    shards = (each for each in folder.rglob("*") if each.is_file())
+    need = replace(need, working=[*need.working, *shards])
+
+    def check(ahead: int) -> None:
+        peak = max((order.peak(ahead) for order in orders), key=lambda peak: peak.nbytes)
+        need.check(peak.nbytes, f"{peak.shards} shards")
+
+    try:
+        check(1)
+    except Dots1Error:
+        check(0)
+        return 0
+    return 1
 
 
 def remove_shards(parent: Path, besides: Path | None = None) -> None:

@@ -9,7 +9,10 @@ import torch
 from dots1_local.files.checkpoint import Checkpoint
 from tests.calibrate.calibration import LAYERS, random_tokens, run
 from tests.calibrate.passes import Passed, forward
+from tests.convert.conftest import cache, hub
 from tests.micro import micro_checkpoint
+
+__all__ = ["cache", "hub"]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import Dots1ForCausalLM
 
-from dots1_local.calibrate.calibrate import Coverage, calibrate, coverage, shrink
+from dots1_local.calibrate.calibrate import calibrate
+from dots1_local.calibrate.coverage import Coverage, coverage, shrink
 from dots1_local.convert.tokenizer import write_vocabulary
 from dots1_local.engine.engine import Vocabulary
 from dots1_local.errors import CheckpointError, Dots1Error, UsageError

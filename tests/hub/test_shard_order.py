@@ -1,12 +1,13 @@
 """Orders of tensors that keep few shards on disk, also for the geometry of dots.llm1."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
 
 from dots1_local.architecture import inventory
 from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.hub.pass_shards import backward_steps, forward_steps, step_tensors
 from dots1_local.hub.shard_order import Peak, ShardOrder, order_as_given, order_freely
 from tools.make_wide import published_config, write_checkpoint
 
@@ -99,6 +100,22 @@ def test_dots_llm1_needs_two_shards_at_once(full: Checkpoint) -> None:
     assert order.peak(1).shards == 3
     assert 9.5 * GB < order.peak(0).nbytes < 9.6 * GB
     assert 14.2 * GB < order.peak(1).nbytes < 14.4 * GB
+
+
+@pytest.mark.parametrize("walk", [forward_steps, backward_steps])
+def test_a_pass_over_dots_llm1_needs_three_shards_at_once(
+    full: Checkpoint, walk: Callable[[int], list[str]]
+) -> None:
+    """A layer is in two shards; the first shard, with embedding and head, stays all the time."""
+    needs = {
+        step: {full.locate(name).file.name for name in step_tensors(full.config)[step]}
+        for step in walk(full.config.num_hidden_layers)
+    }
+    sizes = {shard.name: shard.stat().st_size for shard in full.shards}
+    order = order_as_given(needs, sizes)
+    assert (at_once(order, 0), at_once(order, 1)) == (3, 4)
+    assert order.peak(1).shards == 4
+    assert order.nbytes == sum(sizes.values())
 
 
 def test_layers_that_are_sorted_by_name(full: Checkpoint) -> None:

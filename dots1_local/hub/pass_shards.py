@@ -113,10 +113,8 @@ class LowDiskShards(PassShards):
         return order_as_given(needs, self._sizes)
 
     def announce(self, passes: Mapping[str, Sequence[str]], notify: Callable[[str], None]) -> None:
-        fetched = {name: self.order(steps).nbytes for name, steps in passes.items()}
-        amounts = [
-            f"{human_bytes(nbytes)} for {name}" for name, nbytes in fetched.items() if nbytes
-        ]
+        nbytes = {name: self.order(steps).nbytes for name, steps in passes.items()}
+        amounts = [f"{human_bytes(count)} for {name}" for name, count in nbytes.items() if count]
         rate, named = _USUAL_RATE, "100 Mbit/s"
         if self._seconds:
             rate = self._downloaded / self._seconds

@@ -17,7 +17,7 @@ from gguf import GGUFWriter
 from dots1_local.convert.budget import Budget, load_calibration, predicted_kl
 from dots1_local.convert.from_hub import fetch_shards, shards_folder
 from dots1_local.convert.metadata import end_tokens, write_metadata
-from dots1_local.convert.pipeline import Pipeline, verify_layout
+from dots1_local.convert.pipeline import Encoder, Pipeline, verify_layout
 from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
 from dots1_local.convert.writer import Journal, Output, aligned_bytes, lay_out
 from dots1_local.errors import Dots1Error, UsageError
@@ -27,6 +27,7 @@ from dots1_local.hub.shard_supply import remove_shards
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.allocate import Allocator
 from dots1_local.quant.allocation import Allocation
+from dots1_local.quant.encode import encode
 from dots1_local.quant.imatrix_file import load_importance
 from dots1_local.quant.importance import Importance
 from dots1_local.quant.plan import PlannedTensor, QuantPlan, parse_overrides
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Budget", "Conversion", "Result", "convert_checkpoint"]
 
+EncoderName = Literal["ggml", "fast"]
 Precision = Literal["F32", "BF16"]
 
 
@@ -204,6 +206,7 @@ class Conversion:
         threads: int | None = None,
         force: bool = False,
         low_disk: bool = False,
+        encoder: EncoderName = "ggml",
         device: str | None = None,
         precision: Precision = "F32",
         progress: Progress = silent,
@@ -216,8 +219,9 @@ class Conversion:
         are fetched into the output's folder one after another and removed once converted. Then
         `progress` counts the bytes that are fetched as well as those that are written.
 
-        Refinement computes the layers on the torch `device`, by default a GPU if there is one, and
-        multiplies in `precision`.
+        With the `encoder` "fast", ggml does not encode the types that `refine.fast_encoder` encodes
+        better. Refinement computes the layers on the torch `device`, by default a GPU if there is
+        one, and multiplies in `precision`.
 
         Raises:
             Dots1Error: the output exists, cannot be written or does not fit the disk, a weight
@@ -228,7 +232,7 @@ class Conversion:
         path = Path(output)
         path = path.resolve() if os.path.islink(path) else path  # replace the target, not the link
         laid_out, source = self._lay_out(path, split_max_size), self.checkpoint
-        refining = self._refining(device, precision)
+        refining, encode_rows = self._refining(device, precision), _encoder(encoder)
         try:
             _check_target(laid_out, force, source.shards)
             if refining:
@@ -236,15 +240,16 @@ class Conversion:
             shards = fetch_shards(source, laid_out, self.tensors, low_disk, progress)
         except OSError as error:
             raise Dots1Error(f"cannot use {error.filename or path}: {error.strerror}") from None
+        fingerprint = self._fingerprint(encoder, refining)
         with (
-            Journal(laid_out, self._fingerprint(refining), progress, source.fingerprint) as journal,
+            Journal(laid_out, fingerprint, progress, source.fingerprint) as journal,
             shards.without(journal.done) if shards else nullcontext() as supply,
         ):
             if journal.done:
                 on_resume(len(journal.done), len(self.tensors), "tensors", "")
             source = supply.checkpoint if supply else source
             refined = refining.run(source, journal, threads, progress) if refining else ()
-            Pipeline(source, journal, self.importance, threads, supply).run(progress)
+            Pipeline(source, journal, self.importance, threads, supply, encode_rows).run(progress)
             verify_layout(laid_out)
             journal.publish()
         remove_shards(shards_folder(laid_out))
@@ -268,9 +273,11 @@ class Conversion:
         self.tokenizer.write(writer)
         return lay_out(path, writer, self.tensors, split_max_size)
 
-    def _fingerprint(self, refining: "Refining | None") -> str:
+    def _fingerprint(self, encoder: EncoderName, refining: "Refining | None") -> str:
         """Identify the inputs and the encoders: a resumed file must not mix two of either."""
         encoders = f"{version('dots1-local')} {version('llama-cpp-python')}"
+        if encoder != "ggml":
+            encoders += f" {encoder}"
         if refining:
             encoders += f" {refining.fingerprint()}"
         importance = self.importance and self.importance.sha256
@@ -299,6 +306,19 @@ def load_refinement(folder: Path, checkpoint: Checkpoint) -> "RefinementData":
     from dots1_local.calibrate.refinement_file import RefinementData  # imports safetensors
 
     return RefinementData.load(folder, checkpoint)
+
+
+def _encoder(name: EncoderName) -> Encoder:
+    """Return the encoder of this name.
+
+    Raises:
+        Dots1Error: the kernels of the fast encoder cannot be compiled.
+    """
+    if name == "ggml":
+        return encode
+    from dots1_local.refine.fast_encoder import best_encode  # compiles the kernels
+
+    return best_encode
 
 
 def _opened(checkpoint: str | Path | Checkpoint) -> Checkpoint:

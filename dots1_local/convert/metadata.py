@@ -91,7 +91,7 @@ def _importance(writer: GGUFWriter, importance: Importance) -> None:
 
 def _refinement(writer: GGUFWriter, importance: Importance | None, tokens: int) -> None:
     """Add how the tensors of refinable types were refined."""
-    from dots1_local.refine.matrix import ROUNDS  # imports numba
+    from dots1_local.refine.matrix import ROUNDS  # most conversions do without
 
     writer.add_uint32("dots1_local.refinement.tokens", tokens)
     if importance is not None and importance.datasets:

@@ -8,7 +8,7 @@ another at a tensor's end, and memory holds a few megabytes per core.
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,16 @@ from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.gguf import cores
 from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor
 from dots1_local.files.safetensors import Slice, read_exactly
-from dots1_local.ggml import to_float32
+from dots1_local.ggml import QuantType, to_float32
 from dots1_local.hub.shard_supply import ShardSupply
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import bad_blocks, encode
 from dots1_local.quant.importance import Importance
 
-__all__ = ["Pipeline", "verify_layout"]
+__all__ = ["Encoder", "Pipeline", "verify_layout"]
+
+Encoder = Callable[[NDArray[np.float32], QuantType, NDArray[np.float32] | None], NDArray[np.uint8]]
+"""Called with rows (n, columns), their type, and importance (columns,); returns their blocks."""
 
 _BLOCK = 1 << 20  # weights encoded at a time
 _READ_AHEAD = 16  # blocks the kernel is asked to fetch early
@@ -59,12 +62,14 @@ class Pipeline:
         importance: Importance | None = None,
         threads: int | None = None,
         supply: ShardSupply | None = None,
+        encoder: Encoder = encode,
     ) -> None:
         self._checkpoint = checkpoint
         self._journal = journal
         self._importance = importance
         self._threads = threads or cores()
         self._supply = supply
+        self._encode = encoder
         self._local = threading.local()
         self._sources: dict[Path, int] = {}
 
@@ -129,7 +134,7 @@ class Pipeline:
         rows = self._rows(tensor.spec, block)
         _check_finite(rows, tensor.spec, block)
         importance = None if weights is None else weights[block.expert]
-        data = encode(rows, tensor.kind, importance)
+        data = self._encode(rows, tensor.kind, importance)
         if bad_blocks(data, tensor.kind.name).size:
             raise CheckpointError(
                 f"{tensor.spec.sources[block.expert]} has weights that are too large for "

@@ -27,6 +27,7 @@ from dots1_local.progress import Progress
 from dots1_local.quant.importance import Importance
 from dots1_local.reference.model import Compute
 from dots1_local.refine.blocks import refinable
+from dots1_local.refine.kernels import build_id
 
 __all__ = ["Refining"]
 
@@ -43,7 +44,7 @@ class Refining:
     def fingerprint(self) -> str:
         """Identify what the refined bytes depend on, beside checkpoint and importance."""
         tokens = hashlib.sha256(self.data.tokens.tobytes()).hexdigest()
-        return f"refined {tokens} {self.bf16} torch {version('torch')} numba {version('numba')}"
+        return f"refined {tokens} {self.bf16} torch {version('torch')} kernels {build_id()}"
 
     def files(self, checkpoint: Checkpoint, output: Output, at_most: int = 0) -> StreamFiles:
         """The files of the pass, which may resume with a stream that passed `at_most` layers."""

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.ggml import QuantType
+from dots1_local.quant.encode import encode
 from dots1_local.refine.blocks import Blocks, block_format, pack, refinable, zero_blocks
 from dots1_local.refine.kernels import Kernels, Panel
 from dots1_local.refine.metric import Floats
 
-__all__ = ["begin", "can_begin", "encode_fast"]
+__all__ = ["begin", "best_encode", "can_begin", "encode_fast"]
 
 _PANEL = 256
 
@@ -40,6 +41,16 @@ def begin(matrix: Floats, kind: QuantType, importance: Floats, columns: int) -> 
     for panel in _diagonal_panels(kernels, importance):
         kernels.begin(panel, matrix, blocks)
     return blocks
+
+
+def best_encode(
+    matrix: Floats, kind: QuantType, importance: Floats | None = None
+) -> NDArray[np.uint8]:
+    """Encode with `encode_fast` if there is importance and it has scales for the type, else with
+    ggml's encoder."""
+    if importance is None or not can_begin(kind):
+        return encode(matrix, kind, importance)
+    return encode_fast(matrix, kind, importance)
 
 
 def encode_fast(matrix: Floats, kind: QuantType, importance: Floats) -> NDArray[np.uint8]:

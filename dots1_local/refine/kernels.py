@@ -22,7 +22,7 @@ from dots1_local.errors import Dots1Error
 from dots1_local.files.partial_file import disk_errors
 from dots1_local.refine.blocks import BlockFormat, Blocks
 
-__all__ = ["Kernels", "Panel"]
+__all__ = ["Kernels", "Panel", "build_id"]
 
 Floats = NDArray[np.float32]
 
@@ -195,7 +195,7 @@ class _Panel(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    path = _cache_folder() / f"kernels-{_digest()}.so"
+    path = _cache_folder() / f"kernels-{build_id()}.so"
     if not path.exists():
         _compile(path)
     library, pointer = ctypes.CDLL(str(path)), ctypes.c_void_p
@@ -238,8 +238,9 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dots1-local"
 
 
-def _digest() -> str:
-    """What the compiled kernels depend on: a shared home directory may serve several machines."""
+@cache
+def build_id() -> str:
+    """Identify the compiled kernels: a home directory may serve machines of several kinds."""
     inputs = (_SOURCE.read_text(), _compiler(), _FLAGS, platform.machine(), _processor())
     return hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
 

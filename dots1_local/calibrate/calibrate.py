@@ -28,12 +28,14 @@ from dots1_local.calibrate.calibration_folder import (
 )
 from dots1_local.calibrate.coverage import FEW_TOKENS, Coverage, coverage, shrink
 from dots1_local.calibrate.forward import PROBED, ForwardPass
+from dots1_local.calibrate.manifest import MANIFEST, manifest_json
 from dots1_local.calibrate.probe import BACKWARD_WORK, DRAWS, Probe, rounded_divergence
 from dots1_local.calibrate.refinement_file import RefinementWriter, refinement_bytes
 from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import disk_errors
 from dots1_local.hub import HubCheckpoint
+from dots1_local.hub.model_digest import model_digest
 from dots1_local.hub.pass_shards import (
     HEAD,
     Provide,
@@ -115,6 +117,7 @@ def calibrate(
     probed = min(len(tokens), max(1, PROBED // tokens.shape[1])) if sensitivity else 0
     text, tokens = tokens, _probed_first(tokens, probed)
     forward = ForwardPass(checkpoint, tokens, evaluated, probed, compute, threads)
+    digest = model_digest(checkpoint)
     opened = CalibrationFolder(
         Path(folder),
         _identity(forward, least, refine),
@@ -124,7 +127,8 @@ def calibrate(
         force=force,
         results=[IMATRIX] * (len(tokens) > 0)
         + [SENSITIVITY] * (probed > 0)
-        + [REFINEMENT] * refine,
+        + [REFINEMENT] * refine
+        + [MANIFEST] * (len(tokens) > 0),
     )
     with opened, forward.memory_errors():
         _report_resumed(opened, checkpoint.config.num_hidden_layers, on_resume)
@@ -155,6 +159,8 @@ def calibrate(
                     x = forward.run(opened, silent, provide) if probed else x
                     for chunk, start, rows in forward.logits(x):
                         sink.write(chunk, start, rows)
+        if len(tokens):
+            _write_manifest(opened, checkpoint.name, digest)
         opened.publish()
     return covered
 
@@ -174,6 +180,13 @@ def _passes(folder: CalibrationFolder, layers: int, probed: bool) -> dict[str, l
     if probed:
         passes["the backward pass"] = backward_steps(layers, folder.probe.reached(layers))
     return passes
+
+
+def _write_manifest(folder: CalibrationFolder, name: str, digest: str) -> None:
+    measured = [folder.draft(result) for result in folder.results if result != MANIFEST]
+    with disk_errors(folder.path):
+        manifest = manifest_json(name, digest, measured)
+        folder.draft(MANIFEST).write_text(manifest, encoding="utf-8")
 
 
 def _report_resumed(folder: CalibrationFolder, layers: int, on_resume: Progress) -> None:

@@ -45,7 +45,7 @@ Floats = NDArray[np.float32]
 Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (experts, columns), counts
 
 _NAMES = re.compile(
-    r"lock|identity|sensitivity\.json|refinement\.safetensors"
+    r"lock|identity|calibration\.json|sensitivity\.json|refinement\.safetensors"
     r"|(after-\d+\.f32|layer-\d+\.gguf|imatrix\.gguf|(probe|back)-\d+\.npy|(noise|effects)-\d+\.json)(\.partial)?"
     r"|(after|(probe|back|noise|effects)-\d+)\.partial"  # of earlier versions
 )

@@ -28,7 +28,7 @@ from dots1_local.files.checkpoint import (
 from dots1_local.files.safetensors import Slice, header_length, read_header, tensor_table
 from dots1_local.hub.client import HubFile, HubRepo, find_repo, parallel_map
 
-__all__ = ["HubCheckpoint", "open_checkpoint", "open_hub"]
+__all__ = ["HubCheckpoint", "is_hub_id", "open_checkpoint", "open_hub", "open_repo"]
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
@@ -112,12 +112,12 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
         if revision is not None:
             raise UsageError(f"{path} is a folder; --revision needs an id on the hub")
         return Checkpoint.open(path)
-    if not _ID.fullmatch(path):
+    if not is_hub_id(path):
         raise CheckpointError(
             f"no such folder: {path}; it is not an id on the hub, organisation/model, either"
         )
     try:
-        repo = _find(path, revision, None)
+        repo = open_repo(path, revision, None)
     except Dots1Error as error:
         raise type(error)(f"there is no folder {path}, and {error}") from error
     return _open(repo)
@@ -136,10 +136,24 @@ def open_hub(
             checkpoint is incomplete, corrupt, or of another architecture.
         UsageError: the extra `hub` is not installed.
     """
-    return _open(_find(name, revision, endpoint))
+    return _open(open_repo(name, revision, endpoint))
 
 
-def _find(name: str, revision: str | None, endpoint: str | None) -> HubRepo:
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of an id on the hub, organisation/model."""
+    return bool(_ID.fullmatch(text))
+
+
+def open_repo(
+    name: str, revision: str | None, endpoint: str | None, *, marker: str = "config.json"
+) -> HubRepo:
+    """Find a repository on the hub, or with HF_HUB_OFFLINE in the cache, which must have `marker`.
+
+    Raises:
+        CheckpointError: there is no such repository that you may read, or the hub cannot be
+            reached.
+        UsageError: the extra `hub` is not installed.
+    """
     try:
         import huggingface_hub.hf_api  # noqa: F401 -- without it, the package prints import errors
         from huggingface_hub import is_offline_mode
@@ -149,8 +163,9 @@ def _find(name: str, revision: str | None, endpoint: str | None) -> HubRepo:
     except ValueError as error:
         raise _malformed_settings(error) from error
     try:
-        find = _find_cached if is_offline_mode() else find_repo
-        return find(name, revision, endpoint)
+        if is_offline_mode():
+            return _find_cached(name, revision, marker)
+        return find_repo(name, revision, endpoint)
     except HFValidationError:
         raise CheckpointError(f"{name} is not an id on the hub, organisation/model") from None
     except ValueError as error:
@@ -163,17 +178,17 @@ def _malformed_settings(error: ValueError) -> UsageError:
     return UsageError(f"an HF_ or proxy variable of the environment is malformed: {error}")
 
 
-def _find_cached(name: str, revision: str | None, _: str | None) -> HubRepo:
+def _find_cached(name: str, revision: str | None, marker: str) -> HubRepo:
     """Return the commit in the cache; it has no `files`, as only the hub lists them."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
-    if not isinstance(config, str):
+    found = try_to_load_from_cache(name, marker, revision=revision)
+    if not isinstance(found, str):
         wanted = f"revision {revision} of {name}" if revision else name
         raise CheckpointError(
             f"HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} lacks {wanted}"
         )
-    folder = Path(config).parent
+    folder = Path(found).parent
     return HubRepo(name, folder.name, folder.name, {}, constants.ENDPOINT)
 
 

@@ -11,6 +11,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from json import JSONDecodeError
@@ -145,6 +146,27 @@ class HubRepo:
             f"{file.name} of {self} arrived twice with another hash than the hub lists "
             f"({file.digest[:12]}...); it is damaged there or on the way"
         )
+
+    def get(self, name: str, received: Received = lambda count: None) -> Path | None:
+        """Fetch a file into the hub's cache; return its path, or None if it does not exist.
+
+        A repository whose `files` are not known, without a network, has what the cache has.
+
+        Raises:
+            CheckpointError, Dots1Error, OSError: as `fetch`.
+        """
+        from huggingface_hub import try_to_load_from_cache
+
+        if name in self.files:
+            return self.fetch(self.files[name], received=received)
+        cached = try_to_load_from_cache(self.name, name, revision=self.commit)
+        return Path(cached) if isinstance(cached, str) else None
+
+    def note_revision(self, name: str) -> None:
+        """Let the cache know the branch of a fetched file, too, for runs without a network."""
+        if name in self.files:
+            with suppress(CheckpointError):
+                self.download(name, revision=self.revision)
 
     def download(self, name: str, **options: Any) -> Path:
         """Call `hf_hub_download`, by default at this commit; its errors become sentences."""

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 
-from dots1_local.errors import CheckpointError, Dots1Error
+from dots1_local.errors import Dots1Error
 from dots1_local.files.json_file import JsonError, convert_json, parse_json
 from dots1_local.files.partial_file import DiskNeed, check_space, write_whole
 from dots1_local.hub import HubCheckpoint
@@ -114,9 +114,8 @@ class ShardCache:
             progress(sum(arrived.values()), total, "bytes", f"fetching {self.repo.name}")
 
         parallel_map(provide, self.files, _AT_ONCE, report)
-        if missing:  # now the cache knows the branch too, for runs without a network
-            with suppress(CheckpointError):
-                self.repo.download("config.json", revision=self.repo.revision)
+        if missing:
+            self.repo.note_revision("config.json")
         for file in self.files:
             self._checkpoint.check_header(self.path(file))
 

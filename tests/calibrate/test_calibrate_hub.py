@@ -28,7 +28,7 @@ TOKENS, EVALUATED = random_tokens(6), random_tokens(2, seed=1)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in shards of 0.7 MB, more than a request for a header takes."""
     return micro_checkpoint(
-        tmp_path_factory.mktemp("layers") / "model",
+        tmp_path_factory.mktemp("layers") / "dots1-tiny",
         shards=SHARDS,
         num_hidden_layers=LAYERS,
         n_routed_experts=16,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -20,16 +20,18 @@ from dots1_local.cli._options import (
     verb,
 )
 from dots1_local.cli._output import notice, notice_resumed, print_json, progress_bar
+from dots1_local.cli._refine import check_refinement, measured_folder, refined_json, show_refined
 
 if TYPE_CHECKING:
     from dots1_local.architecture import Dots1Config
-    from dots1_local.convert import Budget, Conversion
+    from dots1_local.convert import Budget, Conversion, Result
     from dots1_local.files.checkpoint import Checkpoint
 
 __all__ = ["ConvertOptions", "convert"]
 
 _TYPES = "Types"
 _BUDGET = "Types under a budget, by what dots1 calibrate measured"
+_REFINEMENT = "Refinement"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,6 +95,33 @@ class ConvertOptions:
         default="f16",
         panel=_BUDGET,
     )
+    refine: bool = flag(
+        "Choose codes and scales whose errors cancel for the inputs of a calibration text: the "
+        "same bytes have about half the KL divergence, in hours instead of minutes.",
+        "--refine",
+        panel=_REFINEMENT,
+    )
+    file: list[Path] | None = option(
+        "With --refine: calibrate on this text first, into OUTPUT.calibration; repeatable.",
+        "--file",
+        "-f",
+        panel=_REFINEMENT,
+    )
+    chat: list[Path] | None = option(
+        "With --refine: calibrate on these conversations, as dots1 calibrate does; repeatable.",
+        metavar="FILE.jsonl",
+        panel=_REFINEMENT,
+    )
+    device: str | None = option(
+        "With --refine: compute the layers on this torch device.",
+        default="a GPU if there is one",
+        panel=_REFINEMENT,
+    )
+    precision: Literal["F32", "BF16"] = option(
+        "With --refine: multiply the layers' matrices in this type.",
+        value="F32",
+        panel=_REFINEMENT,
+    )
     split_max_size: str | None = option(
         "Write shards of at most SIZE, such as 48G.", metavar="SIZE"
     )
@@ -106,7 +135,7 @@ class ConvertOptions:
     threads: Threads = None
     dry_run: bool = flag("Print types and sizes, and write nothing.", "--dry-run")
     tensors: bool = flag("With --dry-run: print a row for every tensor.", "--tensors")
-    force: bool = flag("Replace an existing file.", "--force", "-f")
+    force: bool = flag("Replace an existing file.", "--force")
     json: Json = False
 
 
@@ -124,6 +153,8 @@ def convert(options: ConvertOptions) -> None:
 
       dots1 convert dots.llm1.inst -o 48.gguf --size 48GB --calibration calibrated
 
+      dots1 convert dots.llm1.inst -o 48.gguf --size 48GB --refine -f calibration.txt
+
       dots1 convert dots.llm1.inst --type Q4_K_M --dry-run
 
       dots1 convert rednote-hilab/dots.llm1.inst -o dots.gguf --low-disk
@@ -137,19 +168,21 @@ def convert(options: ConvertOptions) -> None:
     checkpoint = open_checkpoint(options.checkpoint, options.revision, options.low_disk)
     if options.fit_memory is not None:
         budget = _memory_budget(checkpoint.config, options.fit_memory, options)
-    conversion = _prepare(checkpoint, budget, split, options)
+    calibration = measured_folder(checkpoint, options)
+    conversion = _prepare(checkpoint, budget, calibration, split, options)
     file_bytes = conversion.file_bytes(split)
-    report.warn(conversion, options.tensor_type or [], options.calibration, budget, file_bytes)
-    files: tuple[Path, ...] = ()
+    report.warn(conversion, options.tensor_type or [], calibration, budget, file_bytes)
+    result = None
     if options.output is not None and not options.dry_run:
-        files = _run(conversion, options.output, split, options)
+        result = _run(conversion, options.output, split, options)
     if options.json:
-        written = {"files": [str(path) for path in files]} if files else {}
+        written = _written(conversion, result) if result else {}
         print_json(report.summary(conversion, file_bytes) | written)
         return
     report.show(conversion, file_bytes, tensors=options.tensors)
-    if files:
-        print("wrote " + ", ".join(map(str, files)))
+    if result:
+        show_refined(conversion, result)
+        print("wrote " + ", ".join(map(str, result.paths)))
     else:
         report.show_hub(conversion, file_bytes)
 
@@ -168,7 +201,9 @@ def _check(options: ConvertOptions) -> None:
         raise typer.BadParameter(f"{names} exclude each other")
     if (options.context is not None or options.kv_type is not None) and options.fit_memory is None:
         raise typer.BadParameter("--context and --kv-type go with --fit-memory")
-    if given and options.calibration is None:
+    check_refinement(options)
+    measures = options.refine and (options.file or options.chat)
+    if given and options.calibration is None and not measures:
         raise typer.BadParameter(
             f"{names} need what dots1 calibrate measured", param_hint="--calibration"
         )
@@ -207,7 +242,11 @@ def _memory_budget(config: "Dots1Config", memory: str, options: ConvertOptions) 
 
 
 def _prepare(
-    checkpoint: "Checkpoint", budget: "Budget | None", split: int | None, options: ConvertOptions
+    checkpoint: "Checkpoint",
+    budget: "Budget | None",
+    calibration: Path | None,
+    split: int | None,
+    options: ConvertOptions,
 ) -> "Conversion":
     from dots1_local.convert import Conversion
     from dots1_local.quant.plan import load_plan
@@ -215,29 +254,31 @@ def _prepare(
     imatrix, padding = options.imatrix, options.pad_experts
     overrides = options.tensor_type or []
     recipe = load_plan(options.plan) if options.plan else options.type_
-    if budget is not None and options.calibration is not None:
+    if budget is not None and calibration is not None:
         return Conversion.allocate(
             checkpoint,
             budget,
-            calibration=options.calibration,
+            calibration=calibration,
             imatrix=imatrix,
             padding=padding,
             overrides=overrides,
             split_max_size=split,
+            refine=options.refine,
         )
     return Conversion.prepare(
         checkpoint,
         "DQ4" if recipe is None else recipe,
         imatrix=imatrix,
-        calibration=options.calibration,
+        calibration=calibration,
         padding=padding,
         overrides=overrides,
+        refine=options.refine,
     )
 
 
 def _run(
     conversion: "Conversion", output: Path, split: int | None, options: ConvertOptions
-) -> tuple[Path, ...]:
+) -> "Result":
     with (
         exit_on_interrupt("stopped; run the same command again to resume"),
         progress_bar(output.name) as progress,
@@ -248,6 +289,12 @@ def _run(
             threads=options.threads,
             force=options.force,
             low_disk=options.low_disk,
+            device=options.device,
+            precision=options.precision,
             progress=progress,
             on_resume=notice_resumed,
-        ).paths
+        )
+
+
+def _written(conversion: "Conversion", result: "Result") -> dict[str, Any]:
+    return {"files": [str(path) for path in result.paths]} | refined_json(conversion, result)

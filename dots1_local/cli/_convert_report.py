@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dots1_local.cli._output import notice, print_sizes, print_table
+from dots1_local.cli._refine import token_warnings
 from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def warn(
         _importance_warnings(conversion, calibration, budget),
         _override_warnings(conversion, overrides),
         _budget_warnings(conversion, budget, file_bytes),
+        token_warnings(conversion),
     ):
         for warning in warnings:
             notice(warning)
@@ -37,6 +39,7 @@ def warn(
 def _importance_warnings(
     conversion: "Conversion", folder: Path | None, budget: "Budget | None"
 ) -> Iterator[str]:
+    from dots1_local.convert.budget import sensitivity_file
     from dots1_local.quant.sensitivity import load_sensitivity
 
     recipe, importance = conversion.plan.recipe, conversion.importance
@@ -57,7 +60,8 @@ def _importance_warnings(
         )
     if budget is None or folder is None:
         return
-    if importance.sha256 != load_sensitivity(folder / "sensitivity.json").imatrix:
+    measured = sensitivity_file(conversion.refinement is not None)
+    if importance.sha256 != load_sensitivity(folder / measured).imatrix:
         yield (
             f"the sensitivity in {folder} was measured with another importance file than "
             f"{importance.path.name}; its predictions hold as far as the two files agree"

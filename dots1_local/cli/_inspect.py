@@ -1,13 +1,13 @@
 """`dots1 inspect`: show what a GGUF file or a checkpoint holds."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dots1_local.cli._options import Json, argument, flag, verb
-from dots1_local.cli._output import plural, print_json, print_sizes, print_table
+from dots1_local.cli._output import one_line, plural, print_json, print_sizes, print_table
 from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
@@ -61,9 +61,22 @@ def _print_summary(model: "ModelContents") -> None:
     print(
         f"{model.path}: {model.architecture} {model.kind}, "
         f"{plural(len(model.files), 'file')}, {human_bytes(model.nbytes)} of tensors, "
-        f"{parameters} parameters, {model.bpw:.3f} bits per weight\n"
+        f"{parameters} parameters, {model.bpw:.3f} bits per weight"
     )
+    if refinement := _refinement(model.keys):
+        print(refinement)
+    print()
     print_sizes((each.role, each.type, each.parameters, each.nbytes) for each in model.tensors)
+
+
+def _refinement(keys: Mapping[str, Any]) -> str | None:
+    """Say what the weights were refined with, if they were."""
+    tokens = keys.get("dots1_local.refinement.tokens")
+    if not isinstance(tokens, int):
+        return None
+    datasets = keys.get("dots1_local.refinement.datasets")
+    source = f" of {one_line(datasets)}" if isinstance(datasets, str) else ""
+    return f"refined with {tokens:,} tokens{source}"
 
 
 def _abbreviate(value: Any) -> str:

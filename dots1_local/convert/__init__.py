@@ -33,6 +33,7 @@ from dots1_local.quant.importance import Importance
 from dots1_local.quant.plan import PlannedTensor, QuantPlan, parse_overrides
 from dots1_local.quant.recipes import Padding, make_plan
 from dots1_local.quant.stock import require_importance
+from dots1_local.refine.token_needs import require_tokens
 
 if TYPE_CHECKING:
     from dots1_local.calibrate.refinement_file import RefinementData
@@ -302,10 +303,17 @@ def convert_checkpoint(
 
 
 def load_refinement(folder: Path, checkpoint: Checkpoint) -> "RefinementData":
-    """Open what calibration measured for refinement; see `RefinementData.load`."""
+    """Open what calibration measured for refinement.
+
+    Raises:
+        Dots1Error: see `RefinementData.load`.
+        UsageError: the calibration had too few tokens.
+    """
     from dots1_local.calibrate.refinement_file import RefinementData  # imports safetensors
 
-    return RefinementData.load(folder, checkpoint)
+    data = RefinementData.load(folder, checkpoint)
+    require_tokens(checkpoint.config, data.tokens.size)
+    return data
 
 
 def _encoder(name: EncoderName) -> Encoder:

@@ -16,7 +16,7 @@ from dots1_local.quant.importance import Importance
 from dots1_local.quant.plan import QuantPlan
 from dots1_local.quant.sensitivity import Sensitivity, load_sensitivity
 
-__all__ = ["Budget", "load_calibration", "predicted_kl"]
+__all__ = ["Budget", "load_calibration", "predicted_kl", "sensitivity_file"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def load_calibration(
     """
     if not folder.is_dir():
         raise Dots1Error(f"there is no folder {folder}; make it with dots1 calibrate -o {folder}")
-    measured = _sensitivity_file(refine)
+    measured = sensitivity_file(refine)
     for name in (measured, *([] if imatrix else [IMATRIX])):
         if not (folder / name).is_file():
             option = " --refine" if refine else ""
@@ -132,7 +132,7 @@ def predicted_kl(
     Raises:
         Dots1Error: the sensitivity file is damaged or belongs to another model.
     """
-    path = folder / _sensitivity_file(refine)
+    path = folder / sensitivity_file(refine)
     if not path.is_file():
         return None
     sensitivity = load_sensitivity(path)
@@ -145,5 +145,6 @@ def predicted_kl(
         return None
 
 
-def _sensitivity_file(refine: bool) -> str:
+def sensitivity_file(refine: bool) -> str:
+    """Return the name of the file with the effects of types, refined or not."""
     return REFINED_SENSITIVITY if refine else SENSITIVITY

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gguf import GGUFWriter
 
-from dots1_local.convert.budget import Budget, load_calibration, predicted_kl
+from dots1_local.convert.budget import Budget, load_calibration, load_refinement, predicted_kl
 from dots1_local.convert.from_hub import fetch_shards, shards_folder
 from dots1_local.convert.metadata import end_tokens, write_metadata
 from dots1_local.convert.pipeline import Encoder, Pipeline, verify_layout
@@ -33,7 +33,6 @@ from dots1_local.quant.importance import Importance
 from dots1_local.quant.plan import PlannedTensor, QuantPlan, parse_overrides
 from dots1_local.quant.recipes import Padding, make_plan
 from dots1_local.quant.stock import require_importance
-from dots1_local.refine.token_needs import require_tokens
 
 if TYPE_CHECKING:
     from dots1_local.calibrate.refinement_file import RefinementData
@@ -300,20 +299,6 @@ def convert_checkpoint(
         checkpoint, recipe, imatrix=imatrix, padding=padding, overrides=overrides
     )
     return conversion.run(output, **options)
-
-
-def load_refinement(folder: Path, checkpoint: Checkpoint) -> "RefinementData":
-    """Open what calibration measured for refinement.
-
-    Raises:
-        Dots1Error: see `RefinementData.load`.
-        UsageError: the calibration had too few tokens.
-    """
-    from dots1_local.calibrate.refinement_file import RefinementData  # imports safetensors
-
-    data = RefinementData.load(folder, checkpoint)
-    require_tokens(checkpoint.config, data.tokens.size)
-    return data
 
 
 def _encoder(name: EncoderName) -> Encoder:

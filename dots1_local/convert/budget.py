@@ -4,19 +4,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, floor, log10
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.calibrate.calibration_folder import IMATRIX, REFINED_SENSITIVITY, SENSITIVITY
 from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.allocate import Allocator
 from dots1_local.quant.allocation import Allocation
 from dots1_local.quant.imatrix_file import load_importance
 from dots1_local.quant.importance import Importance
 from dots1_local.quant.plan import QuantPlan
 from dots1_local.quant.sensitivity import Sensitivity, load_sensitivity
+from dots1_local.refine.token_needs import require_tokens
 
-__all__ = ["Budget", "load_calibration", "predicted_kl", "sensitivity_file"]
+if TYPE_CHECKING:
+    from dots1_local.calibrate.refinement_file import RefinementData
+
+__all__ = ["Budget", "load_calibration", "load_refinement", "predicted_kl", "sensitivity_file"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,20 @@ def predicted_kl(
         return sensitivity.predict(plan.types)
     except Dots1Error:  # a type that was not measured
         return None
+
+
+def load_refinement(folder: Path, checkpoint: Checkpoint) -> "RefinementData":
+    """Open what calibration measured for refinement.
+
+    Raises:
+        Dots1Error: see `RefinementData.load`.
+        UsageError: the calibration had too few tokens.
+    """
+    from dots1_local.calibrate.refinement_file import RefinementData  # imports safetensors
+
+    data = RefinementData.load(folder, checkpoint)
+    require_tokens(checkpoint.config, data.tokens.size)
+    return data
 
 
 def sensitivity_file(refine: bool) -> str:

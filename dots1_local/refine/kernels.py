@@ -1,4 +1,4 @@
-"""kernels.cpp, compiled for this machine's processor when it is first used, and called by ctypes.
+"""The kernels in cpp/, compiled for this machine's processor when it is first used, and called by ctypes.
 
 A compiler is where llama-cpp-python was built. To compile here, and not in a wheel, lets the
 kernels use everything that the processor has. ctypes releases the GIL while a kernel runs.
@@ -26,7 +26,7 @@ __all__ = ["Kernels", "Panel", "build_id"]
 
 Floats = NDArray[np.float32]
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = Path(__file__).parent / "cpp"
 _FLAGS = ("-std=c++17", "-O3", "-ffast-math", "-march=native", "-shared", "-fPIC")
 _SIGNS = ("none", "free", "even")
 
@@ -216,7 +216,7 @@ def _compile(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
-            command = [_compiler(), *_FLAGS, "-o", str(built), str(_SOURCE)]
+            command = [_compiler(), *_FLAGS, "-o", str(built), str(_SOURCES / "kernels.cpp")]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True)
             except FileNotFoundError:
@@ -226,7 +226,7 @@ def _compile(path: Path) -> None:
                 ) from None
             except subprocess.CalledProcessError as error:
                 reason = error.stderr.strip().partition("\n")[0]
-                raise Dots1Error(f"{command[0]} cannot compile {_SOURCE.name}: {reason}") from None
+                raise Dots1Error(f"{command[0]} cannot compile the kernels: {reason}") from None
             os.replace(built, path)
 
 
@@ -241,7 +241,8 @@ def _cache_folder() -> Path:
 @cache
 def build_id() -> str:
     """Identify the compiled kernels: a home directory may serve machines of several kinds."""
-    inputs = (_SOURCE.read_text(), _compiler(), _FLAGS, platform.machine(), _processor())
+    sources = [path.read_text() for path in sorted(_SOURCES.iterdir())]
+    inputs = (sources, _compiler(), _FLAGS, platform.machine(), _processor())
     return hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
 
 

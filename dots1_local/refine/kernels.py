@@ -1,4 +1,4 @@
-"""The kernels in cpp/, compiled for this machine's processor when it is first used, and called by ctypes.
+"""The kernels in cpp/, compiled for this machine's processor when first used, called by ctypes.
 
 A compiler is where llama-cpp-python was built. To compile here, and not in a wheel, lets the
 kernels use everything that the processor has. ctypes releases the GIL while a kernel runs.

@@ -10,27 +10,31 @@ and rounded), whatever the number of layers. The backward pass needs no residual
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dots1_local.architecture import inventory
 from dots1_local.calibrate.calibration_folder import (
     IMATRIX,
+    REFINED_SENSITIVITY,
     REFINEMENT,
     SENSITIVITY,
     CalibrationFolder,
 )
-from dots1_local.calibrate.coverage import FEW_TOKENS, Coverage, coverage, shrink
+from dots1_local.calibrate.calibration_results import (
+    measure_reference_kl,
+    write_imatrix_file,
+    write_sensitivity,
+)
+from dots1_local.calibrate.coverage import FEW_TOKENS, Coverage
 from dots1_local.calibrate.forward import PROBED, ForwardPass
 from dots1_local.calibrate.manifest import MANIFEST, manifest_json
-from dots1_local.calibrate.probe import BACKWARD_WORK, DRAWS, Probe, rounded_divergence
-from dots1_local.calibrate.refinement_file import RefinementWriter, refinement_bytes
+from dots1_local.calibrate.probe import BACKWARD_WORK
+from dots1_local.calibrate.refinement_file import refinement_bytes
 from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import disk_errors
@@ -38,13 +42,11 @@ from dots1_local.hub import HubCheckpoint
 from dots1_local.hub.model_digest import model_digest
 from dots1_local.hub.pass_shards import (
     HEAD,
-    Provide,
     backward_steps,
     forward_steps,
     open_shards,
 )
 from dots1_local.progress import Progress, silent
-from dots1_local.quant.imatrix_file import load_importance, write_imatrix
 from dots1_local.reference.model import Compute
 
 __all__ = ["LogitsSink", "calibrate", "find_device"]
@@ -83,7 +85,8 @@ def calibrate(
 ) -> list[Coverage]:
     """Measure the importance of every matrix (`folder`/imatrix.gguf), and the effects of each type
     on it (`folder`/sensitivity.json), with `tokens` (chunks, n_ctx). With `refine`, also measure
-    what the refining of matrices needs (`folder`/refinement.safetensors).
+    what the refining of matrices needs (`folder`/refinement.safetensors), and the effects of each
+    type if matrices are refined (`folder`/sensitivity-refined.json).
 
     `evaluation` are more chunks of the same length; the logits of their scored tokens go to
     `logits`. A run that was killed is resumed after the last layer that it finished; `on_resume` is
@@ -116,7 +119,7 @@ def calibrate(
         torch.set_num_threads(threads)
     probed = min(len(tokens), max(1, PROBED // tokens.shape[1])) if sensitivity else 0
     text, tokens = tokens, _probed_first(tokens, probed)
-    forward = ForwardPass(checkpoint, tokens, evaluated, probed, compute, threads)
+    forward = ForwardPass(checkpoint, tokens, evaluated, probed, compute, threads, refine)
     digest = model_digest(checkpoint)
     opened = CalibrationFolder(
         Path(folder),
@@ -127,7 +130,7 @@ def calibrate(
         force=force,
         results=[IMATRIX] * (len(tokens) > 0)
         + [SENSITIVITY] * (probed > 0)
-        + [REFINEMENT] * refine
+        + [REFINEMENT, REFINED_SENSITIVITY] * refine
         + [MANIFEST] * (len(tokens) > 0),
     )
     with opened, forward.memory_errors():
@@ -144,16 +147,20 @@ def calibrate(
             with shards.over(passes.pop("the forward pass")) as provide:
                 work = BACKWARD_WORK * forward.probed_tokens
                 x = forward.run(opened, _part(progress, 0, work), provide)
-                covered = _write_imatrix(forward, x, opened, datasets, least) if len(tokens) else []
+                covered = (
+                    write_imatrix_file(forward, x, opened, datasets, least) if len(tokens) else []
+                )
+                if refine:
+                    forward.sample_head(x, opened)
                 if probed:
                     # The rest of the residual stream is freed.
-                    reference_kl, x = _reference_kl(forward, x), forward.exact_probes(x)
+                    reference_kl, x = measure_reference_kl(forward, x), forward.exact_probes(x)
             shards.announce(passes, notify)
             if probed:
                 with shards.over(passes["the backward pass"]) as provide:
                     backward = _part(progress, forward.tokens.size, 0)
                     kept = text if refine else None
-                    _write_sensitivity(forward, x, reference_kl, opened, kept, backward, provide)
+                    write_sensitivity(forward, x, reference_kl, opened, kept, backward, provide)
             if sink is not None:
                 with shards.over([HEAD]) as provide:
                     x = forward.run(opened, silent, provide) if probed else x
@@ -239,75 +246,3 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, ImportError):  # depending on the kind of device
         raise UsageError(f"torch has no device {name!r} here") from None
     return device
-
-
-def _write_imatrix(
-    forward: ForwardPass,
-    x: Tensor,
-    folder: CalibrationFolder,
-    datasets: Sequence[str],
-    least: int,
-) -> list[Coverage]:
-    """Write all that was measured to one file; return the coverage of each layer."""
-    covered = []
-    entries: dict[str, tuple[Floats, Floats]] = {}
-    specs = {spec.name: spec for spec in inventory(forward.checkpoint.config)}
-    for name, (sums, counts) in chain(folder.measured(), forward.head(x).items()):
-        spec = specs[name]
-        is_routed = spec.role == "routed"
-        entries[name] = shrink(sums, counts, least) if is_routed else (sums, counts)
-        if spec.layer is not None and spec.part == "ffn_gate_exps":
-            covered.append(coverage(spec.layer, counts, least))
-    with disk_errors(folder.path):
-        write_imatrix(
-            folder.draft(IMATRIX),
-            entries,
-            datasets=datasets,
-            chunk_count=len(forward.calibration),
-            chunk_size=x.shape[1],
-            extra={
-                "dots1_local.calibration.precision": "BF16" if forward.compute.bf16 else "F32",
-                "dots1_local.calibration.shrunk_below": least,
-            },
-        )
-    return covered
-
-
-def _reference_kl(forward: ForwardPass, x: Tensor) -> float:
-    exact, rounded = forward.exact_probes(x), forward.rounded_probes(x)
-    device = forward.compute.device
-    return rounded_divergence(exact, rounded, forward.checkpoint, forward.rounding, device)
-
-
-def _write_sensitivity(
-    forward: ForwardPass,
-    output: Tensor,
-    reference_kl: float,
-    folder: CalibrationFolder,
-    text: Tokens | None,
-    progress: Progress,
-    provide: Provide,
-) -> None:
-    """Run the backward pass; with `text` it also writes what refining needs."""
-    checkpoint, importance = forward.checkpoint, load_importance(folder.draft(IMATRIX))
-    counts = np.bincount(forward.calibration.ravel(), minlength=checkpoint.config.vocab_size)
-    with disk_errors(folder.path):
-        refinement = None
-        if text is not None:
-            resume = folder.probe.reached(checkpoint.config.num_hidden_layers) is not None
-            draft, gradients = folder.draft(REFINEMENT), DRAWS * output[..., 0].numel()
-            refinement = RefinementWriter(
-                draft, text, checkpoint, importance.sha256, gradients, resume=resume
-            )
-        probe = Probe(
-            checkpoint,
-            folder.probe,
-            importance,
-            counts / counts.sum(),
-            forward.compute,
-            forward.threads,
-            refinement,
-            provide,
-        )
-        measured = probe.run(output, reference_kl, progress)
-        folder.draft(SENSITIVITY).write_text(measured.to_json(), encoding="utf-8")

@@ -8,6 +8,9 @@ For sensitivity there are also `probe-NNNN.npy`, the probed chunks' inputs to ea
 `noise-NNNN.json`, how far rounding moves the router's margins there; `back-NNNN.npy`, the
 gradients at the input of the last layer that the backward pass finished; and `effects-NNNN.json`,
 what it measured in each layer, complete before the gradients.
+
+For refinement there are also `sample-NNNN.json`, the errors of a sample of refined rows;
+`judged-NNNN.npy`, the moment of one matrix; and `refined-NNNN.json`, the effects of refined rows.
 """
 
 import os
@@ -45,8 +48,9 @@ Floats = NDArray[np.float32]
 Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (experts, columns), counts
 
 _NAMES = re.compile(
-    r"lock|identity|calibration\.json|sensitivity\.json|refinement\.safetensors"
-    r"|(after-\d+\.f32|layer-\d+\.gguf|imatrix\.gguf|(probe|back)-\d+\.npy|(noise|effects)-\d+\.json)(\.partial)?"
+    r"lock|identity|calibration\.json|sensitivity(-refined)?\.json|refinement\.safetensors"
+    r"|(after-\d+\.f32|layer-\d+\.gguf|imatrix\.gguf|(probe|back|judged)-\d+\.npy"
+    r"|(noise|effects|sample|refined)-\d+\.json)(\.partial)?"
     r"|(after|(probe|back|noise|effects)-\d+)\.partial"  # of earlier versions
 )
 
@@ -144,6 +148,15 @@ class CalibrationFolder:
     def draft(self, name: str) -> Path:
         """The path at which to write one of the results."""
         return self._work / name
+
+    def reclaim(self, name: str) -> None:
+        """Move a result back to its draft, if a run was killed after it had published the result.
+
+        Raises:
+            OSError: the disk is broken.
+        """
+        if not self.draft(name).exists() and (self.path / name).is_file():
+            os.replace(self.path / name, self.draft(name))
 
     def publish(self) -> None:
         """Move the results to their places, and remove the files of an unfinished run.

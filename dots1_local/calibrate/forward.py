@@ -21,7 +21,11 @@ from torch import Tensor
 
 from dots1_local.calibrate.calibration_folder import CalibrationFolder, Entries
 from dots1_local.calibrate.column_sums import ColumnSums, square_sums
+from dots1_local.calibrate.hooks import NO_HOOKS
+from dots1_local.calibrate.layer_moments import LayerMoments
+from dots1_local.calibrate.moments import Moments
 from dots1_local.calibrate.output_errors import REFERENCE
+from dots1_local.calibrate.refinement_sample import RefinementSample
 from dots1_local.calibrate.router_flips import RouterNoise
 from dots1_local.calibrate.stream import (
     Report,
@@ -38,7 +42,8 @@ from dots1_local.files.partial_file import disk_errors
 from dots1_local.ggml import TYPES
 from dots1_local.hub.pass_shards import EMBEDDING, HEAD, Provide, layer_step, on_disk
 from dots1_local.progress import Progress
-from dots1_local.reference.model import Compute, Rounding, read_tensor
+from dots1_local.reference.layers import Observer
+from dots1_local.reference.model import Compute, Rounding, head_name, read_tensor
 
 __all__ = ["PROBED", "ForwardPass"]
 
@@ -52,7 +57,8 @@ Tokens = NDArray[np.int32]
 class ForwardPass:
     """Tokens (chunks, positions) on their way through all layers.
 
-    The first `probed` chunks of `calibration` are probed.
+    The first `probed` chunks of `calibration` are probed. With `refine`, a sample of the rows of
+    each matrix is refined.
     """
 
     checkpoint: Checkpoint
@@ -61,6 +67,7 @@ class ForwardPass:
     probed: int
     compute: Compute
     threads: int | None = None
+    refine: bool = False
 
     @cached_property
     def rounding(self) -> Rounding:
@@ -149,6 +156,18 @@ class ForwardPass:
         observe_head(calibration, self.checkpoint, measured.observe, self.compute.device)
         return measured.first()
 
+    def sample_head(self, x: Tensor, folder: CalibrationFolder) -> None:
+        """Refine a sample of the head's rows, and save what it shows."""
+        name, moments = head_name(self.checkpoint.config), Moments()
+        calibration = x[: len(self.calibration)]
+        observe_head(calibration, self.checkpoint, moments.observe, self.compute.device)
+        sample = RefinementSample(self.checkpoint, None, self.threads)
+        if moment := moments.take(name):
+            sample.common({name: moment})
+        layers = self.checkpoint.config.num_hidden_layers
+        with disk_errors(folder.path):
+            folder.probe.save_sample(layers, sample.found(), None)
+
     def logits(self, x: Tensor) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Chunk, first row and logits (rows, vocabulary) of the second halves of `evaluation`."""
         start = len(self.calibration)
@@ -175,20 +194,21 @@ class ForwardPass:
         noise = self._router_noise(layer)
         inputs = self.exact_probes(x).cpu().numpy()
 
-        def observe_probed(name: str, rows: Tensor) -> None:
-            measured.observe(name, rows)
-            if noise is not None:
-                noise.exact(name, rows)
-
+        sample = RefinementSample(self.checkpoint, layer, self.threads) if self.refine else None
+        observers, hooks = [measured.observe], NO_HOOKS
+        if sample is not None:
+            moments = LayerMoments(layer, sample, sample.experts, self.calibration.size)
+            observers, hooks = [*observers, moments.observe], moments.hooks
+        exact = [noise.exact] if noise else []
         ends = (0, self.probed, len(self.calibration), len(x) - self.probed, len(x))
         segments = [
-            Segment(ends[0], ends[1], observe_probed),
-            Segment(ends[1], ends[2], measured.observe),
+            Segment(ends[0], ends[1], _all(*observers, *exact)),
+            Segment(ends[1], ends[2], _all(*observers)),
             Segment(ends[2], ends[3]),
             Segment(ends[3], ends[4], noise.rounded if noise else None, self.rounding),
         ]
         present = [segment for segment in segments if segment.start < segment.stop]
-        forward_layer(x, self.checkpoint, layer, present, self.compute, report)
+        forward_layer(x, self.checkpoint, layer, present, self.compute, report, hooks)
         if not torch.isfinite(x.sum()):  # shows NaN and infinity without a second copy of x
             raise CheckpointError(
                 f"the output of layer {layer} is NaN or infinite; is the checkpoint damaged?"
@@ -196,6 +216,8 @@ class ForwardPass:
         if self.probed:
             with disk_errors(folder.path):
                 folder.probe.save_forward(layer, inputs, noise.sigma() if noise else 0.0)
+                if sample is not None:
+                    folder.probe.save_sample(layer, sample.found(), sample.judged)
         folder.finish_layer(measured.first(), x.shape[1], (chunk.cpu().numpy() for chunk in x))
 
     def _router_noise(self, layer: int) -> RouterNoise | None:
@@ -232,3 +254,13 @@ class ForwardPass:
             return device
         free, _ = torch.cuda.mem_get_info(device)
         return device if 2 * self.stream_bytes + _WORKING < free else torch.device("cpu")
+
+
+def _all(*observers: Observer) -> Observer:
+    """An observer that calls several ones."""
+
+    def observe(name: str, rows: Tensor) -> None:
+        for each in observers:
+            each(name, rows)
+
+    return observe

@@ -12,7 +12,7 @@ whose own blocks have 32 weights, and of 256 for the other types. This counts as
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -26,27 +26,24 @@ from dots1_local.calibrate.backward import backward_layer, generator, head_gradi
 from dots1_local.calibrate.column_sums import ColumnSums
 from dots1_local.calibrate.output_errors import REFERENCE, measure, read_rows, sample
 from dots1_local.calibrate.probe_files import ProbeFiles
-from dots1_local.calibrate.refinement_file import RefinementWriter
+from dots1_local.calibrate.refined_effects import MeasuredEffects, RefinedRatios
+from dots1_local.calibrate.refinement_probe import RefinementProbe
 from dots1_local.calibrate.stream import Report, observe_head
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
-from dots1_local.ggml import TYPES
 from dots1_local.hub.pass_shards import EMBEDDING, HEAD, Provide, layer_step, on_disk
 from dots1_local.progress import Progress
 from dots1_local.quant.importance import Importance
 from dots1_local.quant.sensitivity import Effect, Sensitivity, geometry
 from dots1_local.quant.stock import is_quantisable
-from dots1_local.reference.layers import rms_norm
-from dots1_local.reference.model import Compute, Rounding, head_name, read_tensor
+from dots1_local.reference.model import Compute
 
-__all__ = ["BACKWARD_WORK", "BLOCKS", "DRAWS", "Probe", "activation_errors", "rounded_divergence"]
+__all__ = ["BACKWARD_WORK", "BLOCKS", "DRAWS", "Probe", "activation_errors"]
 
 BACKWARD_WORK = 10  # time of a token in the backward pass, relative to the forward pass
 BLOCKS = (32, 256)  # activations that are rounded with one scale
 DRAWS = 2  # of gradients, of each kind
 _LEVELS = 127
-_VOCABULARY = 8192  # rows of the head that are rounded at a time
-_ROWS = 1024  # positions; with as many rows of the head, 67 MB in F64
 
 Floats = NDArray[np.floating]
 Found = dict[str, dict[str, Effect]]
@@ -57,7 +54,7 @@ class Probe:
     """What the backward pass works on.
 
     `frequencies` (vocabulary,) are those of the tokens in the whole calibration text. `refinement`
-    gets the second moments of the gradients. `provide` is called before a step is read.
+    also measures what refined rows change. `provide` is called before a step is read.
     """
 
     checkpoint: Checkpoint
@@ -66,12 +63,15 @@ class Probe:
     frequencies: Floats
     compute: Compute
     threads: int | None = None
-    refinement: RefinementWriter | None = None
+    refinement: RefinementProbe | None = None
     provide: Provide = on_disk
 
-    def run(self, output: Tensor, reference_kl: float, progress: Progress) -> Sensitivity:
+    def run(
+        self, output: Tensor, reference_kl: float, progress: Progress
+    ) -> tuple[Sensitivity, Sensitivity | None]:
         """Measure every tensor, resuming after the last layer that an earlier run finished.
 
+        The second result is the sensitivity of refined rows, if `refinement` is given.
         `output` [chunks, positions, hidden] is the output of the last layer; `reference_kl` is the
         KL divergence, in nats a token, of the model with all matrices stored as `REFERENCE`.
 
@@ -95,7 +95,10 @@ class Probe:
             self.provide(layer_step(layer), partial(report, 0))
             report(0)
             self._layer(layer, g, tokens, report)
-        return self._sensitivity(self.files.effects(layers), tokens, reference_kl)
+        found, refined = self.files.effects(layers), None
+        if self.refinement is not None:
+            refined = self.files.effects(layers, refined=True)
+        return self._sensitivities(found, refined, tokens, reference_kl)
 
     def _start(self, output: Tensor, notify: Callable[[str], None]) -> tuple[int, Tensor]:
         """The last layer that is finished, and the gradients at its input; the head counts as the
@@ -114,63 +117,67 @@ class Probe:
         noise = ColumnSums(self.checkpoint.config, None, activation_errors)
         observe_head(output, self.checkpoint, noise.observe, device)
         moments, errors = self._second_moments(head), noise.means()[head.name]
-        found = {head.name: self._effects(head, row_costs.numpy(), moments, errors)}
-        self.files.save_backward(layers, g.cpu().numpy(), found)
+        found = _Found(self.refinement.head() if self.refinement else None)
+        self._measure(found, head, row_costs.numpy(), moments, errors)
+        found.save(self.files, layers, g)
         return layers, g
 
     def _layer(self, layer: int, g: Tensor, tokens: int, report: Report) -> None:
         inputs = torch.from_numpy(self.files.inputs(layer, g.shape[1:])).to(g.device)
         noise = ColumnSums(self.checkpoint.config, layer, activation_errors)
+        found = _Found(None)
         if self.refinement is not None:
-            self.refinement.put_outputs(layer, g[:DRAWS].cpu().numpy())
+            kl, tie = g.cpu().numpy().reshape(2, DRAWS, -1, g.shape[-1])
+            found.ratios = self.refinement.layer(layer, kl, tie)
         sigma, random, observe = self.files.noise(layer), generator(0, layer), noise.observe
         sums, _ = backward_layer(
             g, inputs, self.checkpoint, layer, DRAWS, sigma, random, self.compute, report, observe
         )
-        specs, found, errors = list(self._specs(layer)), {}, noise.means()
+        specs, errors = list(self._specs(layer)), noise.means()
         prefix = f"model.layers.{layer}."
         for spec in specs:
             by_expert = [sums[source.removeprefix(prefix)] / tokens for source in spec.sources]
             row_costs = torch.stack(by_expert, dim=1).numpy()
             moments = self._second_moments(spec)
-            found[spec.name] = self._effects(spec, row_costs, moments, errors[spec.name])
+            self._measure(found, spec, row_costs, moments, errors[spec.name])
             report(tokens / len(specs))
         if layer == 0:
             self.provide(EMBEDDING, partial(report, 0))
             embedding = next(spec for spec in self._specs(None) if spec.role == "embedding")
-            found[embedding.name] = self._embedding(embedding, g)
-            if self.refinement is not None:
-                self.refinement.put_embedding(g[:DRAWS].cpu().numpy())
-        self.files.save_backward(layer, g.cpu().numpy(), found)
+            self._embedding(found, embedding, g)
+        found.save(self.files, layer, g)
 
-    def _embedding(self, spec: TensorSpec, g: Tensor) -> dict[str, Effect]:
+    def _embedding(self, found: "_Found", spec: TensorSpec, g: Tensor) -> None:
         """The cost of a row is its token's frequency; that of a column is the mean square of the
         gradients there."""
+        if self.refinement is not None:
+            gradients = g[:DRAWS].cpu().numpy()
+            found.ratios = self.refinement.embedding(spec, gradients, self.frequencies)
         squares = g.square().unflatten(0, (2, DRAWS))
         by_kind = squares.mean(dim=(1, 2, 3), dtype=torch.float64)
         row_costs = np.broadcast_to(self.frequencies, (2, 1, len(self.frequencies)))
-        return self._effects(spec, row_costs, by_kind[:, None].cpu().numpy())
+        self._measure(found, spec, row_costs, by_kind[:, None].cpu().numpy())
 
-    def _effects(
+    def _measure(
         self,
+        found: "_Found",
         spec: TensorSpec,
         row_costs: Floats,
         column_costs: Floats,
         input_errors: NDArray[np.float32] | None = None,
-    ) -> dict[str, Effect]:
-        """The effects of each type on a tensor and its inputs, and of `REFERENCE` on the tensor."""
+    ) -> None:
+        """Add the effects of each type on a tensor and its inputs, and of `REFERENCE` on the
+        tensor."""
 
         def rows_of(expert: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
             return read_rows(self.checkpoint, spec.sources[expert], rows)
 
         drawn = sample(spec, rows_of, row_costs, column_costs)
         effects, reference = measure(drawn, self.importance.get(spec.name), self.threads)
+        of_inputs = {}
         if input_errors is not None:
             of_inputs = dict(zip(BLOCKS, drawn.of_inputs(input_errors).tolist(), strict=True))
-            for kind, effect in effects.items():
-                damage, flips = of_inputs[TYPES[kind].block]
-                effects[kind] = Effect(effect.error, effect.damage + damage, effect.flips + flips)
-        return {**effects, REFERENCE: reference}
+        found.add(spec, MeasuredEffects(effects, of_inputs), reference, row_costs)
 
     def _second_moments(self, spec: TensorSpec) -> Floats:
         """The mean squares of a matrix's inputs: (1, experts, columns)."""
@@ -186,24 +193,44 @@ class Probe:
             if spec.layer == layer and is_quantisable(spec):
                 yield spec
 
-    def _sensitivity(self, found: Found, tokens: int, reference_kl: float) -> Sensitivity:
+    def _sensitivities(
+        self, found: Found, refined: Found | None, tokens: int, reference_kl: float
+    ) -> tuple[Sensitivity, Sensitivity | None]:
         """Scale the flips so that the prediction for `REFERENCE` equals the measured value."""
         reference = [by_type.pop(REFERENCE) for by_type in found.values()]
         damage = sum(effect.damage for effect in reference)
         flips = sum(effect.flips for effect in reference)
         scale = max(0.0, reference_kl - damage) ** 2 / flips if flips > 0 else 0.0
-        return Sensitivity(
-            geometry(self.checkpoint.config),
-            self.importance.sha256,
-            tokens,
-            REFERENCE,
-            reference_kl,
-            damage,
-            {
+
+        def sensitivity(effects: Found) -> Sensitivity:
+            scaled = {
                 name: {kind: replace(e, flips=e.flips * scale) for kind, e in by_type.items()}
-                for name, by_type in found.items()
-            },
-        )
+                for name, by_type in effects.items()
+            }
+            shape, sha256 = geometry(self.checkpoint.config), self.importance.sha256
+            return Sensitivity(shape, sha256, tokens, REFERENCE, reference_kl, damage, scaled)
+
+        return sensitivity(found), None if refined is None else sensitivity(refined)
+
+
+@dataclass
+class _Found:
+    """The effects of a layer's tensors, and those of refined rows if their `ratios` are known."""
+
+    ratios: RefinedRatios | None
+    effects: Found = field(default_factory=dict)
+    refined: Found = field(default_factory=dict)
+
+    def add(
+        self, spec: TensorSpec, measured: MeasuredEffects, reference: Effect, row_costs: Floats
+    ) -> None:
+        self.effects[spec.name] = {**measured.total(), REFERENCE: reference}
+        if self.ratios is not None:
+            self.refined[spec.name] = measured.total(self.ratios.of(spec, row_costs))
+
+    def save(self, files: ProbeFiles, layer: int, g: Tensor) -> None:
+        refined = None if self.ratios is None else self.refined
+        files.save_backward(layer, g.cpu().numpy(), self.effects, refined)
 
 
 def activation_errors(rows: Tensor) -> Tensor:
@@ -219,51 +246,3 @@ def _rounded(rows: Tensor, size: int) -> Tensor:
     scales = blocks.abs().amax(-1, keepdim=True) / _LEVELS
     rounded: Tensor = (blocks / scales.where(scales > 0, torch.ones_like(scales))).round_() * scales
     return rounded.flatten(-2)[..., :columns]
-
-
-class _Divergence:
-    """KL divergence of positions whose logits come in parts of the vocabulary."""
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        start = torch.full((rows,), -torch.inf, dtype=torch.float64, device=device)
-        self._lse_p, self._lse_q = start, start
-        self._mean = torch.zeros_like(start)  # of the logits' difference, under p
-
-    def add(self, p: Tensor, q: Tensor) -> None:
-        """Add both models' logits [rows, part of the vocabulary]."""
-        p, q = p.double(), q.double()
-        lse = self._lse_p.logaddexp(p.logsumexp(-1))
-        part = ((p - lse[:, None]).exp() * (p - q)).sum(-1)
-        self._mean = self._mean * (self._lse_p - lse).exp() + part
-        self._lse_p, self._lse_q = lse, self._lse_q.logaddexp(q.logsumexp(-1))
-
-    def total(self) -> float:
-        """The sum over all positions, in nats."""
-        return float((self._mean - self._lse_p + self._lse_q).sum())
-
-
-@torch.no_grad()
-def rounded_divergence(
-    exact: Tensor, rounded: Tensor, checkpoint: Checkpoint, rounding: Rounding, device: torch.device
-) -> float:
-    """Mean KL divergence, in nats, of the rounded model from the exact one, over all positions.
-
-    `exact` and `rounded` [chunks, positions, hidden] are the outputs of their last layers. The head
-    is rounded too; only a part of it is in memory as F32 at a time.
-
-    Raises:
-        CheckpointError: the head is missing or unreadable.
-    """
-    config = checkpoint.config
-    norm = read_tensor(checkpoint, "model.norm.weight").to(device).float()
-    blocks = [x.flatten(0, 1).split(_ROWS) for x in (exact, rounded)]
-    sums = [_Divergence(len(block), device) for block in blocks[0]]
-
-    def logits(block: Tensor, head: Tensor) -> Tensor:
-        return F.linear(rms_norm(block.to(device), norm, config.rms_norm_eps), head)
-
-    for rows in read_tensor(checkpoint, head_name(config)).split(_VOCABULARY):
-        exact_rows, rounded_rows = rows.to(device).float(), rounding(rows).to(device).float()
-        for divergence, p, q in zip(sums, *blocks, strict=True):
-            divergence.add(logits(p, exact_rows), logits(q, rounded_rows))
-    return sum(divergence.total() for divergence in sums) / exact[..., 0].numel()

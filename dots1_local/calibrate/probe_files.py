@@ -3,13 +3,14 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dots1_local.calibrate.refined_errors import JudgedMatrix, RefinedErrors
 from dots1_local.errors import Dots1Error
 from dots1_local.files.json_file import convert_json, parse_json
 from dots1_local.files.partial_file import open_partial
@@ -20,6 +21,12 @@ __all__ = ["ProbeFiles"]
 Floats = NDArray[np.float32]
 Effects = Mapping[str, Mapping[str, Effect]]  # by GGUF name and type
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Sample:
+    judged: str | None  # the name of the judged matrix
+    errors: Mapping[str, RefinedErrors]
 
 
 class ProbeFiles:
@@ -45,16 +52,39 @@ class ProbeFiles:
         """The noise that `save_forward` saved."""
         return self._read(self._path("noise", layer), float)
 
-    def save_backward(self, layer: int, gradients: Floats, effects: Effects) -> None:
+    def save_sample(
+        self, layer: int, errors: Mapping[str, RefinedErrors], judged: JudgedMatrix | None
+    ) -> None:
+        """Save what a sample of refined rows has found in a layer; the head is that after the last.
+
+        See `RefinementSample`.
+        """
+        if judged is not None:
+            parts = (judged.metric, judged.importance[None], judged.held_out)
+            self._save(self._path("judged", layer), np.concatenate(parts))
+        source = None if judged is None else judged.source
+        self._save(self._path("sample", layer), asdict(_Sample(source, errors)))
+
+    def sample(self, layer: int) -> tuple[Mapping[str, RefinedErrors], JudgedMatrix | None]:
+        """What `save_sample` saved."""
+        found = self._read(self._path("sample", layer), _Sample)
+        if found.judged is None:
+            return found.errors, None
+        parts = self._load(self._path("judged", layer), (-1, -1))
+        columns = parts.shape[1]
+        metric, (importance,), held_out = np.split(parts, (columns, columns + 1))
+        return found.errors, JudgedMatrix(found.judged, metric, held_out, importance)
+
+    def save_backward(
+        self, layer: int, gradients: Floats, effects: Effects, refined: Effects | None = None
+    ) -> None:
         """Save what was measured in a layer, and the gradients at its input.
 
-        The head counts as the layer after the last one.
+        `refined` are the effects of refined rows. The head counts as the layer after the last one.
         """
-        measured = {
-            name: {kind: asdict(effect) for kind, effect in by_type.items()}
-            for name, by_type in effects.items()
-        }
-        self._save(self._path("effects", layer), measured)
+        self._save_effects("effects", layer, effects)
+        if refined is not None:
+            self._save_effects("refined", layer, refined)
         self._save(self._path("back", layer), gradients)
         self._path("back", layer + 1).unlink(missing_ok=True)
 
@@ -67,15 +97,23 @@ class ProbeFiles:
         """The gradients that `save_backward` saved for the layer that is `reached`."""
         return self._load(self._path("back", layer), shape)
 
-    def effects(self, layers: int) -> dict[str, dict[str, Effect]]:
+    def effects(self, layers: int, *, refined: bool = False) -> dict[str, dict[str, Effect]]:
         """Everything that was measured, from the head back to the first layer."""
         found: dict[str, dict[str, Effect]] = {}
         for layer in range(layers, -1, -1):
-            found |= self._read(self._path("effects", layer), dict[str, dict[str, Effect]])
+            path = self._path("refined" if refined else "effects", layer)
+            found |= self._read(path, dict[str, dict[str, Effect]])
         return found
 
+    def _save_effects(self, name: str, layer: int, effects: Effects) -> None:
+        measured = {
+            tensor: {kind: asdict(effect) for kind, effect in by_type.items()}
+            for tensor, by_type in effects.items()
+        }
+        self._save(self._path(name, layer), measured)
+
     def _path(self, name: str, layer: int) -> Path:
-        suffix = "npy" if name in ("probe", "back") else "json"
+        suffix = "npy" if name in ("probe", "back", "judged") else "json"
         return self._work / f"{name}-{layer:04}.{suffix}"
 
     def _save(self, path: Path, value: Any) -> None:
@@ -86,9 +124,15 @@ class ProbeFiles:
                 file.write(json.dumps(value).encode())
 
     def _load(self, path: Path, shape: tuple[int, ...]) -> Floats:
+        """Load an array; -1 stands for any length."""
+
         def parse(file: IO[bytes]) -> Floats:
             values = np.lib.format.read_array(file, allow_pickle=False)
-            if values.dtype != np.float32 or values.shape != shape:
+            fits = len(values.shape) == len(shape)
+            fits = fits and all(
+                n in (-1, length) for n, length in zip(shape, values.shape, strict=True)
+            )
+            if values.dtype != np.float32 or not fits:
                 raise ValueError(f"it holds {values.dtype} {values.shape}")
             return np.asarray(values)
 

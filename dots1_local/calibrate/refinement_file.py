@@ -47,8 +47,10 @@ _TOKENS, _EMBEDDING = "tokens", "embedding"
 
 
 def refinement_bytes(config: Dots1Config) -> int:
-    """About the size of a model's refinement file."""
-    return (config.num_hidden_layers + 1) * _moment_bytes(config)
+    """About the size of a model's refinement file, with the space that making it needs."""
+    width = config.moe_intermediate_size
+    judged = 4 * width * (width + 513)  # one matrix of each layer: see `JudgedMatrix`
+    return (config.num_hidden_layers + 1) * (_moment_bytes(config) + judged)
 
 
 def _moment_bytes(config: Dots1Config) -> int:
@@ -226,12 +228,13 @@ class RefinementWriter:
         tensors = _tensors(tokens.shape, config)
         header, self._offsets = pack_header(tensors, metadata)
         self._path = path
+        start = header + tokens.astype("<i4").tobytes()
         end = max(self._offsets.values()) + _moment_bytes(config)
         if not resume:
             with open(path, "wb") as file:
-                file.write(header + tokens.astype("<i4").tobytes())
+                file.write(start)
                 file.truncate(end)
-        elif not path.is_file() or path.stat().st_size != end:
+        elif not _is_begun(path, start, end):
             raise Dots1Error(f"{path} is damaged; remove {path.parent} to start over")
 
     def put_outputs(self, layer: int, gradients: Floats) -> None:
@@ -247,3 +250,10 @@ class RefinementWriter:
         with open(self._path, "r+b") as file:
             write_all(file.fileno(), data.reshape(-1).data, self._offsets[name])
             os.fsync(file.fileno())
+
+
+def _is_begun(path: Path, start: bytes, size: int) -> bool:
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(start)) == start

@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CalibrateOptions", "calibrate"]
 
+_REFINED = {  # files, and their keys in --json
+    "refinement.safetensors": "refinement",
+    "sensitivity-refined.json": "refined_sensitivity",
+}
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CalibrateOptions:
@@ -95,7 +100,9 @@ def calibrate(options: CalibrateOptions) -> None:
 
     This writes DIR/imatrix.gguf, for --imatrix of dots1 convert and of llama-quantize, and
     DIR/sensitivity.json, which tells dots1 convert --calibration DIR what each type does to each
-    tensor. If a run is interrupted, the same command resumes it after the last finished layer.
+    tensor. With --refine it also writes refinement.safetensors and sensitivity-refined.json, for
+    dots1 convert --refine. If a run is interrupted, the same command resumes it after the last
+    finished layer.
 
     Examples:
 
@@ -121,11 +128,13 @@ def calibrate(options: CalibrateOptions) -> None:
     imatrix = options.output / "imatrix.gguf" if tokens.size else None
     measured = imatrix and not options.importance_only
     sensitivity = options.output / "sensitivity.json" if measured else None
+    refined = [options.output / name for name in _REFINED] if options.refine else []
     if options.json:
         print_json(
             {
                 "imatrix": imatrix and str(imatrix),
                 "sensitivity": sensitivity and str(sensitivity),
+                **dict(zip(_REFINED.values(), map(str, refined), strict=False)),
                 "tokens": tokens.size,
                 "layers": [asdict(layer) for layer in coverage],
                 "logits": options.logits and str(options.logits),
@@ -134,7 +143,7 @@ def calibrate(options: CalibrateOptions) -> None:
     elif coverage:
         _show(coverage, options.shrink_below)
     if imatrix is not None:
-        also = f" and {sensitivity}" if sensitivity else ""
+        also = "".join(f" and {path}" for path in (sensitivity, *refined) if path)
         notice(f"wrote {imatrix}{also} from {tokens.size:,} tokens")
     if options.logits is not None:
         notice(f"wrote {options.logits} ({human_bytes(options.logits.stat().st_size)})")

@@ -149,7 +149,7 @@ def test_full_disk_in_the_end_loses_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dots1_local.calibrate.calibrate.write_imatrix", full)
+        patch.setattr("dots1_local.calibrate.calibration_results.write_imatrix", full)
         with pytest.raises(Dots1Error, match=r"disk is full.*/out\b"):
             calibrate(micro, tmp_path / "out", random_tokens(6), threads=1, sensitivity=False)
     assert run(micro, tmp_path / "out", random_tokens(6)) == expected

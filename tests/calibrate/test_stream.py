@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 
-from dots1_local.calibrate.probe import rounded_divergence
+from dots1_local.calibrate.rounded_divergence import rounded_divergence
 from dots1_local.calibrate.router_flips import RouterNoise
 from dots1_local.calibrate.stream import Segment, embed, forward_layer, rounding_to
 from dots1_local.files.checkpoint import Checkpoint
@@ -109,8 +109,8 @@ def test_divergence_equals_that_of_the_whole_models(
         for change in (unchanged, rounded)
     )  # fmt: skip
     expected = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    monkeypatch.setattr("dots1_local.calibrate.probe._VOCABULARY", 100)
-    monkeypatch.setattr("dots1_local.calibrate.probe._ROWS", 7)
+    monkeypatch.setattr("dots1_local.calibrate.rounded_divergence._VOCABULARY", 100)
+    monkeypatch.setattr("dots1_local.calibrate.rounded_divergence._ROWS", 7)
     x = streamed(checkpoint, tokens.repeat(2, 1), Segment(0, 2), Segment(2, 4, rounding=Q4_0))
     measured = rounded_divergence(x[:2], x[2:], checkpoint, Q4_0, CPU)
     assert measured == pytest.approx(expected, rel=1e-4)

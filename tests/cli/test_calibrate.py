@@ -74,6 +74,23 @@ def test_scripts_get_coverage_as_json(micro: Path, text: Path, tmp_path: Path) -
     assert not (tmp_path / "only" / "sensitivity.json").exists()
 
 
+def test_refining_writes_two_more_files(micro: Path, text: Path, tmp_path: Path) -> None:
+    result = run(micro, "-f", text, "-o", tmp_path / "out", "-c", 32, "--refine", "--json")
+    found = json.loads(result.stdout)
+    names = {
+        "imatrix": "imatrix.gguf",
+        "sensitivity": "sensitivity.json",
+        "refinement": "refinement.safetensors",
+        "refined_sensitivity": "sensitivity-refined.json",
+    }
+    assert {key: found[key] for key in names} == {
+        key: str(tmp_path / "out" / name) for key, name in names.items()
+    }
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {*names.values(), "calibration.json"}
+    assert all(name in result.stderr for name in names.values())
+
+
 def test_refining_needs_a_text_and_both_passes(micro: Path, text: Path, tmp_path: Path) -> None:
     logits = ["--logits", tmp_path / "base.kld", "--logits-text", text]
     result = run(micro, *logits, "-o", tmp_path / "out", "--refine")

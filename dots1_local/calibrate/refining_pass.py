@@ -5,7 +5,7 @@ inputs goes to a sink, which refines the matrix and drops the moment. The residu
 files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from dots1_local.calibrate.stream import Segment, embed, forward_layer, observe_
 from dots1_local.calibrate.stream_files import StreamFiles
 from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.hub.pass_shards import EMBEDDING, HEAD, Provide, on_disk
 from dots1_local.reference.model import Compute, head_name
 
 __all__ = ["RefiningPass", "RefiningSink"]
@@ -32,6 +33,9 @@ class RefiningSink(MomentSink, Protocol):
 
     Methods may block while matrices are refined.
     """
+
+    def embedding(self) -> None:
+        """Refine the embedding, which needs no moment of the pass."""
 
     def begin(self, layer: int | None) -> bool:
         """Begin a layer; return whether its moments are needed."""
@@ -55,24 +59,29 @@ class RefiningPass:
     report: Callable[[str], None]
 
     @torch.no_grad()
-    def run(self, sink: RefiningSink) -> None:
-        """Pass all layers that are not finished, and hand their moments to `sink`.
+    def run(self, sink: RefiningSink, steps: Sequence[str], provide: Provide = on_disk) -> None:
+        """Pass the `steps` that are left, and hand their moments to `sink`.
 
         Raises:
             CheckpointError: a tensor is missing or unreadable, or a result is NaN or infinite.
-            Dots1Error: the disk is full.
+            Dots1Error: the disk is full, or a shard cannot be fetched.
         """
         torch.set_num_threads(self.threads)
-        files = self.files
-        if files.finished is None:
-            self.report("embedding")
-            embed(self.checkpoint, torch.from_numpy(self.tokens), files.working.after)
-            files.finish_layer()
-        for layer in range(files.finished or 0, self.checkpoint.config.num_hidden_layers):
-            self._pass_layer(layer, sink)
-        if sink.begin(None):
-            self._head(sink)
-        sink.finish(None)
+        for step in steps:
+            provide(step, self.report)
+            if step == EMBEDDING:
+                self._embed(sink)
+            elif step == HEAD:
+                self._head(sink)
+            else:
+                self._pass_layer(self.files.finished or 0, sink)
+
+    def _embed(self, sink: RefiningSink) -> None:
+        self.report("embedding")
+        sink.embedding()
+        if self.files.finished is None:
+            embed(self.checkpoint, torch.from_numpy(self.tokens), self.files.working.after)
+            self.files.finish_layer()
 
     def _pass_layer(self, layer: int, sink: RefiningSink) -> None:
         moments = LayerMoments(layer, sink) if sink.begin(layer) else None
@@ -103,7 +112,9 @@ class RefiningPass:
 
     def _head(self, sink: RefiningSink) -> None:
         self.report("head")
-        moments, name = Moments(), head_name(self.checkpoint.config)
-        observe_head(self.files.stream, self.checkpoint, moments.observe, self.compute.device)
-        moment = moments.take(name)
-        sink.common({name: moment} if moment else {})
+        if sink.begin(None):
+            moments, name = Moments(), head_name(self.checkpoint.config)
+            observe_head(self.files.stream, self.checkpoint, moments.observe, self.compute.device)
+            moment = moments.take(name)
+            sink.common({name: moment} if moment else {})
+        sink.finish(None)

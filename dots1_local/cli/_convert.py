@@ -293,6 +293,7 @@ def _run(
             precision=options.precision,
             progress=progress,
             on_resume=notice_resumed,
+            notify=notice,
         )
 
 

@@ -4,8 +4,7 @@
 """
 
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from operator import attrgetter
@@ -15,19 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from gguf import GGUFWriter
 
 from dots1_local.convert.budget import Budget, load_calibration, load_refinement, predicted_kl
-from dots1_local.convert.from_hub import fetch_shards, shards_folder
 from dots1_local.convert.metadata import end_tokens, write_metadata
-from dots1_local.convert.pipeline import Encoder, Pipeline, verify_layout
+from dots1_local.convert.pipeline import EncoderName, encoder_named
 from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
-from dots1_local.convert.writer import Journal, Output, aligned_bytes, lay_out
-from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.convert.writer import Output, aligned_bytes, lay_out
+from dots1_local.convert.writing import Result, Writing
+from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
-from dots1_local.files.partial_file import check_target
-from dots1_local.hub.shard_supply import remove_shards
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.allocate import Allocator
 from dots1_local.quant.allocation import Allocation
-from dots1_local.quant.encode import encode
 from dots1_local.quant.imatrix_file import load_importance
 from dots1_local.quant.importance import Importance
 from dots1_local.quant.plan import PlannedTensor, QuantPlan, parse_overrides
@@ -36,23 +32,11 @@ from dots1_local.quant.stock import require_importance
 
 if TYPE_CHECKING:
     from dots1_local.calibrate.refinement_file import RefinementData
-    from dots1_local.convert.refined_results import TensorResult
     from dots1_local.convert.refining import Refining
 
 __all__ = ["Budget", "Conversion", "Result", "convert_checkpoint"]
 
-EncoderName = Literal["ggml", "fast"]
 Precision = Literal["F32", "BF16"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished conversion wrote."""
-
-    paths: tuple[Path, ...]
-    nbytes: int
-    resumed_tensors: int
-    refined: "tuple[TensorResult, ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -114,6 +98,8 @@ class Conversion:
                 raise UsageError("refinement needs the folder of a calibration for refinement")
             return conversion
         folder = Path(calibration)
+        if refine:
+            _check_refinable(conversion.tensors)
         predicted = predicted_kl(folder, source.config, recipe, importance, refine=refine)
         refinement = load_refinement(folder, source) if refine else None
         return replace(conversion, predicted_kl=predicted, refinement=refinement)
@@ -211,6 +197,7 @@ class Conversion:
         precision: Precision = "F32",
         progress: Progress = silent,
         on_resume: Progress = silent,
+        notify: Callable[[str], None] = lambda sentence: None,
     ) -> Result:
         """Write the file; an interrupted run of the same conversion is resumed.
 
@@ -221,7 +208,8 @@ class Conversion:
 
         With the `encoder` "fast", ggml does not encode the types that `refine.fast_encoder` encodes
         better. Refinement computes the layers on the torch `device`, by default a GPU if there is
-        one, and multiplies in `precision`.
+        one, and multiplies in `precision`. It reads shards in the order of the layers; `notify`
+        hears how many bytes it fetches with `low_disk`.
 
         Raises:
             Dots1Error: the output exists, cannot be written or does not fit the disk, a weight
@@ -231,31 +219,22 @@ class Conversion:
         """
         path = Path(output)
         path = path.resolve() if os.path.islink(path) else path  # replace the target, not the link
-        laid_out, source = self._lay_out(path, split_max_size), self.checkpoint
-        refining, encode_rows = self._refining(device, precision), _encoder(encoder)
-        try:
-            _check_target(laid_out, force, source.shards)
-            if refining:
-                refining.check_space(source, laid_out)
-            shards = fetch_shards(source, laid_out, self.tensors, low_disk, progress)
-        except OSError as error:
-            raise Dots1Error(f"cannot use {error.filename or path}: {error.strerror}") from None
-        fingerprint = self._fingerprint(encoder, refining)
-        with (
-            Journal(laid_out, fingerprint, progress, source.fingerprint) as journal,
-            shards.without(journal.done) if shards else nullcontext() as supply,
-        ):
-            if journal.done:
-                on_resume(len(journal.done), len(self.tensors), "tensors", "")
-            source = supply.checkpoint if supply else source
-            refined = refining.run(source, journal, threads, progress) if refining else ()
-            Pipeline(source, journal, self.importance, threads, supply, encode_rows).run(progress)
-            verify_layout(laid_out)
-            journal.publish()
-        remove_shards(shards_folder(laid_out))
-        if refining:
-            refining.files(source, laid_out).remove()
-        return Result(laid_out.paths, laid_out.total_bytes, len(journal.done), refined)
+        refining = self._refining(device, precision)
+        return Writing(
+            self.checkpoint,
+            self._lay_out(path, split_max_size),
+            self.tensors,
+            self.importance,
+            refining,
+            self._fingerprint(encoder, refining),
+            encoder_named(encoder),
+            threads,
+            force,
+            low_disk,
+            progress,
+            on_resume,
+            notify,
+        ).run()
 
     def _refining(self, device: str | None, precision: Precision) -> "Refining | None":
         if self.refinement is None or self.importance is None:
@@ -301,25 +280,13 @@ def convert_checkpoint(
     return conversion.run(output, **options)
 
 
-def _encoder(name: EncoderName) -> Encoder:
-    """Return the encoder of this name.
+def _check_refinable(tensors: Sequence[PlannedTensor]) -> None:
+    from dots1_local.refine.blocks import refinable  # decodes codebooks
 
-    Raises:
-        Dots1Error: the kernels of the fast encoder cannot be compiled.
-    """
-    if name == "ggml":
-        return encode
-    from dots1_local.refine.fast_encoder import best_encode  # compiles the kernels
-
-    return best_encode
+    if not any(refinable(tensor.kind) for tensor in tensors):
+        kinds = ", ".join(sorted({tensor.kind.name for tensor in tensors}))
+        raise UsageError(f"there is nothing to refine in tensors of {kinds}; leave --refine out")
 
 
 def _opened(checkpoint: str | Path | Checkpoint) -> Checkpoint:
     return checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-
-
-def _check_target(output: Output, force: bool, sources: Sequence[Path]) -> None:
-    for path in output.paths:
-        if path.is_file() and any(path.samefile(each) for each in sources if each.exists()):
-            raise Dots1Error(f"{path} is part of the checkpoint; write to another file")
-        check_target(path, force=force)

@@ -14,7 +14,7 @@ from dots1_local.hub.shard_supply import ShardSupply, shards_ahead
 from dots1_local.progress import Progress
 from dots1_local.quant.plan import PlannedTensor
 
-__all__ = ["fetch_shards", "order_of", "shards_folder"]
+__all__ = ["fetch_shards", "order_of", "refuse_other_commit", "shards_folder"]
 
 
 def fetch_shards(
@@ -37,7 +37,7 @@ def fetch_shards(
         if low_disk:
             raise UsageError(f"{checkpoint.source} is on the disk already; leave --low-disk out")
         return None
-    _refuse_other_commit(checkpoint, output)
+    refuse_other_commit(checkpoint, output)
     cache = ShardCache(checkpoint)
     need = DiskNeed(output.path, output.total_bytes, output.partials, output.path.name)
     if low_disk:
@@ -79,8 +79,14 @@ def _plan_low_disk(
     return ShardSupply(checkpoint.with_shards_in(folder, list(order.sizes)), order, folder, ahead)
 
 
-def _refuse_other_commit(checkpoint: HubCheckpoint, output: Output) -> None:
-    """Refuse a branch that moved since a run was interrupted; that run's work would be lost."""
+def refuse_other_commit(checkpoint: Checkpoint, output: Output) -> None:
+    """Refuse a branch that moved since a run was interrupted; that run's work would be lost.
+
+    Raises:
+        CheckpointError: the revision names another commit than when this output was begun.
+    """
+    if not isinstance(checkpoint, HubCheckpoint):
+        return
     begun, repo = interrupted_source(output), checkpoint.repo
     name, _, commit = begun.partition("@")
     if name == repo.name and commit != repo.commit:

@@ -8,11 +8,11 @@ another at a tensor's end, and memory holds a few megabytes per core.
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,10 @@ from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import bad_blocks, encode
 from dots1_local.quant.importance import Importance
 
-__all__ = ["Encoder", "Pipeline", "verify_layout"]
+__all__ = ["Encoder", "EncoderName", "Pipeline", "encoder_named", "verify_layout"]
 
 Encoder = Callable[[NDArray[np.float32], QuantType, NDArray[np.float32] | None], NDArray[np.uint8]]
+EncoderName = Literal["ggml", "fast"]
 """Called with rows (n, columns), their type, and importance (columns,); returns their blocks."""
 
 _BLOCK = 1 << 20  # weights encoded at a time
@@ -47,6 +48,19 @@ class _RowBlock:
     expert: int
     start: int
     stop: int
+
+
+def encoder_named(name: EncoderName) -> Encoder:
+    """Return the encoder of this name.
+
+    Raises:
+        Dots1Error: the kernels of the fast encoder cannot be compiled.
+    """
+    if name == "ggml":
+        return encode
+    from dots1_local.refine.fast_encoder import best_encode  # compiles the kernels
+
+    return best_encode
 
 
 class Pipeline:
@@ -73,8 +87,8 @@ class Pipeline:
         self._local = threading.local()
         self._sources: dict[Path, int] = {}
 
-    def run(self, progress: Progress = silent) -> None:
-        """Encode and write every tensor that the journal does not hold yet.
+    def run(self, progress: Progress = silent, names: Collection[str] | None = None) -> None:
+        """Encode and write every tensor, or those of `names`, that the journal does not hold yet.
 
         Raises:
             CheckpointError: a weight is NaN or infinite, or a shard ends early.
@@ -84,6 +98,8 @@ class Pipeline:
         total = sum(slot.tensor.nbytes for slot in slots)
         left = [slot for slot in slots if slot.tensor.spec.name not in self._journal.finished]
         done = total - sum(slot.tensor.nbytes for slot in left)
+        if names is not None:
+            left = [slot for slot in left if slot.tensor.spec.name in names]
         supply = self._supply
 
         def report(what: str) -> None:

@@ -5,69 +5,39 @@ share a metric. Another matrix is cut into rows, unless the metric of its output
 What becomes of a matrix does not depend on the number of threads.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dots1_local.architecture import TensorSpec
 from dots1_local.calibrate.layer_moments import ExpertMoments, shrunk_moment
 from dots1_local.calibrate.moments import Moment, moment_name
 from dots1_local.calibrate.refinement_file import RefinementData
 from dots1_local.convert.bounded_pool import BoundedPool
 from dots1_local.convert.refined_matrix import Encoded, Piece, pieces_of
-from dots1_local.convert.refined_results import MatrixResult, TensorResult, append_result
-from dots1_local.convert.writer import Journal, TensorSlot
+from dots1_local.convert.refined_writer import TensorWriter
+from dots1_local.convert.writer import TensorSlot
 from dots1_local.files.checkpoint import Checkpoint
-from dots1_local.files.partial_file import disk_errors
 from dots1_local.quant.importance import Importance
+from dots1_local.refine.blocks import refinable
 from dots1_local.refine.metric import Metric, input_metric, output_metric
 
-__all__ = ["RefinedTensors", "TensorWriter"]
+__all__ = ["RefinedTensors"]
 
 Floats = NDArray[np.float32]
 
 _TO_RESIDUAL = ("attn_output", "ffn_down", "ffn_down_shexp", "ffn_down_exps")
 
 
-class TensorWriter:
-    """Writes pieces of tensors in any order, and journals a tensor when all its pieces are there.
-
-    What was found goes to the file `results`. `written` is called with the bytes of each piece.
-    """
-
-    def __init__(self, journal: Journal, results: Path, written: Callable[[int], None]) -> None:
-        self._journal, self._results, self._written = journal, results, written
-        self._open: dict[str, dict[int, tuple[tuple[int, int], MatrixResult]]] = {}
-
-    def accept(self, pieces: Sequence[Encoded]) -> None:
-        """Write pieces.
-
-        Raises:
-            Dots1Error: the disk is full.
-        """
-        for encoded in pieces:
-            slot = encoded.piece.slot
-            written = self._journal.write(slot, encoded.data, encoded.piece.offset)
-            there = self._open.setdefault(slot.tensor.spec.name, {})
-            there[encoded.piece.number] = written, encoded.result
-            self._written(encoded.data.nbytes)
-            if len(there) == encoded.piece.count:
-                self._finish(slot)
-
-    def _finish(self, slot: TensorSlot) -> None:
-        name = slot.tensor.spec.name
-        there = [found for _, found in sorted(self._open.pop(name).items())]
-        with disk_errors(self._journal.output.path):
-            append_result(self._results, TensorResult(name, tuple(each for _, each in there)))
-        self._journal.finish(slot, [written for written, _ in there])
-
-
 class RefinedTensors:
-    """Refines the tensors of `slots` with `threads` workers, in a `with` statement."""
+    """Converts the tensors of `slots` with `threads` workers, in a `with` statement.
+
+    Tensors that cannot be refined are left to `convert_plainly`, which is called with their names.
+    """
 
     def __init__(
         self,
@@ -76,10 +46,11 @@ class RefinedTensors:
         data: RefinementData,
         importance: Importance,
         writer: TensorWriter,
+        convert_plainly: Callable[[Collection[str]], None],
         threads: int,
     ) -> None:
         self._checkpoint, self._slots, self._data = checkpoint, slots, data
-        self._importance = importance
+        self._importance, self._convert_plainly = importance, convert_plainly
         self._tasks = BoundedPool(threads, writer.accept)
         self._layer: list[TensorSlot] = []
         self._columns: dict[str, Floats | None] = {}  # importance of the layer's tensors
@@ -95,8 +66,7 @@ class RefinedTensors:
 
     def embedding(self) -> None:
         """Refine the embedding, whose metric is in the calibration folder."""
-        self._layer = [slot for slot in self._slots if slot.tensor.spec.role == "embedding"]
-        self._read_importance()
+        self._select(lambda spec: spec.role == "embedding")
         for slot in self._layer:
             moment = input_metric(self._data.embedding_moment(), self._data.gradients)
             self._rows(slot, Metric(moment), None)
@@ -104,12 +74,7 @@ class RefinedTensors:
 
     def begin(self, layer: int | None) -> bool:
         """Begin a layer; return whether any of its tensors is to be refined."""
-        self._layer = [
-            slot
-            for slot in self._slots
-            if slot.tensor.spec.layer == layer and slot.tensor.spec.role != "embedding"
-        ]
-        self._read_importance()
+        self._select(lambda spec: spec.layer == layer and spec.role != "embedding")
         self._outputs = None
         if layer is not None and any(map(_couples_rows, self._layer)):
             self._outputs = output_metric(self._data.output_moment(layer))
@@ -140,9 +105,14 @@ class RefinedTensors:
         """Wait for all tensors of the layer."""
         self._tasks.drain()
 
-    def _read_importance(self) -> None:
+    def _select(self, belongs: Callable[[TensorSpec], bool]) -> None:
+        """Begin with some of the tensors, and convert those that cannot be refined."""
+        mine = [slot for slot in self._slots if belongs(slot.tensor.spec)]
+        self._layer = [slot for slot in mine if refinable(slot.tensor.kind)]
         specs = [slot.tensor.spec for slot in self._layer]
         self._columns = {spec.name: self._importance.for_tensor(spec) for spec in specs}
+        if others := {slot.tensor.spec.name for slot in mine} - {spec.name for spec in specs}:
+            self._convert_plainly(others)
 
     def _rows(self, slot: TensorSlot, metric: Metric, held_out: Floats | None) -> None:
         _ = metric.factor  # threads may share a metric that has it

@@ -5,31 +5,33 @@ Work in progress lies in `NAME.refine`, beside the output. The journal's lock ho
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
 from threadpoolctl import threadpool_limits
 
+from dots1_local.architecture import Dots1Config
 from dots1_local.calibrate.calibrate import find_device
 from dots1_local.calibrate.refinement_file import RefinementData
 from dots1_local.calibrate.refining_pass import RefiningPass
 from dots1_local.calibrate.stream_files import StreamFiles
-from dots1_local.convert.refined import RefinedTensors, TensorWriter
+from dots1_local.convert.pipeline import Encoder, Pipeline
+from dots1_local.convert.refined import RefinedTensors
 from dots1_local.convert.refined_results import TensorResult, load_results
+from dots1_local.convert.refined_writer import TensorWriter
 from dots1_local.convert.writer import Journal, Output, TensorSlot
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
-from dots1_local.files.gguf import cores
-from dots1_local.files.partial_file import check_space
+from dots1_local.files.partial_file import DiskNeed
+from dots1_local.hub.pass_shards import EMBEDDING, PassShards, Provide, forward_steps
 from dots1_local.progress import Progress
 from dots1_local.quant.importance import Importance
 from dots1_local.reference.model import Compute
-from dots1_local.refine.blocks import refinable
 from dots1_local.refine.kernels import build_id
 
-__all__ = ["Refining"]
+__all__ = ["RefinedConversion", "Refining"]
 
 
 @dataclass(frozen=True)
@@ -53,86 +55,94 @@ class Refining:
         identity = f"{checkpoint.fingerprint} {self.fingerprint()}"
         return StreamFiles(folder, identity, shape, at_most)
 
-    def check_space(self, checkpoint: Checkpoint, output: Output) -> None:
-        """Refuse a disk that cannot hold the output and the files of the pass.
-
-        Raises:
-            Dots1Error: the disk is too small.
-            OSError: the disk does not tell its free space.
-        """
+    def need(self, checkpoint: Checkpoint, output: Output) -> DiskNeed:
+        """The disk space of the output, and of the files of the pass."""
         files = self.files(checkpoint, output)
-        what = f"{output.path.name} with the states of {self.data.tokens.size:,} tokens"
-        needed = output.total_bytes + files.nbytes
-        check_space(output.path, needed, [*output.partials, *files.present], what=what)
+        return DiskNeed(
+            output.path,
+            output.total_bytes + files.nbytes,
+            [*output.partials, *files.present],
+            f"{output.path.name} with the states of {self.data.tokens.size:,} tokens",
+        )
 
-    def run(
-        self, checkpoint: Checkpoint, journal: Journal, threads: int | None, progress: Progress
-    ) -> tuple[TensorResult, ...]:
-        """Refine and write all tensors of types that can be refined and are not journaled yet.
 
-        Returns what was found for each, also in an earlier run.
+@dataclass(frozen=True)
+class RefinedConversion:
+    """A conversion to the files of `journal`, in the order of the layers."""
+
+    how: Refining
+    shards: PassShards
+    journal: Journal
+    threads: int
+    encoder: Encoder
+    progress: Progress
+    notify: Callable[[str], None]
+
+    def run(self) -> tuple[TensorResult, ...]:
+        """Write all tensors that are not journaled yet; refine those of types that can be refined.
+
+        Returns what was found for each refined tensor, also in an earlier run.
 
         Raises:
             CheckpointError: a weight or a result is NaN or infinite, or a shard ends early.
-            Dots1Error: the disk is full, or there is too little memory.
+            Dots1Error: the disk is full, a shard cannot be fetched, or there is too little memory.
         """
-        slots = [slot for slot in journal.output.slots if refinable(slot.tensor.kind)]
-        left = [slot for slot in slots if slot.tensor.spec.name not in journal.done]
-        files = self.files(checkpoint, journal.output, _first_layer(left, checkpoint))
+        slots = self.journal.output.slots
+        left = [slot for slot in slots if slot.tensor.spec.name not in self.journal.done]
+        config = self.shards.checkpoint.config
+        at_most = _first_layer(left, config)
+        files = self.how.files(self.shards.checkpoint, self.journal.output, at_most)
         if left:
-            workers, report = threads or cores(), _Report(journal, progress)
-            writer = TensorWriter(journal, files.results, report.written)
             # Each worker multiplies matrices on its own core.
-            with files, _memory_errors(workers), threadpool_limits(1, user_api="blas"):
-                self._refine(checkpoint, left, files, writer, workers, report.at)
+            with files, _memory_errors(self.threads), threadpool_limits(1, user_api="blas"):
+                steps = _steps(left, files.finished, config.num_hidden_layers)
+                self.shards.announce({"the refining pass": steps}, self.notify)
+                with self.shards.over(steps) as provide:
+                    self._refine(left, files, steps, provide)
         results = load_results(files.results)
         names = [slot.tensor.spec.name for slot in slots]
         return tuple(results[name] for name in names if name in results)
 
     def _refine(
-        self,
-        checkpoint: Checkpoint,
-        slots: Sequence[TensorSlot],
-        files: StreamFiles,
-        writer: TensorWriter,
-        workers: int,
-        report: Callable[[str], None],
+        self, slots: Sequence[TensorSlot], files: StreamFiles, steps: list[str], provide: Provide
     ) -> None:
-        compute = Compute(find_device(self.device), self.bf16)
+        checkpoint, how = self.shards.checkpoint, self.how
+        compute, tokens = Compute(find_device(how.device), how.bf16), how.data.tokens
+        writer = TensorWriter(self.journal, files.results, self.progress)
+        streamed = RefiningPass(checkpoint, tokens, compute, self.threads, files, writer.at)
         with RefinedTensors(
-            checkpoint, slots, self.data, self.importance, writer, workers
+            checkpoint,
+            slots,
+            how.data,
+            how.importance,
+            writer,
+            self._convert_plainly,
+            self.threads,
         ) as refined:
-            refined.embedding()
-            if any(slot.tensor.spec.role != "embedding" for slot in slots):
-                tokens = self.data.tokens
-                RefiningPass(checkpoint, tokens, compute, workers, files, report).run(refined)
+            streamed.run(refined, steps, provide)
+
+    def _convert_plainly(self, names: Collection[str]) -> None:
+        Pipeline(
+            self.shards.checkpoint,
+            self.journal,
+            self.how.importance,
+            self.threads,
+            encoder=self.encoder,
+        ).run(self.progress, names)
 
 
-def _first_layer(slots: Sequence[TensorSlot], checkpoint: Checkpoint) -> int:
+def _steps(slots: Sequence[TensorSlot], finished: int | None, layers: int) -> list[str]:
+    """The steps of the pass that these tensors and a stream after `finished` layers leave over."""
+    roles = {slot.tensor.spec.role for slot in slots}
+    passed = forward_steps(layers, finished or 0) if roles - {"embedding"} else []
+    first = [EMBEDDING] if "embedding" in roles or finished is None else []
+    return [*first, *(step for step in passed if step != EMBEDDING)]
+
+
+def _first_layer(slots: Sequence[TensorSlot], config: Dots1Config) -> int:
     """The first layer with a tensor in `slots`; the head comes after the last layer."""
     layers = (slot.tensor.spec.layer for slot in slots)
-    return min(
-        (layer for layer in layers if layer is not None),
-        default=checkpoint.config.num_hidden_layers,
-    )
-
-
-class _Report:
-    """Reports the written bytes of a conversion, with what is computed."""
-
-    def __init__(self, journal: Journal, progress: Progress) -> None:
-        slots = journal.output.slots
-        self._total = sum(slot.tensor.nbytes for slot in slots)
-        self._done = sum(s.tensor.nbytes for s in slots if s.tensor.spec.name in journal.done)
-        self._progress, self._what = progress, ""
-
-    def at(self, what: str) -> None:
-        self._what = what
-        self._progress(self._done, self._total, "bytes", what)
-
-    def written(self, nbytes: int) -> None:
-        self._done += nbytes
-        self.at(self._what)
+    return min((layer for layer in layers if layer is not None), default=config.num_hidden_layers)
 
 
 @contextmanager

@@ -23,9 +23,9 @@ SHAPE = {
 }
 
 
-def small_checkpoint(folder: Path, **changes: Any) -> Path:
-    """One dense and two MoE layers whose rows fit every type if experts are padded."""
-    return micro_checkpoint(folder, shards=3, **(SHAPE | changes))
+def small_checkpoint(folder: Path, shards: int = 3, **changes: Any) -> Path:
+    """One dense layer and MoE layers, whose rows fit every type if experts are padded."""
+    return micro_checkpoint(folder, shards=shards, **(SHAPE | changes))
 
 
 def random_tokens(chunks: int = 20, n_ctx: int = 32) -> NDArray[np.int32]:

@@ -23,6 +23,7 @@ from dots1_local.convert.refined_writer import TensorWriter
 from dots1_local.convert.writer import TensorSlot
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.importance import Importance
+from dots1_local.refine.arrays import Arrays
 from dots1_local.refine.blocks import refinable
 from dots1_local.refine.metric import Metric, input_metric, output_metric
 
@@ -34,7 +35,7 @@ _TO_RESIDUAL = ("attn_output", "ffn_down", "ffn_down_shexp", "ffn_down_exps")
 
 
 class RefinedTensors:
-    """Converts the tensors of `slots` with `threads` workers, in a `with` statement.
+    """Converts the tensors of `slots` with `threads` workers and `arrays`, in a `with` statement.
 
     Tensors that cannot be refined are left to `convert_plainly`, which is called with their names.
     """
@@ -48,10 +49,11 @@ class RefinedTensors:
         writer: TensorWriter,
         convert_plainly: Callable[[Collection[str]], None],
         threads: int,
+        arrays: Arrays,
     ) -> None:
         self._checkpoint, self._slots, self._data = checkpoint, slots, data
         self._importance, self._convert_plainly = importance, convert_plainly
-        self._tasks = BoundedPool(threads, writer.accept)
+        self._tasks, self._arrays = BoundedPool(threads, writer.accept), arrays
         self._layer: list[TensorSlot] = []
         self._columns: dict[str, Floats | None] = {}  # importance of the layer's tensors
         self._outputs: Floats | None = None  # of the layer
@@ -115,7 +117,7 @@ class RefinedTensors:
             self._convert_plainly(others)
 
     def _rows(self, slot: TensorSlot, metric: Metric, held_out: Floats | None) -> None:
-        _ = metric.factor  # threads may share a metric that has it
+        _ = metric.on(self._arrays).factor  # threads may share a metric that has it
         for piece in pieces_of(slot, whole=metric.outputs is not None):
             self._tasks.submit(partial(self._refine, [piece], metric, held_out))
 
@@ -123,7 +125,9 @@ class RefinedTensors:
         self, pieces: Sequence[Piece], metric: Metric, held_out: Floats | None
     ) -> list[Encoded]:
         return [
-            piece.refine(self._checkpoint, metric, held_out, self._columns[piece.tensor])
+            piece.refine(
+                self._checkpoint, metric, held_out, self._columns[piece.tensor], self._arrays
+            )
             for piece in pieces
         ]
 

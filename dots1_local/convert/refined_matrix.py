@@ -13,6 +13,7 @@ from dots1_local.convert.writer import TensorSlot
 from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.encode import bad_blocks, encode
+from dots1_local.refine.arrays import Arrays
 from dots1_local.refine.matrix import ROUNDS, refine_matrix
 from dots1_local.refine.metric import Metric
 
@@ -40,6 +41,7 @@ class Piece:
         metric: Metric,
         held_out: Floats | None,
         importance: Floats | None,
+        arrays: Arrays,
     ) -> "Encoded":
         """Refine the rows; `importance` (sources, columns) is what ggml's encoder gets.
 
@@ -57,6 +59,7 @@ class Piece:
             columns=spec.columns,
             importance=None if own is None else own[: weights.shape[1]],
             rounds=ROUNDS,
+            arrays=arrays,
         )
         if bad_blocks(refined.data, kind.name).size:
             raise CheckpointError(

@@ -29,6 +29,7 @@ from dots1_local.hub.pass_shards import EMBEDDING, PassShards, Provide, forward_
 from dots1_local.progress import Progress
 from dots1_local.quant.importance import Importance
 from dots1_local.reference.model import Compute
+from dots1_local.refine.arrays import arrays_on
 from dots1_local.refine.kernels import build_id
 
 __all__ = ["RefinedConversion", "Refining"]
@@ -107,7 +108,8 @@ class RefinedConversion:
         self, slots: Sequence[TensorSlot], files: StreamFiles, steps: list[str], provide: Provide
     ) -> None:
         checkpoint, how = self.shards.checkpoint, self.how
-        compute, tokens = Compute(find_device(how.device), how.bf16), how.data.tokens
+        device, tokens = find_device(how.device), how.data.tokens
+        compute = Compute(device, how.bf16)
         writer = TensorWriter(self.journal, files.results, self.progress)
         streamed = RefiningPass(checkpoint, tokens, compute, self.threads, files, writer.at)
         with RefinedTensors(
@@ -118,6 +120,7 @@ class RefinedConversion:
             writer,
             self._convert_plainly,
             self.threads,
+            arrays_on(str(device) if device.type == "cuda" else None),
         ) as refined:
             streamed.run(refined, steps, provide)
 

@@ -68,7 +68,8 @@ class Kernels:
 
     def panel(self, start: int, form: Floats, diagonal: Floats) -> Panel:
         """A panel for this type."""
-        return Panel(start, np.ascontiguousarray(form), diagonal, self._tables(diagonal, True))
+        form, diagonal = np.ascontiguousarray(form), np.ascontiguousarray(diagonal)
+        return Panel(start, form, diagonal, self._tables(diagonal, True))
 
     def diagonal_panel(self, start: int, importance: Floats) -> Panel:
         """A panel whose columns are weighed by `importance` (width,), without cross terms."""

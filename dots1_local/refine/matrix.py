@@ -7,16 +7,17 @@ the error. Both work on panels of 256 columns: what a panel's errors do to the o
 matrix product, and what they do within the panel is up to the kernels.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.ggml import QuantType
 from dots1_local.quant.encode import decode, encode
+from dots1_local.refine.arrays import NUMPY, Array, Arrays
 from dots1_local.refine.blocks import Blocks, block_format, pack, refinable, unpack
 from dots1_local.refine.fast_encoder import begin, can_begin
-from dots1_local.refine.kernels import Kernels, Panel
 from dots1_local.refine.metric import Floats, Metric
 
 __all__ = ["ROUNDS", "Refined", "refine_matrix"]
@@ -51,12 +52,13 @@ def refine_matrix(
     columns: int,
     importance: Floats | None = None,
     rounds: int = ROUNDS,
+    arrays: Arrays = NUMPY,
 ) -> Refined:
     """Encode `matrix` (rows, unpadded columns) to rows of `columns` stored weights.
 
     `held_out` (n, unpadded columns) are inputs that the metric does not know. `importance`
     (unpadded columns,) is for ggml's encoder; by default it is the metric's diagonal. Types without
-    blocks keep ggml's bytes.
+    blocks keep ggml's bytes. `arrays` compute; see arrays.arrays_on.
     """
     weighed = np.diag(metric.inputs) if importance is None else importance
 
@@ -69,17 +71,20 @@ def refine_matrix(
     blocks = (
         begin(matrix, kind, weighed, columns) if has_start else unpack(plain(slice(None)), kind)
     )
-    work = _Refinement(matrix, kind, metric, blocks)
+    metric = metric.on(arrays)
+    work = _Refinement(arrays, matrix, kind, metric, blocks)
     work.feed()
     for _ in range(rounds):
         work.descend()
     step = slice(None, None, -(-len(matrix) // _COMPARED))
-    before = matrix[step] - decode(plain(step), kind, columns)[:, : matrix.shape[1]]
+    before = arrays.load(matrix[step] - decode(plain(step), kind, columns)[:, : matrix.shape[1]])
     fitted = metric.ratio(work.errors, before, step, metric.samples)
-    held = np.nan if held_out is None else metric.ratio(work.errors, before, step, held_out)
+    held = np.nan
+    if held_out is not None:
+        held = metric.ratio(work.errors, before, step, arrays.load(held_out))
     if not (fitted if held_out is None else held) < 1:
         return Refined(plain(slice(None)), True, fitted, held)
-    return Refined(pack(work.blocks, kind), False, fitted, held)
+    return Refined(pack(arrays.fetch_blocks(work.blocks), kind), False, fitted, held)
 
 
 def _padded(rows: Floats, columns: int) -> Floats:
@@ -90,21 +95,23 @@ def _padded(rows: Floats, columns: int) -> Floats:
 class _Refinement:
     """A matrix whose blocks change; `errors` (rows, columns) is what they differ by."""
 
-    def __init__(self, matrix: Floats, kind: QuantType, metric: Metric, blocks: Blocks) -> None:
-        self.blocks, self._metric = blocks, metric
-        self._matrix, self._form = np.ascontiguousarray(matrix), block_format(kind)
-        self.errors = np.zeros_like(self._matrix)
-        self._kernels = Kernels(self._form)
+    def __init__(
+        self, arrays: Arrays, matrix: Floats, kind: QuantType, metric: Metric, blocks: Blocks
+    ) -> None:
+        self.blocks, self._metric = arrays.load_blocks(blocks), metric
+        self._arrays, self._vector = arrays, block_format(kind).vector
+        self._kernels = arrays.kernels(block_format(kind))
+        self._matrix = arrays.load(matrix)
+        self.errors = arrays.zeros_like(self._matrix)
 
     def feed(self) -> None:
         """Round all columns with error feedback."""
         factor = self._metric.factor
         for part in self._panels():
-            corner = _groups(factor[part, part], self._form.vector)
-            inverse = np.linalg.inv(corner.astype(np.float64)).astype(np.float32)
-            carried = _times_groups(factor[: part.stop, part], inverse)
+            corner = _groups(factor[part, part], self._vector)
+            carried = _times_groups(factor[: part.stop, part], self._arrays.inverse(corner))
             targets = self._matrix[:, part] + self.errors[:, : part.start] @ carried[: part.start]
-            diagonal = corner @ corner.transpose(0, 2, 1)
+            diagonal = corner @ corner.swapaxes(1, 2)
             panel = self._kernels.panel(part.start, carried[part.start :], diagonal)
             self._kernels.feed(panel, self._matrix, self.errors, self.blocks, targets)
 
@@ -112,27 +119,27 @@ class _Refinement:
         """Change every code, scale and min once where that lowers the error."""
         moment, outputs = self._metric.inputs, self._metric.outputs
         for part in self._panels():
-            form = np.ascontiguousarray(moment[part, part])
-            panel = self._kernels.panel(part.start, form, _groups(form, self._form.vector))
-            gradients: Floats = self.errors @ moment[:, part]
+            form = moment[part, part]
+            panel = self._kernels.panel(part.start, form, _groups(form, self._vector))
+            gradients = self.errors @ moment[:, part]
             if outputs is None:
                 self._kernels.descend(panel, self._matrix, self.errors, self.blocks, gradients)
             else:
                 self._descend_coupled(panel, gradients, outputs)
 
-    def _descend_coupled(self, panel: Panel, gradients: Floats, outputs: Floats) -> None:
+    def _descend_coupled(self, panel: Any, gradients: Array, outputs: Array) -> None:
         """Descend in some rows at a time, because each row's best change depends on the others."""
         for start in range(0, len(gradients), _COUPLED):
             rows = slice(start, start + _COUPLED)
-            scale = 1 / np.diag(outputs)[rows, None]
-            moved = np.zeros_like(gradients[rows])
+            scale = 1 / outputs.diagonal()[rows, None]
+            moved = self._arrays.zeros_like(gradients[rows])
             self._kernels.descend(
                 panel,
                 self._matrix[rows],
                 self.errors[rows],
-                Blocks(*(getattr(self.blocks, each.name)[rows] for each in fields(Blocks))),
-                np.ascontiguousarray((outputs[rows] @ gradients) * scale, np.float32),
-                np.ascontiguousarray(outputs[rows, rows] * scale),
+                type(self.blocks)(*(field[rows] for field in vars(self.blocks).values())),
+                (outputs[rows] @ gradients) * scale,
+                outputs[rows, rows] * scale,
                 moved,
             )
             gradients[rows] += moved
@@ -143,14 +150,14 @@ class _Refinement:
         return [slice(start, min(start + _PANEL, columns)) for start in starts]
 
 
-def _groups(square: Floats, size: int) -> Floats:
+def _groups(square: Array, size: int) -> Array:
     """The blocks (n / size, size, size) on the diagonal of a matrix (n, n)."""
     count = len(square) // size
     cut = square.reshape(count, size, count, size)
-    return np.ascontiguousarray(np.einsum("iaib->iab", cut))
+    return cut.diagonal(0, 0, 2).swapaxes(0, 2).swapaxes(1, 2)
 
 
-def _times_groups(matrix: Floats, groups: Floats) -> Floats:
+def _times_groups(matrix: Array, groups: Array) -> Array:
     """`matrix` (rows, n) times the matrix that has `groups` on its diagonal."""
-    cut = matrix.reshape(len(matrix), len(groups), -1).transpose(1, 0, 2)
-    return np.ascontiguousarray((cut @ groups).transpose(1, 0, 2)).reshape(matrix.shape)
+    cut = matrix.reshape(len(matrix), len(groups), -1).swapaxes(0, 1)
+    return (cut @ groups).swapaxes(0, 1).reshape(matrix.shape)

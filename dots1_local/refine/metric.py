@@ -15,6 +15,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from dots1_local.refine.arrays import NUMPY, Array, Arrays
+
 __all__ = ["Floats", "Metric", "input_metric", "output_metric"]
 
 Floats = NDArray[np.float32]
@@ -22,7 +24,7 @@ Floats = NDArray[np.float32]
 _OUTPUT_DAMPING = 0.03
 # Part of the mean diagonal that is added to H, for at least so many tokens per column.
 _DAMPING = ((20, 0.01), (5, 0.05), (2, 0.1), (0, 0.3))
-_BLOCK = 256  # columns that are factored at a time
+_LEAST = 1e-30  # that is added to the diagonal
 _SAMPLES = 256  # inputs to estimate an error on
 
 
@@ -34,42 +36,57 @@ class Metric:
     been computed.
     """
 
-    inputs: Floats
-    outputs: Floats | None = None
+    inputs: Array
+    outputs: Array | None = None
+    arrays: Arrays = NUMPY  # of which the two are
+
+    def on(self, arrays: Arrays) -> "Metric":
+        """This metric (of numpy's arrays) as other arrays; they are copied once."""
+        if arrays == self.arrays:
+            return self
+        if arrays not in self._copies:
+            outputs = None if self.outputs is None else arrays.load(self.outputs)
+            self._copies[arrays] = Metric(arrays.load(self.inputs), outputs, arrays)
+        return self._copies[arrays]
 
     @cached_property
-    def factor(self) -> Floats:
+    def _copies(self) -> "dict[Arrays, Metric]":
+        return {}
+
+    @cached_property
+    def factor(self) -> Array:
         """R (columns, columns), upper triangular, with R R' = H.
 
         If rounding errors make H indefinite, more damping is added first.
         """
-        part = 0.0
+        part, mean = 0.0, float(self.inputs.diagonal().mean())
         while True:
             try:
-                return _factor(_damped(self.inputs, part))
+                return self.arrays.factor(self.inputs, max(part * mean, _LEAST))
             except np.linalg.LinAlgError:
                 part = max(4 * part, 1e-3)
 
     @cached_property
-    def samples(self) -> Floats:
+    def samples(self) -> Array:
         """Inputs (n, columns) whose second moment is H; always the same ones."""
         drawn = np.random.default_rng(0).standard_normal((_SAMPLES, len(self.inputs)), np.float32)
-        return drawn @ self.factor.T
+        return self.arrays.load(drawn) @ self.factor.T
 
-    def ratio(self, after: Floats, before: Floats, rows: slice, inputs: Floats) -> float:
+    def ratio(self, after: Array, before: Array, rows: slice, inputs: Array) -> float:
         """Compare errors (rows, columns) of outputs on `inputs` (n, columns), weighed by HO.
 
         `before` are the errors of some `rows` only. If rows are coupled by HO, errors before are
         taken to be independent of one another, as those of a plain encoder are.
         """
         inputs = inputs[:: -(-len(inputs) // _SAMPLES)]
-        outputs: Floats = after @ inputs.T
-        each, earlier = (np.square(x).sum(axis=1) for x in (outputs, before @ inputs.T))
+        outputs = after @ inputs.T
+        each, earlier = ((x * x).sum(1) for x in (outputs, before @ inputs.T))
         coupled = 1.0
         if self.outputs is not None:
-            diagonal = np.diag(self.outputs)
+            diagonal = self.outputs.diagonal()
             each, earlier = each * diagonal, earlier * diagonal[rows]
-            coupled = float(np.vdot(outputs, self.outputs @ outputs) / max(each.sum(), 1e-30))
+            weighed = float((outputs * (self.outputs @ outputs)).sum())
+            coupled = weighed / max(float(each.sum()), 1e-30)
         whole = float(earlier.sum())
         return coupled * float(each[rows].sum()) / whole if whole > 0 else 1.0
 
@@ -101,26 +118,5 @@ def _mean_diagonal(moment: Floats) -> float:
 
 def _damped(moment: Floats, part: float) -> Floats:
     damped = moment.astype(np.float32)
-    np.einsum("ii->i", damped)[:] += np.float32(max(part * _mean_diagonal(moment), 1e-30))
+    np.einsum("ii->i", damped)[:] += np.float32(max(part * _mean_diagonal(moment), _LEAST))
     return damped
-
-
-def _factor(moment: Floats) -> Floats:
-    """The upper triangular R with R R' = `moment`, which is overwritten.
-
-    Blocks of columns are eliminated from the last to the first, so that most of the work is matrix
-    products: numpy's own Cholesky is five times slower in F32.
-    """
-    stop = len(moment)
-    while stop > 0:
-        start = max(0, stop - _BLOCK)
-        block, above = slice(start, stop), slice(0, start)
-        corner = np.linalg.cholesky(moment[block, block][::-1, ::-1].astype(np.float64))
-        corner = corner[::-1, ::-1]
-        moment[block, block] = corner
-        moment[block, above] = 0
-        panel = moment[above, block] @ np.linalg.inv(corner).T.astype(np.float32)
-        moment[above, block] = panel
-        moment[above, above] -= panel @ panel.T
-        stop = start
-    return moment

@@ -16,6 +16,7 @@ from dots1_local.errors import CheckpointError, Dots1Error, UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.encode import encode
 from dots1_local.reference.model import logits
+from dots1_local.refine.arrays import Arrays
 from dots1_local.refine.matrix import Refined
 from dots1_local.refine.metric import Metric, input_metric, output_metric
 from tests.convert.refinement import (
@@ -80,6 +81,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         columns: int,
         importance: Floats | None = None,
         rounds: int,
+        arrays: Arrays,
     ) -> Refined:
         seen.append(Call(weights, metric, held_out, columns, importance))
         return ggml_bytes(weights, kind, columns=columns, importance=importance)

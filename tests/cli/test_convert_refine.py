@@ -46,7 +46,7 @@ def refined(
 ) -> tuple[Path, Result]:
     """A file that one command made of a text."""
     output = tmp_path_factory.mktemp("refined") / "out.gguf"
-    return output, convert(micro, "-o", output, "--refine", "-f", text, "--type", "Q4_0", "-t", 2)
+    return output, convert(micro, "-o", output, "--refine", "-f", text, "--bpw", 5, "-t", 2)
 
 
 def test_one_command_from_text_to_file(refined: tuple[Path, Result]) -> None:
@@ -74,13 +74,14 @@ def test_another_size_uses_the_calibration(
 ) -> None:
     folder = refined[0].with_name("out.gguf.calibration")
     common = [micro, "--refine", "--calibration", folder, "--json"]
-    result = convert(*common, "--type", "Q4_0", "-o", tmp_path / "same.gguf")
+    result = convert(*common, "--bpw", 5, "-o", tmp_path / "same.gguf")
     found = json.loads(result.stdout)
     assert digest(tmp_path / "same.gguf") == digest(refined[0])
     parts = {part["part"]: part for part in found["refined"]}
     assert parts["ffn_up_exps"]["matrices"] == 4
-    dry = convert(*common, "--type", "Q8_0", "--dry-run")
-    assert json.loads(dry.stdout)["recipe"] == "Q8_0"
+    dry = convert(*common, "--bpw", 8, "--dry-run")
+    assert 5 < json.loads(dry.stdout)["bpw"] <= 8
+    assert json.loads(dry.stdout)["predicted_kl"] < found["predicted_kl"]
 
 
 def digest(path: Path) -> str:

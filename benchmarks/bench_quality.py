@@ -16,14 +16,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.candidates import Candidate, allocator, measured
 from benchmarks.hand_recipes import hand_recipes, random_recipes, stock_recipes, with_vocabulary
 from benchmarks.picture import picture
-from benchmarks.projection import bits_per_weight, projected_bytes, projection
-from benchmarks.quality_report import Candidate, Pair, Results, report
+from benchmarks.projection import bits_per_weight, projected_bytes
+from benchmarks.quality_report import Pair, Results, report
 from benchmarks.quality_runs import Example
-from dots1_local.errors import Dots1Error
-from dots1_local.quant.allocate import Allocator
-from dots1_local.quant.imatrix_file import load_importance
+from benchmarks.quality_texts import shared_passages
+from benchmarks.refined_report import refined_report
+from benchmarks.refined_runs import refined_results
+from dots1_local.architecture import Dots1Config
 from dots1_local.quant.plan import QuantPlan
 
 _BUDGETS = 8
@@ -35,24 +37,19 @@ _NEAR = 1.06  # times the best's divergence
 def run(example: Example, screen: Example, randoms: int) -> Results:
     """Measure an example: all recipes on `screen` chunks, and the best ones on all chunks."""
     plain = _plain(screen)
-    hand = plain + _measured(screen, [with_vocabulary(c.plan, "Q8_0") for c in front(plain)])
-    stock = _measured(screen, stock_recipes(screen.config))
-    allocator = Allocator(
-        screen.config,
-        screen.sensitivity,
-        covered=load_importance(screen.imatrix),
-        cost=projection(screen.config),
-    )
+    hand = plain + measured(screen, [with_vocabulary(c.plan, "Q8_0") for c in front(plain)])
+    stock = measured(screen, stock_recipes(screen.config))
+    planner = allocator(screen)
 
     def ours(on: Example, sizes: Sequence[float]) -> list[Candidate]:
         recipes = [f"ours in {size / 1e9:.2f} GB" for size in sizes]
-        found = map(allocator.within, sizes, recipes)
-        return _measured(on, [allocation.plan for allocation in found])
+        found = map(planner.within, sizes, recipes)
+        return measured(on, [allocation.plan for allocation in found])
 
-    sizes = [allocator.smallest, *budgets(hand, allocator.smallest, _LARGEST)]
-    beaten = [mix for mix in stock if mix.nbytes >= allocator.smallest]
+    sizes = [planner.smallest, *budgets(hand, planner.smallest, _LARGEST)]
+    beaten = [mix for mix in stock if mix.nbytes >= planner.smallest]
     beside_stock = ours(screen, [mix.nbytes for mix in beaten])
-    finals = _measured(example, [c.plan for c in finalists(hand, sizes)])
+    finals = measured(example, [c.plan for c in finalists(hand, sizes)])
     names = {c.plan.recipe for c in finals}
     pairs = list(zip(sizes, ours(example, sizes), strict=True))
     return Results(
@@ -63,8 +60,8 @@ def run(example: Example, screen: Example, randoms: int) -> Results:
         [Pair(size, found, _best(_q6_outside(finals), size)) for size, found in pairs],
         [Pair(mix.nbytes, found, mix) for found, mix in zip(beside_stock, beaten, strict=True)],
         [c for c in hand if c.plan.recipe not in names],
-        _measured(screen, random_recipes(screen.config, randoms)),
-        example.shared_passages(),
+        measured(screen, random_recipes(screen.config, randoms)),
+        shared_passages(example.path),
     )
 
 
@@ -104,7 +101,7 @@ def _plain(example: Example) -> list[Candidate]:
     plans = hand_recipes(example.config)
     sizes = (sum(projected_bytes(plan, example.config).values()) for plan in plans)
     largest = _MARGIN * _LARGEST
-    return _measured(example, [p for p, size in zip(plans, sizes, strict=True) if size <= largest])
+    return measured(example, [p for p, size in zip(plans, sizes, strict=True) if size <= largest])
 
 
 def _q6_outside(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -118,18 +115,26 @@ def _best(candidates: Sequence[Candidate], nbytes: float) -> Candidate | None:
     return min(fitting, key=lambda c: c.kl, default=None)
 
 
-def _measured(example: Example, plans: Sequence[QuantPlan]) -> list[Candidate]:
+def known_opponents(report: str, example: str, config: Dots1Config) -> list[QuantPlan]:
+    """The best hand recipes of an example in the report of an earlier run, by size."""
+    pairs = report.split(f"## {example}\n")[1].split("### Stock mixes", maxsplit=1)[0]
+    plans = {plan.recipe: plan for plan in hand_recipes(config)}
+    named = [line.split(" | ")[8] for line in pairs.splitlines() if line.count(" | ") == 12]
+    found = ((name, *name.split(", outer ")) for name in named)
     return [
-        Candidate(plan, projected_bytes(plan, example.config), quality, _predicted(example, plan))
-        for plan, quality in zip(plans, example.measure(plans), strict=True)
+        with_vocabulary(plans[plain], kind[0]) if kind else plans[plain]
+        for _, plain, *kind in found
+        if plain in plans
     ]
 
 
-def _predicted(example: Example, plan: QuantPlan) -> float | None:
-    try:
-        return example.sensitivity.predict(plan.types)
-    except Dots1Error:  # of a type that only stock uses
-        return None
+def pairs_of(example: Example, opponents: Sequence[QuantPlan]) -> list[Pair]:
+    """Our plans for the sizes of opponents, beside these."""
+    others = measured(example, opponents)
+    planner = allocator(example)
+    plans = [planner.within(c.nbytes, f"ours in {c.nbytes / 1e9:.2f} GB").plan for c in others]
+    ours = measured(example, plans)
+    return [Pair(c.nbytes, mix, c) for mix, c in zip(ours, others, strict=True)]
 
 
 def main() -> None:
@@ -140,21 +145,33 @@ def main() -> None:
     parser.add_argument("examples", type=Path, nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--chunks", type=int, help="of 512 tokens of held-out text [all]")
     parser.add_argument("--screen", type=int, default=48, help="chunks to choose opponents on")
-    parser.add_argument("--random", type=int, default=60, help="recipes to prove predictions on")
+    parser.add_argument("--foreign", type=int, default=32, help="chunks of foreign text")
+    parser.add_argument("--random", type=int, default=40, help="recipes to prove predictions on")
     parser.add_argument("--work", type=Path, default=Path("build/quality"))
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="recipes at a time")
+    parser.add_argument(
+        "--opponents", type=Path, help="a report with the best hand recipes: only refine"
+    )
     parser.add_argument("--svg", type=Path, help="draw a picture")
     options = parser.parse_args()
-    results = []
+    results, refined = [], []
     for path in options.examples:
-        final, screen = (
-            Example(path.resolve(), options.work, chunks, options.workers)
-            for chunks in (options.chunks, min(options.screen, options.chunks or options.screen))
+        chunks, work, workers = options.chunks, options.work, options.workers
+        example = Example(path.resolve(), work, chunks, workers, options.foreign)
+        screen = Example(
+            path.resolve(), work, min(options.screen, chunks or options.screen), workers
         )
-        results.append(run(final, screen, options.random))
-        print(report(results[-1]), flush=True)
-    if options.svg:
-        options.svg.write_text(picture(results), encoding="utf-8")
+        if options.opponents:
+            known = known_opponents(options.opponents.read_text(), example.name, example.config)
+            pairs: Sequence[Pair] = pairs_of(example, known)
+        else:
+            results.append(run(example, screen, options.random))
+            print(report(results[-1]), flush=True)
+            pairs = results[-1].beside_hand
+        refined.append(refined_results(example, screen, pairs, options.random))
+        print(refined_report(refined[-1]), flush=True)
+    if options.svg and results:
+        options.svg.write_text(picture(results, refined), encoding="utf-8")
 
 
 if __name__ == "__main__":

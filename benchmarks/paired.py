@@ -5,7 +5,7 @@ chunk means, and pairing takes out what makes a chunk hard for every recipe.
 """
 
 from dataclasses import dataclass
-from math import sqrt
+from math import nan, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,7 +25,10 @@ class Comparison:
 
 
 def clustered_error(values: Figures) -> float:
-    """Standard error of the mean of (chunks, tokens), whose chunks are independent draws."""
+    """Standard error of the mean of (chunks, tokens), whose chunks are independent draws.
+
+    It is NaN for a single chunk, as it is in comparisons.
+    """
     return _error(_by_chunk(values))
 
 
@@ -49,7 +52,7 @@ def _by_chunk(values: Figures) -> NDArray[np.float64]:
 
 
 def _error(means: NDArray[np.float64]) -> float:
-    return float(means.std(ddof=1)) / sqrt(len(means))
+    return float(means.std(ddof=1)) / sqrt(len(means)) if len(means) > 1 else nan
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

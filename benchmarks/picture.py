@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from math import ceil, floor, log10
 from xml.sax.saxutils import escape
 
-from benchmarks.quality_report import Candidate, Results
+from benchmarks.candidates import Candidate
+from benchmarks.quality_report import Results
+from benchmarks.refined_runs import Refined
 
 __all__ = ["picture"]
 
@@ -23,25 +25,36 @@ text {{ font: 12px system-ui, sans-serif; fill: {_INK}; }}
 .unpadded {{ stroke: #8a63d2; }}
 .stock {{ fill: none; stroke: #d1434b; stroke-width: 1.6; }}
 .stockname {{ font-size: 10px; fill: #d1434b; }}
-.ours {{ fill: none; stroke: #2f81f7; stroke-width: 2; }}
+.ours, .refined {{ fill: none; stroke: #2f81f7; stroke-width: 2; }}
+.refined {{ stroke: #1a9850; }}
 .dot {{ fill: #2f81f7; }}
+.refineddot {{ fill: #1a9850; }}
+.handrefined {{ fill: #bf8700; }}
 """
 _LEGEND = (
     ("stock", "stock"),
     ("padded", "hand, padded"),
     ("unpadded", "hand, unpadded"),
+    ("handrefined", "hand, refined"),
     ("ours", "ours"),
+    ("refined", "ours, refined"),
 )
+_LINES = ("ours", "refined")
 
 
-def picture(results: Sequence[Results]) -> str:
+def picture(results: Sequence[Results], refined: Sequence[Refined]) -> str:
     """An SVG with a panel for each example, all on the same scale."""
-    panels = [_Panel(result, _bounds(results), x * _WIDTH) for x, result in enumerate(results)]
+    bounds = _bounds([c for both in zip(results, refined, strict=True) for c in _shown(*both)])
+    panels = [
+        _Panel(*both, bounds, x * _WIDTH)
+        for x, both in enumerate(zip(results, refined, strict=True))
+    ]
     width = _WIDTH * len(panels)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" '
         f'width="{width}" height="{_HEIGHT}" role="img" '
-        'aria-label="KL divergence against size: ours below hand recipes and stock mixes">',
+        'aria-label="KL divergence against size: ours below hand recipes and stock mixes, and '
+        'refined below plain">',
         f"<style>{_STYLE}</style>",
         *(line for panel in panels for line in panel.draw()),
         "</svg>\n",
@@ -52,16 +65,16 @@ def picture(results: Sequence[Results]) -> str:
 Bounds = tuple[float, float, float, float]  # GB from and to, decimal logarithm of KL from and to
 
 
-def _bounds(results: Sequence[Results]) -> Bounds:
-    shown = [c for result in results for c in _shown(result)]
+def _bounds(shown: Sequence[Candidate]) -> Bounds:
     sizes = [c.nbytes / 1e9 for c in shown]
     logs = [log10(c.kl) for c in shown]
     left, right = floor(min(sizes) / _STEP) * _STEP, ceil(max(sizes) / _STEP) * _STEP
     return left, right, min(logs) - 0.08, max(logs) + 0.08
 
 
-def _shown(result: Results) -> list[Candidate]:
-    return [*result.hand, *result.screened, *result.stock, *_ours(result)]
+def _shown(result: Results, refined: Refined) -> list[Candidate]:
+    plain = (*result.hand, *result.screened, *result.stock, *_ours(result))
+    return [*plain, *(c for size in refined.sizes for c in (size.anew, size.hand_refined))]
 
 
 def _ours(result: Results) -> list[Candidate]:
@@ -73,8 +86,8 @@ def _ours(result: Results) -> list[Candidate]:
 class _Panel:
     """One example's part of the picture."""
 
-    def __init__(self, result: Results, bounds: Bounds, offset: float) -> None:
-        self._result, self._offset = result, offset
+    def __init__(self, result: Results, refined: Refined, bounds: Bounds, offset: float) -> None:
+        self._result, self._refined, self._offset = result, refined, offset
         self._left, self._right, self._low, self._high = bounds
 
     def draw(self) -> Iterator[str]:
@@ -86,9 +99,13 @@ class _Panel:
         for candidate in self._result.stock:
             yield self._mark(candidate, "stock")
         yield from self._stock_names()
-        ours = _ours(self._result)
-        yield f'<polyline class="ours" points="{" ".join(map(self._point, ours))}"/>'
-        yield from (self._mark(candidate, "ours") for candidate in ours)
+        sizes = self._refined.sizes
+        yield from (self._mark(size.hand_refined, "handrefined") for size in sizes)
+        lines = (_ours(self._result), [size.anew for size in sizes])
+        for kind, candidates in zip(_LINES, lines, strict=True):
+            points = " ".join(map(self._point, candidates))
+            yield f'<polyline class="{kind}" points="{points}"/>'
+            yield from (self._mark(candidate, kind) for candidate in candidates)
         yield from self._legend()
         yield "</g>"
 
@@ -109,7 +126,7 @@ class _Panel:
 
     def _stock_names(self) -> Iterator[str]:
         """Labels right or left of the marks, where there is room; some marks get none."""
-        marks = [(self._x(c.nbytes), self._y(c.kl)) for c in _shown(self._result)]
+        marks = [(self._x(c.nbytes), self._y(c.kl)) for c in _shown(self._result, self._refined)]
         taken = [(x - 4, x + 4, y) for x, y in marks]
         for mix in self._result.stock:
             x, y = self._x(mix.nbytes), self._y(mix.kl)
@@ -149,11 +166,11 @@ class _Panel:
     def _legend(self) -> Iterator[str]:
         x = _LEFT + 6.0
         for kind, label in _LEGEND:
-            if kind == "ours":
-                yield f'<path class="ours" d="M{x - 7} 38h14"/>'
+            if kind in _LINES:
+                yield f'<path class="{kind}" d="M{x - 7} 38h14"/>'
             yield _mark(kind, x, 38, label)
             yield f'<text x="{x + 11}" y="42">{label}</text>'
-            x += 30 + 7 * len(label)
+            x += 22 + 6 * len(label)
 
 
 _SIZE, _KL = "GB, projected to dots.llm1", "KL divergence, nats a token"
@@ -164,13 +181,19 @@ def _mark(kind: str, x: float, y: float, title: str) -> str:
         "padded": f'<path d="M{x:.1f} {y - 4:.1f}l4 7h-8z"',
         "unpadded": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"',
         "stock": f'<path d="M{x - 3.5:.1f} {y - 3.5:.1f}l7 7m0-7l-7 7"',
+        "handrefined": f'<path d="M{x:.1f} {y - 4:.1f}l4 4l-4 4l-4 -4z"',
         "ours": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"',
+        "refined": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"',
     }
-    shown = "dot" if kind == "ours" else kind
+    shown = _DOTS.get(kind, kind)
     return f'{shapes[kind]} class="{shown}"><title>{escape(title)}</title></{_TAGS[kind]}>'
 
 
-_TAGS = {"padded": "path", "unpadded": "circle", "stock": "path", "ours": "circle"}
+_DOTS = {"ours": "dot", "refined": "refineddot"}
+_TAGS = {
+    "padded": "path", "unpadded": "circle", "stock": "path", "handrefined": "path",
+    "ours": "circle", "refined": "circle",
+}  # fmt: skip
 
 
 def _ticks(low: float, high: float) -> Iterator[tuple[float, str]]:

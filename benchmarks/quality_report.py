@@ -6,36 +6,15 @@ from functools import cached_property
 
 import numpy as np
 
+from benchmarks.candidates import Candidate
 from benchmarks.paired import Comparison, clustered_error, compare, spearman
 from benchmarks.projection import bits_per_weight
-from benchmarks.quality_runs import Quality
-from dots1_local.architecture import Role
-from dots1_local.quant.plan import QuantPlan
 
-__all__ = ["Candidate", "Pair", "Results", "report"]
+__all__ = ["Pair", "Results", "holds", "kl_text", "report", "table", "verdict"]
 
 _MEAN_TO_HAND = 0.85
 _TO_STOCK, _STOCK_BITS = 0.25, 3.5  # bits per weight up to which that is the target
 _CORRELATION, _RANDOM = 0.9, 40
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A measured recipe; `projected` bytes are dots.llm1's, `predicted` its KL divergence."""
-
-    plan: QuantPlan
-    projected: dict[Role, float]
-    quality: Quality
-    predicted: float | None
-
-    @cached_property
-    def nbytes(self) -> float:
-        """Projected to dots.llm1."""
-        return sum(self.projected.values())
-
-    @property
-    def kl(self) -> float:
-        return self.quality.kl.value
 
 
 @dataclass(frozen=True)
@@ -105,7 +84,7 @@ def verdicts(results: Results) -> list[str]:
         *_stock_verdict(results),
         *_correlations(results),
         f"calibration and held-out text share {results.shared_passages} passages of 100 "
-        f"characters: {_holds(results.shared_passages == 0)}",
+        f"characters: {holds(results.shared_passages == 0)}",
     ]
 
 
@@ -115,9 +94,9 @@ def _hand_verdicts(against: str, pairs: Sequence[Pair]) -> list[str]:
     mean = float(np.exp(np.mean([np.log(c.ratio) for c in found])))
     return [
         f"at no budget above the best of {against}: worst ratio {worst.ratio:.3f} ± "
-        f"{worst.error:.3f} of {len(found)} budgets: {_holds(worst.ratio <= 1)}",
+        f"{worst.error:.3f} of {len(found)} budgets: {holds(worst.ratio <= 1)}",
         f"at most {_MEAN_TO_HAND} of it on average: geometric mean {mean:.3f}: "
-        f"{_holds(mean <= _MEAN_TO_HAND)}",
+        f"{holds(mean <= _MEAN_TO_HAND)}",
     ]
 
 
@@ -130,7 +109,7 @@ def _stock_verdict(results: Results) -> list[str]:
     return [
         f"at most {_TO_STOCK} of stock mixes up to {_STOCK_BITS} bits per weight: worst "
         f"{_ratio(worst):.3f} ({_name(worst.other)}), {above} of {len(pairs)} above: "
-        f"{_holds(not above)}"
+        f"{holds(not above)}"
     ]
 
 
@@ -144,7 +123,7 @@ def _correlations(results: Results) -> list[str]:
             line = f"rank correlation of predicted and measured, {len(known)} {what}: {rho:.4f}"
             line += f" (predicted / measured: median {median:.2f})"
             if group is results.random:
-                line += f": {_holds(rho >= _CORRELATION and len(known) >= _RANDOM)}"
+                line += f": {holds(rho >= _CORRELATION and len(known) >= _RANDOM)}"
             lines.append(line)
     return lines
 
@@ -157,7 +136,7 @@ def _name(candidate: Candidate | None) -> str:
     return candidate.plan.recipe if candidate else "none is so small"
 
 
-def _holds(target: bool) -> str:
+def holds(target: bool) -> str:
     return "holds" if target else "**DOES NOT HOLD**"
 
 
@@ -166,11 +145,11 @@ def _hand_pairs(pairs: Sequence[Pair]) -> str:
         "budget", "ours", "bpw", "file", "KL divergence", "predicted", "99%", "same top",
         "best hand recipe", "its size", "its KL", "ratio", "z",
     )  # fmt: skip
-    return _table(
+    return table(
         header,
         (
             (
-                _gb(pair.budget), *_size(pair.ours), _kl(pair.ours), _prediction(pair.ours),
+                _gb(pair.budget), *_size(pair.ours), kl_text(pair.ours), _prediction(pair.ours),
                 *_tail(pair.ours), *_other(pair),
             )
             for pair in pairs
@@ -181,10 +160,10 @@ def _hand_pairs(pairs: Sequence[Pair]) -> str:
 def _other(pair: Pair) -> tuple[str, ...]:
     if pair.other is None or pair.comparison is None:
         return _name(pair.other), "", "", "", ""
-    return _name(pair.other), _gb(pair.other.nbytes), _kl(pair.other), *_verdict(pair.comparison)
+    return _name(pair.other), _gb(pair.other.nbytes), kl_text(pair.other), *verdict(pair.comparison)
 
 
-def _verdict(found: Comparison) -> tuple[str, str]:
+def verdict(found: Comparison) -> tuple[str, str]:
     return f"{found.ratio:.3f} ± {found.error:.3f}", f"{found.z:.1f}"
 
 
@@ -196,19 +175,19 @@ def _stock_pairs(results: Results) -> str:
     ours = {id(pair.other): pair for pair in results.beside_stock}
 
     def row(mix: Candidate) -> tuple[str, ...]:
-        shown = (_name(mix), *_size(mix), _kl(mix), *_tail(mix))
+        shown = (_name(mix), *_size(mix), kl_text(mix), *_tail(mix))
         pair = ours.get(id(mix))
         if pair is None or pair.comparison is None:
             return (*shown, "", "", "", "")
-        return (*shown, _gb(pair.ours.nbytes), _kl(pair.ours), *_verdict(pair.comparison))
+        return (*shown, _gb(pair.ours.nbytes), kl_text(pair.ours), *verdict(pair.comparison))
 
-    return _table(header, (row(mix) for mix in sorted(results.stock, key=lambda c: c.nbytes)))
+    return table(header, (row(mix) for mix in sorted(results.stock, key=lambda c: c.nbytes)))
 
 
 def _candidates(candidates: Sequence[Candidate]) -> str:
     header = ("recipe", "size", "bpw", "file", "KL divergence", "predicted", "99%", "same top")
-    return _table(
-        header, ((_name(c), *_size(c), _kl(c), _prediction(c), *_tail(c)) for c in candidates)
+    return table(
+        header, ((_name(c), *_size(c), kl_text(c), _prediction(c), *_tail(c)) for c in candidates)
     )
 
 
@@ -221,7 +200,7 @@ def _gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB"
 
 
-def _kl(candidate: Candidate) -> str:
+def kl_text(candidate: Candidate) -> str:
     return f"{candidate.kl:.5f} ± {clustered_error(candidate.quality.per_token):.5f}"
 
 
@@ -233,6 +212,6 @@ def _tail(candidate: Candidate) -> tuple[str, str]:
     return f"{candidate.quality.percentile:.4f}", f"{100 * candidate.quality.same_top.value:.2f}%"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

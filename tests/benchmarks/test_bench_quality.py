@@ -1,6 +1,7 @@
 """What `make bench-quality` computes from its measurements, against hand calculations."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -8,13 +9,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from benchmarks.bench_quality import budgets, finalists, front
+from benchmarks.bench_quality import budgets, finalists, front, known_opponents
+from benchmarks.candidates import Candidate
 from benchmarks.hand_recipes import hand_recipes, random_recipes, stock_recipes, with_vocabulary
 from benchmarks.paired import clustered_error, compare, spearman
 from benchmarks.picture import picture
 from benchmarks.projection import bits_per_weight, projected_bytes
-from benchmarks.quality_report import Candidate, Pair, Results, report
-from benchmarks.quality_runs import Example, Quality, spread
+from benchmarks.quality_report import Pair, Results, report
+from benchmarks.quality_runs import Example, Quality
+from benchmarks.quality_texts import domains, spread
+from benchmarks.refined_report import refined_report
+from benchmarks.refined_runs import Refined, Size, TokenCurve
 from dots1_local.architecture import Dots1Config, inventory
 from dots1_local.errors import UsageError
 from dots1_local.evaluate.divergence import Estimate
@@ -123,7 +128,8 @@ def test_chunks_are_taken_from_all_of_the_text() -> None:
 
 def candidate(gigabytes: float, kl: float, recipe: str = "x") -> Candidate:
     per_token = np.full((4, 2), kl, np.float32)
-    quality = Quality(1_000_000, Estimate(kl, 0), 2 * kl, Estimate(0.9, 0), per_token)
+    domains = {"stories": per_token[:1], "foreign": 2 * per_token}
+    quality = Quality(1_000_000, Estimate(kl, 0), 2 * kl, Estimate(0.9, 0), per_token, domains)
     return Candidate(
         QuantPlan(recipe, 1, 0, {"output.weight": "Q6_K"}), {"routed": gigabytes * 1e9}, quality, kl
     )
@@ -174,10 +180,62 @@ def test_the_report_says_whether_targets_hold() -> None:
     assert report(bad).count("DOES NOT HOLD") == 3
 
 
+def refined(**changes: Any) -> Refined:
+    ours, hand = candidate(50, 0.02), candidate(49, 0.025, "hand")
+    same, by_hand = candidate(50, 0.012), candidate(49, 0.015, "hand")
+    size = Size(50e9, ours, same, candidate(50, 0.01, "anew"), hand, by_hand)
+    mixes = [candidate(50 + n, 0.02 + n / 1000) for n in range(40)]
+    whole: dict[str, Any] = {
+        "name": "toy",
+        "sizes": [size, size],
+        "random": [(mix, mix) for mix in mixes],
+        "curve": TokenCurve(ours, [(170.0, candidate(50, 0.024)), (16000.0, same)]),
+    }
+    return Refined(**{**whole, **changes})
+
+
+def test_the_report_on_refinement_compares_pairs_and_domains() -> None:
+    text = refined_report(refined())
+    assert text.count(": holds") == 6
+    assert "DOES NOT HOLD" not in text
+    assert "the same plan refined / plain: geometric mean 0.600" in text
+    assert "best plain hand recipe: geometric mean 0.400" in text
+    assert "### Ratios on stories" in text
+    assert "| 170 | 1.200 ± 0.000 | 1.200 ± 0.000 |" in text
+
+
+def test_predictions_that_are_off_do_not_hold() -> None:
+    right = [candidate(50 + n, 0.02 + n / 1000) for n in range(40)]
+    wrong = [replace(mix, predicted=1.2 * mix.kl) for mix in right]
+    text = refined_report(refined(random=list(zip(right, wrong, strict=True))))
+    assert "40 random mixes, plain: predicted differs from measured by 0.0%" in text
+    assert "40 random mixes, refined: predicted differs from measured by 20.0%" in text
+    assert text.count("DOES NOT HOLD") == 1
+
+
+def test_chunks_know_their_domain(tiny: Path) -> None:
+    found = domains(tiny, None)
+    # As many chunks of 512 as the tokens of each kind in training.json make.
+    sizes = {"english": 54643, "chinese": 50630, "stories": 15717}
+    assert list(dict.fromkeys(found)) == list(sizes)
+    for name, tokens in sizes.items():
+        assert found.count(name) == pytest.approx(tokens / 512, abs=1)
+    assert domains(tiny, 4) == ["english", "english", "chinese", "stories"]
+
+
+def test_opponents_are_found_in_an_earlier_report(config: Dots1Config) -> None:
+    hand = [with_vocabulary(named(hand_recipes(config), "Q8_0 Q4_K/Q5_0"), "Q8_0")]
+    mix, best = candidate(50, 0.02), candidate(49, 0.025, hand[0].recipe)
+    text = report(results(name="toy", beside_hand=[Pair(50e9, mix, best)]))
+    assert known_opponents(text, "toy", config) == hand
+
+
 def test_the_picture_is_well_formed() -> None:
-    root = ElementTree.fromstring(picture([results(), results(name="<other>")]))
+    both = [results(), results(name="<other>")]
+    root = ElementTree.fromstring(picture(both, [refined(), refined()]))
     marks = [element.text for element in root.iter("{http://www.w3.org/2000/svg}title")]
     assert "Q2: 50.0 GB, 0.09000" in marks
+    assert "anew: 50.0 GB, 0.01000" in marks
     assert root.attrib["width"] == "960"
 
 
@@ -186,7 +244,7 @@ def test_what_is_measured_is_kept(tiny: Path, tmp_path: Path, config: Dots1Confi
     calibrated = example.folder / "calibrated"
     calibrated.mkdir()
     shutil.copy(tiny / "imatrix.gguf", calibrated)
-    (calibrated / "sensitivity.json").touch()  # stands for a calibration that was finished
+    (calibrated / "refinement.safetensors").touch()  # stands for a finished calibration
     plan = named(hand_recipes(config), "Q8_0 Q4_K/Q5_0")
     (found,) = example.measure([plan])
     records = {path: path.stat().st_mtime_ns for path in example.folder.glob("*.json")}

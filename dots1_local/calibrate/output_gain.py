@@ -23,7 +23,8 @@ from dots1_local.refine.metric import Metric, output_metric
 
 __all__ = ["OutputGain", "output_gain"]
 
-_TYPES = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "IQ4_XS", "IQ4_NL", "Q5_K")
+_TYPES = ("IQ2_XXS", "Q3_K", "IQ4_XS", "Q5_K")
+_SMALL_BLOCKS = ("IQ4_NL",)  # for rows that the others do not fit
 
 Floats = NDArray[np.float32]
 Pair = tuple[float, float]
@@ -74,7 +75,9 @@ def output_gain(
         for each in (None, outputs)
     ]
     _ = samples[0].metric.factor, samples[1].metric.factor  # before threads share them
-    kinds = [TYPES[name] for name in _TYPES if TYPES[name].fits(spec.columns)]
+    fits = all(TYPES[name].fits(spec.columns) for name in _TYPES)
+    kinds = [TYPES[name] for name in (_TYPES if fits else _SMALL_BLOCKS)]
+    kinds = [kind for kind in kinds if kind.fits(spec.columns)]
     jobs = [(sample, kind) for kind in kinds for sample in samples]
     changes = in_parallel(jobs, lambda job: job[0].refined(job[1]) @ matrix.held_out.T, threads)
     gains = {}

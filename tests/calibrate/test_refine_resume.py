@@ -70,6 +70,14 @@ def test_killed_at_any_moment(
         assert refined(micro, folder, force=(folder / "imatrix.gguf").exists()) == expected
 
 
+def test_evaluation_changes_no_bit(
+    micro: Checkpoint, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Rows of the text to evaluate are in no moment and no sample."""
+    other = random_tokens(2, seed=1)
+    assert refined(micro, tmp_path / "out", evaluation=other) == expected
+
+
 @pytest.mark.parametrize("how", ["empty", "short", "gone"])
 @pytest.mark.parametrize(
     "name", ["sample-0000.json", "judged-0000.npy", "refined-0001.json", "refinement.safetensors"]

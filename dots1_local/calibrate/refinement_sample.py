@@ -25,8 +25,8 @@ from dots1_local.refine.metric import Metric, input_metric
 __all__ = ["ROWS", "RefinementSample", "draw", "sampled_experts"]
 
 _EXPERTS = 8  # sampled in each layer
-# Rows of each expert's matrix, and of another matrix: a tensor's ratio is then known to 1 or 2%, and
-# a layer of dots.llm1 takes 3 core-minutes.
+# Rows of each expert's matrix, and of another matrix: a tensor's ratio is then known to 1 or 2%,
+# and a layer of dots.llm1 takes 3 core-minutes.
 _EXPERT_ROWS, ROWS = 32, 128
 _FEW = 100  # tokens; above, an expert's own mean squares are its importance
 

@@ -70,11 +70,8 @@ def check_refinement(options: RefineOptions) -> None:
         )
     if has_text and options.dry_run:
         raise typer.BadParameter("with --refine it needs --calibration", param_hint="--dry-run")
-    missing = [name for name in ("torch", "numba") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"--refine computes with {' and '.join(missing)}: pip install 'dots1-local[torch]'"
-        )
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError("--refine computes with PyTorch: pip install 'dots1-local[torch]'")
 
 
 def measured_folder(checkpoint: "Checkpoint", options: RefineOptions) -> Path | None:

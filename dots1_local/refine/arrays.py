@@ -1,4 +1,4 @@
-"""Where refinement computes: numpy and kernels.cpp on the CPU, or torch on any device.
+"""Where refinement multiplies matrices: numpy on the CPU, or torch on any device.
 
 numpy and torch write most operations on arrays alike, so that matrix.py and metric.py serve both.
 `Arrays` has the operations that they write differently.
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import UsageError
-from dots1_local.refine.blocks import BlockFormat, Blocks
+from dots1_local.refine.blocks import BlockFormat
 from dots1_local.refine.kernels import Kernels
 
 __all__ = ["NUMPY", "Array", "Arrays", "arrays_on"]
@@ -28,12 +28,6 @@ class Arrays(Protocol):
 
     def load(self, array: Floats) -> Array:
         """Take an array of numpy's to where these arrays are; it may be the same memory."""
-
-    def load_blocks(self, blocks: Blocks) -> Any:
-        """Take blocks to where these arrays are."""
-
-    def fetch_blocks(self, blocks: Any) -> Blocks:
-        """Take blocks back."""
 
     def zeros_like(self, array: Array) -> Array:
         """Zeros of an array's shape."""
@@ -59,12 +53,6 @@ class NumpyArrays:
     def load(self, array: Floats) -> Floats:
         return np.ascontiguousarray(array, np.float32)
 
-    def load_blocks(self, blocks: Blocks) -> Blocks:
-        return blocks
-
-    def fetch_blocks(self, blocks: Blocks) -> Blocks:
-        return blocks
-
     def zeros_like(self, array: Floats) -> Floats:
         return np.zeros_like(array)
 
@@ -83,11 +71,10 @@ class NumpyArrays:
 NUMPY = NumpyArrays()
 
 
-def arrays_on(device: str | None, *, rounds_there: bool = False) -> Arrays:
+def arrays_on(device: str | None) -> Arrays:
     """torch on `device`, which is torch's name of it, such as "cuda:0"; without one, numpy.
 
-    The device multiplies and factors matrices, and the CPU rounds. With `rounds_there`, the device
-    rounds, too.
+    The device multiplies and factors matrices, and the CPU rounds.
 
     Raises:
         UsageError: torch is not installed.
@@ -100,7 +87,7 @@ def arrays_on(device: str | None, *, rounds_there: bool = False) -> Arrays:
         raise UsageError(
             f"refinement on {device} computes with PyTorch: pip install 'dots1-local[torch]'"
         ) from None
-    return TorchArrays(device, rounds_there)
+    return TorchArrays(device)
 
 
 def _factor(moment: Floats) -> Floats:

@@ -39,7 +39,7 @@ def begin(matrix: Floats, kind: QuantType, importance: Floats, columns: int) -> 
     blocks, kernels = zero_blocks(kind, len(matrix), columns), Kernels(block_format(kind))
     matrix = np.ascontiguousarray(matrix)
     for panel in _diagonal_panels(kernels, importance):
-        kernels.begin(panel, matrix, blocks)
+        kernels.begin(panel, matrix[:, panel.columns], blocks)
     return blocks
 
 
@@ -58,11 +58,11 @@ def encode_fast(matrix: Floats, kind: QuantType, importance: Floats) -> NDArray[
     blocks, kernels = zero_blocks(kind, *matrix.shape), Kernels(block_format(kind))
     errors = np.zeros_like(matrix)
     for panel in _diagonal_panels(kernels, importance):
-        part = panel.columns
-        kernels.begin(panel, matrix, blocks)
-        kernels.feed(panel, matrix, errors, blocks, np.ascontiguousarray(matrix[:, part]))
-        gradients = errors[:, part] * np.einsum("gii->gi", panel.diagonal).ravel()
-        kernels.descend(panel, matrix, errors, blocks, gradients)
+        rows, left = matrix[:, panel.columns], errors[:, panel.columns]
+        kernels.begin(panel, rows, blocks)
+        kernels.feed(panel, rows, left, blocks, rows.copy())
+        gradients = left * np.einsum("gii->gi", panel.diagonal).ravel()
+        kernels.descend(panel, rows, left, blocks, gradients)
     return pack(blocks, kind)
 
 

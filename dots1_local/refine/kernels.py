@@ -53,8 +53,9 @@ class Panel:
 class Kernels:
     """The kernels for one type.
 
-    All arrays are C-contiguous F32, except that rows of the weights and their errors (rows,
-    columns) may lie further apart. The kernels change blocks and errors.
+    Blocks are whole rows; weights and errors (rows, width) are a panel's columns. All arrays are
+    C-contiguous, except that rows of weights and errors may lie further apart, both as far. The
+    kernels change blocks and errors.
     """
 
     def __init__(self, form: BlockFormat) -> None:

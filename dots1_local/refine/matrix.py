@@ -8,7 +8,6 @@ matrix product, and what they do within the panel is up to the kernels.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from dots1_local.quant.encode import decode, encode
 from dots1_local.refine.arrays import NUMPY, Array, Arrays
 from dots1_local.refine.blocks import Blocks, block_format, pack, refinable, unpack
 from dots1_local.refine.fast_encoder import begin, can_begin
+from dots1_local.refine.kernels import Panel
 from dots1_local.refine.metric import Floats, Metric
 
 __all__ = ["ROUNDS", "Refined", "refine_matrix"]
@@ -84,7 +84,7 @@ def refine_matrix(
         held = metric.ratio(work.errors, before, step, arrays.load(held_out))
     if not (fitted if held_out is None else held) < 1:
         return Refined(plain(slice(None)), True, fitted, held)
-    return Refined(pack(arrays.fetch_blocks(work.blocks), kind), False, fitted, held)
+    return Refined(pack(work.blocks, kind), False, fitted, held)
 
 
 def _padded(rows: Floats, columns: int) -> Floats:
@@ -98,7 +98,7 @@ class _Refinement:
     def __init__(
         self, arrays: Arrays, matrix: Floats, kind: QuantType, metric: Metric, blocks: Blocks
     ) -> None:
-        self.blocks, self._metric = arrays.load_blocks(blocks), metric
+        self.blocks, self._metric = blocks, metric
         self._arrays, self._vector = arrays, block_format(kind).vector
         self._kernels = arrays.kernels(block_format(kind))
         self._matrix = arrays.load(matrix)
@@ -113,7 +113,8 @@ class _Refinement:
             targets = self._matrix[:, part] + self.errors[:, : part.start] @ carried[: part.start]
             diagonal = corner @ corner.swapaxes(1, 2)
             panel = self._kernels.panel(part.start, carried[part.start :], diagonal)
-            self._kernels.feed(panel, self._matrix, self.errors, self.blocks, targets)
+            rows, left = self._matrix[:, part], self.errors[:, part]
+            self._kernels.feed(panel, rows, left, self.blocks, targets)
 
     def descend(self) -> None:
         """Change every code, scale and min once where that lowers the error."""
@@ -122,12 +123,15 @@ class _Refinement:
             form = moment[part, part]
             panel = self._kernels.panel(part.start, form, _groups(form, self._vector))
             gradients = self.errors @ moment[:, part]
+            rows, left = self._matrix[:, part], self.errors[:, part]
             if outputs is None:
-                self._kernels.descend(panel, self._matrix, self.errors, self.blocks, gradients)
+                self._kernels.descend(panel, rows, left, self.blocks, gradients)
             else:
-                self._descend_coupled(panel, gradients, outputs)
+                self._descend_coupled(panel, rows, left, gradients, outputs)
 
-    def _descend_coupled(self, panel: Any, gradients: Array, outputs: Array) -> None:
+    def _descend_coupled(
+        self, panel: Panel, matrix: Array, errors: Array, gradients: Array, outputs: Array
+    ) -> None:
         """Descend in some rows at a time, because each row's best change depends on the others."""
         for start in range(0, len(gradients), _COUPLED):
             rows = slice(start, start + _COUPLED)
@@ -135,9 +139,9 @@ class _Refinement:
             moved = self._arrays.zeros_like(gradients[rows])
             self._kernels.descend(
                 panel,
-                self._matrix[rows],
-                self.errors[rows],
-                type(self.blocks)(*(field[rows] for field in vars(self.blocks).values())),
+                matrix[rows],
+                errors[rows],
+                Blocks(*(field[rows] for field in vars(self.blocks).values())),
                 (outputs[rows] @ gradients) * scale,
                 outputs[rows, rows] * scale,
                 moved,

@@ -23,7 +23,7 @@ struct Format {
   const float *grid;    // the same, (vector, codes)
 };
 
-// Rows taken apart, with the weights and their errors, (rows, stride).
+// Whole rows taken apart, with the weights of a panel and their errors, which lie `stride` apart.
 struct Rows {
   int32_t rows, columns, stride;
   const float *weights;
@@ -81,8 +81,8 @@ struct Row {
   uint8_t &min(int j) { return all.mins[at(j, f.sub)]; }
   uint16_t *codes(int j) { return all.codes + at(j, f.vector); }
   uint8_t *signs(int j) { return all.signs + at(j, 8); }
-  float *errors() { return all.errors + (size_t)row * all.stride + panel.start; }
-  const float *weights() { return all.weights + (size_t)row * all.stride + panel.start; }
+  float *errors() { return all.errors + (size_t)row * all.stride; }
+  const float *weights() { return all.weights + (size_t)row * all.stride; }
 
   float step(int level) { return f.step0 + f.step1 * level; }
 

@@ -135,14 +135,15 @@ class RefinedTensors:
         moments = given.pop()
         down = [piece for piece in pieces if _couples_rows(piece.slot)]
         others = [piece for piece in pieces if not _couples_rows(piece.slot)]
-        encoded: list[Encoded] = []
+        work: list[tuple[list[Piece], Metric, Floats | None]] = []
         if others:
             metric = Metric(shrunk_moment(moments.gate, moments.gate_prior))
-            encoded += self._refine(others, metric, _held_out(moments.gate))
+            work.append((others, metric, _held_out(moments.gate)))
         if down:
             metric = Metric(shrunk_moment(moments.down, moments.down_prior), self._outputs)
-            encoded += self._refine(down, metric, _held_out(moments.down))
-        return encoded
+            work.append((down, metric, _held_out(moments.down)))
+        del moments
+        return [encoded for each in work for encoded in self._refine(*each)]
 
 
 def _couples_rows(slot: TensorSlot) -> bool:

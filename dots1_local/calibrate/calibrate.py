@@ -48,6 +48,7 @@ from dots1_local.hub.pass_shards import (
 )
 from dots1_local.progress import Progress, silent
 from dots1_local.reference.model import Compute
+from dots1_local.refine.token_needs import require_tokens
 
 __all__ = ["LogitsSink", "calibrate", "find_device"]
 
@@ -104,8 +105,8 @@ def calibrate(
     Raises:
         CheckpointError: the checkpoint is incomplete or corrupt, a result is NaN or infinite, or
             the hub cannot be reached or sends damaged files.
-        UsageError: there are no tokens, chunks are too long, the device is unknown, or `low_disk`
-            is given for a folder.
+        UsageError: there are no tokens, or too few to refine; chunks are too long, the device is
+            unknown, or `low_disk` is given for a folder.
         Dots1Error: a result exists, or an unfinished run with other inputs, and `force` is not set;
             the disk is full; the folder is not writable; a file of the unfinished run is damaged;
             there is too little memory.
@@ -114,6 +115,8 @@ def calibrate(
     if refine and not (sensitivity and len(tokens)):
         raise UsageError("refine needs a calibration text, and the passes that measure sensitivity")
     _check(checkpoint, np.concatenate([tokens, evaluated]))
+    if refine:
+        require_tokens(checkpoint.config, tokens.size)
     compute = Compute(find_device(device), precision == "BF16")
     if threads is not None:
         torch.set_num_threads(threads)

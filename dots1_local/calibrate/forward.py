@@ -231,15 +231,16 @@ class ForwardPass:
 
     @contextmanager
     def memory_errors(self) -> Iterator[None]:
-        """Turn torch's errors about memory into one sentence.
+        """Turn errors of torch and numpy about memory into one sentence.
 
         Raises:
             Dots1Error: there is too little memory.
         """
         try:
             yield
-        except RuntimeError as error:
-            if not re.search("out of memory|t allocate memory", str(error)):
+        except (MemoryError, RuntimeError) as error:
+            of_torch = re.search("out of memory|t allocate memory", str(error))
+            if not of_torch and not isinstance(error, MemoryError):
                 raise
             needed = 2 * self.stream_bytes / 1e9
             raise Dots1Error(

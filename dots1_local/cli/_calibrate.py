@@ -124,6 +124,11 @@ def calibrate(options: CalibrateOptions) -> None:
         if text:
             limit = options.logits_chunks
             evaluation = tokenize(checkpoint, vocabulary, n_ctx, [text], [], limit)
+    if options.refine:
+        from dots1_local.refine.token_needs import advice
+
+        if sentence := advice(checkpoint.config, tokens.size):
+            notice(sentence)
     coverage = _run(checkpoint, tokens, evaluation, options)
     imatrix = options.output / "imatrix.gguf" if tokens.size else None
     measured = imatrix and not options.importance_only

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dots1_local.calibrate.calibrate import calibrate
@@ -138,6 +139,17 @@ def test_full_disk_while_moments_are_written(
         with pytest.raises(Dots1Error, match=r"disk is full.*/out\b"):
             calibrate(micro, folder, TOKENS, refine=True, threads=1)
     assert refined(micro, folder) == expected
+
+
+def test_too_little_memory_is_one_sentence(
+    micro: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10^18 bytes are requested, which numpy refuses."""
+    monkeypatch.setattr(
+        "dots1_local.calibrate.refinement_sample.input_metric", lambda *_: np.empty(1 << 57)
+    )
+    with pytest.raises(Dots1Error, match="not enough memory"):
+        calibrate(micro, tmp_path / "out", TOKENS, refine=True, threads=1)
 
 
 def test_a_run_without_refinement_is_another_one(

@@ -11,6 +11,7 @@ import torch
 
 from dots1_local.calibrate.calibrate import calibrate
 from dots1_local.calibrate.moments import HELD_OUT, HELD_OUT_EVERY
+from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.ggml import TYPES
 from dots1_local.quant.encode import decode, encode
@@ -130,15 +131,15 @@ def test_the_error_is_that_of_the_whole_matrix_on_held_out_rows(
     assert found == pytest.approx(ours / (np.square(ggmls) @ squares).sum(), rel=0.1)
 
 
-def test_the_smallest_text_is_enough(tmp_path: Path) -> None:
-    """Experts without tokens, and matrices whose only row is held out, keep ggml's errors."""
-    checkpoint = Checkpoint.open(micro_checkpoint(tmp_path / "hf", n_routed_experts=16))
-    for tokens in (random_tokens(1, 1), random_tokens(1, 16)):
-        folder = tmp_path / str(tokens.size)
-        calibrate(checkpoint, folder, tokens, refine=True, threads=1)
-        found = load_sensitivity(folder / "sensitivity-refined.json").tensors
-        effects = [effect for by_type in found.values() for effect in by_type.values()]
-        assert all(np.isfinite(effect.damage) for effect in effects)
+def test_the_shortest_text(tmp_path: Path) -> None:
+    """Experts without tokens, and those whose only token is held out, keep ggml's errors."""
+    checkpoint = Checkpoint.open(micro_checkpoint(tmp_path / "hf", n_routed_experts=64))
+    with pytest.raises(UsageError, match=r"has 63 tokens.* at least 64"):
+        calibrate(checkpoint, tmp_path / "out", random_tokens(1, 63), refine=True, threads=1)
+    calibrate(checkpoint, tmp_path / "out", random_tokens(1, 64), refine=True, threads=1)
+    found = load_sensitivity(tmp_path / "out" / "sensitivity-refined.json").tensors
+    effects = [effect for by_type in found.values() for effect in by_type.values()]
+    assert all(np.isfinite(effect.damage) for effect in effects)
 
 
 @pytest.mark.parametrize(

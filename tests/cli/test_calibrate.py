@@ -91,6 +91,15 @@ def test_refining_writes_two_more_files(micro: Path, text: Path, tmp_path: Path)
     assert all(name in result.stderr for name in names.values())
 
 
+def test_refining_tells_how_many_tokens_it_needs(micro: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ("-f", text, "-o", tmp_path / "out", "-c", 16, "--chunks")
+    result = run(micro, *arguments, 3, "--refine")
+    assert "has 48 tokens" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+    result = run(micro, *arguments, 4, "--refine")
+    assert result.stderr.startswith("64 tokens of calibration are 0.50 for each column")
+
+
 def test_refining_needs_a_text_and_both_passes(micro: Path, text: Path, tmp_path: Path) -> None:
     logits = ["--logits", tmp_path / "base.kld", "--logits-text", text]
     result = run(micro, *logits, "-o", tmp_path / "out", "--refine")

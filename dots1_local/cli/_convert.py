@@ -61,9 +61,10 @@ class ConvertOptions:
     plan: Path | None = option(
         "Take every type from this file, which --dry-run --json wrote.", panel=_TYPES
     )
-    calibration: Path | None = option(
-        "Use this folder, which dots1 calibrate wrote. Without a budget, its importance "
-        "file is used and the KL divergence is predicted.",
+    calibration: str | None = option(
+        "Use this folder, which dots1 calibrate wrote, or organisation/model on the hub, where "
+        "such a folder is published. Without a budget, its importance file is used and the KL "
+        "divergence is predicted.",
         metavar="DIR",
         panel=_BUDGET,
     )

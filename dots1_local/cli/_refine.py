@@ -1,6 +1,7 @@
 """The refinement of `dots1 convert`: its options checked, its calibration, and its table."""
 
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +36,7 @@ class RefineOptions(Protocol):
     @property
     def output(self) -> Path | None: ...
     @property
-    def calibration(self) -> Path | None: ...
+    def calibration(self) -> str | None: ...
     @property
     def refine(self) -> bool: ...
     @property
@@ -75,16 +76,18 @@ def check_refinement(options: RefineOptions) -> None:
 
 
 def measured_folder(checkpoint: "Checkpoint", options: RefineOptions) -> Path | None:
-    """Return the folder of the calibration; with a text, calibrate into OUTPUT.calibration first.
+    """Return the folder of the calibration, in the hub's cache if --calibration names an id there.
 
-    A finished calibration of the same text is used again.
+    With a text, calibrate into OUTPUT.calibration first, unless that was done with the same text.
 
     Raises:
         UsageError: the text is too short.
         Dots1Error: the folder was made from another text, or the calibration fails.
     """
+    if options.calibration is not None:
+        return _published(options.calibration, checkpoint, options.refine)
     if options.output is None or not (options.file or options.chat):
-        return options.calibration
+        return None
     import numpy as np
 
     from dots1_local.calibrate.calibration_folder import REFINEMENT
@@ -105,6 +108,16 @@ def measured_folder(checkpoint: "Checkpoint", options: RefineOptions) -> Path | 
             f"--calibration {folder}"
         )
     return folder
+
+
+def _published(path: str, checkpoint: "Checkpoint", refine: bool) -> Path:
+    """Return a folder as it is, and fetch what the hub has by this id."""
+    if os.path.lexists(path):
+        return Path(path)
+    from dots1_local.calibrate.manifest import find_calibration
+
+    with exit_on_interrupt("stopped"), progress_bar("calibration") as progress:
+        return find_calibration(path, checkpoint, refine=refine, progress=progress)
 
 
 def _calibrate(

@@ -170,6 +170,26 @@ def test_a_run_stopped_on_its_way_back_fetches_no_later_layer(
     assert of_layer_4 not in fetched(remote)
 
 
+def test_a_run_stopped_at_its_very_end_fetches_the_head_only(
+    remote: HubServer,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("dots1_local.calibrate.calibrate.manifest_json", stop)
+        with pytest.raises(Stopped):
+            run(remote, output)
+    remote.requests.clear()
+    run(remote, output)
+    assert contents(output) == expected
+    assert sum(fetched(remote).values()) <= 2  # the norm is not in the head's shard
+
+
 def test_the_first_run_may_have_had_more_disk(
     remote: HubServer, expected: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from dots1_local.files.checkpoint import Checkpoint
 from tests.calibrate.calibration import random_tokens
 from tests.hub_server import NAME, HubServer
 from tests.micro import edit_json, micro_checkpoint
+from tests.workers import start_dots1
 
 FILES = {"imatrix.gguf", "sensitivity.json", "refinement.safetensors"}
 
@@ -73,6 +75,20 @@ def test_a_published_calibration_is_used(
     assert fetch(published, model, refine=True) == folder
     for name in FILES:
         assert (folder / name).read_bytes() == (calibrated / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "says"),
+    [(NAME, 0, "measured 6 bpw"), ("some/where", 1, "no folder some/where, and .* no repository")],
+)
+def test_the_command_takes_its_id(
+    published: HubServer, model: Checkpoint, tmp_path: Path, name: str, code: int, says: str
+) -> None:
+    command = ["convert", str(model.path), "--dry-run", "--bpw", "6", "--calibration", name]
+    with start_dots1(*command, env=published.environment(tmp_path / "home")) as process:
+        found, complaints = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert re.search(says, found + complaints)
 
 
 def test_without_a_network_the_cache_is_enough(

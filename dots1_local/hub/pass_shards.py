@@ -120,11 +120,13 @@ class LowDiskShards(PassShards):
             rate = self._downloaded / self._seconds
             named = f"the measured {8 * rate / 1e6:,.0f} Mbit/s"
         if amounts:
-            hours = _hours(sum(nbytes.values()) / rate)
-            notify(f"fetching {', then '.join(amounts)}: about {hours} at {named}")
+            duration = _duration(sum(nbytes.values()) / rate)
+            notify(f"fetching {', then '.join(amounts)}: about {duration} at {named}")
 
 
-def _hours(seconds: float) -> str:
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return "a minute"
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 

@@ -58,6 +58,12 @@ class ConvertOptions:
         value="auto",
         panel=_TYPES,
     )
+    encoder: Literal["ggml", "fast"] = option(
+        "Encode the IQ types with importance by ggml, or by our encoder, which has less "
+        "weighted error.",
+        value="ggml",
+        panel=_TYPES,
+    )
     plan: Path | None = option(
         "Take every type from this file, which --dry-run --json wrote.", panel=_TYPES
     )
@@ -265,6 +271,7 @@ def _prepare(
             overrides=overrides,
             split_max_size=split,
             refine=options.refine,
+            encoder=options.encoder,
         )
     return Conversion.prepare(
         checkpoint,
@@ -274,6 +281,7 @@ def _prepare(
         padding=padding,
         overrides=overrides,
         refine=options.refine,
+        encoder=options.encoder,
     )
 
 

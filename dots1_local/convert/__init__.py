@@ -56,6 +56,7 @@ class Conversion:
     predicted_kl: float | None = None
     allocation: Allocation | None = field(default=None, repr=False)
     refinement: "RefinementData | None" = field(default=None, repr=False)
+    encoder: EncoderName = "ggml"
 
     @classmethod
     def prepare(
@@ -68,12 +69,14 @@ class Conversion:
         padding: Padding = "auto",
         overrides: Sequence[str] = (),
         refine: bool = False,
+        encoder: EncoderName = "ggml",
     ) -> "Conversion":
         """Choose every tensor's type, and check that the checkpoint holds every tensor.
 
         The importance is `imatrix`, or else that in the folder `calibration`. Pass the result of
         `open_hub` for a checkpoint on the hub. To `refine`, the folder must have been calibrated
-        for it.
+        for it. With the `encoder` "fast", ggml does not encode the types that
+        `refine.fast_encoder` encodes better.
 
         Raises:
             CheckpointError: the checkpoint is incomplete, corrupt, or of another architecture.
@@ -92,7 +95,7 @@ class Conversion:
                 padding=padding,
                 overrides=parse_overrides(overrides),
             )
-        conversion = cls._checked(source, recipe, importance)
+        conversion = replace(cls._checked(source, recipe, importance), encoder=encoder)
         if calibration is None or importance is None:
             if refine:
                 raise UsageError("refinement needs the folder of a calibration for refinement")
@@ -116,6 +119,7 @@ class Conversion:
         overrides: Sequence[str] = (),
         split_max_size: int | None = None,
         refine: bool = False,
+        encoder: EncoderName = "ggml",
     ) -> "Conversion":
         """Choose the types with the least predicted KL divergence within a budget.
 
@@ -143,7 +147,7 @@ class Conversion:
         )
         largest = allocator.reaching(allocator.least_kl, f"measured {budget}")
         undecided = cls._checked(source, largest.plan, importance)
-        undecided = replace(undecided, refinement=refinement)
+        undecided = replace(undecided, refinement=refinement, encoder=encoder)
 
         def overhead(allocation: Allocation) -> int:
             return undecided._with(allocation)._overhead(split_max_size)
@@ -192,7 +196,6 @@ class Conversion:
         threads: int | None = None,
         force: bool = False,
         low_disk: bool = False,
-        encoder: EncoderName = "ggml",
         device: str | None = None,
         precision: Precision = "F32",
         progress: Progress = silent,
@@ -206,10 +209,9 @@ class Conversion:
         are fetched into the output's folder one after another and removed once converted. Then
         `progress` counts the bytes that are fetched as well as those that are written.
 
-        With the `encoder` "fast", ggml does not encode the types that `refine.fast_encoder` encodes
-        better. Refinement computes the layers on the torch `device`, by default a GPU if there is
-        one, and multiplies in `precision`. It reads shards in the order of the layers; `notify`
-        hears how many bytes it fetches with `low_disk`.
+        Refinement computes the layers on the torch `device`, by default a GPU if there is one, and
+        multiplies in `precision`. It reads shards in the order of the layers; `notify` hears how
+        many bytes it fetches with `low_disk`.
 
         Raises:
             Dots1Error: the output exists, cannot be written or does not fit the disk, a weight
@@ -226,8 +228,8 @@ class Conversion:
             self.tensors,
             self.importance,
             refining,
-            self._fingerprint(encoder, refining),
-            encoder_named(encoder),
+            self._fingerprint(refining),
+            encoder_named(self.encoder),
             threads,
             force,
             low_disk,
@@ -249,14 +251,16 @@ class Conversion:
         write_metadata(
             writer, self.checkpoint, self.plan, self.importance, self.predicted_kl, tokens
         )
+        if self.encoder != "ggml":
+            writer.add_string("dots1_local.encoder", self.encoder)
         self.tokenizer.write(writer)
         return lay_out(path, writer, self.tensors, split_max_size)
 
-    def _fingerprint(self, encoder: EncoderName, refining: "Refining | None") -> str:
+    def _fingerprint(self, refining: "Refining | None") -> str:
         """Identify the inputs and the encoders: a resumed file must not mix two of either."""
         encoders = f"{version('dots1-local')} {version('llama-cpp-python')}"
-        if encoder != "ggml":
-            encoders += f" {encoder}"
+        if self.encoder != "ggml":
+            encoders += f" {self.encoder}"
         if refining:
             encoders += f" {refining.fingerprint()}"
         importance = self.importance and self.importance.sha256

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, TokenType, quants
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
+from dots1_local.cli import app
 from dots1_local.convert import Conversion, convert_checkpoint
 from dots1_local.quant.imatrix_file import write_imatrix
 from tests.micro import micro_checkpoint
@@ -210,3 +212,21 @@ def test_importance_steers_and_is_recorded(tmp_path: Path) -> None:
     keys = GGUFReader(tmp_path / "out.gguf").fields
     expected = hashlib.sha256((tmp_path / "imatrix.gguf").read_bytes()).hexdigest()
     assert keys["dots1_local.imatrix.sha256"].contents() == expected
+
+
+def test_the_fast_encoder_changes_its_own_types_only(tiny: Path, tmp_path: Path) -> None:
+    both = []
+    for encoder in ("ggml", "fast"):
+        path = tmp_path / f"{encoder}.gguf"
+        command = [
+            "convert", tiny, "-o", path, "--imatrix", tiny / "imatrix.gguf", "--encoder", encoder,
+            "--tensor-type", "ffn_(gate|up)_exps=IQ4_XS", "--json",
+        ]  # fmt: skip
+        result = CliRunner().invoke(app, list(map(str, command)))
+        assert result.exit_code == 0
+        both.append(tensors(path))
+    for (name, (kind, plain)), (_, fast) in zip(both[0].items(), both[1].values(), strict=True):
+        assert np.array_equal(plain, fast) == (kind != "IQ4_XS"), name
+    fields = GGUFReader(tmp_path / "fast.gguf").fields
+    assert fields["dots1_local.encoder"].contents() == "fast"
+    assert "dots1_local.encoder" not in GGUFReader(tmp_path / "ggml.gguf").fields

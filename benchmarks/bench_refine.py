@@ -3,11 +3,11 @@
     python -m benchmarks.bench_refine --kinds Q3_K IQ3_XXS IQ2_XXS IQ4_NL
     python -m benchmarks.bench_refine --layer Q3_K IQ3_XXS IQ2_XXS --tokens 131072
 
-The first form prints, on one core, the speed and weighted error of both plain encoders, and the
-speed of refining one expert's gate and down (4,096 and 1,408 columns, 6,144 tokens), with the part
-of matrix products and their speed. The second form converts a random checkpoint with one dense and
-one MoE layer (7.5 GB, made once) with --refine; gate and up get the type, down the type or IQ4_NL.
-Its calibration is made up: only the importance of a real one would take longer to make.
+The first form prints, by the processor time of one core, the speed and weighted error of both plain
+encoders, and the speed of refining one expert's gate and down (4,096 and 1,408 columns, 6,144
+tokens), with the part of matrix products and their speed. The second form converts a random
+checkpoint with one dense and one MoE layer (7.5 GB, made once) with --refine; gate and up get the
+type, down the type or IQ4_NL. Its calibration is made up: a real one would take longer to make.
 """
 
 import argparse
@@ -70,9 +70,9 @@ def gemm_speed() -> float:
 
 
 def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def encoders(kind: QuantType) -> str:
@@ -81,9 +81,9 @@ def encoders(kind: QuantType) -> str:
     speeds, errors = [], []
     for encoder in (encode, encode_fast):
         encoder(weights[:1], kind, importance)  # ggml prepares codebooks first
-        start = time.perf_counter()
+        start = time.process_time()
         data = encoder(weights, kind, importance)
-        speeds.append(weights.size / (time.perf_counter() - start) / 1e6)
+        speeds.append(weights.size / (time.process_time() - start) / 1e6)
         errors.append((importance * np.square(weights - decode(data, kind, _HIDDEN))).sum())
     return f"| {kind.name} | {speeds[0]:.1f} | {speeds[1]:.1f} | {errors[1] / errors[0]:.3f} |"
 
@@ -96,7 +96,7 @@ def refining(kind: QuantType, gate: Metric, down: Metric, gemm: float) -> str:
         weights, held_out = normal(rows, columns, scale=0.02), inputs(columns, 256)
         refine_matrix(weights[:256], kind, Metric(metric.inputs), None, columns=stored)  # warm up
         work = partial(refine_matrix, weights, kind, metric, held_out, columns=stored)
-        profile = cProfile.Profile()
+        profile = cProfile.Profile(time.process_time)
         seconds = _timed(partial(profile.runcall, work))
         products = _seconds_of_products(profile)
         operations = 2 * rows * columns**2 * (0.5 + ROUNDS)
@@ -114,8 +114,12 @@ def refining(kind: QuantType, gate: Metric, down: Metric, gemm: float) -> str:
 def _seconds_of_products(profile: cProfile.Profile) -> float:
     """The time of the functions that multiply matrices, without what they call."""
     names = ("feed", "descend", "_descend_coupled")
-    profiles = pstats.Stats(profile).get_stats_profile().func_profiles
-    return sum(profiles[name].tottime for name in names if name in profiles)
+    times: dict[tuple[str, int, str], tuple[int, int, float]] = vars(pstats.Stats(profile))["stats"]
+    return sum(
+        spent[2]
+        for (file, _, name), spent in times.items()
+        if Path(file).name == "matrix.py" and name in names
+    )
 
 
 def make_calibration(checkpoint_path: Path, folder: Path, tokens: int) -> None:

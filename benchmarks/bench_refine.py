@@ -18,7 +18,6 @@ import pstats
 import shutil
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -156,7 +155,7 @@ def make_calibration(checkpoint_path: Path, folder: Path, tokens: int) -> None:
 
 
 def convert_once(work: Path, kind: str) -> None:
-    """Convert with --refine, and write the wall seconds of each part to spent.json."""
+    """Convert with --refine, and write the seconds of each part to spent.json: wall, and cores'."""
     from dots1_local.convert import Conversion
 
     down = kind if kind in ("IQ2_XXS", "IQ2_XS", "IQ2_S") else "IQ4_NL"
@@ -164,13 +163,14 @@ def convert_once(work: Path, kind: str) -> None:
         f"ffn_(gate|up)_exps={kind}",
         f"ffn_down_exps={'IQ3_XXS' if down == kind else down}",
     ]
-    spent: defaultdict[str, float] = defaultdict(float)
-    current, since = "start", time.perf_counter()
+    spent: dict[str, list[float]] = {}
+    current, since = "start", (time.perf_counter(), time.process_time())
 
     def progress(done: int, total: int, unit: str, what: str) -> None:
         nonlocal current, since
-        now = time.perf_counter()
-        spent[current] += now - since
+        now = time.perf_counter(), time.process_time()
+        before = spent.get(current, [0.0, 0.0])
+        spent[current] = [b + n - s for b, n, s in zip(before, now, since, strict=True)]
         current, since = what.partition(",")[0], now
 
     conversion = Conversion.prepare(
@@ -182,23 +182,28 @@ def convert_once(work: Path, kind: str) -> None:
     (work / "spent.json").write_text(json.dumps(spent))
 
 
-def layers(work: Path, kinds: list[str], tokens: int) -> None:
+def layers(work: Path, kinds: list[str], tokens: int, experts: int) -> None:
     """Print a row for every type of gate and up."""
     from tools.make_wide import published_config, write_checkpoint
 
     if not (work / "wide" / "config.json").exists():
         work.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(work / "wide", published_config(num_hidden_layers=2))
+        write_checkpoint(
+            work / "wide", published_config(num_hidden_layers=2, n_routed_experts=experts)
+        )
     make_calibration(work / "wide", work / "calibration", tokens)
-    print(f"\n{tokens:,} tokens, {os.cpu_count()} cores, minutes of wall time\n")
+    print(
+        f"\n{tokens:,} tokens, {experts} experts, {os.cpu_count()} cores; minutes, core-minutes\n"
+    )
     print("| gate and up | embedding | dense layer | MoE layer | head | all | private memory |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for kind in kinds:
         command = [sys.executable, "-m", "benchmarks.bench_refine", "--one", kind]
         usage = measure([*command, "--work", str(work)], work / "log.txt")
         spent = json.loads((work / "spent.json").read_text())
-        parts = [spent.get(name, 0.0) / 60 for name in ("embedding", "layer 0", "layer 1", "head")]
-        figures = " | ".join(f"{minutes:.1f}" for minutes in (*parts, usage.wall / 60))
+        names = ("embedding", "layer 0", "layer 1", "head")
+        parts = [*(spent.get(name, (0.0, 0.0)) for name in names), (usage.wall, usage.processor)]
+        figures = " | ".join(f"{wall / 60:.1f}, {cores / 60:.1f}" for wall, cores in parts)
         print(f"| {kind} | {figures} | {usage.anonymous / 1e9:.1f} GB |", flush=True)
         (work / "refined.gguf").unlink()
 
@@ -209,13 +214,14 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=_KINDS)
     parser.add_argument("--layer", nargs="+", metavar="KIND", help="convert with these types")
     parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--work", type=Path, default=Path("build/bench-refine"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         convert_once(options.work, options.one)
     elif options.layer:
-        layers(options.work, options.layer, options.tokens)
+        layers(options.work, options.layer, options.tokens, options.experts)
     else:
         with threadpool_limits(1, user_api="blas"):
             _print_speeds([TYPES[name] for name in options.kinds])

@@ -22,8 +22,9 @@ __all__ = ["Floats", "Metric", "input_metric", "output_metric"]
 Floats = NDArray[np.float32]
 
 _OUTPUT_DAMPING = 0.03
-# Part of the mean diagonal that is added to H, for at least so many tokens per column.
-_DAMPING = ((20, 0.01), (5, 0.05), (2, 0.1), (0, 0.3))
+# Part of the mean diagonal that is added to H, for at least so many tokens per column. With 0.01,
+# text like that of the calibration gains up to 1%, and other text loses 2 to 8%.
+_DAMPING = ((20, 0.03), (5, 0.05), (2, 0.1), (0, 0.3))
 _LEAST = 1e-30  # that is added to the diagonal
 _SAMPLES = 256  # inputs to estimate an error on
 

@@ -2,7 +2,7 @@
 # make test    set up, then lint, types and tests
 # make bench   time and memory of conversion at real width, beside stock llama.cpp
 # make wheel   a wheel in dist/, to install without a clone
-# make bench-quality   measured mixes beside hand-made and stock ones, by KL divergence
+# make bench-quality   measured mixes beside hand-made and stock ones, refined and plain, by KL divergence
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,14 +1,16 @@
-"""Allocated mixes, hand recipes and stock mixes of equal size: KL divergence on held-out text.
+"""Allocated mixes, hand recipes and stock mixes of equal size, plain and refined: KL divergence.
 
     python -m benchmarks.bench_quality examples/dots1-tiny examples/dots1-deep
     python -m benchmarks.bench_quality examples/dots1-tiny --chunks 16 --random 0    a smoke run
+    python -m benchmarks.bench_quality examples/dots1-tiny --opponents benchmarks/quality.md
 
 An example is a checkpoint folder with calibration.txt and heldout.txt. It is calibrated on the one;
 every recipe is converted with that importance and compared on the other with the BF16 conversion.
 Ours are allocated to the projected sizes (`projection`) of hand recipes that no smaller one is as
 good as, and of the stock mixes. Hand recipes are screened on a part of the text; those near the
-best are measured on all of it, as are ours. Tables go to stdout; results are saved in --work, so
-that a run that was stopped can be resumed.
+best are measured on all of it, as are ours. Then the mixes and the best hand recipes are refined
+(`refined_runs`); with the report of an earlier run as --opponents, only this is done. Tables go to
+stdout; results are saved in --work, so that a run that was stopped can be resumed.
 """
 
 import argparse

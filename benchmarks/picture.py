@@ -10,8 +10,8 @@ from benchmarks.refined_runs import Refined
 
 __all__ = ["picture"]
 
-_WIDTH, _HEIGHT = 480, 400  # of one example's panel
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 58, 46
+_WIDTH, _HEIGHT = 480, 416  # of one example's panel
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 74, 46
 _STEP = 10  # GB between ticks
 # Grey and colours of middle lightness, the same distance from white and from near-black.
 _INK = "#768390"
@@ -164,13 +164,12 @@ class _Panel:
         )
 
     def _legend(self) -> Iterator[str]:
-        x = _LEFT + 6.0
-        for kind, label in _LEGEND:
+        for number, (kind, label) in enumerate(_LEGEND):
+            x, y = _LEFT + 6.0 + 130 * (number % 3), 38 + 17 * (number // 3)
             if kind in _LINES:
-                yield f'<path class="{kind}" d="M{x - 7} 38h14"/>'
-            yield _mark(kind, x, 38, label)
-            yield f'<text x="{x + 11}" y="42">{label}</text>'
-            x += 22 + 6 * len(label)
+                yield f'<path class="{kind}" d="M{x - 7} {y}h14"/>'
+            yield _mark(kind, x, y, label)
+            yield f'<text x="{x + 11}" y="{y + 4}">{label}</text>'
 
 
 _SIZE, _KL = "GB, projected to dots.llm1", "KL divergence, nats a token"

@@ -45,13 +45,13 @@ def refine_together(
     data = RefinementData.load(calibration, source)
     shape = (*data.tokens.shape, source.config.hidden_size)
     with ExitStack() as opened:
-        opened.callback(shutil.rmtree, work, ignore_errors=True)
-        stream = opened.enter_context(StreamFiles(work, "together", shape, 0))
-        opened.enter_context(threadpool_limits(1, user_api="blas"))
-        journals = [
+        journals = [  # which also lock the files and `work`
             opened.enter_context(Journal(_laid_out(source, calibration, *file), ""))
             for file in files.items()
         ]
+        opened.callback(shutil.rmtree, work, ignore_errors=True)
+        stream = opened.enter_context(StreamFiles(work, "together", shape, 0))
+        opened.enter_context(threadpool_limits(1, user_api="blas"))
         sinks = [
             opened.enter_context(_sink(source, calibration, data, each, work)) for each in journals
         ]

@@ -13,7 +13,7 @@ experts are read one after another, and each is applied to all rows that are rou
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,7 +38,11 @@ from dots1_local.reference.layers import (
 )
 from dots1_local.reference.model import Compute, head_name, load_common, read_experts, read_tensor
 
-__all__ = ["backward_layer", "generator", "head_gradients"]
+__all__ = ["SquaresObserver", "backward_layer", "generator", "head_gradients"]
+
+SquaresObserver = Callable[[str, bool, Tensor], None]
+"""Called with a matrix's name, whether the gradients are `tie` draws, and the squares of gradients
+at its outputs: [rows that an `Observer` got last, rows of the matrix]."""
 
 _LOGITS = 1 << 25  # logits computed at a time: 134 MB, of which there are five copies
 _ROWS = 1024  # rows of a layer computed at a time, with everything that autograd keeps of them
@@ -51,20 +55,27 @@ def generator(seed: int, layer: int) -> torch.Generator:
 
 
 def head_gradients(
-    x: Tensor, checkpoint: Checkpoint, draws: int, random: torch.Generator, device: torch.device
+    x: Tensor,
+    checkpoint: Checkpoint,
+    draws: int,
+    random: torch.Generator,
+    device: torch.device,
+    observe: Observer | None = None,
+    observe_squares: SquaresObserver | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `kl` draws at the output of the last layer, and the second moments at the logits.
 
     `x` [chunks, positions, hidden] is that output. Returns gradients [draws, chunks, positions,
     hidden] on the device of x, and the expected square of the gradient at each logit, summed over
-    tokens: [vocabulary], F64. Every position counts. `random` is a CPU generator.
+    tokens: [vocabulary], F64. Every position counts. `random` is a CPU generator. The observers get
+    the inputs of the head, and the expected squares.
 
     Raises:
         CheckpointError: a tensor is missing or unreadable, or the gradient is NaN or infinite.
     """
     config = checkpoint.config
-    norm = read_tensor(checkpoint, "model.norm.weight").to(device).float()
-    head = read_tensor(checkpoint, head_name(config)).to(device).float()
+    name, norm = head_name(config), read_tensor(checkpoint, "model.norm.weight").to(device).float()
+    head = read_tensor(checkpoint, name).to(device).float()
     g = x.new_empty(draws, *x.shape)
     squares = torch.zeros(config.vocab_size, dtype=torch.float64)
     size = max(1, _LOGITS // config.vocab_size)
@@ -73,7 +84,11 @@ def head_gradients(
         part = rows[block : block + size].to(device).requires_grad_()
         normed = rms_norm(part, norm, config.rms_norm_eps)
         p = F.linear(normed.detach(), head).softmax(-1)
-        squares += (p - p.square()).sum(0).cpu().double()
+        expected = p - p.square()
+        if observe is not None and observe_squares is not None:
+            observe(name, normed)
+            observe_squares(name, False, expected)
+        squares += expected.sum(0).cpu().double()
         for draw in at_rows:
             z = _logit_gradients(p, random)
             (at_part,) = torch.autograd.grad(normed, part, z @ head, retain_graph=True)
@@ -107,6 +122,7 @@ def backward_layer(
     compute: Compute,
     report: Report,
     observe: Observer | None = None,
+    observe_squares: SquaresObserver | None = None,
 ) -> tuple[dict[str, Tensor], RouterFlips]:
     """Replace `g`, the gradients at the output of a layer, by the gradients at its input.
 
@@ -114,7 +130,8 @@ def backward_layer(
     draws. `x` [chunks, positions, hidden] is the layer's input. Both may be on another device than
     the computation. `sigma` is the standard deviation of the noise in the router's margins; with 0
     no router flips. `observe` gets the inputs of the matrices, including rows for the next expert
-    of tokens that are nearly tied.
+    of tokens that are nearly tied; after each piece of these rows `observe_squares` gets what
+    belongs to it, draw by draw.
 
     Returns the second moments of the gradient at each matrix except the router, under its Hugging
     Face name relative to the layer: for each row of the matrix, the square of the gradient at its
@@ -124,7 +141,9 @@ def backward_layer(
     Raises:
         CheckpointError: a tensor is missing or unreadable, or a gradient is NaN or infinite.
     """
-    work = _BackwardLayer(g, x, checkpoint, layer, kl_draws, compute, report, observe)
+    work = _BackwardLayer(
+        g, x, checkpoint, layer, kl_draws, compute, report, observe, observe_squares
+    )
     flips = work.dense() if checkpoint.config.is_dense(layer) else work.moe(sigma, random)
     _check_finite((g, *work.sums.values()), f"layer {layer}")
     return work.sums, flips
@@ -142,6 +161,7 @@ class _BackwardLayer:
     compute: Compute
     report: Report
     observe: Observer | None
+    observe_squares: SquaresObserver | None
 
     def __post_init__(self) -> None:
         self.positions, hidden = self.x.shape[1:]
@@ -284,5 +304,7 @@ class _BackwardLayer:
     def _add(self, name: str, draw: int, gradient: Tensor) -> None:
         is_tie = draw >= self.kl_draws
         draws = len(self.g) - self.kl_draws if is_tie else self.kl_draws
-        squares = gradient.square().flatten(0, -2).sum(0).cpu().double()
-        self.sums[name][int(is_tie)] += squares / draws
+        squares = gradient.square().flatten(0, -2)
+        if self.observe_squares is not None:
+            self.observe_squares(name, is_tie, squares)
+        self.sums[name][int(is_tie)] += squares.sum(0).cpu().double() / draws

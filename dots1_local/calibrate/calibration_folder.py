@@ -9,8 +9,9 @@ For sensitivity there are also `probe-NNNN.npy`, the probed chunks' inputs to ea
 gradients at the input of the last layer that the backward pass finished; and `effects-NNNN.json`,
 what it measured in each layer, complete before the gradients.
 
-For refinement there are also `sample-NNNN.json`, the errors of a sample of refined rows;
-`judged-NNNN.npy`, the moment of one matrix; and `refined-NNNN.json`, the effects of refined rows.
+For refinement there are also `sample-NNNN.json`, the errors of a sample of refined rows by type;
+`errors-NNNN.safetensors`, the rows' errors in one type; `judged-NNNN.npy`, the moment of one
+matrix; and `refined-NNNN.json`, the effects of refined rows.
 """
 
 import os
@@ -50,7 +51,7 @@ Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (experts, co
 _NAMES = re.compile(
     r"lock|identity|calibration\.json|sensitivity(-refined)?\.json|refinement\.safetensors"
     r"|(after-\d+\.f32|layer-\d+\.gguf|imatrix\.gguf|(probe|back|judged)-\d+\.npy"
-    r"|(noise|effects|sample|refined)-\d+\.json)(\.partial)?"
+    r"|(noise|effects|sample|refined)-\d+\.json|errors-\d+\.safetensors)(\.partial)?"
     r"|(after|(probe|back|noise|effects)-\d+)\.partial"  # of earlier versions
 )
 

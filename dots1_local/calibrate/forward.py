@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dots1_local.calibrate.calibration_folder import CalibrationFolder, Entries
 from dots1_local.calibrate.column_sums import ColumnSums, square_sums
-from dots1_local.calibrate.hooks import NO_HOOKS
+from dots1_local.calibrate.hooks import NO_HOOKS, observe_all
 from dots1_local.calibrate.layer_moments import LayerMoments
 from dots1_local.calibrate.moments import Moments
 from dots1_local.calibrate.output_errors import REFERENCE
@@ -166,7 +166,7 @@ class ForwardPass:
             sample.common({name: moment})
         layers = self.checkpoint.config.num_hidden_layers
         with disk_errors(folder.path):
-            folder.probe.save_sample(layers, sample.found(), None)
+            folder.probe.save_sample(layers, sample.found(), sample.rows, None)
 
     def logits(self, x: Tensor) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Chunk, first row and logits (rows, vocabulary) of the second halves of `evaluation`."""
@@ -195,15 +195,16 @@ class ForwardPass:
         inputs = self.exact_probes(x).cpu().numpy()
 
         sample = RefinementSample(self.checkpoint, layer, self.threads) if self.refine else None
-        observers, hooks = [measured.observe], NO_HOOKS
+        observers: list[Observer] = [measured.observe]
+        hooks = NO_HOOKS
         if sample is not None:
             moments = LayerMoments(layer, sample, sample.experts, self.calibration.size)
             observers, hooks = [*observers, moments.observe], moments.hooks
         exact = [noise.exact] if noise else []
         ends = (0, self.probed, len(self.calibration), len(x) - self.probed, len(x))
         segments = [
-            Segment(ends[0], ends[1], _all(*observers, *exact)),
-            Segment(ends[1], ends[2], _all(*observers)),
+            Segment(ends[0], ends[1], observe_all(*observers, *exact)),
+            Segment(ends[1], ends[2], observe_all(*observers)),
             Segment(ends[2], ends[3]),
             Segment(ends[3], ends[4], noise.rounded if noise else None, self.rounding),
         ]
@@ -217,7 +218,7 @@ class ForwardPass:
             with disk_errors(folder.path):
                 folder.probe.save_forward(layer, inputs, noise.sigma() if noise else 0.0)
                 if sample is not None:
-                    folder.probe.save_sample(layer, sample.found(), sample.judged)
+                    folder.probe.save_sample(layer, sample.found(), sample.rows, sample.judged)
         folder.finish_layer(measured.first(), x.shape[1], (chunk.cpu().numpy() for chunk in x))
 
     def _router_noise(self, layer: int) -> RouterNoise | None:
@@ -255,13 +256,3 @@ class ForwardPass:
             return device
         free, _ = torch.cuda.mem_get_info(device)
         return device if 2 * self.stream_bytes + _WORKING < free else torch.device("cpu")
-
-
-def _all(*observers: Observer) -> Observer:
-    """An observer that calls several ones."""
-
-    def observe(name: str, rows: Tensor) -> None:
-        for each in observers:
-            each(name, rows)
-
-    return observe

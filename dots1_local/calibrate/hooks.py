@@ -8,7 +8,7 @@ from torch import Tensor
 from dots1_local.reference.layers import Observer, ffn_hidden
 from dots1_local.reference.model import Compute
 
-__all__ = ["NO_HOOKS", "Expert", "Hooks"]
+__all__ = ["NO_HOOKS", "Expert", "Hooks", "observe_all"]
 
 _ROWS = 2048  # rows in one matrix product
 
@@ -54,3 +54,13 @@ class Hooks:
 
 
 NO_HOOKS = Hooks()
+
+
+def observe_all(*observers: Observer) -> Observer:
+    """An observer that calls several ones."""
+
+    def observe(name: str, rows: Tensor) -> None:
+        for each in observers:
+            each(name, rows)
+
+    return observe

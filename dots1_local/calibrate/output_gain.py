@@ -69,9 +69,12 @@ def output_gain(
     half = kl.shape[1] // 2
     outputs = output_metric(gradient_moment(kl[:, :half]))
     costs = gradient_moment(kl[:, half:]), gradient_moment(tie)
-    rows = read_rows(checkpoint, matrix.source, np.arange(spec.source_shape[0]))
+    numbers = np.arange(spec.source_shape[0])
+    rows = read_rows(checkpoint, matrix.source, numbers)
     samples = [
-        RowSample(spec, rows, Metric(matrix.metric, each), matrix.held_out, matrix.importance)
+        RowSample(
+            spec, numbers, rows, Metric(matrix.metric, each), matrix.held_out, matrix.importance
+        )
         for each in (None, outputs)
     ]
     _ = samples[0].metric.factor, samples[1].metric.factor  # before threads share them

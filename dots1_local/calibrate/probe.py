@@ -24,11 +24,13 @@ from torch import Tensor
 from dots1_local.architecture import TensorSpec, inventory, padded_width
 from dots1_local.calibrate.backward import backward_layer, generator, head_gradients
 from dots1_local.calibrate.column_sums import ColumnSums
+from dots1_local.calibrate.hooks import observe_all
 from dots1_local.calibrate.output_errors import REFERENCE, measure, read_rows, sample
 from dots1_local.calibrate.probe_files import ProbeFiles
 from dots1_local.calibrate.refined_effects import MeasuredEffects, RefinedRatios
 from dots1_local.calibrate.refinement_probe import RefinementProbe
 from dots1_local.calibrate.stream import Report, observe_head
+from dots1_local.calibrate.weighted_errors import WeightedErrors
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.hub.pass_shards import EMBEDDING, HEAD, Provide, layer_step, on_disk
@@ -110,14 +112,15 @@ class Probe:
             return reached, torch.from_numpy(saved).to(output.device)
         self.provide(HEAD, notify)
         random, device = generator(0, layers), self.compute.device
-        kl_draws, rows = head_gradients(output, self.checkpoint, DRAWS, random, device)
+        head = next(spec for spec in self._specs(None) if spec.role == "head")
+        found = _Found(self.refinement.head() if self.refinement else None)
+        weighted = found.weighted.observe, found.weighted.observe_squares
+        kl_draws, rows = head_gradients(output, self.checkpoint, DRAWS, random, device, *weighted)
         g = torch.cat([kl_draws, torch.zeros_like(kl_draws)])
         row_costs = torch.stack([rows, torch.zeros_like(rows)])[:, None] / output[..., 0].numel()
-        head = next(spec for spec in self._specs(None) if spec.role == "head")
         noise = ColumnSums(self.checkpoint.config, None, activation_errors)
         observe_head(output, self.checkpoint, noise.observe, device)
         moments, errors = self._second_moments(head), noise.means()[head.name]
-        found = _Found(self.refinement.head() if self.refinement else None)
         self._measure(found, head, row_costs.numpy(), moments, errors)
         found.save(self.files, layers, g)
         return layers, g
@@ -129,10 +132,11 @@ class Probe:
         if self.refinement is not None:
             kl, tie = g.cpu().numpy().reshape(2, DRAWS, -1, g.shape[-1])
             found.ratios = self.refinement.layer(layer, kl, tie)
-        sigma, random, observe = self.files.noise(layer), generator(0, layer), noise.observe
+        sigma, random, weighted = self.files.noise(layer), generator(0, layer), found.weighted
         sums, _ = backward_layer(
-            g, inputs, self.checkpoint, layer, DRAWS, sigma, random, self.compute, report, observe
-        )
+            g, inputs, self.checkpoint, layer, DRAWS, sigma, random, self.compute, report,
+            observe_all(noise.observe, weighted.observe), weighted.observe_squares,
+        )  # fmt: skip
         specs, errors = list(self._specs(layer)), noise.means()
         prefix = f"model.layers.{layer}."
         for spec in specs:
@@ -220,6 +224,10 @@ class _Found:
     ratios: RefinedRatios | None
     effects: Found = field(default_factory=dict)
     refined: Found = field(default_factory=dict)
+
+    @property
+    def weighted(self) -> WeightedErrors:
+        return WeightedErrors({}) if self.ratios is None else self.ratios.weighted
 
     def add(
         self, spec: TensorSpec, measured: MeasuredEffects, reference: Effect, row_costs: Floats

@@ -9,8 +9,10 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
-from dots1_local.calibrate.refined_errors import JudgedMatrix, RefinedErrors
+from dots1_local.calibrate.refined_errors import ErrorRows, JudgedMatrix, RefinedErrors
 from dots1_local.errors import Dots1Error
 from dots1_local.files.json_file import convert_json, parse_json
 from dots1_local.files.partial_file import open_partial
@@ -21,6 +23,8 @@ __all__ = ["ProbeFiles"]
 Floats = NDArray[np.float32]
 Effects = Mapping[str, Mapping[str, Effect]]  # by GGUF name and type
 T = TypeVar("T")
+
+_SUFFIXES = {"probe": "npy", "back": "npy", "judged": "npy", "errors": "safetensors"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,11 @@ class ProbeFiles:
         return self._read(self._path("noise", layer), float)
 
     def save_sample(
-        self, layer: int, errors: Mapping[str, RefinedErrors], judged: JudgedMatrix | None
+        self,
+        layer: int,
+        errors: Mapping[str, RefinedErrors],
+        rows: Mapping[str, ErrorRows],
+        judged: JudgedMatrix | None,
     ) -> None:
         """Save what a sample of refined rows has found in a layer; the head is that after the last.
 
@@ -62,6 +70,10 @@ class ProbeFiles:
         if judged is not None:
             parts = (judged.metric, judged.importance[None], judged.held_out)
             self._save(self._path("judged", layer), np.concatenate(parts))
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, each in rows.items():
+            arrays |= {f"{name}.numbers": each.numbers, f"{name}.errors": each.errors}
+        self._save(self._path("errors", layer), arrays)
         source = None if judged is None else judged.source
         self._save(self._path("sample", layer), asdict(_Sample(source, errors)))
 
@@ -74,6 +86,12 @@ class ProbeFiles:
         columns = parts.shape[1]
         metric, (importance,), held_out = np.split(parts, (columns, columns + 1))
         return found.errors, JudgedMatrix(found.judged, metric, held_out, importance)
+
+    def error_rows(self, layer: int) -> dict[str, ErrorRows]:
+        """The errors of rows that `save_sample` saved."""
+        arrays = self._parsed(self._path("errors", layer), _parse_arrays)
+        names = (name.removesuffix(".errors") for name in arrays if name.endswith(".errors"))
+        return {n: ErrorRows(arrays[f"{n}.numbers"], arrays[f"{n}.errors"]) for n in names}
 
     def save_backward(
         self, layer: int, gradients: Floats, effects: Effects, refined: Effects | None = None
@@ -113,13 +131,14 @@ class ProbeFiles:
         self._save(self._path(name, layer), measured)
 
     def _path(self, name: str, layer: int) -> Path:
-        suffix = "npy" if name in ("probe", "back", "judged") else "json"
-        return self._work / f"{name}-{layer:04}.{suffix}"
+        return self._work / f"{name}-{layer:04}.{_SUFFIXES.get(name, 'json')}"
 
     def _save(self, path: Path, value: Any) -> None:
         with open_partial(path) as file:
             if isinstance(value, np.ndarray):
                 np.save(file, value)
+            elif path.suffix == ".safetensors":
+                file.write(save(value))
             else:
                 file.write(json.dumps(value).encode())
 
@@ -150,3 +169,11 @@ class ProbeFiles:
             raise Dots1Error(
                 f"{path} is damaged ({reason}); remove {self._work} to start over"
             ) from None
+
+
+def _parse_arrays(file: IO[bytes]) -> dict[str, NDArray[Any]]:
+    try:
+        arrays: dict[str, NDArray[Any]] = load(file.read())
+    except SafetensorError as error:
+        raise ValueError(error) from None
+    return arrays

@@ -1,8 +1,8 @@
 """The effects of each type with the refined encoder, from those of ggml's own.
 
-Damage and flips of a tensor's weights are multiplied by the ratio of refined errors to ggml's, and
-for matrices that write to the residual stream by what their outputs' metric gains. What rounded
-activations cost stays as it is.
+Damage and flips of a tensor's weights are multiplied by the ratio of refined errors to ggml's, by
+what refined errors cost where they occur, and for matrices that write to the residual stream by
+what their outputs' metric gains. What rounded activations cost stays as it is.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dots1_local.architecture import TensorSpec
 from dots1_local.calibrate.output_gain import OutputGain
 from dots1_local.calibrate.refined_errors import RefinedErrors
+from dots1_local.calibrate.weighted_errors import WeightedErrors
 from dots1_local.ggml import TYPES
 from dots1_local.quant.sensitivity import Effect
 
@@ -51,20 +52,22 @@ class MeasuredEffects:
 
 @dataclass(frozen=True)
 class RefinedRatios:
-    """What refinement does in one layer: the errors of sampled rows, and the outputs' gain."""
+    """What refinement does in one layer: the errors of sampled rows, these errors weighted by
+    gradients once the backward pass has been through the layer, and the outputs' gain."""
 
     errors: Mapping[str, RefinedErrors]
-    gain: OutputGain
+    weighted: WeightedErrors = field(default_factory=lambda: WeightedErrors({}))
+    gain: OutputGain = field(default_factory=lambda: OutputGain({}))
 
     def of(self, spec: TensorSpec, row_costs: Floats) -> dict[str, Pair]:
         """Factors of damage and flips by type, if rows cost `row_costs` (2, experts, rows)."""
         if spec.name not in self.errors:
             return {}
         ratios = self.errors[spec.name].ratios(row_costs[0].sum(axis=-1))
-        gains = {
-            kind: self.gain.of(TYPES[kind]) if spec.part in _TO_RESIDUAL else (1.0, 1.0)
-            for kind in ratios
-        }
+        factors = self.weighted.factors(spec)
+        gain = self.gain if spec.part in _TO_RESIDUAL else OutputGain({})
         return {
-            kind: (ratio * gains[kind][0], ratio * gains[kind][1]) for kind, ratio in ratios.items()
+            kind: (ratio * factors[0] * gains[0], ratio * factors[1] * gains[1])
+            for kind, ratio in ratios.items()
+            for gains in [gain.of(TYPES[kind])]
         }

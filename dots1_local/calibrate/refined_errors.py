@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ErrorPair", "JudgedMatrix", "RefinedErrors"]
+__all__ = ["ErrorPair", "ErrorRows", "JudgedMatrix", "RefinedErrors"]
 
 Floats = NDArray[np.float32]
 ErrorPair = tuple[float, float]  # squared errors of refined rows, and of ggml's
@@ -26,6 +26,17 @@ class RefinedErrors:
             weights = np.ones(len(self.experts))
         sums = {kind: weights @ np.array(pairs) for kind, pairs in self.errors.items()}
         return {kind: float(both[0] / both[1]) for kind, both in sums.items() if both[1] > 0}
+
+
+@dataclass(frozen=True)
+class ErrorRows:
+    """The errors of some rows of one matrix in one type: refined, and as ggml rounds them.
+
+    `numbers` (n,) are those of the rows; `errors` are (2, n, columns).
+    """
+
+    numbers: NDArray[np.int64]
+    errors: Floats
 
 
 @dataclass(frozen=True)

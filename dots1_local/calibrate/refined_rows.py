@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -18,15 +18,17 @@ from threadpoolctl import threadpool_limits
 
 from dots1_local.architecture import TensorSpec
 from dots1_local.calibrate.output_errors import candidates
-from dots1_local.calibrate.refined_errors import ErrorPair
-from dots1_local.ggml import QuantType
+from dots1_local.calibrate.refined_errors import ErrorPair, ErrorRows
+from dots1_local.ggml import TYPES, QuantType
 from dots1_local.quant.encode import decode, encode
 from dots1_local.quant.importance import pad_columns
 from dots1_local.refine.blocks import refinable
 from dots1_local.refine.matrix import refine_matrix
 from dots1_local.refine.metric import Metric
 
-__all__ = ["RowSample", "all_errors", "in_parallel"]
+__all__ = ["JudgedRows", "RowSample", "all_errors", "in_parallel"]
+
+_TYPICAL = "Q3_K", "IQ4_NL"  # the first that fits: its errors are kept
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
@@ -37,27 +39,34 @@ R = TypeVar("R")
 class RowSample:
     """Rows (n, columns) of one matrix, and the inputs that their errors are judged by.
 
-    `spec` has the padded width if the tensor may be padded. `held_out` (m, columns) are inputs that
-    the metric does not know; `importance` (columns,) is for ggml's encoder.
+    `numbers` (n,) are those of the rows. `spec` has the padded width if the tensor may be padded.
+    `held_out` (m, columns) are inputs that the metric does not know; `importance` (columns,) is for
+    ggml's encoder.
     """
 
     spec: TensorSpec
+    numbers: NDArray[np.int64]
     rows: Floats
     metric: Metric
     held_out: Floats
     importance: Floats | None
 
-    def errors(self, kind: QuantType) -> ErrorPair:
+    def judged(self, kind: QuantType) -> tuple[ErrorPair, ErrorRows | None]:
         """The squared errors of all rows' outputs: refined, and as predicted of ggml's bytes.
 
-        They are NaN or infinite if the weights are too large for the type.
+        They are NaN or infinite if the weights are too large for the type. The second result is for
+        a typical type only.
         """
         squares = np.square(self.held_out, dtype=np.float64).mean(axis=0)
         with np.errstate(all="ignore"):
-            changes = self.held_out @ self.refined(kind).T
+            refined, plain = self.refined(kind), self.plain(kind)
+            changes = self.held_out @ refined.T
             after = np.square(changes, dtype=np.float64).sum() / len(self.held_out)
-            before = (np.square(self.plain(kind), dtype=np.float64) @ squares).sum()
-        return float(after), float(before)
+            before = (np.square(plain, dtype=np.float64) @ squares).sum()
+        pair = float(after), float(before)
+        if kind != _typical(self.spec):
+            return pair, None
+        return pair, ErrorRows(self.numbers, np.stack([refined, plain]))
 
     def refined(self, kind: QuantType) -> Floats:
         """The errors (n, columns) of the refined rows."""
@@ -88,9 +97,15 @@ class RowSample:
         return decoded[:, : self.rows.shape[1]] - self.rows
 
 
-def all_errors(
-    samples: Mapping[str, RowSample], threads: int | None
-) -> dict[str, dict[str, ErrorPair]]:
+@dataclass
+class JudgedRows:
+    """The errors of a sample by type, and the rows' own errors in a typical one, if that fits."""
+
+    pairs: dict[str, ErrorPair] = field(default_factory=dict)
+    rows: ErrorRows | None = None
+
+
+def all_errors(samples: Mapping[str, RowSample], threads: int | None) -> dict[str, JudgedRows]:
     """The errors of each sample and type; types that cannot hold the weights are left out."""
     wanted = [
         (name, kind)
@@ -100,12 +115,20 @@ def all_errors(
     ]
     for sample in samples.values():  # before threads share them
         _ = sample.metric.factor, sample.metric.samples
-    found: dict[str, dict[str, ErrorPair]] = {name: {} for name in samples}
-    pairs = in_parallel(wanted, lambda each: samples[each[0]].errors(each[1]), threads)
-    for (name, kind), pair in zip(wanted, pairs, strict=True):
+    found = {name: JudgedRows() for name in samples}
+
+    judged = in_parallel(wanted, lambda each: samples[each[0]].judged(each[1]), threads)
+    for (name, kind), (pair, rows) in zip(wanted, judged, strict=True):
         if all(map(math.isfinite, pair)):
-            found[name][kind.name] = pair
+            found[name].pairs[kind.name] = pair
+            found[name].rows = rows or found[name].rows
     return found
+
+
+def _typical(spec: TensorSpec) -> QuantType | None:
+    """A type of medium size, which stands for the others."""
+    fitting = (TYPES[name] for name in _TYPICAL if TYPES[name].fits(spec.columns))
+    return next(fitting, None)
 
 
 def in_parallel(

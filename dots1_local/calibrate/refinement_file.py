@@ -50,7 +50,8 @@ def refinement_bytes(config: Dots1Config) -> int:
     """About the size of a model's refinement file, with the space that making it needs."""
     width = config.moe_intermediate_size
     judged = 4 * width * (width + 513)  # one matrix of each layer: see `JudgedMatrix`
-    return (config.num_hidden_layers + 1) * (_moment_bytes(config) + judged)
+    errors = 3000 * (4 * config.hidden_size + width)  # of sampled rows: see `ErrorRows`
+    return (config.num_hidden_layers + 1) * (_moment_bytes(config) + judged + errors)
 
 
 def _moment_bytes(config: Dots1Config) -> int:

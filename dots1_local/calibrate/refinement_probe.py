@@ -7,13 +7,14 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec, inventory, padded_width
 from dots1_local.calibrate.output_errors import read_rows
-from dots1_local.calibrate.output_gain import OutputGain, output_gain
+from dots1_local.calibrate.output_gain import output_gain
 from dots1_local.calibrate.probe_files import ProbeFiles
 from dots1_local.calibrate.refined_effects import RefinedRatios
 from dots1_local.calibrate.refined_errors import RefinedErrors
 from dots1_local.calibrate.refined_rows import RowSample, all_errors
 from dots1_local.calibrate.refinement_file import RefinementWriter, gradient_moment
 from dots1_local.calibrate.refinement_sample import ROWS, draw
+from dots1_local.calibrate.weighted_errors import WeightedErrors
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.refine.metric import Metric, input_metric
 
@@ -39,20 +40,22 @@ class RefinementProbe:
 
     def head(self) -> RefinedRatios:
         """What refined rows of the head save."""
-        errors, _ = self.files.sample(self.checkpoint.config.num_hidden_layers)
-        return RefinedRatios(errors, OutputGain({}))
+        layers = self.checkpoint.config.num_hidden_layers
+        errors, _ = self.files.sample(layers)
+        return RefinedRatios(errors, WeightedErrors(self.files.error_rows(layers)))
 
     def layer(self, layer: int, kl: Floats, tie: Floats) -> RefinedRatios:
         """What refined rows of a layer save, whose outputs have the gradients `kl` and `tie`."""
         self.writer.put_outputs(layer, kl)
         errors, judged = self.files.sample(layer)
+        weighted = WeightedErrors(self.files.error_rows(layer), f"model.layers.{layer}.")
         if judged is None:
-            return RefinedRatios(errors, OutputGain({}))
+            return RefinedRatios(errors, weighted)
         config = self.checkpoint.config
         specs = inventory(config, padded_width(config.moe_intermediate_size))
         spec = next(spec for spec in specs if judged.source in spec.sources)
         gain = output_gain(judged, spec, self.checkpoint, kl, tie, self.threads)
-        return RefinedRatios(errors, gain)
+        return RefinedRatios(errors, weighted, gain)
 
     def embedding(
         self, spec: TensorSpec, gradients: Floats, frequencies: NDArray[np.floating]
@@ -63,7 +66,7 @@ class RefinementProbe:
         (vocabulary,) are those of the tokens.
         """
         self.writer.put_embedding(gradients)
-        none = RefinedRatios({}, OutputGain({}))
+        none = RefinedRatios({})
         half = gradients.shape[1] // 2
         fitted, others = gradients[:, :half], gradients[:, half:].reshape(-1, gradients.shape[-1])
         held_out = others[:: -(-len(others) // _HELD_OUT)]
@@ -73,7 +76,7 @@ class RefinementProbe:
         metric = Metric(input_metric(gradient_moment(fitted), fitted[..., 0].size))
         numbers = draw(spec.name, frequencies, ROWS)
         rows = read_rows(self.checkpoint, spec.sources[0], numbers)
-        sample = RowSample(spec, rows, metric, held_out / np.float32(scale), None)
-        (errors,) = all_errors({spec.name: sample}, self.threads).values()
-        pairs = {kind: [pair] for kind, pair in errors.items()}
-        return RefinedRatios({spec.name: RefinedErrors([0], pairs)}, OutputGain({}))
+        sample = RowSample(spec, numbers, rows, metric, held_out / np.float32(scale), None)
+        (found,) = all_errors({spec.name: sample}, self.threads).values()
+        pairs = {kind: [pair] for kind, pair in found.pairs.items()}
+        return RefinedRatios({spec.name: RefinedErrors([0], pairs)})

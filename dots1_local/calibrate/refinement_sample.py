@@ -16,7 +16,12 @@ from dots1_local.architecture import TensorSpec, inventory, padded_width
 from dots1_local.calibrate.layer_moments import ExpertMoments, shrunk_moment
 from dots1_local.calibrate.moments import Moment, moment_name
 from dots1_local.calibrate.output_errors import read_rows
-from dots1_local.calibrate.refined_errors import ErrorPair, JudgedMatrix, RefinedErrors
+from dots1_local.calibrate.refined_errors import (
+    ErrorPair,
+    ErrorRows,
+    JudgedMatrix,
+    RefinedErrors,
+)
 from dots1_local.calibrate.refined_rows import RowSample, all_errors
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.stock import is_quantisable
@@ -36,7 +41,8 @@ Floats = NDArray[np.float32]
 class RefinementSample:
     """A `MomentSink` that refines a sample of the rows of one layer, or of the head.
 
-    `experts` are those that it samples. `judged` is the down projection of the one that has most
+    `experts` are those that it samples. `rows` are errors of sampled rows in a typical type, by the
+    matrices' names in the checkpoint. `judged` is the down projection of the one that has most
     tokens, or in a dense layer the output of attention.
     """
 
@@ -50,6 +56,7 @@ class RefinementSample:
             if spec.layer == layer and spec.role != "embedding" and is_quantisable(spec)
         ]
         self.experts = sampled_experts(config.n_routed_experts)
+        self.rows: dict[str, ErrorRows] = {}
         self.judged: JudgedMatrix | None = None
         self._most_tokens = 0
         self._pairs: dict[str, dict[int, dict[str, ErrorPair]]] = defaultdict(dict)
@@ -102,12 +109,14 @@ class RefinementSample:
         count = _EXPERT_ROWS if spec.role == "routed" else ROWS
         numbers = draw(spec.sources[expert], np.ones(spec.source_shape[0]), count)
         rows = read_rows(self._checkpoint, spec.sources[expert], numbers)
-        return RowSample(spec, rows, metric, held_out, importance)
+        return RowSample(spec, numbers, rows, metric, held_out, importance)
 
     def _add(self, samples: Sequence[RowSample], expert: int) -> None:
         by_name = {sample.spec.name: sample for sample in samples}
-        for name, errors in all_errors(by_name, self._threads).items():
-            self._pairs[name][expert] = errors
+        for name, found in all_errors(by_name, self._threads).items():
+            self._pairs[name][expert] = found.pairs
+            if found.rows is not None:
+                self.rows[by_name[name].spec.sources[expert]] = found.rows
 
 
 def sampled_experts(experts: int) -> list[int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dots1_local.calibrate.backward import backward_layer, generator
 from dots1_local.calibrate.router_flips import RouterFlips
+from dots1_local.calibrate.weighted_errors import WeightedErrors
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.reference.layers import layer_forward
 from dots1_local.reference.model import Compute, load_layers, load_outer
@@ -50,12 +51,15 @@ def back(
     kl_draws: int | None = None,
     sigma: float = 0.0,
     kernel: Compute = CPU,
+    weighted: WeightedErrors | None = None,
 ) -> tuple[dict[str, Tensor], RouterFlips]:
     draws = len(g) if kl_draws is None else kl_draws
     random = generator(0, layer)
+    observers = () if weighted is None else (weighted.observe, weighted.observe_squares)
     return backward_layer(
-        g, run.x[layer], run.checkpoint, layer, draws, sigma, random, kernel, lambda tokens: None
-    )
+        g, run.x[layer], run.checkpoint, layer, draws, sigma, random, kernel, lambda tokens: None,
+        *observers,
+    )  # fmt: skip
 
 
 def gradients(run: Passed, draws: int = DRAWS, seed: int = 2) -> Tensor:

@@ -81,8 +81,12 @@ def test_evaluation_changes_no_bit(
 
 @pytest.mark.parametrize("how", ["empty", "short", "gone"])
 @pytest.mark.parametrize(
-    "name", ["sample-0000.json", "judged-0000.npy", "refined-0001.json", "refinement.safetensors"]
-)
+    "name",
+    [
+        "sample-0000.json", "errors-0000.safetensors", "judged-0000.npy", "refined-0001.json",
+        "refinement.safetensors",
+    ],
+)  # fmt: skip
 def test_damaged_files_are_named(
     micro: Checkpoint, moments: list[Path], tmp_path: Path, name: str, how: str
 ) -> None:

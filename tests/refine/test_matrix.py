@@ -69,6 +69,13 @@ def test_refinement_lowers_the_error_of_what_ggml_decodes(name: str, coupled: bo
     assert refined.held_out < 0.6
 
 
+@pytest.fixture
+def unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows stay as coordinate descent leaves them."""
+    monkeypatch.setattr("dots1_local.refine.matrix.LARGEST_SCALE", 1)
+
+
+@pytest.mark.usefixtures("unscaled")
 def test_feedback_is_that_of_gptq() -> None:
     kind, matrix = TYPES["Q8_0"], normal(6, 64, scale=0.02)
     metric = Metric(input_metric(moment(64), 4096))
@@ -85,6 +92,7 @@ def test_feedback_is_that_of_gptq() -> None:
     assert same.mean() > 0.98  # F32 and F64 round near ties differently
 
 
+@pytest.mark.usefixtures("unscaled")
 @pytest.mark.parametrize("coupled", [False, True])
 def test_no_change_of_one_code_lowers_the_error_further(coupled: bool) -> None:
     kind, matrix = TYPES["Q4_0"], normal(8, 64, scale=0.02)
@@ -99,6 +107,19 @@ def test_no_change_of_one_code_lowers_the_error_further(coupled: bool) -> None:
             changed = errors.copy()
             changed[row, column] = matrix[row, column] - blocks.d[row, column // 32] * value
             assert objective(changed, metric) > least * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("name", ["IQ2_XXS", "Q2_K", "Q3_K"])
+def test_outputs_are_neither_too_small_nor_too_large(name: str) -> None:
+    """Least squares would make them too small by the part of the error in their mean square."""
+    kind, matrix = TYPES[name], normal(40, 512, scale=0.02)
+    metric = Metric(input_metric(moment(512), 4096))
+    refined = refine_matrix(matrix, kind, metric, None, columns=512)
+    errors = decode(refined.data, kind, 512) - matrix
+    outputs = matrix @ metric.inputs
+    size = (outputs * matrix).sum(axis=1)
+    part = (errors @ metric.inputs * errors).sum() / size.sum()
+    assert np.abs((outputs * errors).sum(axis=1) / size).max() < 0.2 * part
 
 
 def test_ggmls_bytes_stay_if_held_out_inputs_do_not_gain() -> None:

@@ -138,6 +138,11 @@ class TensorSpec:
         return self.name.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]
 
     @property
+    def adds_to_residual(self) -> bool:
+        """Whether the layer adds what this matrix computes to the residual stream."""
+        return self.part in ("attn_output", "ffn_down", "ffn_down_shexp", "ffn_down_exps")
+
+    @property
     def columns(self) -> int:
         """The length of a row: quantisation blocks run along this dimension."""
         return self.shape[-1]

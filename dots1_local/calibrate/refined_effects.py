@@ -20,7 +20,6 @@ from dots1_local.quant.sensitivity import Effect
 
 __all__ = ["MeasuredEffects", "RefinedRatios"]
 
-_TO_RESIDUAL = ("attn_output", "ffn_down", "ffn_down_shexp", "ffn_down_exps")
 
 Floats = NDArray[np.floating]
 Pair = tuple[float, float]
@@ -65,7 +64,7 @@ class RefinedRatios:
             return {}
         ratios = self.errors[spec.name].ratios(row_costs[0].sum(axis=-1))
         factors = self.weighted.factors(spec)
-        gain = self.gain if spec.part in _TO_RESIDUAL else OutputGain({})
+        gain = self.gain if spec.adds_to_residual else OutputGain({})
         return {
             kind: (ratio * factors[0] * gains[0], ratio * factors[1] * gains[1])
             for kind, ratio in ratios.items()

@@ -31,8 +31,6 @@ __all__ = ["RefinedTensors"]
 
 Floats = NDArray[np.float32]
 
-_TO_RESIDUAL = ("attn_output", "ffn_down", "ffn_down_shexp", "ffn_down_exps")
-
 
 class RefinedTensors:
     """Converts the tensors of `slots` with `threads` workers and `arrays`, in a `with` statement.
@@ -148,7 +146,7 @@ class RefinedTensors:
 
 def _couples_rows(slot: TensorSlot) -> bool:
     """Whether the outputs of a matrix are added to the residual stream, whose metric is known."""
-    return slot.tensor.spec.part in _TO_RESIDUAL
+    return slot.tensor.spec.adds_to_residual
 
 
 def _held_out(moment: Moment | None) -> Floats | None:

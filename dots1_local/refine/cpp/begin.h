@@ -6,16 +6,21 @@
 
 namespace {
 
-// Scales to try for a sub-block: its largest weight becomes the largest value, times 0.8 to 1.3.
+// The value of a code with the largest size.
+float largest_value(const Format &f) {
+  float value = f.values[0];
+  for (int k = 0; k < f.codes * f.vector; k++)
+    if (std::fabs(f.values[k]) > std::fabs(value)) value = f.values[k];
+  return value;
+}
+
+// Scales to try for a sub-block: its largest weight becomes the largest `value`, times 0.8 to 1.3.
 constexpr int kTries = 12;
 
-template <int V>
-void scales_to_try(const Format &f, const float *x, int n, float *tries) {
-  float largest = 0, value = f.values[0];
+inline void scales_to_try(const Format &f, const float *x, int n, float value, float *tries) {
+  float largest = 0;
   for (int j = 0; j < n; j++)
     if (std::fabs(x[j]) > std::fabs(largest)) largest = x[j];
-  for (int k = 0; k < f.codes * V; k++)
-    if (std::fabs(f.values[k]) > std::fabs(value)) value = f.values[k];
   if (f.signs) largest = std::fabs(largest);
   for (int k = 0; k < kTries; k++) tries[k] = largest / (value * (0.8f + 0.5f / kTries * k));
 }
@@ -80,6 +85,8 @@ void store_scales(Row &row, int start, const float *s, const float *weight, int 
 
 template <int V>
 void begin_rows(const Format &f, const Rows &rows, const Panel &p) {
+  // A codebook has thousands of values. The 16 of a scalar type are faster to look through again.
+  const float value = V == 1 ? 0 : largest_value(f);
   for (int r = 0; r < rows.rows; r++) {
     Row row{f, rows, p, r};
     const float *x = row.weights();
@@ -89,7 +96,8 @@ void begin_rows(const Format &f, const Rows &rows, const Panel &p) {
       for (int start = block; start < end; start += f.sub, count++) {
         int stop = std::min(start + f.sub, end);
         float tries[kTries], costs[kTries] = {0};
-        scales_to_try<V>(f, x + start, stop - start, tries);
+        float largest = V == 1 ? largest_value(f) : value;
+        scales_to_try(f, x + start, stop - start, largest, tries);
         weight[count] = 0;
         for (int j = start; j < stop; j += V) {
           const float *D = p.diagonal + (size_t)j * V;

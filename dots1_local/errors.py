@@ -3,7 +3,13 @@
 Every message is one sentence that says what is wrong, where, and what to do about it.
 """
 
-__all__ = ["CheckpointError", "Dots1Error", "GGUFError", "UsageError", "readable"]
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = [
+    "CheckpointError", "Dots1Error", "GGUFError", "UsageError", "memory_errors", "readable",
+]  # fmt: skip
 
 
 class Dots1Error(Exception):
@@ -31,3 +37,19 @@ def readable(text: str, limit: int = 300) -> str:
     harmless = "".join(each if each.isprintable() else " " for each in text[: 4 * limit])
     line = " ".join(harmless.split()).rstrip(".")
     return line if len(line) <= limit else f"{line[:limit]}…"
+
+
+@contextmanager
+def memory_errors(what: str) -> Iterator[None]:
+    """Turn errors of numpy, torch and the system about memory into "not enough memory WHAT".
+
+    Raises:
+        Dots1Error: there is too little memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch and threads raise RuntimeError
+        known = re.search("out of memory|t allocate memory", str(error))
+        if not known and not isinstance(error, MemoryError):
+            raise
+        raise Dots1Error(f"not enough memory {what}") from None

@@ -7,9 +7,8 @@ routers' scores, and the KL divergence that it causes.
 """
 
 import hashlib
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -36,7 +35,7 @@ from dots1_local.calibrate.stream import (
     output_logits,
     rounding_to,
 )
-from dots1_local.errors import CheckpointError, Dots1Error
+from dots1_local.errors import CheckpointError, memory_errors
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import disk_errors
 from dots1_local.ggml import TYPES
@@ -230,24 +229,12 @@ class ForwardPass:
         bias = read_tensor(self.checkpoint, f"{prefix}e_score_correction_bias").float()
         return RouterNoise(weight, bias, config.num_experts_per_tok)
 
-    @contextmanager
-    def memory_errors(self) -> Iterator[None]:
-        """Turn errors of torch and numpy about memory into one sentence.
-
-        Raises:
-            Dots1Error: there is too little memory.
-        """
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            of_torch = re.search("out of memory|t allocate memory", str(error))
-            if not of_torch and not isinstance(error, MemoryError):
-                raise
-            needed = 2 * self.stream_bytes / 1e9
-            raise Dots1Error(
-                f"not enough memory for {self.tokens.size:,} tokens: they take {needed:.1f} GB, "
-                "and a layer of dots.llm1, or its head, about 4 GB; use fewer chunks"
-            ) from None
+    def memory_errors(self) -> AbstractContextManager[None]:
+        """Turn errors about memory into one sentence; see errors.memory_errors."""
+        return memory_errors(
+            f"for {self.tokens.size:,} tokens: they take {2 * self.stream_bytes / 1e9:.1f} GB, and "
+            "a layer of dots.llm1, or its head, about 4 GB; use fewer chunks"
+        )
 
     def _stream_device(self) -> torch.device:
         """The device of the residual stream: the one that computes, if it has enough memory."""

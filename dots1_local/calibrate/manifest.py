@@ -4,7 +4,6 @@ A calibration folder can be published in a repository on the hub. Others then na
 what they need is fetched, once the manifest says that it was measured on their model.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from dots1_local.calibrate.calibration_folder import (
 )
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.digest import file_sha256
 from dots1_local.files.json_file import JsonError, convert_json, read_json
 from dots1_local.hub import is_hub_id, open_repo
 from dots1_local.hub.client import HubRepo
@@ -47,13 +47,8 @@ class _Manifest:
 
 def manifest_json(name: str, digest: str, files: Sequence[Path]) -> str:
     """The manifest of results that were measured on the model with a name and digest."""
-    hashes = {path.name: _sha256(path) for path in files}
+    hashes = {path.name: file_sha256(path) for path in files}
     return json.dumps({"format": 1, **asdict(_Manifest(name, digest, hashes))}, indent=1)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_calibration(
@@ -107,7 +102,7 @@ def fetch_calibration(
             )
         for file in (*_WANTED, *_REFINING * refine):
             path = _fetch(repo, file, progress)
-            if path is not None and found.files.get(file) != _sha256(path):
+            if path is not None and found.files.get(file) != file_sha256(path):
                 raise Dots1Error(
                     f"{file} of {repo} is not the file that its {MANIFEST} describes: both must "
                     "be of one calibration"

@@ -20,7 +20,6 @@ from dots1_local.quant.sensitivity import Effect
 
 __all__ = ["MeasuredEffects", "RefinedRatios"]
 
-
 Floats = NDArray[np.floating]
 Pair = tuple[float, float]
 

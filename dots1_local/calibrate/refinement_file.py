@@ -12,7 +12,6 @@ the first layer's input. Both have the mean diagonal 1 and are stored as F16; ea
 is asked for. The file names the model and the importance file that it was measured with.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from dots1_local.architecture import Dots1Config
 from dots1_local.calibrate.calibration_folder import IMATRIX, REFINEMENT
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.digest import file_sha256
 from dots1_local.files.json_file import JsonError, convert_json, parse_json
 from dots1_local.files.partial_file import write_all
 from dots1_local.files.safetensors import pack_header
@@ -98,7 +98,7 @@ class RefinementData:
             )
         metadata = _metadata(path)
         _check_model(path, metadata, checkpoint)
-        found = _sha256(folder / IMATRIX)
+        found = file_sha256(folder / IMATRIX)
         if found != metadata["imatrix"]:
             raise Dots1Error(
                 f"{path} was measured with another importance file than {folder / IMATRIX}; "
@@ -166,14 +166,6 @@ def _metadata(path: Path) -> dict[str, str]:
     if not known or not re.fullmatch(r"[1-9]\d{,11}", metadata["gradients"]):
         raise Dots1Error(f"{path} is not a refinement file that this version of dots1 reads")
     return metadata
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise Dots1Error(f"cannot read {path}: {error.strerror}") from None
 
 
 def _check_model(path: Path, metadata: Mapping[str, str], checkpoint: Checkpoint) -> None:

@@ -175,6 +175,7 @@ def _run(
 ) -> "list[Coverage]":
     from dots1_local.calibrate.calibrate import calibrate as run
     from dots1_local.evaluate.logits_file import LogitsWriter, check_logits_target
+    from dots1_local.evaluate.texts import dataset_names
 
     writer, force = None, options.force
     if options.logits is not None and evaluation is not None:
@@ -191,10 +192,7 @@ def _run(
             tokens,
             evaluation=evaluation,
             logits=writer,
-            datasets=[
-                *(path.name for path in options.file or []),
-                *(f"{path.name} (chat)" for path in options.chat or []),
-            ],
+            datasets=dataset_names(options.file or [], options.chat or []),
             device=options.device,
             precision=options.precision,
             threads=options.threads,

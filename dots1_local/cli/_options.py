@@ -196,13 +196,12 @@ def open_checkpoint(path: str, revision: str | None, low_disk: bool) -> "Checkpo
         CheckpointError: it is neither, or is incomplete, corrupt, or of another architecture.
         UsageError: the extra `hub` is missing, or an option for the hub is given with a folder.
     """
-    from dots1_local.hub import HubCheckpoint
+    from dots1_local.hub import on_hub
     from dots1_local.hub import open_checkpoint as open_
 
     with exit_on_interrupt("stopped"):
         checkpoint = open_(path, revision)
-    if low_disk and not isinstance(checkpoint, HubCheckpoint):
-        raise typer.BadParameter("a folder is on the disk already", param_hint="--low-disk")
+    on_hub(checkpoint, low_disk)
     return checkpoint
 
 

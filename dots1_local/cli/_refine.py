@@ -1,7 +1,6 @@
 """The refinement of `dots1 convert`: its options checked, its calibration, and its table."""
 
 import importlib.util
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -85,7 +84,12 @@ def measured_folder(checkpoint: "Checkpoint", options: RefineOptions) -> Path | 
         Dots1Error: the folder was made from another text, or the calibration fails.
     """
     if options.calibration is not None:
-        return _published(options.calibration, checkpoint, options.refine)
+        from dots1_local.calibrate.manifest import find_calibration
+
+        with exit_on_interrupt("stopped"), progress_bar("calibration") as progress:
+            return find_calibration(
+                options.calibration, checkpoint, refine=options.refine, progress=progress
+            )
     if options.output is None or not (options.file or options.chat):
         return None
     import numpy as np
@@ -110,20 +114,11 @@ def measured_folder(checkpoint: "Checkpoint", options: RefineOptions) -> Path | 
     return folder
 
 
-def _published(path: str, checkpoint: "Checkpoint", refine: bool) -> Path:
-    """Return a folder as it is, and fetch what the hub has by this id."""
-    if os.path.lexists(path):
-        return Path(path)
-    from dots1_local.calibrate.manifest import find_calibration
-
-    with exit_on_interrupt("stopped"), progress_bar("calibration") as progress:
-        return find_calibration(path, checkpoint, refine=refine, progress=progress)
-
-
 def _calibrate(
     checkpoint: "Checkpoint", folder: Path, tokens: "Tokens", options: RefineOptions
 ) -> None:
     from dots1_local.calibrate.calibrate import calibrate
+    from dots1_local.evaluate.texts import dataset_names
 
     with (
         exit_on_interrupt("stopped; run the same command again to resume after the last layer"),
@@ -134,10 +129,7 @@ def _calibrate(
             folder,
             tokens,
             refine=True,
-            datasets=[
-                *(path.name for path in options.file or []),
-                *(f"{path.name} (chat)" for path in options.chat or []),
-            ],
+            datasets=dataset_names(options.file or [], options.chat or []),
             device=options.device,
             precision=options.precision,
             threads=options.threads,

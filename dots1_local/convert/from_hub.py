@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dots1_local.convert.writer import Output, interrupted_source
-from dots1_local.errors import CheckpointError, UsageError
+from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import DiskNeed
-from dots1_local.hub import HubCheckpoint
+from dots1_local.hub import HubCheckpoint, on_hub
 from dots1_local.hub.shard_cache import ShardCache
 from dots1_local.hub.shard_order import ShardOrder, order_freely
 from dots1_local.hub.shard_supply import ShardSupply, shards_ahead
@@ -33,18 +33,17 @@ def fetch_shards(
         UsageError: `low_disk` is given for a folder.
         OSError: the hub's cache cannot be used.
     """
-    if not isinstance(checkpoint, HubCheckpoint):
-        if low_disk:
-            raise UsageError(f"{checkpoint.source} is on the disk already; leave --low-disk out")
+    remote = on_hub(checkpoint, low_disk)
+    if remote is None:
         return None
-    refuse_other_commit(checkpoint, output)
-    cache = ShardCache(checkpoint)
+    refuse_other_commit(remote, output)
+    cache = ShardCache(remote)
     need = DiskNeed(output.path, output.total_bytes, output.partials, output.path.name)
     if low_disk:
-        order = order_of(checkpoint, tensors, cache.held(progress))
-        return _plan_low_disk(checkpoint, shards_folder(output), order, need)
+        order = order_of(remote, tensors, cache.held(progress))
+        return _plan_low_disk(remote, shards_folder(output), order, need)
     cache.remove_stale()
-    cache.check_room(need, order_of(checkpoint, tensors).peak(0).nbytes, "the output")
+    cache.check_room(need, order_of(remote, tensors).peak(0).nbytes, "the output")
     cache.fetch(progress)
     return None
 

@@ -4,9 +4,8 @@ Work in progress lies in `NAME.refine`, beside the output. The journal's lock ho
 """
 
 import hashlib
-import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -22,7 +21,7 @@ from dots1_local.convert.refined import RefinedTensors
 from dots1_local.convert.refined_results import TensorResult, load_results
 from dots1_local.convert.refined_writer import TensorWriter
 from dots1_local.convert.writer import Journal, Output, TensorSlot
-from dots1_local.errors import Dots1Error
+from dots1_local.errors import memory_errors
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import DiskNeed
 from dots1_local.hub.pass_shards import EMBEDDING, PassShards, Provide, forward_steps
@@ -148,21 +147,8 @@ def _first_layer(slots: Sequence[TensorSlot], config: Dots1Config) -> int:
     return min((layer for layer in layers if layer is not None), default=config.num_hidden_layers)
 
 
-@contextmanager
-def _memory_errors(threads: int) -> Iterator[None]:
-    """Turn errors about memory into one sentence.
-
-    Raises:
-        Dots1Error: there is too little memory.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(
-            "out of memory|t allocate memory", str(error)
-        ):
-            raise
-        raise Dots1Error(
-            f"not enough memory to refine with {threads} threads, which take about 1 GB each for "
-            "dots.llm1; give fewer --threads, and the same command resumes"
-        ) from None
+def _memory_errors(threads: int) -> AbstractContextManager[None]:
+    return memory_errors(
+        f"to refine with {threads} threads, which take about 1 GB each for dots.llm1; give fewer "
+        "--threads, and the same command resumes"
+    )

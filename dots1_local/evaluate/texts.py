@@ -42,6 +42,11 @@ def open_vocabulary(checkpoint: Checkpoint) -> Iterator[Vocabulary]:
         yield vocabulary
 
 
+def dataset_names(texts: Sequence[Path], chats: Sequence[Path]) -> list[str]:
+    """Return what an importance file calls the files that `tokenize` was given."""
+    return [*(path.name for path in texts), *(f"{path.name} (chat)" for path in chats)]
+
+
 def tokenize(
     checkpoint: Checkpoint,
     vocabulary: Vocabulary,

@@ -28,7 +28,7 @@ from dots1_local.files.checkpoint import (
 from dots1_local.files.safetensors import Slice, header_length, read_header, tensor_table
 from dots1_local.hub.client import HubFile, HubRepo, find_repo, parallel_map
 
-__all__ = ["HubCheckpoint", "is_hub_id", "open_checkpoint", "open_hub", "open_repo"]
+__all__ = ["HubCheckpoint", "is_hub_id", "on_hub", "open_checkpoint", "open_hub", "open_repo"]
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
@@ -99,6 +99,19 @@ class HubCheckpoint(Checkpoint):
                     f"{shard.name} of {self.repo} has another header than the hub sent first, "
                     "which was damaged on the way: run the same command again"
                 )
+
+
+def on_hub(checkpoint: Checkpoint, low_disk: bool) -> HubCheckpoint | None:
+    """Return a checkpoint on the hub as such, and None for one in a folder.
+
+    Raises:
+        UsageError: `low_disk` is given for a folder.
+    """
+    if isinstance(checkpoint, HubCheckpoint):
+        return checkpoint
+    if low_disk:
+        raise UsageError(f"{checkpoint.source} is on the disk already; leave --low-disk out")
+    return None
 
 
 def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
-from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import DiskNeed
-from dots1_local.hub import HubCheckpoint
+from dots1_local.hub import HubCheckpoint, on_hub
 from dots1_local.hub.shard_cache import ShardCache
 from dots1_local.hub.shard_order import ShardOrder, order_as_given
 from dots1_local.hub.shard_supply import ShardSupply, remove_shards, shards_ahead
@@ -165,14 +164,13 @@ def open_shards(
         UsageError: `low_disk` is given for a folder.
         OSError: the hub's cache cannot be used.
     """
-    if not isinstance(checkpoint, HubCheckpoint):
-        if low_disk:
-            raise UsageError(f"{checkpoint.source} is on the disk already; leave --low-disk out")
+    remote = on_hub(checkpoint, low_disk)
+    if remote is None:
         return PassShards(checkpoint)
-    cache = ShardCache(checkpoint)
+    cache = ShardCache(remote)
     held = set(cache.held(progress)) if low_disk else set()
     sizes = {file.name: file.size for file in cache.files if file.name not in held}
-    shards = LowDiskShards(checkpoint, folder / checkpoint.repo.commit, sizes)
+    shards = LowDiskShards(remote, folder / remote.repo.commit, sizes)
     orders = [shards.order(steps) for steps in passes]
     if low_disk:
         shards.ahead = shards_ahead(orders, folder, need)

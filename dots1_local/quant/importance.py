@@ -5,7 +5,6 @@ A column's importance is the mean square of its activations over the calibration
 the same importance file.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
 from dots1_local.errors import Dots1Error
+from dots1_local.files.digest import file_sha256
 
 __all__ = ["Floats", "Importance", "TensorSums", "pad_columns"]
 
@@ -52,8 +52,7 @@ class Importance:
     @cached_property
     def sha256(self) -> str:
         """The SHA-256 of the file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(self.path)
 
     @cached_property
     def partial(self) -> dict[str, tuple[int, ...]]:

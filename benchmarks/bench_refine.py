@@ -8,6 +8,7 @@ encoders, and the speed of refining one expert's gate and down (4,096 and 1,408 
 tokens), with the part of matrix products and their speed. The second form converts a random
 checkpoint with one dense and one MoE layer (7.5 GB, made once) with --refine; gate and up get the
 type, down the type or IQ4_NL. Its calibration is made up: a real one would take longer to make.
+A small --vocab saves the minutes that embedding and head take.
 """
 
 import argparse
@@ -154,7 +155,7 @@ def make_calibration(checkpoint_path: Path, folder: Path, tokens: int) -> None:
     writer.put_embedding(gradients)
 
 
-def convert_once(work: Path, kind: str) -> None:
+def convert_once(checkpoint: Path, work: Path, kind: str) -> None:
     """Convert with --refine, and write the seconds of each part to spent.json: wall, and cores'."""
     from dots1_local.convert import Conversion
 
@@ -174,7 +175,7 @@ def convert_once(work: Path, kind: str) -> None:
         current, since = what.partition(",")[0], now
 
     conversion = Conversion.prepare(
-        work / "wide", "DQ3", calibration=work / "calibration", overrides=overrides, refine=True,
+        checkpoint, "DQ3", calibration=work / "calibration", overrides=overrides, refine=True,
         padding="on" if down == kind else "off",
     )  # fmt: skip
     conversion.run(work / "refined.gguf", force=True, precision="BF16", progress=progress)
@@ -182,23 +183,28 @@ def convert_once(work: Path, kind: str) -> None:
     (work / "spent.json").write_text(json.dumps(spent))
 
 
-def layers(work: Path, kinds: list[str], tokens: int, experts: int) -> None:
-    """Print a row for every type of gate and up."""
+def wide_checkpoint(work: Path, experts: int, vocab: int) -> Path:
+    """A random checkpoint with two layers."""
     from tools.make_wide import published_config, write_checkpoint
 
-    if not (work / "wide" / "config.json").exists():
+    path = work / f"wide-{experts}-{vocab}"
+    if not (path / "config.json").exists():
         work.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(
-            work / "wide", published_config(num_hidden_layers=2, n_routed_experts=experts)
-        )
-    make_calibration(work / "wide", work / "calibration", tokens)
+        config = published_config(num_hidden_layers=2, n_routed_experts=experts, vocab_size=vocab)
+        write_checkpoint(path, config)
+    return path
+
+
+def layers(checkpoint: Path, work: Path, kinds: list[str], tokens: int) -> None:
+    """Print a row for every type of gate and up."""
+    make_calibration(checkpoint, work / "calibration", tokens)
     print(
-        f"\n{tokens:,} tokens, {experts} experts, {os.cpu_count()} cores; minutes, core-minutes\n"
+        f"\n{tokens:,} tokens, {os.cpu_count()} cores, {checkpoint.name}; minutes, core-minutes\n"
     )
     print("| gate and up | embedding | dense layer | MoE layer | head | all | private memory |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for kind in kinds:
-        command = [sys.executable, "-m", "benchmarks.bench_refine", "--one", kind]
+        command = [sys.executable, "-m", "benchmarks.bench_refine", "--one", str(checkpoint), kind]
         usage = measure([*command, "--work", str(work)], work / "log.txt")
         spent = json.loads((work / "spent.json").read_text())
         names = ("embedding", "layer 0", "layer 1", "head")
@@ -216,12 +222,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--work", type=Path, default=Path("build/bench-refine"))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--vocab", type=int, default=152064)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        convert_once(options.work, options.one)
+        checkpoint, kind = options.one
+        convert_once(Path(checkpoint), options.work, kind)
     elif options.layer:
-        layers(options.work, options.layer, options.tokens, options.experts)
+        checkpoint = wide_checkpoint(options.work, options.experts, options.vocab)
+        layers(checkpoint, options.work, options.layer, options.tokens)
     else:
         with threadpool_limits(1, user_api="blas"):
             _print_speeds([TYPES[name] for name in options.kinds])

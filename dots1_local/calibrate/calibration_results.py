@@ -94,7 +94,8 @@ def write_sensitivity(
             writer = RefinementWriter(
                 draft, text, checkpoint, importance.sha256, gradients, resume=resume
             )
-            refinement = RefinementProbe(checkpoint, folder.probe, writer, forward.threads)
+            probed = forward.calibration[: len(output)]
+            refinement = RefinementProbe(checkpoint, folder.probe, writer, probed, forward.threads)
         probe = Probe(
             checkpoint,
             folder.probe,

@@ -47,6 +47,7 @@ from dots1_local.reference.model import Compute, Rounding, head_name, read_tenso
 __all__ = ["PROBED", "ForwardPass"]
 
 PROBED = 2048  # tokens whose gradients are computed; their errors average out over many rows
+_RARE = 0.1  # the part of the probability that frequencies do not tell
 _WORKING = 5 << 30  # bytes that a GPU needs beside the residual stream, with a margin
 
 Tokens = NDArray[np.int32]
@@ -160,7 +161,10 @@ class ForwardPass:
         name, moments = head_name(self.checkpoint.config), Moments()
         calibration = x[: len(self.calibration)]
         observe_head(calibration, self.checkpoint, moments.observe, self.compute.device)
-        sample = RefinementSample(self.checkpoint, None, self.threads)
+        # A row costs as much as its token is probable, which is about how frequent it is.
+        counts = np.bincount(self.calibration.ravel(), minlength=self.checkpoint.config.vocab_size)
+        costs = counts / counts.sum() + _RARE / len(counts)
+        sample = RefinementSample(self.checkpoint, None, self.threads, costs)
         if moment := moments.take(name):
             sample.common({name: moment})
         layers = self.checkpoint.config.num_hidden_layers

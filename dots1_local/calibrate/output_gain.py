@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dots1_local.architecture import TensorSpec
 from dots1_local.calibrate.output_errors import read_rows
 from dots1_local.calibrate.refined_errors import JudgedMatrix
-from dots1_local.calibrate.refined_rows import RowSample, in_parallel
+from dots1_local.calibrate.refined_rows import DrawnRows, RowSample, in_parallel
 from dots1_local.calibrate.refinement_file import gradient_moment
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.ggml import TYPES, QuantType
@@ -69,11 +69,11 @@ def output_gain(
     half = kl.shape[1] // 2
     outputs = output_metric(gradient_moment(kl[:, :half]))
     costs = gradient_moment(kl[:, half:]), gradient_moment(tie)
-    numbers = np.arange(spec.source_shape[0])
-    rows = read_rows(checkpoint, matrix.source, numbers)
+    drawn = DrawnRows.all_of(spec.source_shape[0])
+    rows = read_rows(checkpoint, matrix.source, drawn.numbers)
     samples = [
         RowSample(
-            spec, numbers, rows, Metric(matrix.metric, each), matrix.held_out, matrix.importance
+            spec, drawn, rows, Metric(matrix.metric, each), matrix.held_out, matrix.importance
         )
         for each in (None, outputs)
     ]

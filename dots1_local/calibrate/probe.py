@@ -156,7 +156,7 @@ class Probe:
         gradients there."""
         if self.refinement is not None:
             gradients = g[:DRAWS].cpu().numpy()
-            found.ratios = self.refinement.embedding(spec, gradients, self.frequencies)
+            found.ratios = self.refinement.embedding(spec, gradients)
         squares = g.square().unflatten(0, (2, DRAWS))
         by_kind = squares.mean(dim=(1, 2, 3), dtype=torch.float64)
         row_costs = np.broadcast_to(self.frequencies, (2, 1, len(self.frequencies)))

@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -72,7 +72,7 @@ class ProbeFiles:
             self._save(self._path("judged", layer), np.concatenate(parts))
         arrays: dict[str, NDArray[Any]] = {}
         for name, each in rows.items():
-            arrays |= {f"{name}.numbers": each.numbers, f"{name}.errors": each.errors}
+            arrays |= {f"{name}.{part}": array for part, array in vars(each).items()}
         self._save(self._path("errors", layer), arrays)
         source = None if judged is None else judged.source
         self._save(self._path("sample", layer), asdict(_Sample(source, errors)))
@@ -91,7 +91,8 @@ class ProbeFiles:
         """The errors of rows that `save_sample` saved."""
         arrays = self._parsed(self._path("errors", layer), _parse_arrays)
         names = (name.removesuffix(".errors") for name in arrays if name.endswith(".errors"))
-        return {n: ErrorRows(arrays[f"{n}.numbers"], arrays[f"{n}.errors"]) for n in names}
+        parts = [field.name for field in fields(ErrorRows)]
+        return {n: ErrorRows(*(arrays[f"{n}.{part}"] for part in parts)) for n in names}
 
     def save_backward(
         self, layer: int, gradients: Floats, effects: Effects, refined: Effects | None = None

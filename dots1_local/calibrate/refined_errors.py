@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 __all__ = ["ErrorPair", "ErrorRows", "JudgedMatrix", "RefinedErrors"]
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 ErrorPair = tuple[float, float]  # squared errors of refined rows, and of ggml's
 
 
@@ -32,10 +33,12 @@ class RefinedErrors:
 class ErrorRows:
     """The errors of some rows of one matrix in one type: refined, and as ggml rounds them.
 
-    `numbers` (n,) are those of the rows; `errors` are (2, n, columns).
+    `numbers` (n,) are those of the rows, which were drawn with the probabilities `chances` (n,);
+    `errors` are (2, n, columns).
     """
 
     numbers: NDArray[np.int64]
+    chances: Doubles
     errors: Floats
 
 

@@ -11,9 +11,9 @@ from dots1_local.calibrate.output_gain import output_gain
 from dots1_local.calibrate.probe_files import ProbeFiles
 from dots1_local.calibrate.refined_effects import RefinedRatios
 from dots1_local.calibrate.refined_errors import RefinedErrors
-from dots1_local.calibrate.refined_rows import RowSample, all_errors
+from dots1_local.calibrate.refined_rows import DrawnRows, EmbeddingSample, all_errors
 from dots1_local.calibrate.refinement_file import RefinementWriter, gradient_moment
-from dots1_local.calibrate.refinement_sample import ROWS, draw
+from dots1_local.calibrate.refinement_sample import OUTER_ROWS
 from dots1_local.calibrate.weighted_errors import WeightedErrors
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.refine.metric import Metric, input_metric
@@ -29,13 +29,15 @@ Floats = NDArray[np.float32]
 class RefinementProbe:
     """Continues in the backward pass what `RefinementSample` began in the forward pass.
 
-    Gradients are (draws, tokens, hidden). Methods raise Dots1Error if a file of the forward pass is
-    damaged, CheckpointError if a tensor is, and OSError if the disk is full or broken.
+    `probed` (chunks, positions) are the probed tokens. Methods raise Dots1Error if a file of the
+    forward pass is damaged, CheckpointError if a tensor is, and OSError if the disk is full or
+    broken.
     """
 
     checkpoint: Checkpoint
     files: ProbeFiles
     writer: RefinementWriter
+    probed: NDArray[np.int32]
     threads: int | None = None
 
     def head(self) -> RefinedRatios:
@@ -45,7 +47,8 @@ class RefinementProbe:
         return RefinedRatios(errors, WeightedErrors(self.files.error_rows(layers)))
 
     def layer(self, layer: int, kl: Floats, tie: Floats) -> RefinedRatios:
-        """What refined rows of a layer save, whose outputs have the gradients `kl` and `tie`."""
+        """What refined rows of a layer save, whose outputs have the gradients `kl` and `tie`:
+        (draws, tokens, hidden)."""
         self.writer.put_outputs(layer, kl)
         errors, judged = self.files.sample(layer)
         weighted = WeightedErrors(self.files.error_rows(layer), f"model.layers.{layer}.")
@@ -57,26 +60,29 @@ class RefinementProbe:
         gain = output_gain(judged, spec, self.checkpoint, kl, tie, self.threads)
         return RefinedRatios(errors, weighted, gain)
 
-    def embedding(
-        self, spec: TensorSpec, gradients: Floats, frequencies: NDArray[np.floating]
-    ) -> RefinedRatios:
-        """What refined rows of the embedding save, from the gradients at the first layer's input.
+    def embedding(self, spec: TensorSpec, gradients: Floats) -> RefinedRatios:
+        """What refined rows of the embedding save, from the gradients at the first layer's input:
+        (draws, chunks, positions, hidden).
 
-        Rows are refined with one half of them, and judged by the others. `frequencies`
-        (vocabulary,) are those of the tokens.
+        Rows are refined with one half of the chunks. Each is judged by the gradients in the others
+        where its token stands: what matters there is not what matters at other tokens.
         """
         self.writer.put_embedding(gradients)
         none = RefinedRatios({})
         half = gradients.shape[1] // 2
-        fitted, others = gradients[:, :half], gradients[:, half:].reshape(-1, gradients.shape[-1])
-        held_out = others[:: -(-len(others) // _HELD_OUT)]
-        scale = np.sqrt(np.square(held_out, dtype=np.float64).mean())
+        others = gradients[:, half:].reshape(len(gradients), -1, gradients.shape[-1])
+        scale = np.sqrt(np.square(others, dtype=np.float64).mean())
         if not half or not scale:
             return none
+        fitted, others = gradients[:, :half], others / np.float32(scale)
         metric = Metric(input_metric(gradient_moment(fitted), fitted[..., 0].size))
-        numbers = draw(spec.name, frequencies, ROWS)
-        rows = read_rows(self.checkpoint, spec.sources[0], numbers)
-        sample = RowSample(spec, numbers, rows, metric, held_out / np.float32(scale), None)
+        tokens = self.probed[half:].ravel()
+        counts = np.bincount(tokens, minlength=spec.source_shape[0]).astype(np.float64)
+        drawn = DrawnRows.of(spec.name, counts, OUTER_ROWS)
+        rows = read_rows(self.checkpoint, spec.sources[0], drawn.numbers)
+        at_rows = [np.concatenate(others[:, tokens == number]) for number in drawn.numbers]
+        held_out = np.concatenate(others[:, :: -(-others[..., 0].size // _HELD_OUT)])
+        sample = EmbeddingSample(spec, drawn, rows, metric, held_out, None, at_rows)
         (found,) = all_errors({spec.name: sample}, self.threads).values()
         pairs = {kind: [pair] for kind, pair in found.pairs.items()}
         return RefinedRatios({spec.name: RefinedErrors([0], pairs)})

@@ -5,7 +5,6 @@ they save weighs differently in each expert; this is known only in the backward 
 are kept by expert.
 """
 
-import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -22,32 +21,41 @@ from dots1_local.calibrate.refined_errors import (
     JudgedMatrix,
     RefinedErrors,
 )
-from dots1_local.calibrate.refined_rows import RowSample, all_errors
+from dots1_local.calibrate.refined_rows import DrawnRows, RowSample, all_errors
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.stock import is_quantisable
 from dots1_local.refine.metric import Metric, input_metric
 
-__all__ = ["ROWS", "RefinementSample", "draw", "sampled_experts"]
+__all__ = ["OUTER_ROWS", "ROWS", "RefinementSample", "sampled_experts"]
 
 _EXPERTS = 8  # sampled in each layer
 # Rows of each expert's matrix, and of another matrix: a tensor's ratio is then known to 1 or 2%,
 # and a layer of dots.llm1 takes 3 core-minutes.
 _EXPERT_ROWS, ROWS = 32, 128
+OUTER_ROWS = 512  # of the embedding and of the head, whose rows differ most
 _FEW = 100  # tokens; above, an expert's own mean squares are its importance
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 
 class RefinementSample:
     """A `MomentSink` that refines a sample of the rows of one layer, or of the head.
 
-    `experts` are those that it samples. `rows` are errors of sampled rows in a typical type, by the
+    `costs` (rows,) are about those of an error in each row of the head. `experts` are those that
+    it samples. `rows` are errors of sampled rows in a typical type, by the
     matrices' names in the checkpoint. `judged` is the down projection of the one that has most
     tokens, or in a dense layer the output of attention.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layer: int | None, threads: int | None) -> None:
-        self._checkpoint, self._threads = checkpoint, threads
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layer: int | None,
+        threads: int | None,
+        costs: Doubles | None = None,
+    ) -> None:
+        self._checkpoint, self._threads, self._costs = checkpoint, threads, costs
         config = checkpoint.config
         specs = inventory(config, padded_width(config.moe_intermediate_size))
         self._specs = [
@@ -106,10 +114,11 @@ class RefinementSample:
     def _sample(
         self, spec: TensorSpec, expert: int, metric: Metric, held_out: Floats, importance: Floats
     ) -> RowSample:
-        count = _EXPERT_ROWS if spec.role == "routed" else ROWS
-        numbers = draw(spec.sources[expert], np.ones(spec.source_shape[0]), count)
-        rows = read_rows(self._checkpoint, spec.sources[expert], numbers)
-        return RowSample(spec, numbers, rows, metric, held_out, importance)
+        count = {"routed": _EXPERT_ROWS, "head": OUTER_ROWS}.get(spec.role, ROWS)
+        costs = np.ones(spec.source_shape[0]) if self._costs is None else self._costs
+        drawn = DrawnRows.of(spec.sources[expert], costs, count)
+        rows = read_rows(self._checkpoint, spec.sources[expert], drawn.numbers)
+        return RowSample(spec, drawn, rows, metric, held_out, importance)
 
     def _add(self, samples: Sequence[RowSample], expert: int) -> None:
         by_name = {sample.spec.name: sample for sample in samples}
@@ -123,14 +132,6 @@ def sampled_experts(experts: int) -> list[int]:
     """The numbers of a few evenly spaced experts."""
     count = min(experts, _EXPERTS)
     return [i * experts // count for i in range(count)]
-
-
-def draw(name: str, weights: NDArray[np.floating], count: int) -> NDArray[np.int64]:
-    """Up to `count` different rows, ascending, each drawn with a chance that grows with its weight;
-    none of weight 0."""
-    random = np.random.default_rng(zlib.crc32(name.encode()))
-    count = min(count, int(np.count_nonzero(weights)))
-    return np.sort(random.choice(len(weights), count, replace=False, p=weights / weights.sum()))
 
 
 def _importance(own: Moment, prior: Moment | None) -> Floats:

@@ -27,7 +27,8 @@ Pair = tuple[float, float]
 class _Sums:
     """Sums over the gradients of one matrix, for damage and for flips.
 
-    `costs` (2, 2) are of g^2 (E x)^2 over its rows, too; the last axis is refined, plain.
+    `costs` (2, 2) are of g^2 (E x)^2 over its rows, too; the last axis is refined, plain. Rows that
+    were drawn with small chances count more.
     """
 
     squares: Doubles  # (2, rows): of g^2
@@ -69,7 +70,8 @@ class WeightedErrors:
         """Take squared gradients [tokens, rows of the matrix] at the outputs of those inputs."""
         if name not in self._rows:
             return
-        drawn, sums, kind = squares[:, self._rows[name].numbers], self._sums[name], int(is_tie)
+        rows, sums, kind = self._rows[name], self._sums[name], int(is_tie)
+        drawn = squares[:, rows.numbers] / torch.from_numpy(rows.chances).to(squares.device)
         errors = self._errors[name]
         reached = drawn.any(-1).float()  # a next expert has inputs, but no gradient
         sums.squares[kind] += _double(drawn.sum(0))

@@ -65,7 +65,8 @@ def test_the_files_differ_in_effects_only(calibrated: Path) -> None:
 
 
 def test_refined_rows_cause_less_damage(plain: Tensors, refined: Tensors) -> None:
-    for name, by_type in refined.items():
+    """Except in an embedding that is not trained: tokens know nothing of each other's gradients."""
+    for name, by_type in (item for item in refined.items() if item[0] != "token_embd.weight"):
         for kind, effect in by_type.items():
             before = plain[name][kind]
             if kind == "MXFP4":  # is not refined

@@ -36,7 +36,8 @@ def random_errors(spec: TensorSpec) -> dict[str, ErrorRows]:
         numbers = np.sort(random.choice(spec.source_shape[0], 20, replace=False))
         errors = random.standard_normal((2, 20, spec.source_shape[1]), np.float32)
         errors[0, :, 3:] = 0
-        found[source] = ErrorRows(numbers, errors)
+        chances = random.uniform(0.2, 1, 20)
+        found[source] = ErrorRows(numbers, chances, errors)
     return found
 
 
@@ -80,6 +81,7 @@ def test_the_factor_is_the_mean_of_products_by_the_product_of_means(
         for source, (inputs, share) in zip(spec.sources, matrices, strict=True):
             routed = share > 0
             squares = np.square((gradient * share[:, None])[routed][:, rows[source].numbers])
+            squares /= rows[source].chances
             for which, error in enumerate(rows[source].errors):
                 costs = np.square(inputs[routed] @ error.T)
                 products[which] += (squares * costs).sum()

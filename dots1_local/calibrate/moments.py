@@ -1,11 +1,11 @@
 """Second moments of the inputs of a layer's matrices, and rows that are held out of them.
 
 The moment of a matrix is H, the mean of x x' over its inputs x: the metric that the matrix's errors
-are weighed by in refinement. Every 12th row is held out, up to 512 rows of a matrix. These rows
-judge a refined matrix, which was fitted to the others.
+are weighed by in refinement. Every 12th row is held out, or every 24th, 48th and so on: at most 512
+rows from the whole text. They judge a refined matrix, which was fitted to the others.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dots1_local.errors import CheckpointError
 
-__all__ = ["HELD_OUT", "HELD_OUT_EVERY", "Moment", "Moments", "moment_name"]
+__all__ = ["Moment", "Moments", "moment_name"]
 
-HELD_OUT_EVERY, HELD_OUT = 12, 512
+_EVERY, _HELD_OUT = 12, 512  # rows
 _PANEL = 512  # columns whose products are computed together
 _ROUTER = "mlp.gate.weight"
 _SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -35,24 +35,32 @@ class Moment:
 
 @dataclass
 class _Sums:
-    """The sum of x x' so far; of the square matrix, only the upper panels are computed."""
+    """The sum of x x' so far; of the square matrix, only the upper panels are computed.
+
+    `held` are the rows whose numbers are multiples of `every`.
+    """
 
     square: Tensor
+    held: Tensor
+    every: int = _EVERY
     tokens: int = 0
     seen: int = 0
-    held: list[Tensor] = field(default_factory=list)
 
     def add(self, rows: Tensor) -> None:
-        number = torch.arange(self.seen, self.seen + len(rows), device=rows.device)
-        # The limit is reached with the same row, however the rows are cut into blocks.
-        is_held = (number % HELD_OUT_EVERY == 0) & (number < HELD_OUT_EVERY * HELD_OUT)
-        self.held.append(rows[is_held].cpu())
-        fitted = rows[~is_held]
-        for start in range(0, fitted.shape[1], _PANEL):
-            panel = slice(start, start + _PANEL)
-            self.square[panel, start:].addmm_(fitted[:, panel].T, fitted[:, start:])
+        numbers = torch.arange(self.seen, self.seen + len(rows), device=rows.device)
+        is_held = numbers % self.every == 0
+        self.held = torch.cat([self.held, rows[is_held].cpu()])
+        self._fit(rows[~is_held])
         self.seen += len(rows)
-        self.tokens += len(fitted)
+        while len(self.held) > _HELD_OUT:
+            self._fit(self.held[1::2].to(rows.device))
+            self.held, self.every = self.held[::2], 2 * self.every
+
+    def _fit(self, rows: Tensor) -> None:
+        for start in range(0, rows.shape[1], _PANEL):
+            panel = slice(start, start + _PANEL)
+            self.square[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
+        self.tokens += len(rows)
 
     def moment(self) -> Moment:
         self.square /= max(1, self.tokens)
@@ -60,7 +68,7 @@ class _Sums:
         for start in range(0, len(mean), _PANEL):
             end = start + _PANEL
             mean[end:, start:end] = mean[start:end, end:].T
-        return Moment(mean, self.tokens, torch.cat(self.held).numpy())
+        return Moment(mean, self.tokens, self.held.contiguous().numpy())
 
 
 class Moments:
@@ -80,7 +88,8 @@ class Moments:
         rows = rows.detach().float()
         if name not in self._sums:
             columns = rows.shape[1]
-            self._sums[name] = _Sums(torch.zeros(columns, columns, device=rows.device))
+            square = torch.zeros(columns, columns, device=rows.device)
+            self._sums[name] = _Sums(square, torch.empty(0, columns))
         self._sums[name].add(rows)
 
     def take(self, name: str) -> Moment | None:

@@ -127,7 +127,8 @@ def calibrate(
     opened = CalibrationFolder(
         Path(folder),
         _identity(forward, least, refine),
-        forward.stream_bytes,
+        forward.shape,
+        checkpoint.config.num_hidden_layers,
         forward.probe_bytes,
         refinement_bytes(checkpoint.config) if refine else 0,
         force=force,
@@ -156,17 +157,19 @@ def calibrate(
                 if refine:
                     forward.sample_head(x, opened)
                 if probed:
-                    # The rest of the residual stream is freed.
-                    reference_kl, x = measure_reference_kl(forward, x), forward.exact_probes(x)
+                    reference_kl = measure_reference_kl(forward, x)
             shards.announce(passes, notify)
             if probed:
                 with shards.over(passes["the backward pass"]) as provide:
                     backward = _part(progress, forward.tokens.size, 0)
                     kept = text if refine else None
-                    write_sensitivity(forward, x, reference_kl, opened, kept, backward, provide)
+                    probes = forward.exact_probes(x).to(compute.device)
+                    write_sensitivity(
+                        forward, probes, reference_kl, opened, kept, backward, provide
+                    )
             if sink is not None:
                 with shards.over([HEAD]) as provide:
-                    x = forward.run(opened, silent, provide) if probed else x
+                    provide(HEAD, lambda waiting: None)
                     for chunk, start, rows in forward.logits(x):
                         sink.write(chunk, start, rows)
         if len(tokens):

@@ -1,8 +1,8 @@
 """The files of a calibration between two layers, so that a killed run loses at most one layer.
 
 `DIR/work` holds `identity`, a digest of the run's inputs; `layer-NNNN.gguf`, the importance
-measured in each finished layer; and `after-NNNN.f32`, the residual stream after the last finished
-layer NNNN. A layer's file is complete before the stream after it.
+measured in each finished layer; and `stream`, a folder with the residual stream after the last
+finished layer. A layer's file is complete before the stream after it.
 
 For sensitivity there are also `probe-NNNN.npy`, the probed chunks' inputs to each layer;
 `noise-NNNN.json`, how far rounding moves the router's margins there; `back-NNNN.npy`, the
@@ -16,9 +16,9 @@ matrix; and `refined-NNNN.json`, the effects of refined rows.
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -26,13 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.calibrate.probe_files import ProbeFiles
+from dots1_local.calibrate.stream_files import StreamFiles
 from dots1_local.errors import Dots1Error
 from dots1_local.files.partial_file import (
     DiskNeed,
     check_target,
     disk_errors,
     open_locked,
-    open_partial,
 )
 from dots1_local.hub.shard_supply import remove_shards
 from dots1_local.quant.imatrix_file import load_importance, write_imatrix
@@ -50,9 +50,10 @@ Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (experts, co
 
 _NAMES = re.compile(
     r"lock|identity|calibration\.json|sensitivity(-refined)?\.json|refinement\.safetensors"
-    r"|(after-\d+\.f32|layer-\d+\.gguf|imatrix\.gguf|(probe|back|judged)-\d+\.npy"
+    r"|(layer-\d+\.gguf|imatrix\.gguf|(probe|back|judged)-\d+\.npy"
     r"|(noise|effects|sample|refined)-\d+\.json|errors-\d+\.safetensors)(\.partial)?"
-    r"|(after|(probe|back|noise|effects)-\d+)\.partial"  # of earlier versions
+    # Of earlier versions:
+    r"|after-\d+\.f32(\.partial)?|(after|(probe|back|noise|effects)-\d+)\.partial"
 )
 
 
@@ -60,22 +61,23 @@ _NAMES = re.compile(
 class CalibrationFolder:
     """The folder that a calibration writes to; a `with` statement opens and locks it.
 
-    `identity` is a digest of the inputs; for a model on the hub, its name@commit follows.
-    `results` are the names of the files to write in the end. `finished` is the number of layers
-    that the forward pass has finished, also in an earlier run with the same `identity`.
+    `identity` is a digest of the inputs; for a model on the hub, its name@commit follows. `shape`
+    is that of the residual stream, `stream`, through `layers` layers. `results` are the names of
+    the files to write in the end.
     """
 
     path: Path
     identity: str
-    stream_bytes: int
+    shape: tuple[int, int, int]
+    layers: int
     probe_bytes: int
     refinement_bytes: int
     force: bool
     results: Sequence[str]
-    finished: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._work = self.path / "work"
+        self.stream = StreamFiles(self._work / "stream", self.identity, self.shape, self.layers)
         self.probe = ProbeFiles(self._work)
         self._lock = ExitStack()
 
@@ -89,6 +91,7 @@ class CalibrationFolder:
             opened.enter_context(open_locked(self._work / "lock", busy))
             self._resume_or_clear()
             self.need.check()
+            opened.enter_context(self.stream)
             self._lock = opened.pop_all()
         return self
 
@@ -96,48 +99,34 @@ class CalibrationFolder:
         self._lock.close()
 
     @property
+    def finished(self) -> int:
+        """The layers that the forward pass has finished, also in an earlier run."""
+        return self.stream.finished or 0
+
+    @property
     def need(self) -> DiskNeed:
         """The disk space of all files of an unfinished run, except shards."""
-        # A new stream is written before the old one is removed.
-        nbytes = 2 * self.stream_bytes + self.probe_bytes + self.refinement_bytes
-        working = ("after", "probe", "back", REFINEMENT)
+        nbytes = self.stream.nbytes + self.probe_bytes + self.refinement_bytes
+        working = ("probe", "back", REFINEMENT)
         present = [path for start in working for path in self._files(start)]
-        return DiskNeed(self._work / "after", nbytes, present, "calibration")
+        return DiskNeed(self.stream.folder, nbytes, [*self.stream.present, *present], "calibration")
 
     @property
     def shards(self) -> Path:
         """The folder of shards that are fetched from the hub."""
         return self._work / "shards"
 
-    def load_stream(self, count: int) -> Iterator[Floats]:
-        """The residual stream after the last finished layer, in arrays of `count` numbers."""
-        path = self._stream(self.finished)
-        try:
-            with path.open("rb") as file:
-                for _ in range(self.stream_bytes // (4 * count)):
-                    values = np.fromfile(file, np.float32, count)
-                    if len(values) < count:
-                        raise Dots1Error(f"{path} got shorter while it was read")
-                    yield values
-        except OSError as error:
-            raise Dots1Error(f"cannot read {path}: {error.strerror}") from None
-
-    def finish_layer(self, entries: Entries, chunk_size: int, stream: Iterable[Floats]) -> None:
-        """Save what was measured in the next layer, and the residual stream after it.
+    def finish_layer(self, entries: Entries, chunk_size: int) -> None:
+        """Save what was measured in the next layer, and keep the residual stream after it.
 
         Raises:
             Dots1Error: the disk is full or broken; the earlier layers stay finished.
         """
-        before, after = self._stream(self.finished), self._stream(self.finished + 1)
         with disk_errors(self.path):
             if entries:
                 path = self._layer(self.finished)
                 write_imatrix(path, entries, datasets=[], chunk_count=0, chunk_size=chunk_size)
-            with open_partial(after) as file:
-                for values in stream:
-                    file.write(np.ascontiguousarray(values).data)
-            before.unlink(missing_ok=True)
-        self.finished += 1
+            self.stream.finish_layer()
 
     def measured(self) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
         """Everything that was measured in the finished layers."""
@@ -171,6 +160,7 @@ class CalibrationFolder:
             # Without `identity`, the other files are not taken for an unfinished run.
             for file in [*self._files("identity"), *self._files("")]:
                 file.unlink(missing_ok=True)
+            self.stream.remove()
         remove_shards(self.shards)
         with suppress(OSError):  # it is a link, or holds files of somebody else
             self._work.rmdir()
@@ -180,12 +170,8 @@ class CalibrationFolder:
         path = self._work / "identity"
         found = path.read_text(errors="replace") if path.exists() else ""
         if found == self.identity:
-            self.finished = self._count_finished()
-            for stream in self._streams():
-                if stream != self._stream(self.finished):
-                    stream.unlink()
             return
-        if self._streams() and not self.force:
+        if self.stream.present and not self.force:
             raise Dots1Error(
                 f"{self._work} holds an unfinished calibration of another "
                 f"{_difference(found, self.identity)}; give --force to remove it, or name another "
@@ -194,27 +180,13 @@ class CalibrationFolder:
         for old in self._files(""):
             if old.name != "lock":
                 old.unlink()
+        self.stream.remove()
         path.write_text(self.identity)
-
-    def _count_finished(self) -> int:
-        """The number of layers before the residual stream that is saved as a whole."""
-        numbers = [
-            int(path.stem.removeprefix("after-"))
-            for path in self._streams()
-            if path.stat().st_size == self.stream_bytes
-        ]
-        return max(numbers, default=0)
 
     def _files(self, start: str) -> list[Path]:
         """The files of a calibration; a folder called work may hold others too."""
         ours = [path for path in self._work.iterdir() if _NAMES.fullmatch(path.name)]
         return [path for path in ours if path.name.startswith(start) and path.is_file()]
-
-    def _streams(self) -> list[Path]:
-        return [path for path in self._files("after-") if path.suffix == ".f32"]
-
-    def _stream(self, finished: int) -> Path:
-        return self._work / f"after-{finished:04}.f32"
 
     def _layer(self, layer: int) -> Path:
         return self._work / f"layer-{layer:04}.gguf"

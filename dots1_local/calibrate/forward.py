@@ -30,12 +30,12 @@ from dots1_local.calibrate.stream import (
     Report,
     Segment,
     embed,
-    forward_layer,
     observe_head,
     output_logits,
     rounding_to,
 )
-from dots1_local.errors import CheckpointError, memory_errors
+from dots1_local.calibrate.stream_files import StreamFiles, pass_layer
+from dots1_local.errors import memory_errors
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import disk_errors
 from dots1_local.ggml import TYPES
@@ -48,7 +48,6 @@ __all__ = ["PROBED", "ForwardPass"]
 
 PROBED = 2048  # tokens whose gradients are computed; their errors average out over many rows
 _RARE = 0.1  # the part of the probability that frequencies do not tell
-_WORKING = 5 << 30  # bytes that a GPU needs beside the residual stream, with a margin
 
 Tokens = NDArray[np.int32]
 
@@ -86,9 +85,9 @@ class ForwardPass:
         return self.probed * self._positions
 
     @property
-    def stream_bytes(self) -> int:
-        """The size of the residual stream."""
-        return 4 * self.tokens.size * self.checkpoint.config.hidden_size
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of the residual stream."""
+        return (*self.tokens.shape, self.checkpoint.config.hidden_size)
 
     @property
     def probe_bytes(self) -> int:
@@ -131,9 +130,9 @@ class ForwardPass:
             Dots1Error: the disk is full, or a shard cannot be fetched.
         """
         total, layers = self.tokens.size, self.checkpoint.config.num_hidden_layers
-        if not folder.finished:
+        if folder.stream.finished is None:
             provide(EMBEDDING, partial(progress, 0, total, "tokens"))
-        x = self._start(folder)
+            self._embed(folder.stream)
         for layer in range(folder.finished, layers):
             done = float(layer * total)
 
@@ -144,10 +143,10 @@ class ForwardPass:
 
             provide(layer_step(layer), partial(report, 0))
             report(0)
-            self._layer(x, layer, folder, report)
+            self._layer(layer, folder, report)
         provide(HEAD, partial(progress, total, total, "tokens"))
         progress(total, total, "tokens", "head")
-        return x
+        return folder.stream.stream
 
     def head(self, x: Tensor) -> Entries:
         """The head's sums and counts, which llama-imatrix measures with --process-output."""
@@ -179,20 +178,15 @@ class ForwardPass:
         for chunk, row, logits in output_logits(evaluated, self.checkpoint, first, device):
             yield chunk, row, logits.numpy()
 
-    def _start(self, folder: CalibrationFolder) -> Tensor:
-        """The residual stream before the first layer that is not finished."""
-        config = self.checkpoint.config
-        x = torch.empty(*self.tokens.shape, config.hidden_size, device=self._stream_device())
-        if folder.finished:
-            for chunk, values in zip(x, folder.load_stream(x[0].numel()), strict=True):
-                chunk.copy_(torch.from_numpy(values).view_as(chunk))
-        else:
-            tokens, exact = torch.from_numpy(self.tokens), len(x) - self.probed
-            embed(self.checkpoint, tokens[:exact], x[:exact])
-            embed(self.checkpoint, tokens[exact:], x[exact:], self.rounding)
-        return x
+    def _embed(self, stream: StreamFiles) -> None:
+        tokens, x = torch.from_numpy(self.tokens), stream.working.after
+        exact = len(x) - self.probed
+        embed(self.checkpoint, tokens[:exact], x[:exact])
+        embed(self.checkpoint, tokens[exact:], x[exact:], self.rounding)
+        stream.finish_layer()
 
-    def _layer(self, x: Tensor, layer: int, folder: CalibrationFolder, report: Report) -> None:
+    def _layer(self, layer: int, folder: CalibrationFolder, report: Report) -> None:
+        x = folder.stream.stream
         measured = ColumnSums(self.checkpoint.config, layer, square_sums)
         noise = self._router_noise(layer)
         inputs = self.exact_probes(x).cpu().numpy()
@@ -212,17 +206,13 @@ class ForwardPass:
             Segment(ends[3], ends[4], noise.rounded if noise else None, self.rounding),
         ]
         present = [segment for segment in segments if segment.start < segment.stop]
-        forward_layer(x, self.checkpoint, layer, present, self.compute, report, hooks)
-        if not torch.isfinite(x.sum()):  # shows NaN and infinity without a second copy of x
-            raise CheckpointError(
-                f"the output of layer {layer} is NaN or infinite; is the checkpoint damaged?"
-            )
+        pass_layer(folder.stream, self.checkpoint, layer, present, self.compute, report, hooks)
         if self.probed:
             with disk_errors(folder.path):
                 folder.probe.save_forward(layer, inputs, noise.sigma() if noise else 0.0)
                 if sample is not None:
                     folder.probe.save_sample(layer, sample.found(), sample.rows, sample.judged)
-        folder.finish_layer(measured.first(), x.shape[1], (chunk.cpu().numpy() for chunk in x))
+        folder.finish_layer(measured.first(), x.shape[1])
 
     def _router_noise(self, layer: int) -> RouterNoise | None:
         config = self.checkpoint.config
@@ -236,14 +226,6 @@ class ForwardPass:
     def memory_errors(self) -> AbstractContextManager[None]:
         """Turn errors about memory into one sentence; see errors.memory_errors."""
         return memory_errors(
-            f"for {self.tokens.size:,} tokens: they take {2 * self.stream_bytes / 1e9:.1f} GB, and "
-            "a layer of dots.llm1, or its head, about 4 GB; use fewer chunks"
+            "to calibrate: a layer of dots.llm1, or its head, takes about 5 GB; the same command "
+            "resumes"
         )
-
-    def _stream_device(self) -> torch.device:
-        """The device of the residual stream: the one that computes, if it has enough memory."""
-        device = self.compute.device
-        if device.type != "cuda":
-            return device
-        free, _ = torch.cuda.mem_get_info(device)
-        return device if 2 * self.stream_bytes + _WORKING < free else torch.device("cpu")

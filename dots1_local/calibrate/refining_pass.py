@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from dots1_local.calibrate.hooks import NO_HOOKS
 from dots1_local.calibrate.layer_moments import LayerMoments, MomentSink
 from dots1_local.calibrate.moments import Moments
-from dots1_local.calibrate.stream import Segment, embed, forward_layer, observe_head
-from dots1_local.calibrate.stream_files import StreamFiles
-from dots1_local.errors import CheckpointError
+from dots1_local.calibrate.stream import Segment, embed, observe_head
+from dots1_local.calibrate.stream_files import StreamFiles, pass_layer
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.hub.pass_shards import EMBEDDING, HEAD, Provide, on_disk
 from dots1_local.reference.model import Compute, head_name
@@ -93,20 +92,8 @@ class RefiningPass:
             self.report(f"layer {layer}, {done / self.tokens.size:.0%} of its tokens")
 
         observe, hooks = (moments.observe, moments.hooks) if moments else (None, NO_HOOKS)
-        forward_layer(
-            self.files.stream,
-            self.checkpoint,
-            layer,
-            [Segment(0, len(self.tokens), observe)],
-            self.compute,
-            report,
-            hooks,
-            self.files.working,
-        )
-        if not all(torch.isfinite(chunk.sum()) for chunk in self.files.working.after):
-            raise CheckpointError(
-                f"the output of layer {layer} is NaN or infinite; is the checkpoint damaged?"
-            )
+        segments = [Segment(0, len(self.tokens), observe)]
+        pass_layer(self.files, self.checkpoint, layer, segments, self.compute, report, hooks)
         sink.finish(layer)
         self.files.finish_layer()
 

@@ -1,5 +1,7 @@
 """The residual stream in files, so that private memory does not grow with the number of tokens.
 
+`pass_layer` applies a layer to it.
+
 `FOLDER/stream-NNNN.f32` is the stream after NNNN layers. A layer reads it, and writes its output to
 `after.f32`, which gets the next number when the layer is finished. So a killed run loses at most
 one layer. `inputs.f32` holds the inputs of the layer's experts. All files have their full size from
@@ -10,7 +12,7 @@ user of the files wants to keep as long as they are there.
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -19,13 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dots1_local.calibrate.stream import WorkingMemory
+from dots1_local.calibrate.hooks import NO_HOOKS, Hooks
+from dots1_local.calibrate.stream import Report, Segment, WorkingMemory, forward_layer
+from dots1_local.errors import CheckpointError
+from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import disk_errors
+from dots1_local.reference.model import Compute
 
-__all__ = ["StreamFiles"]
+__all__ = ["StreamFiles", "pass_layer"]
 
 _STREAM = re.compile(r"stream-(\d{4})\.f32")
 _AFTER, _INPUTS, _IDENTITY, _RESULTS = "after.f32", "inputs.f32", "identity", "results.jsonl"
+
+_WORKING = 5 << 30  # bytes that a GPU needs beside the residual stream, with a margin
 
 Shape = tuple[int, int, int]
 
@@ -151,6 +159,45 @@ class StreamFiles:
     @property
     def _size(self) -> int:
         return 4 * int(np.prod(self.shape))
+
+
+def pass_layer(
+    files: StreamFiles,
+    checkpoint: Checkpoint,
+    layer: int,
+    segments: Sequence[Segment],
+    compute: Compute,
+    report: Report,
+    hooks: Hooks = NO_HOOKS,
+) -> None:
+    """Leave the stream after a layer in `files.working.after`; see `forward_layer`.
+
+    A GPU holds the stream meanwhile, if it has enough memory.
+
+    Raises:
+        CheckpointError: a tensor is missing or unreadable, or a result is NaN or infinite.
+    """
+    after = files.working.after
+    if _fits(after, compute.device):
+        x = files.stream.to(compute.device)
+        forward_layer(x, checkpoint, layer, segments, compute, report, hooks)
+        after.copy_(x)
+    else:
+        forward_layer(
+            files.stream, checkpoint, layer, segments, compute, report, hooks, files.working
+        )
+    if not all(torch.isfinite(chunk.sum()) for chunk in after):  # without a second copy of it
+        raise CheckpointError(
+            f"the output of layer {layer} is NaN or infinite; is the checkpoint damaged?"
+        )
+
+
+def _fits(stream: Tensor, device: torch.device) -> bool:
+    """Whether a GPU has room for two copies of the stream."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return 2 * stream.nbytes + _WORKING < free
 
 
 def _allocate(fd: int, nbytes: int) -> None:

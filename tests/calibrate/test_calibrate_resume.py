@@ -76,7 +76,7 @@ def test_a_damaged_stream_is_not_resumed(
 ) -> None:
     output = tmp_path / "out"
     stop_after(micro, output, 2)
-    with next((output / "work").glob("after-*")).open("r+b") as file:
+    with next((output / "work" / "stream").glob("stream-*")).open("r+b") as file:
         file.truncate(100)
     assert run(micro, output, random_tokens(6)) == expected
 
@@ -129,7 +129,7 @@ def test_full_disk_loses_nothing(
     stop_after(micro, output, 1)
 
     def full(path: str, *args: Any) -> int:
-        if str(path).endswith("after-0002.f32.partial"):
+        if str(path).endswith("layer-0001.gguf.partial"):
             raise OSError(errno.ENOSPC, "No space left on device")
         return open_it(path, *args)
 

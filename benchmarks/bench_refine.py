@@ -125,7 +125,7 @@ def _seconds_of_products(profile: cProfile.Profile) -> float:
 def make_calibration(checkpoint_path: Path, folder: Path, tokens: int) -> None:
     """A calibration folder with random tokens and gradients, and uniform importance."""
     from dots1_local.architecture import inventory
-    from dots1_local.calibrate.calibration_folder import IMATRIX, REFINEMENT
+    from dots1_local.calibrate.manifest import IMATRIX, REFINEMENT
     from dots1_local.calibrate.refinement_file import RefinementWriter
     from dots1_local.files.checkpoint import Checkpoint
     from dots1_local.quant.imatrix_file import load_importance, write_imatrix

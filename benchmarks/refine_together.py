@@ -14,8 +14,8 @@ import torch
 from gguf import GGUFWriter
 from threadpoolctl import threadpool_limits
 
-from dots1_local.calibrate.calibration_folder import IMATRIX
 from dots1_local.calibrate.layer_moments import ExpertMoments
+from dots1_local.calibrate.manifest import IMATRIX
 from dots1_local.calibrate.moments import Moment
 from dots1_local.calibrate.refinement_file import RefinementData
 from dots1_local.calibrate.refining_pass import RefiningPass

@@ -18,13 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from dots1_local.architecture import inventory
-from dots1_local.calibrate.calibration_folder import (
-    IMATRIX,
-    REFINED_SENSITIVITY,
-    REFINEMENT,
-    SENSITIVITY,
-    CalibrationFolder,
-)
+from dots1_local.calibrate.calibration_folder import CalibrationFolder
 from dots1_local.calibrate.calibration_results import (
     measure_reference_kl,
     write_imatrix_file,
@@ -32,7 +26,14 @@ from dots1_local.calibrate.calibration_results import (
 )
 from dots1_local.calibrate.coverage import FEW_TOKENS, Coverage
 from dots1_local.calibrate.forward import PROBED, ForwardPass
-from dots1_local.calibrate.manifest import MANIFEST, manifest_json
+from dots1_local.calibrate.manifest import (
+    IMATRIX,
+    MANIFEST,
+    REFINED_SENSITIVITY,
+    REFINEMENT,
+    SENSITIVITY,
+    manifest_json,
+)
 from dots1_local.calibrate.probe import BACKWARD_WORK
 from dots1_local.calibrate.refinement_file import refinement_bytes
 from dots1_local.errors import UsageError

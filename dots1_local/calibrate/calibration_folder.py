@@ -25,6 +25,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from dots1_local.calibrate.manifest import REFINEMENT
 from dots1_local.calibrate.probe_files import ProbeFiles
 from dots1_local.calibrate.stream_files import StreamFiles
 from dots1_local.errors import Dots1Error
@@ -37,13 +38,7 @@ from dots1_local.files.partial_file import (
 from dots1_local.hub.shard_supply import remove_shards
 from dots1_local.quant.imatrix_file import load_importance, write_imatrix
 
-__all__ = [
-    "IMATRIX", "REFINED_SENSITIVITY", "REFINEMENT", "SENSITIVITY", "CalibrationFolder", "Entries",
-]  # fmt: skip
-
-# The results.
-IMATRIX, SENSITIVITY = "imatrix.gguf", "sensitivity.json"
-REFINEMENT, REFINED_SENSITIVITY = "refinement.safetensors", "sensitivity-refined.json"
+__all__ = ["CalibrationFolder", "Entries"]
 
 Floats = NDArray[np.float32]
 Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (experts, columns), counts

@@ -8,15 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dots1_local.architecture import inventory
-from dots1_local.calibrate.calibration_folder import (
-    IMATRIX,
-    REFINED_SENSITIVITY,
-    REFINEMENT,
-    SENSITIVITY,
-    CalibrationFolder,
-)
+from dots1_local.calibrate.calibration_folder import CalibrationFolder
 from dots1_local.calibrate.coverage import Coverage, coverage, shrink
 from dots1_local.calibrate.forward import ForwardPass
+from dots1_local.calibrate.manifest import IMATRIX, REFINED_SENSITIVITY, REFINEMENT, SENSITIVITY
 from dots1_local.calibrate.probe import DRAWS, Probe
 from dots1_local.calibrate.refinement_file import RefinementWriter
 from dots1_local.calibrate.refinement_probe import RefinementProbe

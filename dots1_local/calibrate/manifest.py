@@ -1,4 +1,4 @@
-"""calibration.json: of which model a calibration is, and the hashes of its files.
+"""The results in a calibration folder, and calibration.json: their model and their hashes.
 
 A calibration folder can be published in a repository on the hub. Others then name its id, and only
 what they need is fetched, once the manifest says that it was measured on their model.
@@ -13,12 +13,6 @@ from typing import Literal
 
 import msgspec
 
-from dots1_local.calibrate.calibration_folder import (
-    IMATRIX,
-    REFINED_SENSITIVITY,
-    REFINEMENT,
-    SENSITIVITY,
-)
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.digest import file_sha256
@@ -28,9 +22,14 @@ from dots1_local.hub.client import HubRepo
 from dots1_local.hub.model_digest import model_digest
 from dots1_local.progress import Progress, silent
 
-__all__ = ["MANIFEST", "fetch_calibration", "find_calibration", "manifest_json"]
+__all__ = [
+    "IMATRIX", "MANIFEST", "REFINED_SENSITIVITY", "REFINEMENT", "SENSITIVITY", "fetch_calibration",
+    "find_calibration", "manifest_json",
+]  # fmt: skip
 
 MANIFEST = "calibration.json"
+IMATRIX, SENSITIVITY = "imatrix.gguf", "sensitivity.json"
+REFINEMENT, REFINED_SENSITIVITY = "refinement.safetensors", "sensitivity-refined.json"
 
 _WANTED = (IMATRIX, SENSITIVITY)
 _REFINING = (REFINED_SENSITIVITY, REFINEMENT)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.calibrate.calibration_folder import IMATRIX, REFINEMENT
+from dots1_local.calibrate.manifest import IMATRIX, REFINEMENT
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.digest import file_sha256

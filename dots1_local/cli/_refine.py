@@ -94,7 +94,7 @@ def measured_folder(checkpoint: "Checkpoint", options: RefineOptions) -> Path | 
         return None
     import numpy as np
 
-    from dots1_local.calibrate.calibration_folder import REFINEMENT
+    from dots1_local.calibrate.manifest import REFINEMENT
     from dots1_local.calibrate.refinement_file import RefinementData
     from dots1_local.evaluate.texts import open_vocabulary, tokenize
     from dots1_local.refine.token_needs import require_tokens

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dots1_local.architecture import Dots1Config
-from dots1_local.calibrate.calibration_folder import IMATRIX, REFINED_SENSITIVITY, SENSITIVITY
+from dots1_local.calibrate.manifest import IMATRIX, REFINED_SENSITIVITY, SENSITIVITY
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.allocate import Allocator

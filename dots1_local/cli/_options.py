@@ -6,7 +6,6 @@ leave out comparison and repr, because generating them would delay the start of 
 """
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
@@ -26,7 +25,7 @@ __all__ = [
     "CHECKPOINT", "HUB_PANEL", "Context", "Json", "KVType", "Model", "ModelShard", "Plan", "Ram",
     "Revision", "Threads", "Vram", "Workers", "argument", "choose_placement", "exit_on_interrupt",
     "flag", "memory_limits", "open_checkpoint", "open_engine", "option", "report_abort",
-    "user_folder", "verb",
+    "verb",
 ]  # fmt: skip
 
 
@@ -212,14 +211,3 @@ def report_abort() -> Iterator[None]:
 
     with on_abort(lambda reason: notice(f"dots1: {reason}")):
         yield
-
-
-def user_folder(kind: Literal["cache", "state"]) -> Path:
-    """Return the person's folder for this program, by the XDG rules; it may not exist.
-
-    Raises:
-        RuntimeError: there is no home folder.
-    """
-    base = os.environ.get(f"XDG_{kind.upper()}_HOME", "")
-    default = {"cache": "~/.cache", "state": "~/.local/state"}[kind]
-    return Path(base if os.path.isabs(base) else default).expanduser() / "dots1"

@@ -5,9 +5,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from dots1_local.cli._options import Threads, exit_on_interrupt, flag, option, user_folder, verb
+from dots1_local.cli._options import Threads, exit_on_interrupt, flag, option, verb
 from dots1_local.cli._output import notice
 from dots1_local.errors import UsageError
+from dots1_local.files.user_folder import user_folder
 
 __all__ = ["WorkerOptions", "worker"]
 

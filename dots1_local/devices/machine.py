@@ -8,7 +8,6 @@ Other machines are described in files; some descriptions come with this package.
 """
 
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from dots1_local.devices.hardware import CPU, Device, Hardware, hardware_from_js
 from dots1_local.devices.limits import available_ram, physical_cores, read_rate
 from dots1_local.devices.rpc import parse_endpoint, probe
 from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.files.user_folder import user_folder
 from dots1_local.progress import Progress, silent
 
 __all__ = ["detect", "find_hardware", "hardware_names", "missing_backends", "this_machine"]
@@ -172,12 +172,11 @@ def _identity(device: Device) -> tuple[object, ...]:
 
 
 def _folder() -> Path:
-    """The folder of the cache; XDG's rules say to ignore a relative path."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = (base if base.is_absolute() else Path.home() / ".cache") / "dots1"
+    """The folder of the cache, or a temporary one if it is not writable."""
     try:
+        folder = user_folder("cache")
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):
         return Path(tempfile.gettempdir())
     return folder
 

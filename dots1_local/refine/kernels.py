@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
 from dots1_local.files.partial_file import disk_errors
+from dots1_local.files.user_folder import user_folder
 from dots1_local.refine.blocks import BlockFormat, Blocks
 
 __all__ = ["Kernels", "Panel", "build_id"]
@@ -197,7 +198,7 @@ class _Panel(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    path = _cache_folder() / f"kernels-{build_id()}.so"
+    path = user_folder("cache") / f"kernels-{build_id()}.so"
     if not path.exists():
         _compile(path)
     library, pointer = ctypes.CDLL(str(path)), ctypes.c_void_p
@@ -234,10 +235,6 @@ def _compile(path: Path) -> None:
 
 def _compiler() -> str:
     return os.environ.get("CXX") or "c++"
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dots1-local"
 
 
 @cache

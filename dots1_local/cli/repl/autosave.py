@@ -12,10 +12,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dots1_local.cli._options import user_folder
 from dots1_local.cli._output import notice, one_line, plural, progress_bar
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.partial_file import check_target, open_locked
+from dots1_local.files.user_folder import user_folder
 from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:

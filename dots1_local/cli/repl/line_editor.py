@@ -23,9 +23,9 @@ from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 
-from dots1_local.cli._options import user_folder
 from dots1_local.cli._output import plain
 from dots1_local.errors import UsageError
+from dots1_local.files.user_folder import user_folder
 
 __all__ = [
     "QUOTES", "Completes", "LineEditor", "edit_text", "message_from", "read_text", "typed_as",

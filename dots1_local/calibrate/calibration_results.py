@@ -78,7 +78,6 @@ def write_sensitivity(
 ) -> None:
     """Run the backward pass; with `text` it also writes what refining needs."""
     checkpoint, importance = forward.checkpoint, load_importance(folder.draft(IMATRIX))
-    counts = np.bincount(forward.calibration.ravel(), minlength=checkpoint.config.vocab_size)
     with disk_errors(folder.path):
         refinement = None
         if text is not None:
@@ -95,7 +94,7 @@ def write_sensitivity(
             checkpoint,
             folder.probe,
             importance,
-            counts / counts.sum(),
+            forward.frequencies,
             forward.compute,
             forward.threads,
             refinement,

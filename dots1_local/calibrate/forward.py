@@ -85,6 +85,12 @@ class ForwardPass:
         return self.probed * self._positions
 
     @property
+    def frequencies(self) -> NDArray[np.float64]:
+        """The part of the calibration text that each token is: (vocabulary,)."""
+        counts = np.bincount(self.calibration.ravel(), minlength=self.checkpoint.config.vocab_size)
+        return np.asarray(counts / counts.sum())
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of the residual stream."""
         return (*self.tokens.shape, self.checkpoint.config.hidden_size)
@@ -161,8 +167,8 @@ class ForwardPass:
         calibration = x[: len(self.calibration)]
         observe_head(calibration, self.checkpoint, moments.observe, self.compute.device)
         # A row costs as much as its token is probable, which is about how frequent it is.
-        counts = np.bincount(self.calibration.ravel(), minlength=self.checkpoint.config.vocab_size)
-        costs = counts / counts.sum() + _RARE / len(counts)
+        frequencies = self.frequencies
+        costs = frequencies + _RARE / len(frequencies)
         sample = RefinementSample(self.checkpoint, None, self.threads, costs)
         if moment := moments.take(name):
             sample.common({name: moment})
@@ -189,7 +195,7 @@ class ForwardPass:
         x = folder.stream.stream
         measured = ColumnSums(self.checkpoint.config, layer, square_sums)
         noise = self._router_noise(layer)
-        inputs = self.exact_probes(x).cpu().numpy()
+        inputs = self.exact_probes(x).numpy()
 
         sample = RefinementSample(self.checkpoint, layer, self.threads) if self.refine else None
         observers: list[Observer] = [measured.observe]

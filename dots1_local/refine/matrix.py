@@ -21,13 +21,13 @@ from dots1_local.refine.fast_encoder import begin, can_begin
 from dots1_local.refine.kernels import Panel
 from dots1_local.refine.metric import Floats, Metric
 
-__all__ = ["LARGEST_SCALE", "ROUNDS", "Refined", "refine_matrix"]
+__all__ = ["ROUNDS", "Refined", "refine_matrix"]
 
 ROUNDS = 4  # of coordinate descent; two have 3 to 8% more KL divergence
 _PANEL = 256
 _COUPLED = 128  # rows whose changes see one another at once
 _COMPARED = 128  # rows that ggml's encoder is compared on
-LARGEST_SCALE = 1.25  # of a whole row, in the end
+_LARGEST_SCALE = 1.25  # of a whole row, in the end
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class _Refinement:
         )
         sizes = np.array([whole.tolist(), stored.tolist()], np.float32)
         scales = np.divide(sizes[0], sizes[1], out=np.ones_like(sizes[0]), where=sizes[1] > 0)
-        scales = scales.clip(1 / LARGEST_SCALE, LARGEST_SCALE)[:, None]
+        scales = scales.clip(1 / _LARGEST_SCALE, _LARGEST_SCALE)[:, None]
         for values in (self.blocks.d, self.blocks.dmin):
             values[:] = (values * scales).astype(np.float16)
         self.errors = self._matrix - (self._matrix - self.errors) * self._arrays.load(scales)

@@ -72,7 +72,7 @@ def test_refinement_lowers_the_error_of_what_ggml_decodes(name: str, coupled: bo
 @pytest.fixture
 def unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows stay as coordinate descent leaves them."""
-    monkeypatch.setattr("dots1_local.refine.matrix.LARGEST_SCALE", 1)
+    monkeypatch.setattr("dots1_local.refine.matrix._LARGEST_SCALE", 1)
 
 
 @pytest.mark.usefixtures("unscaled")

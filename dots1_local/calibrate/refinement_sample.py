@@ -26,12 +26,12 @@ from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.stock import is_quantisable
 from dots1_local.refine.metric import Metric, input_metric
 
-__all__ = ["OUTER_ROWS", "ROWS", "RefinementSample", "sampled_experts"]
+__all__ = ["OUTER_ROWS", "RefinementSample", "sampled_experts"]
 
 _EXPERTS = 8  # sampled in each layer
 # Rows of each expert's matrix, and of another matrix: a tensor's ratio is then known to 1 or 2%,
 # and a layer of dots.llm1 takes 3 core-minutes.
-_EXPERT_ROWS, ROWS = 32, 128
+_EXPERT_ROWS, _ROWS = 32, 128
 OUTER_ROWS = 512  # of the embedding and of the head, whose rows differ most
 _FEW = 100  # tokens; above, an expert's own mean squares are its importance
 
@@ -114,7 +114,7 @@ class RefinementSample:
     def _sample(
         self, spec: TensorSpec, expert: int, metric: Metric, held_out: Floats, importance: Floats
     ) -> RowSample:
-        count = {"routed": _EXPERT_ROWS, "head": OUTER_ROWS}.get(spec.role, ROWS)
+        count = {"routed": _EXPERT_ROWS, "head": OUTER_ROWS}.get(spec.role, _ROWS)
         costs = np.ones(spec.source_shape[0]) if self._costs is None else self._costs
         drawn = DrawnRows.of(spec.sources[expert], costs, count)
         rows = read_rows(self._checkpoint, spec.sources[expert], drawn.numbers)

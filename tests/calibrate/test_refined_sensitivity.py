@@ -37,7 +37,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def calibrated(wide: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("measured") / "out"
     with pytest.MonkeyPatch.context() as patch:  # fewer rows are faster
-        patch.setattr("dots1_local.calibrate.refinement_sample.ROWS", 64)
+        patch.setattr("dots1_local.calibrate.refinement_sample._ROWS", 64)
         calibrate(wide, folder, TOKENS, refine=True, threads=1)
     return folder
 

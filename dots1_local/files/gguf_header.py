@@ -229,9 +229,9 @@ class _Parser:
         if kind not in _LAYOUTS:
             raise GGUFError(f"{self._path} stores tensor {name} as unknown type {kind}")
         type_name, block, block_bytes = _LAYOUTS[kind]
-        if prod(shape[-1:]) % block:
+        if (columns := prod(shape[-1:])) % block:  # a tensor without dimensions has one weight
             raise GGUFError(
-                f"{self._path} has rows of {shape[-1]} weights in tensor {name}, which is not a "
+                f"{self._path} has rows of {columns} weights in tensor {name}, which is not a "
                 f"multiple of {type_name}'s blocks of {block}"
             )
         return name, type_name, shape, offset, prod(shape) // block * block_bytes

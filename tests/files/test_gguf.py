@@ -191,6 +191,7 @@ def test_refuses_a_folder_and_a_missing_file(tmp_path: Path) -> None:
         ([tensor(b"a", 2**62, 0, 0)], "truncated"),
         ([tensor(b"a", 8, 0, 4)], "unaligned"),
         ([tensor(b"a", 8, 12, 0)], "blocks"),
+        ([name(b"a") + struct.pack("<IIQ", 0, 12, 0)], "rows of 1 weights"),
         ([tensor(b"a", 8, 999, 0)], "type 999"),
     ],
 )

@@ -251,9 +251,8 @@ def _report_listening(endpoint: str, threads: int) -> None:
 
 
 def _send(key: str, text: str) -> None:
-    os.write(
-        1, json.dumps({key: text}).encode() + b"\n"
-    )  # C's stdio buffers; whole lines do not mix
+    # Not through C's buffers. The server may have written only the beginning of its line.
+    os.write(1, b"\n" + json.dumps({key: text}).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.projection import projected_bytes, projection
 from benchmarks.quality_runs import Example, Quality
 from dots1_local.architecture import Role
+from dots1_local.calibrate.manifest import IMATRIX
 from dots1_local.errors import Dots1Error
 from dots1_local.quant.allocate import Allocator
 from dots1_local.quant.imatrix_file import load_importance
@@ -60,7 +61,7 @@ def allocator(example: Example, *, refine: bool = False) -> Allocator:
     return Allocator(
         example.config,
         example.refined_sensitivity if refine else example.sensitivity,
-        covered=load_importance(example.calibrated / "imatrix.gguf"),
+        covered=load_importance(example.calibrated / IMATRIX),
         cost=projection(example.config),
     )
 

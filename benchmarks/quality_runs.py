@@ -28,6 +28,12 @@ from safetensors.numpy import save_file
 
 from benchmarks.quality_texts import FOREIGN, domains, spread, write_logits
 from dots1_local.architecture import Dots1Config
+from dots1_local.calibrate.manifest import (
+    IMATRIX,
+    REFINED_SENSITIVITY,
+    REFINEMENT,
+    SENSITIVITY,
+)
 from dots1_local.convert import convert_checkpoint
 from dots1_local.evaluate.divergence import Estimate
 from dots1_local.evaluate.perplexity import kl_divergence, read_text
@@ -37,10 +43,6 @@ from dots1_local.quant.sensitivity import Sensitivity, load_sensitivity
 
 __all__ = ["Example", "Quality", "say"]
 
-_IMATRIX, _SENSITIVITY, _REFINED_SENSITIVITY = (
-    "imatrix.gguf", "sensitivity.json", "sensitivity-refined.json",
-)  # fmt: skip
-_REFINEMENT = "refinement.safetensors"
 _TOGETHER = 8  # plans refined in one pass
 
 Figures = NDArray[np.float32]
@@ -101,7 +103,7 @@ class Example:
     def calibrated(self) -> Path:
         """The calibration folder; it is measured if it does not exist."""
         folder = self.folder / "calibrated"
-        if not (folder / _REFINEMENT).exists():
+        if not (folder / REFINEMENT).exists():
             say(f"{self.name}: calibrating")
             dots1 = str(Path(sys.executable).with_name("dots1"))
             text = str(self.path / "calibration.txt")
@@ -111,16 +113,16 @@ class Example:
 
     @cached_property
     def sensitivity(self) -> Sensitivity:
-        return load_sensitivity(self.calibrated / _SENSITIVITY)
+        return load_sensitivity(self.calibrated / SENSITIVITY)
 
     @cached_property
     def refined_sensitivity(self) -> Sensitivity:
-        return load_sensitivity(self.calibrated / _REFINED_SENSITIVITY)
+        return load_sensitivity(self.calibrated / REFINED_SENSITIVITY)
 
     @cached_property
     def calibration_chunks(self) -> int:
         """The chunks of the calibration text."""
-        with safe_open(self.calibrated / _REFINEMENT, framework="numpy") as file:
+        with safe_open(self.calibrated / REFINEMENT, framework="numpy") as file:
             return int(file.get_slice("tokens").get_shape()[0])
 
     def with_fewer_tokens(self, chunks: int) -> Path:
@@ -129,15 +131,15 @@ class Example:
         Importance and the moments of gradients stay those of all the text.
         """
         folder = self.folder / f"calibrated-{chunks}"
-        if not (folder / _REFINEMENT).exists():
+        if not (folder / REFINEMENT).exists():
             folder.mkdir(exist_ok=True)
-            shutil.copy(self.calibrated / _IMATRIX, folder)
-            with safe_open(self.calibrated / _REFINEMENT, framework="numpy") as file:
+            shutil.copy(self.calibrated / IMATRIX, folder)
+            with safe_open(self.calibrated / REFINEMENT, framework="numpy") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 metadata = file.metadata()
             tensors["tokens"] = spread(tensors["tokens"], chunks)
             save_file(tensors, folder / "unfinished", metadata)
-            os.replace(folder / "unfinished", folder / _REFINEMENT)
+            os.replace(folder / "unfinished", folder / REFINEMENT)
         return folder
 
     @cached_property
@@ -168,7 +170,7 @@ class Example:
 
         With `refine`, which is a calibration folder, the files are refined.
         """
-        known = _Inputs(self.path, self.calibrated / _IMATRIX, refine, self.bases)
+        known = _Inputs(self.path, self.calibrated / IMATRIX, refine, self.bases)
         records = [self.folder / f"{known.digest(plan)}.json" for plan in plans]
         missing = {r: plan for r, plan in zip(records, plans, strict=True) if not r.exists()}
         size = min(_TOGETHER, -(-len(missing) // self.workers)) if refine else 1
@@ -207,7 +209,7 @@ class _Inputs:
 
     def digest(self, plan: QuantPlan) -> str:
         """Identify what the results depend on, beside the checkpoint and its texts."""
-        files = [self.imatrix, *([self.refine / _REFINEMENT] if self.refine else [])]
+        files = [self.imatrix, *([self.refine / REFINEMENT] if self.refine else [])]
         sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         names = [base.name for base in self.bases.values()]
         inputs = (plan.expert_width, sorted(plan.types.items()), sums, names)

@@ -41,11 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CalibrateOptions", "calibrate"]
 
-_REFINED = {  # files, and their keys in --json
-    "refinement.safetensors": "refinement",
-    "sensitivity-refined.json": "refined_sensitivity",
-}
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CalibrateOptions:
@@ -113,6 +108,7 @@ def calibrate(options: CalibrateOptions) -> None:
       dots1 calibrate rednote-hilab/dots.llm1.inst -f calibration.txt -o calibrated --low-disk
     """
     _check(options)
+    from dots1_local.calibrate.manifest import IMATRIX, REFINED_SENSITIVITY, REFINEMENT, SENSITIVITY
     from dots1_local.evaluate.texts import open_vocabulary, tokenize
 
     checkpoint = open_checkpoint(options.checkpoint, options.revision, options.low_disk)
@@ -130,16 +126,17 @@ def calibrate(options: CalibrateOptions) -> None:
         if sentence := advice(checkpoint.config, tokens.size):
             notice(sentence)
     coverage = _run(checkpoint, tokens, evaluation, options)
-    imatrix = options.output / "imatrix.gguf" if tokens.size else None
+    imatrix = options.output / IMATRIX if tokens.size else None
     measured = imatrix and not options.importance_only
-    sensitivity = options.output / "sensitivity.json" if measured else None
-    refined = [options.output / name for name in _REFINED] if options.refine else []
+    sensitivity = options.output / SENSITIVITY if measured else None
+    names = {"refinement": REFINEMENT, "refined_sensitivity": REFINED_SENSITIVITY}
+    refined = {key: options.output / name for key, name in names.items() if options.refine}
     if options.json:
         print_json(
             {
                 "imatrix": imatrix and str(imatrix),
                 "sensitivity": sensitivity and str(sensitivity),
-                **dict(zip(_REFINED.values(), map(str, refined), strict=False)),
+                **{key: str(path) for key, path in refined.items()},
                 "tokens": tokens.size,
                 "layers": [asdict(layer) for layer in coverage],
                 "logits": options.logits and str(options.logits),
@@ -148,7 +145,7 @@ def calibrate(options: CalibrateOptions) -> None:
     elif coverage:
         _show(coverage, options.shrink_below)
     if imatrix is not None:
-        also = "".join(f" and {path}" for path in (sensitivity, *refined) if path)
+        also = "".join(f" and {path}" for path in (sensitivity, *refined.values()) if path)
         notice(f"wrote {imatrix}{also} from {tokens.size:,} tokens")
     if options.logits is not None:
         notice(f"wrote {options.logits} ({human_bytes(options.logits.stat().st_size)})")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gguf import GGUFWriter
 
+from dots1_local.calibrate.manifest import IMATRIX
 from dots1_local.convert.budget import Budget, load_calibration, load_refinement, predicted_kl
 from dots1_local.convert.metadata import end_tokens, write_metadata
 from dots1_local.convert.pipeline import EncoderName, encoder_named
@@ -85,7 +86,7 @@ class Conversion:
         """
         source = _opened(checkpoint)
         if calibration is not None and imatrix is None:
-            imatrix = Path(calibration) / "imatrix.gguf"
+            imatrix = Path(calibration) / IMATRIX
         importance = load_importance(imatrix) if imatrix else None
         if not isinstance(recipe, QuantPlan):
             recipe = make_plan(

@@ -125,7 +125,7 @@ class Run:
                 raise Dots1Error(f"not finished in {seconds:.0f} s")
 
         watch(0, 0, "", "")
-        model = self.graph.gguf.files[0]
+        model = self.graph.path
         return measure_placement(
             model, placement, depths, workers=self.workers, limit=self.limit, progress=watch
         )
@@ -196,7 +196,7 @@ def _benchmark(args: argparse.Namespace, deadline: float, open_workers: ExitStac
 def _baselines(run: Run) -> Iterator[tuple[str, Placement | None]]:
     """What to measure, the most informative first."""
     graph, machine = run.graph, run.machine
-    ours = place(graph.gguf, machine, context=run.context)
+    ours = place(graph, machine, context=run.context)
     yield f"ours ({ours.host_memory}, ubatch {ours.ubatch})", _on_workers(run, ours)
     for name, placement in (
         *baselines(graph, machine, ours),

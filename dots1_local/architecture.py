@@ -5,6 +5,7 @@ Everything else in the package decides something about the tensors listed here.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -162,6 +163,7 @@ class TensorSpec:
         return prod(self.source_shape) * len(self.sources)
 
 
+@lru_cache(maxsize=8)
 def inventory(config: Dots1Config, expert_width: int | None = None) -> tuple[TensorSpec, ...]:
     """Every tensor of the model in file order, with experts padded to `expert_width`."""
     return tuple(_tensors(config, expert_width or config.moe_intermediate_size))

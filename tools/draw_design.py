@@ -28,6 +28,7 @@ PLACES = {
     "chat": (2, 2),
     "evaluate": (3, 1),
     "engine": (2, 3),
+    "fit": (3, 3),
     "placement": (2, 4),
     "export": (1, 4),
     "devices": (2, 5),

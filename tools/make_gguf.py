@@ -64,13 +64,13 @@ _OPTIONS = {
 def write_gguf(
     path: str | Path,
     config: dict[str, Any],
-    recipe: str = "DQ4",
+    recipe: str | QuantPlan = "DQ4",
     *,
     importance: bool = True,
     headers_only: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Write a model of `config` (the contents of a config.json) in the types of `recipe`.
+    """Write a model of `config` (the contents of a config.json) in the types of a recipe or plan.
 
     Types that need importance get the same for every column; without `importance` the recipe falls
     back to types that need none, as `dots1 convert` does without `--imatrix`.
@@ -93,13 +93,15 @@ def write_gguf(
 
 
 def _lay_out(
-    path: Path, folder: Path, config: dict[str, Any], recipe: str, importance: bool
+    path: Path, folder: Path, config: dict[str, Any], recipe: str | QuantPlan, importance: bool
 ) -> Output:
     """The header and the tensors' offsets; `folder` becomes a checkpoint without weights."""
     folder.mkdir()
     write_tokenizer(folder, config["vocab_size"])
     checkpoint = Checkpoint(folder, config, {})
-    plan: QuantPlan = make_plan(checkpoint.config, recipe, has_importance=importance)
+    plan = recipe
+    if not isinstance(plan, QuantPlan):
+        plan = make_plan(checkpoint.config, plan, has_importance=importance)
     writer = GGUFWriter(None, "dots1")
     write_metadata(writer, checkpoint, plan, None)
     vocab_size = checkpoint.config.vocab_size

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from dots1_local.cli._fit import draw_front, fit_machine, show_fit, store_placement
 from dots1_local.cli._options import (
     CHECKPOINT,
     HUB_PANEL,
@@ -25,12 +26,16 @@ from dots1_local.cli._refine import check_refinement, measured_folder, refined_j
 if TYPE_CHECKING:
     from dots1_local.architecture import Dots1Config
     from dots1_local.convert import Budget, Conversion, Result
+    from dots1_local.devices.hardware import Hardware
     from dots1_local.files.checkpoint import Checkpoint
+    from dots1_local.fit.front import Fit
+    from dots1_local.quant.plan import QuantPlan
 
 __all__ = ["ConvertOptions", "convert"]
 
 _TYPES = "Types"
 _BUDGET = "Types under a budget, by what dots1 calibrate measured"
+_MACHINE = "Types for a machine, by what dots1 calibrate and dots1 hardware measured"
 _REFINEMENT = "Refinement"
 
 
@@ -90,17 +95,33 @@ class ConvertOptions:
         metavar="MEMORY",
         panel=_BUDGET,
     )
+    for_: str | None = option(
+        "Choose types for quality and speed on this machine: 'this', or a description that "
+        "dots1 plan --hardware takes. Without a target, take the knee of the front. The "
+        "placement is stored beside the file, and chat and serve use it.",
+        "--for",
+        metavar="MACHINE",
+        panel=_MACHINE,
+    )
+    tok_s: float | None = option(
+        "With --for: the least KL divergence that decodes this fast after a long prompt.",
+        metavar="TOK_S",
+        panel=_MACHINE,
+    )
+    front: Path | None = option(
+        "With --for and no target: draw the front to this SVG file.", metavar="FILE", panel=_MACHINE
+    )
     context: str | None = option(
-        "With --fit-memory: leave room for this context, such as 32k.",
+        "With --for or --fit-memory: leave room for this context, such as 32k.",
         metavar="TOKENS",
         default="16k, or what the model was trained for",
-        panel=_BUDGET,
+        panel=_MACHINE,
     )
     kv_type: str | None = option(
-        "With --fit-memory: keep the KV cache in this type.",
+        "With --for or --fit-memory: keep the KV cache in this type.",
         metavar="TYPE",
-        default="f16",
-        panel=_BUDGET,
+        default="f16, or what dots1 plan takes",
+        panel=_MACHINE,
     )
     refine: bool = flag(
         "Choose codes and scales whose errors cancel for the inputs of a calibration text: the "
@@ -162,6 +183,10 @@ def convert(options: ConvertOptions) -> None:
 
       dots1 convert dots.llm1.inst -o 48.gguf --size 48GB --refine -f calibration.txt
 
+      dots1 convert dots.llm1.inst -o mine.gguf --for this --calibration calibrated
+
+      dots1 convert dots.llm1.inst --for 24gb-64gb --calibration calibrated --dry-run
+
       dots1 convert dots.llm1.inst --type Q4_K_M --dry-run
 
       dots1 convert rednote-hilab/dots.llm1.inst -o dots.gguf --low-disk
@@ -171,21 +196,30 @@ def convert(options: ConvertOptions) -> None:
 
     _check(options)
     split = None if options.split_max_size is None else parse_size(options.split_max_size)
-    budget = _read_budget(options)
+    budget = _read_budget(options) if options.for_ is None else None
     checkpoint = open_checkpoint(options.checkpoint, options.revision, options.low_disk)
     if options.fit_memory is not None:
         budget = _memory_budget(checkpoint.config, options.fit_memory, options)
     calibration = measured_folder(checkpoint, options)
-    conversion = _prepare(checkpoint, budget, calibration, split, options)
+    fitted: tuple[Fit, Hardware] | None = None
+    if options.for_ is not None and calibration is not None:
+        conversion, fitted = _fitted(checkpoint, calibration, split, options)
+    else:
+        conversion = _prepare(checkpoint, budget, calibration, split, options)
     file_bytes = conversion.file_bytes(split)
     report.warn(conversion, options.tensor_type or [], calibration, budget, file_bytes)
     result = None
     if options.output is not None and not options.dry_run:
         result = _run(conversion, options.output, split, options)
+        if fitted:
+            store_placement(result.paths[0], fitted[1], fitted[0])
     if options.json:
         written = _written(conversion, result) if result else {}
-        print_json(report.summary(conversion, file_bytes) | written)
+        machine = {"for": fitted[0].to_json()} if fitted else {}
+        print_json(report.summary(conversion, file_bytes) | machine | written)
         return
+    if fitted:
+        show_fit(fitted[0])
     report.show(conversion, file_bytes, tensors=options.tensors)
     if result:
         show_refined(conversion, result)
@@ -196,18 +230,27 @@ def convert(options: ConvertOptions) -> None:
 
 def _check(options: ConvertOptions) -> None:
     """Refuse options that contradict each other, before anything is opened."""
-    budgets = (options.size, options.bpw, options.max_kld, options.fit_memory)
+    budgets = [options.size, options.bpw, options.max_kld, options.fit_memory]
+    if options.for_ is not None:
+        budgets = [options.for_, options.bpw, options.fit_memory]
     given = sum(value is not None for value in budgets)
     typed = options.type_ is not None
-    names = "--size, --bpw, --max-kld and --fit-memory"
+    names = "--for, --size, --bpw, --max-kld and --fit-memory"
     if options.output is None and not options.dry_run:
         raise typer.BadParameter("name the file to write", param_hint="--output / -o")
     if options.plan and (typed or options.tensor_type or options.pad_experts != "auto"):
         raise typer.BadParameter("a plan sets all types and the padding", param_hint="--plan")
     if given > 1:
-        raise typer.BadParameter(f"{names} exclude each other")
-    if (options.context is not None or options.kv_type is not None) and options.fit_memory is None:
-        raise typer.BadParameter("--context and --kv-type go with --fit-memory")
+        raise typer.BadParameter(
+            f"{names} exclude each other, but --for takes a --size or a --max-kld"
+        )
+    if options.for_ is None and (options.tok_s is not None or options.front is not None):
+        raise typer.BadParameter("--tok-s and --front go with --for")
+    if options.front and (options.tok_s is not None or options.max_kld is not None):
+        raise typer.BadParameter("a target leaves one file; there is no front to draw")
+    memory = options.for_ is not None or options.fit_memory is not None
+    if (options.context is not None or options.kv_type is not None) and not memory:
+        raise typer.BadParameter("--context and --kv-type go with --for or --fit-memory")
     check_refinement(options)
     measures = options.refine and (options.file or options.chat)
     if given and options.calibration is None and not measures:
@@ -246,6 +289,35 @@ def _memory_budget(config: "Dots1Config", memory: str, options: ConvertOptions) 
     found = weights_budget(config, machine, tokens, options.kv_type or "f16")
     notice(found.explanation)
     return Budget("weights", found.weights)
+
+
+def _fitted(
+    checkpoint: "Checkpoint", calibration: Path, split: int | None, options: ConvertOptions
+) -> "tuple[Conversion, tuple[Fit, Hardware]]":
+    """Decide the types for the machine, of which --size limits the file with its headers."""
+    from dots1_local.convert import Conversion
+    from dots1_local.sizes import parse_size
+
+    def conversion_of(recipe: "QuantPlan | str") -> Conversion:
+        return Conversion.prepare(
+            checkpoint,
+            recipe,
+            imatrix=options.imatrix,
+            calibration=calibration,
+            refine=options.refine,
+            encoder=options.encoder,
+        )
+
+    conversion = conversion_of("DQ4")
+    while True:
+        overhead = conversion.file_bytes(split) - conversion.nbytes
+        found, machine = fit_machine(checkpoint, calibration, overhead, options)
+        conversion = conversion_of(found.chosen.plan)
+        if options.size is None or conversion.file_bytes(split) <= parse_size(options.size):
+            break
+    if options.front:
+        draw_front(options.front, found)
+    return conversion, (found, machine)
 
 
 def _prepare(

@@ -156,13 +156,17 @@ def memory_limits(vram: str | None, ram: str | None) -> dict[str, int | None]:
     }
 
 
-def choose_placement(plan: Path | None, workers: Sequence[str]) -> Path | Literal["auto"] | None:
-    """Return the plan, "auto" if there is a device beside the CPU, or else None."""
+def choose_placement(
+    model: Path, plan: Path | None, workers: Sequence[str]
+) -> Path | Literal["auto"] | None:
+    """Return the plan, "auto" if there is a GPU, a worker or a stored plan, or else None."""
     from dots1_local.ggml import gpu_backends
+    from dots1_local.placement.placement import stored_placement
 
     if plan and workers:
         raise UsageError("--plan names the workers it uses; leave out --worker")
-    return plan or ("auto" if workers or gpu_backends() else None)
+    stored = stored_placement(model).exists()
+    return plan or ("auto" if workers or stored or gpu_backends() else None)
 
 
 def open_engine(
@@ -181,7 +185,7 @@ def open_engine(
 
     if context is not None:
         options["n_ctx"] = 0 if context.strip() == "0" else parse_context(context)
-    placement = choose_placement(plan, workers)
+    placement = choose_placement(model, plan, workers)
     with progress_bar("loading") as report:
         return load(
             model, placement, workers=tuple(workers), notify=notice, progress=report, **options

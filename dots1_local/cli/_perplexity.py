@@ -67,7 +67,7 @@ def perplexity(options: PerplexityOptions) -> None:
     compares = options.reference is not None or options.logits is not None
     _check(options, compares)
     run: dict[str, Any] = {
-        "placement": shared.choose_placement(options.plan, options.worker or ()),
+        "placement": shared.choose_placement(options.model, options.plan, options.worker or ()),
         "workers": tuple(options.worker or ()),
         "threads": options.threads,
         "notify": notice,

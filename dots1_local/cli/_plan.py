@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dots1_local.placement.placement import Placement
     from dots1_local.placement.speed_model import Forecast
 
-__all__ = ["PlanOptions", "plan"]
+__all__ = ["PlanOptions", "plan", "plan_json"]
 
 # The classes of bytes that the table shows, and the fields of a Usage that each class sums.
 _CLASSES = {
@@ -108,7 +108,7 @@ def plan(options: PlanOptions) -> None:
         notice(warning)
     shortfall = explain_shortfall(graph, machine, placement)
     if options.json:
-        print_json(_as_json(graph, machine, placement, shortfall))
+        print_json(plan_json(graph, machine, placement, shortfall))
     else:
         _show(options.model, graph, machine, placement)
     if shortfall is not None:
@@ -179,16 +179,17 @@ def _missing_speeds(machine: "Hardware", *, described: bool) -> Iterator[str]:
         )
 
 
-def _as_json(
+def plan_json(
     graph: "ModelGraph", machine: "Hardware", placement: "Placement", shortfall: Any
 ) -> dict[str, Any]:
+    """Return a plan file's content, with what is predicted of it."""
     from dots1_local.placement.llama_args import command_line
     from dots1_local.placement.speed_model import forecast
 
     predicted = {
         "hardware": machine.name,
         **forecast(graph, machine, placement).to_json(),
-        "command": command_line(placement, machine, str(graph.gguf.files[0])),
+        "command": command_line(placement, machine, str(graph.path)),
         "shortfall": None if shortfall is None else str(shortfall),
     }
     return placement.to_json() | {"predicted": predicted}
@@ -215,7 +216,7 @@ def _show(model: Path, graph: "ModelGraph", machine: "Hardware", placement: "Pla
     if placement.sequences > 1 and predicted.speeds:
         print("All speeds are those of one answer alone.")
     print("\nllama.cpp's own programs do the same with:")
-    print(command_line(placement, machine, str(graph.gguf.files[0])))
+    print(command_line(placement, machine, str(graph.path)))
 
 
 def _print_bytes(predicted: "Forecast") -> None:

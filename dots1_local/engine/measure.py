@@ -117,7 +117,7 @@ def bench(
         if placement is not None:
             predicted = predicted_depths(graph, machine, placement, depths)
             usage = footprint(graph, placement)
-        path = graph.gguf.files[0]
+        path = graph.path
         measurement = measure_placement(
             path, placement, depths, workers=workers, threads=threads, progress=progress
         )

@@ -9,10 +9,17 @@ from dots1_local.architecture import Dots1Config
 from dots1_local.devices.hardware import Hardware
 from dots1_local.engine.engine import Engine, open_loadable
 from dots1_local.engine.loading import OutOfMemory
+from dots1_local.errors import Dots1Error
 from dots1_local.files.gguf import GGUFFile
-from dots1_local.placement.footprint import Usage, footprint, usable_bytes
+from dots1_local.placement.footprint import Usage, footprint, shortfall, usable_bytes
 from dots1_local.placement.model_graph import ModelGraph
-from dots1_local.placement.placement import Placement, human_context, load_placement
+from dots1_local.placement.placement import (
+    Placement,
+    check_made_for,
+    human_context,
+    load_placement,
+    stored_placement,
+)
 from dots1_local.sizes import human_bytes
 
 __all__ = ["load"]
@@ -33,10 +40,11 @@ def load(
 ) -> Engine:
     """Load a model: into RAM, by a placement, by a plan file, or with "auto" by a plan made now.
 
-    "auto" plans for this machine and the `workers` (host:port), with the speeds that were measured
-    before. If memory runs short, it plans again with less, up to three times, and the engine's
-    `warnings` say so. `notify` is called with sentences: what a new plan takes and how fast it will
-    be, before it is carried out, and the engine's warnings.
+    "auto" takes the placement that is stored beside the file if it fits this machine and nothing
+    else is asked for. Otherwise it plans for this machine and the `workers` (host:port), with the
+    speeds that were measured before. If memory runs short, it plans again with less, up to three
+    times, and the engine's `warnings` say so. `notify` is called with sentences: what a new plan
+    takes and how fast it will be, before it is carried out, and the engine's warnings.
 
     `params` are those of `EngineParams`, and a `progress`. With a `shared_cache`, `n_sequences` is
     by default what the plan is for. For more sequences than that, the plan's context is divided
@@ -68,7 +76,8 @@ def _load_planned(
     warnings: list[str] = []
     for attempt in range(_ATTEMPTS):
         machine = _without(this_machine(workers, measure="cached"), reserved)
-        placement = _plan(gguf, machine, params)
+        stored = _stored(gguf, machine, params, notify) if not (workers or attempt) else None
+        placement = stored or _plan(gguf, machine, params)
         for sentence in _outline(gguf, machine, placement):
             notify(sentence)
         try:
@@ -104,6 +113,46 @@ def _with_sequences(
             f"{human_context(params['n_ctx'], sequences)}"
         )
     return params
+
+
+def _stored(
+    gguf: GGUFFile, machine: Hardware, params: dict[str, Any], notify: Notify
+) -> Placement | None:
+    """The placement beside the file; None if there is none, or it is not what is needed here."""
+    path = stored_placement(gguf.files[0])
+    if not path.exists():
+        return None
+    try:
+        placement = load_placement(path)
+        check_made_for(placement, gguf)
+        asked = {
+            "n_ctx": placement.context,
+            "n_sequences": placement.sequences,
+            "kv_type": placement.kv_type,
+            "threads": placement.threads,
+        }
+        if any(params.get(name) not in (None, value) for name, value in asked.items()):
+            return None
+        reason = _unfit(gguf, machine, placement)
+    except Dots1Error as error:
+        reason = str(error)
+    if reason:
+        notify(f"{path.name} is for another machine or file: {reason}; planned anew")
+        return None
+    return placement
+
+
+def _unfit(gguf: GGUFFile, machine: Hardware, placement: Placement) -> str:
+    """Say why the machine cannot have this placement; empty if it can."""
+    for name in placement.used_devices:
+        machine.device(name)
+    if placement.threads > machine.cores:
+        return f"it uses {placement.threads} threads, and there are {machine.cores} cores"
+    lacks = shortfall(ModelGraph.read(gguf), machine, placement)
+    short = max(lacks, key=lambda name: lacks[name])
+    if lacks[short] > 0 and placement.host_memory != "mapped":
+        return f"{short} lacks {human_bytes(lacks[short])}"
+    return ""
 
 
 def _plan(gguf: GGUFFile, machine: Hardware, params: dict[str, Any]) -> Placement:

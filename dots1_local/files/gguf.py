@@ -5,6 +5,7 @@ import re
 import struct
 import threading
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,6 +40,7 @@ _ROLES: dict[str, Role] = {
 }
 
 
+@cache
 def role_of(name: str) -> Role | None:
     """The role of a GGUF tensor by its name; None if no dots1 model has such a tensor."""
     match = re.fullmatch(r"(?:blk\.\d+\.)?(\w+)\.(?:weight|bias)", name)

@@ -87,7 +87,7 @@ def explain_shortfall(
     index = bisect_left(contexts, True, key=lambda n: short(n, placement.kv_type) <= 0)
     file_bytes = placement.model_bytes - max(0, least)
     narrowest = min(kind.bpw for kind in TYPES.values()) / 8
-    weights = sum(tensor.elements for tensor in graph.gguf.tensors)
+    weights = sum(tensor.elements for tensor in graph.tensors)
     return Shortfall(
         device=device,
         lacks=least if least > 0 and device == CPU else lacks[device],

@@ -83,11 +83,11 @@ def footprint(
         GGUFError: the model lacks a weight.
         UsageError: the placement is for a model of another depth.
     """
-    config, tensors = graph.config, graph.gguf.tensors
+    config, tensors = graph.config, graph.tensors
     if placement.blocks != config.num_hidden_layers:
         raise UsageError(
             f"this placement is for a model of {placement.blocks} blocks, but "
-            f"{graph.gguf.files[0]} has {config.num_hidden_layers}; plan again"
+            f"{graph.path} has {config.num_hidden_layers}; plan again"
         )
     usage = {name: Counter[str]() for name in (*placement.used_devices, CPU)}
     for tensor in tensors:

@@ -1,7 +1,8 @@
 """Splitting a model over devices: strategies, and filling the devices by one of them.
 
 What every token reads comes first: a layer's weights except routed experts, and its KV cache. A
-token reads only a few experts, so they get the memory that is left, early layers first.
+token reads only a few experts, so they get the memory that is left: first those whose bytes take
+the CPU longest, early layers before late ones.
 """
 
 from bisect import bisect_left
@@ -224,14 +225,17 @@ def _experts(
     """Overrides for routed experts that are not on their layer's device."""
     moved: dict[int, dict[str, str]] = {}
     full = False
-    for layer, device in enumerate(layer_devices):
+    for layer in sizes.order:
+        if layer >= len(layer_devices):
+            continue  # a worker has the whole layer
+        device = layer_devices[layer]
         gpus = () if full else (weights.get(layer, device), *strategy.gpus)
         workers = () if full else strategy.expert_workers
         placed = _place_experts(sizes.experts[layer], gpus, workers, left)
         full = full or CPU in placed.values()
         if elsewhere := {part: name for part, name in placed.items() if name != device}:
             moved[layer] = elsewhere
-    return expert_overrides(moved)
+    return expert_overrides(dict(sorted(moved.items())))
 
 
 def _place_experts(

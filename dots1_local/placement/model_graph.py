@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
+from pathlib import Path
 from typing import NamedTuple
 
 from dots1_local.architecture import Dots1Config
@@ -18,12 +19,12 @@ from dots1_local.errors import GGUFError
 from dots1_local.files.gguf import GGUFFile, GGUFTensor
 
 __all__ = [
-    "LayerSizes", "MatrixProduct", "ModelGraph", "UbatchWork", "count_work", "is_routed",
-    "matrix_product",
+    "HEAD", "LayerSizes", "MatrixProduct", "ModelGraph", "ModelOp", "UbatchWork", "count_work",
+    "is_routed", "matrix_product",
 ]  # fmt: skip
 
 _ATTENTION = "attention"  # the operation that reads the KV cache
-_HEAD = "output"
+HEAD = "output"
 
 _BEFORE_KV = (
     ("attn_norm", 2), ("attn_q", 1), ("attn_q_norm", 3), ("attn_v", 1), ("attn_k", 1),
@@ -34,7 +35,7 @@ _DENSE = (("ffn_up", 1), ("ffn_gate", 2), ("ffn_down", 2))
 _ROUTER = (("ffn_gate_inp", 9),)
 _ROUTED = (("ffn_up_exps", 1), ("ffn_gate_exps", 2), ("ffn_down_exps", 1))
 _SHARED = (("ffn_up_shexp", 1), ("ffn_gate_shexp", 2), ("ffn_down_shexp", 3))
-_FINAL = (("output_norm", 2), (_HEAD, 1))
+_FINAL = (("output_norm", 2), (HEAD, 1))
 _BLOCK = re.compile(r"blk\.(\d{1,4})\.")
 
 
@@ -59,11 +60,14 @@ class ModelOp:
 class ModelGraph:
     """A model's operations in llama.cpp's order, and its tensors by layer and part.
 
-    The last of `layers` is the output layer; `embedding` is apart.
+    The last of `layers` is the output layer, and the embedding is in none. The model is the file
+    `path`, or its first shard, which takes `nbytes` with all others.
     """
 
-    gguf: GGUFFile
+    path: Path
+    nbytes: int
     config: Dots1Config
+    tensors: tuple[GGUFTensor, ...]
     ops: tuple[ModelOp, ...]
     layers: tuple[Mapping[str, GGUFTensor], ...]
 
@@ -75,8 +79,19 @@ class ModelGraph:
             GGUFError: the file has another architecture, or lacks keys or tensors.
         """
         config = Dots1Config.from_gguf(gguf.keys, gguf.files[0])
+        return cls.of(gguf.files[0], gguf.nbytes, config, gguf.tensors)
+
+    @classmethod
+    def of(
+        cls, path: Path, nbytes: int, config: Dots1Config, tensors: Sequence[GGUFTensor]
+    ) -> "ModelGraph":
+        """The graph of a model with these tensors, whose file need not exist yet.
+
+        Raises:
+            GGUFError: a tensor is missing.
+        """
         layers: list[dict[str, GGUFTensor]] = [{} for _ in range(config.num_hidden_layers + 1)]
-        for tensor in gguf.tensors:
+        for tensor in tensors:
             block = _BLOCK.match(tensor.name)
             part = tensor.name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
             if part != "token_embd":
@@ -85,9 +100,9 @@ class ModelGraph:
             ops = tuple(_ops(config, layers))
         except KeyError as error:
             raise GGUFError(
-                f"{gguf.files[0]} has no tensor {error.args[0]}; run dots1 verify on it"
+                f"{path} has no tensor {error.args[0]}; run dots1 verify on it"
             ) from None
-        return cls(gguf, config, ops, tuple(layers))
+        return cls(path, nbytes, config, tuple(tensors), ops, tuple(layers))
 
 
 def is_routed(part: str) -> bool:
@@ -129,16 +144,18 @@ class LayerSizes:
     """Bytes of each layer; the last layer is the output, `kv` is the KV cache of one block.
 
     `always` is what every token reads: all weights but routed experts. `output` is the part of
-    `always` that is `attn_output`. `experts` gives the routed experts by part.
+    `always` that is `attn_output`. `experts` gives the routed experts by part. `order` lists the
+    blocks in the order in which their experts get the memory of GPUs.
     """
 
     always: Sequence[int]
     output: Sequence[int]
     experts: Sequence[Mapping[str, int]]
     kv: int
+    order: Sequence[int]
 
     @classmethod
-    def of(cls, graph: ModelGraph, kv: int) -> "LayerSizes":
+    def of(cls, graph: ModelGraph, kv: int, order: Sequence[int]) -> "LayerSizes":
         """The sizes of a model whose KV cache takes `kv` bytes for each block."""
         always, output, experts = [], [], []
         for layer in graph.layers:
@@ -146,7 +163,7 @@ class LayerSizes:
             always.append(sum(each.nbytes for each in layer.values()) - sum(routed.values()))
             output.append(layer["attn_output"].nbytes if "attn_output" in layer else 0)
             experts.append({part.split("_")[1]: nbytes for part, nbytes in routed.items()})
-        return cls(always, output, experts, kv)
+        return cls(always, output, experts, kv, order)
 
     def without_weights(self, count: int) -> "LayerSizes":
         """The same sizes, but the first `count` layers have only their KV cache."""
@@ -221,11 +238,11 @@ def count_work(
             device, copied = _attention_device(kv, output, None if only else gpu)
             attention[device, copied] += 1
         else:
-            wanted = op.part in only if only else op.part != _HEAD  # the head has too few rows
+            wanted = op.part in only if only else op.part != HEAD  # the head has too few rows
             wanted = wanted and op.type not in unfetched
             product = matrix_product(op, devices[index], gpu if wanted else None)
             device = product.device
-            if op.weights and op.part != _HEAD:
+            if op.weights and op.part != HEAD:
                 products[product] += 1
         nodes[device] += op.nodes
         runs.append((device, op))

@@ -7,7 +7,7 @@ file which a person has edited is trusted for its decisions and for nothing else
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -23,6 +23,7 @@ from dots1_local.ggml import KV_TYPES, quant_type
 __all__ = [
     "MAX_CONTEXT", "MAX_SEQUENCES", "MIN_BATCH", "HostMemory", "Placement", "check_context",
     "check_made_for", "default_context", "human_context", "load_placement", "placement_from_json",
+    "stored_placement",
 ]  # fmt: skip
 
 # How RAM holds weights: allocated ("plain"), allocated where a GPU can copy them from at full speed
@@ -110,8 +111,8 @@ class Placement:
 
     @cached_property
     def _known(self) -> dict[str, str]:
-        """Devices by tensor; matching patterns is slow."""
-        return {}
+        """Devices by tensor, for all placements that agree; matching patterns is slow."""
+        return _known_devices(self.blocks, tuple(self.layers.items()), self.overrides)
 
     @cached_property
     def _by_layer(self) -> tuple[str, ...]:
@@ -193,6 +194,14 @@ def _check(placement: Placement) -> None:
             raise JsonError(f"the pattern {pattern!r:.60} {reason}", f"overrides[{number}]")
 
 
+@lru_cache(maxsize=32)
+def _known_devices(
+    blocks: int, layers: tuple[tuple[str, int], ...], overrides: tuple[tuple[str, str], ...]
+) -> dict[str, str]:
+    """Devices by tensor, filled by placements of so many blocks that agree in the rest."""
+    return {}
+
+
 def _pattern_error(pattern: str) -> str | None:
     if len(pattern) > _MAX_PATTERN:
         return f"has {len(pattern):,} characters; the limit is {_MAX_PATTERN:,}"
@@ -203,6 +212,11 @@ def _pattern_error(pattern: str) -> str | None:
     except (re.error, RecursionError, OverflowError) as error:
         return f"is not a regular expression: {error}"
     return None
+
+
+def stored_placement(model: Path) -> Path:
+    """Return where `dots1 convert --for` stores the placement of a file, or of a first shard."""
+    return model.with_name(f"{model.name}.placement.json")
 
 
 def check_made_for(placement: Placement, gguf: GGUFFile) -> None:

@@ -26,7 +26,12 @@ from dots1_local.placement.layout import SplitStrategy, fill, most_similar, stra
 from dots1_local.placement.llama_args import EXPERTS
 from dots1_local.placement.model_graph import LayerSizes, ModelGraph
 from dots1_local.placement.placement import MAX_CONTEXT, Placement, check_context, default_context
-from dots1_local.placement.speed_model import SpeedModel, is_measured, seconds_of_turn
+from dots1_local.placement.speed_model import (
+    SpeedModel,
+    is_measured,
+    seconds_of_turn,
+    slowest_in_ram,
+)
 
 __all__ = ["Search", "place"]
 
@@ -38,7 +43,7 @@ _ATTEMPTS = 9  # to fit the buffers and what lies beside them
 
 
 def place(
-    gguf: GGUFFile,
+    model: GGUFFile | ModelGraph,
     hardware: Hardware,
     *,
     context: int | None = None,
@@ -64,7 +69,8 @@ def place(
     if context is not None and not 0 < context <= MAX_CONTEXT:
         raise UsageError(f"a context has 1 to {MAX_CONTEXT:,} tokens, not {context:,}")
     check_context(context or 1, sequences)
-    graph, machine = ModelGraph.read(gguf), limited(hardware, vram=vram, ram=ram)
+    graph = model if isinstance(model, ModelGraph) else ModelGraph.read(model)
+    machine = limited(hardware, vram=vram, ram=ram)
     tokens = context or default_context(graph.config.max_position_embeddings, sequences)
     search = Search(graph, machine, tokens, threads or machine.cores, sequences)
     if kv_type is not None:
@@ -106,13 +112,14 @@ class Search:
         self._usable = {device.name: usable_bytes(device) for device in devices}
         gpus = [device.name for device in hardware.devices if not device.worker]
         self._measured = is_measured(hardware, gpus)
+        self._order = slowest_in_ram(graph, hardware)
         # llama.cpp counts rows, and norms by head have a row for each head. A lower limit would
         # make the GPU fetch these norms for every token that each sequence writes.
         rows = (sequences + 1) * graph.config.num_attention_heads
         self._min_batch = max(_MIN_FETCHING_BATCH, min(rows, _MAX_ROWS))
         self._first = Placement(
-            model=graph.gguf.files[0].name,
-            model_bytes=graph.gguf.nbytes,
+            model=graph.path.name,
+            model_bytes=graph.nbytes,
             blocks=graph.config.num_hidden_layers,
             context=context,
             sequences=sequences,
@@ -156,7 +163,7 @@ class Search:
 
     def _sizes(self, first: Placement) -> LayerSizes:
         kv = kv_bytes(self._graph.config, first.tokens, first.kv_type)
-        return LayerSizes.of(self._graph, kv // first.blocks)
+        return LayerSizes.of(self._graph, kv // first.blocks, self._order)
 
     def _candidates(
         self, strategy: SplitStrategy, first: Placement, *, similar: bool = False

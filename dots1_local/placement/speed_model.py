@@ -16,23 +16,28 @@ from dots1_local.ggml import TYPES, quant_type
 from dots1_local.placement.footprint import REPACKED, Usage, fetching_gpu, footprint, shortfall
 from dots1_local.placement.graph_memory import LLAMA_MIN_BATCH
 from dots1_local.placement.model_graph import (
+    HEAD,
     MatrixProduct,
     ModelGraph,
+    ModelOp,
     UbatchWork,
     count_work,
+    is_routed,
     matrix_product,
 )
 from dots1_local.placement.placement import Placement
 
 __all__ = [
     "UNMEASURED_DISK", "Forecast", "SpeedModel", "forecast", "is_measured", "reference_turn",
-    "seconds_of_turn",
+    "seconds_of_turn", "slowest_in_ram",
 ]  # fmt: skip
 
 UNMEASURED_DISK = 1e9  # bytes a second at which a mapped file is read, if nobody has measured it
 
 _USES, _DENSE_USES = 24, 256  # of each weight, in the measurement of the speed of prefill
 _NORMS_BY_HEAD = ("attn_q_norm", "attn_k_norm")  # they have a row for each head and token
+_MIN_FETCHING_BATCH = 64  # tokens; smaller ubatches never copy weights
+_MAX_ROWS = 512  # limit to which rows of several sequences raise that
 _NEVER = 1 << 20  # tokens; no ubatch is as long
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 _PROMPT, _ANSWER = 2048, 512  # tokens of the reference turn and of the forecast's prompt
@@ -73,6 +78,12 @@ class SpeedModel:
             seconds += self._ubatch(min(ubatch, n_tokens - start), n_past + start)
         return seconds
 
+    def of_matrix(self, op: ModelOp, device: str, n_tokens: int) -> float:
+        """Seconds that one matrix takes on `device` in a ubatch, without nodes and transfers."""
+        gpu = self._fetching(n_tokens) if op.part != HEAD and op.type not in self._kept else None
+        tokens = n_tokens if op.part != HEAD else 1
+        return self._product(matrix_product(op, device, gpu), tokens)
+
     def placed_as(self, placement: Placement) -> "SpeedModel":
         """The model of a placement that only differs in `offload_min_batch` or `ubatch`."""
         other = copy(self)
@@ -89,11 +100,33 @@ class SpeedModel:
         index = bisect_left(_BATCHES, True, key=pays)
         return _BATCHES[index] if index < len(_BATCHES) else _NEVER
 
+    @property
+    def _least(self) -> int:
+        """The number of rows from which on the GPU copies weights."""
+        return self._placement.offload_min_batch or LLAMA_MIN_BATCH
+
+    @property
+    def _kept(self) -> Sequence[str]:
+        """The types that the GPU cannot copy."""
+        return REPACKED if self._placement.host_memory == "repacked" else ()
+
+    def _fetching(self, n_tokens: int) -> str | None:
+        """The GPU that copies weights for so many tokens."""
+        return self._gpu if n_tokens >= self._least else None
+
+    def least_batch(self) -> int:
+        """The fewest tokens, from which on copying weights to a GPU is allowed and faster.
+
+        llama.cpp counts rows, and norms by head have a row for each head. A lower limit would make
+        the GPU fetch these norms for every token that each sequence writes.
+        """
+        rows = (self._placement.sequences + 1) * self._config.num_attention_heads
+        return max(_MIN_FETCHING_BATCH, min(rows, _MAX_ROWS), self.break_even())
+
     def _ubatch(self, n_tokens: int, n_past: int) -> float:
-        least = self._placement.offload_min_batch or LLAMA_MIN_BATCH
-        gpu = self._gpu if n_tokens * self._config.num_attention_heads >= least else None
+        gpu = self._gpu if n_tokens * self._config.num_attention_heads >= self._least else None
         # In a short ubatch, only norms by head have enough rows to be copied.
-        work = self._work(gpu, only_norms=gpu is not None and n_tokens < least)
+        work = self._work(gpu, only_norms=gpu is not None and not self._fetching(n_tokens))
         return self._seconds(work, n_tokens, n_past)
 
     def _work(self, gpu: str | None, *, only_norms: bool = False) -> UbatchWork:
@@ -101,9 +134,8 @@ class SpeedModel:
         key = gpu, only_norms
         if key not in self._works:
             placed, only = self._placement, _NORMS_BY_HEAD if only_norms else ()
-            kept = REPACKED if placed.host_memory == "repacked" else ()
             kv = [placed.device_of_layer(layer) for layer in range(placed.blocks)]
-            self._works[key] = count_work(self._graph, self._devices, kv, gpu, kept, only)
+            self._works[key] = count_work(self._graph, self._devices, kv, gpu, self._kept, only)
         return self._works[key]
 
     def _seconds(self, work: UbatchWork, n_tokens: int, n_past: int) -> float:
@@ -163,10 +195,27 @@ class SpeedModel:
         placement = self._placement
         if placement.host_memory != "mapped":
             return 0.0
-        tensors = self._graph.gguf.tensors
+        tensors = self._graph.tensors
         nbytes = sum(each.nbytes for each in tensors if placement.device_of(each.name) == CPU)
         short = shortfall(self._graph, hardware, placement)[CPU]
         return min(1.0, max(0.0, short / nbytes)) if nbytes else 0.0
+
+
+def slowest_in_ram(graph: ModelGraph, hardware: Hardware) -> list[int]:
+    """The blocks by the time that a byte of their experts takes the CPU, the longest first.
+
+    Blocks that take the same time, or an unknown one, are in the order of the model.
+    """
+    speed, config = hardware.cpu.speed, graph.config
+    seconds, nbytes = [0.0] * config.num_hidden_layers, [0] * config.num_hidden_layers
+    for op in graph.ops:
+        if speed and is_routed(op.part):
+            rate = _rate(speed.matmul, op.type)
+            products = op.weights / rate.decode if rate else 0.0
+            seconds[op.layer] += max(op.nbytes / speed.bandwidth, products)
+            nbytes[op.layer] += op.nbytes
+    pace = [round(a / b * 1e12, 3) if b else 0.0 for a, b in zip(seconds, nbytes, strict=True)]
+    return sorted(range(config.num_hidden_layers), key=lambda block: -pace[block])
 
 
 def _operations(rate: Rate | None, once: float, products: float, *, dense: bool = False) -> float:

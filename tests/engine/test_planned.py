@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dots1_local.engine.loading import OutOfMemory
 from dots1_local.errors import UsageError
 from dots1_local.files.gguf_header import GGUFHeader
 from dots1_local.placement.footprint import Usage
-from dots1_local.placement.placement import Placement
+from dots1_local.placement.placement import Placement, stored_placement
 from tests.helpers import write_random_gguf
 
 GB = 10**9
@@ -182,3 +183,60 @@ def test_plans_again_with_less_memory(
             "CUDA0 ran out; planned again to take at least 1.0 GB less of it",
         )
     assert [free for free, _ in plans] == [24 * GB, 5 * GB]  # of which 1 GB is margin
+
+
+@pytest.fixture
+def stored(model: Path) -> Iterator[Path]:
+    """The placement beside the model, as `dots1 convert --for` stores it."""
+    path = stored_placement(model)
+    path.write_text(json.dumps(in_ram(model).to_json()))
+    yield path
+    path.unlink()
+
+
+def test_takes_the_placement_beside_the_file(model: Path, plans: list[Any], stored: Path) -> None:
+    with load(model, "auto") as engine:
+        assert engine.placement == in_ram(model)
+    assert not plans
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layers": {"CUDA7": 1}}, "described has no device CUDA7"),
+        ({"threads": 64}, "it uses 64 threads, and there are 1 cores"),
+        ({"model_bytes": 5}, "was made for"),
+        ({"context": 10_000_000_000}, "context"),
+    ],
+)
+def test_a_placement_for_another_machine_or_file_is_replaced(
+    model: Path, plans: list[Any], stored: Path, changes: dict[str, Any], reason: str
+) -> None:
+    stored.write_text(json.dumps(in_ram(model).to_json() | changes))
+    said: list[str] = []
+    with load(model, "auto", notify=said.append) as engine:
+        assert engine.placement == in_ram(model)
+    assert len(plans) == 1
+    [sentence] = [each for each in said if each.startswith(stored.name)]
+    assert reason in sentence
+    assert sentence.endswith("; planned anew")
+
+
+def test_a_stored_placement_needs_its_memory(
+    model: Path, plans: list[Any], stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = replace(MACHINE, cpu=replace(MACHINE.cpu, free=1000))
+    monkeypatch.setattr("dots1_local.devices.machine.this_machine", lambda *_, **__: little)
+    said: list[str] = []
+    load(model, "auto", notify=said.append).close()
+    assert len(plans) == 1
+    assert any(each.startswith(stored.name) and "CPU lacks" in each for each in said)
+
+
+def test_other_wishes_come_before_a_stored_placement(
+    model: Path, plans: list[Any], stored: Path
+) -> None:
+    said: list[str] = []
+    with load(model, "auto", n_ctx=256, notify=said.append):
+        assert len(plans) == 1
+    assert not any(stored.name in sentence for sentence in said)

@@ -32,7 +32,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> ModelGraph:
 
 
 def test_hand_made_placements_take_the_most_that_fits(wide: ModelGraph) -> None:
-    found = dict(baselines(wide, MACHINE, place(wide.gguf, MACHINE, context=4096)))
+    found = dict(baselines(wide, MACHINE, place(wide, MACHINE, context=4096)))
     # All but experts takes 2 to 3 GB, the KV cache 0.47 of them: two layers' experts of 1.34 GB
     # fit, and four do not.
     usage = footprint(wide, found.pop("experts of the first 5 layers in RAM"))
@@ -46,7 +46,7 @@ def test_hand_made_placements_take_the_most_that_fits(wide: ModelGraph) -> None:
 
 
 def test_larger_ubatches_fit_too(wide: ModelGraph) -> None:
-    ours = place(wide.gguf, MACHINE, context=8192)
+    ours = place(wide, MACHINE, context=8192)
     for ubatch in (512, 1024, 2048, 4096):
         placement = with_ubatch(wide, MACHINE, ours, ubatch)
         assert placement.ubatch == ubatch

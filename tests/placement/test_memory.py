@@ -156,7 +156,7 @@ def test_a_file_made_for_a_memory_is_planned_to_fill_it(
         cpu = replace(hardware.cpu, speed=like.cpu.speed)
         gpus = [replace(gpu, speed=like.devices[0].speed) for gpu in hardware.devices]
         hardware = replace(hardware, cpu=cpu, devices=tuple(gpus))
-    placement = place(graph.gguf, hardware, context=n_ctx, kv_type=kv_type)
+    placement = place(graph, hardware, context=n_ctx, kv_type=kv_type)
     assert placement.host_memory != "mapped"
     usage = footprint(graph, placement)
     spare = {name: hardware.device(name).free - used.total for name, used in usage.items()}
@@ -165,7 +165,7 @@ def test_a_file_made_for_a_memory_is_planned_to_fill_it(
         spare[gpu.name] -= 1 * GB
     assert min(spare.values()) >= 0
     # Matrices of experts are on one device as a whole.
-    largest = max(tensor.nbytes for tensor in graph.gguf.tensors if "_exps" in tensor.name)
+    largest = max(tensor.nbytes for tensor in graph.tensors if "_exps" in tensor.name)
     assert sum(spare.values()) < 1.5 * largest * len(hardware.devices) + 100_000_000
 
 

@@ -172,8 +172,8 @@ def test_break_even_is_where_fetching_begins_to_pay(graph: ModelGraph) -> None:
 
 
 def test_weights_that_do_not_fit_ram_come_from_disk(graph: ModelGraph) -> None:
-    path = graph.gguf.files[0]
-    weights = sum(tensor.nbytes for tensor in graph.gguf.tensors)
+    path = graph.path
+    weights = sum(tensor.nbytes for tensor in graph.tensors)
     kv, compute = 1024 * CELL, 2_000_000
     ram = RAM_RESERVE + kv + compute + weights // 2
     hardware = machine(ram, cpu=speed(1e18), disk=1e6)

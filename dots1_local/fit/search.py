@@ -1,0 +1,404 @@
+"""The least predicted KL divergence that a machine can hold and run at a speed, and the front.
+
+Types and the places of routed experts are chosen together, within the memory of every device and a
+time (`quant.limits`). `place` then places the file as if it existed; where its buffers, or its way
+to use a GPU, are others than assumed, the search is repeated with these.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, combinations
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from dots1_local.architecture import Dots1Config, inventory
+from dots1_local.devices.hardware import Hardware
+from dots1_local.errors import UsageError
+from dots1_local.files.gguf import GGUFTensor
+from dots1_local.fit.costs import Costs, Turn
+from dots1_local.placement.footprint import shortfall
+from dots1_local.placement.model_graph import ModelGraph
+from dots1_local.placement.placement import Placement
+from dots1_local.placement.planner import place
+from dots1_local.placement.speed_model import SpeedAt, SpeedModel, forecast
+from dots1_local.progress import Progress, silent
+from dots1_local.quant.choices import KINDS, Choice, Choices
+from dots1_local.quant.limits import LARGEST_SEARCH, Options, Pick, least_loss
+from dots1_local.quant.plan import QuantPlan
+from dots1_local.quant.stock import stock_mix
+
+__all__ = ["MachineFile", "Search", "Target", "graph_of"]
+
+# The square root of flips is mostly the same after three tangents, which then gain this little.
+_TANGENTS, _GAIN = 6, 0.003
+_ROUNDS = 4  # of placing a file and searching again with what that shows
+_LENIENT = 1.15  # factor of a time that is tried if a time seems impossible
+# Changes that are tried on the best file of a small model, and the least part of the KL divergence,
+# or of the bytes, that they must save.
+_CHANGES, _WORTH = 40, 0.01
+# Kinds of placement are tried that are modelled to be at most this much worse, at first roughly.
+_ROUGH, _PROMISING = 1.25, 1.05
+_SIZES = 6  # of files whose placements show the kinds there are
+_POINTS = 12  # of the front
+
+
+@dataclass(frozen=True)
+class Target:
+    """Limits besides the machine's memory: bytes of tensors, seconds of a token and of the turn,
+    and nats a token. Without `kl`, the KL divergence is least; with it, the turn's time."""
+
+    nbytes: float | None = None
+    decode: float | None = None
+    turn: float | None = None
+    kl: float | None = None
+
+    def rank(self, file: "MachineFile") -> tuple[float, float]:
+        """The lowest rank is best."""
+        return (file.kl, file.turn) if self.kl is None else (file.turn, file.kl)
+
+
+@dataclass(frozen=True)
+class MachineFile:
+    """A plan for a file, its placement, and what is predicted: nats a token, bytes that each device
+    lacks, and seconds of a token and of the turn."""
+
+    plan: QuantPlan
+    nbytes: int
+    kl: float
+    graph: ModelGraph
+    hardware: Hardware
+    placement: Placement
+    lacks: Mapping[str, int]
+    decode: float
+    turn: float
+
+    @property
+    def speeds(self) -> tuple[SpeedAt, ...]:
+        """Predicted speeds at several depths of context."""
+        return forecast(self.graph, self.hardware, self.placement).speeds
+
+    @property
+    def short(self) -> int:
+        """Bytes that the device with the least room lacks; 0 or less if the file fits."""
+        return max(self.lacks.values())
+
+    def dominates(self, other: "MachineFile") -> bool:
+        """Whether it is no worse in anything that counts, and better in something."""
+        ours, theirs = (self.kl, self.turn), (other.kl, other.turn)
+        return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
+
+
+def graph_of(config: Dots1Config, plan: QuantPlan, path: Path) -> ModelGraph:
+    """The graph of a file that a plan describes, as if it existed at `path`."""
+    tensors = [
+        GGUFTensor(each.spec.name, each.kind.name, each.spec.shape, path, 0, each.nbytes)
+        for each in plan.tensors(config)
+    ]
+    stored = replace(config, moe_intermediate_size=plan.expert_width)
+    return ModelGraph.of(path, sum(each.nbytes for each in tensors), stored, tensors)
+
+
+_FASTEST = Target(kl=math.inf)
+
+
+class Search:
+    """Searches files of one model for one machine and context.
+
+    Raises:
+        UsageError: the machine's speeds are unknown, or it has no room for the smallest file.
+    """
+
+    def __init__(
+        self,
+        config: Dots1Config,
+        choices: Sequence[Choices],
+        hardware: Hardware,
+        context: int,
+        *,
+        path: Path = Path("model.gguf"),
+        recipe: str = "",
+        kv_type: str | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self._config, self._choices, self._hardware = config, choices, hardware
+        self._context, self._path, self._kv_type = context, path, kv_type
+        self._recipe, self._progress = recipe, progress
+        self._kinds: dict[int, list[Costs]] = {}
+        self._starts: dict[int, Choice] = {}
+        self._found: list[MachineFile] = []
+        self.turn = Turn.within(context)
+
+    def best(self, target: Target) -> MachineFile | None:
+        """The best file; None if no file was found that reaches the target."""
+        for costs, pick in self._promising(target):
+            self._found += self._near(costs, target, pick)
+        best = self._best_found(target)
+        if best is not None:  # `place` may know a better placement of it
+            self._found.append(self.placed(best.plan, best.kl))
+            best = self._best_found(target)
+        while best is not None:
+            self._found += self._changed(best, target)
+            better = self._best_found(target)
+            if better is best:
+                break
+            best = better
+        return best
+
+    def _best_found(self, target: Target) -> MachineFile | None:
+        fitting = [each for each in self._found if self._reaches(each, target)]
+        return min(fitting, key=target.rank, default=None)
+
+    def _changed(self, file: MachineFile, target: Target) -> Iterator[MachineFile]:
+        """Files with other types for one tensor, or for two, those first that promise most."""
+        [choices] = [each for each in self._choices if each.width == file.plan.expert_width]
+        choice = np.array([KINDS.index(file.plan.types[s.name]) for s in choices.specs])
+        aim = choices.tangent(choice) if target.kl is None else choices.nbytes
+        present = np.take_along_axis(aim, choice[:, None], 1)
+        if len(choice) > LARGEST_SEARCH:
+            return  # its steps are small enough
+        gain, least = present - aim, _WORTH * float(present.sum())
+        if target.kl is not None:
+            least = -np.inf  # fewer bytes need not be faster
+        moves = [(int(t), int(k)) for t, k in np.argwhere(np.isfinite(gain) & (gain != 0))]
+        sets: list[tuple[tuple[int, int], ...]] = [(move,) for move in moves if gain[move] > least]
+        both = (pair for pair in combinations(moves, 2) if pair[0][0] != pair[1][0])
+        sets += [pair for pair in both if gain[pair[0]] + gain[pair[1]] > least]
+        for changes in sorted(sets, key=lambda each: -sum(gain[move] for move in each))[:_CHANGES]:
+            changed = choice.copy()
+            for tensor, kind in changes:
+                changed[tensor] = kind
+            if target.kl is None or choices.kl(changed) <= target.kl:
+                yield self._file(choices, changed)
+
+    def front(self, nbytes: float | None = None) -> list[MachineFile]:
+        """Files of which none is better than another in both KL divergence and the turn's time."""
+        slow = self.best(Target(nbytes))
+        if slow is None:
+            return []
+        fast = self.fastest(nbytes)
+        found = [fast, slow]
+        for seconds in np.geomspace(fast.turn, slow.turn, _POINTS)[1:-1]:
+            self._progress(len(found), _POINTS, "files", f"a turn of {seconds:.0f} s")
+            between = self.best(Target(nbytes, turn=float(seconds)))
+            found += [between] if between else []
+        best = {(each.turn, each.kl): each for each in found}
+        return [
+            best[point]
+            for point in sorted(best)
+            if not any(other.dominates(best[point]) for other in found)
+        ]
+
+    def fastest(self, nbytes: float | None = None) -> MachineFile:
+        """The file with the fastest turn, whatever its KL divergence.
+
+        Raises:
+            UsageError: the machine has no room for any file.
+        """
+        found = self.best(replace(_FASTEST, nbytes=nbytes))
+        if found is None:
+            raise UsageError(f"{self._hardware.name} has no room for any file of this model")
+        return found
+
+    def placed(self, plan: QuantPlan, kl: float) -> MachineFile:
+        """What a plan comes to on this machine."""
+        graph = graph_of(self._config, plan, self._path)
+        placement = place(graph, self._hardware, context=self._context, kv_type=self._kv_type)
+        return self._placed_as(graph, placement, plan, kl)
+
+    def _placed_as(
+        self, graph: ModelGraph, placement: Placement, plan: QuantPlan, kl: float
+    ) -> MachineFile:
+        model = SpeedModel(graph, self._hardware, placement)
+        if model.fetches:
+            placement = replace(placement, offload_min_batch=model.least_batch())
+            model = model.placed_as(placement)
+        lacks = shortfall(graph, self._hardware, placement)
+        decode, turn = model.decode(self.turn.depth), self.turn.seconds(model)
+        return MachineFile(
+            plan, graph.nbytes, kl, graph, self._hardware, placement, lacks, decode, turn
+        )
+
+    def _reaches(self, file: MachineFile, target: Target) -> bool:
+        limits = (
+            (file.short, 0),
+            (file.nbytes, target.nbytes),
+            (file.decode, target.decode),
+            (file.turn, target.turn),
+            (file.kl, target.kl),
+        )
+        return all(most is None or value <= most * (1 + 1e-9) for value, most in limits)
+
+    def _kinds_of_placement(self, choices: Choices) -> list[Costs]:
+        """Costs beside each kind of placement that files of this width get, by their size.
+
+        Placements of a kind differ in which matrices of routed experts are in RAM.
+        """
+        if choices.width not in self._kinds:
+            smallest, largest = choices.smallest(), choices.best()
+            files = [self._file(choices, smallest)]
+            low, high = choices.size(smallest), choices.size(largest)
+            sizes = np.geomspace(low, high, _SIZES)[1:-1].tolist()
+            between = [_of_size(choices, size) for size in sizes]
+            files += [self._file(choices, choice) for choice in (*between, largest)]
+            files = [each for each in files if each.short <= 0]
+            kinds = [_kind(each.placement) for each in files]
+            first = [f for n, f in enumerate(files) if kinds[n] not in kinds[:n]]
+            self._kinds[choices.width] = [self._costs(choices, each) for each in first]
+            self._found += files
+            for costs in self._kinds[choices.width]:
+                pick = self._modelled(costs, _FASTEST, self._start(costs, _FASTEST))
+                if pick is not None:
+                    self._found += self._near(costs, _FASTEST, pick)
+            self._starts.clear()
+        return self._kinds[choices.width]
+
+    def _promising(self, target: Target) -> list[tuple[Costs, Pick]]:
+        """The best choices beside those kinds of placement that are modelled to be good."""
+        kinds = (self._kinds_of_placement(choices) for choices in self._choices)
+        starts = [(costs, self._start(costs, target)) for costs in chain.from_iterable(kinds)]
+        for tangents, factor in ((1, _ROUGH), (_TANGENTS, _PROMISING)):
+            found = [
+                (costs, self._modelled(costs, target, start, tangents)) for costs, start in starts
+            ]
+            picks = [(costs, pick) for costs, pick in found if pick is not None]
+            least = min((_loss(costs, target, pick) for costs, pick in picks), default=0.0)
+            picks = [each for each in picks if _loss(each[0], target, each[1]) <= factor * least]
+            starts = [(costs, pick.kind) for costs, pick in picks]
+        return picks
+
+    def _start(self, costs: Costs, target: Target) -> Choice:
+        """The last choice beside a kind of placement, or else the best of those that fit."""
+        if id(costs) not in self._starts:
+            any_time, best = Target(target.nbytes), costs.choices.best()
+            pick = _chosen(costs, best, any_time)
+            self._starts[id(costs)] = best if pick is None else pick.kind
+        return self._starts[id(costs)]
+
+    def _modelled(
+        self, costs: Costs, target: Target, start: Choice, tangents: int = _TANGENTS
+    ) -> Pick | None:
+        """The best choice beside a kind of placement; None if nothing comes near the target."""
+        for scale in (1.0, _LENIENT):  # what is known of other files may mislead
+            pick = _chosen(costs, start, target, scale, tangents=tangents)
+            if pick is not None:
+                self._starts[id(costs)] = pick.kind
+                return pick
+        return None
+
+    def _near(self, costs: Costs, target: Target, pick: Pick) -> Iterator[MachineFile]:
+        """Files found one after the other; each is searched with what the one before showed."""
+        choices, scale, lacking = costs.choices, 1.0, Counter[str]()
+        known: set[bytes] = set()
+        for _ in range(_ROUNDS):
+            plan, kl = self._plan(choices, pick.kind), choices.kl(pick.kind)
+            graph = graph_of(self._config, plan, self._path)
+            picked = self._placed_as(graph, costs.placed_as(pick), plan, kl)
+            yield picked
+            if (key := pick.kind.tobytes() + pick.place.tobytes()) in known:
+                return
+            known.add(key)
+            wanted, real = target.decode, picked.decode
+            if target.turn is not None:
+                wanted, real = target.turn, picked.turn
+            if picked.short <= 0 and (wanted is None or 0.985 * wanted <= real <= wanted):
+                return
+            if wanted is not None:
+                scale = min(max(scale * wanted / real, 1 / _LENIENT**4), _LENIENT**4)
+            lacking.update({n: lack // 2 for n, lack in picked.lacks.items() if lack > 0})
+            costs = self._costs(choices, picked)
+            again = _chosen(costs, pick.kind, target, scale, lacking)
+            if again is None:
+                return
+            pick = again
+
+    def _costs(self, choices: Choices, file: MachineFile) -> Costs:
+        return Costs(choices, file.graph, self._hardware, file.placement, self.turn)
+
+    def _file(self, choices: Choices, choice: Choice) -> MachineFile:
+        return self.placed(self._plan(choices, choice), choices.kl(choice))
+
+    def _plan(self, choices: Choices, choice: Choice) -> QuantPlan:
+        chosen = choices.types(choice)
+        specs = inventory(self._config, choices.width)
+        kinds = Counter[str]()
+        for kind, nbytes in zip(
+            chosen.values(), choices.nbytes[np.arange(len(choice)), choice], strict=True
+        ):
+            kinds[kind] += int(nbytes)
+        label = stock_mix(kinds.most_common(1)[0][0])
+        types = {spec.name: chosen.get(spec.name, "F32") for spec in specs}
+        return QuantPlan(self._recipe, choices.width, label.file_type, types)
+
+
+def _of_size(choices: Choices, nbytes: float) -> Choice:
+    """The choice of least KL divergence in so many bytes; its square root is a tangent."""
+    loss = choices.tangent(choices.smallest())[None]
+    costs = np.where(np.isfinite(loss), choices.nbytes, 0.0)[None]
+    most = np.array([nbytes - choices.fixed_bytes])
+    pick = least_loss(Options(loss, costs, most))
+    return choices.smallest() if pick is None else pick.kind
+
+
+def _kind(placement: Placement) -> Placement:
+    """The placement without what routed experts and the file decide."""
+    kept = tuple(each for each in placement.overrides if "_exps" not in each[0])
+    return replace(placement, overrides=kept, offload_min_batch=None, model_bytes=0)
+
+
+def _chosen(
+    costs: Costs,
+    choice: Choice,
+    target: Target,
+    scale: float = 1.0,
+    lacking: Mapping[str, int] = MappingProxyType({}),
+    *,
+    tangents: int = _TANGENTS,
+) -> Pick | None:
+    """The best choice; the square root of its flips has the tangent at the choice before."""
+    best, least = None, math.inf
+    for _ in range(tangents):
+        pick = least_loss(_options(costs, choice, target, scale, lacking))
+        if pick is None:
+            break
+        choice = pick.kind
+        loss = _loss(costs, target, pick)
+        if loss < least:
+            best = pick
+        if loss > least * (1 - _GAIN):
+            break
+        least = min(least, loss)
+    return best
+
+
+def _loss(costs: Costs, target: Target, pick: Pick) -> float:
+    """What is least for a target, as modelled."""
+    return costs.choices.kl(pick.kind) if target.kl is None else costs.seconds(pick)
+
+
+def _options(
+    costs: Costs, choice: Choice, target: Target, scale: float, lacking: Mapping[str, int]
+) -> Options:
+    """What can be chosen, with `lacking` bytes less of each device and `scale` times the time."""
+    choices = costs.choices
+    tangent = np.broadcast_to(choices.tangent(choice), costs.possible.shape)
+    finite = np.where(costs.possible, tangent, 0.0)
+    room = costs.room - [lacking.get(name, 0) for name in costs.devices]
+    limits = [*zip(costs.nbytes, room, strict=True)]
+    if target.nbytes is not None:
+        limits.append((costs.nbytes.sum(0), target.nbytes - choices.fixed_bytes))
+    if target.decode is not None:
+        limits.append((costs.decode, target.decode * scale - costs.fixed_decode))
+    if target.turn is not None:
+        limits.append((costs.whole_turn, target.turn * scale - costs.fixed_turn))
+    if target.kl is not None and math.isfinite(target.kl):
+        # The square root of flips is below its tangent, half of which at zero is this.
+        flips = float(np.take_along_axis(choices.flips, choice[:, None], 1).sum())
+        limits.append((finite, target.kl - math.sqrt(flips) / 2))
+    aim = tangent if target.kl is None else costs.whole_turn
+    loss = np.where(costs.possible, aim, np.inf)
+    most = np.array([limit for _, limit in limits])
+    return Options(loss, np.stack([cost for cost, _ in limits]), most)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint8, c_void_p
 from functools import cache
+from statistics import median
 from time import perf_counter
 from typing import Any, Self
 
@@ -34,8 +35,7 @@ _PREC_F32 = 10  # GGML_PREC_F32
 _SLACK = 1 << 20
 _NODES = 1024
 _ALIGNMENT = 1 << 12
-_MAX_REPEATS = 8
-_MAX_SECONDS = 2.0
+_REPEATS, _MAX_SECONDS = 5, 1.0
 
 
 class _InitParams(ctypes.Structure):
@@ -226,12 +226,12 @@ class BenchGraph:
             done += length
 
     def seconds(self) -> float:
-        """The time of a computation: the shortest, once a second one comes close to it."""
+        """The time of a computation: the median of some, as other programs slow some down."""
         self.once()
-        times = [self.once(), self.once()]
-        while not _settled(times):
+        times: list[float] = []
+        while len(times) < _REPEATS and sum(times) < _MAX_SECONDS:
             times.append(self.once())
-        return min(times)
+        return median(times)
 
     def once(self) -> float:
         """The time of one computation."""
@@ -279,9 +279,3 @@ class BenchGraph:
         tensor = self.tensor(I8, length)
         self._put(tensor, address)
         return tensor
-
-
-def _settled(times: list[float]) -> bool:
-    """Whether to stop: other programs only make a computation slower, so two equal times are it."""
-    first, second = sorted(times)[:2]
-    return second < 1.02 * first or len(times) == _MAX_REPEATS or sum(times) > _MAX_SECONDS

@@ -15,8 +15,12 @@ from msgspec import Meta
 from dots1_local.errors import UsageError
 from dots1_local.files.json_file import JsonError, convert_json, read_json
 
-__all__ = ["CPU", "Device", "Hardware", "Rate", "Speed", "hardware_from_json", "load_hardware"]
+__all__ = [
+    "CPU", "LONG_ROW", "SHORT_ROW", "Device", "Hardware", "Rate", "Speed", "hardware_from_json",
+    "load_hardware",
+]  # fmt: skip
 
+LONG_ROW, SHORT_ROW = 4096, 1408  # weights of the rows that are measured
 CPU = "CPU"  # llama.cpp's name of the device that RAM belongs to
 
 _FORMAT, _VERSION = "dots1-hardware", 1
@@ -33,13 +37,24 @@ class Rate:
     """Multiply-adds a second of a device on one type.
 
     `decode` is for a single token. `prefill` is for a matrix times dozens of tokens, as in a routed
-    expert, and `dense` for a matrix times hundreds, as everywhere else (None: as `prefill`). A
-    measured `decode` reads its weights from memory, so it includes whatever limits that.
+    expert, and `dense` for a matrix times hundreds, as everywhere else (None: as `prefill`).
+    `short` is as `decode`, whose rows have 4,096 weights, but for rows of 1,408, as in an expert's
+    down projection (None: as `decode`). A measured `decode` reads its weights from memory, so it
+    includes whatever limits that.
     """
 
     decode: _Positive
     prefill: _Positive
     dense: _Positive | None = None
+    short: _Positive | None = None
+
+    def decode_of(self, columns: int) -> float:
+        """The rate of decoding with rows of so many weights; each row takes some time besides."""
+        if self.short is None:
+            return self.decode
+        length = min(max(columns, SHORT_ROW), LONG_ROW)
+        share = (1 / length - 1 / LONG_ROW) / (1 / SHORT_ROW - 1 / LONG_ROW)
+        return 1 / ((1 - share) / self.decode + share / self.short)
 
 
 @dataclass(frozen=True)

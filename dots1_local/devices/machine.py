@@ -37,6 +37,7 @@ _GPUS = (
     ("CUDA", "GGML_CUDA", "NVIDIA", "proc/driver/nvidia/version", "nvidia-smi"),
     ("ROCm", "GGML_HIP", "AMD", "dev/kfd", ""),
 )
+_MEASURED = 2  # raised when more is measured, so that kept speeds are measured again
 _TIMEOUT = 60.0  # seconds without a report from the child
 
 
@@ -182,7 +183,7 @@ def _folder() -> Path:
 
 
 def _cache_path(found: Hardware) -> Path:
-    key = sha256(f"{found.name} {found.engine}".encode()).hexdigest()[:16]
+    key = sha256(f"{found.name} {found.engine} {_MEASURED}".encode()).hexdigest()[:16]
     return _folder() / f"hardware-{key}.json"
 
 

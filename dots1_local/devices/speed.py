@@ -8,10 +8,12 @@ tokens use different experts: a measurement reads more weights than caches hold.
 from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import count
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dots1_local.architecture import padded_width
 from dots1_local.devices.backends import DeviceInfo
 from dots1_local.devices.bench_graph import (
     F16,
@@ -23,14 +25,14 @@ from dots1_local.devices.bench_graph import (
     BenchGraph,
     pinned_memory,
 )
-from dots1_local.devices.hardware import Rate, Speed
+from dots1_local.devices.hardware import LONG_ROW, SHORT_ROW, Rate, Speed
 from dots1_local.ggml import KV_TYPES, TYPES, QuantType, quant_type
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import encode
 
 __all__ = ["measure_speed"]
 
-_HIDDEN, _WIDTH, _USED, _EXPERTS, _HEADS = 4096, 1408, 6, 128, 32
+_HIDDEN, _WIDTH, _USED, _EXPERTS, _HEADS = LONG_ROW, SHORT_ROW, 6, 128, 32
 _ROWS_OF_EXPERT = 24  # in prefill: 512 tokens use 6 of 128 experts each
 _MIN_EXPERTS = 8  # a device must have room for these
 _BYTES = 1 << 29  # more than caches hold
@@ -87,14 +89,19 @@ def _rates(
 
 def _matmul(bench: BenchDevice, kind: QuantType, node: float) -> Rate | None:
     """Rates of routed experts and, as `dense`, of a plain matrix; None if the device cannot."""
-    decode = _decode(bench, kind, node)
+    decode = _decode(bench, kind, (_HIDDEN, _WIDTH), node)
+    width = _WIDTH if kind.fits(_WIDTH) else padded_width(_WIDTH)
+    short = _decode(bench, kind, (width, _HIDDEN), node)
     experts = _throughput(
-        lambda n: _prefill_experts(bench, kind, n), _MIN_EXPERTS, _n_fitting(bench, kind)
+        lambda n: _prefill_experts(bench, kind, n),
+        _MIN_EXPERTS,
+        _n_fitting(bench, kind, (_HIDDEN, _WIDTH)),
     )
     tokens = _throughput(lambda n: _dense(bench, kind, n), _TILE, _UBATCH)
     if decode is None or experts is None or tokens is None:
         return None
-    return Rate(decode, experts * _ROWS_OF_EXPERT * _HIDDEN * _WIDTH, tokens * _HIDDEN * _WIDTH)
+    matrix = _HIDDEN * _WIDTH
+    return Rate(decode, experts * _ROWS_OF_EXPERT * matrix, tokens * matrix, short)
 
 
 def _throughput(seconds: Callable[[int], float | None], least: int, most: int) -> float | None:
@@ -107,45 +114,60 @@ def _throughput(seconds: Callable[[int], float | None], least: int, most: int) -
     return None
 
 
-def _decode(bench: BenchDevice, kind: QuantType, node: float) -> float | None:
-    """Multiply-adds a second of single tokens, each of which uses experts of its own."""
-    n_tokens = _n_fitting(bench, kind) // _USED
+def _decode(
+    bench: BenchDevice, kind: QuantType, shape: tuple[int, int], node: float
+) -> float | None:
+    """Multiply-adds a second of single tokens, each of which uses experts of its own.
+
+    The `shape` of an expert is (columns, rows).
+    """
+    n_tokens = _n_fitting(bench, kind, shape) // _USED
     n_experts = n_tokens * _USED
     order = np.random.default_rng(0).permutation(n_experts).astype(np.int32)
-    seconds = _experts(bench, kind, n_experts, list(order.reshape(n_tokens, 1, _USED)))
+    chosen = list(order.reshape(n_tokens, 1, _USED))
+    seconds = _experts(bench, kind, shape, n_experts, chosen)
     if seconds is None:
         return None
-    return n_experts * _HIDDEN * _WIDTH / max(seconds - n_tokens * node, seconds / 2)
+    return n_experts * prod(shape) / max(seconds - n_tokens * node, seconds / 2)
 
 
 def _prefill_experts(bench: BenchDevice, kind: QuantType, n_experts: int) -> float | None:
     """Seconds of experts that as many tokens use as in prefill."""
     n_tokens = n_experts * _ROWS_OF_EXPERT // _USED
     order = np.arange(n_tokens * _USED, dtype=np.int32) % n_experts
-    return _experts(bench, kind, n_experts, [order.reshape(n_tokens, _USED)])
+    chosen = [order.reshape(n_tokens, _USED)]
+    return _experts(bench, kind, (_HIDDEN, _WIDTH), n_experts, chosen)
 
 
-def _n_fitting(bench: BenchDevice, kind: QuantType) -> int:
+def _n_fitting(bench: BenchDevice, kind: QuantType, shape: tuple[int, int]) -> int:
     """How many experts fit, up to the number in a layer."""
-    matrix = kind.row_bytes(_HIDDEN) * _WIDTH
-    return min(_EXPERTS, bench.nbytes // matrix)
+    columns, rows = shape
+    return min(_EXPERTS, bench.nbytes // (kind.row_bytes(columns) * rows))
 
 
 def _experts(
-    bench: BenchDevice, kind: QuantType, n_experts: int, chosen: list[NDArray[np.int32]]
+    bench: BenchDevice,
+    kind: QuantType,
+    shape: tuple[int, int],
+    n_experts: int,
+    chosen: list[NDArray[np.int32]],
 ) -> float | None:
-    """Seconds of a graph with a node for each array of `chosen` (tokens, experts of a token)."""
-    n_tokens = len(chosen[0])
+    """Seconds of a graph with a node for each array of `chosen` (tokens, experts of a token).
+
+    All experts of a token read its activations, but each down projection has inputs of its own.
+    """
+    columns, n_tokens = shape[0], len(chosen[0])
+    inputs = 1 if columns == _HIDDEN else _USED
     with BenchGraph(bench) as graph:
-        weights = graph.weights(kind.ggml, _HIDDEN, _WIDTH, n_experts)
-        x = graph.tensor(F32, _HIDDEN, 1, n_tokens)
+        weights = graph.weights(kind.ggml, *shape, n_experts)
+        x = graph.tensor(F32, columns, inputs, n_tokens)
         ids = [graph.tensor(I32, _USED, n_tokens) for _ in chosen]
         for each in ids:
             graph.mul_mat_id(weights, x, each)
         if not graph.place():
             return None
-        graph.tile(weights, _random_rows(kind, _HIDDEN))
-        graph.fill(x, _activations(n_tokens))
+        graph.tile(weights, _random_rows(kind, columns))
+        graph.fill(x, _activations(inputs * n_tokens, columns))
         for each, experts in zip(ids, chosen, strict=True):
             graph.fill(each, experts)
         return graph.seconds()
@@ -160,12 +182,12 @@ def _dense(bench: BenchDevice, kind: QuantType, n_tokens: int) -> float | None:
         if not graph.place():
             return None
         graph.tile(weights, _random_rows(kind, _HIDDEN))
-        graph.fill(x, _activations(n_tokens))
+        graph.fill(x, _activations(n_tokens, _HIDDEN))
         return graph.seconds()
 
 
-def _activations(n_tokens: int) -> NDArray[np.float32]:
-    return np.random.default_rng(0).standard_normal((n_tokens, _HIDDEN), np.float32)
+def _activations(n_rows: int, columns: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal((n_rows, columns), np.float32)
 
 
 @cache
@@ -202,7 +224,7 @@ def _attend(
             graph.attention(q, k, v, mask, cast=kind.name == "F32")
         if not graph.place():
             return None
-        graph.fill(q, _activations(n_tokens))
+        graph.fill(q, _activations(n_tokens, _HIDDEN))
         graph.fill(mask, np.zeros((n_tokens, n_cells), np.float16))
         for cache in caches:
             graph.tile(cache, _random_rows(kind, HEAD_DIM))

@@ -151,7 +151,8 @@ class Costs:
         op, model = self._ops[row], self._models[place]
         assert op is not None
         stored = replace(op, type=KINDS[kind], nbytes=int(self.choices.nbytes[row, kind]))
-        return sum(count * model.of_matrix(stored, device, n) for n, count in sizes.items())
+        rows = {1: 1} if op.for_logits else sizes
+        return sum(count * model.of_matrix(stored, device, n) for n, count in rows.items())
 
     def _complete(self, seconds: Callable[[SpeedModel], float], matrices: Floats) -> float:
         """Add to `matrices` what experts in RAM cost besides, and return the rest."""

@@ -19,12 +19,11 @@ from dots1_local.errors import GGUFError
 from dots1_local.files.gguf import GGUFFile, GGUFTensor
 
 __all__ = [
-    "HEAD", "LayerSizes", "MatrixProduct", "ModelGraph", "ModelOp", "UbatchWork", "count_work",
-    "is_routed", "matrix_product",
+    "LayerSizes", "MatrixProduct", "ModelGraph", "ModelOp", "UbatchWork", "count_work", "is_routed",
+    "matrix_product",
 ]  # fmt: skip
 
 _ATTENTION = "attention"  # the operation that reads the KV cache
-HEAD = "output"
 
 _BEFORE_KV = (
     ("attn_norm", 2), ("attn_q", 1), ("attn_q_norm", 3), ("attn_v", 1), ("attn_k", 1),
@@ -35,7 +34,7 @@ _DENSE = (("ffn_up", 1), ("ffn_gate", 2), ("ffn_down", 2))
 _ROUTER = (("ffn_gate_inp", 9),)
 _ROUTED = (("ffn_up_exps", 1), ("ffn_gate_exps", 2), ("ffn_down_exps", 1))
 _SHARED = (("ffn_up_shexp", 1), ("ffn_gate_shexp", 2), ("ffn_down_shexp", 3))
-_FINAL = (("output_norm", 2), (HEAD, 1))
+_FINAL = (("output_norm", 2), ("output", 1))
 _BLOCK = re.compile(r"blk\.(\d{1,4})\.")
 
 
@@ -43,7 +42,9 @@ _BLOCK = re.compile(r"blk\.(\d{1,4})\.")
 class ModelOp:
     """A weight, the number of graph `nodes` around it, and the `output` floats of each token.
 
-    `weights` counts matrix elements, of all experts; it is 0 for attention and norms.
+    `weights` counts matrix elements, of all experts, in rows of `columns`; it is 0 for attention
+    and norms. What comes after the last attention is only computed `for_logits`: for the tokens
+    whose logits are wanted.
     """
 
     name: str
@@ -51,9 +52,11 @@ class ModelOp:
     layer: int
     type: str
     nbytes: int
+    columns: int
     weights: int
     nodes: int
     output: int
+    for_logits: bool
 
 
 @dataclass(frozen=True)
@@ -124,14 +127,16 @@ def _ops(config: Dots1Config, layers: Sequence[Mapping[str, GGUFTensor]]) -> Ite
         if part == "ffn_down_exps":
             nodes += used  # the experts' outputs are weighted and added up
         weights = tensor.elements if is_matrix else 0
+        last = layer >= config.num_hidden_layers - 1 and not part.startswith("attn_")
         return ModelOp(
-            tensor.name, part, layer, tensor.type, tensor.nbytes, weights, nodes, times * rows
-        )
+            tensor.name, part, layer, tensor.type, tensor.nbytes, tensor.shape[-1], weights, nodes,
+            times * rows, last,
+        )  # fmt: skip
 
     for layer in range(config.num_hidden_layers):
         for part, nodes in _BEFORE_KV:
             yield op(layer, part, nodes)
-        yield ModelOp("", _ATTENTION, layer, "", 0, 0, 3, inner)
+        yield ModelOp("", _ATTENTION, layer, "", 0, 0, 0, 3, inner, for_logits=False)
         feed_forward = _DENSE if config.is_dense(layer) else (*_ROUTER, *_ROUTED, *_SHARED)
         for part, nodes in (*_AFTER_KV, *feed_forward):
             yield op(layer, part, nodes)
@@ -194,24 +199,26 @@ class MatrixProduct(NamedTuple):
     device: str
     type: str
     nbytes: int
+    columns: int
     weights: int
     routed: bool
     in_ram: bool
     fetched: bool
+    for_logits: bool
 
 
 @dataclass(frozen=True)
 class UbatchWork:
-    """All work of a ubatch except the head's product, counted by device.
+    """All work of a ubatch, counted by device.
 
     `attention` counts layers by device and by whether the KV cache is copied there, `crossings`
-    transfers by device and by floats of each token.
+    transfers by device, floats of each token, and whether they are only made for logits.
     """
 
     products: Mapping[MatrixProduct, int]
     nodes: Mapping[str, int]
     splits: Mapping[str, int]
-    crossings: Mapping[tuple[str, int], int]
+    crossings: Mapping[tuple[str, int, bool], int]
     attention: Mapping[tuple[str, bool], int]
 
 
@@ -238,11 +245,10 @@ def count_work(
             device, copied = _attention_device(kv, output, None if only else gpu)
             attention[device, copied] += 1
         else:
-            wanted = op.part in only if only else op.part != HEAD  # the head has too few rows
-            wanted = wanted and op.type not in unfetched
+            wanted = (not only or op.part in only) and op.type not in unfetched
             product = matrix_product(op, devices[index], gpu if wanted else None)
             device = product.device
-            if op.weights and op.part != HEAD:
+            if op.weights:
                 products[product] += 1
         nodes[device] += op.nodes
         runs.append((device, op))
@@ -253,10 +259,17 @@ def count_work(
 
 
 def matrix_product(op: ModelOp, home: str, gpu: str | None = None) -> MatrixProduct:
-    """The product with the weight of `op` on the device `home`; `gpu` copies it from RAM."""
-    routed, fetched = is_routed(op.part), home == CPU and gpu is not None
+    """The product with the weight of `op` on the device `home`; `gpu` copies it from RAM.
+
+    What is only computed for logits has too few rows to be copied.
+    """
+    routed = is_routed(op.part)
+    fetched = home == CPU and gpu is not None and not op.for_logits
     device = gpu if fetched and gpu else home
-    return MatrixProduct(device, op.type, op.nbytes, op.weights, routed, home == CPU, fetched)
+    return MatrixProduct(
+        device, op.type, op.nbytes, op.columns, op.weights, routed, home == CPU, fetched,
+        op.for_logits,
+    )  # fmt: skip
 
 
 def _attention_device(kv: str, output: str, gpu: str | None) -> tuple[str, bool]:
@@ -269,19 +282,19 @@ def _attention_device(kv: str, output: str, gpu: str | None) -> tuple[str, bool]
 
 def _device_changes(
     runs: Sequence[tuple[str, ModelOp]], hidden: int
-) -> tuple[Counter[str], Counter[tuple[str, int]]]:
-    """Splits by device, and transfers between two devices by device and floats of a token.
+) -> tuple[Counter[str], Counter[tuple[str, int, bool]]]:
+    """Splits by device, and transfers between two devices as `UbatchWork.crossings` counts them.
 
     A GPU adds up its experts' outputs before it passes them on; the CPU does not.
     """
     splits = Counter([CPU])  # the embedding's
-    crossings: Counter[tuple[str, int]] = Counter()
-    before, floats = CPU, hidden
+    crossings: Counter[tuple[str, int, bool]] = Counter()
+    before, floats, for_logits = CPU, hidden, False
     for device, group in groupby(runs, key=lambda run: run[0]):
         if device != before:
             splits[device] += 1
-            crossings.update((name, floats) for name in (before, device) if name != CPU)
+            crossings.update((name, floats, for_logits) for name in (before, device) if name != CPU)
         last = list(group)[-1][1]
-        before = device
+        before, for_logits = device, last.for_logits
         floats = hidden if device != CPU and last.part == "ffn_down_exps" else last.output
     return splits, crossings

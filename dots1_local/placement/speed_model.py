@@ -11,12 +11,11 @@ from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dots1_local.devices.hardware import CPU, Hardware, Rate
+from dots1_local.devices.hardware import CPU, LONG_ROW, Hardware, Rate
 from dots1_local.ggml import TYPES, quant_type
 from dots1_local.placement.footprint import REPACKED, Usage, fetching_gpu, footprint, shortfall
 from dots1_local.placement.graph_memory import LLAMA_MIN_BATCH
 from dots1_local.placement.model_graph import (
-    HEAD,
     MatrixProduct,
     ModelGraph,
     ModelOp,
@@ -69,20 +68,21 @@ class SpeedModel:
 
     def decode(self, n_past: int) -> float:
         """Seconds of the next token with `n_past` tokens in the KV cache."""
-        return self._ubatch(1, n_past) + self._head()
+        return self._ubatch(1, n_past)
 
     def prefill(self, n_tokens: int, n_past: int = 0) -> float:
-        """Seconds of reading `n_tokens` after `n_past`, ubatch by ubatch."""
-        seconds, ubatch = self._head(), self._placement.ubatch
-        for start in range(0, n_tokens, ubatch):
-            seconds += self._ubatch(min(ubatch, n_tokens - start), n_past + start)
-        return seconds
+        """Seconds of reading `n_tokens` after `n_past`, ubatch by ubatch; the last has logits."""
+        ubatch = self._placement.ubatch
+        starts = range(0, n_tokens, ubatch)
+        return sum(
+            self._ubatch(min(ubatch, n_tokens - start), n_past + start, int(start == starts[-1]))
+            for start in starts
+        )
 
     def of_matrix(self, op: ModelOp, device: str, n_tokens: int) -> float:
         """Seconds that one matrix takes on `device` in a ubatch, without nodes and transfers."""
-        gpu = self._fetching(n_tokens) if op.part != HEAD and op.type not in self._kept else None
-        tokens = n_tokens if op.part != HEAD else 1
-        return self._product(matrix_product(op, device, gpu), tokens)
+        gpu = self._fetching(n_tokens) if op.type not in self._kept else None
+        return self._product(matrix_product(op, device, gpu), n_tokens)
 
     def placed_as(self, placement: Placement) -> "SpeedModel":
         """The model of a placement that only differs in `offload_min_batch` or `ubatch`."""
@@ -95,7 +95,7 @@ class SpeedModel:
 
         def pays(n_tokens: int) -> bool:
             copying, in_place = self._work(self._gpu), self._work(None)
-            return self._seconds(copying, n_tokens, 0) < self._seconds(in_place, n_tokens, 0)
+            return self._seconds(copying, n_tokens, 0, 1) < self._seconds(in_place, n_tokens, 0, 1)
 
         index = bisect_left(_BATCHES, True, key=pays)
         return _BATCHES[index] if index < len(_BATCHES) else _NEVER
@@ -123,11 +123,11 @@ class SpeedModel:
         rows = (self._placement.sequences + 1) * self._config.num_attention_heads
         return max(_MIN_FETCHING_BATCH, min(rows, _MAX_ROWS), self.break_even())
 
-    def _ubatch(self, n_tokens: int, n_past: int) -> float:
+    def _ubatch(self, n_tokens: int, n_past: int, n_logits: int = 1) -> float:
         gpu = self._gpu if n_tokens * self._config.num_attention_heads >= self._least else None
         # In a short ubatch, only norms by head have enough rows to be copied.
         work = self._work(gpu, only_norms=gpu is not None and not self._fetching(n_tokens))
-        return self._seconds(work, n_tokens, n_past)
+        return self._seconds(work, n_tokens, n_past, n_logits)
 
     def _work(self, gpu: str | None, *, only_norms: bool = False) -> UbatchWork:
         """The work of a ubatch if `gpu` copies weights from RAM, or only those of norms by head."""
@@ -138,9 +138,10 @@ class SpeedModel:
             self._works[key] = count_work(self._graph, self._devices, kv, gpu, self._kept, only)
         return self._works[key]
 
-    def _seconds(self, work: UbatchWork, n_tokens: int, n_past: int) -> float:
+    def _seconds(self, work: UbatchWork, n_tokens: int, n_past: int, n_logits: int) -> float:
         seconds = sum(
-            self._product(product, n_tokens) * count for product, count in work.products.items()
+            self._product(product, n_logits if product.for_logits else n_tokens) * count
+            for product, count in work.products.items()
         )
         for (device, copied), layers in work.attention.items():
             seconds += layers * self._attention(device, copied, n_tokens, n_past)
@@ -148,24 +149,23 @@ class SpeedModel:
             seconds += count * self._speeds[device].node
         for device, count in work.splits.items():
             seconds += count * self._speeds[device].split
-        for (device, floats), count in work.crossings.items():
-            speed = self._speeds[device]
-            seconds += count * 4 * floats * n_tokens / (speed.upload or speed.upload_pageable)
+        for (device, floats, for_logits), count in work.crossings.items():
+            speed, tokens = self._speeds[device], n_logits if for_logits else n_tokens
+            seconds += count * 4 * floats * tokens / (speed.upload or speed.upload_pageable)
         return seconds
 
     def _product(self, product: MatrixProduct, n_tokens: int) -> float:
+        """Seconds of a product with so many rows; 0 of them take no time."""
         speed, config = self._speeds[product.device], self._config
-        used = touched = 1.0
-        if product.routed:
-            used = config.num_experts_per_tok / config.n_routed_experts
-            touched = 1 - (1 - used) ** n_tokens
+        used = config.num_experts_per_tok / config.n_routed_experts if product.routed else 1.0
+        touched = 1 - (1 - used) ** n_tokens
         nbytes = product.nbytes * touched
         rates = speed.matmul
         if product.device == CPU and self._placement.host_memory == "repacked":
             rates = {**rates, **speed.repacked}
         rate = _rate(rates, product.type)
-        weights, dense = product.weights, not product.routed
-        ops = _operations(rate, weights * touched, weights * used * n_tokens, dense=dense)
+        once, products = product.weights * touched, product.weights * used * n_tokens
+        ops = _operations(rate, once, products, product.columns, dense=not product.routed)
         seconds = max(nbytes / speed.bandwidth, ops)
         if product.fetched:
             pinned = self._placement.host_memory == "pinned"
@@ -187,10 +187,6 @@ class SpeedModel:
         seconds = max(nbytes / speed.bandwidth, _operations(rate, 2 * inner * cells, products))
         return seconds + (nbytes / speed.upload_pageable if copied else 0.0)
 
-    def _head(self) -> float:
-        """Seconds of one token's logits, for which weights are never copied."""
-        return self._product(matrix_product(self._graph.ops[-1], self._devices[-1]), 1)
-
     def _find_share_on_disk(self, hardware: Hardware) -> float:
         placement = self._placement
         if placement.host_memory != "mapped":
@@ -211,14 +207,21 @@ def slowest_in_ram(graph: ModelGraph, hardware: Hardware) -> list[int]:
     for op in graph.ops:
         if speed and is_routed(op.part):
             rate = _rate(speed.matmul, op.type)
-            products = op.weights / rate.decode if rate else 0.0
+            products = op.weights / rate.decode_of(op.columns) if rate else 0.0
             seconds[op.layer] += max(op.nbytes / speed.bandwidth, products)
             nbytes[op.layer] += op.nbytes
     pace = [round(a / b * 1e12, 3) if b else 0.0 for a, b in zip(seconds, nbytes, strict=True)]
     return sorted(range(config.num_hidden_layers), key=lambda block: -pace[block])
 
 
-def _operations(rate: Rate | None, once: float, products: float, *, dense: bool = False) -> float:
+def _operations(
+    rate: Rate | None,
+    once: float,
+    products: float,
+    columns: int = LONG_ROW,
+    *,
+    dense: bool = False,
+) -> float:
     """Seconds of `products` multiply-adds with `once` weights, each used by as many tokens.
 
     One use of each weight runs at the rate of decoding. Dozens, or hundreds if `dense`, run at the
@@ -227,7 +230,7 @@ def _operations(rate: Rate | None, once: float, products: float, *, dense: bool 
     if rate is None or not once:
         return 0.0
     uses, limit = (_DENSE_USES, rate.dense) if dense and rate.dense else (_USES, rate.prefill)
-    first, last = 1 / rate.decode, uses / limit
+    first, last = 1 / rate.decode_of(columns), uses / limit
     further = max(0.0, last - first) / (uses - 1)
     return max(once * (first - further) + products * further, products / limit)
 

@@ -50,6 +50,7 @@ def test_measures_every_type(cpu: Speed, told: list[tuple[int, int]]) -> None:
         assert rate.decode > 0
         assert rate.prefill > 0
         assert rate.dense is not None
+        assert rate.short is not None
     assert set(cpu.repacked) <= set(TYPES)
     assert bool(cpu.repacked) == bool(device("CPU").extra_buffer_types)
     assert [done for done, _ in told] == list(range(1, told[0][1] + 1))

@@ -167,10 +167,15 @@ def _check(hardware: Hardware, content: Any) -> None:
         raise JsonError(f"expected {CPU!r}, got {hardware.cpu.name!r}", "cpu.name")
     if len(set(names)) < len(names):
         raise JsonError(f"two devices have the same name: {', '.join(names)}", "devices")
-    for number, device in enumerate(hardware.devices):
-        for name in ("upload", "upload_pageable"):
+    places = {"cpu": hardware.cpu} | {f"devices[{n}]": d for n, d in enumerate(hardware.devices)}
+    for place, device in places.items():
+        if device.free > device.total:
+            raise JsonError(
+                f"{device.free} of {device.total} bytes cannot be free", f"{place}.free"
+            )
+        for name in ("upload", "upload_pageable") if device.name != CPU else ():
             if device.speed and not getattr(device.speed, name):
-                raise JsonError("expected float > 0.0", f"devices[{number}].speed.{name}")
+                raise JsonError("expected float > 0.0", f"{place}.speed.{name}")
 
 
 def _paths(value: Any, path: str = "") -> Iterator[str]:

@@ -10,16 +10,16 @@ from dots1_local.fit.costs import Turn
 from dots1_local.fit.search import MachineFile, Search, Target
 from dots1_local.sizes import human_bytes
 
-__all__ = ["Fit", "fit"]
+__all__ = ["Fit", "fit", "knee_rank"]
+
+_UNNOTICED = 0.005  # nats a token
 
 
 @dataclass(frozen=True)
 class Fit:
     """The `chosen` file for a machine, and the `front` that it was chosen from (else only itself).
 
-    No file of the front is better than another in both KL divergence and the turn's time. Its knee
-    is where their product is least: from there, a percent of either costs more than a percent of
-    the other.
+    No file of the front is better than another in both KL divergence and the turn's time.
     """
 
     machine: str
@@ -36,6 +36,14 @@ class Fit:
             "chosen": self.front.index(self.chosen),
             "front": [_as_json(each, self.turn) for each in self.front],
         }
+
+
+def knee_rank(file: MachineFile) -> float:
+    """What is least at the knee of a front: from there, a percent of one costs more of the other.
+
+    A KL divergence far below what stock Q5_K_M leaves (0.004 on the examples) counts for little.
+    """
+    return (file.kl + _UNNOTICED) * file.turn
 
 
 def _as_json(file: MachineFile, turn: Turn) -> dict[str, Any]:
@@ -75,7 +83,7 @@ def fit(
         found = search.best(Target(nbytes, kl=kl))
     else:
         front = search.front(nbytes)
-        found = min(front, key=lambda file: file.kl * file.turn, default=None)
+        found = min(front, key=knee_rank, default=None)
         if found is not None:
             return Fit(machine.name, search.turn, tuple(front), found)
     if found is None:

@@ -43,7 +43,7 @@ _CHANGES, _WORTH = 40, 0.01
 # Kinds of placement are tried that are modelled to be at most this much worse, at first roughly.
 _ROUGH, _PROMISING = 1.25, 1.05
 _SIZES = 6  # of files whose placements show the kinds there are
-_POINTS = 12  # of the front
+_POINTS, _ALIKE = 12, 1.002  # of the front; two of them differ by more than this factor
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,10 @@ class MachineFile:
         """Whether it is no worse in anything that counts, and better in something."""
         ours, theirs = (self.kl, self.turn), (other.kl, other.turn)
         return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
+
+    def resembles(self, other: "MachineFile") -> bool:
+        """Whether nobody would tell the two apart."""
+        return self.kl < _ALIKE * other.kl and other.turn < _ALIKE * self.turn
 
 
 def graph_of(config: Dots1Config, plan: QuantPlan, path: Path) -> ModelGraph:
@@ -185,12 +189,13 @@ class Search:
             self._progress(len(found), _POINTS, "files", f"a turn of {seconds:.0f} s")
             between = self.best(Target(nbytes, turn=float(seconds)))
             found += [between] if between else []
-        best = {(each.turn, each.kl): each for each in found}
-        return [
-            best[point]
-            for point in sorted(best)
-            if not any(other.dominates(best[point]) for other in found)
-        ]
+        front: list[MachineFile] = []
+        for file in sorted(found, key=lambda each: (each.turn, each.kl)):
+            if any(each.dominates(file) for each in found):
+                continue
+            if not front or not front[-1].resembles(file):
+                front.append(file)
+        return front
 
     def fastest(self, nbytes: float | None = None) -> MachineFile:
         """The file with the fastest turn, whatever its KL divergence.

@@ -51,6 +51,8 @@ def test_fields_with_defaults_may_be_left_out(tmp_path: Path) -> None:
         (("cpu", "speed", "split"), 10**400, "cpu.speed.split"),
         (("devices", 0, "speed", "upload"), 0, r"devices\[0\].speed.upload: .*float > 0"),
         (("cpu", "free"), 1.5, "cpu.free: .*int, got float"),
+        (("cpu", "free"), 10**12, "cpu.free: 1000000000000 of .* bytes cannot be free"),
+        (("devices", 0, "total"), 4, r"devices\[0\].free: 5 of 4 bytes cannot be free"),
         (("cpu", "name"), "GPU", "cpu.name: .*'CPU'"),
         (("cpu", "description"), "\x1b[2J", "cpu.description"),
         (("devices", 0, "name"), "CPU", "devices: .*CPU, CPU"),

@@ -26,6 +26,13 @@ from tools.make_wide import published_config
 __all__ = ["project"]
 
 _CONTEXTS = (0, 4096, 16384)
+_ABOUT = """What `dots1 convert --for` would make of dots.llm1 with a context of 16,384 tokens on
+described machines. The KL divergences are those of {example}, projected by role and relative depth:
+they say how files compare. Speeds are predicted in tokens a second; a turn reads 2,048 tokens and
+writes 512. The knee is bold. Once `make bench-quality` has calibrated the example, this writes the
+page:
+
+    python -m benchmarks.bench_fronts {machines}"""
 
 
 def project(sensitivity: Sensitivity, small: Dots1Config, large: Dots1Config) -> Sensitivity:
@@ -93,13 +100,14 @@ def main() -> None:
         )
         for width in expert_widths(config, "auto")
     ]
+    about = _ABOUT.format(example=options.example, machines=" ".join(options.machines))
+    print(f"# Files for machines\n\n{about}")
     for name in options.machines:
         start = time.perf_counter()
         machine = find_hardware(name)
-        found = fit(Search(config, choices, machine, 16_384), machine)
-        print(
-            f"\n{name}, {time.perf_counter() - start:.1f} s to search\n\n{table(found)}", flush=True
-        )
+        found = fit(Search(config, choices, machine, _CONTEXTS[-1]), machine)
+        seconds = time.perf_counter() - start
+        print(f"\n## {name}\nFound in {seconds:.1f} s.\n\n{table(found)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,17 @@ from dots1_local.calibrate.calibration_folder import CalibrationFolder
 from dots1_local.calibrate.calibration_results import (
     measure_reference_kl,
     write_imatrix_file,
+    write_routing,
     write_sensitivity,
 )
 from dots1_local.calibrate.coverage import FEW_TOKENS, Coverage
-from dots1_local.calibrate.forward import PROBED, ForwardPass
+from dots1_local.calibrate.forward import PROBED, ForwardPass, probed_first
 from dots1_local.calibrate.manifest import (
     IMATRIX,
     MANIFEST,
     REFINED_SENSITIVITY,
     REFINEMENT,
+    ROUTING,
     SENSITIVITY,
     manifest_json,
 )
@@ -88,7 +90,8 @@ def calibrate(
     """Measure the importance of every matrix (`folder`/imatrix.gguf), and the effects of each type
     on it (`folder`/sensitivity.json), with `tokens` (chunks, n_ctx). With `refine`, also measure
     what the refining of matrices needs (`folder`/refinement.safetensors), and the effects of each
-    type if matrices are refined (`folder`/sensitivity-refined.json).
+    type if matrices are refined (`folder`/sensitivity-refined.json). The experts that tokens choose
+    are recorded, too (`folder`/routing.safetensors).
 
     `evaluation` are more chunks of the same length; the logits of their scored tokens go to
     `logits`. A run that was killed is resumed after the last layer that it finished; `on_resume` is
@@ -122,7 +125,7 @@ def calibrate(
     if threads is not None:
         torch.set_num_threads(threads)
     probed = min(len(tokens), max(1, PROBED // tokens.shape[1])) if sensitivity else 0
-    text, tokens = tokens, _probed_first(tokens, probed)
+    text, tokens = tokens, tokens[probed_first(len(tokens), probed)]
     forward = ForwardPass(checkpoint, tokens, evaluated, probed, compute, threads, refine)
     digest = model_digest(checkpoint)
     opened = CalibrationFolder(
@@ -136,6 +139,7 @@ def calibrate(
         results=[IMATRIX] * (len(tokens) > 0)
         + [SENSITIVITY] * (probed > 0)
         + [REFINEMENT, REFINED_SENSITIVITY] * refine
+        + [ROUTING] * (len(forward.routed_layers) > 0)
         + [MANIFEST] * (len(tokens) > 0),
     )
     with opened, forward.memory_errors():
@@ -155,6 +159,8 @@ def calibrate(
                 covered = (
                     write_imatrix_file(forward, x, opened, datasets, least) if len(tokens) else []
                 )
+                if forward.routed_layers:
+                    write_routing(forward, opened, digest)
                 if refine:
                     forward.sample_head(x, opened)
                 if probed:
@@ -218,12 +224,6 @@ def _part(progress: Progress, before: int, after: int) -> Progress:
         progress(before + done, before + total + after, unit, what)
 
     return report
-
-
-def _probed_first(tokens: Tokens, probed: int) -> Tokens:
-    """All chunks, of which `probed`, evenly spread over the text, come first."""
-    first = np.arange(probed) * len(tokens) // max(1, probed)
-    return np.concatenate([tokens[first], np.delete(tokens, first, axis=0)])
 
 
 def _check(checkpoint: Checkpoint, tokens: Tokens) -> None:

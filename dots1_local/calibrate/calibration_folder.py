@@ -2,7 +2,8 @@
 
 `DIR/work` holds `identity`, a digest of the run's inputs; `layer-NNNN.gguf`, the importance
 measured in each finished layer; and `stream`, a folder with the residual stream after the last
-finished layer. A layer's file is complete before the stream after it.
+finished layer. `routing-NNNN.safetensors` has the experts that tokens chose in a layer. A layer's
+files are complete before the stream after it.
 
 For sensitivity there are also `probe-NNNN.npy`, the probed chunks' inputs to each layer;
 `noise-NNNN.json`, how far rounding moves the router's margins there; `back-NNNN.npy`, the
@@ -44,9 +45,10 @@ Floats = NDArray[np.float32]
 Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (experts, columns), counts
 
 _NAMES = re.compile(
-    r"lock|identity|calibration\.json|sensitivity(-refined)?\.json|refinement\.safetensors"
+    r"lock|identity|calibration\.json|sensitivity(-refined)?\.json"
+    r"|(refinement|routing)\.safetensors"
     r"|(layer-\d+\.gguf|imatrix\.gguf|(probe|back|judged)-\d+\.npy"
-    r"|(noise|effects|sample|refined)-\d+\.json|errors-\d+\.safetensors)(\.partial)?"
+    r"|(noise|effects|sample|refined)-\d+\.json|(errors|routing)-\d+\.safetensors)(\.partial)?"
     # Of earlier versions:
     r"|after-\d+\.f32(\.partial)?|(after|(probe|back|noise|effects)-\d+)\.partial"
 )

@@ -11,17 +11,24 @@ from dots1_local.architecture import inventory
 from dots1_local.calibrate.calibration_folder import CalibrationFolder
 from dots1_local.calibrate.coverage import Coverage, coverage, shrink
 from dots1_local.calibrate.forward import ForwardPass
-from dots1_local.calibrate.manifest import IMATRIX, REFINED_SENSITIVITY, REFINEMENT, SENSITIVITY
+from dots1_local.calibrate.manifest import (
+    IMATRIX,
+    REFINED_SENSITIVITY,
+    REFINEMENT,
+    ROUTING,
+    SENSITIVITY,
+)
 from dots1_local.calibrate.probe import DRAWS, Probe
 from dots1_local.calibrate.refinement_file import RefinementWriter
 from dots1_local.calibrate.refinement_probe import RefinementProbe
 from dots1_local.calibrate.rounded_divergence import rounded_divergence
+from dots1_local.calibrate.routing import pack_routing
 from dots1_local.files.partial_file import disk_errors
 from dots1_local.hub.pass_shards import Provide
 from dots1_local.progress import Progress
 from dots1_local.quant.imatrix_file import load_importance, write_imatrix
 
-__all__ = ["measure_reference_kl", "write_imatrix_file", "write_sensitivity"]
+__all__ = ["measure_reference_kl", "write_imatrix_file", "write_routing", "write_sensitivity"]
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int32]
@@ -57,6 +64,13 @@ def write_imatrix_file(
             },
         )
     return covered
+
+
+def write_routing(forward: ForwardPass, folder: CalibrationFolder, digest: str) -> None:
+    """Write the experts that tokens chose in all layers, for the model with a digest."""
+    layers = [folder.probe.routing(layer) for layer in forward.routed_layers]
+    with disk_errors(folder.path):
+        folder.draft(ROUTING).write_bytes(pack_routing(layers, forward.checkpoint.config, digest))
 
 
 def measure_reference_kl(forward: ForwardPass, x: Tensor) -> float:

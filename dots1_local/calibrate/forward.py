@@ -9,7 +9,7 @@ routers' scores, and the KL divergence that it causes.
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 
@@ -22,10 +22,12 @@ from dots1_local.calibrate.calibration_folder import CalibrationFolder, Entries
 from dots1_local.calibrate.column_sums import ColumnSums, square_sums
 from dots1_local.calibrate.hooks import NO_HOOKS, observe_all
 from dots1_local.calibrate.layer_moments import LayerMoments
+from dots1_local.calibrate.manifest import ROUTING
 from dots1_local.calibrate.moments import Moments
 from dots1_local.calibrate.output_errors import REFERENCE
 from dots1_local.calibrate.refinement_sample import RefinementSample
 from dots1_local.calibrate.router_flips import RouterNoise
+from dots1_local.calibrate.routing import layer_routing
 from dots1_local.calibrate.stream import (
     Report,
     Segment,
@@ -44,12 +46,18 @@ from dots1_local.progress import Progress
 from dots1_local.reference.layers import Observer
 from dots1_local.reference.model import Compute, Rounding, head_name, read_tensor
 
-__all__ = ["PROBED", "ForwardPass"]
+__all__ = ["PROBED", "ForwardPass", "probed_first"]
 
 PROBED = 2048  # tokens whose gradients are computed; their errors average out over many rows
 _RARE = 0.1  # the part of the probability that frequencies do not tell
 
 Tokens = NDArray[np.int32]
+
+
+def probed_first(chunks: int, probed: int) -> NDArray[np.int64]:
+    """The numbers of all chunks, of which `probed`, evenly spread over the text, come first."""
+    first = np.arange(probed) * chunks // max(1, probed)
+    return np.concatenate([first, np.delete(np.arange(chunks), first)])
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,13 @@ class ForwardPass:
         return 4 * self.probed_tokens * config.hidden_size * (config.num_hidden_layers + 8)
 
     @property
+    def routed_layers(self) -> range:
+        """The layers whose routing is recorded."""
+        config = self.checkpoint.config
+        first = config.first_k_dense_replace if len(self.calibration) else config.num_hidden_layers
+        return range(first, config.num_hidden_layers)
+
+    @property
     def _positions(self) -> int:
         """The probed positions of a chunk: autograd holds all that belongs to a whole chunk."""
         n_ctx: int = self.tokens.shape[1]
@@ -119,7 +134,8 @@ class ForwardPass:
         """A digest of all inputs."""
         versions = f"{version('dots1-local')} {version('torch')}"
         settings = (self.tokens.shape, len(self.calibration), self.probed, self.compute.bf16)
-        parts = (versions, self.checkpoint.fingerprint, self.checkpoint.config, settings)
+        # Runs that began without routing.safetensors cannot be resumed with it.
+        parts = (versions, self.checkpoint.fingerprint, self.checkpoint.config, settings, ROUTING)
         digest = hashlib.sha256(repr(parts).encode())
         digest.update(self.tokens.tobytes())
         return digest.hexdigest()
@@ -203,6 +219,8 @@ class ForwardPass:
         if sample is not None:
             moments = LayerMoments(layer, sample, sample.experts, self.calibration.size)
             observers, hooks = [*observers, moments.observe], moments.hooks
+        if layer in self.routed_layers:
+            hooks = replace(hooks, routed=partial(self._save_routing, layer, folder))
         exact = [noise.exact] if noise else []
         ends = (0, self.probed, len(self.calibration), len(x) - self.probed, len(x))
         segments = [
@@ -219,6 +237,15 @@ class ForwardPass:
                 if sample is not None:
                     folder.probe.save_sample(layer, sample.found(), sample.rows, sample.judged)
         folder.finish_layer(measured.first(), x.shape[1])
+
+    def _save_routing(self, layer: int, folder: CalibrationFolder, chosen: Tensor) -> None:
+        """Save what the calibration text chose, in its order."""
+        size, chunks = self.calibration.size, len(self.calibration)
+        rows = chosen[:size].cpu().numpy().reshape(*self.calibration.shape, -1)
+        in_order = rows[np.argsort(probed_first(chunks, self.probed))]
+        routing = layer_routing(in_order, self.checkpoint.config.n_routed_experts)
+        with disk_errors(folder.path):
+            folder.probe.save_routing(layer, routing)
 
     def _router_noise(self, layer: int) -> RouterNoise | None:
         config = self.checkpoint.config

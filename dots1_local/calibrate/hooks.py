@@ -1,4 +1,5 @@
-"""What is told about a layer while it is computed: which matrices have seen all their rows."""
+"""What is told about a layer while it is computed: which matrices have seen all their rows, and
+which experts the rows chose."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,12 +46,14 @@ def _ignore(*args: object) -> None:
 class Hooks:
     """Functions that are called within a layer, when matrices have seen all their rows.
 
-    `common` is called after attention, shared experts and a dense layer's FFN, and `expert` after
-    each routed expert.
+    `common` is called after attention, shared experts and a dense layer's FFN, `routed` with the
+    experts that all rows of x chose, [rows, experts per token], and `expert` after each routed
+    expert.
     """
 
     common: Callable[[], None] = _ignore
     expert: Callable[[Expert], None] = _ignore
+    routed: Callable[[Tensor], None] = _ignore
 
 
 NO_HOOKS = Hooks()

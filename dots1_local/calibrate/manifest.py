@@ -23,13 +23,14 @@ from dots1_local.hub.model_digest import model_digest
 from dots1_local.progress import Progress, silent
 
 __all__ = [
-    "IMATRIX", "MANIFEST", "REFINED_SENSITIVITY", "REFINEMENT", "SENSITIVITY", "fetch_calibration",
-    "find_calibration", "manifest_json",
+    "IMATRIX", "MANIFEST", "REFINED_SENSITIVITY", "REFINEMENT", "ROUTING", "SENSITIVITY",
+    "fetch_calibration", "fetch_routing", "find_calibration", "manifest_json",
 ]  # fmt: skip
 
 MANIFEST = "calibration.json"
 IMATRIX, SENSITIVITY = "imatrix.gguf", "sensitivity.json"
 REFINEMENT, REFINED_SENSITIVITY = "refinement.safetensors", "sensitivity-refined.json"
+ROUTING = "routing.safetensors"
 
 _WANTED = (IMATRIX, SENSITIVITY)
 _REFINING = (REFINED_SENSITIVITY, REFINEMENT)
@@ -100,16 +101,48 @@ def fetch_calibration(
                 f"settings are not those of {checkpoint.source}"
             )
         for file in (*_WANTED, *_REFINING * refine):
-            path = _fetch(repo, file, progress)
-            if path is not None and found.files.get(file) != file_sha256(path):
-                raise Dots1Error(
-                    f"{file} of {repo} is not the file that its {MANIFEST} describes: both must "
-                    "be of one calibration"
-                )
+            _fetch_described(repo, file, found, progress)
     except OSError as error:
         raise Dots1Error(f"cannot use {error.filename}: {error.strerror}") from None
     repo.note_revision(MANIFEST)
     return manifest.parent
+
+
+def fetch_routing(name: str, *, endpoint: str | None = None, progress: Progress = silent) -> Path:
+    """Fetch the routing of a calibration from the repository `name`; return the folder.
+
+    The model that it is used for need not be the calibrated checkpoint itself.
+
+    Raises:
+        CheckpointError: as `fetch_calibration`.
+        Dots1Error: the repository holds no routing, or that of another calibration; the disk is
+            full; the cache cannot be used.
+        UsageError: the extra `hub` is not installed.
+    """
+    repo = open_repo(name, None, endpoint, marker=MANIFEST)
+    try:
+        manifest = _fetch(repo, MANIFEST, progress)
+        if manifest is None:
+            raise Dots1Error(f"{repo} has no {MANIFEST}, so it is not a calibration")
+        if _fetch_described(repo, ROUTING, _read(manifest), progress) is None:
+            raise Dots1Error(f"{repo} has no {ROUTING}; it was calibrated by an older version")
+    except OSError as error:
+        raise Dots1Error(f"cannot use {error.filename}: {error.strerror}") from None
+    repo.note_revision(MANIFEST)
+    return manifest.parent
+
+
+def _fetch_described(
+    repo: HubRepo, name: str, manifest: _Manifest, progress: Progress
+) -> Path | None:
+    """Fetch a file, if there is one, and check that it is the one that the manifest describes."""
+    path = _fetch(repo, name, progress)
+    if path is not None and manifest.files.get(name) != file_sha256(path):
+        raise Dots1Error(
+            f"{name} of {repo} is not the file that its {MANIFEST} describes: both must be of one "
+            "calibration"
+        )
+    return path
 
 
 def _fetch(repo: HubRepo, name: str, progress: Progress) -> Path | None:

@@ -1,4 +1,4 @@
-"""The files of a calibration for sensitivity and refinement, in `DIR/work`; see
+"""The files of a calibration for sensitivity, refinement and routing, in `DIR/work`; see
 `calibration_folder`."""
 
 import json
@@ -24,7 +24,10 @@ Floats = NDArray[np.float32]
 Effects = Mapping[str, Mapping[str, Effect]]  # by GGUF name and type
 T = TypeVar("T")
 
-_SUFFIXES = {"probe": "npy", "back": "npy", "judged": "npy", "errors": "safetensors"}
+_SUFFIXES = {
+    "probe": "npy", "back": "npy", "judged": "npy", "errors": "safetensors",
+    "routing": "safetensors",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class _Sample:
 
 
 class ProbeFiles:
-    """The files of the probed chunks.
+    """The files of the probed chunks, and those of the routing.
 
     Methods that read raise Dots1Error if a file is missing, damaged, or of another shape; methods
     that write raise OSError if the disk is full or broken.
@@ -55,6 +58,14 @@ class ProbeFiles:
     def noise(self, layer: int) -> float:
         """The noise that `save_forward` saved."""
         return self._read(self._path("noise", layer), float)
+
+    def save_routing(self, layer: int, routing: Mapping[str, NDArray[Any]]) -> None:
+        """Save the experts that tokens chose in a layer; see `layer_routing`."""
+        self._save(self._path("routing", layer), dict(routing))
+
+    def routing(self, layer: int) -> dict[str, NDArray[Any]]:
+        """What `save_routing` saved."""
+        return self._parsed(self._path("routing", layer), _parse_arrays)
 
     def save_sample(
         self,

@@ -224,6 +224,7 @@ class _ForwardLayer:
             self.report(len(normed) * part)
         self.hooks.common()
         chosen, shares = (torch.cat(parts) for parts in zip(*routes, strict=True))
+        self.hooks.routed(chosen)
         self._experts(working, chosen, shares, (1 - part) / self.config.num_experts_per_tok)
         if self.working is None:
             self.x.copy_(working.after)

@@ -96,8 +96,9 @@ def calibrate(options: CalibrateOptions) -> None:
     This writes DIR/imatrix.gguf, for --imatrix of dots1 convert and of llama-quantize, and
     DIR/sensitivity.json, which tells dots1 convert --calibration DIR what each type does to each
     tensor. With --refine it also writes refinement.safetensors and sensitivity-refined.json, for
-    dots1 convert --refine. If a run is interrupted, the same command resumes it after the last
-    finished layer.
+    dots1 convert --refine. DIR/routing.safetensors has the experts that tokens chose; dots1 inspect
+    DIR shows what a cache of experts would hit. If a run is interrupted, the same command resumes
+    it after the last finished layer.
 
     Examples:
 
@@ -108,7 +109,13 @@ def calibrate(options: CalibrateOptions) -> None:
       dots1 calibrate rednote-hilab/dots.llm1.inst -f calibration.txt -o calibrated --low-disk
     """
     _check(options)
-    from dots1_local.calibrate.manifest import IMATRIX, REFINED_SENSITIVITY, REFINEMENT, SENSITIVITY
+    from dots1_local.calibrate.manifest import (
+        IMATRIX,
+        REFINED_SENSITIVITY,
+        REFINEMENT,
+        ROUTING,
+        SENSITIVITY,
+    )
     from dots1_local.evaluate.texts import open_vocabulary, tokenize
 
     checkpoint = open_checkpoint(options.checkpoint, options.revision, options.low_disk)
@@ -136,6 +143,7 @@ def calibrate(options: CalibrateOptions) -> None:
             {
                 "imatrix": imatrix and str(imatrix),
                 "sensitivity": sensitivity and str(sensitivity),
+                "routing": str(options.output / ROUTING) if coverage else None,
                 **{key: str(path) for key, path in refined.items()},
                 "tokens": tokens.size,
                 "layers": [asdict(layer) for layer in coverage],

@@ -1,4 +1,4 @@
-"""`dots1 inspect`: show what a GGUF file or a checkpoint holds."""
+"""`dots1 inspect`: show what a GGUF file, a checkpoint or a calibration holds."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,8 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dots1_local.cli._options import Json, argument, flag, verb
+import typer
+
+from dots1_local.cli._options import Json, argument, flag, option, verb
 from dots1_local.cli._output import one_line, plural, print_json, print_sizes, print_table
+from dots1_local.cli._routing import inspect_routing
 from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
@@ -21,9 +24,14 @@ _MAX_CHARACTERS = 120
 
 @dataclass(frozen=True, eq=False, repr=False)
 class InspectOptions:
-    path: Path = argument("A GGUF file, any shard of a split one, or a checkpoint's folder.")
+    path: Path = argument(
+        "A GGUF file, any shard of a split one, or the folder of a checkpoint or a calibration."
+    )
     tensors: bool = flag("List every tensor with its type, shape and size.", "--tensors")
     keys: bool = flag("List the metadata keys; long values are abbreviated.", "--keys")
+    svg: Path | None = option(
+        "Draw a calibration's hit rates by cache size to this file.", metavar="FILE"
+    )
     json: Json = False
 
 
@@ -31,12 +39,21 @@ class InspectOptions:
 def inspect(options: InspectOptions) -> None:
     """Show what a model file holds, summed up by the role of its tensors.
 
+    Of a calibration, show which experts its text used, and what a cache of experts would hit.
+
     dots1 inspect dots1-Q4_K_M.gguf
 
     dots1 inspect --tensors checkpoint/
+
+    dots1 inspect calibrated/ --svg hits.svg
     """
     from dots1_local.files.inspection import inspect_model
 
+    if _is_calibration(options.path):
+        inspect_routing(options.path, options.svg, json=options.json)
+        return
+    if options.svg is not None:
+        raise typer.BadParameter("only a calibration has hit rates to draw", param_hint="--svg")
     model = inspect_model(options.path)
     if options.json:
         print_json(_as_json(model))
@@ -53,6 +70,15 @@ def inspect(options: InspectOptions) -> None:
         print()
         rows = ((key, _abbreviate(value)) for key, value in model.keys.items())
         print_table(("key", "value"), rows, numbers_from=2)
+
+
+def _is_calibration(path: Path) -> bool:
+    if not path.is_dir() or (path / "config.json").exists():  # a checkpoint may have an imatrix
+        return False
+    from dots1_local.calibrate.manifest import IMATRIX, MANIFEST, ROUTING
+
+    results = (MANIFEST, ROUTING, IMATRIX)
+    return any((path / name).exists() for name in results)
 
 
 def _print_summary(model: "ModelContents") -> None:

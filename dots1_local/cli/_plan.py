@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dots1_local.cli import _options as shared
+from dots1_local.cli._expert_cache import cache_json, predicted_cache, show_cache
 from dots1_local.cli._options import option, verb
 from dots1_local.cli._output import notice, plural, print_json, print_table, progress_bar
 from dots1_local.errors import UsageError
@@ -57,6 +58,12 @@ class PlanOptions:
     worker: shared.Workers = None
     threads: shared.Threads = None
     plan: Path | None = option("Show this plan, which you may have edited, instead of a new one.")
+    routing: str | None = option(
+        "Also predict llama.cpp's cache of experts in VRAM, from the routing in this folder of "
+        "dots1 calibrate, or organisation/model on the Hugging Face hub.",
+        metavar="CALIBRATION",
+        default="FILE.gguf.calibration if there is one",
+    )
     json: shared.Json = False
 
 
@@ -73,6 +80,8 @@ def plan(options: PlanOptions) -> None:
     dots1 plan dots1-DQ4.gguf --json > plan.json
 
     dots1 plan dots1-DQ4.gguf --plan plan.json
+
+    dots1 plan dots1-DQ4.gguf --hardware 24gb-128gb --routing calibrated
     """
     from dots1_local.files.gguf import GGUFFile
     from dots1_local.placement.alternatives import explain_shortfall
@@ -107,10 +116,16 @@ def plan(options: PlanOptions) -> None:
     ):
         notice(warning)
     shortfall = explain_shortfall(graph, machine, placement)
+    cache = predicted_cache(graph, machine, placement, options.routing)
     if options.json:
-        print_json(plan_json(graph, machine, placement, shortfall))
+        content = plan_json(graph, machine, placement, shortfall)
+        if cache is not None:
+            content["predicted"]["expert_cache"] = cache_json(cache, machine, graph)
+        print_json(content)
     else:
         _show(options.model, graph, machine, placement)
+        if cache is not None:
+            show_cache(cache, machine, graph)
     if shortfall is not None:
         notice(f"dots1: {options.model.name} on {machine.name}: {shortfall}")
         raise typer.Exit(1)

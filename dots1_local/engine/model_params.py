@@ -26,7 +26,9 @@ from dots1_local.placement.placement import (
     default_context,
 )
 
-__all__ = ["EngineParams", "connected", "endpoints", "model_params", "prepare"]
+__all__ = [
+    "EngineParams", "connected", "endpoints", "has_moe_cache", "model_params", "prepare",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,14 @@ class _Override(ctypes.Structure):
     """struct llama_model_tensor_buft_override"""
 
     _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def has_moe_cache(bindings: Any = llama) -> bool:
+    """Whether the engine can cache experts in VRAM: llama-server's --moe-cache-mib, from b11480.
+
+    Its size is a field of struct llama_context_params; `bindings` are llama-cpp-python's.
+    """
+    return any(name == "moe_cache_size" for name, *_ in bindings.llama_context_params._fields_)
 
 
 def prepare(gguf: GGUFFile, placement: Placement) -> list[str]:

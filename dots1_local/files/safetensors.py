@@ -7,7 +7,7 @@ that the caller owns.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from dots1_local.errors import CheckpointError, Dots1Error
 
 __all__ = [
-    "Slice", "header_length", "pack_header", "read_exactly", "read_header", "tensor_table",
+    "Slice", "header_length", "load_arrays", "pack_header", "read_exactly", "read_header",
+    "tensor_table",
 ]  # fmt: skip
 
 _DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_WRITTEN_BYTES = {**_DTYPE_BYTES, "I32": 4}
+_ARRAYS = {"U8": np.uint8, "U16": np.uint16, "I64": np.int64}
+_ITEM_BYTES = {**_DTYPE_BYTES, "U8": 1, "U16": 2, "I32": 4, "I64": 8}
 _ALIGNMENT = 8  # of a header
 _MAX_HEADER = 100 << 20  # the safetensors format's own limit
 
@@ -40,7 +42,7 @@ class Slice:
 
     @property
     def item_bytes(self) -> int:
-        return _DTYPE_BYTES[self.dtype]
+        return _ITEM_BYTES[self.dtype]
 
     @property
     def nbytes(self) -> int:
@@ -74,8 +76,34 @@ def header_length(path: Path, start: bytes, size: int) -> int:
     return length
 
 
-def tensor_table(path: Path, header: bytes, size: int) -> dict[str, Slice]:
+def load_arrays(path: Path, limit: int) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The integers in a safetensors file of at most `limit` bytes, and the file's metadata.
+
+    Raises:
+        CheckpointError: the file is larger or garbled, or holds tensors of other types.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise CheckpointError(f"{path} is larger than {limit:,} bytes")
+    header = data[8 : 8 + header_length(path, data, len(data))]
+    slices = tensor_table(path, header, len(data), tuple(_ARRAYS))
+    arrays = {
+        name: np.frombuffer(data, _ARRAYS[s.dtype], prod(s.shape), s.offset).reshape(s.shape)
+        for name, s in slices.items()
+    }
+    metadata = json.loads(header).get("__metadata__")
+    found = metadata if isinstance(metadata, dict) else {}
+    return arrays, {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def tensor_table(
+    path: Path, header: bytes, size: int, dtypes: Sequence[str] = tuple(_DTYPE_BYTES)
+) -> dict[str, Slice]:
     """The tensors that a header names; every range is checked against the file's size.
+
+    Tensors of other types than `dtypes` are refused.
 
     Raises:
         CheckpointError: the header is garbled, or promises more than the file holds.
@@ -87,7 +115,7 @@ def tensor_table(path: Path, header: bytes, size: int) -> dict[str, Slice]:
     if not isinstance(table, dict):
         raise CheckpointError(f"{path} has a garbled safetensors header")
     slices = {
-        name: _slice(path, name, entry, 8 + len(header), size)
+        name: _slice(path, name, entry, 8 + len(header), size, dtypes)
         for name, entry in table.items()
         if name != "__metadata__"
     }
@@ -102,7 +130,7 @@ def _check_overlap(path: Path, slices: Mapping[str, Slice]) -> None:
             raise CheckpointError(f"{path} is corrupt: {first} and {second} share bytes")
 
 
-def _slice(path: Path, name: str, entry: Any, base: int, size: int) -> Slice:
+def _slice(path: Path, name: str, entry: Any, base: int, size: int, dtypes: Sequence[str]) -> Slice:
     try:
         dtype, (start, end) = str(entry["dtype"]), entry["data_offsets"]
         shape = tuple(entry["shape"])
@@ -111,11 +139,12 @@ def _slice(path: Path, name: str, entry: Any, base: int, size: int) -> Slice:
         whole = False
     if not whole:
         raise CheckpointError(f"{path} has a garbled description of tensor {name}")
-    if dtype not in _DTYPE_BYTES:
+    if dtype not in dtypes:
+        *most, last = dtypes
         raise CheckpointError(
-            f"{name} in {path.name} is {dtype!r}; dots1-local reads F32, F16 and BF16"
+            f"{name} in {path.name} is {dtype!r}; dots1-local reads {', '.join(most)} and {last}"
         )
-    if end - start != prod(shape) * _DTYPE_BYTES[dtype]:
+    if end - start != prod(shape) * _ITEM_BYTES[dtype]:
         raise CheckpointError(f"{name} in {path.name} has {end - start} bytes for shape {shape}")
     if base + end > size:
         raise CheckpointError(
@@ -135,7 +164,7 @@ def pack_header(
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     starts, end = {}, 0
     for name, (dtype, shape) in tensors.items():
-        starts[name], end = end, end + prod(shape) * _WRITTEN_BYTES[dtype]
+        starts[name], end = end, end + prod(shape) * _ITEM_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (starts[name], end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

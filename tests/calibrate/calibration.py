@@ -19,7 +19,11 @@ def random_tokens(chunks: int, n_ctx: int = 32, seed: int = 0) -> NDArray[np.int
 
 def run(checkpoint: Checkpoint, folder: Path, tokens: NDArray[np.int32], **options: Any) -> bytes:
     calibrate(checkpoint, folder, tokens, sensitivity=False, threads=1, **options)
-    assert {path.name for path in folder.iterdir()} == {"imatrix.gguf", "calibration.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "imatrix.gguf",
+        "routing.safetensors",
+        "calibration.json",
+    }
     return (folder / "imatrix.gguf").read_bytes()
 
 
@@ -40,7 +44,7 @@ class Sink:
         self.rows[chunk, start : start + len(logits)] = logits
 
 
-RESULTS = {"imatrix.gguf", "sensitivity.json", "calibration.json"}
+RESULTS = {"imatrix.gguf", "sensitivity.json", "routing.safetensors", "calibration.json"}
 BLOCKS_OF_32 = {"Q8_0", "Q5_1", "Q5_0", "Q4_1", "IQ4_NL", "MXFP4"}
 BLOCKS_OF_256 = {"Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S",
                  "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}  # fmt: skip
@@ -52,5 +56,8 @@ def probed(
 ) -> dict[str, bytes]:
     """Calibrate with sensitivity; return the contents of the results by name."""
     calibrate(checkpoint, folder, tokens, threads=1, **options)
-    assert {path.name for path in folder.iterdir()} == RESULTS
-    return {name: (folder / name).read_bytes() for name in RESULTS}
+    config = checkpoint.config
+    dense = config.first_k_dense_replace == config.num_hidden_layers
+    expected = RESULTS - {"routing.safetensors"} if dense else RESULTS
+    assert {path.name for path in folder.iterdir()} == expected
+    return {name: (folder / name).read_bytes() for name in expected}

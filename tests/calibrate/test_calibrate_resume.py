@@ -56,6 +56,9 @@ def test_killed_in_every_layer(micro: Checkpoint, expected: bytes, tmp_path: Pat
     assert said == [[*again, f"layer {layer}\n"] for layer, again in enumerate(resumed)]
     assert not (output / "imatrix.gguf").exists()
     assert run(micro, output, random_tokens(6)) == expected
+    run(micro, tmp_path / "whole", random_tokens(6))
+    routing = "routing.safetensors"
+    assert (output / routing).read_bytes() == (tmp_path / "whole" / routing).read_bytes()
 
 
 class Stopped(Exception):

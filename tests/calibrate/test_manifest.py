@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,11 @@ import pytest
 from huggingface_hub import constants
 
 from dots1_local.calibrate.calibrate import calibrate
-from dots1_local.calibrate.manifest import fetch_calibration, find_calibration
+from dots1_local.calibrate.manifest import (
+    fetch_calibration,
+    fetch_routing,
+    find_calibration,
+)
 from dots1_local.convert import Budget, Conversion
 from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
@@ -138,3 +142,25 @@ def test_a_repository_without_a_calibration(published: HubServer, model: Checkpo
 def test_a_folder_is_a_folder(model: Checkpoint, tmp_path: Path) -> None:
     assert find_calibration(str(tmp_path), model) == tmp_path
     assert find_calibration("no/such/folder", model) == Path("no/such/folder")
+
+
+def test_published_routing_is_fetched_alone(published: HubServer, calibrated: Path) -> None:
+    folder = fetch_routing(NAME, endpoint=published.endpoint)
+    name = "routing.safetensors"
+    assert requested(published) == {"calibration.json", name}
+    assert (folder / name).read_bytes() == (calibrated / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.unlink(), "has no routing"),
+        (lambda path: path.write_bytes(b""), "not the file"),
+    ],
+)
+def test_published_routing_is_checked(
+    published: HubServer, damage: Callable[[Path], object], says: str
+) -> None:
+    damage(published.commits[published.main] / "routing.safetensors")
+    with pytest.raises(Dots1Error, match=says):
+        fetch_routing(NAME, endpoint=published.endpoint)

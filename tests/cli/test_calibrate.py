@@ -80,6 +80,7 @@ def test_refining_writes_two_more_files(micro: Path, text: Path, tmp_path: Path)
     names = {
         "imatrix": "imatrix.gguf",
         "sensitivity": "sensitivity.json",
+        "routing": "routing.safetensors",
         "refinement": "refinement.safetensors",
         "refined_sensitivity": "sensitivity-refined.json",
     }
@@ -88,7 +89,7 @@ def test_refining_writes_two_more_files(micro: Path, text: Path, tmp_path: Path)
     }
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {*names.values(), "calibration.json"}
-    assert all(name in result.stderr for name in names.values())
+    assert all(name in result.stderr for name in set(names.values()) - {"routing.safetensors"})
 
 
 def test_refining_tells_how_many_tokens_it_needs(micro: Path, text: Path, tmp_path: Path) -> None:

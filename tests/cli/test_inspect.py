@@ -1,10 +1,17 @@
 import json
+import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from dots1_local.calibrate.calibrate import calibrate
 from dots1_local.cli import app
+from dots1_local.errors import Dots1Error
+from dots1_local.files.checkpoint import Checkpoint
+from tests.calibrate.calibration import random_tokens
 from tests.helpers import CONFIG, TOKENS, random_tensors, write_random_gguf
 from tests.micro import micro_checkpoint
 
@@ -80,3 +87,51 @@ def test_an_unreadable_file_is_one_sentence(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "x.gguf")])
     assert result.exit_code != 0
     assert "not a GGUF file" in str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated")
+    checkpoint = Checkpoint.open(micro_checkpoint(folder / "hf", num_hidden_layers=4))
+    calibrate(checkpoint, folder / "out", random_tokens(6), threads=1, sensitivity=False)
+    return folder / "out"
+
+
+def test_a_calibration_shows_what_caches_hit(calibrated: Path) -> None:
+    output = run(calibrated)
+    assert "2 of 4 experts per token in 3 layers, 192 tokens, 192 of them traced" in output
+    header = "layer top 1 effective LRU 1 LRU 2 LRU 3 hot 1 hot 2 hot 3"
+    assert row(output, "layer") == header.split()
+    found = json.loads(run(calibrated, "--json"))
+    assert (found["kind"], found["experts"], found["sizes"]) == ("calibration", 4, [1, 2, 3])
+    assert [layer["layer"] for layer in found["layers"]] == [1, 2, 3]
+    shown = [float(cell.rstrip("%")) for cell in row(output, "  all")[3:]]
+    mean = [*found["mean"]["lru"], *found["mean"]["static"]]
+    np.testing.assert_allclose(shown, 100 * np.array(mean), atol=0.051)
+
+
+def test_hit_rates_are_drawn(calibrated: Path, tmp_path: Path) -> None:
+    run(calibrated, "--svg", tmp_path / "hits.svg")
+    picture = ElementTree.parse(tmp_path / "hits.svg")
+    lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
+    titles = [line[0].text for line in lines if len(line)]
+    assert {f"layer {layer}" for layer in (1, 2, 3)} < set(titles)
+    # 0, three sizes and all experts, in a picture of 560 x 380
+    for line in lines[:5]:
+        points = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
+        assert len(points) == 5
+        assert all(0 < x < 560 and 0 < y < 380 for x, y in points)
+        assert points == sorted(points, key=lambda point: (point[0], -point[1]))
+
+
+def test_an_old_calibration_has_no_routing(calibrated: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(calibrated, tmp_path / "old")
+    (old / "routing.safetensors").unlink()
+    result = CliRunner().invoke(app, ["inspect", str(old)])
+    assert isinstance(result.exception, Dots1Error)
+    assert "calibrate again" in str(result.exception)
+
+
+def test_only_a_calibration_can_be_drawn(model: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(model), "--svg", str(tmp_path / "x.svg")])
+    assert (result.exit_code, "--svg" in result.output) == (2, True)

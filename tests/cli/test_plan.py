@@ -1,18 +1,24 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from dots1_local.calibrate.routing import layer_routing, pack_routing
 from dots1_local.cli._plan import plan
 from dots1_local.devices.hardware import Hardware, load_hardware
 from dots1_local.files.gguf import GGUFFile
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import load_placement
 from dots1_local.placement.planner import place
 from tests.helpers import write_random_gguf
+from tests.micro import micro_config
 from tests.placement.machines import machine, speed
+from tools.make_gguf import write_gguf
 
 MB = 10**6
 app = typer.Typer()
@@ -211,3 +217,84 @@ def test_plans_as_the_library_does(model: Path, a_gpu: Path) -> None:
     placement = place(GGUFFile.open(model), load_hardware(a_gpu))
     found.pop("predicted")
     assert found == placement.to_json()
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which a small GPU has room for some experts."""
+    path = tmp_path_factory.mktemp("larger") / "model.gguf"
+    config = micro_config(
+        num_hidden_layers=5,
+        hidden_size=512,
+        moe_intermediate_size=512,
+        n_routed_experts=16,
+        num_experts_per_tok=2,
+    )
+    return write_gguf(path, config, "Q8_0", importance=False, headers_only=True)
+
+
+def routing(folder: Path, model: Path, *, groups: int) -> Path:
+    """The folder of a calibration whose tokens use so many pairs of experts in turn."""
+    config = ModelGraph.read(GGUFFile.open(model)).config
+    token, slot = np.mgrid[:64, :2]
+    layers = [layer_routing((token % groups * 2 + slot)[None], 16) for _ in range(4)]
+    folder.mkdir(exist_ok=True)
+    (folder / "routing.safetensors").write_bytes(pack_routing(layers, config, "a digest"))
+    return folder
+
+
+def small_gpu(tmp_path: Path, upload: float) -> Path:
+    gpu = speed(1e9, upload=upload, upload_pageable=upload / 2)
+    hardware = machine(4000 * MB, (1000 * MB + 40 * MB,), cpu=speed(1e8), gpu=gpu)
+    return described(tmp_path / "machine.json", hardware)
+
+
+def test_a_cache_that_wins_comes_with_its_command(larger: Path, tmp_path: Path) -> None:
+    arguments = (larger, "--hardware", small_gpu(tmp_path, 1e7), "--context", "256")
+    plain = run(*arguments)
+    assert "--moe-cache-mib" not in plain.stdout
+    result = run(*arguments, "--routing", routing(tmp_path / "out", larger, groups=1))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(plain.stdout)
+    assert re.search(r"would hit 100% of the choices \(it breaks even at \d+%\)", result.stdout)
+    (command,) = re.findall(r".*--moe-cache-mib \d+$", result.stdout, re.MULTILINE)
+    assert "-ot _exps=CPU" in command
+
+
+def test_a_cache_that_loses_is_one_line(larger: Path, tmp_path: Path) -> None:
+    arguments = (larger, "--hardware", small_gpu(tmp_path, 1e7), "--context", "256")
+    result = run(*arguments, "--routing", routing(tmp_path / "out", larger, groups=8))
+    last = result.stdout.splitlines()[-1]
+    assert "does not pay (it breaks even at" in last
+    assert "--moe-cache-mib" not in result.stdout
+    found = json.loads(run(*arguments, "--routing", tmp_path / "out", "--json").stdout)
+    cache = found["predicted"]["expert_cache"]
+    assert not cache["wins"]
+    assert cache["hit_rate"] < cache["needed"] < 1
+    assert cache["decode"][1] < cache["decode"][0]
+
+
+def test_the_folder_that_refinement_left_is_found(larger: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.symlink_to(larger)
+    machine = small_gpu(tmp_path, 1e7)
+    folder = tmp_path / "model.gguf.calibration"
+    folder.mkdir()
+    arguments = (model, "--hardware", machine, "--context", "256", "--json")
+    assert "expert_cache" not in json.loads(run(*arguments).stdout)["predicted"]
+    routing(folder, larger, groups=1)
+    assert json.loads(run(*arguments).stdout)["predicted"]["expert_cache"]["wins"]
+
+
+def test_routing_that_cannot_be_used(
+    model: Path, larger: Path, a_gpu: Path, tmp_path: Path
+) -> None:
+    folder = routing(tmp_path / "out", larger, groups=1)
+    result = run(model, "--hardware", a_gpu, "--routing", folder)
+    assert "is of another model" in str(result.exception)
+    result = run(larger, "--hardware", a_gpu, "--context", "256", "--routing", folder)
+    assert result.stdout.splitlines()[-1] == (
+        "No cache of experts in VRAM: all experts are in VRAM."
+    )
+    result = run(larger, "--hardware", a_gpu, "--routing", tmp_path)
+    assert "routing.safetensors" in str(result.exception)

@@ -1,15 +1,19 @@
 """What must be set before the engine starts, in child processes, because it is set only once."""
 
+import ctypes
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import llama_cpp
 import pytest
 
 from dots1_local.devices import rpc
 from dots1_local.engine.engine import Engine
+from dots1_local.engine.model_params import has_moe_cache
 from dots1_local.errors import Dots1Error
 from tests.engine.test_loading import Decisions, placement_for
 from tests.helpers import write_random_gguf
@@ -58,3 +62,21 @@ def min_batch(path: Path, batch: int) -> tuple[str, int]:
     placement = placement_for(path, offload_min_batch=batch)
     with Engine.open(path, placement=placement) as engine:
         return os.environ["GGML_OP_OFFLOAD_MIN_BATCH"], len(engine.warnings)
+
+
+@pytest.mark.parametrize("field", ["moe_cache_size", "moe_cache_sizes", "op_offload"])
+def test_the_cache_of_experts_is_found_by_its_field(field: str) -> None:
+    """llama.cpp has `moe_cache_size` in the middle of llama_context_params from b11480 on."""
+
+    class Params(ctypes.Structure):
+        _fields_ = (
+            ("n_ctx", ctypes.c_uint32), (field, ctypes.c_size_t), ("samplers", ctypes.c_void_p),
+        )  # fmt: skip
+
+    bindings = SimpleNamespace(llama_context_params=Params)
+    assert has_moe_cache(bindings) is (field == "moe_cache_size")
+
+
+def test_the_installed_engine_is_asked() -> None:
+    header = [name for name, *_ in llama_cpp.llama_context_params._fields_]
+    assert has_moe_cache() is ("moe_cache_size" in header)

@@ -88,16 +88,12 @@ def least_loss(options: Options) -> Pick | None:
     if (options.least() > options.allowed).any():
         return None
     table = _Table(options)
-    prices, bound = _best_prices(table)
+    prices, bound, kept = _best_prices(table)
     excess = table.priced(prices)
     excess -= excess.min(1)[:, None]
-    if len(excess) > LARGEST_SEARCH:
-        few = np.argsort(excess, 1, kind="stable")[:, :_FEW]
-        chosen = _repaired(table.only(few), np.take_along_axis(excess, few, 1))
-        chosen = None if chosen is None else few[table.rows, chosen]
-    else:
-        chosen = _repaired(table, excess)
-        loss = np.inf if chosen is None else float(table.loss[table.rows, chosen].sum())
+    chosen = _kept_best(table, excess, kept)
+    if len(excess) <= LARGEST_SEARCH:
+        loss = np.inf if chosen is None else table.loss_of(chosen)
         better = _Search(table, excess, loss - bound, loss).run()
         chosen = chosen if better is None else better
     return None if chosen is None else Pick(*np.divmod(chosen, options.loss.shape[2]))
@@ -123,14 +119,24 @@ class _Table:
         other.costs = np.take_along_axis(self.costs, few[None], 2)
         return other
 
+    def loss_of(self, chosen: Indices) -> float:
+        """The sum of the losses of a choice."""
+        return float(self.loss[self.rows, chosen].sum())
+
+    def spent(self, chosen: Indices) -> Floats:
+        """What a choice takes of each limit."""
+        spent: Floats = self.costs[:, self.rows, chosen].sum(1)
+        return spent
+
     def priced(self, prices: Floats) -> Floats:
         """Loss and what is paid for it."""
         priced: Floats = self.loss + np.tensordot(prices, self.costs, 1)
         return priced
 
 
-def _best_prices(table: _Table) -> tuple[Floats, float]:
-    """The prices with the highest bound on the loss, and the bound.
+def _best_prices(table: _Table) -> tuple[Floats, float, Indices | None]:
+    """The prices with the highest bound on the loss, the bound, and the best choice at any prices
+    that were tried that keeps all limits.
 
     Ellipsoid method with deep cuts (Shor 1977; Bland, Goldfarb & Todd 1981).
     """
@@ -140,7 +146,7 @@ def _best_prices(table: _Table) -> tuple[Floats, float]:
     bound = float(table.loss.min(1).sum())
     radius = 100 * max(float(np.abs(finite).max()), abs(bound), 1e-300)
     center, shape = np.full(n, radius / 1e3), np.eye(n) * radius**2
-    best = np.zeros(count)
+    best, kept = np.zeros(count), None
     for _ in range(_MOST_STEPS):
         slope = np.zeros(n)
         if center[negative := int(center.argmin())] < 0:
@@ -153,7 +159,10 @@ def _best_prices(table: _Table) -> tuple[Floats, float]:
             value = float(priced[table.rows, chosen].sum() - prices @ table.most)
             if value > bound:
                 best, bound = prices, value
-            slope[:count] = table.most - table.costs[:, table.rows, chosen].sum(1)
+            spent = table.spent(chosen)
+            if (spent <= table.allowed).all():
+                kept = min(chosen, chosen if kept is None else kept, key=table.loss_of)
+            slope[:count] = table.most - spent
             worse = bound - value
         width = math.sqrt(max(0.0, float(slope @ shape @ slope)))
         if width <= max(worse, _PRECISION * bound):
@@ -162,17 +171,29 @@ def _best_prices(table: _Table) -> tuple[Floats, float]:
         center = center - (1 + n * depth) / (n + 1) * step
         cut = 2 * (1 + n * depth) / ((n + 1) * (1 + depth))
         shape = n**2 * (1 - depth**2) / (n**2 - 1) * (shape - cut * np.outer(step, step))
-    return best, bound
+    return best, bound, kept
+
+
+def _kept_best(table: _Table, excess: Floats, kept: Indices | None) -> Indices | None:
+    """The best choice at the prices, repaired to keep all limits, or else `kept`."""
+    few = np.argsort(excess, 1, kind="stable")
+    if len(few) > LARGEST_SEARCH:
+        few = few[:, :_FEW]
+    small, least = table.only(few), np.take_along_axis(excess, few, 1)
+    repaired = _repaired(small, least)
+    if repaired is not None:
+        return few[table.rows, _filled(small, repaired)]
+    return None if kept is None else _filled(table, kept)
 
 
 def _repaired(table: _Table, excess: Floats) -> Indices | None:
     """The best option of each tensor, changed until all limits are kept; None if that fails.
 
     `excess` (tensors, options) is the priced loss above that of the best option. Those changes come
-    first that pay most for it. Then what is left of the limits is used up.
+    first that pay most for it.
     """
     chosen: Indices = excess.argmin(1)
-    spent = table.costs[:, table.rows, chosen].sum(1)
+    spent = table.spent(chosen)
     while (over := float(np.maximum(spent - table.allowed, 0).sum())) > 0:
         added = table.costs - table.costs[:, table.rows, chosen][:, :, None]
         after = np.maximum(spent[:, None, None] + added - table.allowed[:, None, None], 0).sum(0)
@@ -183,8 +204,15 @@ def _repaired(table: _Table, excess: Floats) -> Indices | None:
         if not np.isfinite(rate[tensor, option]):
             return None
         chosen[tensor] = option
-        spent = table.costs[:, table.rows, chosen].sum(1)
+        spent = table.spent(chosen)
+    return chosen
+
+
+def _filled(table: _Table, chosen: Indices) -> Indices:
+    """A choice that uses up what is left of the limits, as long as that lowers the loss."""
+    chosen = chosen.copy()
     while True:
+        spent = table.spent(chosen)
         added = table.costs - table.costs[:, table.rows, chosen][:, :, None]
         fits = (spent[:, None, None] + added <= table.allowed[:, None, None]).all(0)
         gain = np.where(fits, table.loss[table.rows, chosen][:, None] - table.loss, 0.0)
@@ -192,7 +220,6 @@ def _repaired(table: _Table, excess: Floats) -> Indices | None:
         if gain[tensor, option] <= 0:
             return chosen
         chosen[tensor] = option
-        spent = table.costs[:, table.rows, chosen].sum(1)
 
 
 class _Option(NamedTuple):

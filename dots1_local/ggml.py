@@ -83,13 +83,18 @@ def _declare_base(lib: ctypes.CDLL) -> None:
 
 @dataclass(frozen=True)
 class QuantType:
-    """A tensor type of ggml: `block` weights are stored in `bytes` bytes."""
+    """A tensor type of ggml: `block` weights are stored in `bytes` bytes.
+
+    Measured mixes consider only a `candidate`. The other types lose more than a candidate of their
+    size (docs/convert.md has the figures); they are read, and written if a person asks for them.
+    """
 
     name: str
     ggml: int
     block: int
     bytes: int
     needs_importance: bool = False
+    candidate: bool = True
 
     @property
     def bpw(self) -> float:
@@ -126,16 +131,21 @@ TYPES: dict[str, QuantType] = {
         QuantType("Q4_0", 2, 32, 18),
         QuantType("IQ4_NL", 20, 32, 18),
         QuantType("IQ4_XS", 23, 256, 136),
+        QuantType("NVFP4", 40, 64, 36, candidate=False),
         QuantType("MXFP4", 39, 32, 17),
         QuantType("Q3_K", 11, 256, 110),
         QuantType("IQ3_S", 21, 256, 110),
         QuantType("IQ3_XXS", 18, 256, 98),
         QuantType("Q2_K", 10, 256, 84),
         QuantType("IQ2_S", 22, 256, 82),
+        QuantType("Q2_0", 42, 64, 18, candidate=False),
         QuantType("IQ2_XS", 17, 256, 74, needs_importance=True),
         QuantType("IQ2_XXS", 16, 256, 66, needs_importance=True),
+        QuantType("TQ2_0", 35, 256, 66, candidate=False),
         QuantType("IQ1_M", 29, 256, 56),
+        QuantType("TQ1_0", 34, 256, 54, candidate=False),
         QuantType("IQ1_S", 19, 256, 50, needs_importance=True),
+        QuantType("Q1_0", 41, 128, 18, candidate=False),
     )
 }
 

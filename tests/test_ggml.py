@@ -1,7 +1,6 @@
 """Every type of the table against gguf-py and ggml, and what its encoder must keep."""
 
 import ctypes
-from math import prod
 
 import numpy as np
 import pytest
@@ -20,6 +19,11 @@ Floats = NDArray[np.float32]
 
 # With importance these weigh an error by the mean square of the whole row, not of the block.
 WHOLE_ROW = {"Q4_0", "Q4_1", "Q5_0", "Q5_1"}
+# Made for models that were trained with a few values; their scale is the largest weight, or the
+# mean size of weights in Q1_0.
+VALUES = {"Q2_0": (-1, 0, 1), "TQ2_0": (-1, 0, 1), "TQ1_0": (-1, 0, 1), "Q1_0": (-1, 1)}
+# Types that gguf-py does not decode, and one that it does not know.
+BITS, UNKNOWN = {"Q1_0": 1, "Q2_0": 2}, {"Q2_0"}
 # Float formats err by a share of each value, not of the block's largest.
 FLOAT_ERROR = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8}
 
@@ -55,7 +59,7 @@ def relative_error(rows: Floats, kind: QuantType) -> float:
     return float(np.sqrt(np.square(error).mean() / np.square(rows).mean()))
 
 
-@every_type
+@pytest.mark.parametrize("kind", [kind for kind in TYPES.values() if kind.name not in UNKNOWN])
 def test_table_is_ggufs(kind: QuantType) -> None:
     theirs = GGMLQuantizationType[kind.name]
     assert kind.ggml == theirs.value
@@ -75,16 +79,24 @@ def test_table_is_the_installed_ggmls(kind: QuantType) -> None:
 @given(blocks=st.integers(0, 100), rest=st.integers(1, 255))
 def test_row_bytes(kind: QuantType, blocks: int, rest: int) -> None:
     columns = blocks * kind.block
-    expected = quants.quant_shape_to_byte_shape((columns,), GGMLQuantizationType[kind.name])
+    row_size = ggml.library().ggml_row_size
+    row_size.argtypes, row_size.restype = (ctypes.c_int, ctypes.c_int64), ctypes.c_size_t
     assert kind.fits(columns)
-    assert kind.row_bytes(columns) == prod(expected)
+    assert kind.row_bytes(columns) == row_size(kind.ggml, columns)
     if rest < kind.block:
         assert not kind.fits(columns + rest)
         with pytest.raises(UsageError, match=kind.name):
             kind.row_bytes(columns + rest)
 
 
-@every_type
+@pytest.mark.parametrize("name", VALUES)
+def test_models_of_few_values_are_stored_exactly(name: str) -> None:
+    rows = np.random.default_rng(0).choice(VALUES[name], (8, 1024)).astype(np.float32)
+    rows /= np.float32(64)
+    np.testing.assert_array_equal(round_trip(rows, TYPES[name], None), rows)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES.values() if kind.name not in VALUES])
 def test_error_is_near_what_the_bits_allow(kind: QuantType) -> None:
     """No code of b bits errs by less than 2^-b on Gaussian weights, relative to their size."""
     error = relative_error(gaussian(8, 512), kind)
@@ -147,8 +159,20 @@ def test_zeros_stay_zero(kind: QuantType, blocks: int, importance: float) -> Non
 def test_we_decode_as_gguf_does(kind: QuantType, matrix: tuple[Floats, Floats]) -> None:
     rows, importance = matrix
     data = encode(rows, kind, importance)
-    theirs = quants.dequantize(data, GGMLQuantizationType[kind.name])
+    if kind.name in BITS:
+        theirs = decoded_by_hand(data, BITS[kind.name], kind.bytes)
+    else:
+        theirs = quants.dequantize(data, GGMLQuantizationType[kind.name])
     np.testing.assert_array_equal(decode(data, kind, rows.shape[1]), theirs)
+
+
+def decoded_by_hand(data: NDArray[np.uint8], bits: int, nbytes: int) -> Floats:
+    """A float16 scale, then codes of 1 or 2 bits, the lowest first: -1 and 1, or -1 to 2."""
+    blocks = data.reshape(-1, nbytes)
+    codes = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").reshape(len(blocks), -1, bits)
+    values = codes @ (1 << np.arange(bits)) - 1.0 if bits > 1 else 2.0 * codes[..., 0] - 1
+    scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    return (values * scales).astype(np.float32).reshape(len(data), -1)
 
 
 def test_importance_is_used() -> None:

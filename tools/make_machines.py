@@ -39,7 +39,8 @@ _CORE_MATMUL = {
     "IQ4_XS": (32, 124, 218), "MXFP4": (29, 30, 31), "Q3_K": (33, 87, 184), "IQ3_S": (12, 93, 206),
     "IQ3_XXS": (14, 80, 196), "Q2_K": (52, 112, 194), "IQ2_S": (21, 80, 174),
     "IQ2_XS": (19, 81, 179), "IQ2_XXS": (19, 95, 210), "IQ1_M": (22, 72, 177),
-    "IQ1_S": (21, 99, 207),
+    "IQ1_S": (21, 99, 207), "NVFP4": (22, 23, 23), "Q2_0": (2.8, 2.7, 2.7), "TQ2_0": (67, 67, 57),
+    "TQ1_0": (35, 36, 35), "Q1_0": (39, 42, 42),
 }  # fmt: skip
 _CORE_REPACKED = {
     "Q4_K": (45, 56, 56), "Q4_0": (41, 47, 47), "IQ4_NL": (41, 46, 46), "MXFP4": (38, 41, 41),
@@ -49,6 +50,7 @@ _CORE_ATTENTION = {
     "F32": (2.2, 33), "F16": (2.6, 35), "BF16": (2.6, 7.6), "Q8_0": (2.3, 6.6), "Q5_1": (1.7, 2.3),
     "Q5_0": (1.8, 2.4), "Q4_1": (1.5, 3.5), "Q4_0": (2.6, 3.5), "IQ4_NL": (1.7, 2.1),
 }  # fmt: skip
+_NO_GPU = ("TQ2_0", "TQ1_0")  # ggml-cuda has no kernels for them
 _GPU_KV = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 _GPU_KV_DIRECT = ("F16", "BF16", "Q8_0", "Q4_0")  # the others are converted to F16 first, each time
 
@@ -74,6 +76,8 @@ def _gpu(card: Card, name: str) -> Device:
     dense = _TENSOR * card.int8 / 2
     matmul = {}
     for kind in TYPES.values():
+        if kind.name in _NO_GPU:
+            continue
         codebook = kind.name.startswith(("IQ1", "IQ2", "IQ3"))
         weights = card.bandwidth * (_READ_CODEBOOK if codebook else _READ) * 8 / kind.bpw
         large = _ATTENTION * card.fp16 / 2 if kind.name in ("F32", "F16", "BF16") else dense

@@ -134,14 +134,15 @@ def measure(
 
 
 def candidates(spec: TensorSpec, importance: bool) -> list[QuantType]:
-    """The types under 16 bits that fit a tensor, padded or not.
+    """The candidates under 16 bits that fit a tensor, padded or not.
 
     `REFERENCE` is left out: IQ4_NL is better at the same size.
     """
     return [
         kind
         for kind in TYPES.values()
-        if kind.bpw < 16
+        if kind.candidate
+        and kind.bpw < 16
         and kind.name != REFERENCE
         and (importance or not kind.needs_importance)
         and (kind.fits(spec.source_shape[-1]) or kind.fits(spec.columns))

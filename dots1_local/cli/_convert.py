@@ -95,6 +95,12 @@ class ConvertOptions:
         metavar="MEMORY",
         panel=_BUDGET,
     )
+    one_layout: bool = flag(
+        "Store each matrix of the experts (gate, up, down) in one type in all layers; llama.cpp's "
+        "expert cache is shared by layers of equal types only.",
+        "--one-layout",
+        panel=_BUDGET,
+    )
     for_: str | None = option(
         "Choose types for quality and speed on this machine: 'this', or a description that "
         "dots1 plan --hardware takes. Without a target, take the knee of the front. The "
@@ -257,6 +263,10 @@ def _check(options: ConvertOptions) -> None:
         raise typer.BadParameter(
             f"{names} need what dots1 calibrate measured", param_hint="--calibration"
         )
+    if options.one_layout and (options.for_ is not None or not given):
+        raise typer.BadParameter(
+            "--one-layout goes with --size, --bpw, --max-kld or --fit-memory, and without --for"
+        )
     if given and (typed or options.plan):
         raise typer.BadParameter("--type and --plan leave a budget nothing to decide")
 
@@ -344,6 +354,7 @@ def _prepare(
             split_max_size=split,
             refine=options.refine,
             encoder=options.encoder,
+            one_layout=options.one_layout,
         )
     return Conversion.prepare(
         checkpoint,

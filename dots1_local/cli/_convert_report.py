@@ -185,7 +185,7 @@ def _show_allocation(conversion: "Conversion", allocation: "Allocation", file_by
     print(f"""
 {allocation.plan.recipe}: {file_bytes:,} bytes with headers
 predicted KL divergence: {_nats(allocation.kl)} nats per token
-experts: {_widths(conversion, allocation)}
+experts: {_widths(conversion, allocation)}{_layout(allocation)}
 at the margin: another {unit} lowers it by {_nats(allocation.price * scale / 1e9)}""")
     _show_moves("just missed", allocation.upgrades, unit, scale)
     _show_moves("cheapest to give up", allocation.downgrades, unit, scale)
@@ -200,6 +200,7 @@ def _allocation_json(conversion: "Conversion", allocation: "Allocation") -> dict
         "upgrades": [asdict(move) for move in allocation.upgrades],
         "downgrades": [asdict(move) for move in allocation.downgrades],
         "other_width": asdict(allocation.other) if allocation.other else None,
+        "own_types": asdict(allocation.own_types) if allocation.own_types else None,
     }
 
 
@@ -233,6 +234,17 @@ def _widths(conversion: "Conversion", allocation: "Allocation") -> str:
     return (
         f"{chosen}; {described(other.expert_width)} it would be {_nats(other.kl)} "
         f"in {human_bytes(other.nbytes)}"
+    )
+
+
+def _layout(allocation: "Allocation") -> str:
+    """Say what it costs that experts have one layout in all layers, if they have."""
+    own = allocation.own_types
+    if own is None:
+        return ""
+    return (
+        f"\nlayout: one type per matrix; with its own type in each layer it would be "
+        f"{_nats(own.kl)} in {human_bytes(own.nbytes)}"
     )
 
 

@@ -121,13 +121,14 @@ class Conversion:
         split_max_size: int | None = None,
         refine: bool = False,
         encoder: EncoderName = "ggml",
+        one_layout: bool = False,
     ) -> "Conversion":
         """Choose the types with the least predicted KL divergence within a budget.
 
         `calibration` is the folder with sensitivity.json and imatrix.gguf; to `refine`, it must
         have been calibrated for that, and the divergence of refined types is predicted. Give
         `split_max_size` here as well as to `run`: a budget of file size includes the headers of
-        shards.
+        shards. With `one_layout`, each matrix of experts has one type in all layers.
 
         Raises:
             CheckpointError: as `prepare`.
@@ -145,6 +146,7 @@ class Conversion:
             padding=padding,
             overrides=parse_overrides(overrides),
             cost=aligned_bytes if budget.kind == "size" else attrgetter("nbytes"),
+            one_layout=one_layout,
         )
         largest = allocator.reaching(allocator.least_kl, f"measured {budget}")
         undecided = cls._checked(source, largest.plan, importance)

@@ -99,8 +99,8 @@ def _rows(files: OpenFiles, piece: _RowRange) -> NDArray[np.float32]:
     data = files.read(stored.file, offset, (piece.stop - piece.start) * row_bytes)
     if bad_blocks(data, stored.type).size:
         raise GGUFError(
-            f"{_where(piece)} has NaN or infinite weights; the file is damaged, and dots1 verify "
-            "says where"
+            f"{_where(piece)} has NaN or infinite weights, or illegal codes; the file is damaged, "
+            "and dots1 verify says where"
         )
     rows = decode(data.reshape(-1, row_bytes), kind, columns)
     return np.ascontiguousarray(rows[:, : tensor.columns])

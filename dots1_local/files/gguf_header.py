@@ -34,8 +34,6 @@ _LENGTH, _ARRAY_START = struct.Struct("<Q"), struct.Struct("<IQ")
 # ggml's id → (name, weights in a block, bytes of a block), including types of other models' files.
 _LAYOUTS = {kind.ggml: (kind.name, kind.block, kind.bytes) for kind in TYPES.values()} | {
     24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
-    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
-    42: ("Q2_0", 64, 18),
 }  # fmt: skip
 
 

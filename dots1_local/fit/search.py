@@ -29,7 +29,7 @@ from dots1_local.progress import Progress, silent
 from dots1_local.quant.choices import KINDS, Choice, Choices
 from dots1_local.quant.limits import LARGEST_SEARCH, Options, Pick, least_loss
 from dots1_local.quant.plan import QuantPlan
-from dots1_local.quant.stock import stock_mix
+from dots1_local.quant.stock import file_type
 
 __all__ = ["MachineFile", "Search", "Target", "graph_of"]
 
@@ -334,9 +334,9 @@ class Search:
             chosen.values(), choices.nbytes[np.arange(len(choice)), choice], strict=True
         ):
             kinds[kind] += int(nbytes)
-        label = stock_mix(kinds.most_common(1)[0][0])
+        label = file_type(kinds.most_common(1)[0][0])
         types = {spec.name: chosen.get(spec.name, "F32") for spec in specs}
-        return QuantPlan(self._recipe, choices.width, label.file_type, types)
+        return QuantPlan(self._recipe, choices.width, label, types)
 
 
 def _of_size(choices: Choices, nbytes: float) -> Choice:

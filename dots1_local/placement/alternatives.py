@@ -86,7 +86,7 @@ def explain_shortfall(
     contexts = range((placement.context - 1) // _STEP * _STEP, 0, -_STEP)
     index = bisect_left(contexts, True, key=lambda n: short(n, placement.kv_type) <= 0)
     file_bytes = placement.model_bytes - max(0, least)
-    narrowest = min(kind.bpw for kind in TYPES.values()) / 8
+    narrowest = min(kind.bpw for kind in TYPES.values() if kind.candidate) / 8
     weights = sum(tensor.elements for tensor in graph.tensors)
     return Shortfall(
         device=device,

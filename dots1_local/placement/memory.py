@@ -80,7 +80,7 @@ def weights_budget(
         )
     devices = [device for device in (*machine.devices, machine.cpu) if device.free]
     budget = _budget(config, devices, n_ctx, kv_type)
-    least = int(_elements(config) * min(kind.bpw for kind in TYPES.values()) / 8)
+    least = int(_elements(config) * min(kind.bpw for kind in TYPES.values() if kind.candidate) / 8)
     buffers = _buffers(config, devices, n_ctx, kv_type, least)
     for device, buffer in zip(devices, buffers, strict=True):
         if usable_bytes(device) <= buffer:

@@ -97,7 +97,7 @@ class ModelGraph:
         for tensor in tensors:
             block = _BLOCK.match(tensor.name)
             part = tensor.name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
-            if part != "token_embd":
+            if part != "token_embd" and not tensor.name.endswith("scale"):
                 layers[min(int(block[1]), len(layers) - 1) if block else -1][part] = tensor
         try:
             ops = tuple(_ops(config, layers))

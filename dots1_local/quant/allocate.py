@@ -18,6 +18,7 @@ import numpy as np
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.errors import UsageError
+from dots1_local.quant import one_layout
 from dots1_local.quant.allocation import Allocation, Solution, explain
 from dots1_local.quant.choices import Change, Choice, Choices, Cost, Floats, best_change, choices_at
 from dots1_local.quant.plan import Override
@@ -45,7 +46,8 @@ class Allocator:
 
     `covered` holds the tensors with importance (None: all). `cost` gives a tensor's part of the
     budget, by default its bytes. An override decides a tensor's type; `padding` other than "auto"
-    decides the expert width.
+    decides the expert width. With `one_layout`, each matrix of experts (gate, up and down) has one
+    type in all layers.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class Allocator:
         padding: Padding = "auto",
         overrides: Sequence[Override] = (),
         cost: Cost = attrgetter("nbytes"),
+        one_layout: bool = False,
     ) -> None:
         sensitivity.check(config)
-        self.config = config
-        self._choices = [
+        self.config, self._one_layout = config, one_layout
+        self._choices = self._by_tensor = [
             choices_at(
                 width,
                 config,
@@ -71,6 +74,8 @@ class Allocator:
             )
             for width in expert_widths(config, padding)
         ]
+        if one_layout:
+            self._choices = [choices.merged() for choices in self._by_tensor]
         self.smallest = min(c.size(c.smallest()) for c in self._choices)
         """The bytes of the smallest plan."""
         self.least_kl, self.largest = min((c.kl(c.best()), c.size(c.best())) for c in self._choices)
@@ -94,9 +99,14 @@ class Allocator:
                 f"{say(nbytes)} is too {which}: the smallest possible is {say(self.smallest)} "
                 f"and the largest {say(self.largest)}"
             )
-        fitting = [c for c in self._choices if c.size(c.smallest()) <= nbytes]
-        solutions = [_within(choices, nbytes) for choices in fitting]
-        return explain(self.config, sorted(solutions, key=lambda s: (s.kl, s.size)), nbytes, recipe)
+
+        def best_of(possible: Sequence[Choices]) -> list[Solution]:
+            fitting = [c for c in possible if c.size(c.smallest()) <= nbytes]
+            solutions = [_within(choices, nbytes) for choices in fitting]
+            return sorted(solutions, key=lambda s: (s.kl, s.size))
+
+        own_types = best_of(self._by_tensor)[0] if self._one_layout else None
+        return explain(self.config, best_of(self._choices), nbytes, recipe, own_types)
 
     def reaching(self, kl: float, recipe: str) -> Allocation:
         """The smallest plan whose predicted KL divergence is at most `kl` nats a token.
@@ -109,10 +119,15 @@ class Allocator:
                 f"no plan has a KL divergence of {kl:g} or less: the best is predicted to have "
                 f"{1.005 * self.least_kl:.3g}"  # a little more, so that rounding never names less
             )
-        possible = [c for c in self._choices if c.kl(c.best()) <= kl]
-        solutions = [_reaching(choices, kl) for choices in possible]
-        best = sorted(solutions, key=lambda s: (s.size, s.kl))
-        return explain(self.config, best, best[0].size, recipe)
+
+        def best_of(possible: Sequence[Choices], most: float) -> list[Solution]:
+            reached = [_reaching(c, most) for c in possible if c.kl(c.best()) <= most]
+            return sorted(reached, key=lambda s: (s.size, s.kl))
+
+        best, own_types = best_of(self._choices, kl), None
+        if self._one_layout:  # in another order, the same sum may be a little larger
+            own_types = best_of(self._by_tensor, kl * (1 + 1e-12))[0]
+        return explain(self.config, best, best[0].size, recipe, own_types)
 
 
 def _within(choices: Choices, nbytes: float) -> Solution:
@@ -131,6 +146,7 @@ def _within(choices: Choices, nbytes: float) -> Solution:
 
     start, price = _priced(choices, accept, choices.smallest(), highest=False)
     starts = _along_hull(choices, start, [price * factor for factor in _PRICE_FACTORS])
+    starts += one_layout.starts(choices, lambda size, kl: np.where(size <= nbytes, kl, np.inf))
     plans = [_repaired(s, improvement) for s in (start, *starts) if accept(s)]
     best = min((Solution(choices, p, price) for p in plans), key=lambda s: (s.kl, s.size))
     while change := _change_of_three(best, nbytes):
@@ -180,6 +196,7 @@ def _reaching(choices: Choices, kl: float) -> Solution:
 
     start, price = _priced(choices, accept, choices.best(), highest=True)
     starts = _along_hull(choices, start, [price / factor for factor in _PRICE_FACTORS])
+    starts += one_layout.starts(choices, lambda size, found: np.where(found <= kl, size, np.inf))
     plans = [_repaired(s, improvement) for s in (start, *starts) if accept(s)]
     best = min((Solution(choices, p, price) for p in plans), key=lambda s: (s.size, s.kl))
     # With a budget in bytes a little below this size, repair may find a plan that is smaller still.

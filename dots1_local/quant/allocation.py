@@ -10,9 +10,12 @@ import numpy as np
 from dots1_local.architecture import Dots1Config, Role, inventory
 from dots1_local.quant.choices import KINDS, Choice, Choices
 from dots1_local.quant.plan import PlannedTensor, QuantPlan
-from dots1_local.quant.stock import stock_mix
+from dots1_local.quant.stock import file_type
 
-__all__ = ["Allocation", "OtherWidth", "Part", "Solution", "TypeChange", "explain", "summarise"]
+__all__ = [
+    "Allocation", "OtherWidth", "OwnTypes", "Part", "Solution", "TypeChange", "explain",
+    "summarise",
+]  # fmt: skip
 
 _MOST_CHANGES = 5  # upgrades, and as many downgrades
 
@@ -38,13 +41,22 @@ class OtherWidth:
 
 
 @dataclass(frozen=True)
+class OwnTypes:
+    """Size and KL divergence of the best plan in which each layer's experts have types of their
+    own."""
+
+    nbytes: float
+    kl: float
+
+
+@dataclass(frozen=True)
 class Allocation:
     """A plan with its predicted KL divergence `kl`, in nats a token.
 
     `price` is how much another GB would lower `kl`, and `shares` is each tensor's contribution to
     it. `upgrades` are the changes that would lower it most per byte but did not fit; `downgrades`
     are those that would free bytes at the least increase. `other` is None if only one expert width
-    is possible.
+    is possible, and `own_types` if experts need not have one layout.
     """
 
     plan: QuantPlan
@@ -55,6 +67,7 @@ class Allocation:
     upgrades: tuple[TypeChange, ...]
     downgrades: tuple[TypeChange, ...]
     other: OtherWidth | None
+    own_types: OwnTypes | None = None
 
 
 @dataclass(frozen=True)
@@ -87,25 +100,29 @@ class Solution:
 
 
 def explain(
-    config: Dots1Config, solutions: Sequence[Solution], budget: float, recipe: str
+    config: Dots1Config,
+    solutions: Sequence[Solution],
+    budget: float,
+    recipe: str,
+    own_types: Solution | None = None,
 ) -> Allocation:
     """Turn the first of `solutions`, which is the best, into a plan; the second, if there is one,
-    is the best at the other expert width."""
+    is the best at the other expert width. `own_types` is the best without one layout."""
     best = solutions[0]
-    choices, choice = best.choices, best.choice
+    choices, choice = best.choices.by_tensor(best.choice)
     chosen = choices.types(choice)
     specs = inventory(config, choices.width)
     types = {spec.name: chosen.get(spec.name, "F32") for spec in specs}
     bytes_by_type: Counter[str] = Counter()
     for planned in QuantPlan(recipe, choices.width, 0, types).tensors(config):
         bytes_by_type[planned.kind.name] += planned.nbytes
-    label = stock_mix(bytes_by_type.most_common(1)[0][0])
+    label = file_type(bytes_by_type.most_common(1)[0][0])
     shares = zip(choices.specs, choices.shares(choice), strict=True)
     upgrades = _changes(best, more_than=budget - best.size)
     # The smallest plan follows from any price that is high enough; the best upgrade bounds it.
     price = min(best.price, max((-change.kl / change.nbytes for change in upgrades), default=0.0))
     return Allocation(
-        QuantPlan(recipe, choices.width, label.file_type, types),
+        QuantPlan(recipe, choices.width, label, types),
         best.size,
         best.kl,
         price * 1e9,
@@ -113,6 +130,7 @@ def explain(
         upgrades,
         _changes(best, more_than=None),
         next((OtherWidth(s.choices.width, s.size, s.kl) for s in solutions[1:]), None),
+        None if own_types is None else OwnTypes(own_types.size, own_types.kl),
     )
 
 

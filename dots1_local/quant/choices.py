@@ -5,13 +5,13 @@
 
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, TensorSpec, inventory
-from dots1_local.errors import Dots1Error
+from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.ggml import TYPES
 from dots1_local.quant.plan import Override, PlannedTensor, override_type
 from dots1_local.quant.sensitivity import Effect, Sensitivity
@@ -36,6 +36,10 @@ class Choices:
 
     Matrices are (tensors, types) in the order of `specs` and `KINDS`; they are infinite where a
     type is not possible. `fixed_bytes` is the size of the tensors that have only one type.
+
+    In `merged` choices, a row stands for all tensors that must have one type, under a name with a
+    `*` for the layer. `apart` are the choices before they were merged, and `row_of` is where each
+    of their tensors is now.
     """
 
     width: int
@@ -44,6 +48,8 @@ class Choices:
     damage: Floats
     flips: Floats
     fixed_bytes: float
+    apart: "Choices | None" = None
+    row_of: Indices | None = None
 
     def size(self, choice: Choice) -> float:
         """Bytes of all tensors."""
@@ -82,6 +88,38 @@ class Choices:
     def types(self, choice: Choice) -> dict[str, str]:
         """Type by tensor name."""
         return {s.name: KINDS[kind] for s, kind in zip(self.specs, choice, strict=True)}
+
+    def by_tensor(self, choice: Choice) -> "tuple[Choices, Choice]":
+        """The choices before they were merged, and in them this choice."""
+        return (self, choice) if self.apart is None else (self.apart, choice[self.row_of])
+
+    def merged(self) -> "Choices":
+        """The choices of models whose experts have one layout in all layers: each matrix (gate, up
+        and down) has one type.
+
+        Raises:
+            UsageError: no type is possible in all layers.
+        """
+        names = [f"blk.*.{s.part}.weight" if s.role == "routed" else s.name for s in self.specs]
+        first = {name: names.index(name) for name in names}
+        row_of = np.array([list(first).index(name) for name in names])
+        specs = tuple(replace(self.specs[at], name=name) for name, at in first.items())
+
+        def summed(matrix: Floats) -> Floats:
+            sums = np.zeros((len(specs), len(KINDS)))
+            np.add.at(sums, row_of, matrix)
+            return sums
+
+        nbytes, damage, flips = map(summed, (self.nbytes, self.damage, self.flips))
+        possible = np.isfinite(nbytes).any(1)
+        if not possible.all():
+            raise UsageError(
+                f"no type is possible for {specs[int(possible.argmin())].name} in all layers, as "
+                "--one-layout needs; leave it out, or the --tensor-type that gives layers others"
+            )
+        return Choices(
+            self.width, specs, nbytes, damage, flips, self.fixed_bytes, apart=self, row_of=row_of
+        )
 
 
 def choices_at(
@@ -123,7 +161,7 @@ def _effects(
     measured = sensitivity.tensors.get(spec.name, {})
     override = override_type(spec.name, overrides)
     if override is not None:
-        kind = fallback(override, spec.columns)
+        kind = fallback(override, spec)
         if kind not in measured and TYPES[kind].bpw < 16:
             raise Dots1Error(
                 f"the effect of {kind} on {spec.name} was not measured, so no budget can be kept "

@@ -6,6 +6,10 @@ A block's scales alone tell whether it decodes to finite numbers. Everything els
 small integer, so its weights are finite if its 16-bit scales are: the largest weight is 65504 times
 a few thousand. MXFP4's scale is a power of two up to 2^127, and from 2^126 on a weight may
 overflow. ggml has the same check, but it prints to stderr.
+
+Some bytes mean nothing in a few types, although ggml decodes them: 243 of a TQ1_0 byte's 256
+values stand for five ternary digits, TQ2_0 has no fourth code, and in NVFP4's scales 0x7F is the
+NaN of E4M3 and larger bytes have a sign. Devices need not agree on them, so such a block is bad.
 """
 
 import ctypes
@@ -90,7 +94,7 @@ _SCALES = {
     "Q2_K": (84, 80, 82), "Q3_K": (110, 108), "Q4_K": (144, 0, 2), "Q5_K": (176, 0, 2),
     "Q6_K": (210, 208), "IQ1_S": (50, 0), "IQ2_XXS": (66, 0), "IQ2_XS": (74, 0), "IQ2_S": (82, 0),
     "IQ3_XXS": (98, 0), "IQ3_S": (110, 0), "IQ4_NL": (18, 0), "IQ4_XS": (136, 0),
-    "TQ1_0": (54, 52), "TQ2_0": (66, 64), "Q1_0": (18, 0), "Q2_0": (18, 0), "F16": (2, 0),
+    "Q1_0": (18, 0), "Q2_0": (18, 0), "F16": (2, 0),
 }  # fmt: skip
 
 
@@ -101,14 +105,45 @@ def _bad_iq1_m(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return bad
 
 
-# Bytes of a block, and which blocks are bad. Types in neither table are always finite: integers,
-# and NVFP4, whose scales have 8 bits.
+# A byte holds five ternary digits as a fraction of 3^5, rounded up, or four digits and a 0.
+_FIVE_DIGITS = np.isin(np.arange(256), -(-256 * np.arange(243) // 243))
+_FOUR_DIGITS = np.isin(np.arange(256), -(-256 * np.arange(0, 243, 3) // 243))
+
+
+def _bad_tq1_0(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    blocks = data.reshape(-1, 54)
+    legal = _FIVE_DIGITS[blocks[:, :48]].all(1) & _FOUR_DIGITS[blocks[:, 48:52]].all(1)
+    return ~legal | _special(blocks[:, 53])
+
+
+def _bad_tq2_0(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    blocks = data.reshape(-1, 66)
+    codes = blocks[:, :64]
+    fourth = (codes & codes >> 1 & 0x55).any(1)
+    return np.asarray(fourth | _special(blocks[:, 65]))
+
+
+def _bad_nvfp4(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    return np.asarray((data.reshape(-1, 36)[:, :4] >= 0x7F).any(1))
+
+
+def _special(high: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Whether float16 numbers with these high bytes are NaN or infinite: all bits of the exponent
+    are set."""
+    special: NDArray[np.bool_] = (high & 0x7C) == 0x7C
+    return special
+
+
+# Bytes of a block, and which blocks are bad. Types in neither table are integers.
 _OTHERS: dict[str, tuple[int, Callable[[NDArray[np.uint8]], NDArray[np.bool_]]]] = {
     "BF16": (2, lambda data: (data.view(np.uint16) & 0x7F80) == 0x7F80),
     "F32": (4, lambda data: ~np.isfinite(data.view(np.float32))),
     "F64": (8, lambda data: ~np.isfinite(data.view(np.float64))),
     "MXFP4": (17, lambda data: data.reshape(-1, 17)[:, 0] >= 253),  # weights of 12 × 2^(e - 128)
     "IQ1_M": (56, _bad_iq1_m),
+    "TQ1_0": (54, _bad_tq1_0),
+    "TQ2_0": (66, _bad_tq2_0),
+    "NVFP4": (36, _bad_nvfp4),
 }
 
 
@@ -118,13 +153,12 @@ def block_bytes(kind: str) -> int:
 
 
 def bad_blocks(data: NDArray[np.uint8], kind: str) -> NDArray[np.intp]:
-    """The indices of the blocks of contiguous `data` that hold a NaN or an infinity."""
+    """The indices of the blocks of contiguous `data` that hold a NaN, an infinity, or bytes that
+    have no meaning in `kind`."""
     if kind in _OTHERS:
         return np.flatnonzero(_OTHERS[kind][1](data))
     if kind not in _SCALES:
         return np.empty(0, np.intp)
     size, *places = _SCALES[kind]
     blocks = data.reshape(-1, size)
-    # A float16 is special if all bits of its exponent are set.
-    special = ((blocks[:, place + 1] & 0x7C) == 0x7C for place in places)
-    return np.flatnonzero(reduce(np.logical_or, special))
+    return np.flatnonzero(reduce(np.logical_or, (_special(blocks[:, p + 1]) for p in places)))

@@ -127,7 +127,7 @@ def _dynamic_types(
         types[spec.name] = "F32"
         if is_quantisable(spec):
             override = override_type(spec.name, overrides)
-            types[spec.name] = fallback(override, spec.columns) if override else mix.type_of(spec)
+            types[spec.name] = fallback(override, spec) if override else mix.type_of(spec)
     return types
 
 

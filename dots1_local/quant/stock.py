@@ -17,8 +17,8 @@ from dots1_local.ggml import TYPES
 from dots1_local.quant.plan import Override, override_type
 
 __all__ = [
-    "STOCK_MIXES", "fallback", "is_quantisable", "needs_importance", "require_importance",
-    "stock_mix", "stock_types",
+    "STOCK_MIXES", "fallback", "file_type", "is_quantisable", "needs_importance",
+    "require_importance", "stock_mix", "stock_types",
 ]  # fmt: skip
 
 
@@ -49,7 +49,8 @@ _MIXES = {
         ("IQ3_XS", 22, "IQ3_S"), ("IQ3_XXS", 23, "IQ3_XXS"), ("Q2_K", 10, "Q2_K"),
         ("Q2_K_S", 21, "Q2_K"), ("IQ2_M", 29, "IQ2_S"), ("IQ2_S", 28, "IQ2_XS"),
         ("IQ2_XS", 20, "IQ2_XS"), ("IQ2_XXS", 19, "IQ2_XXS"), ("IQ1_M", 31, "IQ1_M"),
-        ("IQ1_S", 24, "IQ1_S"),
+        ("IQ1_S", 24, "IQ1_S"), ("Q2_0", 41, "Q2_0"), ("TQ2_0", 37, "TQ2_0"),
+        ("TQ1_0", 36, "TQ1_0"), ("Q1_0", 40, "Q1_0"),
     )
 }  # fmt: skip
 _ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M", "MXFP4": "MXFP4_MOE"}
@@ -64,8 +65,12 @@ _WITHOUT_IMATRIX = ("token_embd.weight", "output.weight")
 # The second choice for rows that are not a multiple of the block; if it does not fit either: F16.
 _FALLBACK = {
     **dict.fromkeys(_NEEDS_IMPORTANCE | {"IQ3_S", "IQ4_XS"}, "IQ4_NL"),
-    **{"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"},
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q2_0", "TQ2_0", "TQ1_0"), "Q4_0"),
+    **{"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"},
 }
+_NO_FALLBACK = ("Q1_0", "NVFP4")  # stock refuses rows that these do not fit
+# llama.h has an id for files of this type, although llama-quantize has no mix for it.
+_OTHER_FILE_TYPES = {"NVFP4": 39}
 
 
 def stock_mix(name: str) -> Mix:
@@ -78,6 +83,11 @@ def stock_mix(name: str) -> Mix:
         return STOCK_MIXES[name.upper()]
     except KeyError:
         raise UsageError(f"no mix {name!r}; there are {', '.join(STOCK_MIXES)}") from None
+
+
+def file_type(type_name: str) -> int:
+    """The value of `general.file_type` for a file that is mostly of one type."""
+    return _OTHER_FILE_TYPES.get(type_name) or stock_mix(type_name).file_type
 
 
 def stock_types(
@@ -102,7 +112,7 @@ def stock_types(
         if choice is None:  # stock does not count tensors that are overridden
             position = _position(spec, chosen, n_expert, counted)
             choice = _rule_type(spec, chosen, _Case(position, layers, n_expert, has_importance))
-        types[spec.name] = fallback(choice, spec.columns)
+        types[spec.name] = fallback(choice, spec)
     return types
 
 
@@ -112,10 +122,20 @@ def is_quantisable(spec: TensorSpec) -> bool:
     return is_matrix and spec.role not in ("norm", "router")
 
 
-def fallback(type_name: str, columns: int) -> str:
-    """The type itself if it fits rows of `columns`, otherwise the type that stock uses instead."""
+def fallback(type_name: str, spec: TensorSpec) -> str:
+    """The type itself if it fits the tensor's rows, otherwise the type that stock uses instead.
+
+    Raises:
+        UsageError: the type does not fit, and stock has no other type for it.
+    """
+    if type_name in _NO_FALLBACK and not TYPES[type_name].fits(spec.columns):
+        raise UsageError(
+            f"{spec.name} has rows of {spec.columns}, which {type_name}'s blocks of "
+            f"{TYPES[type_name].block} do not fit, and llama-quantize has no other type for it; "
+            f"choose one with --tensor-type {spec.name}=TYPE"
+        )
     for name in (type_name, _FALLBACK.get(type_name, "F16")):
-        if TYPES[name].fits(columns):
+        if TYPES[name].fits(spec.columns):
             return name
     return "F16"
 
@@ -235,6 +255,7 @@ _RULES = (
     _Rule("any", "MXFP4_MOE", "Q8_0"),
     _Rule("token_embd", "IQ1_S IQ1_M IQ2_XXS IQ2_XS", "Q2_K"),
     _Rule("token_embd", "IQ2_S IQ2_M IQ3_XXS", "IQ3_S"),
+    _Rule("token_embd", "Q2_0 TQ2_0 TQ1_0", "Q4_K"),
     _Rule("attn_v", _LOW, "Q4_K", lambda case: case.experts >= 4),
     _Rule("attn_v", "IQ2_S IQ2_M", "IQ3_S"),
     _Rule("attn_v", _LOW, "Q2_K"),

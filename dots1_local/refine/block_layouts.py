@@ -2,7 +2,7 @@
 
 A block is a struct of packed integers. Each `Bits` of a layout says where some bits of a field are;
 a field whose bits are in several places has several. The layouts are those of ggml-common.h. MXFP4,
-whose scales are powers of two, is not here.
+whose scales are powers of two, is not here, and neither are types that measured mixes do not use.
 """
 
 from collections.abc import Iterator

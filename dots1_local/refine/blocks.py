@@ -88,7 +88,8 @@ def zero_blocks(kind: QuantType, rows: int, columns: int) -> Blocks:
 def refinable(kind: QuantType) -> bool:
     """Whether blocks of this type have scales and codes that can be chosen.
 
-    F32, F16 and BF16 have no blocks, and the scales of MXFP4 are powers of two.
+    F32, F16 and BF16 have no blocks, the scales of MXFP4 are powers of two, and types that are no
+    candidates of a measured mix are left as ggml encodes them.
     """
     return kind.name in LAYOUTS
 

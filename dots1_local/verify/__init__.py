@@ -12,7 +12,7 @@ from dots1_local.files.gguf import GGUFFile
 from dots1_local.progress import Progress, silent
 from dots1_local.verify.findings import Finding, Report, TensorCheck
 from dots1_local.verify.numbers import conflicts, likely_config, lint_numbers
-from dots1_local.verify.tensors import expected_tensors, lint_tensors
+from dots1_local.verify.tensors import expected_tensors, has_scale, lint_tensors
 from dots1_local.verify.tokens import lint_template, lint_tokenizer
 
 __all__ = ["Finding", "Report", "TensorCheck", "check_loadable", "verify_gguf"]
@@ -106,7 +106,8 @@ def _other_model(gguf: GGUFFile) -> Finding | None:
 
 
 def _comparable(gguf: GGUFFile, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
-    """The tensors that are stored in the checkpoint's shape, padded or not, by name."""
+    """The tensors that are stored in the checkpoint's shape, padded or not, and that no scale
+    multiplies, by name."""
     config = checkpoint.config
     found = {tensor.name: tensor.shape for tensor in gguf.tensors}
     routed = (shape for name, shape in found.items() if name.endswith(".ffn_gate_exps.weight"))
@@ -114,4 +115,8 @@ def _comparable(gguf: GGUFFile, checkpoint: Checkpoint) -> dict[str, TensorSpec]
     width = max([*widths[:1], config.moe_intermediate_size])
     specs = expected_tensors(config, gguf, width)
     checkpoint.check(specs)
-    return {spec.name: spec for spec in specs if found.get(spec.name) == spec.shape}
+    return {
+        spec.name: spec
+        for spec in specs
+        if found.get(spec.name) == spec.shape and not has_scale(spec.name, found)
+    }

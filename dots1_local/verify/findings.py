@@ -31,7 +31,8 @@ USUAL_ERROR = {
     "F16": 0.001, "BF16": 0.003, "Q8_0": 0.011, "Q6_K": 0.04, "Q5_K": 0.065, "Q5_1": 0.065,
     "Q5_0": 0.085, "Q4_K": 0.125, "Q4_1": 0.125, "Q4_0": 0.165, "IQ4_NL": 0.135, "IQ4_XS": 0.135,
     "MXFP4": 0.17, "Q3_K": 0.25, "IQ3_S": 0.27, "IQ3_XXS": 0.35, "Q2_K": 0.42, "IQ2_S": 0.51,
-    "IQ2_XS": 0.53, "IQ2_XXS": 0.63, "IQ1_M": 0.72, "IQ1_S": 0.79,
+    "IQ2_XS": 0.53, "IQ2_XXS": 0.63, "IQ1_M": 0.72, "IQ1_S": 0.79, "NVFP4": 0.17, "Q2_0": 0.88,
+    "Q1_0": 0.93, "TQ2_0": 1.0, "TQ1_0": 1.0,
 }  # fmt: skip
 _UNRELATED = 0.95  # the error of unrelated weights of any size is 1 or more
 
@@ -59,7 +60,8 @@ class Finding:
 class TensorCheck:
     """What reading one tensor showed.
 
-    `bad_blocks` do not decode to finite numbers; the first of them is in `bad_row` of `bad_expert`.
+    `bad_blocks` hold a NaN, an infinity or an illegal code; the first of them is in `bad_row` of
+    `bad_expert`.
     `error` is ‖W − Ŵ‖ / ‖W‖ against the checkpoint, without padding; `worst_error` is that of the
     worst expert, or of the whole tensor if it has no experts. `changed` weights differ from the
     checkpoint's although the type can hold them exactly; `padding` weights should be zero.
@@ -128,12 +130,13 @@ def remedy(changes: Sequence[Change], by_fix: str) -> str:
 def findings_from(tensors: Sequence[TensorCheck]) -> Iterator[Finding]:
     """The findings about tensors that were read, and compared if there was a checkpoint."""
     compared = [tensor for tensor in tensors if tensor.worst_error is not None]
-    other = [t for t in compared if not _worst(t) < _UNRELATED]  # includes NaN
+    other = [t for t in compared if not _worst(t) < _most(t.type)]  # includes NaN
     changed = [tensor for tensor in compared if tensor.changed and tensor not in other]
     padded = [tensor for tensor in compared if tensor.padding]
     unusual = [
         tensor for tensor in compared
-        if USUAL_ERROR.get(tensor.type, 1.0) < _worst(tensor) < _UNRELATED and not tensor.changed
+        if USUAL_ERROR.get(tensor.type, 1.0) < _worst(tensor) < _most(tensor.type)
+        and not tensor.changed
     ]  # fmt: skip
     if damaged := [tensor for tensor in tensors if tensor.bad_blocks]:
         yield Finding("blocks", "error", _damaged(damaged))
@@ -174,9 +177,9 @@ def _damaged(tensors: Sequence[TensorCheck]) -> str:
     first, count = tensors[0], sum(tensor.bad_blocks for tensor in tensors)
     expert = f"expert {first.bad_expert}, " if len(first.shape) == 3 else ""
     return (
-        f"NaN or infinite weights in {count} block{'s' * (count != 1)} of {_names(tensors)}, first "
-        f"in {expert}row {first.bad_row} of {first.name}: the file is damaged; fetch or convert it "
-        "again"
+        f"NaN or infinite weights, or illegal codes, in {count} block{'s' * (count != 1)} of "
+        f"{_names(tensors)}, first in {expert}row {first.bad_row} of {first.name}: the file is "
+        "damaged; fetch or convert it again"
     )
 
 
@@ -186,6 +189,11 @@ def _names(tensors: Sequence[TensorCheck]) -> str:
 
 def _worst(tensor: TensorCheck) -> float:
     return tensor.worst_error or 0.0
+
+
+def _most(kind: str) -> float:
+    """The error from which on weights are unrelated."""
+    return max(_UNRELATED, USUAL_ERROR.get(kind, 0.0))
 
 
 def _of_expert(tensor: TensorCheck) -> str:

@@ -6,7 +6,7 @@ which it does not notice. It aborts the process over a norm or a router bias tha
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,12 @@ from dots1_local.architecture import Dots1Config, TensorSpec, inventory
 from dots1_local.files.gguf import GGUFFile, GGUFTensor
 from dots1_local.verify.findings import ABORTS, REFUSES, Finding, Severity, names
 
-__all__ = ["config_from_tensors", "expected_tensors", "lint_tensors"]
+__all__ = ["config_from_tensors", "expected_tensors", "has_scale", "lint_tensors"]
+
+# Tensors of one factor that llama.cpp reads beside a matrix of dots1; those of inputs have no use.
+_SCALE = re.compile(
+    r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)\.(input_)?scale"
+)
 
 _AGAIN = "convert the checkpoint again with dots1 convert"
 
@@ -40,6 +45,11 @@ def _fused(query: TensorSpec, name: str) -> TensorSpec:
     return replace(query, name=name, shape=(3 * rows, columns), sources=sources)
 
 
+def has_scale(name: str, stored: Container[str]) -> bool:
+    """Whether another tensor of a file holds a factor of the matrix called `name`."""
+    return name.removesuffix("weight") + "scale" in stored
+
+
 def lint_tensors(gguf: GGUFFile, config: Dots1Config | None) -> Iterator[Finding]:
     """What is wrong with the tensors; if `config` is None, only types and places are checked."""
     yield from _types(gguf)
@@ -51,7 +61,12 @@ def lint_tensors(gguf: GGUFFile, config: Dots1Config | None) -> Iterator[Finding
     wanted = {t.name: t for t in expected_tensors(config, gguf, config.moe_intermediate_size)}
     found = {tensor.name: tensor for tensor in gguf.tensors}
     yield from _missing([name for name in wanted if name not in found])
-    yield from _surplus([name for name in found if name not in wanted])
+    surplus = [name for name in found if name not in wanted]
+    scales = [name for name in surplus if _SCALE.fullmatch(name)]
+    if "output.weight" in found and found["output.weight"].type == "NVFP4":
+        scales += [name for name in surplus if name in ("output.scale", "output.input_scale")]
+    yield from _scales([name for name in scales if name.endswith(".scale")])
+    yield from _surplus([name for name in surplus if name not in scales])
     yield from _misshaped(wanted, found)
 
 
@@ -99,10 +114,30 @@ def _surplus(surplus: list[str]) -> Iterator[Finding]:
     if used:
         message = f"{names(used)} is not part of a dots1 model, but llama.cpp adds it; {_AGAIN}"
         yield Finding("tensors", "error", message)
-    others = [n for n in surplus if n not in used and not n.endswith(("scale", ".attn_qkv.bias"))]
+    others = [name for name in surplus if name not in used and not name.endswith(".attn_qkv.bias")]
     if others:
         message = f"{names(others)} is not part of a dots1 model: {REFUSES}; {_AGAIN}"
         yield Finding("tensors", "error", message)
+
+
+def _scales(scales: list[str]) -> Iterator[Finding]:
+    """Factors of whole matrices, of which a conversion to NVFP4 leaves out those that are 1.
+
+    llama.cpp reads all, but its graph of dots1 has no place for those of feed-forward matrices.
+    """
+    unused = [name for name in scales if ".ffn_" in name]
+    if unused:
+        message = (
+            f"llama.cpp does not multiply by {names(unused)} in a dots1 model, so that it computes "
+            f"something else; {_AGAIN}"
+        )
+        yield Finding("scales", "error", message)
+    if used := [name for name in scales if name not in unused]:
+        message = (
+            f"llama.cpp multiplies by {names(used)}, which dots1-local does not: it neither "
+            "compares nor exports these tensors"
+        )
+        yield Finding("scales", "note", message)
 
 
 def _misshaped(

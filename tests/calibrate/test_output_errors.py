@@ -143,7 +143,8 @@ def test_types_that_fit_are_measured() -> None:
     unpadded = replace(ROUTED, shape=(4, 64, 192))
     short = {"Q8_0", "Q5_0", "Q5_1", "Q4_1", "IQ4_NL", "MXFP4"}
     assert Case(unpadded).measured(count=32).keys() == short | {"reference"}
-    every = TYPES.keys() - {"F32", "F16", "BF16", "Q4_0"}
+    others = {"F32", "F16", "BF16", "Q4_0", "NVFP4", "Q2_0", "TQ2_0", "TQ1_0", "Q1_0"}
+    every = TYPES.keys() - others
     assert Case(ROUTED).measured(count=32).keys() == every | {"reference"}
     case = Case(PLAIN)
     drawn = sample(case.spec, case.rows_of, case.rows, case.columns, count=32)

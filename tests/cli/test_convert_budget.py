@@ -243,3 +243,35 @@ def test_fit_memory_chooses_types(tiny: Path, calibration: Path) -> None:
     described = convert(tiny, *options, "24gb-64gb")  # 24 GiB and 64 GiB, less what is in use
     assert "24.9 GB gpu + " in described.stderr
     assert "'8'" in refused(convert(tiny, *options, "8"))
+
+
+@pytest.mark.parametrize("budget", [("--bpw", 5), ("--max-kld", 0.02), ("--size", "12MB")])
+def test_one_layout_gives_each_matrix_of_experts_one_type(
+    tiny: Path, calibration: Path, budget: tuple[str, object]
+) -> None:
+    options = (*budget, "--calibration", calibration, "--dry-run")
+    result = convert(tiny, *options, "--one-layout", "--json")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    one = json.loads(result.stdout)
+    free = json.loads(convert(tiny, *options, "--json").stdout)
+    for part in ("gate", "up", "down"):
+        assert len({k for n, k in one["types"].items() if f"ffn_{part}_exps" in n}) == 1
+    own = one["allocation"]["own_types"]
+    assert own["kl"] == free["predicted_kl"]
+    assert free["allocation"]["own_types"] is None
+    shown = convert(tiny, *options, "--one-layout").stdout
+    assert "with its own type in each layer it would be" in shown
+    assert "its own type" not in convert(tiny, *options).stdout
+
+
+@pytest.mark.parametrize(
+    "options", [("--for", "24gb-64gb"), ("--type", "DQ4"), ("--for", "24gb-64gb", "--size", "9MB")]
+)
+def test_one_layout_needs_a_budget_of_bytes_or_quality(
+    tiny: Path, calibration: Path, options: tuple[str, ...]
+) -> None:
+    sentence = refused(
+        convert(tiny, *options, "--one-layout", "--calibration", calibration, "--dry-run")
+    )
+    assert "--one-layout" in sentence
+    assert "--max-kld" in sentence

@@ -102,7 +102,8 @@ def test_keys_that_compute_something_else(
         ({"architecture": "qwen2"}, "architecture 'qwen2'"),
         ({"without": ["blk.1.exp_probs_b.bias"]}, "chooses experts without it"),
         ({"without": ["output.weight"]}, "lacks output.weight"),
-        ({"tensors": {"blk.1.ffn_up_exps.scale": np.ones(8, np.float32)}}, "no place"),
+        ({"tensors": {"blk.1.ffn_up_exps.scale": np.ones(8, np.float32)}}, "does not multiply"),
+        ({"tensors": {"blk.1.attn_v.scale": np.ones(1, np.float32)}}, "no place"),
         ({"tensors": {"blk.1.attn_q.bias": np.ones(64, np.float32)}}, "not part of a dots1"),
     ],
 )

@@ -22,7 +22,7 @@ from tests.micro import micro_checkpoint
 from tests.quant.stock_llama import stock_quantise
 from tests.verify.patch import Data, rewrite, tensor_bytes
 
-IQ3_S = 26  # LLAMA_FTYPE_MOSTLY_IQ3_S
+ALL_F32, IQ3_S = 0, 26  # LLAMA_FTYPE_ALL_F32, LLAMA_FTYPE_MOSTLY_IQ3_S
 INDEX = "model.safetensors.index.json"
 
 
@@ -93,6 +93,16 @@ def test_a_stock_file(tiny: Path, converted: Converted, tmp_path: Path) -> None:
     export_checkpoint(path, tmp_path / "out")
     config = Dots1Config.from_json(json.loads((tiny / "config.json").read_text()))
     assert_equal(exported(tmp_path / "out"), expected(config, decoded(path)))
+
+
+def test_types_of_few_values_and_nvfp4(tiny: Path, converted: Converted, tmp_path: Path) -> None:
+    types = ["down_exps=q2_0", "gate_exps=tq1_0", "up_exps=nvfp4", "attn_q=tq2_0", "attn_k=q1_0"]
+    path = tmp_path / "few.gguf"
+    convert_checkpoint(tiny, path, "Q4_0", overrides=types)
+    stock_quantise(path, tmp_path / "f32.gguf", ALL_F32)
+    export_checkpoint(path, tmp_path / "out")
+    config = Dots1Config.from_json(json.loads((tiny / "config.json").read_text()))
+    assert_equal(exported(tmp_path / "out"), expected(config, decoded(tmp_path / "f32.gguf")))
 
 
 def test_a_bf16_file_gives_the_checkpoint_back(

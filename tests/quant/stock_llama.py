@@ -124,7 +124,7 @@ def stock_quantise(
     importance: Importances | None = None,
     overrides: Sequence[Override] = (),
 ) -> None:
-    """llama_model_quantize.
+    """llama_model_quantize, which also decodes quantised tensors.
 
     Raises:
         StockError: it refused.
@@ -157,6 +157,7 @@ def _quantise(
 ) -> str:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread, parameters.dry_run = file_type, 2, dry_run
+    parameters.allow_requantize = True
     entries = [
         (name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
         for name, values in (importance or {}).items()

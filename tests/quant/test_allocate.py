@@ -1,6 +1,8 @@
 """Types under a budget: against every possible plan of a small model, and rules on real ones."""
 
+import re
 from collections.abc import Mapping
+from dataclasses import astuple, replace
 from itertools import product
 from pathlib import Path
 
@@ -66,6 +68,67 @@ def test_as_good_as_the_best_of_all_plans(seed: int) -> None:
         best = divergence[size <= budget].min()
         assert allocator.within(float(budget), "").kl <= 1.01 * best
         assert allocator.reaching(1.01 * best, "").nbytes <= size[divergence <= best].min()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_layout_is_as_good_as_the_best_of_all_plans_that_have_it(seed: int) -> None:
+    config = replace(MICRO, num_hidden_layers=4)
+    kinds = ("Q8_0", "Q6_K", "Q4_K", "IQ4_NL", "Q3_K")
+    sensitivity = made_up(config, kinds=kinds, seed=seed)
+    experts = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+    free = ["token_embd", "^output.weight", "blk.0.ffn_gate", "blk.0.ffn_down", *experts]
+    fixed = parse_overrides(["attn=Q8_0", "shexp=Q8_0", "ffn_up.weight=Q8_0"])
+    allocator = Allocator(config, sensitivity, overrides=fixed, one_layout=True)
+    plans = np.array(list(product(range(len(kinds)), repeat=len(free))))
+    size, damage, flips = np.zeros((3, len(plans)))
+    for spec in inventory(config):
+        measured = sensitivity.tensors.get(spec.name)
+        places = [place for place, part in enumerate(free) if re.search(part, spec.name)]
+        chosen = plans[:, places[0]] if measured and places else np.zeros(len(plans), int)
+        by_kind = [(TYPES[k].bpw, *astuple(measured[k])[1:]) for k in kinds] if measured else []
+        figures = np.array(by_kind or [(32, 0, 0)])[chosen]
+        size += spec.elements * figures[:, 0] / 8
+        damage += figures[:, 1]
+        flips += figures[:, 2]
+    divergence = damage + np.sqrt(flips)
+    for budget in np.linspace(size.min(), size.max(), 25):
+        best = divergence[size <= budget].min()
+        found = allocator.within(float(budget), "")
+        assert found.kl == pytest.approx(best)
+        assert nbytes(found.plan, config) == found.nbytes <= budget
+        for part in experts:
+            assert len({kind for name, kind in found.plan.types.items() if part in name}) == 1
+        least = size[divergence <= best * (1 + 1e-9)].min()
+        assert allocator.reaching(best * (1 + 1e-9), "").nbytes <= 1.001 * least
+
+
+def test_what_one_layout_costs(config: Dots1Config) -> None:
+    sensitivity = made_up(config)
+    free, one = (Allocator(config, sensitivity, one_layout=each) for each in (False, True))
+    half = 0.5 * free.largest
+    found, best = one.within(half, ""), free.within(half, "")
+    assert found.own_types is not None
+    assert (found.own_types.nbytes, found.own_types.kl) == (best.nbytes, best.kl)
+    assert best.own_types is None
+    assert found.kl > best.kl
+    assert found.kl == pytest.approx(sensitivity.predict(found.plan.types))
+    assert sum(found.shares.values()) == pytest.approx(found.kl)
+    assert found.shares.keys() == best.shares.keys()
+    moves = [move for move in found.downgrades if move.tensor.startswith("blk.*.")]
+    for move in moves:
+        same = {n: k for n, k in found.plan.types.items() if n.endswith(move.tensor[5:])}
+        assert set(same.values()) == {move.before}
+        changed = dict(found.plan.types) | dict.fromkeys(same, move.after)
+        assert sensitivity.predict(changed) - found.kl == pytest.approx(move.kl, rel=1e-6)
+
+
+def test_layers_that_must_differ_cannot_have_one_layout(config: Dots1Config) -> None:
+    overrides = parse_overrides([r"blk\.1\.ffn_up_exps=Q8_0", r"blk\.2\.ffn_up_exps=Q5_0"])
+    with pytest.raises(UsageError, match="ffn_up_exps"):
+        Allocator(config, made_up(config), overrides=overrides, one_layout=True)
+    same = Allocator(config, made_up(config), overrides=overrides[:1], one_layout=True)
+    types = same.within(same.smallest, "").plan.types
+    assert {kind for name, kind in types.items() if "ffn_up_exps" in name} == {"Q8_0"}
 
 
 def test_lands_just_under_and_never_gets_worse_by_more_bytes(

@@ -5,16 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
 from dots1_local.ggml import TYPES
-from dots1_local.quant.encode import bad_blocks, block_bytes, decode
+from dots1_local.quant.encode import bad_blocks, decode, encode
 from dots1_local.verify import verify_gguf
 from tests.helpers import write_random_gguf
 from tests.verify.patch import Data, rewrite
 
-UNKNOWN = ("TQ1_0", "TQ2_0")  # types that gguf-py decodes and this package does not write
+TERNARY = {"TQ1_0": 52, "TQ2_0": 64}  # with the place of the scale
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -25,7 +23,8 @@ def test_a_block_is_finite_if_its_scales_are(name: str) -> None:
     decoded = decode(data, kind, kind.block)
     bad = np.flatnonzero(~np.isfinite(decoded).all(axis=1))
     assert set(bad) <= set(bad_blocks(data.reshape(-1), name))
-    if name != "MXFP4":  # a scale that may overflow need not, if all weights are small
+    # A scale of MXFP4 that may overflow need not, if all weights are small.
+    if name not in ("MXFP4", "NVFP4", *TERNARY):  # in the others, some bytes have no meaning
         assert set(bad) == set(bad_blocks(data.reshape(-1), name))
 
 
@@ -37,15 +36,28 @@ def test_mxfp4_overflows_from_the_scale_on_that_counts_as_bad() -> None:
         assert bool(bad_blocks(block.reshape(-1), "MXFP4").size) == bad
 
 
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_other_models_types_are_known_too(name: str) -> None:
-    kind = GGMLQuantizationType[name]
-    _, size = GGML_QUANT_SIZES[kind]
-    assert block_bytes(name) == size
-    data = np.random.default_rng(0).integers(0, 256, (2000, size), np.uint8)
-    with np.errstate(all="ignore"):
-        bad = ~np.isfinite(dequantize(data, kind)).all(axis=1)
-    np.testing.assert_array_equal(bad_blocks(data.reshape(-1), name), np.flatnonzero(bad))
+@pytest.mark.parametrize("name", TERNARY)
+def test_ternary_codes_are_those_that_ggml_writes(name: str) -> None:
+    """Encoding what a block decodes to gives the block again unless one of its bytes is illegal."""
+    kind, place = TYPES[name], TERNARY[name]
+    rng = np.random.default_rng(0)
+    weights = rng.integers(-1, 2, (2000, kind.block)).astype(np.float32)
+    data = encode(weights, kind)
+    for row, column in enumerate(rng.integers(0, place, len(data) - 100)):
+        data[row, column] = rng.integers(256)
+    again = encode(decode(data, kind, kind.block), kind)
+    bad = np.flatnonzero((data != again).any(axis=1))
+    assert 50 < bad.size < 1800
+    np.testing.assert_array_equal(bad_blocks(data.reshape(-1), name), bad)
+    data = encode(weights, kind)
+    data[7, place : place + 2] = np.array([np.inf], np.float16).view(np.uint8)
+    assert bad_blocks(data.reshape(-1), name).tolist() == [7]
+
+
+def test_nvfp4_scales_end_where_e4m3_has_its_nan() -> None:
+    block = np.zeros((256, 36), np.uint8)
+    block[:, 3] = np.arange(256)
+    assert bad_blocks(block.reshape(-1), "NVFP4").tolist() == list(range(0x7F, 256))
 
 
 @pytest.mark.parametrize(("threads", "row", "column"), [(1, 0, 0), (2, 31, 63)])

@@ -1,17 +1,23 @@
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from numpy.typing import NDArray
 
 from dots1_local.engine import engine
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import GGUFError
+from dots1_local.files.gguf import GGUFFile
+from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.verify import Report, verify_gguf
 from tests.helpers import CONFIG, Tensors, random_tensors, write_random_gguf
 
 HIDDEN = CONFIG.hidden_size
+USED_SCALES = ("blk.1.attn_v.scale", "blk.2.attn_output.scale")
+LOST_SCALES = ("blk.0.ffn_up.scale", "blk.1.ffn_down_exps.scale", "blk.2.ffn_gate_shexp.scale")
 
 
 def verified(path: Path, **options: object) -> Report:
@@ -133,3 +139,52 @@ def test_fused_attention_is_as_good_as_llama_cpp_finds_it(tmp_path: Path) -> Non
     assert verified(path, tensors=fused, without=parts).findings == ()
     with Engine.open(path, n_ctx=64, threads=1) as fused_engine:
         assert np.isfinite(fused_engine.decode([1, 2, 3], 0)).all()
+
+
+def logits(path: Path) -> NDArray[np.float32]:
+    with Engine.open(path, n_ctx=64, threads=1) as opened:
+        return opened.decode([1, 2, 3], 0).copy()
+
+
+@pytest.mark.parametrize("name", [*USED_SCALES, *LOST_SCALES])
+def test_scales_that_llama_cpp_reads_but_does_not_use_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    twice = {name: np.full(CONFIG.n_routed_experts if "_exps" in name else 1, 2, np.float32)}
+    path = write_random_gguf(tmp_path / "scaled.gguf", tensors=twice)
+    (finding,) = verify_gguf(path).findings
+    assert name in finding.message
+    if name in LOST_SCALES:
+        with pytest.raises(GGUFError, match=re.escape(name)):
+            Engine.open(path, n_ctx=64, threads=1)
+        monkeypatch.setattr(engine, "check_loadable", lambda _: None)
+    used = not np.array_equal(logits(path), logits(write_random_gguf(tmp_path / "plain.gguf")))
+    assert used == (name in USED_SCALES)
+    assert finding.severity == ("note" if used else "error")
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_v.input_scale", "blk.0.ffn_up.input_scale"])
+def test_scales_of_inputs_change_nothing(tmp_path: Path, name: str) -> None:
+    path = write_random_gguf(tmp_path / "m.gguf", tensors={name: np.full(1, 2, np.float32)})
+    assert verify_gguf(path).findings == ()
+    np.testing.assert_array_equal(logits(path), logits(write_random_gguf(tmp_path / "plain.gguf")))
+
+
+@pytest.mark.parametrize("name", ["output.scale", "token_embd.scale", "blk.1.attn_v.weight_scale"])
+def test_other_scales_are_refused_as_llama_cpp_refuses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = write_random_gguf(tmp_path / "m.gguf", tensors={name: np.full(1, 2, np.float32)})
+    (finding,) = verify_gguf(path).findings
+    assert (finding.severity, name in finding.message) == ("error", True)
+    monkeypatch.setattr(engine, "check_loadable", lambda _: None)
+    with pytest.raises(GGUFError, match="wrong number of tensors"):
+        logits(path)
+
+
+def test_a_graph_counts_matrices_and_not_their_scales(tmp_path: Path) -> None:
+    scale = {"blk.1.attn_v.scale": np.full(1, 2, np.float32)}
+    scaled = write_random_gguf(tmp_path / "scaled.gguf", tensors=scale)
+    plain = write_random_gguf(tmp_path / "plain.gguf")
+    found, expected = (ModelGraph.read(GGUFFile.open(path)).ops for path in (scaled, plain))
+    assert found == expected

@@ -34,6 +34,7 @@ class Run:
         self.times: list[float] = []
         self._first, self._over = Flag(), Flag()
         self._failure = ""
+        self.finished: Finished | None = None
         self.begun = time.perf_counter()
         self.handle = scheduler.submit([request], self._hear)
 
@@ -43,6 +44,8 @@ class Run:
             self._first.set()
         if isinstance(event, Failed):
             self._failure = event.message
+        if isinstance(event, Finished):
+            self.finished = event
         if isinstance(event, Failed | Finished):
             self._first.set()
             self._over.set()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from dots1_local.chat import draft
 from dots1_local.convert import convert_checkpoint
 
 Converted = Callable[..., Path]
@@ -35,3 +36,9 @@ def converted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Converted
         return path
 
     return make
+
+
+@pytest.fixture
+def short_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draft after a match of two tokens, so that there are many drafts and most are wrong."""
+    monkeypatch.setattr(draft, "MATCH", 2)

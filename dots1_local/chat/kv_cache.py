@@ -16,12 +16,14 @@ class KVCache:
     """The cache of an engine's only sequence.
 
     If a call is interrupted, the engine may hold more tokens than are counted here; the next call
-    drops them.
+    drops them. `row` is the place in the last ubatch of the logits after all tokens.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._tokens: list[int] = []
+        self._drafted = 0  # tokens that the engine holds beyond these
+        self.row = -1
         self._saved: tuple[Path, list[int]] | None = None
 
     def __len__(self) -> int:
@@ -40,16 +42,32 @@ class KVCache:
             progress(len(self._tokens) - common, new, "tokens", "reading")
         return common
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """Compute up to a ubatch of further tokens."""
-        self._engine.decode(tokens, len(self._tokens))
+    def append(self, tokens: Sequence[int], draft: Sequence[int] = ()) -> None:
+        """Compute up to a ubatch of further tokens, and of a draft that may follow them."""
+        self.drop_draft()
+        self._drafted = len(draft)
+        self._engine.decode([*tokens, *draft], len(self._tokens), drafted=len(draft))
         self._tokens += tokens
+        self.row = len(tokens) - 1
+
+    def accept(self, token: int) -> None:
+        """Count the next token of the draft."""
+        self._tokens.append(token)
+        self._drafted -= 1
+        self.row += 1
+
+    def drop_draft(self) -> None:
+        """Drop what is left of the draft."""
+        if self._drafted:
+            self._engine.forget(len(self._tokens))
+            self._drafted = 0
 
     def keep(self, tokens: Sequence[int]) -> int:
         """Drop all but the common prefix with `tokens`; return its length."""
         common = common_prefix(self._tokens, tokens)
         del self._tokens[common:]
         self._engine.forget(common)
+        self._drafted = 0
         return common
 
     def save(self, path: Path, answers: AnswerTokens = (), progress: Progress = silent) -> int:

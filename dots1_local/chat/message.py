@@ -39,7 +39,7 @@ class AnswerStats:
 
     `reused_tokens` of the prompt were in the KV cache. With `estimate`, `generated_tokens` is an
     estimate. A `stop` of "end" is the model's own end, and "stop" is a stop string. `dropped_turns`
-    is how many turns were dropped to make room.
+    is how many turns were dropped to make room. Of `drafted_tokens`, `accepted_tokens` were right.
     """
 
     prompt_tokens: int | None
@@ -49,6 +49,8 @@ class AnswerStats:
     generation_seconds: float
     stop: StopReason
     dropped_turns: int = 0
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
     estimate: bool = False
 
     @property
@@ -76,6 +78,8 @@ class Stats(AnswerStats):
 
     prompt_tokens: int
     reused_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 def _speed(tokens: int, seconds: float) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from dots1_local.chat.dialogue import Dialogue, SessionOptions
+from dots1_local.chat.draft import Draft, Drafter, DraftPolicy
 from dots1_local.chat.kv_cache import KVCache, common_prefix
 from dots1_local.chat.kv_state import AnswerTokens, opened_state
 from dots1_local.chat.message import Message, Stats, StopReason
@@ -33,7 +34,9 @@ _ORDINARY = (1, 6)  # NORMAL and BYTE of enum llama_token_type
 class Session(Dialogue):
     """A conversation on one engine; use it in a `with` statement.
 
-    The KV cache keeps what turns have in common, so only what is new is computed.
+    The KV cache keeps what turns have in common, so only what is new is computed. Answers that
+    repeat earlier text are drafted from it, as `draft` says and as far as the engine was opened
+    with `n_draft`.
     """
 
     stats: Stats | None
@@ -43,12 +46,15 @@ class Session(Dialogue):
         engine: Engine,
         system: str | None = None,
         sampling: Sampling | None = None,
+        *,
+        draft: Draft = "auto",
         **options: Unpack[SessionOptions],
     ) -> None:
         super().__init__(system, sampling, **options)
         self._engine = engine
         self._prompter = RawPrompter(engine) if self.raw else Prompter(engine)
         self._cache = KVCache(engine)
+        self._drafter = Drafter(DraftPolicy.choose(draft, engine))
         self._sampler = Sampler(self._sampling, engine)
 
     def __exit__(self, *exception: object) -> None:
@@ -120,6 +126,7 @@ class Session(Dialogue):
         start = time.perf_counter()
         prompt_tokens, reused = len(turn.prompt), self._cache.hold(turn.prompt, turn.progress)
         self._sampler.begin(turn.prompt)
+        self._drafter.begin(turn.prompt)
         begun = time.perf_counter()
         try:
             yield from self._generate(turn)
@@ -128,12 +135,17 @@ class Session(Dialogue):
             reading, writing = begun - start, time.perf_counter() - begun
             stop: StopReason = "stop" if turn.answer.stopped else turn.stop
             count = len(turn.answer.tokens)
-            self.stats = Stats(prompt_tokens, reused, count, reading, writing, stop, turn.dropped)
+            drafts = self._drafter.drafted, self._drafter.accepted
+            self.stats = Stats(
+                prompt_tokens, reused, count, reading, writing, stop, turn.dropped, *drafts
+            )
+            self._drafter.end()
+            self._cache.drop_draft()
 
     def _generate(self, turn: EngineTurn) -> Generator[str, None, None]:
         answer = turn.answer
         while turn.stop == "interrupted" and not answer.stopped:
-            token = self._sampler.next(self._engine)
+            token = self._sampler.next(self._engine, self._cache.row)
             if self._engine.is_end(token):
                 turn.stop = "end"
                 break
@@ -147,14 +159,27 @@ class Session(Dialogue):
 
     def _continue(self, turn: EngineTurn, token: int) -> bool:
         """Compute the last token of the answer; return False if the context has no room for it."""
+        if self._drafter.accept(token):
+            self._cache.accept(token)
+            return True
         if turn.size < self.n_ctx:
-            self._cache.append([token])
+            self._step(turn, token)
             return True
         self._fit(turn)
         if turn.size >= self.n_ctx:
             return False
         self._cache.hold([*turn.prompt, *turn.answer.tokens], turn.progress)
         return True
+
+    def _step(self, turn: EngineTurn, token: int) -> None:
+        """Compute the last token of the answer, and a draft that leaves room for one more token."""
+        room = self.n_ctx - turn.size
+        if turn.limit:
+            room = min(room, turn.limit - len(turn.answer.tokens))
+        draft = self._drafter.propose(room - 1)
+        start = time.perf_counter()
+        self._cache.append([token], draft)
+        self._drafter.computed(time.perf_counter() - start)
 
     def _fit(self, turn: EngineTurn) -> None:
         """Make the prompt; drop turns if the answer would have no room."""

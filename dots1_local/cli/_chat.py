@@ -65,6 +65,7 @@ class ChatOptions:
     overflow: Literal["drop", "stop"] | None = option(
         "When the context is full, drop the oldest turns, or stop.", default="drop"
     )
+    draft: shared.DraftTokens = None
     context: shared.Context = None
     plan: shared.Plan = None
     worker: shared.Workers = None
@@ -102,7 +103,7 @@ def chat(options: ChatOptions) -> None:
 
 def _check(options: ChatOptions) -> None:
     """Refuse options that contradict each other, before anything is opened."""
-    here = ("context", "threads", "plan", "worker")
+    here = ("draft", "context", "threads", "plan", "worker")
     if options.url is None:
         if options.file is None:
             raise UsageError("name a GGUF file to talk to, or a server with --url")
@@ -177,8 +178,10 @@ def _connect(options: ChatOptions, sampling: "Sampling") -> Iterator["Dialogue"]
         ) as session:
             yield session
         return
+    from dots1_local.chat.draft import longest_draft
     from dots1_local.chat.session import Session
 
+    draft = shared.parse_draft(options.draft)
     with shared.report_abort():
         engine = shared.open_engine(
             options.file,
@@ -186,8 +189,9 @@ def _connect(options: ChatOptions, sampling: "Sampling") -> Iterator["Dialogue"]
             options.plan,
             options.worker or (),
             threads=options.threads,
+            n_draft=longest_draft(draft),
         )
-    with engine, Session(engine, sampling=sampling, raw=options.raw) as local:
+    with engine, Session(engine, sampling=sampling, draft=draft, raw=options.raw) as local:
         yield local
 
 
@@ -251,6 +255,8 @@ def _answer_json(session: "Dialogue", stats: "AnswerStats", text: str) -> dict[s
         "reused_tokens": stats.reused_tokens,
         "generated_tokens": None if stats.estimate else stats.generated_tokens,
         "dropped_turns": stats.dropped_turns,
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
         "prompt_tokens_per_second": speed and round(speed, 2),
         "generated_tokens_per_second": round(stats.generation_speed, 2),
         "model": session.model,

@@ -18,14 +18,15 @@ from dots1_local.cli._output import notice, progress_bar
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
+    from dots1_local.chat.draft import Draft
     from dots1_local.engine.engine import Engine
     from dots1_local.files.checkpoint import Checkpoint
 
 __all__ = [
-    "CHECKPOINT", "HUB_PANEL", "Context", "Json", "KVType", "Model", "ModelShard", "Plan", "Ram",
-    "Revision", "Threads", "Vram", "Workers", "argument", "choose_placement", "exit_on_interrupt",
-    "flag", "memory_limits", "open_checkpoint", "open_engine", "option", "report_abort",
-    "verb",
+    "CHECKPOINT", "HUB_PANEL", "Context", "DraftTokens", "Json", "KVType", "Model", "ModelShard",
+    "Plan", "Ram", "Revision", "Threads", "Vram", "Workers", "argument", "choose_placement",
+    "exit_on_interrupt", "flag", "memory_limits", "open_checkpoint", "open_engine", "option",
+    "parse_draft", "report_abort", "verb",
 ]  # fmt: skip
 
 
@@ -82,6 +83,16 @@ Context = Annotated[
         "--context",
         "-c",
         default="16k",
+    ),
+]
+DraftTokens = Annotated[
+    str | None,
+    _typer_option(
+        "Where an answer repeats earlier text, check up to this many of the tokens that followed "
+        "there at once, or none (off). auto does so while it saves time.",
+        "--draft",
+        metavar="auto|off|N",
+        default="auto",
     ),
 ]
 Plan = Annotated[
@@ -190,6 +201,26 @@ def open_engine(
         return load(
             model, placement, workers=tuple(workers), notify=notice, progress=report, **options
         )
+
+
+def parse_draft(text: str | None) -> "Draft":
+    """Return the value of --draft, by default "auto".
+
+    Raises:
+        UsageError: it is neither auto, off nor a possible number.
+    """
+    from dots1_local.chat.draft import longest_draft
+
+    draft: Draft = "auto"
+    if text == "off":
+        draft = 0
+    elif text not in (None, "auto"):
+        try:
+            draft = int(text)
+        except ValueError:
+            raise UsageError(f"--draft is {text!r}; it must be auto, off or a number") from None
+    longest_draft(draft)
+    return draft
 
 
 def open_checkpoint(path: str, revision: str | None, low_disk: bool) -> "Checkpoint":

@@ -12,6 +12,7 @@ from dots1_local.cli._output import notice, plural
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
+    from dots1_local.chat.draft import Draft
     from dots1_local.engine.engine import Engine
 
 __all__ = ["ServeOptions", "serve"]
@@ -39,6 +40,7 @@ class ServeOptions:
     cors: list[str] | None = option(
         "Let web pages of this origin call the server, '*' for all; repeatable."
     )
+    draft: shared.DraftTokens = None
     context: shared.Context = None
     plan: shared.Plan = None
     worker: shared.Workers = None
@@ -55,6 +57,7 @@ def serve(options: ServeOptions) -> None:
     -d '{"model": "dots1", "messages": [{"role": "user", "content": "Hello"}]}'
     """
     _check(options)
+    draft = shared.parse_draft(options.draft)
     from dots1_local.serve.run import ApiServer, bind, is_loopback, url_of
 
     name, key = options.name, options.api_key
@@ -65,10 +68,10 @@ def serve(options: ServeOptions) -> None:
         with (
             shared.report_abort(),
             ApiServer(listener, name, api_key=key, origins=options.cors or ()) as server,
-            _open_engine(options) as engine,
+            _open_engine(options, draft) as engine,
         ):
             try:
-                server.open(engine, options.queue)
+                server.open(engine, options.queue, draft)
                 notice(
                     f"listening on {url} as {name}, context of {engine.n_ctx:,} tokens, "
                     f"{plural(engine.params.n_sequences, 'answer')} at once"
@@ -94,7 +97,9 @@ def _check(options: ServeOptions) -> None:
         )
 
 
-def _open_engine(options: ServeOptions) -> "Engine":
+def _open_engine(options: ServeOptions, draft: "Draft") -> "Engine":
+    from dots1_local.chat.draft import longest_draft
+
     with shared.exit_on_interrupt():
         return shared.open_engine(
             options.model,
@@ -104,4 +109,5 @@ def _open_engine(options: ServeOptions) -> "Engine":
             shared_cache=True,
             threads=options.threads,
             n_sequences=options.parallel,
+            n_draft=longest_draft(draft),
         )

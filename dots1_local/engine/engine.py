@@ -165,11 +165,14 @@ class Engine(Vocabulary):
         )
 
     def decode(
-        self, tokens: Sequence[int], position: int, sequence: int = 0
+        self, tokens: Sequence[int], position: int, sequence: int = 0, *, drafted: int = 0
     ) -> NDArray[np.float32]:
-        """Append `tokens` at `position` of a sequence; return the last one's logits (n_vocab,)."""
-        last = len(tokens) - 1
-        entries = [Entry(t, position + i, sequence, i == last) for i, t in enumerate(tokens)]
+        """Append `tokens` at `position` of a sequence; return the last one's logits (n_vocab,).
+
+        The logits of as many tokens before it as are `drafted` are computed too.
+        """
+        first = len(tokens) - 1 - drafted
+        entries = [Entry(t, position + i, sequence, i >= first) for i, t in enumerate(tokens)]
         for start in range(0, len(entries), self.n_ubatch):
             rows = self.submit(entries[start : start + self.n_ubatch])
         logits: NDArray[np.float32] = rows[-1]
@@ -188,7 +191,7 @@ class Engine(Vocabulary):
             raise UsageError(f"a ubatch holds 1 to {self.n_ubatch} tokens, not {len(entries)}")
         n_rows = sum(entry.logits for entry in entries)
         if n_rows > self.params.n_outputs:  # llama.cpp would abort
-            raise UsageError("open the engine with all_logits to ask for so many logits")
+            raise UsageError("open the engine with all_logits or n_draft to ask for so many logits")
         self._fill(entries)
         with engine_log.capture() as log:
             status = llama.llama_decode(self.context, self._batch)

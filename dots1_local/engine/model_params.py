@@ -41,8 +41,9 @@ class EngineParams:
     `n_ubatch` is the tokens that are computed at once (512). `threads` is for the CPU, by default
     its physical cores. `flash_attention` None leaves the choice to llama.cpp. `kv_type` is the
     type of the KV cache (F16). `all_logits` makes room for the logits of a whole ubatch; without
-    it, a ubatch can give the logits of one token for each sequence. With a `shared_cache`
-    sequences can share their first tokens, and a ubatch may mix sequences of any length.
+    it, a ubatch can give the logits of one token for each sequence, or those of one token and a
+    draft of `n_draft` tokens. With a `shared_cache` sequences can share their first tokens, and a
+    ubatch may mix sequences of any length.
     """
 
     n_ctx: int
@@ -53,6 +54,7 @@ class EngineParams:
     kv_type: str = "F16"
     all_logits: bool = False
     shared_cache: bool = False
+    n_draft: int = 0
 
     @classmethod
     def choose(cls, gguf: GGUFFile, placement: Placement | None, **given: Any) -> "EngineParams":
@@ -89,7 +91,9 @@ class EngineParams:
     @property
     def n_outputs(self) -> int:
         """Tokens of a ubatch that can have logits."""
-        return self.n_ubatch if self.all_logits else self.n_sequences
+        if self.all_logits:
+            return self.n_ubatch
+        return max(self.n_sequences, min(1 + self.n_draft, self.n_ubatch))
 
     def applied_to(self, placement: Placement) -> Placement:
         """The placement with these parameters in place of its own."""

@@ -8,6 +8,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from dots1_local.chat.draft import Drafter, DraftPolicy
 from dots1_local.chat.kv_cache import common_prefix
 from dots1_local.chat.sampler import Sampler
 from dots1_local.chat.turns import AnswerText
@@ -24,10 +25,13 @@ _MIN_SHARED = 32  # tokens; computing fewer takes less time than waiting for ano
 class Choice:
     """A generation with a slot: it computes its prompt, then writes a token in every ubatch.
 
-    The slot always holds a prefix of the choice's tokens. `close` the choice at the end.
+    The slot holds a prefix of the choice's tokens; between a step and its samples, it also holds a
+    draft. `close` the choice at the end.
     """
 
-    def __init__(self, queued: QueuedChoice, slot: CacheSlot, engine: Engine) -> None:
+    def __init__(
+        self, queued: QueuedChoice, slot: CacheSlot, engine: Engine, policy: DraftPolicy
+    ) -> None:
         self.handle, self._index, self._request = queued.handle, queued.index, queued.request
         self.prompt = self._request.prompt
         self.slot, self._engine = slot, engine
@@ -42,10 +46,12 @@ class Choice:
         self.done = False
         self._sampler = Sampler(self._request.sampling, engine, self._request.grammar)
         self._sampler.begin(self.prompt)
+        self._drafter = Drafter(policy)
 
     def close(self) -> None:
         """Free the sampler, even if the choice has not ended."""
         self.done = True
+        self._drafter.end()
         self._sampler.close()
 
     @property
@@ -78,27 +84,53 @@ class Choice:
             if common > self._shared:
                 self._prefix_source, self._shared = choice, common
 
-    def entries(self, limit: int) -> list[Entry]:
-        """Return the next tokens to compute: the last one, or up to `limit` of the prompt."""
+    def prompt_entries(self, limit: int) -> list[Entry]:
+        """Return up to `limit` further tokens of the prompt to compute."""
         start = len(self.slot.tokens)
-        last = len(self._tokens) - 1
+        last = len(self.prompt) - 1
         return [
             Entry(token, position, self.slot.seq_id, logits=position == last)
-            for position, token in enumerate(self._tokens[start : start + limit], start)
+            for position, token in enumerate(self.prompt[start : start + limit], start)
         ]
 
-    def computed(self, entries: Sequence[Entry]) -> None:
-        """Record that the engine has computed these entries."""
+    def next_entries(self, *, alone: bool) -> list[Entry]:
+        """Return the last token to compute, and if the choice is `alone` perhaps a draft."""
+        start, draft = len(self._tokens) - 1, []
+        if alone:
+            if not self._drafter.begun:
+                self._drafter.begin(self._tokens)
+            draft = self._drafter.propose(self._limit - len(self._tokens) - 1)
+        return [
+            Entry(token, position, self.slot.seq_id, logits=True)
+            for position, token in enumerate([self._tokens[-1], *draft], start)
+        ]
+
+    def computed(self, entries: Sequence[Entry], seconds: float) -> None:
+        """Record that the engine has computed these entries, in a step of so many seconds."""
         if self.prefilling:
             self._computed += len(entries)
+        self._drafter.computed(seconds)
         self.slot.tokens += [entry.token for entry in entries]
 
-    def sample(self, logits: NDArray[np.float32], place: int) -> Iterator[Event]:
-        """Sample the next token from logits (n_vocab,), which are at `place` in the last ubatch.
+    def sample(self, rows: NDArray[np.float32], place: int) -> Iterator[Event]:
+        """Sample from logits (tokens, n_vocab) for as long as the draft is right.
+
+        The logits are from `place` on in the last ubatch: those after the last token, and those
+        after each token of the draft.
 
         Raises:
             Dots1Error: the logits are not finite.
         """
+        for row, logits in enumerate(rows):
+            yield from self._sample(logits, place + row)
+            if self.done or not self._drafter.accept(self._tokens[-1]):
+                break
+        valid = len(self._tokens) - 1  # the last token is not computed yet
+        if len(self.slot.tokens) > valid:
+            del self.slot.tokens[valid:]
+            self._engine.forget(valid, self.slot.seq_id)
+
+    def _sample(self, logits: NDArray[np.float32], place: int) -> Iterator[Event]:
         if not np.isfinite(logits.max()):
             raise Dots1Error("the model computes logits that are not finite; is its file damaged?")
         token = self._sampler.next(self._engine, place)
@@ -124,6 +156,8 @@ class Choice:
             cached_tokens=len(self.prompt) - self._computed,
             # OpenAI and others count the end token too, although it is not text.
             completion_tokens=len(self._tokens) - len(self.prompt),
+            drafted_tokens=self._drafter.drafted,
+            accepted_tokens=self._drafter.accepted,
         )
 
 

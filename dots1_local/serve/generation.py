@@ -64,13 +64,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a choice; `cached_tokens` of its prompt were in the KV cache already."""
+    """The last event of a choice; `cached_tokens` of its prompt were in the KV cache already.
+
+    Of `drafted_tokens`, `accepted_tokens` were right.
+    """
 
     index: int
     reason: Literal["stop", "length"]
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

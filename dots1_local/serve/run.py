@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import uvicorn
 
+from dots1_local.chat.draft import Draft
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
 from dots1_local.serve.http.app import BACKLOG, IDLE_SECONDS, Connection, make_app, raise_file_limit
@@ -108,9 +109,11 @@ class ApiServer:
     def __exit__(self, *exception: object) -> None:
         self.close(0)
 
-    def open(self, engine: Engine, queue_size: int) -> None:
+    def open(self, engine: Engine, queue_size: int, draft: Draft) -> None:
         """Begin to answer with an engine, which nothing else may use until `close` returns."""
-        self._scheduler = Scheduler(engine, queue_size=queue_size, on_end=self._stop.set)
+        self._scheduler = Scheduler(
+            engine, queue_size=queue_size, draft=draft, on_end=self._stop.set
+        )
         self._service.open(Model(engine, self._service.name), self._scheduler)
 
     @property

@@ -2,6 +2,7 @@
 
 Every step computes one ubatch: the last token of each choice that generates, and parts of prompts,
 oldest first. `PrefillBudget` limits the prompt tokens, so that choices that generate do not stall.
+Only a choice that is alone has drafts, because they would make every step of the others longer.
 `slots` and `choice` let prompts share what they have in common, so that it is computed once.
 """
 
@@ -15,6 +16,7 @@ from threading import Thread
 import numpy as np
 from numpy.typing import NDArray
 
+from dots1_local.chat.draft import Draft, DraftPolicy
 from dots1_local.chat.turns import check_stop
 from dots1_local.engine.engine import Engine, Entry
 from dots1_local.errors import Dots1Error, UsageError
@@ -74,9 +76,16 @@ class Scheduler:
     """
 
     def __init__(
-        self, engine: Engine, *, queue_size: int = 64, on_end: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        *,
+        queue_size: int = 64,
+        draft: Draft = "auto",
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the thread, which calls `on_end` last; up to `queue_size` choices may wait.
+
+        Drafts are as long as `draft` says, and as the engine's `n_draft`.
 
         Raises:
             UsageError: the engine has several sequences but no shared cache, or its ubatch has no
@@ -87,6 +96,7 @@ class Scheduler:
         self._slots = Slots(engine)
         self._queue = Queue(queue_size, len(self._slots))
         self._budget = PrefillBudget(engine.n_ubatch)
+        self._draft_policy = DraftPolicy.choose(draft, engine)
         self._running: list[Choice] = []  # oldest first
         self._on_end = on_end
         self.failed = False  # the thread ended although nobody closed the scheduler
@@ -163,14 +173,16 @@ class Scheduler:
             return
         prefilled = sum(len(entries) for choice, entries in parts if choice.prefilling)
         start = time.perf_counter()
-        rows = iter(self._engine.submit([entry for _, entries in parts for entry in entries]))
-        self._budget.record(prefilled, time.perf_counter() - start)
-        place = -1
+        rows = self._engine.submit([entry for _, entries in parts for entry in entries])
+        seconds = time.perf_counter() - start
+        self._budget.record(prefilled, seconds)
+        place = row = 0
         for choice, entries in parts:
-            choice.computed(entries)
+            choice.computed(entries, seconds)
             place += len(entries)
-            if entries[-1].logits:
-                self._sample(choice, next(rows), place)
+            if count := sum(entry.logits for entry in entries):
+                self._sample(choice, rows[row : row + count], place - count)
+                row += count
 
     def _admit(self) -> None:
         while self._slots.any_free and (queued := self._queue.pop()):
@@ -183,7 +195,7 @@ class Scheduler:
         soon = self._queue.next_in_line(len(self._slots))
         slot = self._slots.take(queued.request.prompt, [each.request.prompt for each in soon])
         try:
-            choice = Choice(queued, slot, self._engine)
+            choice = Choice(queued, slot, self._engine, self._draft_policy)
         except BaseException:
             self._slots.release(slot)
             raise
@@ -192,21 +204,23 @@ class Scheduler:
 
     def _compose(self) -> list[tuple[Choice, list[Entry]]]:
         """Compose the next ubatch: a token of each choice that generates, then prompts."""
-        parts = [(choice, choice.entries(1)) for choice in self._running if not choice.prefilling]
+        writing = [choice for choice in self._running if not choice.prefilling]
+        alone = len(self._running) == 1
+        parts = [(choice, choice.next_entries(alone=alone)) for choice in writing]
         room = self._engine.n_ubatch - len(parts)
         if parts:
             room = min(room, self._budget.tokens)
         for age, choice in enumerate(self._running):
             if room and choice.prefilling and choice.ready(self._slots, self._running[:age]):
-                parts.append((choice, choice.entries(room)))
+                parts.append((choice, choice.prompt_entries(room)))
                 room -= len(parts[-1][1])
         return parts
 
-    def _sample(self, choice: Choice, logits: NDArray[np.float32], place: int) -> None:
+    def _sample(self, choice: Choice, rows: NDArray[np.float32], place: int) -> None:
         if choice.handle.done:
             return
         try:
-            events = list(choice.sample(logits, place))
+            events = list(choice.sample(rows, place))
         except Exception as error:
             self._slots.empty(choice.slot)
             events = [Failed(_sentence(error))]

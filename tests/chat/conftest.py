@@ -30,6 +30,7 @@ def talk(tmp_path: Path) -> Iterator[Talk]:
             *,
             n_ctx: int = 256,
             n_ubatch: int = 512,
+            n_draft: int = 0,
             gguf: Mapping[str, Any] | None = None,
             **options: Any,
         ) -> Session:
@@ -43,9 +44,11 @@ def talk(tmp_path: Path) -> Iterator[Talk]:
                 kv_type="F32",
                 flash_attention=False,
                 threads=1,
+                n_draft=n_draft,
             )
             stack.enter_context(engine)
-            return stack.enter_context(Session(engine, **{"sampling": GREEDY, **options}))
+            chosen = {"sampling": GREEDY, "draft": n_draft, **options}
+            return stack.enter_context(Session(engine, **chosen))
 
         yield make
 

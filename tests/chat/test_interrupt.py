@@ -47,15 +47,23 @@ def ask(session: Session, max_tokens: int, at: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("n_ctx", "max_tokens", "dropped"),
-    [(256, 8, 0), (80, 8, 1), (100, 30, 1)],
-    ids=["fits", "dropped before the answer", "dropped in its midst"],
+    ("n_ctx", "max_tokens", "dropped", "n_draft"),
+    [(256, 8, 0, 0), (80, 8, 1, 0), (100, 30, 1, 0), (256, 30, 0, 5), (100, 30, 1, 5)],
+    ids=["fits", "dropped before the answer", "dropped in its midst", "drafts", "drafts, dropped"],
 )
+@pytest.mark.usefixtures("short_matches")
 def test_ctrl_c_at_any_line_leaves_conversation_and_cache_consistent(
-    talk: Talk, monkeypatch: pytest.MonkeyPatch, n_ctx: int, max_tokens: int, dropped: int
+    talk: Talk,
+    monkeypatch: pytest.MonkeyPatch,
+    n_ctx: int,
+    max_tokens: int,
+    dropped: int,
+    n_draft: int,
 ) -> None:
     monkeypatch.setattr(Engine, "is_end", lambda engine, token: False)
-    session, fresh = (talk(n_ctx=n_ctx, n_ubatch=8, system="S") for _ in range(2))
+    session, fresh = (
+        talk(n_ctx=n_ctx, n_ubatch=8, system="S", n_draft=drafted) for drafted in (n_draft, 0)
+    )
     begun = [Message("system", "S"), Message("user", "a" * 20), Message("assistant", "b" * 25)]
     expected: dict[str, str] = {}
 
@@ -73,6 +81,7 @@ def test_ctrl_c_at_any_line_leaves_conversation_and_cache_consistent(
     assert lines > 10 * STEP
     assert session.stats is not None
     assert session.stats.dropped_turns == dropped
+    assert bool(session.stats.drafted_tokens) == bool(n_draft)
     for at in range(1, lines, STEP):
         session.messages = list(begun)
         ask(session, max_tokens, at)

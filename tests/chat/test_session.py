@@ -131,10 +131,14 @@ def test_the_cache_does_not_change_the_answer(talk: Talk) -> None:
     assert stats(fresh).reused_tokens == 0
 
 
+@pytest.mark.parametrize("n_draft", [0, 5])
 @pytest.mark.parametrize("seed", range(6))
-def test_any_history_gives_a_fresh_sessions_answer(talk: Talk, seed: int) -> None:
+@pytest.mark.usefixtures("short_matches")
+def test_any_history_gives_a_fresh_sessions_answer(talk: Talk, seed: int, n_draft: int) -> None:
     choose = Random(seed)
-    session, fresh = (talk(n_ctx=128, n_ubatch=16, stop=("e", "zz")) for _ in range(2))
+    session, fresh = (
+        talk(n_ctx=128, n_ubatch=16, stop=("e", "zz"), n_draft=n) for n in (n_draft, 0)
+    )
 
     def interrupted() -> None:
         stream = session.ask("x" * choose.randrange(20), max_tokens=20)

@@ -35,12 +35,12 @@ ABORTS = """
 from dots1_local.engine.engine import Engine
 decode = Engine.decode
 calls = []
-def aborting(*arguments):
+def aborting(*arguments, **options):
     calls.append(None)
     if len(calls) == 6:
         from dots1_local.ggml import library
         library().ggml_abort(b"ggml-rpc.cpp", 1, b"Remote RPC server crashed or returned nothing")
-    return decode(*arguments)
+    return decode(*arguments, **options)
 Engine.decode = aborting
 """
 

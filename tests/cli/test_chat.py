@@ -67,11 +67,33 @@ def test_json_holds_the_answer_and_its_figures(model: Path) -> None:
         "reused_tokens": 0,
         "generated_tokens": 6,
         "dropped_turns": 0,
+        "drafted_tokens": 0,
+        "accepted_tokens": 0,
         "model": "model.gguf",
     }
     assert len(speeds) == 2
     assert all(speed > 0 for speed in speeds)
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(("option", "least"), [("7", 54), ("off", 0), ("0", 0), ("auto", 15)])
+def test_drafts_are_counted_and_change_nothing_else(folder: Path, option: str, least: int) -> None:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    model = folder / "alphabet.gguf"
+    write_random_gguf(model, tensors=scripted_tensors(tokens_of(letters + "a")))
+    found = json.loads(run(model, "-p", "hi", "-n", "100", "--json", "--draft", option).stdout)
+    assert found["text"] == (letters * 4)[:100]
+    assert found["generated_tokens"] == 100
+    # The first draft comes after 38 letters: 7 times 7, and 5 with the last letter.
+    assert found["accepted_tokens"] == found["drafted_tokens"] >= least
+    assert option == "auto" or found["drafted_tokens"] == least
+
+
+@pytest.mark.parametrize("option", ["often", "-1", "256", "1.5"])
+def test_a_draft_that_is_not_possible_is_refused(model: Path, option: str) -> None:
+    result = run(model, "-p", "hi", "--draft", option)
+    assert result.exit_code != 0
+    assert option in str(result.exception)
 
 
 def test_json_tells_a_script_why_an_answer_stopped(model: Path) -> None:

@@ -99,6 +99,7 @@ def test_the_key_comes_from_the_environment() -> None:
         (["--url", "http://h/v1", "x.gguf"], "x.gguf"),
         (["--url", "http://h/v1", "-c", "4k"], "--context"),
         (["--url", "http://h/v1", "-t", "4"], "--threads"),
+        (["--url", "http://h/v1", "--draft", "auto"], "--draft"),
         (["--url", "http://h/v1", "--plan", "p"], "--plan"),
         (["--url", "http://h/v1", "--worker", "w:1"], "--worker"),
         (["--url", "h:8000/v1"], "h:8000/v1"),

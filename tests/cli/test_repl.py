@@ -373,3 +373,11 @@ def test_an_aborting_engine_is_one_sentence(
     kept = json.loads(path.read_text(encoding="utf-8"))["messages"]
     assert [m["text"] for m in kept[1:]] == ["go", written]
     assert written == "abc a"
+
+
+def test_stats_count_drafts(endless: Path, dialogue: Dialogue) -> None:
+    with dialogue(endless, "-n", "40", "--draft", "3") as terminal:
+        terminal.wait_for_prompt()
+        terminal.enter("hi")
+        # "abc " is drafted once 12 characters after the first 4 are written: 6 times 3.
+        assert "drafts       18 tokens, 18 of them right" in terminal.enter("/stats")

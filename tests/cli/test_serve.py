@@ -85,6 +85,17 @@ def test_serves_until_a_signal_and_exits_cleanly(model: Path, number: signal.Sig
             again.bind(("127.0.0.1", server.port))
 
 
+@pytest.mark.parametrize(("option", "drafted"), [("5", True), ("off", False)])
+def test_usage_tells_how_many_drafted_tokens_were_right(
+    endless: Path, option: str, drafted: bool
+) -> None:
+    with Served(endless, "-c", "512", "--draft", option) as server:
+        _, answer = post(server.connect(), json.dumps({**json.loads(BODY), "max_tokens": 60}))
+    details = answer["usage"]["completion_tokens_details"]
+    assert (details["accepted_prediction_tokens"] > 30) == drafted
+    assert details["rejected_prediction_tokens"] == 0
+
+
 def test_a_running_answer_is_finished_before_the_end(endless: Path) -> None:
     with Served(endless, "-c", "1k") as server:
         connection = server.connect()
@@ -174,6 +185,11 @@ def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
     with Program(*DOTS1, "serve", str(tmp_path / "none.gguf"), "--port", "0") as program:
         assert program.wait_for("none.gguf").startswith("dots1: ")
         assert program.wait_for_end() == 1
+
+
+def test_a_draft_that_is_not_possible_is_refused(model: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", str(model), "--draft", "often"])
+    assert "often" in str(result.exception)
 
 
 def test_a_port_that_is_taken_is_one_sentence(model: Path) -> None:

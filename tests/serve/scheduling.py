@@ -143,10 +143,18 @@ class RecordingScheduler(Scheduler):
 
 @contextmanager
 def open_scheduler(
-    model: Path, slots: int = 2, *, n_ctx: int = 256, n_ubatch: int = 64, **options: Any
+    model: Path,
+    slots: int = 2,
+    *,
+    n_ctx: int = 256,
+    n_ubatch: int = 64,
+    n_draft: int = 0,
+    **options: Any,
 ) -> Iterator[RecordingScheduler]:
-    with open_engine(model, n_ctx, n_ubatch, n_sequences=slots, shared_cache=True) as engine:
-        scheduler = RecordingScheduler(engine, **options)
+    with open_engine(
+        model, n_ctx, n_ubatch, n_sequences=slots, shared_cache=True, n_draft=n_draft
+    ) as engine:
+        scheduler = RecordingScheduler(engine, **{"draft": n_draft, **options})
         try:
             yield scheduler
         finally:

@@ -180,6 +180,8 @@ def _figures(last: "AnswerStats") -> Iterator[tuple[str, str]]:
     about = "about " if last.estimate else ""
     yield "answer", f"{about}{last.generated_tokens:,} tokens, stop reason: {last.stop}"
     yield "written at", f"{last.generation_speed:,.1f} tok/s"
+    if last.drafted_tokens:
+        yield "drafts", f"{last.drafted_tokens:,} tokens, {last.accepted_tokens:,} of them right"
 
 
 def _totals(answers: Sequence["AnswerStats"]) -> str:

@@ -84,11 +84,17 @@ class Writer(ABC):
         prompt = sum(each.prompt_tokens for each in firsts)
         completion = sum(each.completion_tokens for each in finished)
         cached = sum(each.cached_tokens for each in firsts)
+        drafted = sum(each.drafted_tokens for each in finished)
+        accepted = sum(each.accepted_tokens for each in finished)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": drafted - accepted,
+            },
         }
 
 

@@ -39,7 +39,7 @@ def test_choices_are_separated_whatever_their_order(app: Any, scheduler: FakeSch
     def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         for event in (Piece(1, "b"), Piece(0, "a"), Piece(1, "B"), finished(1), Piece(0, "A")):
             deliver(event)
-        deliver(Finished(0, "length", 3, 2, 7))
+        deliver(Finished(0, "length", 3, 2, 7, drafted_tokens=5, accepted_tokens=3))
 
     scheduler.script = script
     found = ask(app, CHAT, {**HI, "n": 2}).json
@@ -50,6 +50,10 @@ def test_choices_are_separated_whatever_their_order(app: Any, scheduler: FakeSch
         "completion_tokens": 8,
         "total_tokens": 11,
         "prompt_tokens_details": {"cached_tokens": 2},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": 3,
+            "rejected_prediction_tokens": 2,
+        },
     }
 
 

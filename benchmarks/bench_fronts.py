@@ -18,8 +18,7 @@ from dots1_local.architecture import Dots1Config, inventory
 from dots1_local.devices.machine import find_hardware
 from dots1_local.fit.front import Fit, fit
 from dots1_local.fit.search import Search
-from dots1_local.quant.choices import choices_at
-from dots1_local.quant.recipes import expert_widths
+from dots1_local.quant.choices import choices_by_width
 from dots1_local.quant.sensitivity import Effect, Sensitivity, geometry
 from tools.make_wide import published_config
 
@@ -89,17 +88,7 @@ def main() -> None:
     example = Example(Path("examples") / options.example, options.work, None, 2)
     config = Dots1Config.from_json(published_config())
     sensitivity = project(example.sensitivity, example.config, config)
-    choices = [
-        choices_at(
-            width,
-            config,
-            sensitivity,
-            covered=sensitivity.tensors,
-            overrides=(),
-            cost=lambda tensor: tensor.nbytes,
-        )
-        for width in expert_widths(config, "auto")
-    ]
+    choices = choices_by_width(config, sensitivity)
     about = _ABOUT.format(example=options.example, machines=" ".join(options.machines))
     print(f"# Files for machines\n\n{about}")
     for name in options.machines:

@@ -27,9 +27,8 @@ from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.planner import place
 from dots1_local.progress import silent
 from dots1_local.quant.allocate import Allocator
-from dots1_local.quant.choices import choices_at
+from dots1_local.quant.choices import choices_by_width
 from dots1_local.quant.plan import QuantPlan
-from dots1_local.quant.recipes import expert_widths
 from dots1_local.quant.sensitivity import Sensitivity, geometry
 from tools.make_gguf import write_gguf
 from tools.make_wide import published_config
@@ -55,17 +54,7 @@ def pair(
     """The file of least KL divergence at a size, and the fastest one whose is little more."""
     elements = sum(spec.source_elements for spec in inventory(config))
     nbytes = bpw * elements / 8
-    choices = [
-        choices_at(
-            width,
-            config,
-            sensitivity,
-            covered=sensitivity.tensors,
-            overrides=(),
-            cost=lambda tensor: tensor.nbytes,
-        )
-        for width in expert_widths(config, "auto")
-    ]
+    choices = choices_by_width(config, sensitivity)
     search = Search(config, choices, machine, _CONTEXT)
     least = Allocator(config, sensitivity).within(nbytes, "least KL divergence")
     yield "least KL divergence", search.placed(least.plan, least.kl)

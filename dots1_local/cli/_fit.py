@@ -53,27 +53,21 @@ def fit_machine(
     from dots1_local.fit.front import fit
     from dots1_local.fit.search import Search
     from dots1_local.placement.placement import default_context
-    from dots1_local.quant.choices import choices_at
+    from dots1_local.quant.choices import choices_by_width
     from dots1_local.quant.plan import parse_overrides
-    from dots1_local.quant.recipes import expert_widths
 
     config, machine = checkpoint.config, _machine(options.for_ or "this")
     sensitivity, importance = load_calibration(calibration, options.imatrix, refine=options.refine)
-    sensitivity.check(config)
     context = default_context(config.max_position_embeddings)
     if options.context:
         context = parse_context(options.context)
-    choices = [
-        choices_at(
-            width,
-            config,
-            sensitivity,
-            covered=importance,
-            overrides=parse_overrides(options.tensor_type or []),
-            cost=lambda tensor: tensor.nbytes,
-        )
-        for width in expert_widths(config, options.pad_experts)
-    ]
+    choices = choices_by_width(
+        config,
+        sensitivity,
+        covered=importance,
+        padding=options.pad_experts,
+        overrides=parse_overrides(options.tensor_type or []),
+    )
     with progress_bar(f"files for {machine.name}") as progress:
         search = Search(
             config,

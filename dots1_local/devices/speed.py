@@ -5,7 +5,7 @@ token, and attention with 32 heads. Weights come from memory as in decoding, whe
 tokens use different experts: a measurement reads more weights than caches hold.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from itertools import count
 from math import prod
@@ -45,15 +45,22 @@ _UPLOADS = (1 << 20, 1 << 23, 1 << 26)
 _COMMON_KV_TYPES = ("F32", "F16", "Q8_0", "Q4_0")
 
 
-def measure_speed(device: DeviceInfo, threads: int, progress: Progress = silent) -> Speed:
+def measure_speed(
+    device: DeviceInfo,
+    threads: int,
+    progress: Progress = silent,
+    types: Collection[str] = tuple(TYPES),
+) -> Speed:
     """Measure a device, which takes half a minute or less; the CPU computes with `threads`.
+
+    Of types of weights, only `types` are measured.
 
     Raises:
         Dots1Error: the device has too little memory left, or failed.
     """
     extra = device.extra_buffer_types if device.kind == "cpu" else ()
     kv_types = _COMMON_KV_TYPES if device.backend == "RPC" else KV_TYPES
-    total = len(TYPES) * (1 + len(extra)) + len(kv_types) + 1
+    total = len(types) * (1 + len(extra)) + len(kv_types) + 1
     steps = count(1)
 
     def step(what: str) -> None:
@@ -65,11 +72,11 @@ def measure_speed(device: DeviceInfo, threads: int, progress: Progress = silent)
         upload, pageable = (0.0, 0.0) if device.kind == "cpu" else _uploads(bench, device.name)
         step("overheads")
         attention = _rates(kv_types, lambda kind: _attention(bench, kind, node), step)
-        matmul = _rates(TYPES, lambda kind: _matmul(bench, kind, node), step)
+        matmul = _rates(types, lambda kind: _matmul(bench, kind, node), step)
     repacked: dict[str, Rate] = {}
     for memory in extra:
         with BenchDevice(device.name, nbytes, threads=threads, memory=memory) as bench:
-            rates = _rates(TYPES, lambda kind: _matmul(bench, kind, node), step)
+            rates = _rates(types, lambda kind: _matmul(bench, kind, node), step)
         repacked = rates | repacked
     bandwidth = max(rate.decode * TYPES[name].bpw / 8 for name, rate in matmul.items())
     return Speed(bandwidth, matmul, attention, node, split, upload, pageable, repacked)

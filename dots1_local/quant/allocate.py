@@ -20,9 +20,17 @@ from dots1_local.architecture import Dots1Config
 from dots1_local.errors import UsageError
 from dots1_local.quant import one_layout
 from dots1_local.quant.allocation import Allocation, Solution, explain
-from dots1_local.quant.choices import Change, Choice, Choices, Cost, Floats, best_change, choices_at
+from dots1_local.quant.choices import (
+    Change,
+    Choice,
+    Choices,
+    Cost,
+    Floats,
+    best_change,
+    choices_by_width,
+)
 from dots1_local.quant.plan import Override
-from dots1_local.quant.recipes import Padding, expert_widths
+from dots1_local.quant.recipes import Padding
 from dots1_local.quant.sensitivity import Sensitivity
 
 __all__ = ["TOLERANCE", "Allocator"]
@@ -61,19 +69,15 @@ class Allocator:
         cost: Cost = attrgetter("nbytes"),
         one_layout: bool = False,
     ) -> None:
-        sensitivity.check(config)
         self.config, self._one_layout = config, one_layout
-        self._choices = self._by_tensor = [
-            choices_at(
-                width,
-                config,
-                sensitivity,
-                covered=sensitivity.tensors if covered is None else covered,
-                overrides=overrides,
-                cost=cost,
-            )
-            for width in expert_widths(config, padding)
-        ]
+        self._choices = self._by_tensor = choices_by_width(
+            config,
+            sensitivity,
+            covered=covered,
+            padding=padding,
+            overrides=overrides,
+            cost=cost,
+        )
         if one_layout:
             self._choices = [choices.merged() for choices in self._by_tensor]
         self.smallest = min(c.size(c.smallest()) for c in self._choices)

@@ -6,6 +6,7 @@
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,20 @@ from dots1_local.architecture import Dots1Config, TensorSpec, inventory
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.ggml import TYPES
 from dots1_local.quant.plan import Override, PlannedTensor, override_type
+from dots1_local.quant.recipes import Padding, expert_widths
 from dots1_local.quant.sensitivity import Effect, Sensitivity
 from dots1_local.quant.stock import fallback, is_quantisable, needs_importance
 
-__all__ = ["KINDS", "Change", "Choice", "Choices", "Cost", "Floats", "best_change", "choices_at"]
+__all__ = [
+    "KINDS",
+    "Change",
+    "Choice",
+    "Choices",
+    "Cost",
+    "Floats",
+    "best_change",
+    "choices_by_width",
+]
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -122,7 +133,40 @@ class Choices:
         )
 
 
-def choices_at(
+def choices_by_width(
+    config: Dots1Config,
+    sensitivity: Sensitivity,
+    *,
+    covered: Container[str] | None = None,
+    padding: Padding = "auto",
+    overrides: Sequence[Override] = (),
+    cost: Cost = attrgetter("nbytes"),
+) -> list[Choices]:
+    """The possible types at each expert width that `padding` allows: those that were measured and
+    fit, and that do not need importance where there is none.
+
+    `covered` holds the tensors with importance (None: all). `cost` gives a tensor's part of the
+    budget, by default its bytes. An override leaves one possible type.
+
+    Raises:
+        Dots1Error: a tensor, or the type that it must have, was not measured; or the sensitivity is
+            that of another model.
+    """
+    sensitivity.check(config)
+    return [
+        _choices_at(
+            width,
+            config,
+            sensitivity,
+            covered=sensitivity.tensors if covered is None else covered,
+            overrides=overrides,
+            cost=cost,
+        )
+        for width in expert_widths(config, padding)
+    ]
+
+
+def _choices_at(
     width: int,
     config: Dots1Config,
     sensitivity: Sensitivity,
@@ -131,14 +175,7 @@ def choices_at(
     overrides: Sequence[Override],
     cost: Cost,
 ) -> Choices:
-    """The possible types at one expert width: those that were measured and fit, and that do not
-    need importance where there is none.
-
-    `covered` holds the tensors with importance. An override leaves one possible type.
-
-    Raises:
-        Dots1Error: a tensor, or the type that it must have, was not measured.
-    """
+    """The choices at one expert width."""
     specs = inventory(config, width)
     free = tuple(spec for spec in specs if is_quantisable(spec))
     nbytes, damage, flips = (np.full((len(free), len(KINDS)), np.inf) for _ in range(3))

@@ -13,9 +13,8 @@ from dots1_local.errors import UsageError
 from dots1_local.fit.front import fit, knee_rank
 from dots1_local.fit.search import MachineFile, Search, Target
 from dots1_local.placement.footprint import GPU_RESERVE, RAM_RESERVE
-from dots1_local.quant.choices import choices_at
+from dots1_local.quant.choices import choices_by_width
 from dots1_local.quant.plan import QuantPlan, parse_overrides
-from dots1_local.quant.recipes import expert_widths
 from dots1_local.quant.sensitivity import Sensitivity
 from tests.micro import micro_config
 from tests.placement.machines import machine, speed
@@ -50,17 +49,12 @@ GPU_SPEED = speed(1e9, upload=4e8, upload_pageable=2e8, split=1e-6)
 def search_of(config: Dots1Config, sensitivity: Sensitivity, on: Hardware, context: int) -> Search:
     """A search in which all but the experts and the head is fixed if the model is the small one."""
     fixed = [r"^(?!.*(gate|down)_exps)=Q6_K"]
-    choices = [
-        choices_at(
-            width,
-            config,
-            sensitivity,
-            covered=sensitivity.tensors,
-            overrides=parse_overrides(fixed if config is SMALL else []),
-            cost=lambda tensor: tensor.nbytes,
-        )
-        for width in expert_widths(config, "off" if config is SMALL else "auto")
-    ]
+    choices = choices_by_width(
+        config,
+        sensitivity,
+        padding="off" if config is SMALL else "auto",
+        overrides=parse_overrides(fixed if config is SMALL else []),
+    )
     return Search(config, choices, on, context)
 
 

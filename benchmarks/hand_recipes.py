@@ -47,11 +47,14 @@ def with_vocabulary(plan: QuantPlan, kind: str) -> QuantPlan:
 
 
 def stock_recipes(config: Dots1Config) -> list[QuantPlan]:
-    """llama-quantize's mixes up to Q5_K_M, with importance."""
+    """llama-quantize's mixes up to Q5_K_M, with importance; those for models that were trained with
+    a few values are left out."""
     plans = {
         mix.name: make_plan(config, mix.name, has_importance=True, padding="off")
         for mix in STOCK_MIXES.values()
-        if mix.quantised and mix.name not in ("Q6_K", "Q8_0", "Q5_1", "MXFP4_MOE")
+        if mix.quantised
+        and TYPES[mix.default].candidate
+        and mix.name not in ("Q6_K", "Q8_0", "Q5_1", "MXFP4_MOE")
     }
     return list(plans.values())
 

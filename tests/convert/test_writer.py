@@ -16,13 +16,15 @@ from dots1_local.errors import Dots1Error
 from dots1_local.ggml import TYPES
 from dots1_local.quant.plan import PlannedTensor
 
+READABLE = [kind for kind in TYPES.values() if kind.name != "Q2_0"]  # gguf-py does not know it
+
 
 @st.composite
 def planned(draw: st.DrawFn) -> list[PlannedTensor]:
     """A few tensors of one to three dimensions in types that fit their rows."""
     tensors = []
     for index in range(draw(st.integers(1, 6))):
-        kind = draw(st.sampled_from(list(TYPES.values())))
+        kind = draw(st.sampled_from(READABLE))
         columns = kind.block * draw(st.integers(1, 3))
         shape = (*draw(st.lists(st.integers(1, 4), max_size=2)), columns)
         spec = TensorSpec(f"blk.{index}.weight", "dense", index, shape, (f"t{index}",), shape)

@@ -16,6 +16,7 @@ from dots1_local.cli._convert import convert
 from dots1_local.cli._export import export
 from dots1_local.cli._hardware import hardware
 from dots1_local.cli._inspect import inspect
+from dots1_local.cli._output import show_engine_log
 from dots1_local.cli._perplexity import perplexity
 from dots1_local.cli._plan import plan
 from dots1_local.cli._serve import serve
@@ -63,12 +64,17 @@ def _version(value: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what the engine and drivers log.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     global _debug  # noqa: PLW0603 -- main() outlives the parsed context
     _debug = debug
+    if verbose:
+        show_engine_log()
 
 
 def main() -> None:

@@ -38,7 +38,8 @@ def hardware(options: HardwareOptions) -> None:
 
     dots1 hardware --json > machine.json
     """
-    from dots1_local.devices.machine import find_hardware, missing_backends, this_machine
+    from dots1_local.devices.drivers import missing_backends
+    from dots1_local.devices.machine import find_hardware, this_machine
 
     if options.file is not None:
         if options.worker or options.refresh:
@@ -55,7 +56,7 @@ def hardware(options: HardwareOptions) -> None:
         print_json(found.to_json())
     else:
         _show(found)
-    for sentence in missing_backends(found) if options.file is None else ():
+    for sentence in missing_backends(found.engine) if options.file is None else ():
         notice(sentence)
 
 

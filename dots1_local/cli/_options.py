@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
-from dots1_local.cli._output import notice, progress_bar
+from dots1_local.cli._output import notice, progress_bar, quiet_drivers
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
@@ -241,8 +241,8 @@ def open_checkpoint(path: str, revision: str | None, low_disk: bool) -> "Checkpo
 
 @contextmanager
 def report_abort() -> Iterator[None]:
-    """Print one sentence if llama.cpp aborts the process within."""
+    """Print one sentence if llama.cpp aborts the process within, and nothing of drivers."""
     from dots1_local.engine.abort import on_abort
 
-    with on_abort(lambda reason: notice(f"dots1: {reason}")):
+    with quiet_drivers(), on_abort(lambda reason: notice(f"dots1: {reason}")):
         yield

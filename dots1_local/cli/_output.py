@@ -5,9 +5,11 @@ drops terminal control from what a model or a file says.
 """
 
 import json
+import os
 import re
 import sys
 import textwrap
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +22,10 @@ from dots1_local.sizes import human_bytes
 
 __all__ = [
     "ControlFilter", "notice", "notice_resumed", "one_line", "plain", "plural", "print_json",
-    "print_sizes", "print_table", "progress_bar",
+    "print_sizes", "print_table", "progress_bar", "quiet_drivers", "show_engine_log",
 ]  # fmt: skip
 
+_QUIET_SECONDS = 30  # after which a line shows that a long job is alive
 _PIPE_WIDTH = 10_000  # off a terminal nothing is wrapped or cut, because scripts want whole cells
 _LINE_LENGTH = 60  # characters of a text that `one_line` keeps
 
@@ -42,6 +45,54 @@ def notice_resumed(done: int, total: int, unit: str, what: str) -> None:
     notice(f"resuming: {done} of {total} {unit} are done")
 
 
+def show_engine_log() -> None:
+    """Print on stderr what the engine logs, and let drivers print."""
+    import logging
+
+    logger = logging.getLogger("dots1_local.engine")
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.DEBUG)
+
+
+@contextmanager
+def quiet_drivers() -> Iterator[None]:
+    """Drop what C and C++ code prints on stderr within, unless the engine's log is shown.
+
+    Drivers, and in part the engine, print without asking. Our own lines still appear.
+    """
+    import logging
+
+    shown = logging.getLogger("dots1_local.engine").isEnabledFor(logging.DEBUG)
+    if shown or os.name != "posix":
+        yield
+        return
+    try:
+        stream, kept = sys.stderr, os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with open(kept, "w", 1, encoding=stream.encoding, errors=stream.errors) as ours:
+        if _leads_to(stream, 2):  # tests and scripts may have another one
+            stream.flush()
+            sys.stderr = ours
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        try:
+            yield
+        finally:
+            ours.flush()
+            os.dup2(kept, 2)
+            sys.stderr = stream
+
+
+def _leads_to(stream: Any, descriptor: int) -> bool:
+    try:
+        return bool(stream.fileno() == descriptor)
+    except (OSError, ValueError):
+        return False
+
+
 def print_json(value: Any) -> None:
     """Print JSON on stdout, in ASCII if stdout does not take Unicode."""
     readable = (sys.stdout.encoding or "").lower().startswith("utf")
@@ -55,7 +106,7 @@ def plural(count: int, noun: str) -> str:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
-    """Show a bar with amount, rate and time left on stderr if stderr is a terminal."""
+    """Show a bar with amount, rate and time left on stderr; off a terminal, a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -77,8 +128,14 @@ def progress_bar(label: str) -> Iterator[Progress]:
         transient=True,
     ) as bar:
         task = bar.add_task(label, total=None, amount="", what="")
+        printed = time.monotonic()
 
         def report(done: int, total: int, unit: str, what: str) -> None:
+            nonlocal printed
+            if bar.disable and time.monotonic() - printed > _QUIET_SECONDS:
+                printed = time.monotonic()
+                share = f"{done / total:.0%} of {total:,} {unit}" if total else ""
+                notice(": ".join(filter(None, (label, share, what))))
             speed = bar.tasks[task].speed or 0
             amount = f"{done:,} of {total:,} {unit}, {speed:,.0f}/s"
             if unit == "bytes":

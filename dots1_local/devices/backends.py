@@ -14,12 +14,13 @@ from functools import cache
 from itertools import takewhile
 from typing import Any, Literal, get_args
 
+from dots1_local.devices.drivers import build_with
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.ggml import library
 
 __all__ = [
-    "DeviceInfo", "Signatures", "add_worker", "backend_names", "build_with", "check_rpc", "declare",
-    "device", "devices", "serve_rpc",
+    "DeviceInfo", "Signatures", "add_worker", "backend_names", "check_rpc", "declare", "device",
+    "devices", "serve_rpc",
 ]  # fmt: skip
 
 Kind = Literal["cpu", "gpu", "igpu", "accel", "meta"]  # in the order of enum ggml_backend_dev_type
@@ -54,15 +55,6 @@ _SET_THREADS = ctypes.CFUNCTYPE(None, c_void_p, c_int)
 _START: Signatures = {
     "ggml_backend_rpc_start_server": (None, (c_char_p, c_char_p, c_size_t, c_size_t, c_void_p))
 }
-
-
-def build_with(*flags: str) -> str:
-    """The command that installs llama-cpp-python with these build flags on."""
-    arguments = " ".join(f"-D{flag}=on" for flag in flags)
-    return (
-        f'CMAKE_ARGS="{arguments}" pip install --force-reinstall --no-cache-dir --no-deps '
-        "llama-cpp-python"
-    )
 
 
 @dataclass(frozen=True)
@@ -217,6 +209,8 @@ def _info(handle: int) -> DeviceInfo:
     base = _base()
     free, total = c_size_t(), c_size_t()
     base.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+    if free.value > total.value:  # a driver took what is used from less, and passed below zero
+        free.value = 0
     return DeviceInfo(
         name=base.ggml_backend_dev_name(handle).decode(),
         description=base.ggml_backend_dev_description(handle).decode(errors="replace"),

@@ -8,7 +8,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint8, c_void_p
-from functools import cache
+from functools import cache, cached_property
 from statistics import median
 from time import perf_counter
 from typing import Any, Self
@@ -33,6 +33,7 @@ HEAD_DIM = 128
 _WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
 _PREC_F32 = 10  # GGML_PREC_F32
 _SLACK = 1 << 20
+_LEAST, _COLUMNS = 1 << 24, 4096  # the smallest matrix that is tried, in bytes, and its columns
 _NODES = 1024
 _ALIGNMENT = 1 << 12
 _REPEATS, _MAX_SECONDS = 5, 1.0
@@ -101,6 +102,24 @@ class BenchDevice:
             raise Dots1Error(f"{name} has no {human_bytes(nbytes)} of memory left to measure in")
         ggml.ggml_backend_buffer_set_usage(self.arena, _WEIGHTS)
         info.set_threads(self.backend, threads)
+
+    @cached_property
+    def largest_tensor(self) -> int:
+        """The bytes of a matrix that the device can multiply, up to `nbytes`.
+
+        Vulkan's devices limit what a kernel sees of a buffer (maxStorageBufferRange), some to
+        128 MiB.
+        """
+        size = self.nbytes
+        while size > _LEAST and not self._multiplies(size // (2 * _COLUMNS)):
+            size //= 2
+        return size
+
+    def _multiplies(self, rows: int) -> bool:
+        with BenchGraph(self) as graph:
+            matrix, x = graph.tensor(F16, _COLUMNS, rows), graph.tensor(F32, _COLUMNS, 1)
+            node = graph.mul_mat(matrix, x)
+            return bool(_ggml().ggml_backend_dev_supports_op(self.handle, node))
 
     def __enter__(self) -> Self:
         return self

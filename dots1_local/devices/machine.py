@@ -9,7 +9,6 @@ Other machines are described in files; some descriptions come with this package.
 
 import json
 import platform
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dots1_local.devices import child
-from dots1_local.devices.backends import DeviceInfo, add_worker, backend_names, build_with, devices
+from dots1_local.devices.backends import DeviceInfo, add_worker, backend_names, devices
 from dots1_local.devices.hardware import CPU, Device, Hardware, hardware_from_json, load_hardware
 from dots1_local.devices.limits import available_ram, physical_cores, read_rate
 from dots1_local.devices.rpc import parse_endpoint, probe
@@ -28,17 +27,12 @@ from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.user_folder import user_folder
 from dots1_local.progress import Progress, silent
 
-__all__ = ["detect", "find_hardware", "hardware_names", "missing_backends", "this_machine"]
+__all__ = ["detect", "find_hardware", "hardware_names", "this_machine"]
 
 _MACHINES = Path(__file__).parent / "machines"
-_ROOT = Path("/")
-# Backend, its build flag, who makes the GPUs, and a file or program of their driver.
-_GPUS = (
-    ("CUDA", "GGML_CUDA", "NVIDIA", "proc/driver/nvidia/version", "nvidia-smi"),
-    ("ROCm", "GGML_HIP", "AMD", "dev/kfd", ""),
-)
 _MEASURED = 2  # raised when more is measured, so that kept speeds are measured again
-_TIMEOUT = 60.0  # seconds without a report from the child
+# Seconds in which the child neither reports nor computes. It does not compute while a worker does.
+_TIMEOUT, _WORKER_TIMEOUT = 60.0, 600.0
 
 
 def this_machine(
@@ -91,25 +85,6 @@ def hardware_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _MACHINES.glob("*.json")))
 
 
-def missing_backends(hardware: Hardware, root: Path = _ROOT) -> tuple[str, ...]:
-    """A sentence for each backend that this machine could use and its engine was built without."""
-    built = hardware.engine.partition("(")[2].rstrip(")").split(", ")
-    sentences = [
-        f"there is an {vendor} GPU's driver, but this llama-cpp-python was built without "
-        f"{backend}; to use the GPU: {build_with(flag, 'GGML_RPC')}"
-        for backend, flag, vendor, file, tool in _GPUS
-        if backend not in built
-        and "Vulkan" not in built
-        and ((root / file).exists() or shutil.which(tool))
-    ]
-    if "RPC" not in built:
-        sentences.append(
-            "this llama-cpp-python was built without RPC, which --worker needs; to get it: "
-            f"{build_with('GGML_RPC')}"
-        )
-    return tuple(sentences)
-
-
 def detect(request: Mapping[str, Any], progress: Progress = silent) -> Hardware:
     """Ask a child process for the engine's devices, including those of the request's `workers`.
 
@@ -121,7 +96,14 @@ def detect(request: Mapping[str, Any], progress: Progress = silent) -> Hardware:
     """
     target = request.get("measure")
     doing = f"measuring {target}" if target else "looking for devices"
-    answer = child.ask(__name__, request, doing, progress, timeout=_TIMEOUT)
+    answer = child.ask(
+        __name__,
+        request,
+        doing,
+        progress,
+        devices=(target,) if target and target != CPU else (),
+        timeout=_WORKER_TIMEOUT if request["workers"] else _TIMEOUT,
+    )
     try:
         return hardware_from_json(answer, "the answer")
     except UsageError as error:
@@ -143,19 +125,19 @@ def _measured(
     path: Path,
     progress: Progress,
 ) -> Hardware:
-    """Measure all speeds that are missing, and keep them in the file at `path`."""
-    by_name = {device.name: device for device in (known.cpu, *known.devices)}
-    missing = [name for name, device in by_name.items() if device.speed is None]
-    for name in missing:
+    """Measure all speeds that are missing, and keep each at once in the file at `path`."""
+    for name in (CPU, *(device.name for device in known.devices)):
+        if known.device(name).speed is not None:
+            continue
         request = {"workers": list(workers), "measure": name, "threads": known.cores}
-        speed = detect(request, progress).device(name).speed
-        by_name[name] = replace(by_name[name], speed=speed)
-    disk = read_rate(_folder()) if CPU in missing else known.disk
-    cpu, *devices = by_name.values()
-    hardware = replace(known, cpu=cpu, devices=tuple(devices), disk=disk)
-    if missing:
-        _save(path, hardware, cached)
-    return hardware
+        measured = replace(known.device(name), speed=detect(request, progress).device(name).speed)
+        if name == CPU:
+            known = replace(known, cpu=measured, disk=read_rate(_folder()))
+        else:
+            devices = (measured if each.name == name else each for each in known.devices)
+            known = replace(known, devices=tuple(devices))
+        _save(path, known, cached)
+    return known
 
 
 def _with_cached(found: Hardware, cached: Hardware) -> Hardware:
@@ -223,8 +205,7 @@ def _device(info: DeviceInfo, request: Mapping[str, Any]) -> Device:
         speed = measure_speed(info, request["threads"], child.report_progress)
     worker = info.description if info.backend == "RPC" else None
     description = " ".join("".join(filter(str.isprintable, info.description)).split())
-    free = min(info.free, info.total)
-    return Device(info.name, info.backend, description, free, info.total, speed, worker)
+    return Device(info.name, info.backend, description, info.free, info.total, speed, worker)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from dots1_local.devices.bench_graph import (
     pinned_memory,
 )
 from dots1_local.devices.hardware import LONG_ROW, SHORT_ROW, Rate, Speed
+from dots1_local.errors import Dots1Error
 from dots1_local.ggml import KV_TYPES, TYPES, QuantType, quant_type
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import encode
@@ -56,21 +57,22 @@ def measure_speed(
     Of types of weights, only `types` are measured.
 
     Raises:
-        Dots1Error: the device has too little memory left, or failed.
+        Dots1Error: the device has too little memory left, computes nothing, or failed.
     """
     extra = device.extra_buffer_types if device.kind == "cpu" else ()
     kv_types = _COMMON_KV_TYPES if device.backend == "RPC" else KV_TYPES
     total = len(types) * (1 + len(extra)) + len(kv_types) + 1
-    steps = count(1)
+    steps = count()
 
     def step(what: str) -> None:
+        """Report what is measured next: the first time, a GPU's driver compiles kernels for it."""
         progress(next(steps), total, "measurements", f"{device.name} {what}")
 
     nbytes = max(min(_BYTES, device.free // 4), _MIN_EXPERTS * 4 * _HIDDEN * _WIDTH)
+    step("overheads")
     with BenchDevice(device.name, nbytes, threads=threads) as bench:
         node, split = _overheads(bench)
         upload, pageable = (0.0, 0.0) if device.kind == "cpu" else _uploads(bench, device.name)
-        step("overheads")
         attention = _rates(kv_types, lambda kind: _attention(bench, kind, node), step)
         matmul = _rates(types, lambda kind: _matmul(bench, kind, node), step)
     repacked: dict[str, Rate] = {}
@@ -78,6 +80,8 @@ def measure_speed(
         with BenchDevice(device.name, nbytes, threads=threads, memory=memory) as bench:
             rates = _rates(types, lambda kind: _matmul(bench, kind, node), step)
         repacked = rates | repacked
+    if not matmul:
+        raise Dots1Error(f"{device.name} cannot multiply matrices of any type; hide the device")
     bandwidth = max(rate.decode * TYPES[name].bpw / 8 for name, rate in matmul.items())
     return Speed(bandwidth, matmul, attention, node, split, upload, pageable, repacked)
 
@@ -88,9 +92,9 @@ def _rates(
     """The rates of the types that the device can compute."""
     rates = {}
     for name in names:
+        step(name)
         if (rate := rate_of(quant_type(name))) is not None:
             rates[name] = rate
-        step(name)
     return rates
 
 
@@ -99,10 +103,9 @@ def _matmul(bench: BenchDevice, kind: QuantType, node: float) -> Rate | None:
     decode = _decode(bench, kind, (_HIDDEN, _WIDTH), node)
     width = _WIDTH if kind.fits(_WIDTH) else padded_width(_WIDTH)
     short = _decode(bench, kind, (width, _HIDDEN), node)
+    fitting = _n_fitting(bench, kind, (_HIDDEN, _WIDTH))
     experts = _throughput(
-        lambda n: _prefill_experts(bench, kind, n),
-        _MIN_EXPERTS,
-        _n_fitting(bench, kind, (_HIDDEN, _WIDTH)),
+        lambda n: _prefill_experts(bench, kind, n), min(_MIN_EXPERTS, fitting), fitting
     )
     tokens = _throughput(lambda n: _dense(bench, kind, n), _TILE, _UBATCH)
     if decode is None or experts is None or tokens is None:
@@ -128,14 +131,15 @@ def _decode(
 
     The `shape` of an expert is (columns, rows).
     """
-    n_tokens = _n_fitting(bench, kind, shape) // _USED
-    n_experts = n_tokens * _USED
-    order = np.random.default_rng(0).permutation(n_experts).astype(np.int32)
+    n_experts = _n_fitting(bench, kind, shape)
+    n_tokens = max(n_experts // _USED, 1)
+    used = n_tokens * _USED
+    order = np.random.default_rng(0).permutation(used).astype(np.int32) % n_experts
     chosen = list(order.reshape(n_tokens, 1, _USED))
     seconds = _experts(bench, kind, shape, n_experts, chosen)
     if seconds is None:
         return None
-    return n_experts * prod(shape) / max(seconds - n_tokens * node, seconds / 2)
+    return used * prod(shape) / max(seconds - n_tokens * node, seconds / 2)
 
 
 def _prefill_experts(bench: BenchDevice, kind: QuantType, n_experts: int) -> float | None:
@@ -149,7 +153,7 @@ def _prefill_experts(bench: BenchDevice, kind: QuantType, n_experts: int) -> flo
 def _n_fitting(bench: BenchDevice, kind: QuantType, shape: tuple[int, int]) -> int:
     """How many experts fit, up to the number in a layer."""
     columns, rows = shape
-    return min(_EXPERTS, bench.nbytes // (kind.row_bytes(columns) * rows))
+    return min(_EXPERTS, bench.largest_tensor // (kind.row_bytes(columns) * rows))
 
 
 def _experts(

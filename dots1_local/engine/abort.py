@@ -21,7 +21,10 @@ AbortHandler = Callable[[str], None]  # is given the sentence that says what hap
 
 _TIMEOUT = 10  # seconds for a handler, which may wait for an engine that no longer answers
 _SOURCE = re.compile(r"^.*?:\d+: ")  # file and line of the C++ source
-_DEVICE_ERROR = re.compile(r"(?:CUDA|ROCm|MUSA) error: (.+)")
+_DEVICE_ERROR = re.compile(
+    r"(?:CUDA|ROCm|MUSA) error: (.+)|ggml_vulkan: (device (?:lost|fault) .+)"
+)
+_EXCEPTION = re.compile(r"N?(\d+)")  # a mangled name is made of names after their lengths
 _handlers: list[AbortHandler] = []
 _ending = Lock()
 
@@ -51,8 +54,8 @@ def explain(message: str, log: Sequence[str] = ()) -> str:
         return "the connection to a worker was lost: look there why it ended, and start it again"
     if match := re.match(r"(?:Failed to connect to|RPC handshake failed for) (\S+)", message):
         return f"the worker at {match[1]} does not answer; look there, and start dots1 worker again"
-    found = [match[1] for match in map(_DEVICE_ERROR.search, reversed(log)) if match]
-    if found and "out of memory" in found[0]:
+    found = [match[1] or match[2] for match in map(_DEVICE_ERROR.search, reversed(log)) if match]
+    if message.startswith("vk::OutOf") or (found and "out of memory" in found[0]):
         return "the GPU ran out of memory while it computed: plan again with less --vram"
     if found:
         return f"the GPU failed ({found[0]}); start the program again to use it"
@@ -65,8 +68,28 @@ def _aborted(message: bytes) -> None:
 
 
 def _uncaught() -> None:
-    """Handle a C++ exception that nobody caught; its message is not known here."""
-    _end("")
+    """Handle a C++ exception that nobody caught; only its type is known here."""
+    _end(_exception_type())
+
+
+def _exception_type() -> str:
+    """The type of the C++ exception that is being handled, such as vk::DeviceLostError, or ""."""
+    function = getattr(library(), "__cxa_current_exception_type", None)
+    if function is None:
+        return ""
+    function.argtypes, function.restype = [], ctypes.POINTER(ctypes.c_char_p)
+    found = function()  # a std::type_info: its vtable, and the mangled name
+    return _demangled(found[1].decode("ascii", errors="replace")) if found else ""
+
+
+def _demangled(name: str) -> str:
+    """A class's name without templates, such as vk::SystemError for N2vk11SystemErrorE."""
+    parts, rest = [], name
+    while match := _EXCEPTION.match(rest):
+        end = match.end() + int(match[1])
+        parts.append(rest[match.end() : end])
+        rest = rest[end:]
+    return "::".join(parts) or name
 
 
 # Functions that install a handler and return the one before, and our handlers. The second one is

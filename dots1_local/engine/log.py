@@ -1,9 +1,11 @@
 """What llama.cpp logs: errors, and the sizes of the buffers that it allocates on each device.
 
-Nothing of it reaches the terminal. The errors go into our own messages; the sizes are added up by
-device and compared with what was predicted.
+All of it goes to Python's logger `dots1_local.engine`, and nothing to the terminal unless that
+logger does. The errors go into our own messages; the sizes are added up by device and compared with
+what was predicted.
 """
 
+import logging
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,10 +25,13 @@ __all__ = [
 ]  # fmt: skip
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR; the binding's own table is of an older llama.cpp
+_LEVELS = {2: logging.INFO, 3: logging.WARNING, _ERROR: logging.ERROR}  # others are for debugging
 _MIB = 1 << 20
 _TOLERANCE = 300 * _MIB, 0.02  # what a prediction may be off by, in bytes or as a share of it
 _SIZE = re.compile(r"(\S+) +(model|KV|output|compute) buffer size = +(\d+\.\d+) MiB")
 _CLASSES = {"model": "weights", "KV": "kv", "output": "compute", "compute": "compute"}
+_logger = logging.getLogger("dots1_local.engine")
+_logger.addHandler(logging.NullHandler())  # without any, Python would print warnings
 _errors: deque[str] = deque(maxlen=64)
 _sizes: deque[str] = deque(maxlen=1024)
 
@@ -64,12 +69,17 @@ def recent_errors() -> list[str]:
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep(level: int, text: bytes, _: Any) -> None:
-    if level != _ERROR and b" buffer size = " not in text:
-        return
     line = text.decode("utf-8", errors="replace").strip()
-    if line:
+    if not line.strip("."):  # progress, a dot at a time
+        return
+    _logger.log(_LEVELS.get(level, logging.DEBUG), "%s", line)
+    if level == _ERROR or " buffer size = " in line:
         kept = _errors if level == _ERROR else _sizes
         kept.append(re.sub(r"^\w+: +", "", line))  # without the name of the C++ function
+
+
+# Devices start before anything is captured; until now llama-cpp-python prints what they log.
+llama.llama_log_set(_keep, None)
 
 
 @dataclass(frozen=True)

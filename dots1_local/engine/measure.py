@@ -39,7 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 _N_DECODED = 24  # tokens at each depth; the median of their times counts
-_TIMEOUT = 900.0  # seconds for a ubatch, or for llama.cpp to make the context
+_TIMEOUT = 900.0  # seconds for a ubatch; a process that waits for a device does not compute
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,16 @@ def measure_placement(
         "threads": threads,
         "limit": limit,
     }
-    doing = f"measuring {Path(path).name}"
+    used = placement.used_devices if placement else ()
+    doing = f"measuring {Path(path).name}" + (f" on {', '.join(used)}" if used else "")
     answer = child.ask(
-        __name__, request, doing, progress, timeout=_TIMEOUT, environment=environment
+        __name__,
+        request,
+        doing,
+        progress,
+        devices=used,
+        timeout=_TIMEOUT,
+        environment=environment,
     )
     return convert_json(answer, Measurement)
 

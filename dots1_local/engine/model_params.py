@@ -14,6 +14,7 @@ from llama_cpp import llama_cpp as llama
 
 from dots1_local.architecture import Dots1Config
 from dots1_local.devices import backends, rpc
+from dots1_local.devices.drivers import remedy
 from dots1_local.devices.limits import physical_cores
 from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFFile
@@ -92,7 +93,8 @@ class EngineParams:
     def n_outputs(self) -> int:
         """Tokens of a ubatch that can have logits."""
         if self.all_logits:
-            return self.n_ubatch
+            # llama.cpp reserves a graph with a token of each sequence, and aborts if they are more.
+            return max(self.n_ubatch, self.n_sequences)
         return max(self.n_sequences, min(1 + self.n_draft, self.n_ubatch))
 
     def applied_to(self, placement: Placement) -> Placement:
@@ -118,10 +120,6 @@ _HOST_MEMORY: dict[HostMemory, tuple[int, bool, bool]] = {
     "pinned": (_NONE, False, False),
     "repacked": (_NONE, True, True),
     "mapped": (_MMAP, False, True),
-}
-# The build option that compiles a backend in, by how the names of its devices begin.
-_BUILDS = {"ROCm": "GGML_HIP", "MTL": "GGML_METAL"} | {
-    name: f"GGML_{name.upper()}" for name in ("CUDA", "Vulkan", "SYCL", "RPC")
 }
 
 
@@ -183,17 +181,7 @@ def _handle(device: str) -> int:
     try:
         return backends.device(device).handle
     except UsageError as error:
-        raise UsageError(f"{error}; {_remedy(device)}") from None
-
-
-def _remedy(device: str) -> str:
-    backend = device.rstrip("0123456789")
-    if backend in _BUILDS and backend not in backends.backend_names():
-        command = backends.build_with(*dict.fromkeys((_BUILDS[backend], "GGML_RPC")))
-        return f"this llama-cpp-python was built without {backend}; build it anew: {command}"
-    if backend == "RPC":
-        return "name the worker that has it, in the plan or with --worker HOST:PORT"
-    return "plan again on this machine"
+        raise UsageError(f"{error}; {remedy(device, backends.backend_names())}") from None
 
 
 def model_params(placement: Placement | None) -> Any:

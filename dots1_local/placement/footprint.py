@@ -99,6 +99,9 @@ def footprint(
         usage[name]["compute"] = size
     tokens = min(placement.ubatch, placement.tokens * n_sequences)
     for name, sizes in usage.items():
+        if name.startswith("Vulkan") and sizes["routed"] and sizes["shared"]:
+            sizes["compute"] += _computed_early(config, tokens)
+    for name, sizes in usage.items():
         sizes["scratch"] = scratch_bytes(config, name, tokens, has_experts=bool(sizes["routed"]))
     rows = max(min(n_outputs, tokens), placement.sequences * n_sequences)
     usage[CPU]["scratch"] += 4 * config.vocab_size * rows
@@ -172,6 +175,16 @@ def _compute_buffers(
 def fetching_gpu(placement: Placement) -> str | None:
     """The first GPU, if its backend copies weights from RAM for large batches."""
     return next((name for name in placement.used_devices if name.startswith(_FETCHING)), None)
+
+
+def _computed_early(config: Dots1Config, tokens: int) -> int:
+    """Bytes that Vulkan's order of nodes needs besides those of llama.cpp's order.
+
+    `ggml_vk_graph_optimize` moves the first products of the shared experts before the routed
+    experts, and keeps the router's scores. Where a ubatch needs most elsewhere, this is too much.
+    """
+    shared = 2 * config.moe_intermediate_size * config.n_shared_experts
+    return 4 * tokens * (shared + config.n_routed_experts)
 
 
 def distinct_layers(layers: Sequence[PlacedLayer]) -> tuple[PlacedLayer, ...]:

@@ -1,10 +1,15 @@
+import subprocess
+import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dots1_local.cli._output import ControlFilter
+from tests.helpers import write_random_gguf
+from tests.workers import start_dots1
 
 BIDI = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 CONTROLS = {chr(code) for code in [*range(0x20), *range(0x7F, 0xA0), *BIDI]} - {"\n", "\t"}
@@ -124,3 +129,45 @@ def test_no_control_character_is_left(text: str) -> None:
 @given(st.lists(SOUP))
 def test_pieces_make_no_difference(pieces: list[str]) -> None:
     assert filtered(*pieces) == filtered("".join(pieces)) == filtered(*"".join(pieces))
+
+
+PRINTS = """
+import os, sys
+from dots1_local.cli._output import quiet_drivers, show_engine_log
+if "-v" in sys.argv:
+    show_engine_log()
+with quiet_drivers():
+    os.write(2, b"a driver\\n")
+    print("the program", file=sys.stderr)
+os.write(2, b"afterwards\\n")
+print("the program again", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(("option", "driver"), [("", ""), ("-v", "a driver\n")])
+def test_what_drivers_print_is_dropped_unless_asked_for(option: str, driver: str) -> None:
+    command = [sys.executable, "-c", PRINTS, option]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == f"{driver}the program\nafterwards\nthe program again\n"
+
+
+def test_stderr_may_be_closed() -> None:
+    script = "from dots1_local.cli._output import quiet_drivers\nwith quiet_drivers(): print(1)"
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, script],
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == b"1\n"
+
+
+def test_verbose_shows_what_the_engine_logs(tmp_path: Path) -> None:
+    model, text = write_random_gguf(tmp_path / "model.gguf"), tmp_path / "text.txt"
+    text.write_text("abc" * 100)
+    verb = ("perplexity", str(model), "-f", str(text), "-c", "64", "-t", "1")
+    for options, shown in (((), False), (("-v",), True)):
+        with start_dots1(*options, *verb) as process:
+            out, err = process.communicate(timeout=60)
+        assert "PPL" in out
+        assert ("llama_model_loader" in err) == shown
+        assert shown or not err

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from dots1_local.devices import backends
+from dots1_local.devices.drivers import build_with
 from dots1_local.errors import UsageError
 from tests.workers import local_worker
 
@@ -50,6 +51,6 @@ def test_adds_a_workers_devices() -> None:
 
 
 def test_gives_the_command_that_builds_a_backend() -> None:
-    command = backends.build_with("GGML_CUDA", "GGML_RPC")
+    command = build_with("GGML_CUDA", "GGML_RPC")
     assert command.startswith('CMAKE_ARGS="-DGGML_CUDA=on -DGGML_RPC=on" pip install ')
     assert "--no-cache-dir" in command  # pip would hand back the wheel it built before

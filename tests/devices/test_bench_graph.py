@@ -90,3 +90,19 @@ def test_a_pattern_is_repeated_to_the_end(repacked: bool) -> None:
 def test_names_a_device_with_too_little_memory() -> None:
     with pytest.raises(Dots1Error, match=r"CPU.* memory"):
         BenchDevice("CPU", 1 << 60)
+
+
+def test_finds_the_largest_tensor_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    with BenchDevice("CPU", 1 << 26) as bench:
+        assert bench.largest_tensor == 1 << 26  # a CPU has no limit
+    tried: list[int] = []
+
+    def multiplies(self: BenchDevice, rows: int) -> bool:
+        tried.append(rows)
+        return rows * 4096 * 2 <= 1 << 25
+
+    monkeypatch.setattr(BenchDevice, "_multiplies", multiplies)
+    with BenchDevice("CPU", 1 << 28) as bench:
+        assert bench.largest_tensor == 1 << 25
+        assert bench.largest_tensor == 1 << 25
+    assert len(tried) == 4

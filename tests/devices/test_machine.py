@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,14 +8,13 @@ from typing import Any
 
 import pytest
 
-from dots1_local.devices import machine
+from dots1_local.devices import child, machine
 from dots1_local.devices.hardware import CPU, Device, Hardware, load_hardware
 from dots1_local.devices.limits import RAM
 from dots1_local.devices.machine import (
     detect,
     find_hardware,
     hardware_names,
-    missing_backends,
     this_machine,
 )
 from dots1_local.errors import Dots1Error, UsageError
@@ -148,21 +148,6 @@ def test_lists_a_workers_devices() -> None:
     assert 0 < device.free <= device.total
 
 
-def test_names_backends_that_a_build_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    without = replace(FOUND, engine="llama-cpp-python 1 (CPU)")
-    (sentence,) = missing_backends(without, tmp_path)
-    assert "without RPC" in sentence
-    assert "-DGGML_RPC=on" in sentence
-    (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
-    (tmp_path / "proc/driver/nvidia/version").touch()
-    cuda, _ = missing_backends(without, tmp_path)
-    assert "NVIDIA" in cuda
-    assert 'CMAKE_ARGS="-DGGML_CUDA=on -DGGML_RPC=on"' in cuda
-    assert missing_backends(FOUND, tmp_path) == ()
-    assert missing_backends(replace(FOUND, engine="x 1 (Vulkan, RPC, CPU)"), tmp_path) == ()
-
-
 def test_five_descriptions_come_with_the_package() -> None:
     expected = {"24gb-64gb": 1, "24gb-128gb": 1, "2x24gb-128gb": 2, "12gb-96gb": 1, "cpu-96gb": 0}
     assert set(hardware_names()) == set(expected)
@@ -226,12 +211,20 @@ def test_the_engine_answers() -> None:
     [
         (
             'echo "/src/ggml-cuda.cu:12: CUDA error: out of luck." >&2; kill -ABRT $$',
-            "died while measuring CUDA0: CUDA error: out of luck; if a driver",
+            r"measuring CUDA0: killed by signal 6 \(Aborted\), after it logged: "
+            "CUDA error: out of luck; if a driver",
         ),
-        ("kill -ABRT $$", "died while measuring CUDA0: Aborted; if"),
+        (
+            "echo 'ggml_vulkan: Found 1 Vulkan devices:' >&2; kill -SEGV $$",
+            r"CUDA0: killed by signal 11 \(Segmentation fault\); if .*CUDA_VISIBLE_DEVICES=-1",
+        ),
+        (
+            "echo '  what():  vk::Device::allocateMemory: ErrorOutOfDevice' >&2; kill -6 $$",
+            r"after it logged: what\(\): vk::Device::allocateMemory: ErrorOutOfDevice; if",
+        ),
         ("exit 3", "died while measuring CUDA0: exit code 3; if"),
-        (r"printf 'a\033[31mb' >&2; exit 1", r"CUDA0: a\[31mb; if"),
-        ("exec sleep 60", "did not answer .* measuring CUDA0"),
+        (r"printf 'a\033[31mb' >&2; exit 1", r"CUDA0: a \[31mb; if"),
+        ("exec sleep 60", "gave up measuring CUDA0, because nothing happened for 0 seconds; if"),
         ("echo all is well; echo '{}'", "died while measuring CUDA0: exit code 0"),
         ("echo 'dots1-engine {'", "answer made no sense while measuring CUDA0"),
         ("echo 'dots1-engine 5'", "answer made no sense while measuring CUDA0"),
@@ -267,3 +260,65 @@ def test_ignores_what_a_driver_prints(script: Path) -> None:
 def test_a_missing_worker_aborts_only_the_child() -> None:
     with pytest.raises(Dots1Error, match=r"looking for devices.*connect"):
         detect({"workers": ["127.0.0.1:1"]})
+
+
+def computing(seconds: int) -> str:
+    return f"for n in $(seq {10 * seconds}); do {says({'computing': 1})}; sleep 0.1; done"
+
+
+def test_waits_for_a_device_while_its_driver_computes(
+    script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_TIMEOUT", 0.4)
+    monkeypatch.setattr(child, "_LONG", 0.5)
+    step = says({"progress": [3, 9, "measurements", "Vulkan0 Q4_K"]})
+    script.write_text(f"#!/bin/sh\n{step}\n{computing(1)}\n{says({'answer': GOOD})}\n")
+    told: list[tuple[int, int, str, str]] = []
+    assert detect({"workers": []}, lambda *step: told.append(step)).cpu.total == 2
+    assert {each[:3] for each in told} == {(3, 9, "measurements")}
+    assert told[0][3] == "Vulkan0 Q4_K"
+    assert told[-1][3].startswith("Vulkan0 Q4_K (for ")
+
+
+def test_gives_up_a_step_that_never_ends(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_PATIENCE", 0.3)
+    step = says({"progress": [3, 9, "measurements", "Vulkan0 Q4_K"]})
+    script.write_text(f"#!/bin/sh\n{step}\n{computing(60)}\n")
+    with pytest.raises(Dots1Error, match=r"Vulkan0, .*one step.*Vulkan0 Q4_K.*GGML_VK_VISIBLE"):
+        detect({"workers": [], "measure": "Vulkan0", "threads": 1})
+
+
+def test_a_child_reports_that_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real child that computes for longer than the timeout, and one that sleeps for longer."""
+    (tmp_path / "busy.py").write_text(
+        "import time\nfrom dots1_local.devices import child\n"
+        "child._PULSE = 0.1\n"
+        "def work(request):\n"
+        "    end = time.monotonic() + request['computes']\n"
+        "    while time.monotonic() < end:\n        pass\n"
+        "    time.sleep(request['sleeps'])\n"
+        "    return 7\n"
+        "child.respond(work)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    assert child.ask("busy", {"computes": 3, "sleeps": 0}, "computing", timeout=2.0) == 7
+    with pytest.raises(Dots1Error, match="gave up sleeping, because nothing happened for 2"):
+        child.ask("busy", {"computes": 0, "sleeps": 60}, "sleeping", timeout=2.0)
+
+
+def test_keeps_what_was_measured_before_a_device_failed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.found = replace(FOUND, devices=(CARD,))
+
+    def ask(request: Mapping[str, Any], progress: Progress = silent) -> Hardware:
+        if request.get("measure") == "CUDA0":
+            raise Dots1Error("the driver died")
+        return engine.ask(request)
+
+    monkeypatch.setattr(machine, "detect", ask)
+    with pytest.raises(Dots1Error, match="the driver died"):
+        this_machine()
+    monkeypatch.setattr(machine, "detect", engine.ask)
+    assert engine.bandwidths() == [1, 2]
+    assert engine.measured == [CPU, "CUDA0"]

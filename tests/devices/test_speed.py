@@ -1,13 +1,16 @@
 import json
 import subprocess
 import sys
+from math import prod
 
 import pytest
 
 from dots1_local.devices import speed as module
 from dots1_local.devices.backends import device, devices
+from dots1_local.devices.bench_graph import BenchDevice, BenchGraph
 from dots1_local.devices.hardware import Speed
 from dots1_local.devices.speed import measure_speed
+from dots1_local.errors import Dots1Error
 from dots1_local.ggml import KV_TYPES, TYPES
 from tests.workers import local_worker
 
@@ -53,7 +56,39 @@ def test_measures_every_type(cpu: Speed, told: list[tuple[int, int]]) -> None:
         assert rate.short is not None
     assert set(cpu.repacked) <= set(TYPES)
     assert bool(cpu.repacked) == bool(device("CPU").extra_buffer_types)
-    assert [done for done, _ in told] == list(range(1, told[0][1] + 1))
+    assert [done for done, _ in told] == list(range(told[0][1]))
+
+
+def test_measures_a_device_that_takes_small_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 5 * 4 * 512 * 32  # bytes of 5 experts in F32, fewer than a token is routed to
+
+    class Limited(BenchGraph):
+        """Refuses larger matrices, as Vulkan does by its maxStorageBufferRange."""
+
+        refuses = False
+
+        def weights(self, kind: int, *shape: int) -> int:
+            (stored,) = (each for each in TYPES.values() if each.ggml == kind)
+            is_matrix = shape[0] == SMALL["_HIDDEN"]
+            self.refuses |= is_matrix and stored.row_bytes(shape[0]) * prod(shape[1:]) > limit
+            return super().weights(kind, *shape)
+
+        def place(self) -> bool:
+            return not self.refuses and super().place()
+
+    for name, value in SMALL.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "BenchGraph", Limited)
+    monkeypatch.setattr(BenchDevice, "largest_tensor", limit)
+    found = measure_speed(device("CPU"), 1)
+    assert list(found.matmul) == list(TYPES)
+
+
+def test_a_device_that_multiplies_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SMALL.items():
+        monkeypatch.setattr(module, name, value)
+    with pytest.raises(Dots1Error, match="CPU cannot multiply"):
+        measure_speed(device("CPU"), 1, types=())
 
 
 def test_no_type_reads_faster_than_the_memory(cpu: Speed) -> None:

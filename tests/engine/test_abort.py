@@ -1,5 +1,6 @@
 """What happens when llama.cpp aborts, in real processes: message, handlers, exit code."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,12 @@ def run(tmp_path: Path, script: str, *arguments: str) -> tuple[int, str, str]:
             ["an earlier complaint", "CUDA error: an illegal memory access was encountered"],
             "the GPU failed (an illegal memory access was encountered)",
         ),
+        (
+            "vk::DeviceLostError",
+            ["ggml_vulkan: device lost on NVIDIA RTX 3090"],
+            "the GPU failed (device lost on NVIDIA RTX 3090)",
+        ),
+        ("vk::OutOfDeviceMemoryError", [], "the GPU ran out of memory while it computed"),
         ("GGML_ASSERT(n > 0) failed", [], "cannot continue: GGML_ASSERT(n > 0) failed"),
         ("", ["vk::DeviceLostError"], "cannot continue: vk::DeviceLostError"),
     ],
@@ -106,6 +113,30 @@ with on_abort(show):
     code, _, err = run(tmp_path, script)
     assert code == 1
     assert err == "dots1: llama.cpp failed and cannot continue\n"
+
+
+def test_an_uncaught_cpp_exception_is_named(tmp_path: Path) -> None:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    source, built = tmp_path / "fails.cpp", tmp_path / "fails.so"
+    source.write_text(
+        "#include <stdexcept>\n"
+        "namespace vk { struct OutOfDeviceMemoryError : std::runtime_error {"
+        ' OutOfDeviceMemoryError() : std::runtime_error("x") {} }; }\n'
+        'extern "C" void fail() noexcept { throw vk::OutOfDeviceMemoryError(); }\n'
+        'extern "C" void fail_plainly() noexcept { throw std::runtime_error("x"); }\n'
+    )
+    subprocess.run([compiler, "-w", "-shared", "-fPIC", source, "-o", built], check=True)
+    script = """
+import ctypes
+with on_abort(show):
+    getattr(ctypes.CDLL(sys.argv[2]), sys.argv[3])()
+"""
+    code, _, err = run(tmp_path, script, str(built), "fail")
+    assert (code, err.startswith("dots1: the GPU ran out of memory")) == (1, True)
+    code, _, err = run(tmp_path, script, str(built), "fail_plainly")
+    assert (code, "runtime_error" in err) == (1, True)
 
 
 def test_after_the_block_llama_cpp_aborts_as_usual(tmp_path: Path) -> None:

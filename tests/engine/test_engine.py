@@ -230,3 +230,10 @@ def test_a_full_context_is_an_error(model: Path) -> None:
         engine.decode([0] * 256, 0)
         with pytest.raises(Dots1Error, match="256 tokens is full"):
             engine.decode([0], 256)
+
+
+def test_a_ubatch_may_be_smaller_than_the_number_of_sequences(tmp_path: Path) -> None:
+    path = write_random_gguf(tmp_path / "model.gguf")
+    params: dict[str, Any] = {"n_ctx": 64, "n_ubatch": 4, "n_sequences": 8, "all_logits": True}
+    with Engine.open(path, **params) as engine:  # llama.cpp would abort
+        assert engine.decode([1, 2, 3], 0).shape == (engine.n_vocab,)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 from dots1_local.engine.log import Allocated, Difference, compare, memory_warnings, read_report
 from dots1_local.placement.footprint import Usage
 
@@ -66,3 +69,30 @@ def test_warns_from_2_percent_or_300_mib_on() -> None:
     cpu, gpu = memory_warnings(taken, wrong)
     assert all(part in cpu for part in ("CPU", "107.4 GB", "110.6 GB"))
     assert all(part in gpu for part in ("CUDA0", "2.1 GB", "1.8 GB"))
+
+
+LOADS = """
+import logging, sys
+{before}
+import dots1_local.engine.log
+from dots1_local.ggml import library
+ggml = library("ggml")
+ggml.ggml_backend_load.argtypes = [__import__("ctypes").c_char_p]
+ggml.ggml_backend_load(b"/there/is/no/such/library.so")  # logs an error
+"""
+
+
+def logged(before: str = "") -> tuple[str, str]:
+    command = [sys.executable, "-c", LOADS.format(before=before)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout, done.stderr
+
+
+def test_what_the_engine_logs_stays_off_the_terminal() -> None:
+    assert logged() == ("", "")
+
+
+def test_a_programs_logging_gets_what_the_engine_logs() -> None:
+    out, err = logged("logging.basicConfig(level=logging.DEBUG, format='%(name)s %(levelname)s')")
+    assert out == ""
+    assert "dots1_local.engine ERROR" in err.splitlines()

@@ -4,6 +4,7 @@ Files are sparse and have the real widths: the engine plans everything and alloc
 ones it really loads. All that connects to a worker runs in a child process, as in test_loading.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -27,6 +28,7 @@ from tests.engine.sparse_gguf import write_sparse_gguf
 from tests.helpers import CONFIG, write_random_gguf
 from tests.placement.gpu_like import fetching_device, like_cuda
 from tests.workers import local_worker
+from tools.make_gguf import write_gguf
 from tools.make_wide import published_config
 
 MIB = 2**20
@@ -268,3 +270,30 @@ def test_bytes_by_role_are_as_calculated_by_hand(six: Path) -> None:
     assert usage["CPU"].total == sum(
         (usage["CPU"].weights, usage["CPU"].kv, usage["CPU"].compute, usage["CPU"].scratch)
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "decisions", "logged"),
+    [
+        ("tiny", {"ubatch": 512}, 7.70),
+        ("tiny", {"context": 8192, "ubatch": 2048}, 60.79),
+        ("tiny", {"context": 4096, "kv_type": "Q8_0"}, 11.23),
+        ("small", {"ubatch": 512}, 26.76),
+        ("small", {"context": 8192, "ubatch": 2048}, 137.04),
+    ],
+)
+def test_vulkan_computes_shared_experts_early(
+    tmp_path: Path, config: str, decisions: Decisions, logged: float
+) -> None:
+    """`logged`: MiB in the log of an engine with a Vulkan device, benchmarks/vulkan_offload.sh."""
+    tiny = json.loads(Path("examples/dots1-tiny/config.json").read_text(encoding="utf-8"))
+    small = published_config(
+        num_hidden_layers=8, hidden_size=1024, num_attention_heads=8, num_key_value_heads=8,
+        intermediate_size=2816, moe_intermediate_size=512, n_routed_experts=32, vocab_size=4096,
+    )  # fmt: skip
+    geometry = {"tiny": tiny, "small": small}[config]
+    path = write_gguf(tmp_path / "model.gguf", geometry, headers_only=True)
+    layers = {"Vulkan0": geometry["num_hidden_layers"] + 1}
+    nbytes = compute_of(path, "Vulkan0", layers=layers, **decisions)
+    assert nbytes == pytest.approx(logged * MIB, rel=0.015)
+    assert nbytes > (logged - 0.01) * MIB  # too little would be worse than too much

@@ -30,7 +30,7 @@ from dots1_local.progress import Progress, silent
 __all__ = ["detect", "find_hardware", "hardware_names", "this_machine"]
 
 _MACHINES = Path(__file__).parent / "machines"
-_MEASURED = 2  # raised when more is measured, so that kept speeds are measured again
+_MEASURED = 3  # raised when more is measured, so that kept speeds are measured again
 # Seconds in which the child neither reports nor computes. It does not compute while a worker does.
 _TIMEOUT, _WORKER_TIMEOUT = 60.0, 600.0
 

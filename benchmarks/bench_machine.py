@@ -30,6 +30,7 @@ from dots1_local.quant.allocate import Allocator
 from dots1_local.quant.choices import choices_by_width
 from dots1_local.quant.plan import QuantPlan
 from dots1_local.quant.sensitivity import Sensitivity, geometry
+from dots1_local.quant.stock import fallback
 from tools.make_gguf import write_gguf
 from tools.make_wide import published_config
 
@@ -143,16 +144,20 @@ def main() -> None:
         for bpw in options.bpw:
             files = list(pair(config, sensitivity, machine, bpw))
             results = in_turn(config, machine, files, options.work)
-            stored = example.config.moe_intermediate_size
-            plans = [_for_example(file.plan, config, stored) for _, file in files]
+            plans = [_for_example(file.plan, config, example.config) for _, file in files]
             for row in rows(bpw, files, results, example.measure(plans)):
                 print(row, flush=True)
 
 
-def _for_example(plan: QuantPlan, config: Dots1Config, width: int) -> QuantPlan:
-    """The same types for the example, padded if the plan pads."""
-    padded = plan.expert_width != config.moe_intermediate_size
-    return replace(plan, expert_width=padded_width(width) if padded else width)
+def _for_example(plan: QuantPlan, config: Dots1Config, example: Dots1Config) -> QuantPlan:
+    """The same types for the example, padded if the plan pads; llama-quantize's second choice where
+    one does not fit the example's rows."""
+    width = example.moe_intermediate_size
+    if plan.expert_width != config.moe_intermediate_size:
+        width = padded_width(width)
+    specs = inventory(example, width)
+    types = {spec.name: fallback(plan.types[spec.name], spec) for spec in specs}
+    return replace(plan, expert_width=width, types=types)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def table(found: Fit) -> str:
             f"{file.nbytes / 1e9:.1f} GB",
             f"{file.kl:.4f}",
             *(f"{speeds.get(n, speeds[last]):.1f}" for n in _CONTEXTS),
-            f"{found.turn.prompt / (file.turn - found.turn.answer * file.decode):,.0f}",
+            f"{found.turn.prefill(file.turn, file.decode):,.0f}",
             f"{file.turn:.1f} s",
         ]
         bold = "**" if file is found.chosen else ""

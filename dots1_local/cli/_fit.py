@@ -108,7 +108,7 @@ def show_fit(found: "Fit") -> None:
             human_bytes(file.nbytes),
             f"{file.kl:.4f}",
             *(f"{speed:.1f}" for speed in _decode_speeds(file)),
-            f"{found.turn.prompt / (file.turn - found.turn.answer * file.decode):,.0f}",
+            f"{found.turn.prefill(file.turn, file.decode):,.0f}",
             f"{file.turn:.1f}",
         )
         for file in found.front

@@ -43,6 +43,11 @@ class Turn:
         """Tokens before the middle of the answer, where decoding is timed."""
         return self.prompt + self.answer // 2
 
+    def prefill(self, seconds: float, decode: float) -> float:
+        """Tokens a second of reading the prompt, in a turn of so many seconds with `decode` each
+        for the tokens of the answer."""
+        return self.prompt / (seconds - self.answer * decode)
+
     def seconds(self, model: SpeedModel) -> float:
         """Predicted seconds of the turn."""
         return model.prefill(self.prompt) + self.answer * model.decode(self.depth)

@@ -52,7 +52,7 @@ def _as_json(file: MachineFile, turn: Turn) -> dict[str, Any]:
         "kl": file.kl,
         "seconds": file.turn,
         "decode": 1 / file.decode,
-        "prefill": turn.prompt / (file.turn - turn.answer * file.decode),
+        "prefill": turn.prefill(file.turn, file.decode),
         "speeds": [asdict(each) for each in file.speeds],
         "types": dict(file.plan.types),
         "expert_width": file.plan.expert_width,

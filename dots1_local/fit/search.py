@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from dots1_local.architecture import Dots1Config, inventory
+from dots1_local.architecture import Dots1Config
 from dots1_local.devices.hardware import Hardware
 from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFTensor
@@ -26,10 +26,10 @@ from dots1_local.placement.placement import Placement
 from dots1_local.placement.planner import place
 from dots1_local.placement.speed_model import SpeedAt, SpeedModel, forecast
 from dots1_local.progress import Progress, silent
+from dots1_local.quant.allocation import plan_of
 from dots1_local.quant.choices import KINDS, Choice, Choices
 from dots1_local.quant.limits import LARGEST_SEARCH, Options, Pick, least_loss
 from dots1_local.quant.plan import QuantPlan
-from dots1_local.quant.stock import file_type
 
 __all__ = ["MachineFile", "Search", "Target", "graph_of"]
 
@@ -159,11 +159,11 @@ class Search:
     def _changed(self, file: MachineFile, target: Target) -> Iterator[MachineFile]:
         """Files with other types for one tensor, or for two, those first that promise most."""
         [choices] = [each for each in self._choices if each.width == file.plan.expert_width]
+        if len(choices.specs) > LARGEST_SEARCH:
+            return  # its steps are small enough
         choice = np.array([KINDS.index(file.plan.types[s.name]) for s in choices.specs])
         aim = choices.tangent(choice) if target.kl is None else choices.nbytes
         present = np.take_along_axis(aim, choice[:, None], 1)
-        if len(choice) > LARGEST_SEARCH:
-            return  # its steps are small enough
         gain, least = present - aim, _WORTH * float(present.sum())
         if target.kl is not None:
             least = -np.inf  # fewer bytes need not be faster
@@ -327,16 +327,7 @@ class Search:
         return self.placed(self._plan(choices, choice), choices.kl(choice))
 
     def _plan(self, choices: Choices, choice: Choice) -> QuantPlan:
-        chosen = choices.types(choice)
-        specs = inventory(self._config, choices.width)
-        kinds = Counter[str]()
-        for kind, nbytes in zip(
-            chosen.values(), choices.nbytes[np.arange(len(choice)), choice], strict=True
-        ):
-            kinds[kind] += int(nbytes)
-        label = file_type(kinds.most_common(1)[0][0])
-        types = {spec.name: chosen.get(spec.name, "F32") for spec in specs}
-        return QuantPlan(self._recipe, choices.width, label, types)
+        return plan_of(self._config, choices, choice, self._recipe)
 
 
 def _of_size(choices: Choices, nbytes: float) -> Choice:

@@ -28,6 +28,7 @@ from dots1_local.placement.model_graph import LayerSizes, ModelGraph
 from dots1_local.placement.placement import MAX_CONTEXT, Placement, check_context, default_context
 from dots1_local.placement.speed_model import (
     SpeedModel,
+    fewest_copying,
     is_measured,
     seconds_of_turn,
     slowest_in_ram,
@@ -37,8 +38,6 @@ __all__ = ["Search", "place"]
 
 _UBATCH, _OTHER_UBATCHES = 512, (1024, 2048, 4096, 256, 128)
 _LONG_UBATCH = 2048  # tokens, for which copying experts to a GPU is worth it
-_MIN_FETCHING_BATCH = 64  # tokens; smaller ubatches never copy weights
-_MAX_ROWS = 512  # limit to which rows of several sequences raise that
 _ATTEMPTS = 9  # to fit the buffers and what lies beside them
 
 
@@ -113,10 +112,7 @@ class Search:
         gpus = [device.name for device in hardware.devices if not device.worker]
         self._measured = is_measured(hardware, gpus)
         self._order = slowest_in_ram(graph, hardware)
-        # llama.cpp counts rows, and norms by head have a row for each head. A lower limit would
-        # make the GPU fetch these norms for every token that each sequence writes.
-        rows = (sequences + 1) * graph.config.num_attention_heads
-        self._min_batch = max(_MIN_FETCHING_BATCH, min(rows, _MAX_ROWS))
+        self._min_batch = fewest_copying(graph.config, sequences)
         self._first = Placement(
             model=graph.path.name,
             model_bytes=graph.nbytes,

@@ -11,6 +11,7 @@ from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dots1_local.architecture import Dots1Config
 from dots1_local.devices.hardware import CPU, LONG_ROW, Hardware, Rate
 from dots1_local.ggml import TYPES, quant_type
 from dots1_local.placement.footprint import REPACKED, Usage, fetching_gpu, footprint, shortfall
@@ -27,8 +28,8 @@ from dots1_local.placement.model_graph import (
 from dots1_local.placement.placement import Placement
 
 __all__ = [
-    "UNMEASURED_DISK", "Forecast", "SpeedModel", "forecast", "is_measured", "reference_turn",
-    "seconds_of_turn", "slowest_in_ram",
+    "UNMEASURED_DISK", "Forecast", "SpeedModel", "fewest_copying", "forecast", "is_measured",
+    "reference_turn", "seconds_of_turn", "slowest_in_ram",
 ]  # fmt: skip
 
 UNMEASURED_DISK = 1e9  # bytes a second at which a mapped file is read, if nobody has measured it
@@ -115,13 +116,8 @@ class SpeedModel:
         return self._gpu if n_tokens >= self._least else None
 
     def least_batch(self) -> int:
-        """The fewest tokens, from which on copying weights to a GPU is allowed and faster.
-
-        llama.cpp counts rows, and norms by head have a row for each head. A lower limit would make
-        the GPU fetch these norms for every token that each sequence writes.
-        """
-        rows = (self._placement.sequences + 1) * self._config.num_attention_heads
-        return max(_MIN_FETCHING_BATCH, min(rows, _MAX_ROWS), self.break_even())
+        """The fewest tokens, from which on copying weights to a GPU is allowed and faster."""
+        return max(fewest_copying(self._config, self._placement.sequences), self.break_even())
 
     def _ubatch(self, n_tokens: int, n_past: int, n_logits: int = 1) -> float:
         gpu = self._gpu if n_tokens * self._config.num_attention_heads >= self._least else None
@@ -195,6 +191,16 @@ class SpeedModel:
         nbytes = sum(each.nbytes for each in tensors if placement.device_of(each.name) == CPU)
         short = shortfall(self._graph, hardware, placement)[CPU]
         return min(1.0, max(0.0, short / nbytes)) if nbytes else 0.0
+
+
+def fewest_copying(config: Dots1Config, sequences: int) -> int:
+    """The fewest tokens of a ubatch that may copy weights to a GPU.
+
+    llama.cpp counts rows, and norms by head have a row for each head. A lower limit would make the
+    GPU fetch these norms for every token that each sequence writes.
+    """
+    rows = (sequences + 1) * config.num_attention_heads
+    return max(_MIN_FETCHING_BATCH, min(rows, _MAX_ROWS))
 
 
 def slowest_in_ram(graph: ModelGraph, hardware: Hardware) -> list[int]:

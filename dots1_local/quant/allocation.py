@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dots1_local.architecture import Dots1Config, Role, inventory
+from dots1_local.ggml import TYPES
 from dots1_local.quant.choices import KINDS, Choice, Choices
 from dots1_local.quant.plan import PlannedTensor, QuantPlan
 from dots1_local.quant.stock import file_type
 
 __all__ = [
-    "Allocation", "OtherWidth", "OwnTypes", "Part", "Solution", "TypeChange", "explain",
+    "Allocation", "OtherWidth", "OwnTypes", "Part", "Solution", "TypeChange", "explain", "plan_of",
     "summarise",
 ]  # fmt: skip
 
@@ -99,6 +100,17 @@ class Solution:
         return self.choices.kl(self.choice)
 
 
+def plan_of(config: Dots1Config, choices: Choices, choice: Choice, recipe: str) -> QuantPlan:
+    """The plan of a choice by tensor; it is labelled by the type that takes most bytes."""
+    chosen, bytes_by_type = choices.types(choice), Counter[str]()
+    types = {s.name: chosen.get(s.name, "F32") for s in inventory(config, choices.width)}
+    for spec in inventory(config, choices.width):
+        kind = types[spec.name]
+        bytes_by_type[kind] += PlannedTensor(spec, TYPES[kind]).nbytes
+    label = file_type(bytes_by_type.most_common(1)[0][0])
+    return QuantPlan(recipe, choices.width, label, types)
+
+
 def explain(
     config: Dots1Config,
     solutions: Sequence[Solution],
@@ -110,19 +122,12 @@ def explain(
     is the best at the other expert width. `own_types` is the best without one layout."""
     best = solutions[0]
     choices, choice = best.choices.by_tensor(best.choice)
-    chosen = choices.types(choice)
-    specs = inventory(config, choices.width)
-    types = {spec.name: chosen.get(spec.name, "F32") for spec in specs}
-    bytes_by_type: Counter[str] = Counter()
-    for planned in QuantPlan(recipe, choices.width, 0, types).tensors(config):
-        bytes_by_type[planned.kind.name] += planned.nbytes
-    label = file_type(bytes_by_type.most_common(1)[0][0])
     shares = zip(choices.specs, choices.shares(choice), strict=True)
     upgrades = _changes(best, more_than=budget - best.size)
     # The smallest plan follows from any price that is high enough; the best upgrade bounds it.
     price = min(best.price, max((-change.kl / change.nbytes for change in upgrades), default=0.0))
     return Allocation(
-        QuantPlan(recipe, choices.width, label, types),
+        plan_of(config, choices, choice, recipe),
         best.size,
         best.kl,
         price * 1e9,

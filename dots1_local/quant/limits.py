@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +50,7 @@ class Options:
     costs: Floats
     most: Floats
 
-    @property
+    @cached_property
     def unit(self) -> Floats:
         """What each limit is counted in: itself, or more if it is next to nothing."""
         unit: Floats = np.maximum(self.most, 1e-6 * np.abs(self.costs).max((1, 2, 3)))
@@ -65,19 +66,6 @@ class Options:
         possible = np.where(np.isfinite(self.loss), self.costs, np.inf)
         least: Floats = possible.min((1, 3)).sum(1)
         return least
-
-    def spent(self, pick: Pick) -> Floats:
-        """What a choice takes of each limit."""
-        spent: Floats = self.costs[:, pick.place, np.arange(len(pick.kind)), pick.kind].sum(1)
-        return spent
-
-    def allows(self, pick: Pick) -> bool:
-        """Whether a choice keeps all limits."""
-        return bool((self.spent(pick) <= self.allowed).all())
-
-    def loss_of(self, pick: Pick) -> float:
-        """The sum of the losses of all tensors."""
-        return float(self.loss[pick.place, np.arange(len(pick.kind)), pick.kind].sum())
 
 
 def least_loss(options: Options) -> Pick | None:

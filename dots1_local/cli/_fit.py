@@ -1,6 +1,7 @@
 """`dots1 convert --for`: types for a machine, its front as a table, and the stored placement."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -137,17 +138,16 @@ def draw_front(path: Path, found: "Fit") -> None:
 
 
 def store_placement(model: Path, machine: "Hardware", found: "Fit") -> Path:
-    """Write the placement of the finished file beside it, where chat and serve look for it."""
+    """Write the chosen placement beside the finished file, where chat and serve look for it."""
     from dots1_local.cli._plan import plan_json
     from dots1_local.files.gguf import GGUFFile
     from dots1_local.files.partial_file import write_whole
     from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import stored_placement
-    from dots1_local.placement.planner import place
 
-    gguf, before = GGUFFile.open(model), found.chosen.placement
-    graph = ModelGraph.read(gguf)
-    placement = place(graph, machine, context=before.context, kv_type=before.kv_type)
+    graph = ModelGraph.read(GGUFFile.open(model))
+    chosen = found.chosen.placement
+    placement = replace(chosen, model=graph.path.name, model_bytes=graph.nbytes)
     path = stored_placement(model)
     text = json.dumps(plan_json(graph, machine, placement, None), indent=1) + "\n"
     write_whole(path, text.encode())

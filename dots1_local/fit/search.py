@@ -41,7 +41,7 @@ _LENIENT = 1.15  # factor of a time that is tried if a time seems impossible
 # or of the bytes, that they must save.
 _CHANGES, _WORTH = 40, 0.01
 # Kinds of placement are tried that are modelled to be at most this much worse, at first roughly.
-_ROUGH, _PROMISING = 1.25, 1.05
+_ROUGH, _PROMISING = 1.25, 1.02
 _SIZES = 6  # of files whose placements show the kinds there are
 _POINTS, _ALIKE = 12, 1.01  # of the front; two of them differ by more than this factor
 

@@ -23,8 +23,8 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 _MOST_STEPS = 400  # of the ellipsoid method
-_PRECISION = 1e-7  # of the loss, at which it stops
 LARGEST_SEARCH = 48  # tensors; the steps of a larger model are small enough without a search
+_PRECISION, _ROUGHLY = 1e-7, 1e-4  # of the loss, at which it stops: small models, and larger ones
 _FEW = 8  # options of a tensor, the best at the prices, that a larger model is repaired with
 _MOST_NODES = 4_000  # of branch and bound
 _ROUNDING = 1e-12  # by which sums in another order may exceed a limit, relative to it
@@ -75,7 +75,7 @@ def least_loss(options: Options) -> Pick | None:
     """
     if (options.least() > options.allowed).any():
         return None
-    table = _Table(options)
+    table, columns = _possible(_Table(options))
     prices, bound, kept = _best_prices(table)
     excess = table.priced(prices)
     excess -= excess.min(1)[:, None]
@@ -84,7 +84,16 @@ def least_loss(options: Options) -> Pick | None:
         loss = np.inf if chosen is None else table.loss_of(chosen)
         better = _Search(table, excess, loss - bound, loss).run()
         chosen = chosen if better is None else better
-    return None if chosen is None else Pick(*np.divmod(chosen, options.loss.shape[2]))
+    if chosen is None:
+        return None
+    return Pick(*np.divmod(columns[table.rows, chosen], options.loss.shape[2]))
+
+
+def _possible(table: "_Table") -> tuple["_Table", Indices]:
+    """The table with as many columns as tensors have possible options, and their numbers."""
+    is_possible = np.isfinite(table.loss)
+    columns = np.argsort(~is_possible, 1, kind="stable")[:, : is_possible.sum(1).max()]
+    return table.only(columns), columns
 
 
 class _Table:
@@ -135,6 +144,7 @@ def _best_prices(table: _Table) -> tuple[Floats, float, Indices | None]:
     radius = 100 * max(float(np.abs(finite).max()), abs(bound), 1e-300)
     center, shape = np.full(n, radius / 1e3), np.eye(n) * radius**2
     best, kept = np.zeros(count), None
+    precision = _PRECISION if len(table.rows) <= LARGEST_SEARCH else _ROUGHLY
     for _ in range(_MOST_STEPS):
         slope = np.zeros(n)
         if center[negative := int(center.argmin())] < 0:
@@ -153,7 +163,7 @@ def _best_prices(table: _Table) -> tuple[Floats, float, Indices | None]:
             slope[:count] = table.most - spent
             worse = bound - value
         width = math.sqrt(max(0.0, float(slope @ shape @ slope)))
-        if width <= max(worse, _PRECISION * bound):
+        if width <= max(worse, precision * bound):
             break
         depth, step = worse / width, shape @ slope / width
         center = center - (1 + n * depth) / (n + 1) * step

@@ -1,44 +1,21 @@
 """`dots1 convert` with a budget: the file it writes, and what it prints."""
 
-import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from dots1_local.cli import app
 from dots1_local.convert import Budget, Conversion
 from dots1_local.engine.engine import Engine
-from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.gguf import GGUFFile
+from tests.cli.converting import convert, refused
 from tests.micro import edit_json, micro_checkpoint
 from tests.quant.made_up import made_up
-
-
-@pytest.fixture(scope="module")
-def calibration(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("calibrated")
-    shutil.copy(tiny / "imatrix.gguf", folder)
-    digest = hashlib.sha256((folder / "imatrix.gguf").read_bytes()).hexdigest()
-    sensitivity = made_up(Checkpoint.open(tiny).config, imatrix=digest)
-    (folder / "sensitivity.json").write_text(sensitivity.to_json())
-    return folder
-
-
-def convert(tiny: Path, *options: object) -> Result:
-    return CliRunner().invoke(app, ["convert", str(tiny), *map(str, options)])
-
-
-def refused(result: Result) -> str:
-    """Return the sentence that the command line prints."""
-    if isinstance(result.exception, Dots1Error):
-        return str(result.exception)
-    assert result.exit_code == 2
-    return result.stderr
 
 
 @pytest.mark.parametrize("options", [[], ["--split-max-size", "4MB"]])

@@ -62,12 +62,10 @@ def table(found: Fit) -> str:
     header = ("size", "KL divergence", *(f"tok/s at {n:,}" for n in _CONTEXTS), "prefill", "turn")
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for file in found.front:
-        speeds = {each.context: each.decode for each in file.speeds}
-        last = max(speeds)
         cells = [
             f"{file.nbytes / 1e9:.1f} GB",
             f"{file.kl:.4f}",
-            *(f"{speeds.get(n, speeds[last]):.1f}" for n in _CONTEXTS),
+            *(f"{speed:.1f}" for speed in file.decode_speeds(_CONTEXTS)),
             f"{found.turn.prefill(file.turn, file.decode):,.0f}",
             f"{file.turn:.1f} s",
         ]
@@ -93,8 +91,7 @@ def main() -> None:
     print(f"# Files for machines\n\n{about}")
     for name in options.machines:
         start = time.perf_counter()
-        machine = find_hardware(name)
-        found = fit(Search(config, choices, machine, _CONTEXTS[-1]), machine)
+        found = fit(Search(config, choices, find_hardware(name), _CONTEXTS[-1]))
         seconds = time.perf_counter() - start
         print(f"\n## {name}\nFound in {seconds:.1f} s.\n\n{table(found)}", flush=True)
 

@@ -59,7 +59,7 @@ def pair(
     search = Search(config, choices, machine, _CONTEXT)
     least = Allocator(config, sensitivity).within(nbytes, "least KL divergence")
     yield "least KL divergence", search.placed(least.plan, least.kl)
-    yield "for this machine", fit(search, machine, nbytes=nbytes, kl=_WORSE * least.kl).chosen
+    yield "for this machine", fit(search, nbytes=nbytes, kl=_WORSE * least.kl).chosen
 
 
 def in_turn(

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import typer
-
+from dots1_local.cli._convert_budget import check_options, memory_budget, read_budget
 from dots1_local.cli._fit import draw_front, fit_machine, show_fit, store_placement
 from dots1_local.cli._options import (
     CHECKPOINT,
@@ -21,10 +20,9 @@ from dots1_local.cli._options import (
     verb,
 )
 from dots1_local.cli._output import notice, notice_resumed, print_json, progress_bar
-from dots1_local.cli._refine import check_refinement, measured_folder, refined_json, show_refined
+from dots1_local.cli._refine import measured_folder, refined_json, show_refined
 
 if TYPE_CHECKING:
-    from dots1_local.architecture import Dots1Config
     from dots1_local.convert import Budget, Conversion, Result
     from dots1_local.devices.hardware import Hardware
     from dots1_local.files.checkpoint import Checkpoint
@@ -200,12 +198,12 @@ def convert(options: ConvertOptions) -> None:
     from dots1_local.cli import _convert_report as report
     from dots1_local.sizes import parse_size
 
-    _check(options)
+    check_options(options)
     split = None if options.split_max_size is None else parse_size(options.split_max_size)
-    budget = _read_budget(options) if options.for_ is None else None
+    budget = read_budget(options) if options.for_ is None else None
     checkpoint = open_checkpoint(options.checkpoint, options.revision, options.low_disk)
     if options.fit_memory is not None:
-        budget = _memory_budget(checkpoint.config, options.fit_memory, options)
+        budget = memory_budget(checkpoint.config, options.fit_memory, options)
     calibration = measured_folder(checkpoint, options)
     fitted: tuple[Fit, Hardware] | None = None
     if options.for_ is not None and calibration is not None:
@@ -232,73 +230,6 @@ def convert(options: ConvertOptions) -> None:
         print("wrote " + ", ".join(map(str, result.paths)))
     else:
         report.show_hub(conversion, file_bytes)
-
-
-def _check(options: ConvertOptions) -> None:
-    """Refuse options that contradict each other, before anything is opened."""
-    budgets = [options.size, options.bpw, options.max_kld, options.fit_memory]
-    if options.for_ is not None:
-        budgets = [options.for_, options.bpw, options.fit_memory]
-    given = sum(value is not None for value in budgets)
-    typed = options.type_ is not None
-    names = "--for, --size, --bpw, --max-kld and --fit-memory"
-    if options.output is None and not options.dry_run:
-        raise typer.BadParameter("name the file to write", param_hint="--output / -o")
-    if options.plan and (typed or options.tensor_type or options.pad_experts != "auto"):
-        raise typer.BadParameter("a plan sets all types and the padding", param_hint="--plan")
-    if given > 1:
-        raise typer.BadParameter(
-            f"{names} exclude each other, but --for takes a --size or a --max-kld"
-        )
-    if options.for_ is None and (options.tok_s is not None or options.front is not None):
-        raise typer.BadParameter("--tok-s and --front go with --for")
-    if options.front and (options.tok_s is not None or options.max_kld is not None):
-        raise typer.BadParameter("a target leaves one file; there is no front to draw")
-    memory = options.for_ is not None or options.fit_memory is not None
-    if (options.context is not None or options.kv_type is not None) and not memory:
-        raise typer.BadParameter("--context and --kv-type go with --for or --fit-memory")
-    check_refinement(options)
-    measures = options.refine and (options.file or options.chat)
-    if given and options.calibration is None and not measures:
-        raise typer.BadParameter(
-            f"{names} need what dots1 calibrate measured", param_hint="--calibration"
-        )
-    if options.one_layout and (options.for_ is not None or not given):
-        raise typer.BadParameter(
-            "--one-layout goes with --size, --bpw, --max-kld or --fit-memory, and without --for"
-        )
-    if given and (typed or options.plan):
-        raise typer.BadParameter("--type and --plan leave a budget nothing to decide")
-
-
-def _read_budget(options: ConvertOptions) -> "Budget | None":
-    """Return the budget that needs no checkpoint, or None."""
-    from dots1_local.convert import Budget
-    from dots1_local.sizes import parse_size
-
-    if options.size is not None:
-        return Budget("size", parse_size(options.size))
-    if options.bpw is not None:
-        return Budget("bpw", options.bpw)
-    return None if options.max_kld is None else Budget("kld", options.max_kld)
-
-
-def _memory_budget(config: "Dots1Config", memory: str, options: ConvertOptions) -> "Budget":
-    """Return what a memory or machine leaves for weights, and print how that was reckoned."""
-    from dots1_local.convert import Budget
-    from dots1_local.devices.machine import find_hardware, hardware_names
-    from dots1_local.placement.memory import parse_memory, weights_budget
-    from dots1_local.placement.placement import default_context
-    from dots1_local.sizes import parse_context
-
-    described = memory in hardware_names() or Path(memory).is_file()
-    machine = find_hardware(memory) if described else parse_memory(memory)
-    tokens = default_context(config.max_position_embeddings)
-    if options.context:
-        tokens = parse_context(options.context)
-    found = weights_budget(config, machine, tokens, options.kv_type or "f16")
-    notice(found.explanation)
-    return Budget("weights", found.weights)
 
 
 def _fitted(

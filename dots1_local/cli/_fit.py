@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from dots1_local.devices.hardware import Hardware
     from dots1_local.files.checkpoint import Checkpoint
     from dots1_local.fit.front import Fit
-    from dots1_local.fit.search import MachineFile
     from dots1_local.quant.recipes import Padding
 
 __all__ = ["FitOptions", "draw_front", "fit_machine", "show_fit", "store_placement"]
@@ -80,7 +79,7 @@ def fit_machine(
             progress=progress,
         )
         size = parse_size(options.size) - overhead if options.size else None
-        found = fit(search, machine, nbytes=size, tok_s=options.tok_s, kl=options.max_kld)
+        found = fit(search, nbytes=size, tok_s=options.tok_s, kl=options.max_kld)
     return found, machine
 
 
@@ -103,30 +102,25 @@ def _machine(text: str) -> "Hardware":
 
 def show_fit(found: "Fit") -> None:
     """Print the front, with a mark at the file that was chosen."""
+    contexts = [n for n in _CONTEXTS if n <= found.chosen.placement.context]
     rows = [
         (
             "→" if file is found.chosen else "",
             human_bytes(file.nbytes),
             f"{file.kl:.4f}",
-            *(f"{speed:.1f}" for speed in _decode_speeds(file)),
+            *(f"{speed:.1f}" for speed in file.decode_speeds(contexts)),
             f"{found.turn.prefill(file.turn, file.decode):,.0f}",
             f"{file.turn:.1f}",
         )
         for file in found.front
     ]
-    depths = [f"{n:,}" for n in _CONTEXTS[: len(_decode_speeds(found.chosen))]]
-    header = ("", "size", "KL divergence", *(f"tok/s at {n}" for n in depths), "prefill", "turn, s")
+    speeds = [f"tok/s at {n:,}" for n in contexts]
+    header = ("", "size", "KL divergence", *speeds, "prefill", "turn, s")
     print_table(header, rows, numbers_from=1)
     print(
         f"On {found.machine}. A turn reads {found.turn.prompt:,} tokens and writes "
         f"{found.turn.answer:,}."
     )
-
-
-def _decode_speeds(file: "MachineFile") -> list[float]:
-    by_depth = {each.context: each.decode for each in file.speeds}
-    last = max(by_depth, default=0)
-    return [by_depth[n] if n in by_depth else by_depth[last] for n in _CONTEXTS if n <= last + 1]
 
 
 def draw_front(path: Path, found: "Fit") -> None:

@@ -7,7 +7,8 @@ from typing import Any
 from dots1_local.devices.hardware import Hardware
 from dots1_local.errors import UsageError
 from dots1_local.fit.costs import Turn
-from dots1_local.fit.search import MachineFile, Search, Target
+from dots1_local.fit.search import MachineFile, Search
+from dots1_local.fit.target import Target
 from dots1_local.sizes import human_bytes
 
 __all__ = ["Fit", "fit", "knee_rank"]
@@ -62,13 +63,12 @@ def _as_json(file: MachineFile, turn: Turn) -> dict[str, Any]:
 
 def fit(
     search: Search,
-    machine: Hardware,
     *,
     nbytes: float | None = None,
     tok_s: float | None = None,
     kl: float | None = None,
 ) -> Fit:
-    """The file for a machine, of at most `nbytes` of tensors if given.
+    """The file for the machine of a search, of at most `nbytes` of tensors if given.
 
     With `tok_s` it has the least KL divergence that decodes at that speed in the middle of the
     turn's answer; with `kl` it has the fastest turn that keeps this KL divergence; else it is the
@@ -85,16 +85,17 @@ def fit(
         front = search.front(nbytes)
         found = min(front, key=knee_rank, default=None)
         if found is not None:
-            return Fit(machine.name, search.turn, tuple(front), found)
+            return Fit(search.machine.name, search.turn, tuple(front), found)
     if found is None:
-        raise UsageError(_out_of_reach(search, machine, nbytes, tok_s, kl))
-    return Fit(machine.name, search.turn, (found,), found)
+        raise UsageError(_out_of_reach(search, nbytes, tok_s, kl))
+    return Fit(search.machine.name, search.turn, (found,), found)
 
 
 def _out_of_reach(
-    search: Search, machine: Hardware, nbytes: float | None, tok_s: float | None, kl: float | None
+    search: Search, nbytes: float | None, tok_s: float | None, kl: float | None
 ) -> str:
     """Say what the machine can do at best."""
+    machine = search.machine
     best = search.best(Target(nbytes))
     if best is None:
         limit = "" if nbytes is None else f" of at most {human_bytes(nbytes)}"

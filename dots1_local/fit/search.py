@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from dots1_local.devices.hardware import Hardware
 from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFTensor
 from dots1_local.fit.costs import Costs, Turn
+from dots1_local.fit.target import TANGENTS, Target, best_pick, choice_of_size, loss_of
 from dots1_local.placement.footprint import shortfall
 from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement
@@ -28,13 +28,11 @@ from dots1_local.placement.speed_model import SpeedAt, SpeedModel, forecast
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.allocation import plan_of
 from dots1_local.quant.choices import KINDS, Choice, Choices
-from dots1_local.quant.limits import LARGEST_SEARCH, Options, Pick, least_loss
+from dots1_local.quant.limits import LARGEST_SEARCH, Pick
 from dots1_local.quant.plan import QuantPlan
 
-__all__ = ["MachineFile", "Search", "Target", "graph_of"]
+__all__ = ["MachineFile", "Search", "graph_of"]
 
-# The square root of flips is mostly the same after three tangents, which then gain this little.
-_TANGENTS, _GAIN = 6, 0.003
 _ROUNDS = 4  # of placing a file and searching again with what that shows
 _LENIENT = 1.15  # factor of a time that is tried if a time seems impossible
 # Changes that are tried on the best file of a small model, and the least part of the KL divergence,
@@ -44,21 +42,6 @@ _CHANGES, _WORTH = 40, 0.01
 _ROUGH, _PROMISING = 1.25, 1.02
 _SIZES = 6  # of files whose placements show the kinds there are
 _POINTS, _ALIKE = 12, 1.01  # of the front; two of them differ by more than this factor
-
-
-@dataclass(frozen=True)
-class Target:
-    """Limits besides the machine's memory: bytes of tensors, seconds of a token and of the turn,
-    and nats a token. Without `kl`, the KL divergence is least; with it, the turn's time."""
-
-    nbytes: float | None = None
-    decode: float | None = None
-    turn: float | None = None
-    kl: float | None = None
-
-    def rank(self, file: "MachineFile") -> tuple[float, float]:
-        """The lowest rank is best."""
-        return (file.kl, file.turn) if self.kl is None else (file.turn, file.kl)
 
 
 @dataclass(frozen=True)
@@ -80,6 +63,12 @@ class MachineFile:
     def speeds(self) -> tuple[SpeedAt, ...]:
         """Predicted speeds at several depths of context."""
         return forecast(self.graph, self.hardware, self.placement).speeds
+
+    def decode_speeds(self, contexts: Sequence[int]) -> list[float]:
+        """Tokens a second after so many tokens, or after the most that are predicted."""
+        speeds = {each.context: each.decode for each in self.speeds}
+        most = max(speeds, default=0)
+        return [speeds.get(n, speeds[most]) for n in contexts if speeds]
 
     @property
     def short(self) -> int:
@@ -128,7 +117,7 @@ class Search:
         kv_type: str | None = None,
         progress: Progress = silent,
     ) -> None:
-        self._config, self._choices, self._hardware = config, choices, hardware
+        self._config, self._choices, self.machine = config, choices, hardware
         self._context, self._path, self._kv_type = context, path, kv_type
         self._recipe, self._progress = recipe, progress
         self._kinds: dict[int, list[Costs]] = {}
@@ -154,7 +143,7 @@ class Search:
 
     def _best_found(self, target: Target) -> MachineFile | None:
         fitting = [each for each in self._found if self._reaches(each, target)]
-        return min(fitting, key=target.rank, default=None)
+        return min(fitting, key=lambda each: target.rank(each.kl, each.turn), default=None)
 
     def _changed(self, file: MachineFile, target: Target) -> Iterator[MachineFile]:
         """Files with other types for one tensor, or for two, those first that promise most."""
@@ -205,26 +194,26 @@ class Search:
         """
         found = self.best(replace(_FASTEST, nbytes=nbytes))
         if found is None:
-            raise UsageError(f"{self._hardware.name} has no room for any file of this model")
+            raise UsageError(f"{self.machine.name} has no room for any file of this model")
         return found
 
     def placed(self, plan: QuantPlan, kl: float) -> MachineFile:
         """What a plan comes to on this machine."""
         graph = graph_of(self._config, plan, self._path)
-        placement = place(graph, self._hardware, context=self._context, kv_type=self._kv_type)
+        placement = place(graph, self.machine, context=self._context, kv_type=self._kv_type)
         return self._placed_as(graph, placement, plan, kl)
 
     def _placed_as(
         self, graph: ModelGraph, placement: Placement, plan: QuantPlan, kl: float
     ) -> MachineFile:
-        model = SpeedModel(graph, self._hardware, placement)
+        model = SpeedModel(graph, self.machine, placement)
         if model.fetches:
             placement = replace(placement, offload_min_batch=model.least_batch())
             model = model.placed_as(placement)
-        lacks = shortfall(graph, self._hardware, placement)
+        lacks = shortfall(graph, self.machine, placement)
         decode, turn = model.decode(self.turn.depth), self.turn.seconds(model)
         return MachineFile(
-            plan, graph.nbytes, kl, graph, self._hardware, placement, lacks, decode, turn
+            plan, graph.nbytes, kl, graph, self.machine, placement, lacks, decode, turn
         )
 
     def _reaches(self, file: MachineFile, target: Target) -> bool:
@@ -247,7 +236,7 @@ class Search:
             files = [self._file(choices, smallest)]
             low, high = choices.size(smallest), choices.size(largest)
             sizes = np.geomspace(low, high, _SIZES)[1:-1].tolist()
-            between = [_of_size(choices, size) for size in sizes]
+            between = [choice_of_size(choices, size) for size in sizes]
             files += [self._file(choices, choice) for choice in (*between, largest)]
             files = [each for each in files if each.short <= 0]
             kinds = [_kind(each.placement) for each in files]
@@ -265,13 +254,13 @@ class Search:
         """The best choices beside those kinds of placement that are modelled to be good."""
         kinds = (self._kinds_of_placement(choices) for choices in self._choices)
         starts = [(costs, self._start(costs, target)) for costs in chain.from_iterable(kinds)]
-        for tangents, factor in ((1, _ROUGH), (_TANGENTS, _PROMISING)):
+        for tangents, factor in ((1, _ROUGH), (TANGENTS, _PROMISING)):
             found = [
                 (costs, self._modelled(costs, target, start, tangents)) for costs, start in starts
             ]
             picks = [(costs, pick) for costs, pick in found if pick is not None]
-            least = min((_loss(costs, target, pick) for costs, pick in picks), default=0.0)
-            picks = [each for each in picks if _loss(each[0], target, each[1]) <= factor * least]
+            least = min((loss_of(costs, target, pick) for costs, pick in picks), default=0.0)
+            picks = [each for each in picks if loss_of(each[0], target, each[1]) <= factor * least]
             starts = [(costs, pick.kind) for costs, pick in picks]
         return picks
 
@@ -279,16 +268,16 @@ class Search:
         """The last choice beside a kind of placement, or else the best of those that fit."""
         if id(costs) not in self._starts:
             any_time, best = Target(target.nbytes), costs.choices.best()
-            pick = _chosen(costs, best, any_time)
+            pick = best_pick(costs, best, any_time)
             self._starts[id(costs)] = best if pick is None else pick.kind
         return self._starts[id(costs)]
 
     def _modelled(
-        self, costs: Costs, target: Target, start: Choice, tangents: int = _TANGENTS
+        self, costs: Costs, target: Target, start: Choice, tangents: int = TANGENTS
     ) -> Pick | None:
         """The best choice beside a kind of placement; None if nothing comes near the target."""
         for scale in (1.0, _LENIENT):  # what is known of other files may mislead
-            pick = _chosen(costs, start, target, scale, tangents=tangents)
+            pick = best_pick(costs, start, target, scale, tangents=tangents)
             if pick is not None:
                 self._starts[id(costs)] = pick.kind
                 return pick
@@ -315,13 +304,13 @@ class Search:
                 scale = min(max(scale * wanted / real, 1 / _LENIENT**4), _LENIENT**4)
             lacking.update({n: lack // 2 for n, lack in picked.lacks.items() if lack > 0})
             costs = self._costs(choices, picked)
-            again = _chosen(costs, pick.kind, target, scale, lacking)
+            again = best_pick(costs, pick.kind, target, scale, lacking)
             if again is None:
                 return
             pick = again
 
     def _costs(self, choices: Choices, file: MachineFile) -> Costs:
-        return Costs(choices, file.graph, self._hardware, file.placement, self.turn)
+        return Costs(choices, file.graph, self.machine, file.placement, self.turn)
 
     def _file(self, choices: Choices, choice: Choice) -> MachineFile:
         return self.placed(self._plan(choices, choice), choices.kl(choice))
@@ -330,71 +319,7 @@ class Search:
         return plan_of(self._config, choices, choice, self._recipe)
 
 
-def _of_size(choices: Choices, nbytes: float) -> Choice:
-    """The choice of least KL divergence in so many bytes; its square root is a tangent."""
-    loss = choices.tangent(choices.smallest())[None]
-    costs = np.where(np.isfinite(loss), choices.nbytes, 0.0)[None]
-    most = np.array([nbytes - choices.fixed_bytes])
-    pick = least_loss(Options(loss, costs, most))
-    return choices.smallest() if pick is None else pick.kind
-
-
 def _kind(placement: Placement) -> Placement:
     """The placement without what routed experts and the file decide."""
     kept = tuple(each for each in placement.overrides if "_exps" not in each[0])
     return replace(placement, overrides=kept, offload_min_batch=None, model_bytes=0)
-
-
-def _chosen(
-    costs: Costs,
-    choice: Choice,
-    target: Target,
-    scale: float = 1.0,
-    lacking: Mapping[str, int] = MappingProxyType({}),
-    *,
-    tangents: int = _TANGENTS,
-) -> Pick | None:
-    """The best choice; the square root of its flips has the tangent at the choice before."""
-    best, least = None, math.inf
-    for _ in range(tangents):
-        pick = least_loss(_options(costs, choice, target, scale, lacking))
-        if pick is None:
-            break
-        choice = pick.kind
-        loss = _loss(costs, target, pick)
-        if loss < least:
-            best = pick
-        if loss > least * (1 - _GAIN):
-            break
-        least = min(least, loss)
-    return best
-
-
-def _loss(costs: Costs, target: Target, pick: Pick) -> float:
-    """What is least for a target, as modelled."""
-    return costs.choices.kl(pick.kind) if target.kl is None else costs.seconds(pick)
-
-
-def _options(
-    costs: Costs, choice: Choice, target: Target, scale: float, lacking: Mapping[str, int]
-) -> Options:
-    """What can be chosen, with `lacking` bytes less of each device and `scale` times the time."""
-    choices = costs.choices
-    tangent = np.broadcast_to(choices.tangent(choice), costs.possible.shape)
-    finite = np.where(costs.possible, tangent, 0.0)
-    room = costs.room - [lacking.get(name, 0) for name in costs.devices]
-    limits = [*zip(costs.nbytes, room, strict=True)]
-    if target.nbytes is not None:
-        limits.append((costs.nbytes.sum(0), target.nbytes - choices.fixed_bytes))
-    if target.decode is not None:
-        limits.append((costs.decode, target.decode * scale - costs.fixed_decode))
-    if target.turn is not None:
-        limits.append((costs.whole_turn, target.turn * scale - costs.fixed_turn))
-    if target.kl is not None and math.isfinite(target.kl):
-        # The square root of flips is below its tangent, half of which at zero is this.
-        flips = float(np.take_along_axis(choices.flips, choice[:, None], 1).sum())
-        limits.append((finite, target.kl - math.sqrt(flips) / 2))
-    aim = tangent if target.kl is None else costs.whole_turn
-    loss = np.where(costs.possible, aim, np.inf)
-    most = np.array([limit for _, limit in limits])
-    return Options(loss, np.stack([cost for cost, _ in limits]), most)

@@ -11,7 +11,8 @@ from dots1_local.devices.hardware import Hardware, Rate
 from dots1_local.devices.machine import find_hardware
 from dots1_local.errors import UsageError
 from dots1_local.fit.front import fit, knee_rank
-from dots1_local.fit.search import MachineFile, Search, Target
+from dots1_local.fit.search import MachineFile, Search
+from dots1_local.fit.target import Target
 from dots1_local.placement.footprint import GPU_RESERVE, RAM_RESERVE
 from dots1_local.quant.choices import choices_by_width
 from dots1_local.quant.plan import QuantPlan, parse_overrides
@@ -116,7 +117,7 @@ def test_it_is_as_good_as_the_best_of_all_plans(seed: int, vram: int) -> None:
 def test_the_real_model_has_a_front_that_fits(name: str) -> None:
     described = find_hardware(name)
     search = search_of(REAL, made_up(REAL), described, 16_384)
-    found = fit(search, described)
+    found = fit(search)
     assert len(found.front) >= 4
     for file in found.front:
         assert file.short <= 0
@@ -130,9 +131,9 @@ def test_a_target_that_nothing_reaches_names_what_is_possible() -> None:
     on = small_machine(0)
     search = search_of(SMALL, made_up(SMALL, kinds=KINDS), on, 512)
     with pytest.raises(UsageError, match=r"no file decodes at 1e\+06 tok/s .*: the fastest"):
-        fit(search, on, tok_s=1e6)
+        fit(search, tok_s=1e6)
     with pytest.raises(UsageError, match=r"KL divergence of 1e-09 or less: the best"):
-        fit(search, on, kl=1e-9)
+        fit(search, kl=1e-9)
     little = replace(on, cpu=replace(on.cpu, free=RAM_RESERVE))
     with pytest.raises(UsageError, match="has no room for any file of this model"):
-        fit(search_of(SMALL, made_up(SMALL, kinds=KINDS), little, 512), little)
+        fit(search_of(SMALL, made_up(SMALL, kinds=KINDS), little, 512))

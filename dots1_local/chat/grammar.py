@@ -1,7 +1,7 @@
 """What an answer must be: a JSON schema, compiled by llguidance for the tokens of one model."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from threading import Lock
 from typing import Any
 from urllib.parse import unquote
@@ -15,7 +15,7 @@ from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.json_file import brief
 
-__all__ = ["Grammar", "Matcher"]
+__all__ = ["Grammar", "Matcher", "embedded"]
 
 _MAX_BYTES = 1 << 18
 # llguidance compiles recursively and overflows a stack of 8 MiB after some 4,000 levels.
@@ -82,7 +82,11 @@ class Grammar:
     """
 
     def __init__(self, schema: Any, engine: Engine) -> None:
-        source, tokenizer = _source(schema), _tokenizer(engine)
+        self._compile(_source(schema), engine)
+
+    def _compile(self, source: str, engine: Engine) -> None:
+        """Compile a grammar in a notation of llguidance's."""
+        tokenizer = _tokenizer(engine)
         self._compiled = LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
         self._ends, self._n_vocab = frozenset(tokenizer.eos_tokens), engine.n_vocab
         if self._compiled.is_error():
@@ -107,6 +111,26 @@ class Grammar:
 
 def _source(schema: Any) -> str:
     """Return a schema in llguidance's notation, once it is checked."""
+    text = json.dumps(_checked(schema))
+    try:
+        return LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS)
+    except ValueError as error:  # such as a number that no float holds
+        raise UsageError(f"the schema is not supported: {_sentence(str(error))}") from None
+
+
+def embedded(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema as a part of a grammar in Lark's notation, once it is checked.
+
+    Between two elements of a document there may be one space.
+
+    Raises:
+        UsageError: it is not a schema, or too large.
+    """
+    return {**_checked(schema), "x-guidance": {"whitespace_pattern": " "}}
+
+
+def _checked(schema: Any) -> Any:
+    """Return a schema with closed objects."""
     try:
         length = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
         levels = _levels(schema)
@@ -123,11 +147,7 @@ def _source(schema: Any) -> str:
     if schema is False or not isinstance(schema, bool | dict):
         raise UsageError(f"the schema is {brief(schema)}, not an object")
     _check_bounds(schema)
-    text = json.dumps({} if schema is True else closed)
-    try:
-        return LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS)
-    except ValueError as error:  # such as a number that no float holds
-        raise UsageError(f"the schema is not supported: {_sentence(str(error))}") from None
+    return {} if schema is True else closed
 
 
 class _Vocabulary:
@@ -158,7 +178,7 @@ def _tokenizer(engine: Engine) -> LLTokenizer:
     if "tokenizer.ggml.eos_token_id" not in engine.gguf.keys:  # llama.cpp would take id 11 for it
         raise Dots1Error(
             f"{engine.gguf.files[0]} does not say which token ends an answer, so answers cannot be "
-            "kept to a schema; leave out response_format"
+            "kept to a schema; leave out response_format and tools"
         )
     with _building:
         if engine not in _tokenizers:

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from dots1_local.chat.message import Message, ToolCall
+from dots1_local.chat.tools import CALL_START, as_text
 from dots1_local.engine.engine import Vocabulary
 from dots1_local.errors import GGUFError, UsageError
 from dots1_local.files.chat_template import ChatTemplate
@@ -24,7 +25,6 @@ __all__ = ["Prompter", "RawPrompter"]
 
 
 _CONTROL, _USER_DEFINED = 3, 4  # of enum llama_token_type
-_TOOL_CALL = "<tool_call>"
 _MARKERS_AT_ONCE = 1000
 _MAX_REPEATS = 8  # how often a template may write each message, on average
 
@@ -51,17 +51,19 @@ class RawPrompter:
         parts = self._without_markers(message.text)
         return [token for part in parts for token in self._engine.tokenize(part, special=False)]
 
-    def marked(self, text: str) -> list[int]:
+    def marked(self, text: str, *, bos: bool = True) -> list[int]:
         """Return the tokens of a document in which markers become special tokens.
 
-        The document begins with BOS if the model's documents do. It is cut at every thousandth
+        With `bos`, it begins with BOS if the model's documents do. It is cut at every thousandth
         marker, because llama.cpp's time grows with the square of the number of markers.
         """
         tokens: list[int] = []
         found = re.finditer("|".join(map(re.escape, self._special_texts)) or "(?!)", text)
         starts = [match.start() for match in found][_MARKERS_AT_ONCE::_MARKERS_AT_ONCE]
         for start, end in pairwise([0, *starts, len(text)]):
-            tokens += self._engine.tokenize(text[start:end], special=True, add_bos=not start)
+            tokens += self._engine.tokenize(
+                text[start:end], special=True, add_bos=bos and not start
+            )
         return tokens
 
     @cached_property
@@ -123,8 +125,8 @@ class Prompter(RawPrompter):
     @cached_property
     def writes_tool_calls(self) -> bool:
         """Whether the model calls tools as JSON between <tool_call> tags that answers show."""
-        written = self.takes_tools and _TOOL_CALL in self._template.source
-        return written and _TOOL_CALL not in self._names(_CONTROL)
+        written = self.takes_tools and CALL_START in self._template.source
+        return written and CALL_START not in self._names(_CONTROL)
 
     def tokens(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
@@ -135,8 +137,11 @@ class Prompter(RawPrompter):
 
         Raises:
             GGUFError: the template fails on these messages, garbles them or leaves out the last.
-            UsageError: the template takes no tools, or they are malformed or contain a marker.
+            UsageError: the tools or calls are malformed or contain a marker.
         """
+        if not self.writes_tool_calls and _uses_tools(messages, tools):
+            _check_calls(messages)
+            messages, tools = as_text(messages, tools), None
         mark = secrets.token_hex(8)
         names = [f"{mark}.{index}." for index in range(len(messages))]
         rendered = self._template.render(
@@ -161,10 +166,8 @@ class Prompter(RawPrompter):
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     ) -> dict[str, Any]:
         """Return the template's variable for tools; check tools and calls for markers."""
-        if not tools and not any(m.role == "tool" or m.tool_calls for m in messages):
+        if not _uses_tools(messages, tools):
             return {}
-        if not self.takes_tools:
-            raise UsageError(f"the chat template of {self._file} does not support tools")
         _refuse_markers([*(tools or ()), *map(_as_variable, messages)], self._special_texts)
         return {"tools": list(tools)} if tools else {}
 
@@ -175,6 +178,17 @@ class Prompter(RawPrompter):
         if isinstance(names, list) and isinstance(token, int) and 0 <= token < len(names):
             return str(names[token])
         return ""
+
+
+def _uses_tools(messages: Sequence[Message], tools: Sequence[Any] | None) -> bool:
+    return bool(tools) or any(m.role == "tool" or m.tool_calls for m in messages)
+
+
+def _check_calls(messages: Sequence[Message]) -> None:
+    """Raise a UsageError if a call's arguments are not an object."""
+    for message in messages:
+        for call in message.tool_calls:
+            _call_variable(call)
 
 
 def _as_variable(message: Message, text: str = "") -> dict[str, Any]:

@@ -37,6 +37,13 @@ class ServeOptions:
     )
     parallel: int | None = option("Write this many answers at once.", min=1, max=256, default="1")
     queue: int = option("Let this many more requests wait, and refuse others.", value=64, min=0)
+    score_batch: int = option(
+        "Compute log-probabilities of this many prompt tokens at once, for requests with echo and "
+        "logprobs. Each takes 0.6 MB of RAM, and of the GPU that holds the output layer.",
+        value=64,
+        min=1,
+        max=4096,
+    )
     cors: list[str] | None = option(
         "Let web pages of this origin call the server, '*' for all; repeatable."
     )
@@ -110,4 +117,5 @@ def _open_engine(options: ServeOptions, draft: "Draft") -> "Engine":
             threads=options.threads,
             n_sequences=options.parallel,
             n_draft=longest_draft(draft),
+            n_scored=options.score_batch,
         )

@@ -147,12 +147,15 @@ class Engine(Vocabulary):
             self._loaded.free()
             self._model = self.context = self.vocab = None
 
-    def piece(self, token: int) -> bytes:
-        """The bytes of a token, perhaps a part of a character; none for a control token."""
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes of a token, perhaps a part of a character.
+
+        A control token has none, or its name if `special`.
+        """
         size = 64
         while size <= _MAX_PIECE:
             buffer = ctypes.create_string_buffer(size)
-            count: int = llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
+            count: int = llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
@@ -191,7 +194,7 @@ class Engine(Vocabulary):
             raise UsageError(f"a ubatch holds 1 to {self.n_ubatch} tokens, not {len(entries)}")
         n_rows = sum(entry.logits for entry in entries)
         if n_rows > self.params.n_outputs:  # llama.cpp would abort
-            raise UsageError("open the engine with all_logits or n_draft to ask for so many logits")
+            raise UsageError("open the engine with n_scored or all_logits for so many logits")
         self._fill(entries)
         with engine_log.capture() as log:
             status = llama.llama_decode(self.context, self._batch)

@@ -41,10 +41,10 @@ class EngineParams:
     by default what `default_context` says; 0 stands for all that the model was trained for.
     `n_ubatch` is the tokens that are computed at once (512). `threads` is for the CPU, by default
     its physical cores. `flash_attention` None leaves the choice to llama.cpp. `kv_type` is the
-    type of the KV cache (F16). `all_logits` makes room for the logits of a whole ubatch; without
-    it, a ubatch can give the logits of one token for each sequence, or those of one token and a
-    draft of `n_draft` tokens. With a `shared_cache` sequences can share their first tokens, and a
-    ubatch may mix sequences of any length.
+    type of the KV cache (F16). A ubatch can give the logits of one token for each sequence, those
+    of one token and a draft of `n_draft` tokens, and those of `n_scored` tokens of prompts;
+    `all_logits` makes room for those of a whole ubatch. With a `shared_cache` sequences can share
+    their first tokens, and a ubatch may mix sequences of any length.
     """
 
     n_ctx: int
@@ -56,6 +56,7 @@ class EngineParams:
     all_logits: bool = False
     shared_cache: bool = False
     n_draft: int = 0
+    n_scored: int = 0
 
     @classmethod
     def choose(cls, gguf: GGUFFile, placement: Placement | None, **given: Any) -> "EngineParams":
@@ -95,7 +96,7 @@ class EngineParams:
         if self.all_logits:
             # llama.cpp reserves a graph with a token of each sequence, and aborts if they are more.
             return max(self.n_ubatch, self.n_sequences)
-        return max(self.n_sequences, min(1 + self.n_draft, self.n_ubatch))
+        return max(self.n_sequences, min(max(1 + self.n_draft, self.n_scored), self.n_ubatch))
 
     def applied_to(self, placement: Placement) -> Placement:
         """The placement with these parameters in place of its own."""

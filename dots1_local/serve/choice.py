@@ -14,7 +14,14 @@ from dots1_local.chat.sampler import Sampler
 from dots1_local.chat.turns import AnswerText
 from dots1_local.engine.engine import Engine, Entry
 from dots1_local.errors import Dots1Error
-from dots1_local.serve.generation import Event, Finished, Piece, QueuedChoice, TokenLogprob
+from dots1_local.serve.generation import (
+    Event,
+    Finished,
+    Piece,
+    QueuedChoice,
+    Scored,
+    TokenLogprob,
+)
 from dots1_local.serve.slots import CacheSlot, Slots
 
 __all__ = ["Choice", "PieceBuilder", "token_logprob"]
@@ -36,8 +43,8 @@ class Choice:
         self.prompt = self._request.prompt
         self.slot, self._engine = slot, engine
         self._tokens = list(self.prompt)  # generated tokens are appended
-        room = engine.n_ctx - len(self.prompt)
-        self._limit = len(self.prompt) + min(self._request.max_tokens or room, room)
+        room, wanted = engine.n_ctx - len(self.prompt), self._request.max_tokens
+        self._limit = len(self.prompt) + (room if wanted is None else min(wanted, room))
         self._pieces = PieceBuilder(self._index, self._request.stop)
         self._computed = 0  # prompt tokens
         self._prefix_source: Self | None = None
@@ -55,6 +62,11 @@ class Choice:
         self._sampler.close()
 
     @property
+    def scored(self) -> int | None:
+        """How many likeliest tokens the logprobs of the prompt are to have; None: no logprobs."""
+        return self._request.prompt_logprobs
+
+    @property
     def prefilling(self) -> bool:
         """Whether prompt tokens are left to compute."""
         return not self.done and len(self.slot.tokens) < len(self.prompt)
@@ -66,7 +78,7 @@ class Choice:
             return True
         if source.prefilling and len(source.slot.tokens) < self._shared:
             return False
-        slots.fill(self.slot, self.prompt)
+        slots.fill(self.slot, self.prompt, self.scored)
         self.wait_for_prefix(older)
         return self._prefix_source is None
 
@@ -80,16 +92,29 @@ class Choice:
         known, self._prefix_source = self.prompt[:-1], None
         self._shared = len(self.slot.tokens) + _MIN_SHARED - 1
         for choice in older:
-            common = common_prefix(choice.prompt, known) if choice.prefilling else 0
+            if not (choice.prefilling and choice._scores_for(self.scored)):
+                continue
+            common = common_prefix(choice.prompt, known)
             if common > self._shared:
                 self._prefix_source, self._shared = choice, common
 
-    def prompt_entries(self, limit: int) -> list[Entry]:
-        """Return up to `limit` further tokens of the prompt to compute."""
+    def _scores_for(self, top: int | None) -> bool:
+        """Whether the prompt is computed with logprobs that have `top` likeliest tokens."""
+        return top is None or (self.scored is not None and self.scored >= top)
+
+    def prompt_entries(self, limit: int, outputs: int) -> list[Entry]:
+        """Return up to `limit` further tokens of the prompt, `outputs` of them with logits."""
         start = len(self.slot.tokens)
         last = len(self.prompt) - 1
+        if self.scored is not None:
+            limit = min(limit, outputs)
         return [
-            Entry(token, position, self.slot.seq_id, logits=position == last)
+            Entry(
+                token,
+                position,
+                self.slot.seq_id,
+                logits=position == last or self.scored is not None,
+            )
             for position, token in enumerate(self.prompt[start : start + limit], start)
         ]
 
@@ -115,31 +140,55 @@ class Choice:
     def sample(self, rows: NDArray[np.float32], place: int) -> Iterator[Event]:
         """Sample from logits (tokens, n_vocab) for as long as the draft is right.
 
-        The logits are from `place` on in the last ubatch: those after the last token, and those
-        after each token of the draft.
+        The logits are from `place` on in the last ubatch: those that score the prompt's next
+        tokens, those after the last token, and those after each token of the draft.
 
         Raises:
             Dots1Error: the logits are not finite.
         """
+        scoring = min(len(rows), len(self.prompt) - 1 - len(self.slot.scores))
+        if self.scored is not None and len(self._tokens) == len(self.prompt):
+            self._score(rows[:scoring])
+            if self.prefilling:
+                return
+            rows, place = rows[scoring:], place + scoring
+            scores = self.slot.scores[: len(self.prompt) - 1]
+            yield Scored(self._index, self._name(self.prompt[0]), tuple(scores))
+            if self._limit == len(self.prompt):
+                yield from self._end("length")
+                return
         for row, logits in enumerate(rows):
             yield from self._sample(logits, place + row)
             if self.done or not self._drafter.accept(self._tokens[-1]):
                 break
         valid = len(self._tokens) - 1  # the last token is not computed yet
         if len(self.slot.tokens) > valid:
-            del self.slot.tokens[valid:]
+            self.slot.cut(valid)
             self._engine.forget(valid, self.slot.seq_id)
 
+    def _score(self, rows: NDArray[np.float32]) -> None:
+        """Add the logprobs of the prompt's next tokens, from the logits before each."""
+        assert self.scored is not None
+        start = 1 + len(self.slot.scores)
+        for logits, token in zip(rows, self.prompt[start:], strict=False):
+            _check_finite(logits)
+            self.slot.scores.append(token_logprob(logits, token, self.scored, self._name))
+
+    def _name(self, token: int) -> bytes:
+        """The bytes of a token in a prompt; BOS is not of the text."""
+        return b"" if token == self._engine.bos else self._engine.piece(token, special=True)
+
     def _sample(self, logits: NDArray[np.float32], place: int) -> Iterator[Event]:
-        if not np.isfinite(logits.max()):
-            raise Dots1Error("the model computes logits that are not finite; is its file damaged?")
+        _check_finite(logits)
         token = self._sampler.next(self._engine, place)
         self._tokens.append(token)
-        if self._engine.is_end(token):
-            yield from self._end("stop")
-            return
         top = self._request.top_logprobs
         logprob = None if top is None else token_logprob(logits, token, top, self._engine.piece)
+        if self._engine.is_end(token):
+            if logprob and self.scored is not None:
+                yield Piece(self._index, "", (logprob,))
+            yield from self._end("stop")
+            return
         if piece := self._pieces.add(token, self._engine.piece(token), logprob):
             yield piece
         if self._pieces.stopped or len(self._tokens) == self._limit:
@@ -212,7 +261,13 @@ def token_logprob(
     ids = [token, *_likeliest(logits, top)]
     logprobs = np.minimum(0, logits[ids].astype(np.float64) - maximum - total).tolist()
     own, *best = [(each, piece(each), value) for each, value in zip(ids, logprobs, strict=True)]
-    return TokenLogprob(*own, top=tuple(best))
+    rank = 1 + int(np.count_nonzero(logits > logits[token]))
+    return TokenLogprob(*own, top=tuple(best), rank=rank)
+
+
+def _check_finite(logits: NDArray[np.float32]) -> None:
+    if not np.isfinite(logits.max()):
+        raise Dots1Error("the model computes logits that are not finite; is its file damaged?")
 
 
 def _likeliest(logits: NDArray[np.float32], count: int) -> list[int]:

@@ -17,7 +17,7 @@ from dots1_local.errors import Dots1Error
 
 __all__ = [
     "Event", "Failed", "Finished", "GenerationRequest", "Piece", "Queue", "QueueFull",
-    "QueuedChoice", "RequestHandle", "TokenLogprob",
+    "QueuedChoice", "RequestHandle", "Scored", "TokenLogprob",
 ]  # fmt: skip
 
 _RECENT_CHOICES = 16  # the estimate of the waiting time averages so many durations
@@ -28,8 +28,10 @@ _log = logging.getLogger(__name__)
 class GenerationRequest:
     """One choice to generate: a continuation of `prompt`.
 
-    With `max_tokens` None the answer may fill the context. With `top_logprobs` None the answer has
-    no logprobs; a number asks for each token's own and those of that many likeliest tokens.
+    With `max_tokens` None the answer may fill the context; with 0 there is none. With
+    `top_logprobs` None the answer has no logprobs; a number asks for each token's own and those of
+    that many likeliest tokens. `prompt_logprobs` asks for those of the prompt's tokens likewise;
+    the answer's then include the end token's.
     """
 
     prompt: tuple[int, ...]
@@ -38,19 +40,22 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     grammar: Grammar | None = None
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
     """A token's log-probability, and `top`: the likeliest tokens at its position with theirs.
 
-    All are natural logarithms, before temperature, penalties and grammar.
+    All are natural logarithms, before temperature, penalties and grammar. `rank` is 1 for the
+    likeliest token.
     """
 
     token: int
     piece: bytes
     logprob: float
     top: tuple[tuple[int, bytes, float], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,15 @@ class Piece:
     index: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The logprobs of all tokens of a choice's prompt but the `first`, which nothing precedes."""
+
+    index: int
+    first: bytes
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,7 @@ class Failed:
     message: str
 
 
-Event = Piece | Finished | Failed
+Event = Piece | Scored | Finished | Failed
 
 
 class RequestHandle:

@@ -193,7 +193,8 @@ class Scheduler:
 
     def _start(self, queued: QueuedChoice) -> None:
         soon = self._queue.next_in_line(len(self._slots))
-        slot = self._slots.take(queued.request.prompt, [each.request.prompt for each in soon])
+        request, prompts = queued.request, [each.request.prompt for each in soon]
+        slot = self._slots.take(request.prompt, prompts, request.prompt_logprobs)
         try:
             choice = Choice(queued, slot, self._engine, self._draft_policy)
         except BaseException:
@@ -210,10 +211,13 @@ class Scheduler:
         room = self._engine.n_ubatch - len(parts)
         if parts:
             room = min(room, self._budget.tokens)
+        spare = self._engine.params.n_outputs - len(self._running)  # each choice needs an output
         for age, choice in enumerate(self._running):
             if room and choice.prefilling and choice.ready(self._slots, self._running[:age]):
-                parts.append((choice, choice.prompt_entries(room)))
+                parts.append((choice, choice.prompt_entries(room, 1 + spare)))
                 room -= len(parts[-1][1])
+                if choice.scored is not None:
+                    spare -= len(parts[-1][1]) - 1
         return parts
 
     def _sample(self, choice: Choice, rows: NDArray[np.float32], place: int) -> None:
@@ -259,10 +263,10 @@ def _check_request(request: GenerationRequest, engine: Engine) -> None:
         raise UsageError("the prompt is empty; give the beginning of a text")
     if not all(0 <= token < engine.n_vocab for token in request.prompt):
         raise UsageError(f"a prompt's tokens must be from 0 to {engine.n_vocab - 1}")
-    if request.max_tokens is not None and request.max_tokens < 1:
-        raise UsageError(f"max_tokens is {request.max_tokens}; it must be at least 1")
+    if request.max_tokens is not None and request.max_tokens < 0:
+        raise UsageError(f"max_tokens is {request.max_tokens}; it must be at least 0")
     check_stop(request.stop)
-    if len(request.prompt) >= engine.n_ctx:
+    if len(request.prompt) > engine.n_ctx - (request.max_tokens != 0):
         raise Dots1Error(
             f"the prompt is {len(request.prompt):,} tokens long and the context holds "
             f"{engine.n_ctx:,}, including the answer"

@@ -2,26 +2,47 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, takewhile
 
 from dots1_local.chat.kv_cache import common_prefix
 from dots1_local.engine.engine import Engine
+from dots1_local.serve.generation import TokenLogprob
 
 __all__ = ["CacheSlot", "Slots"]
 
 
 @dataclass
 class CacheSlot:
-    """A sequence of the engine and the tokens in its KV cache, which a free slot keeps."""
+    """A sequence of the engine and the tokens in its KV cache, which a free slot keeps.
+
+    `scores` are the logprobs of the tokens after the first one, as far as they were asked for.
+    """
 
     seq_id: int
     tokens: list[int] = field(default_factory=list)
+    scores: list[TokenLogprob] = field(default_factory=list)
     free: bool = True
     released: int = 0  # the higher the number, the later the release
 
     def common(self, *prompts: Sequence[int]) -> int:
         """Return the length of the longest prefix that the slot shares with one of the prompts."""
         return max((common_prefix(self.tokens, prompt) for prompt in prompts), default=0)
+
+    def reusable(self, prompt: Sequence[int], top: int | None) -> int:
+        """Return how many tokens of a prompt need not be computed.
+
+        If each token's logprob is wanted, with those of the `top` likeliest, they end before the
+        first token after which an unknown one comes.
+        """
+        common = self.common(prompt)
+        if top is None:
+            return common
+        scored = takewhile(lambda score: len(score.top) >= top, self.scores[: max(0, common - 1)])
+        return sum(1 for _ in scored)
+
+    def cut(self, length: int) -> None:
+        """Drop all but the first `length` tokens."""
+        del self.tokens[length:], self.scores[max(0, length - 1) :]
 
 
 class Slots:
@@ -41,8 +62,15 @@ class Slots:
         """Whether a slot can be taken."""
         return any(slot.free for slot in self._slots)
 
-    def take(self, prompt: Sequence[int], next_in_line: Sequence[Sequence[int]]) -> CacheSlot:
+    def take(
+        self,
+        prompt: Sequence[int],
+        next_in_line: Sequence[Sequence[int]],
+        top: int | None = None,
+    ) -> CacheSlot:
         """Take a free slot (there must be one) and fill it with the known prefix of a prompt.
+
+        `top` is what `fill` takes.
 
         The slot that shares most with the prompt is taken if at least half of its tokens are
         shared. Otherwise the slot is taken that shares least with the prompts next in line; of
@@ -53,23 +81,26 @@ class Slots:
         if 2 * slot.common(prompt) < len(slot.tokens):
             slot = min(free, key=lambda slot: (slot.common(*next_in_line), slot.released))
         slot.free = False
-        self.fill(slot, prompt)
+        self.fill(slot, prompt, top)
         return slot
 
-    def fill(self, slot: CacheSlot, prompt: Sequence[int]) -> None:
+    def fill(self, slot: CacheSlot, prompt: Sequence[int], top: int | None = None) -> None:
         """Make a slot hold exactly the longest prefix of a prompt that any slot holds.
 
-        The prompt's last token is always computed, because its logits choose the next token.
+        The prompt's last token is always computed, because its logits choose the next token. With
+        `top`, so is what the logprobs of the prompt's tokens need.
         """
         known = prompt[:-1]
-        source = max(self._slots, key=lambda each: (each.common(known), each is slot))
-        length = source.common(known)
+        source = max(self._slots, key=lambda each: (each.reusable(known, top), each is slot))
+        length = source.reusable(known, top)
         if source is slot:
             self._engine.forget(length, slot.seq_id)
         else:
             self._engine.forget(0, slot.seq_id)
             self._engine.share(source.seq_id, slot.seq_id, length)
-        slot.tokens = list(known[:length])
+        # If the next token is scored already, the one before need not be computed for it.
+        scored = length if top is not None else max(0, length - 1)
+        slot.tokens, slot.scores = source.tokens[:length], source.scores[:scored]
 
     def release(self, slot: CacheSlot) -> None:
         """Make a slot free; its tokens stay until it is taken."""
@@ -78,10 +109,11 @@ class Slots:
     def empty(self, slot: CacheSlot) -> None:
         """Drop a slot's tokens."""
         self._engine.forget(0, slot.seq_id)
-        slot.tokens = []
+        slot.cut(0)
 
     def forget(self) -> None:
         """Free all slots and drop their tokens."""
         self._engine.forget()
         for slot in self._slots:
-            slot.tokens, slot.free = [], True
+            slot.cut(0)
+            slot.free = True

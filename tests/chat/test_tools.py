@@ -62,14 +62,28 @@ def test_tools_calls_and_results_reach_the_model(tmp_path: Path) -> None:
     )
 
 
-def test_a_template_without_tools_gets_none(tmp_path: Path) -> None:
-    with opened(tmp_path, TEMPLATE + "{# tools #}") as engine:
+@pytest.mark.parametrize("template", [TEMPLATE, TAKES.replace("tool_call>", "call>")])
+def test_a_template_without_such_calls_gets_texts(tmp_path: Path, template: str) -> None:
+    with opened(tmp_path, template) as engine:
         prompter = Prompter(engine)
-        assert not prompter.takes_tools
-        for messages, tools in (([ASKED], [TOOL]), ([ASKED, calling(RAIN), TOLD], None)):
-            with pytest.raises(UsageError, match="does not support tools"):
-                prompter.tokens(messages, tools)
+        assert not prompter.writes_tool_calls
+        again = ToolCall("sun", "{}", "c2")
+        said = Message("assistant", "Wait.", tool_calls=(RAIN, again))
+        more = Message("tool", "yes", tool_call_id="c2")
+        text = shown(engine, prompter.tokens([ASKED, said, TOLD, more], [TOOL]))
         assert prompter.tokens([ASKED], []) == prompter.tokens([ASKED])
+    assert text.count(json.dumps(TOOL["function"], ensure_ascii=False)) == 1
+    assert text.count("<tool_call>") == 3  # the form, and two calls
+    answer = (
+        'Wait.\n<tool_call>\n{"name": "rain", "arguments": {"at": "é"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "sun", "arguments": {}}\n</tool_call>'
+    )
+    assert answer in text
+    results = (
+        "<tool_response>\nsunny <|response|>\n</tool_response>\n"
+        "<tool_response>\nyes\n</tool_response>"
+    )
+    assert f"<<<|userprompt|>>>{results}<<<|endofuserprompt|>>>" in text
 
 
 def test_hidden_tags_are_not_calls(tmp_path: Path) -> None:

@@ -149,10 +149,17 @@ def open_scheduler(
     n_ctx: int = 256,
     n_ubatch: int = 64,
     n_draft: int = 0,
+    n_scored: int = 0,
     **options: Any,
 ) -> Iterator[RecordingScheduler]:
     with open_engine(
-        model, n_ctx, n_ubatch, n_sequences=slots, shared_cache=True, n_draft=n_draft
+        model,
+        n_ctx,
+        n_ubatch,
+        n_sequences=slots,
+        shared_cache=True,
+        n_draft=n_draft,
+        n_scored=n_scored,
     ) as engine:
         scheduler = RecordingScheduler(engine, **{"draft": n_draft, **options})
         try:

@@ -220,13 +220,6 @@ def test_errors_become_the_clients_exceptions(client: OpenAI) -> None:
     assert too_long.value.code == "context_length_exceeded"
 
 
-def test_tools_are_refused_if_the_template_has_none(client: OpenAI) -> None:
-    tool: Any = {"type": "function", "function": {"name": "now", "parameters": {}}}
-    with pytest.raises(openai.BadRequestError, match="template") as refused:
-        client.chat.completions.create(**MODEL, messages=STORY, tools=[tool])
-    assert refused.value.param == "tools"
-
-
 @pytest.mark.skipif(not which("curl"), reason="there is no curl")
 def test_the_cards_curl_works_unchanged(served: Served) -> None:
     command = shlex.split(CURL.replace("URL", served.url))

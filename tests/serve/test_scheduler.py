@@ -226,7 +226,7 @@ def test_logprobs_come_with_the_text_of_their_tokens(endless: Path, wild: Path) 
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": [len(TOKENS)]}, f"from 0 to {len(TOKENS) - 1}"),
         ({"prompt": [-1]}, "from 0 to"),
-        ({"prompt": "a", "max_tokens": 0}, "max_tokens is 0"),
+        ({"prompt": "a", "max_tokens": -1}, "max_tokens is -1"),
         ({"prompt": "a", "stop": ("b", "")}, "stop string is empty"),
     ],
 )

@@ -9,6 +9,7 @@ import openai
 import pytest
 from openai import OpenAI
 
+from tests.conftest import Converted
 from tests.helpers import EOS, TOKENS, scripted_tensors, tokens_of, write_random_gguf
 from tests.serve.served import Served
 
@@ -88,7 +89,7 @@ def test_a_call_and_its_result_can_be_sent_back(client: OpenAI) -> None:
     assert added > len('So:No.{"name": "rain", "arguments": {"at": "Ulm"}}')
 
 
-def test_a_call_that_was_cut_off_is_text(client: OpenAI) -> None:
+def test_a_call_that_was_cut_off_before_its_arguments_is_text(client: OpenAI) -> None:
     choice = ask(client, max_tokens=4).choices[0]
     assert (choice.message.content, choice.message.tool_calls) == ("So:<tool_call>", None)
     assert choice.finish_reason == "length"
@@ -122,8 +123,10 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("tools[0].function", {"tools": [{"type": "function"}]}),
     ("tools[0].function.name", {"tools": [{"function": {"name": ""}}]}),
     ("tools[0].function.parameters", {"tools": [{"function": {"name": "a", "parameters": []}}]}),
-    ("tool_choice", {"tool_choice": "required"}),
-    ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "rain"}}}),
+    ("tool_choice", {"tool_choice": "always"}),
+    ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "snow"}}}),
+    ("tool_choice", {"tool_choice": "required", "tools": []}),
+    ("tools", {"tools": [{"function": {"name": "a", "parameters": {"type": "thing"}}}]}),
     ("response_format", {"response_format": {"type": "json_object"}}),
     ("messages[0].tool_call_id", {"messages": [{"role": "tool", "content": "No."}]}),
     ("messages[0].tool_calls[0].function.arguments", {"messages": [call(name="a")]}),
@@ -141,13 +144,96 @@ def test_an_error_names_the_wrong_field(
     assert refused.value.param == param
 
 
-def test_a_template_without_tool_call_tags_refuses_tools(tmp_path: Path) -> None:
-    template = TEMPLATE.replace("tool_call>", "call>")
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "maxLength": 12},
+                "unit": {"enum": ["C", "F"]},
+                "days": {"$ref": "#/$defs/days"},
+            },
+            "required": ["city", "unit", "days"],
+            "$defs": {"days": {"type": "array", "items": {"enum": [1, 2, 7]}, "maxItems": 2}},
+        },
+    },
+}
+CLOCK: Any = {"type": "function", "function": {"name": "clock"}}
+
+
+@pytest.fixture(scope="module")
+def untrained(converted: Converted) -> Iterator[OpenAI]:
+    """A client of dots1-tiny, whose template knows no tools and which never saw any."""
     with (
-        Served(write(tmp_path / "model.gguf", *WORDS[:3], template=template)) as server,
-        OpenAI(base_url=server.url, api_key="none", max_retries=0) as client,
+        Served(converted("DQ4"), "--context", "1024") as server,
+        OpenAI(base_url=server.url, api_key="none", max_retries=0) as opened,
     ):
-        with pytest.raises(openai.BadRequestError, match="template") as refused:
-            ask(client)
-        assert refused.value.param == "tools"
-        assert ask(client, tools=None).choices[0].message.content == "".join(SAID[:3])
+        yield opened
+
+
+def check_weather(arguments: str) -> None:
+    found = json.loads(arguments)
+    assert list(found) == ["city", "unit", "days"]
+    assert found["unit"] in ("C", "F")
+    assert all(isinstance(day, int) for day in found["days"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+def test_any_model_calls_tools_as_their_schemas_say(
+    untrained: OpenAI, choice: Any, seed: int
+) -> None:
+    asked: Any = {
+        "model": "dots1",
+        "messages": ASKED,
+        "tools": [WEATHER, CLOCK],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "seed": seed,
+        "max_tokens": 200,
+    }
+    [answer] = untrained.chat.completions.create(**asked).choices
+    assert answer.finish_reason == "tool_calls"
+    [call] = answer.message.tool_calls or []
+    if call.function.name == "weather":
+        check_weather(call.function.arguments)
+    else:
+        assert choice == "required"
+        assert (call.function.name, json.loads(call.function.arguments)) == ("clock", {})
+
+
+def test_arguments_are_streamed_as_they_are_written(untrained: OpenAI) -> None:
+    choice = {"type": "function", "function": {"name": "weather"}}
+    options = {"tools": [CLOCK, WEATHER], "tool_choice": choice, "temperature": 0.7, "seed": 1}
+    choices = [chunk.choices[0] for chunk in ask(untrained, **options, stream=True)]
+    parts = [part for each in choices for part in each.delta.tool_calls or []]
+    assert parts[0].function.name == "weather"
+    assert parts[0].id
+    assert all(part.function.name is None and part.id is None for part in parts[1:])
+    assert len(parts) > 5
+    check_weather("".join(part.function.arguments for part in parts))
+    assert choices[-1].finish_reason == "tool_calls"
+
+
+def test_a_result_leads_to_an_answer(untrained: OpenAI) -> None:
+    """A conversation with a call and its result goes on; the tools are part of the prompt."""
+    options = {"tools": [CLOCK], "max_tokens": 60}
+    first = ask(untrained, **options, tool_choice="required")
+    said = first.choices[0].message
+    [call, *_] = said.tool_calls
+    told = {"role": "tool", "tool_call_id": call.id, "content": "noon"}
+    second = ask(untrained, **options, messages=[*ASKED, said, told], tool_choice="none")
+    plain = ask(untrained, tools=[], max_tokens=1)
+    assert second.choices[0].message.tool_calls is None
+    assert first.usage.prompt_tokens > plain.usage.prompt_tokens + 60
+
+
+def test_a_call_that_is_cut_off_is_told_by_its_reason(untrained: OpenAI) -> None:
+    choice = {"type": "function", "function": {"name": "weather"}}
+    [answer] = ask(untrained, tools=[WEATHER], tool_choice=choice, max_tokens=20).choices
+    assert answer.finish_reason == "length"

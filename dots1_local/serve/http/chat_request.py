@@ -1,13 +1,16 @@
 """The request body of POST /v1/chat/completions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
 from dots1_local.chat.dialogue import SYSTEM_PROMPT
 from dots1_local.chat.message import Message, ToolCall
+from dots1_local.chat.tools import CallGrammar, ToolChoice
 from dots1_local.engine.engine import Engine
+from dots1_local.errors import Dots1Error
 from dots1_local.serve.http.request import Options, SharedFields, TokenCount, invalid, missing
 
 __all__ = ["read_chat"]
@@ -59,13 +62,23 @@ class _Tool(Struct, frozen=True):
     type: Literal["function"] | None = None
 
 
+class _NamedFunction(Struct, frozen=True):
+    name: str
+
+
+class _NamedTool(Struct, frozen=True):
+    function: _NamedFunction
+    type: Literal["function"] | None = None
+
+
 class _ChatFields(SharedFields, frozen=True, kw_only=True):
     messages: Annotated[list[_Message], Meta(min_length=1, max_length=_MAX_MESSAGES)]
     max_completion_tokens: TokenCount | None = None  # the newer name of max_tokens
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: Annotated[list[_Tool], Meta(max_length=_MAX_TOOLS)] | None = None
-    tool_choice: Any = None
+    tool_choice: Literal["none", "auto", "required"] | _NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **SharedFields.unsupported,
@@ -74,6 +87,7 @@ class _ChatFields(SharedFields, frozen=True, kw_only=True):
         "functions": ([],),
         "modalities": (["text"],),
         "moderation": (),
+        "prompt_logprobs": (),
         "web_search_options": (),
     }
 
@@ -86,18 +100,37 @@ def read_chat(
     Raise an ApiError if a field is invalid or unsupported, or if fields contradict each other.
     """
     fields = _ChatFields.read(raw)
-    if fields.tool_choice not in (None, "auto", "none"):
-        message = "tool_choice must be auto or none: this server cannot force a call"
-        raise invalid(message, "tool_choice")
     tools = [] if fields.tool_choice == "none" else raw.get("tools") or []
+    choice = _tool_choice(fields, {tool.function.name for tool in fields.tools or ()})
     if fields.top_logprobs and not fields.logprobs:
         raise invalid("top_logprobs needs logprobs; set logprobs to true", "top_logprobs")
     top_logprobs = fields.top_logprobs or 0 if fields.logprobs else None
     max_tokens = fields.max_completion_tokens or fields.max_tokens
     options = fields.options(engine, max_tokens, top_logprobs)
-    if tools and options.choice.grammar:  # the grammar would not let the model write a call
-        raise invalid("response_format cannot be combined with tools", "response_format")
+    if tools:
+        if options.choice.grammar:  # it would not let the model write a call
+            raise invalid("response_format cannot be combined with tools", "response_format")
+        try:
+            grammar = CallGrammar(tools, engine, choice)
+        except Dots1Error as error:
+            raise invalid(str(error), "tools") from None
+        options = replace(options, choice=replace(options.choice, grammar=grammar))
     return _messages(fields.messages), tools, options
+
+
+def _tool_choice(fields: _ChatFields, names: Set[str]) -> ToolChoice:
+    """Return what tool_choice means, or raise an ApiError if there is no such tool."""
+    chosen, parallel = fields.tool_choice, fields.parallel_tool_calls is not False
+    if chosen in (None, "auto", "none"):
+        return ToolChoice(parallel=parallel)
+    if not names:
+        raise invalid("tool_choice needs tools", "tool_choice")
+    if not isinstance(chosen, _NamedTool):
+        return ToolChoice(required=True, parallel=parallel)
+    if chosen.function.name not in names:
+        message = f"tool_choice names {chosen.function.name!r:.80}, which is not among the tools"
+        raise invalid(message, "tool_choice")
+    return ToolChoice(name=chosen.function.name)
 
 
 def _messages(given: list[_Message]) -> list[Message]:

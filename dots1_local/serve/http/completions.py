@@ -1,26 +1,38 @@
 """POST /v1/completions: its request body and its responses."""
 
 import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
 from dots1_local.engine.engine import Engine
-from dots1_local.files.json_file import brief
-from dots1_local.serve.generation import Finished, Piece, TokenLogprob
-from dots1_local.serve.http.request import MAX_CHOICES, Options, SharedFields, invalid
+from dots1_local.serve.generation import Finished, Piece, Scored, TokenLogprob
+from dots1_local.serve.http.request import (
+    MAX_CHOICES,
+    Options,
+    SharedFields,
+    check_token,
+    invalid,
+)
 from dots1_local.serve.http.response import Document, Writer, named_logprob
 
-__all__ = ["CompletionWriter", "read_completion"]
+__all__ = ["CompletionRequest", "CompletionWriter", "read_completion"]
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+_OF_OTHERS = ("token_logprobs", "top_logprobs")  # which the first token has not
+
+_TopCount = Annotated[int, Meta(ge=0, le=20)]
 
 
 class _CompletionFields(SharedFields, frozen=True, kw_only=True):
     prompt: str | list[int | str | list[int]]
     echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None
+    logprobs: _TopCount | None = None
+    prompt_logprobs: _TopCount | None = None  # vLLM's
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -29,25 +41,37 @@ class _CompletionFields(SharedFields, frozen=True, kw_only=True):
     }
 
 
-def read_completion(
-    raw: Mapping[str, Any], engine: Engine
-) -> tuple[list[str | list[int]], bool, Options]:
-    """Return the prompts, each a text or token ids, whether to echo them, and the options.
+@dataclass(frozen=True)
+class CompletionRequest:
+    """The prompts, each a text or token ids, and what to answer besides the completions.
+
+    `prompt_logprobs` asks for vLLM's list, whose tokens have so many alternatives.
+    """
+
+    prompts: list[str | list[int]]
+    echo: bool
+    prompt_logprobs: int | None
+    options: Options
+
+
+def read_completion(raw: Mapping[str, Any], engine: Engine) -> CompletionRequest:
+    """Read a body.
 
     Raise an ApiError if a field is invalid or unsupported, or if fields contradict each other.
     """
     fields = _CompletionFields.read(raw)
-    if fields.echo and fields.logprobs is not None:
-        raise invalid("echo with logprobs is not supported; leave out one of them", "echo")
-    max_tokens = fields.max_tokens or _DEFAULT_MAX_TOKENS
+    max_tokens = _DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
     options = fields.options(engine, max_tokens, fields.logprobs)
+    wanted = [fields.prompt_logprobs, fields.logprobs if fields.echo else None]
+    if scored := [count for count in wanted if count is not None]:
+        options = replace(options, choice=replace(options.choice, prompt_logprobs=max(scored)))
     if fields.best_of not in (None, options.n):
         raise invalid("best_of other than n is not supported; leave it out", "best_of")
     prompts = _prompts(fields.prompt, engine.n_vocab)
     if len(prompts) * options.n > MAX_CHOICES:
         message = f"{len(prompts)} prompts with n {options.n} are more than {MAX_CHOICES} choices"
         raise invalid(f"{message}; split the request", "prompt")
-    return prompts, bool(fields.echo), options
+    return CompletionRequest(prompts, bool(fields.echo), fields.prompt_logprobs, options)
 
 
 def _prompts(given: Any, n_vocab: int) -> list[str | list[int]]:
@@ -60,58 +84,92 @@ def _prompts(given: Any, n_vocab: int) -> list[str | list[int]]:
         if isinstance(prompt, int):
             raise invalid("prompt mixes token ids with texts; give a list of either", "prompt")
         for token in prompt if isinstance(prompt, list) else ():
-            if not 0 <= token < n_vocab:
-                message = f"prompt has {brief(token)}, not a token id from 0 to {n_vocab - 1}"
-                raise invalid(message, "prompt")
+            check_token(token, n_vocab, "prompt")
     return prompts
 
 
 class CompletionWriter(Writer):
-    """Writes one text for each choice, after its echo: the prompt or nothing."""
+    """Writes one text for each choice, after its echo: the prompt, or None for nothing.
+
+    `prompt_logprobs` is what a `CompletionRequest` has.
+    """
 
     prefix = "cmpl"
     kind = chunk_kind = "text_completion"
 
-    def __init__(self, model: str, options: Options, echoes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: str,
+        options: Options,
+        echoes: Sequence[str | None],
+        prompt_logprobs: int | None = None,
+    ) -> None:
         super().__init__(model, options, len(echoes))
-        self._echoes = echoes
-        self._offsets = [len(echo) for echo in echoes]
+        self._echoes, self._prompt_logprobs = echoes, prompt_logprobs
+        self._top = options.choice.top_logprobs
+        # The tokens of an echo with logprobs count its characters themselves.
+        self._offsets = [0 if self._has_scores(echo) else len(echo or "") for echo in echoes]
         utf8 = codecs.getincrementaldecoder("utf-8")
         self._decoders = [utf8(errors="replace") for _ in echoes]
+        self._prompts: dict[int, Document] = {}  # what was scored, by choice
 
     def begin(self) -> list[Document]:
-        """Return the prompts to echo."""
+        """Return the prompts to echo whose logprobs are not computed first."""
         return [
             self._chunk(index, text=echo, logprobs=None)
             for index, echo in enumerate(self._echoes)
-            if echo
+            if echo and not self._has_scores(echo)
         ]
 
+    def scored(self, scored: Scored) -> list[Document]:
+        echo = self._echoes[scored.index]
+        fields: Document = {"text": "", "logprobs": None}
+        if self._has_scores(echo):
+            first = TokenLogprob(-1, scored.first, 0.0)
+            logprobs = self._logprobs(scored.index, [first, *scored.logprobs])
+            logprobs |= {key: [None, *logprobs[key][1:]] for key in _OF_OTHERS}
+            fields = {"text": echo, "logprobs": logprobs}
+        if self._prompt_logprobs is not None:
+            entries = [_by_id(each, self._prompt_logprobs) for each in scored.logprobs]
+            fields["prompt_logprobs"] = [None, *entries]
+        self._prompts[scored.index] = fields
+        return [self._chunk(scored.index, **fields)]
+
     def piece(self, piece: Piece) -> list[Document]:
-        logprobs = self._logprobs(piece.index, piece.logprobs)
+        logprobs = self._answer_logprobs(piece)
         return [self._chunk(piece.index, text=piece.text, logprobs=logprobs)]
 
     def finish(self, finished: Finished) -> list[Document]:
         return [self._chunk(finished.index, finished.reason, text="", logprobs=None)]
 
     def _choice(self, piece: Piece, finished: Finished) -> Document:
-        return {
+        prompt = self._prompts.get(piece.index, {})
+        logprobs = self._answer_logprobs(piece)
+        if logprobs is not None and (before := prompt.get("logprobs")):
+            logprobs = {key: before[key] + value for key, value in logprobs.items()}
+        return prompt | {
             "index": piece.index,
-            "text": self._echoes[piece.index] + piece.text,
-            "logprobs": self._logprobs(piece.index, piece.logprobs),
+            "text": (self._echoes[piece.index] or "") + piece.text,
+            "logprobs": logprobs,
             "finish_reason": finished.reason,
         }
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> Document | None:
+    def _has_scores(self, echo: str | None) -> bool:
+        return echo is not None and self._top is not None
+
+    def _answer_logprobs(self, piece: Piece) -> Document | None:
+        return None if self._top is None else self._logprobs(piece.index, piece.logprobs)
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> Document:
         """Return OpenAI's older format: a list for each property; top includes the token itself."""
-        if self.options.choice.top_logprobs is None:
-            return None
         own = [named_logprob(token.piece, token.logprob) for token in tokens]
-        top = [dict(named_logprob(*each[1:]) for each in token.top) for token in tokens]
+        top = [[named_logprob(*each[1:]) for each in token.top[: self._top]] for token in tokens]
         return {
             "tokens": [name for name, _ in own],
             "token_logprobs": [logprob for _, logprob in own],
-            "top_logprobs": [others | dict([each]) for others, each in zip(top, own, strict=True)],
+            "top_logprobs": [
+                _by_name([*others, each]) for others, each in zip(top, own, strict=True)
+            ],
             "text_offset": [self._offset(index, token.piece) for token in tokens],
         }
 
@@ -120,3 +178,22 @@ class CompletionWriter(Writer):
         offset = self._offsets[index]
         self._offsets[index] += len(self._decoders[index].decode(piece))
         return offset
+
+
+def _by_name(tokens: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The log-probabilities by text; of tokens with the same text, the likeliest counts."""
+    found: dict[str, float] = {}
+    for name, logprob in tokens:
+        found[name] = max(logprob, found.get(name, logprob))
+    return found
+
+
+def _by_id(token: TokenLogprob, top: int) -> Document:
+    """Return vLLM's form: the token itself and the likeliest ones."""
+    tokens = [(token.rank, token.token, token.piece, token.logprob)]
+    tokens += [(rank, *each) for rank, each in enumerate(token.top[:top], 1)]
+    found = {}
+    for rank, number, piece, logprob in tokens:
+        name, value = named_logprob(piece, logprob)
+        found[str(number)] = {"logprob": value, "rank": rank, "decoded_token": name}
+    return found

@@ -21,7 +21,7 @@ from dots1_local.serve.generation import GenerationRequest
 
 __all__ = [
     "MAX_CHOICES", "ApiError", "Options", "SharedFields", "TokenCount", "check_model_name",
-    "invalid", "missing", "parse_body", "read_body",
+    "check_token", "invalid", "missing", "parse_body", "read_body", "refusal",
 ]  # fmt: skip
 
 MAX_CHOICES = 128  # per request, OpenAI's limit
@@ -89,6 +89,13 @@ def check_model_name(asked: Any, served: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
+def check_token(token: int, n_vocab: int, param: str) -> None:
+    """Raise an ApiError if a client's token does not exist."""
+    if not 0 <= token < n_vocab:
+        message = f"{param} has {brief(token)}, not a token id from 0 to {n_vocab - 1}"
+        raise invalid(message, param)
+
+
 async def read_body(request: Request) -> bytes:
     """Read a body, or raise an ApiError if it is not JSON, too large, or arrives too slowly."""
     kind = request.headers.get("content-type", "")
@@ -115,7 +122,7 @@ def parse_body(body: bytes) -> dict[str, Any]:
     try:
         return convert_json(parse_json(body), dict[str, Any])
     except JsonError as error:
-        raise _refusal(error) from None
+        raise refusal(error) from None
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
         "typical_p": (1,),
         "use_beam_search": (False,),
         **dict.fromkeys(("bad_words", "lora", "stop_token_ids"), ([],)),
-        **dict.fromkeys(("chat_template", "prompt_logprobs", "samplers", "structured_outputs"), ()),
+        **dict.fromkeys(("chat_template", "samplers", "structured_outputs"), ()),
         **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex"), ()),
     }
 
@@ -197,7 +204,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
         try:
             fields = convert_json(raw, cls)
         except JsonError as error:
-            raise _refusal(error) from None
+            raise refusal(error) from None
         for name, harmless in cls.unsupported.items():
             value = raw.get(name)
             if value is not None and value not in harmless:
@@ -242,7 +249,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
         return other if one is None else one
 
 
-def _refusal(error: JsonError) -> ApiError:
+def refusal(error: JsonError) -> ApiError:
     """Describe a JSON error; `param` becomes the path of the field, such as "messages[0].role"."""
     path = error.path.partition("[...]")[0]  # msgspec does not say which key of an object is wrong
     if field := re.fullmatch(r"object missing required field (\w+)", error.reason):

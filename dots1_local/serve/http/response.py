@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from dots1_local.serve.generation import Event, Failed, Finished, GenerationRequest, Piece
+from dots1_local.serve.generation import Event, Failed, Finished, GenerationRequest, Piece, Scored
 from dots1_local.serve.http.request import ApiError, Options
 from dots1_local.serve.scheduler import Scheduler
 
@@ -45,6 +45,10 @@ class Writer(ABC):
     @abstractmethod
     def begin(self) -> list[Document]:
         """Return the chunks before any text."""
+
+    def scored(self, scored: Scored) -> list[Document]:
+        """Return the chunks for a prompt's logprobs, and keep what `whole` needs of them."""
+        return []
 
     @abstractmethod
     def piece(self, piece: Piece) -> list[Document]:
@@ -153,6 +157,8 @@ class GenerationResponse(Response):
                 raise ApiError(500, event.message)
             if isinstance(event, Piece):
                 pieces[event.index].append(event)
+            elif isinstance(event, Scored):
+                self._writer.scored(event)
             else:
                 finished[event.index] = event
         choices = [(_joined(index, each), finished[index]) for index, each in enumerate(pieces)]
@@ -176,6 +182,8 @@ class GenerationResponse(Response):
     def _documents(self, event: Event) -> list[Document]:
         if isinstance(event, Failed):
             return [ApiError(500, event.message).body]
+        if isinstance(event, Scored):
+            return self._writer.scored(event)
         return self._writer.piece(event) if isinstance(event, Piece) else self._writer.finish(event)
 
     async def _next(self, send: Send) -> list[Event]:

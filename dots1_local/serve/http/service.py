@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -19,17 +19,26 @@ from dots1_local.serve.http.chat_writer import ChatWriter
 from dots1_local.serve.http.completions import CompletionWriter, read_completion
 from dots1_local.serve.http.request import (
     ApiError,
+    Options,
     check_model_name,
     invalid,
+    missing,
     parse_body,
     read_body,
 )
 from dots1_local.serve.http.response import PING_SECONDS, GenerationResponse, Writer
+from dots1_local.serve.http.tokens import (
+    DetokenizeFields,
+    TokenizeFields,
+    text_of,
+    tokenizer_info,
+)
 from dots1_local.serve.scheduler import Scheduler
 
 __all__ = ["Model", "Service"]
 
 _RETRY_SOON = {"Retry-After": "5"}  # seconds
+_T = TypeVar("_T")
 _READERS = 2  # threads that parse requests and tokenise prompts
 
 
@@ -48,41 +57,68 @@ class Model:
 
     def chat(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
         """Read a body of /v1/chat/completions, or raise an ApiError."""
+        tokens, tools, options = self._conversation(raw)
+        requests = list(options.requests(self._checked(tokens, "messages")))
+        return requests, ChatWriter(self.name, options, len(requests), tools=tools)
+
+    def _conversation(self, raw: dict[str, Any]) -> tuple[list[int], bool, Options]:
+        """Return a conversation's tokens, whether it has tools, and the options."""
         if self._prompter is None:
             raise invalid(f"{self._no_chat}; use /v1/completions", "messages")
         messages, tools, options = read_chat(raw, self._engine)
-        if tools and not self._prompter.writes_tool_calls:
-            message = "the model's chat template has no tools, or writes calls without <tool_call>"
-            raise invalid(f"{message}; leave out tools", "tools")
         try:
             tokens = self._prompter.tokens(messages, tools)
         except UsageError as error:  # the template cannot take these tools or tool calls
             raise invalid(str(error), "tools" if tools else "messages") from None
         except GGUFError as error:  # the template refuses these messages
             raise invalid(str(error), "messages") from None
-        requests = list(options.requests(self._checked(tokens, "messages")))
-        return requests, ChatWriter(self.name, options, len(requests), tools=bool(tools))
+        return tokens, bool(tools), options
 
     def completion(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
         """Read a body of /v1/completions, or raise an ApiError."""
-        prompts, echo, options = read_completion(raw, self._engine)
+        asked = read_completion(raw, self._engine)
+        options, room = asked.options, asked.options.choice.max_tokens != 0
         requests: list[GenerationRequest] = []
-        echoes: list[str] = []
-        for prompt in prompts:
+        echoes: list[str | None] = []
+        for prompt in asked.prompts:
             # Clients of this endpoint render templates themselves, so markers become tokens.
             tokens = self._raw_prompter.marked(prompt) if isinstance(prompt, str) else prompt
-            requests += options.requests(self._checked(tokens, "prompt"))
-            echoes += [self._text(prompt) if echo else ""] * options.n
-        return requests, CompletionWriter(self.name, options, echoes)
+            requests += options.requests(self._checked(tokens, "prompt", room=room))
+            echoes += [self._text(prompt) if asked.echo else None] * options.n
+        return requests, CompletionWriter(self.name, options, echoes, asked.prompt_logprobs)
+
+    def tokenize(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """Answer a body of /tokenize, or raise an ApiError."""
+        fields = TokenizeFields.read(raw)
+        if raw.get("messages") is not None:
+            tokens, _, _ = self._conversation(raw)
+        elif fields.prompt is not None:
+            bos = fields.add_special_tokens is not False
+            tokens = self._raw_prompter.marked(fields.prompt, bos=bos)
+        else:
+            raise missing("prompt")
+        names = [text_of([token], self._engine) for token in tokens]
+        return {
+            "count": len(tokens),
+            "max_model_len": self.n_ctx,
+            "tokens": tokens,
+            "token_strs": names if fields.return_token_strs else None,
+        }
+
+    def detokenize(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """Answer a body of /detokenize, or raise an ApiError."""
+        return {"prompt": text_of(DetokenizeFields.read(raw).tokens, self._engine)}
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """Answer /tokenizer_info."""
+        return tokenizer_info(self._engine)
 
     def _text(self, prompt: str | list[int]) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        return b"".join(map(self._engine.piece, prompt)).decode("utf-8", errors="replace")
+        return prompt if isinstance(prompt, str) else text_of(prompt, self._engine)
 
-    def _checked(self, tokens: list[int], param: str) -> tuple[int, ...]:
-        """Check that the context has room for the prompt and at least one more token."""
-        if len(tokens) < self.n_ctx:
+    def _checked(self, tokens: list[int], param: str, *, room: bool = True) -> tuple[int, ...]:
+        """Check that the context has room for the prompt, and with `room` for one more token."""
+        if len(tokens) <= self.n_ctx - room:
             return tuple(tokens)
         message = (  # OpenAI's words: clients look for them to shorten what they send
             f"This model's maximum context length is {self.n_ctx} tokens, and the prompt is "
@@ -138,6 +174,15 @@ class Service:
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, Model.completion)
 
+    async def tokenize(self, request: Request) -> Response:
+        return JSONResponse((await self._read(request, Model.tokenize))[0])
+
+    async def detokenize(self, request: Request) -> Response:
+        return JSONResponse((await self._read(request, Model.detokenize))[0])
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        return JSONResponse(self._available()[0].tokenizer_info())
+
     def _entry(self) -> dict[str, Any]:
         """Return the model's entry in the list; `max_model_len` is vLLM's name for the context."""
         return {
@@ -157,12 +202,7 @@ class Service:
 
     async def _answer(self, request: Request, reader: Reader) -> Response:
         """Submit a request to the scheduler and return its response."""
-        self._available()  # refuse before the body is read
-        body = await read_body(request)
-        model, scheduler = self._available()
-        loop = asyncio.get_running_loop()
-        read = loop.run_in_executor(self._readers, self._read, body, model, reader)
-        requests, writer = await read
+        (requests, writer), scheduler = await self._read(request, reader)
         try:
             return GenerationResponse(scheduler, requests, writer, self._ping)
         except QueueFull as error:
@@ -173,10 +213,20 @@ class Service:
         except Dots1Error as error:  # the scheduler is closed
             raise ApiError(503, str(error), headers=_RETRY_SOON) from None
 
-    def _read(
-        self, body: bytes, model: Model, reader: Reader
-    ) -> tuple[list[GenerationRequest], Writer]:
+    async def _read(
+        self, request: Request, reader: Callable[[Model, dict[str, Any]], _T]
+    ) -> tuple[_T, Scheduler]:
         """Read a body in a thread of its own, because long prompts take a while to tokenise."""
+        self._available()  # refuse before the body is read
+        body = await read_body(request)
+        model, scheduler = self._available()
+        loop = asyncio.get_running_loop()
+        read = loop.run_in_executor(self._readers, self._parsed, body, model, reader)
+        return await read, scheduler
+
+    def _parsed(
+        self, body: bytes, model: Model, reader: Callable[[Model, dict[str, Any]], _T]
+    ) -> _T:
         try:
             raw = parse_body(body)
             check_model_name(raw.get("model"), self.name)

@@ -259,8 +259,9 @@ BAD_COMPLETIONS: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"prompt": ["hi"] * 65, "n": 2}),
     ("suffix", {"suffix": "end"}),
     ("best_of", {"best_of": 3}),
-    ("echo", {"echo": True, "logprobs": 1}),
-    ("logprobs", {"logprobs": 6}),
+    ("logprobs", {"logprobs": 21}),
+    ("prompt_logprobs", {"prompt_logprobs": -1}),
+    ("max_tokens", {"max_tokens": -1}),
     ("logprobs", {"logprobs": True}),
 ]
 

@@ -1,11 +1,9 @@
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dots1_local.chat.message import ToolCall
-from dots1_local.serve.http.chat_writer import ToolCallParser
+from dots1_local.serve.tool_calls import CallPart, Part, ToolCallParser, joined
 
 PARIS = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 CALL = ToolCall("weather", '{"city": "Paris"}')
@@ -13,8 +11,8 @@ CALL = ToolCall("weather", '{"city": "Paris"}')
 
 def read(*pieces: str) -> tuple[str, list[ToolCall]]:
     reader = ToolCallParser()
-    parts = [reader.add(piece) for piece in pieces] + [reader.finish()]
-    return "".join(text for text, _ in parts), [call for _, calls in parts for call in calls]
+    parts: list[Part] = [part for piece in pieces for part in reader.add(piece)]
+    return joined([*parts, *reader.finish()])
 
 
 @pytest.mark.parametrize(
@@ -24,7 +22,6 @@ def read(*pieces: str) -> tuple[str, list[ToolCall]]:
         (PARIS, "", [CALL]),
         (f"Let me see.\n{PARIS}\n{PARIS}", "Let me see.", [CALL, CALL]),
         (f"a{PARIS}b", "ab", [CALL]),
-        ('<tool_call>{"name": "now"}</tool_call>', "", [ToolCall("now", "{}")]),
         ('<tool_call>{"name": "é", "arguments": {"ü": 1}}', "", [ToolCall("é", '{"ü": 1}')]),
     ],
 )
@@ -38,8 +35,7 @@ def test_calls_are_separated_from_text(answer: str, text: str, calls: list[ToolC
         "<tool_call>{}</tool_call>", "<tool_call>nothing</tool_call>", "a <tool_call>",
         '<tool_call>{"name": 1}</tool_call>', '<tool_call>["name"]</tool_call>',
         '<tool_call>{"name": "f", "arguments": "x"}</tool_call>', "</tool_call>", "1 < 2  ",
-        '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', "<tool_", "\n <",
-        '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>',
+        '<tool_call>{"name": "now"}</tool_call>', "<tool_", "\n <",
         "<tool_call>" + "[" * 100_000 + "</tool_call>",
     ],
 )  # fmt: skip
@@ -58,17 +54,29 @@ def test_the_pieces_of_an_answer_make_no_difference(parts: list[str], data: st.D
     assert read(*pieces) == read(answer)
 
 
-def test_text_that_cannot_begin_a_call_is_returned_at_once() -> None:
+def test_parts_are_returned_as_soon_as_they_are_certain() -> None:
     reader = ToolCallParser()
-    assert reader.add("Hello") == ("Hello", [])
-    assert reader.add(" <") == ("", [])
-    assert reader.add("b>\n") == (" <b>", [])
-    assert reader.add("<tool_call>{") == ("", [])
-    assert reader.add('"name": "f"}</tool_call> and') == (" and", [ToolCall("f", "{}")])
-    assert reader.finish() == ("", [])
+    assert reader.add("Hello") == ["Hello"]
+    assert reader.add(" <") == []
+    assert reader.add("b>\n") == [" <b>"]
+    assert reader.add("<tool_call>{") == []
+    assert reader.add('"name": "f", "argu') == []
+    assert reader.add('ments": {"a": "}') == [CallPart(0, "f", ""), CallPart(0, None, '{"a": "}')]
+    assert reader.add('\\"", "b": [') == [CallPart(0, None, '\\"", "b": [')]
+    assert reader.add("{}]} }</tool") == [CallPart(0, None, "{}]}")]
+    assert reader.add("_call> and") == [" and"]
+    assert reader.finish() == []
+    assert reader.n_calls == 1
 
 
-def test_arguments_are_json() -> None:
+def test_arguments_are_passed_on_as_they_are_written() -> None:
     text = '{"name": "f", "arguments": {"a": [1.50, null]}}'
     (call,) = read(f"<tool_call>{text}</tool_call>")[1]
-    assert json.loads(call.arguments) == {"a": [1.5, None]}
+    assert call.arguments == '{"a": [1.50, null]}'
+
+
+def test_arguments_that_were_cut_off_are_kept() -> None:
+    assert read('<tool_call>{"name": "f", "arguments": {"a": "x') == (
+        "",
+        [ToolCall("f", '{"a": "x')],
+    )

@@ -1,0 +1,71 @@
+"""POST /tokenize and /detokenize, and GET /tokenizer_info, in vLLM's form.
+
+Evaluation harnesses count tokens with them, so that they need no tokenizer of their own.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+import msgspec
+from msgspec import Meta
+
+from dots1_local.engine.engine import Engine
+from dots1_local.files.json_file import JsonError, convert_json
+from dots1_local.serve.http.request import check_token, refusal
+
+__all__ = ["DetokenizeFields", "TokenizeFields", "text_of", "tokenizer_info"]
+
+_MAX_TOKENS = 1 << 22  # of a body
+_TOKENS = {f"{name}_token": f"tokenizer.ggml.{key}_token_id" for name, key in [
+    ("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")
+]}  # fmt: skip
+
+
+class _Fields(msgspec.Struct, frozen=True, kw_only=True):
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> Self:
+        """Convert a body, or raise an ApiError that names the wrong field."""
+        try:
+            return convert_json(raw, cls)
+        except JsonError as error:
+            raise refusal(error) from None
+
+
+class TokenizeFields(_Fields, frozen=True, kw_only=True):
+    """A text, unless the body has messages; these have their special tokens anyway."""
+
+    prompt: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeFields(_Fields, frozen=True, kw_only=True):
+    """Tokens of one text."""
+
+    tokens: Annotated[list[int], Meta(max_length=_MAX_TOKENS)]
+
+
+def text_of(tokens: list[int], engine: Engine) -> str:
+    """The text of tokens, with the names of special ones, or an ApiError if one does not exist."""
+    for token in tokens:
+        check_token(token, engine.n_vocab, "tokens")
+    pieces = (engine.piece(token, special=True) for token in tokens)
+    return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+def tokenizer_info(engine: Engine) -> dict[str, Any]:
+    """Special tokens by their names in tokenizer_config.json, and the chat template."""
+    keys = engine.gguf.keys
+    numbers = {name: keys.get(key) for name, key in _TOKENS.items()}
+    return {
+        "tokenizer_class": str(keys.get("tokenizer.ggml.model", "")),
+        "model_max_length": engine.n_ctx,
+        "add_bos_token": engine.bos is not None,
+        "chat_template": keys.get("tokenizer.chat_template"),
+        **{
+            name: text_of([number], engine)
+            if isinstance(number, int) and 0 <= number < engine.n_vocab
+            else None
+            for name, number in numbers.items()
+        },
+    }

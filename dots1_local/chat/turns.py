@@ -41,7 +41,7 @@ class AnswerText:
         self.length = 0  # characters decoded so far, given out or not
         self._whole = {0: 0}  # how many tokens make exactly so many characters
         self.tokens: list[int] = []
-        self.stopped = False
+        self.stopped: str | None = None  # the stop string that has ended the text
 
     def add(self, token: int, piece: bytes) -> str:
         """Return the text that is certain with this token; set `stopped` after a stop string."""
@@ -65,9 +65,10 @@ class AnswerText:
     def _give(self, text: str, ended: bool) -> str:
         if self.stopped:
             return ""
-        match = min((at for at in map(text.find, self._stop) if at >= 0), default=len(text))
+        found = ((at, stop) for stop in self._stop if (at := text.find(stop)) >= 0)
+        match, stop = min(found, default=(len(text), None))
         unsure = len(text) if ended else min(self._beginnings(text), default=len(text))
-        self.stopped = match < len(text) and match <= unsure
+        self.stopped = stop if match <= unsure else None
         given, self._held = text[: min(match, unsure)], text[unsure:]
         self._given.append(given)
         return given

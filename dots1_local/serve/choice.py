@@ -201,6 +201,7 @@ class Choice:
         yield Finished(
             self._index,
             "stop" if self._pieces.stopped else reason,
+            stop=self._pieces.stopped,
             prompt_tokens=len(self.prompt),
             cached_tokens=len(self.prompt) - self._computed,
             # OpenAI and others count the end token too, although it is not text.
@@ -225,8 +226,8 @@ class PieceBuilder:
         self._held: deque[tuple[int, TokenLogprob]] = deque()  # and where their text begins
 
     @property
-    def stopped(self) -> bool:
-        """Whether a stop string has ended the text."""
+    def stopped(self) -> str | None:
+        """The stop string that has ended the text, if any."""
         return self._text.stopped
 
     def add(self, token: int, piece: bytes, logprob: TokenLogprob | None) -> Piece | None:

@@ -80,7 +80,8 @@ class Scored:
 class Finished:
     """The last event of a choice; `cached_tokens` of its prompt were in the KV cache already.
 
-    Of `drafted_tokens`, `accepted_tokens` were right.
+    `stop` is the stop string that ended it, if any. Of `drafted_tokens`, `accepted_tokens` were
+    right.
     """
 
     index: int
@@ -90,6 +91,7 @@ class Finished:
     completion_tokens: int
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    stop: str | None = None
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,9 @@ def make_app(
             Route("/v1/models/{name:path}", service.model),
             Route("/v1/chat/completions", service.chat, methods=["POST"]),
             Route("/v1/completions", service.completions, methods=["POST"]),
+            Route("/v1/responses", service.responses, methods=["POST"]),
+            Route("/v1/messages", service.messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", service.count_tokens, methods=["POST"]),
             Route("/tokenize", service.tokenize, methods=["POST"]),
             Route("/detokenize", service.detokenize, methods=["POST"]),
             Route("/tokenizer_info", service.tokenizer_info),
@@ -63,17 +66,21 @@ def make_app(
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
-        return error.response()
+        return error.response(request.url.path)
     path = f"{request.url.path:.80}"
-    message = f"there is no {path} here; use /v1/chat/completions, /v1/completions or /v1/models"
+    message = (
+        f"there is no {path} here; use /v1/chat/completions, /v1/responses, /v1/messages, "
+        "/v1/completions or /v1/models"
+    )
     if error.status_code == 405:
         message = f"{path} does not support {request.method}"
-    return ApiError(error.status_code, message, headers=error.headers).response()
+    return ApiError(error.status_code, message, headers=error.headers).response(path)
 
 
 async def _report_bug(request: Request, error: Exception) -> Response:
     logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
-    return ApiError(500, "something went wrong in the server; its log says what").response()
+    told = ApiError(500, "something went wrong in the server; its log says what")
+    return told.response(request.url.path)
 
 
 class _Guard:
@@ -84,13 +91,14 @@ class _Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
-            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            correct = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
-            if scheme.lower() != "bearer" or not correct:
+            headers = Headers(scope=scope)
+            scheme, _, bearer = headers.get("authorization", "").partition(" ")
+            given = headers.get("x-api-key", bearer if scheme.lower() == "bearer" else "")
+            if not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
                 message = "the API key is missing or wrong; send Authorization: Bearer KEY"
-                headers = {"WWW-Authenticate": "Bearer"}
-                error = ApiError(401, message, code="invalid_api_key", headers=headers)
-                await error.response()(scope, receive, send)
+                scheme_asked = {"WWW-Authenticate": "Bearer"}
+                error = ApiError(401, message, code="invalid_api_key", headers=scheme_asked)
+                await error.response(scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 from dots1_local.serve.generation import Finished, Piece, TokenLogprob
 from dots1_local.serve.http.request import Options
-from dots1_local.serve.http.response import Document, Writer, named_logprob
+from dots1_local.serve.http.response import Document, OpenAIWriter, named_logprob
 from dots1_local.serve.tool_calls import CallPart, Part, ToolCallParser, joined
 
 __all__ = ["ChatWriter"]
 
 
-class ChatWriter(Writer):
+class ChatWriter(OpenAIWriter):
     """Writes one message for each choice; with `tools`, tool calls are taken out of its text."""
 
     prefix = "chatcmpl"

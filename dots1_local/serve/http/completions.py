@@ -16,7 +16,7 @@ from dots1_local.serve.http.request import (
     check_token,
     invalid,
 )
-from dots1_local.serve.http.response import Document, Writer, named_logprob
+from dots1_local.serve.http.response import Document, OpenAIWriter, named_logprob
 
 __all__ = ["CompletionRequest", "CompletionWriter", "read_completion"]
 
@@ -88,7 +88,7 @@ def _prompts(given: Any, n_vocab: int) -> list[str | list[int]]:
     return prompts
 
 
-class CompletionWriter(Writer):
+class CompletionWriter(OpenAIWriter):
     """Writes one text for each choice, after its echo: the prompt, or None for nothing.
 
     `prompt_logprobs` is what a `CompletionRequest` has.

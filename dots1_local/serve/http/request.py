@@ -45,6 +45,9 @@ _ERROR_TYPES = {
 }
 
 
+_ANTHROPIC_TYPES = {413: "request_too_large", 503: "overloaded_error"}
+
+
 class ApiError(HTTPException):
     """A refusal: the HTTP status, one sentence, and the parameter at fault."""
 
@@ -68,8 +71,17 @@ class ApiError(HTTPException):
         error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status_code, self.headers)
+    @property
+    def anthropic(self) -> dict[str, Any]:
+        """The JSON in the shape of Anthropic's errors."""
+        general = "api_error" if self.status_code >= 500 else "invalid_request_error"
+        kind = _ANTHROPIC_TYPES.get(self.status_code, _ERROR_TYPES.get(self.status_code, general))
+        return {"type": "error", "error": {"type": kind, "message": self.detail}}
+
+    def response(self, path: str = "") -> JSONResponse:
+        """The response, in the shape that clients of this path expect."""
+        body = self.anthropic if path.startswith("/v1/messages") else self.body
+        return JSONResponse(body, self.status_code, self.headers)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -17,10 +17,11 @@ from dots1_local.serve.generation import Event, Failed, Finished, GenerationRequ
 from dots1_local.serve.http.request import ApiError, Options
 from dots1_local.serve.scheduler import Scheduler
 
-__all__ = ["PING_SECONDS", "Document", "GenerationResponse", "Writer", "named_logprob"]
+__all__ = [
+    "PING_SECONDS", "Document", "GenerationResponse", "OpenAIWriter", "Writer", "named_logprob",
+]  # fmt: skip
 
 PING_SECONDS = 5.0  # proxies and clients give up on streams that are silent for a minute or so
-_PING = b": still at work\n\n"
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON cannot express
 
@@ -30,17 +31,11 @@ Document = dict[str, Any]  # a JSON object to send
 class Writer(ABC):
     """Writes the JSON of one response, in chunks or whole."""
 
-    prefix: ClassVar[str]
-    kind: ClassVar[str]
-    chunk_kind: ClassVar[str]
+    ping = b": still at work\n\n"  # a comment, which clients of server-sent events skip
+    last = b""  # what ends a stream
 
-    def __init__(self, model: str, options: Options, n_choices: int) -> None:
+    def __init__(self, options: Options, n_choices: int) -> None:
         self.options, self.n_choices = options, n_choices
-        self._head = {
-            "id": f"{self.prefix}-{secrets.token_hex(16)}",
-            "created": int(time.time()),
-            "model": model,
-        }
 
     @abstractmethod
     def begin(self) -> list[Document]:
@@ -58,15 +53,49 @@ class Writer(ABC):
     def finish(self, finished: Finished) -> list[Document]:
         """Return the chunks that end a choice."""
 
+    @abstractmethod
     def end(self, finished: Sequence[Finished]) -> list[Document]:
         """Return the chunks after all choices."""
+
+    @abstractmethod
+    def whole(self, choices: Sequence[tuple[Piece, Finished]]) -> Document:
+        """Return the whole response; the `Piece` of a choice is all of its text."""
+
+    def failure(self, error: ApiError) -> Document:
+        """Return the chunk that ends a stream whose generation failed."""
+        return error.body
+
+    def frame(self, document: Document) -> str:
+        """Return a chunk as a server-sent event, in one line of ASCII.
+
+        Some clients take U+2028 and similar characters for the end of a line.
+        """
+        return f"data: {json.dumps(document, separators=(',', ':'))}\n\n"
+
+
+class OpenAIWriter(Writer):
+    """Writes choices in a frame that OpenAI's older endpoints share."""
+
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+    last = b"data: [DONE]\n\n"
+
+    def __init__(self, model: str, options: Options, n_choices: int) -> None:
+        super().__init__(options, n_choices)
+        self._head = {
+            "id": f"{self.prefix}-{secrets.token_hex(16)}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def end(self, finished: Sequence[Finished]) -> list[Document]:
         if not self.options.include_usage:
             return []
         chunk = {**self._head, "object": self.chunk_kind, "choices": []}
         return [{**chunk, "usage": self._usage(finished)}]
 
     def whole(self, choices: Sequence[tuple[Piece, Finished]]) -> Document:
-        """Return the whole response; the `Piece` of a choice is all of its text."""
         return {
             **self._head,
             "object": self.kind,
@@ -166,22 +195,25 @@ class GenerationResponse(Response):
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await _send_documents(send, self._writer.begin())
+        await self._send_documents(send, self._writer.begin())
         finished: list[Finished] = []
         failed = False
         while not failed and len(finished) < self._writer.n_choices:
             events = await self._next(send)
-            await _send_documents(send, chain.from_iterable(map(self._documents, events)))
+            await self._send_documents(send, chain.from_iterable(map(self._documents, events)))
             finished += [event for event in events if isinstance(event, Finished)]
             failed = isinstance(events[-1], Failed)
         if not failed:
-            await _send_documents(send, self._writer.end(finished))
-            await _send(send, b"data: [DONE]\n\n")
+            await self._send_documents(send, self._writer.end(finished))
+            await _send(send, self._writer.last)
         await send({"type": "http.response.body"})
+
+    async def _send_documents(self, send: Send, documents: Iterable[Document]) -> None:
+        await _send(send, "".join(map(self._writer.frame, documents)).encode())
 
     def _documents(self, event: Event) -> list[Document]:
         if isinstance(event, Failed):
-            return [ApiError(500, event.message).body]
+            return [self._writer.failure(ApiError(500, event.message))]
         if isinstance(event, Scored):
             return self._writer.scored(event)
         return self._writer.piece(event) if isinstance(event, Piece) else self._writer.finish(event)
@@ -193,7 +225,7 @@ class GenerationResponse(Response):
                 async with asyncio.timeout(self._ping):
                     first = await self._events.get()
             except TimeoutError:
-                await _send(send, _PING)
+                await _send(send, self._writer.ping)
             else:
                 return [first, *(self._events.get_nowait() for _ in range(self._events.qsize()))]
 
@@ -203,15 +235,9 @@ def _joined(index: int, pieces: Sequence[Piece]) -> Piece:
     return Piece(index, "".join(piece.text for piece in pieces), tuple(logprobs))
 
 
-async def _send_documents(send: Send, documents: Iterable[Document]) -> None:
-    # In ASCII, because some clients take U+2028 and similar characters for the end of a line.
-    lines = [f"data: {json.dumps(document, separators=(',', ':'))}\n\n" for document in documents]
-    if lines:
-        await _send(send, "".join(lines).encode())
-
-
 async def _send(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+    if body:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -14,6 +14,7 @@ from dots1_local.chat.prompt import Prompter, RawPrompter
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error, GGUFError, UsageError
 from dots1_local.serve.generation import GenerationRequest, QueueFull
+from dots1_local.serve.http import messages, responses
 from dots1_local.serve.http.chat_request import read_chat
 from dots1_local.serve.http.chat_writer import ChatWriter
 from dots1_local.serve.http.completions import CompletionWriter, read_completion
@@ -86,6 +87,23 @@ class Model:
             requests += options.requests(self._checked(tokens, "prompt", room=room))
             echoes += [self._text(prompt) if asked.echo else None] * options.n
         return requests, CompletionWriter(self.name, options, echoes, asked.prompt_logprobs)
+
+    def messages(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
+        """Read a body of /v1/messages, or raise an ApiError."""
+        tokens, tools, options = self._conversation(messages.as_chat(raw))
+        requests = list(options.requests(self._checked(tokens, "messages")))
+        return requests, messages.MessagesWriter(self.name, options, len(tokens), tools=tools)
+
+    def responses(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
+        """Read a body of /v1/responses, or raise an ApiError."""
+        tokens, tools, options = self._conversation(responses.as_chat(raw))
+        requests = list(options.requests(self._checked(tokens, "input")))
+        return requests, responses.ResponsesWriter(self.name, options, raw, tools=tools)
+
+    def count_tokens(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """Answer a body of /v1/messages/count_tokens, or raise an ApiError."""
+        tokens, _, _ = self._conversation(messages.as_chat(raw, counting=True))
+        return {"input_tokens": len(tokens)}
 
     def tokenize(self, raw: dict[str, Any]) -> dict[str, Any]:
         """Answer a body of /tokenize, or raise an ApiError."""
@@ -173,6 +191,15 @@ class Service:
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, Model.completion)
+
+    async def responses(self, request: Request) -> Response:
+        return await self._answer(request, Model.responses)
+
+    async def messages(self, request: Request) -> Response:
+        return await self._answer(request, Model.messages)
+
+    async def count_tokens(self, request: Request) -> Response:
+        return JSONResponse((await self._read(request, Model.count_tokens))[0])
 
     async def tokenize(self, request: Request) -> Response:
         return JSONResponse((await self._read(request, Model.tokenize))[0])

@@ -93,7 +93,7 @@ def serve(options: ServeOptions) -> None:
 
 def _check(options: ServeOptions) -> None:
     """Refuse a name or key that clients cannot send, before anything is loaded."""
-    if not (find_spec("starlette") and find_spec("uvicorn")):
+    if not all(map(find_spec, ("prometheus_client", "starlette", "uvicorn"))):
         raise UsageError("dots1 serve needs a web server: pip install 'dots1-local[serve]'")
     if not options.name.strip() or not options.name.isprintable():
         raise UsageError("--served-model-name must have a visible name for clients to use")

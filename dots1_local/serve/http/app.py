@@ -44,6 +44,7 @@ def make_app(
     app = Starlette(
         routes=[
             Route("/health", service.health),
+            Route("/metrics", service.metrics),
             Route("/v1/models", service.models),
             Route("/v1/models/{name:path}", service.model),
             Route("/v1/chat/completions", service.chat, methods=["POST"]),

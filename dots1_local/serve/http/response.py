@@ -5,7 +5,7 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Any, ClassVar
@@ -150,7 +150,9 @@ class GenerationResponse(Response):
         requests: Sequence[GenerationRequest],
         writer: Writer,
         ping: float,
+        observe: Callable[[Event], None],
     ) -> None:
+        """`observe` is called with each event, in the engine's thread."""
         super().__init__(headers=_STREAM_HEADERS)
         del self.headers["content-length"]  # unknown at the start of a stream
         self._writer, self._ping = writer, ping
@@ -158,6 +160,7 @@ class GenerationResponse(Response):
         loop = asyncio.get_running_loop()
 
         def receive(event: Event) -> None:  # runs in the engine's thread
+            observe(event)
             with suppress(RuntimeError):  # the loop may have ended
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 

@@ -18,6 +18,7 @@ from dots1_local.serve.http import messages, responses
 from dots1_local.serve.http.chat_request import read_chat
 from dots1_local.serve.http.chat_writer import ChatWriter
 from dots1_local.serve.http.completions import CompletionWriter, read_completion
+from dots1_local.serve.http.metrics import CONTENT_TYPE, Metrics
 from dots1_local.serve.http.request import (
     ApiError,
     Options,
@@ -157,6 +158,7 @@ class Service:
         self._ping = ping
         self._opened: tuple[Model, Scheduler] | None = None
         self._closing = False
+        self._metrics = Metrics(lambda: self._opened[1].load if self._opened else None)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="dots1-request")
 
     def open(self, model: Model, scheduler: Scheduler) -> None:
@@ -178,6 +180,9 @@ class Service:
         if status == "ok":
             return JSONResponse(document)
         return JSONResponse(document, 503, _RETRY_SOON)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._entry()]})
@@ -231,7 +236,8 @@ class Service:
         """Submit a request to the scheduler and return its response."""
         (requests, writer), scheduler = await self._read(request, reader)
         try:
-            return GenerationResponse(scheduler, requests, writer, self._ping)
+            observe = self._metrics.observer()
+            return GenerationResponse(scheduler, requests, writer, self._ping, observe)
         except QueueFull as error:
             wait = {"Retry-After": str(error.retry_after)}
             raise ApiError(429, str(error), code="queue_full", headers=wait) from None

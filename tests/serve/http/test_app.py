@@ -4,6 +4,7 @@ from threading import Event
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
@@ -11,6 +12,7 @@ from dots1_local.serve.generation import Failed, Finished, GenerationRequest, Pi
 from dots1_local.serve.http import request as http_request
 from dots1_local.serve.http.app import make_app
 from dots1_local.serve.http.service import Model, Service
+from dots1_local.serve.scheduler import Load
 from tests.serve.http.asgi import (
     JSON,
     Deliver,
@@ -314,3 +316,36 @@ def test_web_pages_are_allowed_only_from_given_origins(engine: Engine) -> None:
 
 async def nothing() -> AsyncIterator[bytes]:
     yield b""
+
+
+def test_metrics_count_what_was_answered(engine: Engine) -> None:
+    events: list[Any] = [
+        Piece(0, "Hel"),
+        Piece(0, "lo"),
+        Finished(0, "stop", 7, 3, 5, drafted_tokens=4, accepted_tokens=2),
+    ]
+
+    def script(requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
+        for event in events:
+            deliver(event)
+
+    scheduler = FakeScheduler(script, load=Load(2, 1, 4))
+
+    async def scrape() -> dict[str, float]:
+        app = serving(engine, scheduler)
+        for _ in range(2):
+            await send(app, "/v1/completions", {"prompt": "x"})
+        reply = await send(app, "/metrics")
+        assert reply.headers["content-type"].startswith("text/plain")
+        families = text_string_to_metric_families(reply.body.decode())
+        samples = [sample for family in families for sample in family.samples]
+        return {sample.name + sample.labels.get("reason", ""): sample.value for sample in samples}
+
+    found = asyncio.run(scrape())
+    expected = {
+        "prompt_tokens_total": 14, "cached_tokens_total": 6, "generated_tokens_total": 10,
+        "drafted_tokens_total": 8, "accepted_tokens_total": 4, "answers_totalstop": 2,
+        "first_token_seconds_count": 2, "answer_seconds_count": 2,
+        "running": 2, "waiting": 1, "slots": 4,
+    }  # fmt: skip
+    assert {name: found[f"dots1_{name}"] for name in expected} == expected

@@ -67,6 +67,11 @@ class Choice:
         return self._request.prompt_logprobs
 
     @property
+    def n_generated(self) -> int:
+        """How many tokens have been generated."""
+        return len(self._tokens) - len(self.prompt)
+
+    @property
     def prefilling(self) -> bool:
         """Whether prompt tokens are left to compute."""
         return not self.done and len(self.slot.tokens) < len(self.prompt)
@@ -205,7 +210,7 @@ class Choice:
             prompt_tokens=len(self.prompt),
             cached_tokens=len(self.prompt) - self._computed,
             # OpenAI and others count the end token too, although it is not text.
-            completion_tokens=len(self._tokens) - len(self.prompt),
+            completion_tokens=self.n_generated,
             drafted_tokens=self._drafter.drafted,
             accepted_tokens=self._drafter.accepted,
         )

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Thread
 
 import numpy as np
@@ -31,7 +31,7 @@ from dots1_local.serve.generation import (
 )
 from dots1_local.serve.slots import Slots
 
-__all__ = ["Load", "PrefillBudget", "Scheduler"]
+__all__ = ["Load", "PrefillBudget", "Scheduler", "SlotState"]
 
 _SHUTDOWN = "the server is shutting down"
 _STEP_SECONDS = 1.0  # for a step while a choice waits for its next token
@@ -46,6 +46,17 @@ class Load:
     running: int
     waiting: int
     slots: int
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """A slot: the tokens in its part of the KV cache, and how far its choice is, if it has one."""
+
+    id: int
+    cached_tokens: int
+    busy: bool = False
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
 
 
 class PrefillBudget:
@@ -108,6 +119,16 @@ class Scheduler:
         """The load at this moment."""
         running = sum(not choice.handle.done for choice in list(self._running))
         return Load(running, len(self._queue), len(self._slots))
+
+    @property
+    def slots(self) -> list[SlotState]:
+        """The slots at this moment."""
+        found = {state.seq_id: SlotState(state.seq_id, len(state.tokens)) for state in self._slots}
+        for choice in list(self._running):
+            number, written = choice.slot.seq_id, choice.n_generated
+            state = replace(found[number], busy=True, generated_tokens=written)
+            found[number] = replace(state, prompt_tokens=len(choice.prompt))
+        return list(found.values())
 
     def submit(
         self, requests: Sequence[GenerationRequest], callback: Callable[[Event], None]

@@ -1,6 +1,6 @@
 """The engine's sequences: what each one holds in the KV cache, and which prefixes they share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 
@@ -56,6 +56,9 @@ class Slots:
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    def __iter__(self) -> Iterator[CacheSlot]:
+        return iter(self._slots)
 
     @property
     def any_free(self) -> bool:

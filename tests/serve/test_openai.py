@@ -64,6 +64,12 @@ def test_the_models_are_listed(client: OpenAI) -> None:
     assert model.model_extra == {"max_model_len": 2048}
 
 
+def test_the_slots_are_listed(served: Served) -> None:
+    status, body = served.get("/slots")
+    assert status == 200
+    assert [(slot["id"], slot["busy"]) for slot in json.loads(body)] == [(0, False), (1, False)]
+
+
 def test_an_answer_equals_a_sessions(client: OpenAI, story: str) -> None:
     answer = client.chat.completions.create(**MODEL, messages=STORY, max_tokens=24)
     assert answer.choices[0].message.content == story

@@ -6,7 +6,7 @@ import pytest
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.serve.generation import Event, Finished, Piece, QueueFull
-from dots1_local.serve.scheduler import Load, Scheduler
+from dots1_local.serve.scheduler import Load, Scheduler, SlotState
 from tests.helpers import EOS, TOKENS, scripted_tensors, tokens_of, write_random_gguf
 from tests.serve.scheduling import (
     Alone,
@@ -258,3 +258,19 @@ def test_one_sequence_needs_no_shared_cache(endless: Path) -> None:
         scheduler.submit([greedy("a", max_tokens=2)], listener)
         assert listener.wait().text() == "bc"
         scheduler.close(0)
+
+
+def test_slots_tell_what_they_hold_and_how_far_they_are(endless: Path) -> None:
+    with open_scheduler(endless, slots=2) as scheduler:
+        scheduler.ask(greedy("abc", max_tokens=3)).wait()
+        scheduler.hold()
+        listener = scheduler.ask(greedy("xyz!", max_tokens=5))
+        scheduler.next_ubatch()
+        for _ in range(3):  # the prompt, and two tokens
+            scheduler.compute()
+            scheduler.next_ubatch()
+        states = {state.busy: state for state in scheduler.slots}
+        scheduler.release()
+        listener.wait()
+    assert states[False] == SlotState(states[False].id, 3 + 2)  # the last token is not computed
+    assert states[True] == SlotState(states[True].id, 4 + 2, True, 4, 3)

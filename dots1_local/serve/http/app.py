@@ -45,6 +45,7 @@ def make_app(
         routes=[
             Route("/health", service.health),
             Route("/metrics", service.metrics),
+            Route("/slots", service.slots),
             Route("/v1/models", service.models),
             Route("/v1/models/{name:path}", service.model),
             Route("/v1/chat/completions", service.chat, methods=["POST"]),

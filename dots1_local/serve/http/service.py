@@ -184,6 +184,10 @@ class Service:
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
+    async def slots(self, request: Request) -> Response:
+        """Report what each slot does and holds."""
+        return JSONResponse([asdict(each) for each in self._available()[1].slots])
+
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._entry()]})
 

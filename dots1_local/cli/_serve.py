@@ -10,6 +10,7 @@ from dots1_local.cli import _options as shared
 from dots1_local.cli._options import option, verb
 from dots1_local.cli._output import notice, plural
 from dots1_local.errors import UsageError
+from dots1_local.sizes import parse_size
 
 if TYPE_CHECKING:
     from dots1_local.chat.draft import Draft
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ServeOptions", "serve"]
 
+_MOST_CACHE = 8 << 30
 _GRACE = 10  # seconds that answers get to finish when the server ends
 
 
@@ -37,6 +39,12 @@ class ServeOptions:
     )
     parallel: int | None = option("Write this many answers at once.", min=1, max=256, default="1")
     queue: int = option("Let this many more requests wait, and refuse others.", value=64, min=0)
+    prompt_cache_ram: str | None = option(
+        "Keep up to SIZE of earlier prompts' KV caches in RAM, for conversations that come back; "
+        "0 keeps none.",
+        metavar="SIZE",
+        default="a quarter of the free RAM, at most 8 GiB",
+    )
     score_batch: int = option(
         "Compute log-probabilities of this many prompt tokens at once, for requests with echo and "
         "logprobs. Each takes 0.6 MB of RAM, and of the GPU that holds the output layer.",
@@ -78,7 +86,7 @@ def serve(options: ServeOptions) -> None:
             _open_engine(options, draft) as engine,
         ):
             try:
-                server.open(engine, options.queue, draft)
+                server.open(engine, options.queue, draft, _cache_bytes(options, engine))
                 notice(
                     f"listening on {url} as {name}, context of {engine.n_ctx:,} tokens, "
                     f"{plural(engine.params.n_sequences, 'answer')} at once"
@@ -102,6 +110,21 @@ def _check(options: ServeOptions) -> None:
         raise UsageError(
             "--api-key must be printable ASCII characters without a space at either end"
         )
+
+
+def _cache_bytes(options: ServeOptions, engine: "Engine") -> int:
+    """Return the bytes of RAM for earlier prompts; by default a quarter of what is free."""
+    if options.prompt_cache_ram is not None:
+        return 0 if options.prompt_cache_ram == "0" else parse_size(options.prompt_cache_ram)
+    from dots1_local.devices.limits import available_ram
+
+    ram = available_ram()
+    if ram is None:
+        return 0
+    # The system counts a mapped file as free, but the model is slow where it is pushed out.
+    mapped = engine.placement is None or engine.placement.host_memory == "mapped"
+    free = ram.available - (engine.gguf.nbytes if mapped else 0)
+    return max(0, min(_MOST_CACHE, free // 4))
 
 
 def _open_engine(options: ServeOptions, draft: "Draft") -> "Engine":

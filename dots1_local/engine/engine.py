@@ -221,6 +221,25 @@ class Engine(Vocabulary):
         """Drop what is cached from `position` on, of one sequence or (-1) of all."""
         llama.llama_memory_seq_rm(self._memory, sequence, position, -1)
 
+    def state_bytes(self, sequence: int) -> int:
+        """Bytes that `state` takes."""
+        return int(llama.llama_state_seq_get_size(self.context, sequence))
+
+    def state(self, sequence: int) -> NDArray[np.uint8] | None:
+        """A copy of what is cached of a sequence, as llama.cpp writes it; None if that fails."""
+        state = np.empty(self.state_bytes(sequence), np.uint8)
+        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        with engine_log.capture():
+            count = llama.llama_state_seq_get_data(self.context, data, state.nbytes, sequence)
+        return state if count == state.nbytes else None
+
+    def set_state(self, sequence: int, state: NDArray[np.uint8]) -> bool:
+        """Replace what is cached of a sequence by what `state` returned; False if that fails."""
+        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        with engine_log.capture():
+            count = llama.llama_state_seq_set_data(self.context, data, state.nbytes, sequence)
+        return bool(count == state.nbytes)
+
     def share(self, source: int, target: int, length: int) -> None:
         """Let an empty sequence begin with the first `length` tokens of another.
 

@@ -14,6 +14,7 @@ from dots1_local.chat.sampler import Sampler
 from dots1_local.chat.turns import AnswerText
 from dots1_local.engine.engine import Engine, Entry
 from dots1_local.errors import Dots1Error
+from dots1_local.serve.cache_slot import CacheSlot
 from dots1_local.serve.generation import (
     Event,
     Finished,
@@ -22,7 +23,7 @@ from dots1_local.serve.generation import (
     Scored,
     TokenLogprob,
 )
-from dots1_local.serve.slots import CacheSlot, Slots
+from dots1_local.serve.slots import Slots
 
 __all__ = ["Choice", "PieceBuilder", "token_logprob"]
 

@@ -109,10 +109,14 @@ class ApiServer:
     def __exit__(self, *exception: object) -> None:
         self.close(0)
 
-    def open(self, engine: Engine, queue_size: int, draft: Draft) -> None:
+    def open(self, engine: Engine, queue_size: int, draft: Draft, cache_bytes: int) -> None:
         """Begin to answer with an engine, which nothing else may use until `close` returns."""
         self._scheduler = Scheduler(
-            engine, queue_size=queue_size, draft=draft, on_end=self._stop.set
+            engine,
+            queue_size=queue_size,
+            draft=draft,
+            cache_bytes=cache_bytes,
+            on_end=self._stop.set,
         )
         self._service.open(Model(engine, self._service.name), self._scheduler)
 

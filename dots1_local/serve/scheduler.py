@@ -92,11 +92,13 @@ class Scheduler:
         *,
         queue_size: int = 64,
         draft: Draft = "auto",
+        cache_bytes: int = 0,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the thread, which calls `on_end` last; up to `queue_size` choices may wait.
 
-        Drafts are as long as `draft` says, and as the engine's `n_draft`.
+        Drafts are as long as `draft` says, and as the engine's `n_draft`. Earlier prompts may take
+        `cache_bytes` of RAM.
 
         Raises:
             UsageError: the engine has several sequences but no shared cache, or its ubatch has no
@@ -104,7 +106,7 @@ class Scheduler:
         """
         _check_engine(engine)
         self._engine = engine
-        self._slots = Slots(engine)
+        self._slots = Slots(engine, cache_bytes)
         self._queue = Queue(queue_size, len(self._slots))
         self._budget = PrefillBudget(engine.n_ubatch)
         self._draft_policy = DraftPolicy.choose(draft, engine)

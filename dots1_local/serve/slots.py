@@ -1,55 +1,24 @@
 """The engine's sequences: what each one holds in the KV cache, and which prefixes they share."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import count, takewhile
+from itertools import count
 
-from dots1_local.chat.kv_cache import common_prefix
 from dots1_local.engine.engine import Engine
-from dots1_local.serve.generation import TokenLogprob
+from dots1_local.serve.cache_slot import CacheSlot
+from dots1_local.serve.prompt_cache import PromptCache
 
-__all__ = ["CacheSlot", "Slots"]
-
-
-@dataclass
-class CacheSlot:
-    """A sequence of the engine and the tokens in its KV cache, which a free slot keeps.
-
-    `scores` are the logprobs of the tokens after the first one, as far as they were asked for.
-    """
-
-    seq_id: int
-    tokens: list[int] = field(default_factory=list)
-    scores: list[TokenLogprob] = field(default_factory=list)
-    free: bool = True
-    released: int = 0  # the higher the number, the later the release
-
-    def common(self, *prompts: Sequence[int]) -> int:
-        """Return the length of the longest prefix that the slot shares with one of the prompts."""
-        return max((common_prefix(self.tokens, prompt) for prompt in prompts), default=0)
-
-    def reusable(self, prompt: Sequence[int], top: int | None) -> int:
-        """Return how many tokens of a prompt need not be computed.
-
-        If each token's logprob is wanted, with those of the `top` likeliest, they end before the
-        first token after which an unknown one comes.
-        """
-        common = self.common(prompt)
-        if top is None:
-            return common
-        scored = takewhile(lambda score: len(score.top) >= top, self.scores[: max(0, common - 1)])
-        return sum(1 for _ in scored)
-
-    def cut(self, length: int) -> None:
-        """Drop all but the first `length` tokens."""
-        del self.tokens[length:], self.scores[max(0, length - 1) :]
+__all__ = ["Slots"]
 
 
 class Slots:
-    """All sequences of an engine, at first empty."""
+    """All sequences of an engine, at first empty.
 
-    def __init__(self, engine: Engine) -> None:
+    What a slot held before it is taken stays in a cache of `cache_bytes` in RAM.
+    """
+
+    def __init__(self, engine: Engine, cache_bytes: int = 0) -> None:
         self._engine = engine
+        self._cache = PromptCache(engine, cache_bytes)
         self._slots = [CacheSlot(seq_id) for seq_id in range(engine.params.n_sequences)]
         self._releases = count(1)
         self.forget()
@@ -84,6 +53,12 @@ class Slots:
         if 2 * slot.common(prompt) < len(slot.tokens):
             slot = min(free, key=lambda slot: (slot.common(*next_in_line), slot.released))
         slot.free = False
+        known = prompt[:-1]
+        longest = max(each.reusable(known, top) for each in self._slots)
+        copy = self._cache.find(known, top, longest)
+        self._cache.keep(slot, prompt)
+        if copy is not None:
+            self._cache.restore(copy, slot)
         self.fill(slot, prompt, top)
         return slot
 

@@ -6,12 +6,14 @@ import socket
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from dots1_local.cli import app
+from dots1_local.cli import _serve, app
+from dots1_local.devices import limits
 from tests.cli.terminal import ABORTS
 from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
 from tests.serve.served import DOTS1, Served, connect
@@ -234,3 +236,21 @@ def test_what_nobody_could_send_is_a_usage_error(model: Path, options: tuple[str
     result = CliRunner().invoke(app, ["serve", str(model), *options])
     assert getattr(result.exception, "exit_code", None) == 2
     assert options[0] in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("memory", "free"),
+    [("mapped", 30_000_000_000), ("plain", 90_000_000_000), (None, 30_000_000_000)],
+)
+def test_the_prompt_cache_leaves_the_mapped_model_in_ram(
+    monkeypatch: pytest.MonkeyPatch, memory: str | None, free: int
+) -> None:
+    monkeypatch.setattr(limits, "available_ram", lambda: limits.RAM(90_000_000_000, 96_000_000_000))
+    placement = memory and SimpleNamespace(host_memory=memory)
+    engine: Any = SimpleNamespace(placement=placement, gguf=SimpleNamespace(nbytes=60_000_000_000))
+    options: Any = SimpleNamespace(prompt_cache_ram=None)
+    assert _serve._cache_bytes(options, engine) == min(8 << 30, free // 4)
+    options.prompt_cache_ram = "0"
+    assert _serve._cache_bytes(options, engine) == 0
+    options.prompt_cache_ram = "2GiB"
+    assert _serve._cache_bytes(options, engine) == 2 << 30

@@ -94,10 +94,11 @@ def score(engine: Engine, chunks: Tokens) -> Iterator[ScoredUbatch]:
     llama-perplexity in this way.
     """
     n_ctx = chunks.shape[1]
-    for before in range(0, len(chunks), _at_once(n_ctx)):
-        group = chunks[before : before + _at_once(n_ctx)]
+    at_once = min(_at_once(n_ctx), engine.n_ubatch)
+    for before in range(0, len(chunks), at_once):
+        group = chunks[before : before + at_once]
         engine.forget()
-        step = max(1, engine.n_ubatch // len(group))
+        step = engine.n_ubatch // len(group)
         for start in range(0, n_ctx, step):
             end = min(start + step, n_ctx)
             logits = engine.submit(_entries(group[:, start:end], start, n_ctx // 2, engine.bos))

@@ -1,3 +1,4 @@
+import json
 from math import exp, sqrt
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import pytest
 import torch
 from gguf import GGUFValueType
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from dots1_local.cli import app
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import UsageError
 from dots1_local.evaluate.perplexity import perplexity, read_text
@@ -45,6 +48,16 @@ def test_does_not_depend_on_how_chunks_are_batched(tmp_path: Path, n_ctx: int) -
     assert perplexity(path, TEXT, n_ctx=n_ctx, threads=1).value == pytest.approx(
         exp(np.concatenate(losses).mean()), rel=1e-2
     )
+
+
+def test_a_small_ubatch_evaluates_fewer_chunks_side_by_side(tmp_path: Path) -> None:
+    path, plan = write_random_gguf(tmp_path / "model.gguf"), tmp_path / "plan.json"
+    found = CliRunner().invoke(app, ["plan", str(path), "--context", "32", "--json"]).stdout
+    plan.write_text(json.dumps(json.loads(found) | {"ubatch": 4}))
+    small = perplexity(path, TEXT, n_ctx=32, threads=1, placement=plan)
+    whole = perplexity(path, TEXT, n_ctx=32, threads=1)
+    assert (small.chunks, small.tokens) == (whole.chunks, whole.tokens) == (21, 21 * 15)
+    assert small.value == pytest.approx(whole.value, rel=1e-2)
 
 
 def test_chunks_begin_with_bos_where_the_model_wants_one(tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def plan(options: PlanOptions) -> None:
         *_warnings(graph, found, placement),
         *_excess_limits(found, limits),
         *_missing_speeds(found, described=options.hardware is not None),
+        *_stored(options),
     ):
         notice(warning)
     shortfall = explain_shortfall(graph, machine, placement)
@@ -166,6 +167,18 @@ def _warnings(graph: "ModelGraph", machine: "Hardware", placement: "Placement") 
         )
     if sentence := kv_type_unsupported(machine, placement):
         yield f"{sentence}; the CPU does it then, and the KV cache is copied there for every token"
+
+
+def _stored(options: PlanOptions) -> Iterator[str]:
+    """Say that chat and serve have another plan."""
+    from dots1_local.placement.placement import stored_placement
+
+    stored = stored_placement(options.model)
+    if options.plan is None and stored.exists():
+        yield (
+            f"{stored.name}, which dots1 convert --for stored, is the plan that chat and serve use "
+            "where it fits; --plan shows it"
+        )
 
 
 def _excess_limits(machine: "Hardware", limits: dict[str, int | None]) -> Iterator[str]:

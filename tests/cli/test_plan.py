@@ -13,7 +13,7 @@ from dots1_local.cli._plan import plan
 from dots1_local.devices.hardware import Hardware, load_hardware
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.model_graph import ModelGraph
-from dots1_local.placement.placement import load_placement
+from dots1_local.placement.placement import load_placement, stored_placement
 from dots1_local.placement.planner import place
 from tests.helpers import write_random_gguf
 from tests.micro import micro_config
@@ -298,3 +298,15 @@ def test_routing_that_cannot_be_used(
     )
     result = run(larger, "--hardware", a_gpu, "--routing", tmp_path)
     assert "routing.safetensors" in str(result.exception)
+
+
+def test_a_stored_plan_is_pointed_out(a_gpu: Path, tmp_path: Path) -> None:
+    model = write_random_gguf(tmp_path / "model.gguf")
+    planned = run(model, "--hardware", a_gpu, "--json")
+    assert "convert --for" not in planned.stderr
+    stored = stored_placement(model)
+    stored.write_text(planned.stdout)
+    told = run(model, "--hardware", a_gpu)
+    assert f"{stored.name}, which dots1 convert --for stored, is the plan" in told.stderr
+    shown = run(model, "--hardware", a_gpu, "--plan", stored)
+    assert "convert --for" not in shown.stderr

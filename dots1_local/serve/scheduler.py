@@ -127,9 +127,12 @@ class Scheduler:
         """The slots at this moment."""
         found = {state.seq_id: SlotState(state.seq_id, len(state.tokens)) for state in self._slots}
         for choice in list(self._running):
-            number, written = choice.slot.seq_id, choice.n_generated
-            state = replace(found[number], busy=True, generated_tokens=written)
-            found[number] = replace(state, prompt_tokens=len(choice.prompt))
+            found[choice.slot.seq_id] = replace(
+                found[choice.slot.seq_id],
+                busy=True,
+                prompt_tokens=len(choice.prompt),
+                generated_tokens=choice.n_generated,
+            )
         return list(found.values())
 
     def submit(

@@ -9,9 +9,6 @@ import anthropic
 import pytest
 from anthropic import Anthropic
 
-from dots1_local.chat.sampling import Sampling
-from dots1_local.chat.session import Session
-from dots1_local.engine.engine import Engine
 from tests.conftest import Converted
 from tests.helpers import tokens_of
 from tests.serve.served import Served
@@ -46,15 +43,6 @@ def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Anthropic]:
 
 def ask(client: Anthropic, **options: Any) -> Any:
     return client.messages.create(**ASKED, **{"max_tokens": 24, "messages": STORY, **options})
-
-
-@pytest.fixture(scope="module")
-def story(converted: Converted) -> str:
-    with (
-        Engine.open(converted("DQ4"), threads=1) as engine,
-        Session(engine, sampling=Sampling(temperature=0), max_tokens=24) as session,
-    ):
-        return "".join(session.ask(STORY[0]["content"]))
 
 
 def test_an_answer_equals_a_sessions(client: Anthropic, story: str) -> None:

@@ -12,8 +12,6 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
-from dots1_local.chat.sampling import Sampling
-from dots1_local.chat.session import Session
 from dots1_local.engine.engine import Engine
 from tests.conftest import Converted
 from tests.serve.served import Served
@@ -46,16 +44,6 @@ def served(converted: Converted) -> Iterator[Served]:
 def client(served: Served) -> Iterator[OpenAI]:
     with OpenAI(base_url=served.url, api_key="none", max_retries=0) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def story(converted: Converted) -> str:
-    """The answer of a `Session` in this process."""
-    with (
-        Engine.open(converted("DQ4"), threads=1) as engine,
-        Session(engine, sampling=Sampling(temperature=0), max_tokens=24) as session,
-    ):
-        return "".join(session.ask(STORY[0]["content"]))
 
 
 def test_the_models_are_listed(client: OpenAI) -> None:

@@ -10,9 +10,6 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
-from dots1_local.chat.sampling import Sampling
-from dots1_local.chat.session import Session
-from dots1_local.engine.engine import Engine
 from tests.conftest import Converted
 from tests.helpers import tokens_of
 from tests.serve.served import Served
@@ -48,15 +45,6 @@ def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
 def ask(client: OpenAI, **options: Any) -> Any:
     asked = {"model": "dots1", "temperature": 0, "input": STORY, **options}
     return client.responses.create(**asked)
-
-
-@pytest.fixture(scope="module")
-def story(converted: Converted) -> str:
-    with (
-        Engine.open(converted("DQ4"), threads=1) as engine,
-        Session(engine, sampling=Sampling(temperature=0), max_tokens=24) as session,
-    ):
-        return "".join(session.ask(STORY))
 
 
 def test_an_answer_equals_a_sessions(client: OpenAI, story: str) -> None:

@@ -7,9 +7,15 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from dots1_local.files.json_file import JsonError, convert_json
 from dots1_local.serve.generation import Finished, Piece
-from dots1_local.serve.http.request import ApiError, Options, TokenCount, invalid, missing, refusal
+from dots1_local.serve.http.request import (
+    ApiError,
+    Options,
+    TokenCount,
+    invalid,
+    missing,
+    read_fields,
+)
 from dots1_local.serve.http.response import Document, Writer
 from dots1_local.serve.tool_calls import CallPart, Part, ToolCallParser, joined
 
@@ -81,10 +87,7 @@ def as_chat(raw: Mapping[str, Any], *, counting: bool = False) -> dict[str, Any]
     Raise an ApiError if a field is invalid or, unless tokens are only counted, max_tokens is
     missing.
     """
-    try:
-        fields = convert_json(raw, _Fields)
-    except JsonError as error:
-        raise refusal(error) from None
+    fields = read_fields(raw, _Fields)
     if fields.max_tokens is None and not counting:
         raise missing("max_tokens")
     if fields.messages[-1].role == "assistant":

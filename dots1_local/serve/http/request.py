@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -21,9 +21,10 @@ from dots1_local.serve.generation import GenerationRequest
 
 __all__ = [
     "MAX_CHOICES", "ApiError", "Options", "SharedFields", "TokenCount", "check_model_name",
-    "check_token", "invalid", "missing", "parse_body", "read_body", "refusal",
+    "check_token", "invalid", "missing", "parse_body", "read_body", "read_fields",
 ]  # fmt: skip
 
+_T = TypeVar("_T")
 MAX_CHOICES = 128  # per request, OpenAI's limit
 _MAX_BODY = 8 << 20  # bytes: 30 times the size of a prompt of 32k tokens
 _BODY_SECONDS = 30.0  # for the whole body to arrive
@@ -101,6 +102,14 @@ def check_model_name(asked: Any, served: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
+def read_fields(raw: Any, kind: type[_T]) -> _T:
+    """Convert parsed JSON, or raise an ApiError that names the wrong field."""
+    try:
+        return convert_json(raw, kind)
+    except JsonError as error:
+        raise _refusal(error) from None
+
+
 def check_token(token: int, n_vocab: int, param: str) -> None:
     """Raise an ApiError if a client's token does not exist."""
     if not 0 <= token < n_vocab:
@@ -134,7 +143,7 @@ def parse_body(body: bytes) -> dict[str, Any]:
     try:
         return convert_json(parse_json(body), dict[str, Any])
     except JsonError as error:
-        raise refusal(error) from None
+        raise _refusal(error) from None
 
 
 @dataclass(frozen=True)
@@ -213,10 +222,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Self:
         """Convert a body, or raise an ApiError that names the wrong field."""
-        try:
-            fields = convert_json(raw, cls)
-        except JsonError as error:
-            raise refusal(error) from None
+        fields = read_fields(raw, cls)
         for name, harmless in cls.unsupported.items():
             value = raw.get(name)
             if value is not None and value not in harmless:
@@ -261,7 +267,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
         return other if one is None else one
 
 
-def refusal(error: JsonError) -> ApiError:
+def _refusal(error: JsonError) -> ApiError:
     """Describe a JSON error; `param` becomes the path of the field, such as "messages[0].role"."""
     path = error.path.partition("[...]")[0]  # msgspec does not say which key of an object is wrong
     if field := re.fullmatch(r"object missing required field (\w+)", error.reason):

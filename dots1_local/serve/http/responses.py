@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 
 from dots1_local.files.json_file import JsonError, convert_json
 from dots1_local.serve.generation import Finished, Piece
-from dots1_local.serve.http.request import ApiError, Options, TokenCount, invalid, refusal
+from dots1_local.serve.http.request import ApiError, Options, TokenCount, invalid, read_fields
 from dots1_local.serve.http.response import Document, Writer
 from dots1_local.serve.tool_calls import CallPart, Part, ToolCallParser
 
@@ -86,10 +86,7 @@ def as_chat(raw: Mapping[str, Any]) -> dict[str, Any]:
         if raw.get(name):
             message = f"{name} is not supported: this server stores nothing; send all of the input"
             raise invalid(message, name, "unsupported")
-    try:
-        fields = convert_json(raw, _Fields)
-    except JsonError as error:
-        raise refusal(error) from None
+    fields = read_fields(raw, _Fields)
     messages: list[dict[str, Any]] = []
     if fields.instructions is not None:
         messages.append({"role": "system", "content": fields.instructions})

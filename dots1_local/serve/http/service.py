@@ -27,6 +27,7 @@ from dots1_local.serve.http.request import (
     missing,
     parse_body,
     read_body,
+    read_fields,
 )
 from dots1_local.serve.http.response import PING_SECONDS, GenerationResponse, Writer
 from dots1_local.serve.http.tokens import (
@@ -59,9 +60,18 @@ class Model:
 
     def chat(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
         """Read a body of /v1/chat/completions, or raise an ApiError."""
-        tokens, tools, options = self._conversation(raw)
-        requests = list(options.requests(self._checked(tokens, "messages")))
+        requests, tools, options = self._requests(raw, "messages")
         return requests, ChatWriter(self.name, options, len(requests), tools=tools)
+
+    def _requests(
+        self, raw: dict[str, Any], param: str
+    ) -> tuple[list[GenerationRequest], bool, Options]:
+        """Return the choices of a conversation, whether it has tools, and the options.
+
+        `param` is the client's name of the field that is too long for the context.
+        """
+        tokens, tools, options = self._conversation(raw)
+        return list(options.requests(self._checked(tokens, param))), tools, options
 
     def _conversation(self, raw: dict[str, Any]) -> tuple[list[int], bool, Options]:
         """Return a conversation's tokens, whether it has tools, and the options."""
@@ -91,14 +101,13 @@ class Model:
 
     def messages(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
         """Read a body of /v1/messages, or raise an ApiError."""
-        tokens, tools, options = self._conversation(messages.as_chat(raw))
-        requests = list(options.requests(self._checked(tokens, "messages")))
-        return requests, messages.MessagesWriter(self.name, options, len(tokens), tools=tools)
+        requests, tools, options = self._requests(messages.as_chat(raw), "messages")
+        n_prompt = len(requests[0].prompt)
+        return requests, messages.MessagesWriter(self.name, options, n_prompt, tools=tools)
 
     def responses(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
         """Read a body of /v1/responses, or raise an ApiError."""
-        tokens, tools, options = self._conversation(responses.as_chat(raw))
-        requests = list(options.requests(self._checked(tokens, "input")))
+        requests, tools, options = self._requests(responses.as_chat(raw), "input")
         return requests, responses.ResponsesWriter(self.name, options, raw, tools=tools)
 
     def count_tokens(self, raw: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +117,7 @@ class Model:
 
     def tokenize(self, raw: dict[str, Any]) -> dict[str, Any]:
         """Answer a body of /tokenize, or raise an ApiError."""
-        fields = TokenizeFields.read(raw)
+        fields = read_fields(raw, TokenizeFields)
         if raw.get("messages") is not None:
             tokens, _, _ = self._conversation(raw)
         elif fields.prompt is not None:
@@ -126,7 +135,7 @@ class Model:
 
     def detokenize(self, raw: dict[str, Any]) -> dict[str, Any]:
         """Answer a body of /detokenize, or raise an ApiError."""
-        return {"prompt": text_of(DetokenizeFields.read(raw).tokens, self._engine)}
+        return {"prompt": text_of(read_fields(raw, DetokenizeFields).tokens, self._engine)}
 
     def tokenizer_info(self) -> dict[str, Any]:
         """Answer /tokenizer_info."""
@@ -208,13 +217,13 @@ class Service:
         return await self._answer(request, Model.messages)
 
     async def count_tokens(self, request: Request) -> Response:
-        return JSONResponse((await self._read(request, Model.count_tokens))[0])
+        return await self._compute(request, Model.count_tokens)
 
     async def tokenize(self, request: Request) -> Response:
-        return JSONResponse((await self._read(request, Model.tokenize))[0])
+        return await self._compute(request, Model.tokenize)
 
     async def detokenize(self, request: Request) -> Response:
-        return JSONResponse((await self._read(request, Model.detokenize))[0])
+        return await self._compute(request, Model.detokenize)
 
     async def tokenizer_info(self, request: Request) -> Response:
         return JSONResponse(self._available()[0].tokenizer_info())
@@ -235,6 +244,13 @@ class Service:
             state = "shutting down" if self._closing else "loading the model"
             raise ApiError(503, f"the server is {state}; try again later", headers=_RETRY_SOON)
         return self._opened
+
+    async def _compute(
+        self, request: Request, compute: Callable[[Model, dict[str, Any]], dict[str, Any]]
+    ) -> Response:
+        """Answer a body without the scheduler."""
+        document, _ = await self._read(request, compute)
+        return JSONResponse(document)
 
     async def _answer(self, request: Request, reader: Reader) -> Response:
         """Submit a request to the scheduler and return its response."""

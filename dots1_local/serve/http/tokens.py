@@ -3,15 +3,12 @@
 Evaluation harnesses count tokens with them, so that they need no tokenizer of their own.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from dots1_local.engine.engine import Engine
-from dots1_local.files.json_file import JsonError, convert_json
-from dots1_local.serve.http.request import check_token, refusal
+from dots1_local.serve.http.request import check_token
 
 __all__ = ["DetokenizeFields", "TokenizeFields", "text_of", "tokenizer_info"]
 
@@ -21,17 +18,7 @@ _TOKENS = {f"{name}_token": f"tokenizer.ggml.{key}_token_id" for name, key in [
 ]}  # fmt: skip
 
 
-class _Fields(msgspec.Struct, frozen=True, kw_only=True):
-    @classmethod
-    def read(cls, raw: Mapping[str, Any]) -> Self:
-        """Convert a body, or raise an ApiError that names the wrong field."""
-        try:
-            return convert_json(raw, cls)
-        except JsonError as error:
-            raise refusal(error) from None
-
-
-class TokenizeFields(_Fields, frozen=True, kw_only=True):
+class TokenizeFields(Struct, frozen=True):
     """A text, unless the body has messages; these have their special tokens anyway."""
 
     prompt: str | None = None
@@ -39,7 +26,7 @@ class TokenizeFields(_Fields, frozen=True, kw_only=True):
     return_token_strs: bool | None = None
 
 
-class DetokenizeFields(_Fields, frozen=True, kw_only=True):
+class DetokenizeFields(Struct, frozen=True):
     """Tokens of one text."""
 
     tokens: Annotated[list[int], Meta(max_length=_MAX_TOKENS)]

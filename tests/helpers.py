@@ -1,6 +1,7 @@
 """A random dots1 GGUF small enough to write and load in milliseconds, made by gguf-py alone."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -116,6 +117,14 @@ def scripted_tensors(answer: Sequence[int]) -> Tensors:
     return tensors | {
         "token_embd.weight": embedding, "output.weight": head, "output_norm.weight": ones,
     }  # fmt: skip
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def tokens_of(text: str) -> list[int]:

@@ -27,7 +27,10 @@ from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.partial_file import check_space, open_partial
 from dots1_local.progress import Progress, silent
 
-__all__ = ["AnswerTokens", "KVState", "drop_state", "opened_state", "restore_state", "save_state"]
+__all__ = [
+    "AnswerTokens", "KVState", "drop_state", "kv_binding", "opened_state", "restore_state",
+    "save_state",
+]  # fmt: skip
 
 # For each answer of a conversation the tokens that the model wrote, where they are known.
 AnswerTokens = Sequence[Sequence[int] | None]
@@ -77,6 +80,23 @@ def opened_state(path: Path, engine: Engine) -> Iterator[KVState | None]:
         except (OSError, ValueError, struct.error, msgspec.MsgspecError, RecursionError):
             state = None
         yield state
+
+
+def kv_binding(engine: Engine) -> str:
+    """Hash what the cache was computed with: the model and what changes its keys and values.
+
+    The model counts by the header and the length of every shard, and by blocks of its weights.
+    """
+    gguf, kv_type = engine.gguf, engine.params.kv_type.upper()
+    rotation = os.environ.get("LLAMA_ATTN_ROT_DISABLE", "")  # of quantised keys and values
+    settings = version("llama-cpp-python"), engine.n_ctx, kv_type, rotation
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in gguf.files:
+        size = path.stat().st_size
+        offsets = (tensor.offset for tensor in gguf.tensors if tensor.file == path)
+        with path.open("rb") as file:
+            _hash_range(digest, file, min(offsets, default=size), size)
+    return digest.hexdigest()
 
 
 def restore_state(state: KVState, engine: Engine) -> bool:
@@ -146,28 +166,11 @@ def _checked(file: BinaryIO, engine: Engine) -> KVState | None:
         return None
     file.seek(nbytes)
     footer = msgspec.json.decode(file.read(length), type=_Footer)
-    if not 0 < len(footer.tokens) <= engine.n_ctx or footer.binding != _binding(engine):
+    if not 0 < len(footer.tokens) <= engine.n_ctx or footer.binding != kv_binding(engine):
         return None
     if footer.hash != _hash(file, nbytes, len(footer.tokens)):
         return None
     return KVState(file, nbytes, footer.tokens, footer.answers)
-
-
-def _binding(engine: Engine) -> str:
-    """Hash what the cache was computed with: the model and what changes its keys and values.
-
-    The model counts by the header and the length of every shard, and by blocks of its weights.
-    """
-    gguf, kv_type = engine.gguf, engine.params.kv_type.upper()
-    rotation = os.environ.get("LLAMA_ATTN_ROT_DISABLE", "")  # of quantised keys and values
-    settings = version("llama-cpp-python"), engine.n_ctx, kv_type, rotation
-    digest = hashlib.sha256(repr(settings).encode())
-    for path in gguf.files:
-        size = path.stat().st_size
-        offsets = (tensor.offset for tensor in gguf.tensors if tensor.file == path)
-        with path.open("rb") as file:
-            _hash_range(digest, file, min(offsets, default=size), size)
-    return digest.hexdigest()
 
 
 def _hash(file: BinaryIO, nbytes: int, n_tokens: int) -> str:
@@ -199,7 +202,9 @@ def _replace(
             path.unlink(missing_ok=True)
         with _watched(file, room, progress):
             nbytes = _write(file, engine, tokens)
-        footer = _Footer(_binding(engine), list(tokens), written, _hash(file, nbytes, len(tokens)))
+        footer = _Footer(
+            kv_binding(engine), list(tokens), written, _hash(file, nbytes, len(tokens))
+        )
         text = msgspec.json.encode(footer)
         file.seek(nbytes)
         file.write(text + _END.pack(len(text), _SIGNATURE))

@@ -4,13 +4,15 @@ import os
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dots1_local.cli import _options as shared
 from dots1_local.cli._options import option, verb
 from dots1_local.cli._output import notice, plural
+from dots1_local.cli._prompt_cache import check_sizes, open_cache
 from dots1_local.errors import UsageError
-from dots1_local.sizes import parse_size
+from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
     from dots1_local.chat.draft import Draft
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ServeOptions", "serve"]
 
-_MOST_CACHE = 8 << 30
 _GRACE = 10  # seconds that answers get to finish when the server ends
 
 
@@ -37,13 +38,23 @@ class ServeOptions:
         "this machine can read the options of a process.",
         envvar="DOTS1_API_KEY",
     )
-    parallel: int | None = option("Write this many answers at once.", min=1, max=256, default="1")
+    parallel: int | None = option("Write this many answers at once.", min=1, max=255, default="1")
     queue: int = option("Let this many more requests wait, and refuse others.", value=64, min=0)
     prompt_cache_ram: str | None = option(
         "Keep up to SIZE of earlier prompts' KV caches in RAM, for conversations that come back; "
         "0 keeps none.",
         metavar="SIZE",
         default="a quarter of the free RAM, at most 8 GiB",
+    )
+    prompt_cache: Path | None = option(
+        "Keep earlier prompts' KV caches in this folder too. They outlast the server, and several "
+        "servers may share it.",
+        metavar="DIR",
+    )
+    prompt_cache_size: str | None = option(
+        "Keep up to SIZE in that folder.",
+        metavar="SIZE",
+        default="half of the disk's free space, at most 64 GiB",
     )
     score_batch: int = option(
         "Compute log-probabilities of this many prompt tokens at once, for requests with echo and "
@@ -86,7 +97,16 @@ def serve(options: ServeOptions) -> None:
             _open_engine(options, draft) as engine,
         ):
             try:
-                server.open(engine, options.queue, draft, _cache_bytes(options, engine))
+                cache = open_cache(
+                    engine,
+                    options.prompt_cache_ram,
+                    options.prompt_cache,
+                    options.prompt_cache_size,
+                )
+                if options.prompt_cache:
+                    used = human_bytes(cache.disk_used)
+                    notice(f"{options.prompt_cache} holds {used} of earlier prompts")
+                server.open(engine, options.queue, draft, cache)
                 notice(
                     f"listening on {url} as {name}, context of {engine.n_ctx:,} tokens, "
                     f"{plural(engine.params.n_sequences, 'answer')} at once"
@@ -105,26 +125,12 @@ def _check(options: ServeOptions) -> None:
         raise UsageError("dots1 serve needs a web server: pip install 'dots1-local[serve]'")
     if not options.name.strip() or not options.name.isprintable():
         raise UsageError("--served-model-name must have a visible name for clients to use")
+    check_sizes(options.prompt_cache_ram, options.prompt_cache, options.prompt_cache_size)
     key = options.api_key
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
         raise UsageError(
             "--api-key must be printable ASCII characters without a space at either end"
         )
-
-
-def _cache_bytes(options: ServeOptions, engine: "Engine") -> int:
-    """Return the bytes of RAM for earlier prompts; by default a quarter of what is free."""
-    if options.prompt_cache_ram is not None:
-        return 0 if options.prompt_cache_ram == "0" else parse_size(options.prompt_cache_ram)
-    from dots1_local.devices.limits import available_ram
-
-    ram = available_ram()
-    if ram is None:
-        return 0
-    # The system counts a mapped file as free, but the model is slow where it is pushed out.
-    mapped = engine.placement is None or engine.placement.host_memory == "mapped"
-    free = ram.available - (engine.gguf.nbytes if mapped else 0)
-    return max(0, min(_MOST_CACHE, free // 4))
 
 
 def _open_engine(options: ServeOptions, draft: "Draft") -> "Engine":

@@ -221,24 +221,45 @@ class Engine(Vocabulary):
         """Drop what is cached from `position` on, of one sequence or (-1) of all."""
         llama.llama_memory_seq_rm(self._memory, sequence, position, -1)
 
-    def state_bytes(self, sequence: int) -> int:
-        """Bytes that `state` takes."""
-        return int(llama.llama_state_seq_get_size(self.context, sequence))
+    def copy(self, sequence: int, start: int, end: int) -> NDArray[np.uint8] | None:
+        """Copy what is cached of the tokens from `start` to `end` of a sequence.
 
-    def state(self, sequence: int) -> NDArray[np.uint8] | None:
-        """A copy of what is cached of a sequence, as llama.cpp writes it; None if that fails."""
-        state = np.empty(self.state_bytes(sequence), np.uint8)
-        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        The bytes are as llama.cpp writes them; None if that fails. Needs `shared_cache`.
+        """
+        spare = self._spare
+        llama.llama_memory_seq_cp(self._memory, sequence, spare, start, end)
+        state = np.empty(llama.llama_state_seq_get_size(self.context, spare), np.uint8)
         with engine_log.capture():
-            count = llama.llama_state_seq_get_data(self.context, data, state.nbytes, sequence)
+            count = llama.llama_state_seq_get_data(
+                self.context, _bytes_of(state), state.nbytes, spare
+            )
+        self.forget(0, spare)
         return state if count == state.nbytes else None
 
-    def set_state(self, sequence: int, state: NDArray[np.uint8]) -> bool:
-        """Replace what is cached of a sequence by what `state` returned; False if that fails."""
-        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    def paste(self, state: NDArray[np.uint8], sequence: int, start: int, end: int) -> bool:
+        """Append what `copy` returned to a sequence, which ends at `start`; False if that fails.
+
+        Needs `shared_cache`.
+        """
+        spare = self._spare
         with engine_log.capture():
-            count = llama.llama_state_seq_set_data(self.context, data, state.nbytes, sequence)
-        return bool(count == state.nbytes)
+            count = llama.llama_state_seq_set_data(
+                self.context, _bytes_of(state), state.nbytes, spare
+            )
+        first = llama.llama_memory_seq_pos_min(self._memory, spare)
+        last = llama.llama_memory_seq_pos_max(self._memory, spare)
+        pasted = count == state.nbytes and (first, last) == (start, end - 1)
+        if pasted:
+            llama.llama_memory_seq_cp(self._memory, spare, sequence, 0, -1)
+        self.forget(0, spare)
+        return pasted
+
+    @property
+    def _spare(self) -> int:
+        """The sequence that is for copies alone."""
+        if not self.params.shared_cache:
+            raise UsageError("open the engine with shared_cache to copy parts of sequences")
+        return self.params.n_sequences
 
     def share(self, source: int, target: int, length: int) -> None:
         """Let an empty sequence begin with the first `length` tokens of another.
@@ -249,6 +270,10 @@ class Engine(Vocabulary):
         if not self.params.shared_cache:  # llama.cpp would abort
             raise UsageError("open the engine with shared_cache to let sequences share tokens")
         llama.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+
+def _bytes_of(array: NDArray[np.uint8]) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def open_loadable(path: str | Path) -> GGUFFile:

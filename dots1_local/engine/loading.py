@@ -151,6 +151,7 @@ def _check_memory(
             params.applied_to(placement),
             n_sequences=n_caches,
             n_outputs=params.n_outputs,
+            n_seq_max=params.n_seq_max,
         )
         cache = predicted[CPU].kv
         for name in placement.used_devices:
@@ -173,9 +174,10 @@ def _check_free(device: str, free: int, needed: int, what: str) -> None:
 def _context_params(params: EngineParams) -> Any:
     struct = llama.llama_context_default_params()
     struct.n_ctx = params.n_ctx * params.n_sequences
-    struct.n_seq_max = params.n_sequences
+    struct.n_seq_max = params.n_seq_max
     struct.n_batch = struct.n_ubatch = params.n_ubatch
-    struct.n_outputs_max = params.n_outputs
+    # llama.cpp reserves a graph with a token of each sequence, and aborts if they are more.
+    struct.n_outputs_max = max(params.n_outputs, params.n_seq_max)
     struct.kv_unified = params.shared_cache
     struct.n_threads = struct.n_threads_batch = params.threads
     struct.flash_attn_type = _FLASH_ATTENTION[params.flash_attention]

@@ -24,6 +24,7 @@ from dots1_local.placement.placement import (
     Placement,
     check_context,
     check_made_for,
+    check_sequences,
     default_context,
 )
 
@@ -44,7 +45,8 @@ class EngineParams:
     type of the KV cache (F16). A ubatch can give the logits of one token for each sequence, those
     of one token and a draft of `n_draft` tokens, and those of `n_scored` tokens of prompts;
     `all_logits` makes room for those of a whole ubatch. With a `shared_cache` sequences can share
-    their first tokens, and a ubatch may mix sequences of any length.
+    their first tokens, a ubatch may mix sequences of any length, and parts of a sequence can be
+    copied out and in.
     """
 
     n_ctx: int
@@ -80,6 +82,7 @@ class EngineParams:
         default = default_context(trained, known.get("n_sequences") or 1)
         params = cls(**known | {"n_ctx": known.get("n_ctx", default) or trained})
         check_context(params.n_ctx, params.n_sequences)
+        check_sequences(params.n_seq_max)
         for name in ("n_ubatch", "threads"):
             if getattr(params, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(params, name)}")
@@ -91,10 +94,14 @@ class EngineParams:
         )
 
     @property
+    def n_seq_max(self) -> int:
+        """The sequences that llama.cpp is told of: a shared cache has one more, for copies."""
+        return self.n_sequences + self.shared_cache
+
+    @property
     def n_outputs(self) -> int:
         """Tokens of a ubatch that can have logits."""
         if self.all_logits:
-            # llama.cpp reserves a graph with a token of each sequence, and aborts if they are more.
             return max(self.n_ubatch, self.n_sequences)
         return max(self.n_sequences, min(max(1 + self.n_draft, self.n_scored), self.n_ubatch))
 

@@ -72,12 +72,18 @@ class Usage:
 
 
 def footprint(
-    graph: ModelGraph, placement: Placement, *, n_sequences: int = 1, n_outputs: int = 1
+    graph: ModelGraph,
+    placement: Placement,
+    *,
+    n_sequences: int = 1,
+    n_outputs: int = 1,
+    n_seq_max: int = 1,
 ) -> dict[str, Usage]:
     """Return what each device of a placement holds, including the CPU.
 
     There are `n_sequences` KV caches of the placement's size. `n_outputs` tokens of a ubatch have
-    logits, but at least one for each sequence.
+    logits, but at least one for each sequence; llama.cpp is told of `n_seq_max` sequences, or of
+    those of the placement if they are more.
 
     Raises:
         GGUFError: the model lacks a weight.
@@ -95,7 +101,9 @@ def footprint(
     layer_kv = kv_bytes(config, placement.tokens, placement.kv_type) // config.num_hidden_layers
     for layer in range(placement.blocks):
         usage[placement.device_of_layer(layer)]["kv"] += layer_kv * n_sequences
-    for name, size in _compute_buffers(graph, placement, n_sequences, n_outputs).items():
+    sequences = max(n_seq_max, placement.sequences * n_sequences)
+    outputs = max(n_outputs, sequences)
+    for name, size in _compute_buffers(graph, placement, n_sequences, sequences, outputs).items():
         usage[name]["compute"] = size
     tokens = min(placement.ubatch, placement.tokens * n_sequences)
     for name, sizes in usage.items():
@@ -103,7 +111,7 @@ def footprint(
             sizes["compute"] += _computed_early(config, tokens)
     for name, sizes in usage.items():
         sizes["scratch"] = scratch_bytes(config, name, tokens, has_experts=bool(sizes["routed"]))
-    rows = max(min(n_outputs, tokens), placement.sequences * n_sequences)
+    rows = max(min(n_outputs, tokens), sequences)
     usage[CPU]["scratch"] += 4 * config.vocab_size * rows
     return {name: Usage(**sizes) for name, sizes in usage.items()}
 
@@ -130,7 +138,7 @@ def kv_cells(context: int) -> int:
 
 
 def _compute_buffers(
-    graph: ModelGraph, placement: Placement, n_sequences: int, n_outputs: int
+    graph: ModelGraph, placement: Placement, n_sequences: int, sequences: int, outputs: int
 ) -> Mapping[str, int]:
     """The compute buffer of each device; a GPU's holds the weights that it copies from RAM too."""
     gpu = fetching_gpu(placement)
@@ -151,10 +159,9 @@ def _compute_buffers(
         for number, parts in enumerate(graph.layers)
     ]
     tokens = min(placement.ubatch, placement.tokens * n_sequences)
-    sequences = placement.sequences * n_sequences
     ubatch = UbatchShape(
         tokens=-(-tokens // sequences) * sequences,
-        outputs=min(tokens, max(n_outputs, sequences)),
+        outputs=min(tokens, outputs),
         streams=n_sequences,
         cells=kv_cells(placement.tokens),
         kv_type=placement.kv_type,

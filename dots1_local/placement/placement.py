@@ -22,8 +22,8 @@ from dots1_local.ggml import KV_TYPES, quant_type
 
 __all__ = [
     "MAX_CONTEXT", "MAX_SEQUENCES", "MIN_BATCH", "HostMemory", "Placement", "check_context",
-    "check_made_for", "default_context", "human_context", "load_placement", "placement_from_json",
-    "stored_placement",
+    "check_made_for", "check_sequences", "default_context", "human_context", "load_placement",
+    "placement_from_json", "stored_placement",
 ]  # fmt: skip
 
 # How RAM holds weights: allocated ("plain"), allocated where a GPU can copy them from at full speed
@@ -250,13 +250,16 @@ def check_context(context: int, sequences: int = 1) -> None:
     Raises:
         UsageError: it cannot.
     """
-    if not 0 < sequences <= MAX_SEQUENCES:
-        raise UsageError(
-            f"llama.cpp runs 1 to {MAX_SEQUENCES} sequences at once, not {sequences:,}"
-        )
+    check_sequences(sequences)
     if not 0 < context * sequences <= _MAX_TOKENS:
         tokens = human_context(context, sequences)
         raise UsageError(f"llama.cpp cannot make a context of {tokens} tokens")
+
+
+def check_sequences(count: int) -> None:
+    """Raise a UsageError if a context of llama.cpp cannot have so many sequences."""
+    if not 0 < count <= MAX_SEQUENCES:
+        raise UsageError(f"llama.cpp runs 1 to {MAX_SEQUENCES} sequences at once, not {count:,}")
 
 
 def human_context(context: int, sequences: int = 1) -> str:

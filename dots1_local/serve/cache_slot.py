@@ -1,7 +1,7 @@
 """What one of the engine's sequences holds in the KV cache."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 from dots1_local.chat.kv_cache import common_prefix
@@ -10,17 +10,19 @@ from dots1_local.serve.generation import TokenLogprob
 __all__ = ["CacheSlot"]
 
 
-@dataclass
+@dataclass(eq=False)
 class CacheSlot:
     """A sequence of the engine and the tokens in its KV cache, which a free slot keeps.
 
     `scores` are the logprobs of the tokens after the first one, as far as they were asked for.
+    While the slot is restored from the prompt cache, it will hold `restoring` tokens.
     """
 
     seq_id: int
     tokens: list[int] = field(default_factory=list)
     scores: list[TokenLogprob] = field(default_factory=list)
     free: bool = True
+    restoring: int = 0
     released: int = 0  # the higher the number, the later the release
 
     def common(self, *prompts: Sequence[int]) -> int:
@@ -42,7 +44,3 @@ class CacheSlot:
     def cut(self, length: int) -> None:
         """Drop all but the first `length` tokens."""
         del self.tokens[length:], self.scores[max(0, length - 1) :]
-
-    def copy(self) -> "CacheSlot":
-        """Return a copy, whose lists are its own."""
-        return replace(self, tokens=self.tokens.copy(), scores=self.scores.copy())

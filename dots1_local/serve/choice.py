@@ -75,10 +75,14 @@ class Choice:
     @property
     def prefilling(self) -> bool:
         """Whether prompt tokens are left to compute."""
-        return not self.done and len(self.slot.tokens) < len(self.prompt)
+        return not self.done and (
+            self.slot.restoring > 0 or len(self.slot.tokens) < len(self.prompt)
+        )
 
     def ready(self, slots: Slots, older: Sequence[Self]) -> bool:
         """Return whether the choice need not wait for a prefix; copy the prefix once it exists."""
+        if self.slot.restoring:
+            return False
         source = self._prefix_source
         if source is None:
             return True
@@ -96,7 +100,7 @@ class Choice:
         computed and computes the rest itself.
         """
         known, self._prefix_source = self.prompt[:-1], None
-        self._shared = len(self.slot.tokens) + _MIN_SHARED - 1
+        self._shared = max(self.slot.restoring, len(self.slot.tokens)) + _MIN_SHARED - 1
         for choice in older:
             if not (choice.prefilling and choice._scores_for(self.scored)):
                 continue

@@ -17,6 +17,7 @@ from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
 from dots1_local.serve.http.app import BACKLOG, IDLE_SECONDS, Connection, make_app, raise_file_limit
 from dots1_local.serve.http.service import Model, Service
+from dots1_local.serve.prompt_cache import PromptCache
 from dots1_local.serve.scheduler import Scheduler
 
 __all__ = ["ApiServer", "bind", "is_loopback", "url_of"]
@@ -109,13 +110,13 @@ class ApiServer:
     def __exit__(self, *exception: object) -> None:
         self.close(0)
 
-    def open(self, engine: Engine, queue_size: int, draft: Draft, cache_bytes: int) -> None:
+    def open(self, engine: Engine, queue_size: int, draft: Draft, cache: PromptCache) -> None:
         """Begin to answer with an engine, which nothing else may use until `close` returns."""
         self._scheduler = Scheduler(
             engine,
             queue_size=queue_size,
             draft=draft,
-            cache_bytes=cache_bytes,
+            cache=cache,
             on_end=self._stop.set,
         )
         self._service.open(Model(engine, self._service.name), self._scheduler)

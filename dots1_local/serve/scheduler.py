@@ -29,6 +29,7 @@ from dots1_local.serve.generation import (
     QueuedChoice,
     RequestHandle,
 )
+from dots1_local.serve.prompt_cache import PromptCache
 from dots1_local.serve.slots import Slots
 
 __all__ = ["Load", "PrefillBudget", "Scheduler", "SlotState"]
@@ -92,13 +93,13 @@ class Scheduler:
         *,
         queue_size: int = 64,
         draft: Draft = "auto",
-        cache_bytes: int = 0,
+        cache: PromptCache | None = None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the thread, which calls `on_end` last; up to `queue_size` choices may wait.
 
-        Drafts are as long as `draft` says, and as the engine's `n_draft`. Earlier prompts may take
-        `cache_bytes` of RAM.
+        Drafts are as long as `draft` says, and as the engine's `n_draft`. Earlier prompts are
+        kept in the `cache`.
 
         Raises:
             UsageError: the engine has several sequences but no shared cache, or its ubatch has no
@@ -106,7 +107,8 @@ class Scheduler:
         """
         _check_engine(engine)
         self._engine = engine
-        self._slots = Slots(engine, cache_bytes)
+        self.cache = cache or PromptCache(engine, 0)
+        self._slots = Slots(engine, self.cache)
         self._queue = Queue(queue_size, len(self._slots))
         self._budget = PrefillBudget(engine.n_ubatch)
         self._draft_policy = DraftPolicy.choose(draft, engine)
@@ -185,17 +187,20 @@ class Scheduler:
         while queued := self._queue.pop():
             queued.handle.deliver(Failed(reason))
         with suppress(Exception):
-            self._slots.forget()
+            self._slots.close()
 
     def _work_to_do(self) -> bool:
         for choice in [each for each in self._running if each.handle.done]:
             self._remove(choice)
-        return self._queue.wait_for_work(bool(self._running))
+        return self._queue.wait_for_work(bool(self._running) or self._slots.unsaved)
 
     def _step(self) -> None:
         self._admit()
+        self._restore(wait=False)
         parts = self._compose()
-        if not parts:  # no admitted choice could start
+        if not parts:
+            if not self._restore(wait=True):
+                self._slots.save(wait=True)
             return
         prefilled = sum(len(entries) for choice, entries in parts if choice.prefilling)
         start = time.perf_counter()
@@ -209,6 +214,17 @@ class Scheduler:
             if count := sum(entry.logits for entry in entries):
                 self._sample(choice, rows[row : row + count], place - count)
                 row += count
+        self._slots.save(wait=False)
+
+    def _restore(self, *, wait: bool) -> bool:
+        """Restore a part of each prompt that is in the prompt cache; return whether there is one.
+
+        With `wait`, wait for the disk.
+        """
+        restoring = [choice for choice in self._running if choice.slot.restoring]
+        for choice in restoring:
+            self._slots.restore(choice.slot, choice.prompt, choice.scored, wait=wait)
+        return bool(restoring)
 
     def _admit(self) -> None:
         while self._slots.any_free and (queued := self._queue.pop()):

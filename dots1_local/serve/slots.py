@@ -5,21 +5,18 @@ from itertools import count
 
 from dots1_local.engine.engine import Engine
 from dots1_local.serve.cache_slot import CacheSlot
-from dots1_local.serve.prompt_cache import PromptCache
+from dots1_local.serve.prompt_cache import PromptCache, Restoration
 
 __all__ = ["Slots"]
 
 
 class Slots:
-    """All sequences of an engine, at first empty.
+    """All sequences of an engine, at first empty; what they held before stays in the `cache`."""
 
-    What a slot held before it is taken stays in a cache of `cache_bytes` in RAM.
-    """
-
-    def __init__(self, engine: Engine, cache_bytes: int = 0) -> None:
-        self._engine = engine
-        self._cache = PromptCache(engine, cache_bytes)
+    def __init__(self, engine: Engine, cache: PromptCache) -> None:
+        self._engine, self._cache = engine, cache
         self._slots = [CacheSlot(seq_id) for seq_id in range(engine.params.n_sequences)]
+        self._restorations: dict[CacheSlot, Restoration] = {}
         self._releases = count(1)
         self.forget()
 
@@ -42,6 +39,8 @@ class Slots:
     ) -> CacheSlot:
         """Take a free slot (there must be one) and fill it with the known prefix of a prompt.
 
+        If the prompt cache has more of the prompt, the slot must be restored.
+
         `top` is what `fill` takes.
 
         The slot that shares most with the prompt is taken if at least half of its tokens are
@@ -55,12 +54,23 @@ class Slots:
         slot.free = False
         known = prompt[:-1]
         longest = max(each.reusable(known, top) for each in self._slots)
-        copy = self._cache.find(known, top, longest)
+        path, slot.restoring = self._cache.find(known, top, longest)
         self._cache.keep(slot, prompt)
-        if copy is not None:
-            self._cache.restore(copy, slot)
         self.fill(slot, prompt, top)
+        if path:
+            self._restorations[slot] = self._cache.restore(slot, path, slot.restoring)
         return slot
+
+    def restore(
+        self, slot: CacheSlot, prompt: Sequence[int], top: int | None = None, *, wait: bool
+    ) -> None:
+        """Restore a part of what the prompt cache has of a slot's prompt.
+
+        Without `wait`, restore nothing if the part is not loaded from the disk yet.
+        """
+        if self._restorations[slot].step(wait=wait):
+            self._end_restoration(slot)
+            self.fill(slot, prompt, top)
 
     def fill(self, slot: CacheSlot, prompt: Sequence[int], top: int | None = None) -> None:
         """Make a slot hold exactly the longest prefix of a prompt that any slot holds.
@@ -82,7 +92,18 @@ class Slots:
 
     def release(self, slot: CacheSlot) -> None:
         """Make a slot free; its tokens stay until it is taken."""
+        self._end_restoration(slot)
         slot.free, slot.released = True, next(self._releases)
+        self._cache.note(slot)
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether the prompt cache's disk lacks something that `save` would write."""
+        return self._cache.unsaved
+
+    def save(self, *, wait: bool) -> None:
+        """Let the prompt cache write a part of what its disk lacks; with `wait`, wait for it."""
+        self._cache.save(wait=wait)
 
     def empty(self, slot: CacheSlot) -> None:
         """Drop a slot's tokens."""
@@ -93,5 +114,15 @@ class Slots:
         """Free all slots and drop their tokens."""
         self._engine.forget()
         for slot in self._slots:
+            self._end_restoration(slot)
             slot.cut(0)
             slot.free = True
+
+    def close(self) -> None:
+        """Drop all tokens, and finish writing what the prompt cache has begun."""
+        self.forget()
+        self._cache.close()
+
+    def _end_restoration(self, slot: CacheSlot) -> None:
+        self._restorations.pop(slot, None)
+        slot.restoring = 0

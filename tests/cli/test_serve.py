@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dots1_local.cli import _serve, app
+from dots1_local.cli import app
+from dots1_local.cli._prompt_cache import open_cache
 from dots1_local.devices import limits
 from tests.cli.terminal import ABORTS
-from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
+from tests.helpers import EOS, scripted_tensors, tokens_of, until, write_random_gguf
 from tests.serve.served import DOTS1, Served, connect
 from tests.workers import Program, free_port
 
@@ -201,6 +202,36 @@ def test_a_port_that_is_taken_is_one_sentence(model: Path) -> None:
         assert str(result.exception).startswith(f"cannot listen at 127.0.0.1, port {port}: ")
 
 
+def test_prompts_outlast_a_server_that_is_killed(model: Path, tmp_path: Path) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "word " * 10}], "max_tokens": 1})
+    disk = tmp_path / "prompts"
+    with Served(model, "-c", "1024", "--prompt-cache", str(disk)) as server:
+        _, first = post(server.connect(), body)
+        until(lambda: any(disk.glob("*/*.kv")))
+        server.kill()
+    with Served(model, "-c", "1024", "--prompt-cache", str(disk)) as server:
+        _, again = post(server.connect(), body)
+        assert b"restored_tokens 0.0" not in server.get("/metrics")[1]
+    n_prompt = first["usage"]["prompt_tokens"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == n_prompt - 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--prompt-cache-size", "1GB"),
+        ("--prompt-cache-ram", "much"),
+        ("--prompt-cache", "/dev/null/prompts"),
+    ],
+)
+def test_a_prompt_cache_that_cannot_be_is_one_sentence(
+    model: Path, options: tuple[str, ...]
+) -> None:
+    result = CliRunner().invoke(app, ["serve", str(model), "--port", "0", *options])
+    assert getattr(result.exception, "exit_code", None) in (1, 2)
+    assert options[-1] in str(result.exception) or options[0] in str(result.exception)
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "x" * 70 + ".invalid", ""])
 def test_an_address_that_is_not_ours_is_one_sentence(model: Path, host: str) -> None:
     with Program(*DOTS1, "serve", str(model), "--host", host, "--port", "0") as program:
@@ -248,9 +279,5 @@ def test_the_prompt_cache_leaves_the_mapped_model_in_ram(
     monkeypatch.setattr(limits, "available_ram", lambda: limits.RAM(90_000_000_000, 96_000_000_000))
     placement = memory and SimpleNamespace(host_memory=memory)
     engine: Any = SimpleNamespace(placement=placement, gguf=SimpleNamespace(nbytes=60_000_000_000))
-    options: Any = SimpleNamespace(prompt_cache_ram=None)
-    assert _serve._cache_bytes(options, engine) == min(8 << 30, free // 4)
-    options.prompt_cache_ram = "0"
-    assert _serve._cache_bytes(options, engine) == 0
-    options.prompt_cache_ram = "2GiB"
-    assert _serve._cache_bytes(options, engine) == 2 << 30
+    for given, expected in ((None, min(8 << 30, free // 4)), ("0", 0), ("2GiB", 2 << 30)):
+        assert open_cache(engine, given, None, None).ram_bytes == expected

@@ -114,7 +114,7 @@ def test_refuses_more_sequences_than_llama_cpp_has(model: Path) -> None:
             Engine.open(model, n_ctx=8, n_sequences=n_sequences, threads=1)
     with pytest.raises(UsageError, match="256 × 8,388,608 tokens"):
         Engine.open(model, n_ctx=1 << 23, n_sequences=256, threads=1)
-    Engine.open(model, n_ctx=8, n_sequences=256, shared_cache=True, threads=1).close()
+    Engine.open(model, n_ctx=8, n_sequences=255, shared_cache=True, threads=1).close()
 
 
 def test_refuses_parameters_that_make_no_sense(model: Path) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 from llama_cpp import llama_cpp as llama
 from numpy.typing import NDArray
 
+from dots1_local.chat.kv_state import kv_binding
 from dots1_local.chat.sampling import Sampling
 from dots1_local.engine.engine import Engine, Entry
+from dots1_local.serve.disk_cache import DiskCache
 from dots1_local.serve.generation import (
     Event,
     Failed,
@@ -21,6 +23,7 @@ from dots1_local.serve.generation import (
     Piece,
     TokenLogprob,
 )
+from dots1_local.serve.prompt_cache import PromptCache
 from dots1_local.serve.scheduler import Scheduler
 from tests.helpers import all_logits
 
@@ -150,6 +153,10 @@ def open_scheduler(
     n_ubatch: int = 64,
     n_draft: int = 0,
     n_scored: int = 0,
+    cache_bytes: int = 0,
+    disk: Path | None = None,
+    disk_bytes: int = 1 << 30,
+    kv_type: str = "F32",
     **options: Any,
 ) -> Iterator[RecordingScheduler]:
     with open_engine(
@@ -160,8 +167,11 @@ def open_scheduler(
         shared_cache=True,
         n_draft=n_draft,
         n_scored=n_scored,
+        kv_type=kv_type,
     ) as engine:
-        scheduler = RecordingScheduler(engine, **{"draft": n_draft, **options})
+        files = DiskCache(disk, disk_bytes, kv_binding(engine)) if disk else None
+        cache = PromptCache(engine, cache_bytes, files)
+        scheduler = RecordingScheduler(engine, **{"draft": n_draft, "cache": cache, **options})
         try:
             yield scheduler
         finally:
@@ -169,12 +179,14 @@ def open_scheduler(
             scheduler.close(0)
 
 
-def open_engine(model: Path, n_ctx: int, n_ubatch: int, **options: Any) -> Engine:
+def open_engine(
+    model: Path, n_ctx: int, n_ubatch: int, *, kv_type: str = "F32", **options: Any
+) -> Engine:
     return Engine.open(
         model,
         n_ctx=n_ctx,
         n_ubatch=n_ubatch,
-        kv_type="F32",
+        kv_type=kv_type,
         flash_attention=False,
         threads=1,
         **options,

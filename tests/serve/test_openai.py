@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from dots1_local.engine.engine import Engine
 from tests.conftest import Converted
@@ -179,8 +179,8 @@ def test_a_bias_forbids_a_token(client: OpenAI, converted: Converted, story: str
 
 
 class Pet(BaseModel):
-    name: str
-    age: int
+    name: str = Field(max_length=12)  # a small model may write an endless one
+    age: int = Field(ge=0, le=99)
     tame: bool
 
 

@@ -29,7 +29,9 @@ def cached(listener: Listener) -> int:
 def state_bytes(scheduler: RecordingScheduler, prompt: Sequence[int]) -> int:
     """The bytes of the state of a prompt and what was written after it."""
     ask(scheduler, prompt)
-    return scheduler.engine.state_bytes(0)
+    state = scheduler.engine.copy(0, 0, len(prompt) + 2)
+    assert state is not None
+    return state.nbytes
 
 
 def test_a_conversation_comes_back_after_another(model: Path) -> None:
@@ -87,7 +89,7 @@ def test_a_state_that_cannot_be_read_is_computed(
     with open_scheduler(model, slots=1, cache_bytes=PLENTY) as scheduler:
         ask(scheduler, FIRST)
         ask(scheduler, SECOND)
-        monkeypatch.setattr(scheduler.engine, "set_state", lambda sequence, state: False)
+        monkeypatch.setattr(scheduler.engine, "paste", lambda *block: False)
         again = ask(scheduler, FIRST)
         assert cached(again) == 0
         Alone(model).check(FIRST, again.logprobs())

@@ -2,27 +2,35 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from dots1_local.serve.generation import Event, Failed, Finished, Scored
-from dots1_local.serve.scheduler import Load
+from dots1_local.serve.scheduler import Scheduler
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
-_NO_LOAD = Load(0, 0, 0)
+_GAUGES: dict[str, tuple[str, Callable[[Scheduler], float]]] = {
+    "running": ("Answers that are generated.", lambda it: it.load.running),
+    "waiting": ("Answers that wait.", lambda it: it.load.waiting),
+    "slots": ("Answers that can be generated at once.", lambda it: it.load.slots),
+    "cache_ram_bytes": ("RAM that earlier prompts take.", lambda it: it.cache.ram_used),
+    "cache_disk_bytes": ("Disk that earlier prompts take.", lambda it: it.cache.disk_used),
+    "restored_tokens": ("Tokens that came from them.", lambda it: it.cache.restored_tokens),
+}
 
 
 class Metrics:
-    """Counters and times of all answers, and the `load` at the moment they are asked for.
+    """Counters and times of all answers, and what the `scheduler` does when they are asked for.
 
     Threads may use it at once.
     """
 
-    def __init__(self, load: Callable[[], Load | None]) -> None:
+    def __init__(self, scheduler: Callable[[], Scheduler | None]) -> None:
         self._registry = CollectorRegistry()
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts, cached ones included.")
         self._cached = self._counter("cached_tokens", "Tokens of prompts that were cached.")
@@ -37,9 +45,9 @@ class Metrics:
         )
         self._first = self._histogram("first_token_seconds", "Until an answer's first token.")
         self._whole = self._histogram("answer_seconds", "Until an answer ended.")
-        for name in ("running", "waiting", "slots"):
-            gauge = Gauge(f"dots1_{name}", f"Answers: {name}.", registry=self._registry)
-            gauge.set_function(lambda name=name: getattr(load() or _NO_LOAD, name))  # type: ignore[misc]
+        for name, (about, figure) in _GAUGES.items():
+            gauge = Gauge(f"dots1_{name}", about, registry=self._registry)
+            gauge.set_function(partial(_figure, scheduler, figure))
 
     def _counter(self, name: str, about: str) -> Counter:
         return Counter(f"dots1_{name}", about, registry=self._registry)
@@ -75,3 +83,11 @@ class Metrics:
     def text(self) -> bytes:
         """Return all figures."""
         return generate_latest(self._registry)
+
+
+def _figure(
+    scheduler: Callable[[], Scheduler | None], figure: Callable[[Scheduler], float]
+) -> float:
+    """Return a figure of the scheduler, or 0 before there is one."""
+    found = scheduler()
+    return figure(found) if found else 0

@@ -167,7 +167,7 @@ class Service:
         self._ping = ping
         self._opened: tuple[Model, Scheduler] | None = None
         self._closing = False
-        self._metrics = Metrics(lambda: self._opened[1].load if self._opened else None)
+        self._metrics = Metrics(lambda: self._opened[1] if self._opened else None)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="dots1-request")
 
     def open(self, model: Model, scheduler: Scheduler) -> None:

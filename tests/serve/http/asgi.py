@@ -26,6 +26,15 @@ class FakeHandle:
 
 
 @dataclass
+class CacheUse:
+    """What earlier prompts take."""
+
+    ram_used: int = 4096
+    disk_used: int = 8192
+    restored_tokens: int = 64
+
+
+@dataclass
 class FakeScheduler:
     """Keeps requests and calls `script` with them, which delivers events or raises."""
 
@@ -33,6 +42,7 @@ class FakeScheduler:
     requests: list[GenerationRequest] = field(default_factory=list)
     handle: FakeHandle = field(default_factory=FakeHandle)
     load: Load = Load(0, 0, 1)  # noqa: RUF009 -- it is frozen
+    cache: CacheUse = field(default_factory=CacheUse)
 
     def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> FakeHandle:
         self.requests = list(requests)

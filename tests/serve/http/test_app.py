@@ -343,6 +343,7 @@ def test_metrics_count_what_was_answered(engine: Engine) -> None:
 
     found = asyncio.run(scrape())
     expected = {
+        "cache_ram_bytes": 4096, "cache_disk_bytes": 8192, "restored_tokens": 64,
         "prompt_tokens_total": 14, "cached_tokens_total": 6, "generated_tokens_total": 10,
         "drafted_tokens_total": 8, "accepted_tokens_total": 4, "answers_totalstop": 2,
         "first_token_seconds_count": 2, "answer_seconds_count": 2,

@@ -1,0 +1,71 @@
+"""The options of the prompt cache: sizes, their defaults, and the folder."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.sizes import parse_size
+
+if TYPE_CHECKING:
+    from dots1_local.engine.engine import Engine
+    from dots1_local.serve.prompt_cache import PromptCache
+
+__all__ = ["check_sizes", "open_cache"]
+
+_MOST_RAM, _MOST_DISK = 8 << 30, 64 << 30
+
+
+def check_sizes(ram: str | None, folder: Path | None, size: str | None) -> None:
+    """Raise a UsageError if the options contradict each other or are no sizes."""
+    if size is not None and folder is None:
+        raise UsageError("--prompt-cache-size needs --prompt-cache DIR")
+    for given in (ram, size):
+        if given is not None and given.strip() != "0":
+            parse_size(given)
+
+
+def open_cache(
+    engine: "Engine", ram: str | None, folder: Path | None, size: str | None
+) -> "PromptCache":
+    """Make the cache of earlier prompts, in RAM and, with a folder, on disk.
+
+    Raises:
+        Dots1Error: the folder cannot be written.
+    """
+    from dots1_local.chat.kv_state import kv_binding
+    from dots1_local.serve.disk_cache import DiskCache
+    from dots1_local.serve.prompt_cache import PromptCache
+
+    disk = None
+    if folder is not None:
+        nbytes = _free_disk(folder) if size is None else _size(size)
+        disk = DiskCache(folder, nbytes, kv_binding(engine))
+    return PromptCache(engine, _free_ram(engine) if ram is None else _size(ram), disk)
+
+
+def _size(given: str) -> int:
+    return 0 if given.strip() == "0" else parse_size(given)
+
+
+def _free_ram(engine: "Engine") -> int:
+    """Return a quarter of the RAM that is free."""
+    from dots1_local.devices.limits import available_ram
+
+    ram = available_ram()
+    if ram is None:
+        return 0
+    # The system counts a mapped file as free, but the model is slow where it is pushed out.
+    mapped = engine.placement is None or engine.placement.host_memory == "mapped"
+    free = ram.available - (engine.gguf.nbytes if mapped else 0)
+    return max(0, min(_MOST_RAM, free // 4))
+
+
+def _free_disk(folder: Path) -> int:
+    """Return half of the disk's free space, with what lies in the folder already."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = sum(path.stat().st_size for path in folder.glob("*/*.kv"))
+        return min(_MOST_DISK, (shutil.disk_usage(folder).free + used) // 2)
+    except OSError as error:
+        raise Dots1Error(f"cannot cache prompts in {folder}: {error.strerror}") from None

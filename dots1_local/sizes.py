@@ -10,17 +10,18 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(?:([kmgt])(i?)b?|b)?", re.IGNO
 _CONTEXT = re.compile(r"(\d{1,9})(k?)", re.IGNORECASE | re.ASCII)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, *, minimum: int = 1) -> int:
     """Bytes from '48G', '1.5 GB', '24GiB' or a plain number; units without an 'i' are decimal.
 
     Raises:
-        UsageError: the text is not a size of at least one byte.
+        UsageError: the text is not a size of at least `minimum` bytes.
     """
     match = _SIZE.fullmatch(text.strip())
     if match:
         number, prefix, binary = match.groups()
         power = " kmgt".index((prefix or " ").lower())
-        if size := int(float(number) * (1024 if binary else 1000) ** power):
+        size = int(float(number) * (1024 if binary else 1000) ** power)
+        if size >= minimum:
             return size
     raise UsageError(f"{text!r} is not a size such as 48G, 500MB or 24GiB")
 

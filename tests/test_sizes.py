@@ -27,6 +27,12 @@ def test_refuses_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
+def test_nothing_is_a_size_where_it_makes_sense() -> None:
+    assert parse_size("0", minimum=0) == 0
+    with pytest.raises(UsageError):
+        parse_size("-1", minimum=0)
+
+
 def test_writes_sizes_in_decimal_units() -> None:
     assert [human_bytes(count) for count in (999, 1536, 24e9, 5e12)] == [
         "999 B", "1.5 kB", "24.0 GB", "5.0 TB",

@@ -162,7 +162,7 @@ def memory_limits(vram: str | None, ram: str | None) -> dict[str, int | None]:
     from dots1_local.sizes import parse_size
 
     return {
-        name: size if size is None else 0 if size.strip() == "0" else parse_size(size)
+        name: size if size is None else parse_size(size, minimum=0)
         for name, size in (("vram", vram), ("ram", ram))
     }
 

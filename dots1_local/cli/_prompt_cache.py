@@ -21,8 +21,8 @@ def check_sizes(ram: str | None, folder: Path | None, size: str | None) -> None:
     if size is not None and folder is None:
         raise UsageError("--prompt-cache-size needs --prompt-cache DIR")
     for given in (ram, size):
-        if given is not None and given.strip() != "0":
-            parse_size(given)
+        if given is not None:
+            parse_size(given, minimum=0)
 
 
 def open_cache(
@@ -39,13 +39,11 @@ def open_cache(
 
     disk = None
     if folder is not None:
-        nbytes = _free_disk(folder) if size is None else _size(size)
+        nbytes = _free_disk(folder) if size is None else parse_size(size, minimum=0)
         disk = DiskCache(folder, nbytes, kv_binding(engine))
-    return PromptCache(engine, _free_ram(engine) if ram is None else _size(ram), disk)
-
-
-def _size(given: str) -> int:
-    return 0 if given.strip() == "0" else parse_size(given)
+    return PromptCache(
+        engine, _free_ram(engine) if ram is None else parse_size(ram, minimum=0), disk
+    )
 
 
 def _free_ram(engine: "Engine") -> int:

@@ -5,6 +5,7 @@ block is in RAM, on disk or in both. On disk they are saved as soon as an answer
 the server; without a disk they are copied when their slot is given away.
 """
 
+import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -22,7 +23,8 @@ __all__ = ["PromptCache", "Restoration"]
 
 _WORTH = 32  # tokens; computing fewer is as fast as copying them
 _AHEAD = 3  # blocks that are read while one is restored
-_PATIENCE = 1.0  # seconds of an idle engine for the disk
+_PATIENCE = 1.0  # seconds of an idle engine for the disk, before it looks for other work
+_GIVE_UP = 20.0  # seconds for a block; a disk that is so slow, or gone, is not worth waiting for
 
 
 class PromptCache:
@@ -213,19 +215,21 @@ class Restoration:
     ) -> None:
         self._cache, self._engine, self._slot, self._blocks = cache, engine, slot, blocks
         self._loads = [cache.load(block) for block in blocks[:_AHEAD]]
-        self._done = 0  # blocks
+        self._done, self._progress = 0, time.monotonic()  # blocks, and when there was one more
         slot.cut(blocks[0].start)
         engine.forget(blocks[0].start, slot.seq_id)
 
     def step(self, *, wait: bool) -> bool:
-        """Restore a block, if it is loaded or with `wait`; return whether that was the last one.
+        """Restore a block if it is loaded; return whether that was the last one.
 
-        If a block cannot be restored, it is the last one.
+        If a block cannot be restored, it is the last one. With `wait`, wait a second for it.
         """
         load = self._loads[self._done]
-        if not (wait or load.done()):
-            return False
-        block, state = self._blocks[self._done], load.result()
+        try:
+            state = load.result(_PATIENCE if wait else 0)
+        except TimeoutError:
+            return time.monotonic() > self._progress + _GIVE_UP
+        block = self._blocks[self._done]
         self._loads[self._done] = Future()  # the state may be large
         if state is None or not self._engine.paste(
             state, self._slot.seq_id, block.start, block.end
@@ -233,7 +237,7 @@ class Restoration:
             return True
         append(self._slot, block)
         self._cache.restored(block, state, self._blocks)
-        self._done += 1
+        self._done, self._progress = self._done + 1, time.monotonic()
         self._loads += map(self._cache.load, self._blocks[len(self._loads) :][:1])
         return self._done == len(self._blocks)
 

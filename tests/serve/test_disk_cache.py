@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -11,7 +12,7 @@ from threading import Event as Flag
 import numpy as np
 import pytest
 
-from dots1_local.serve import disk_cache
+from dots1_local.serve import disk_cache, prompt_cache
 from dots1_local.serve.generation import Scored
 from tests.helpers import all_logits, random_tensors, until, write_random_gguf
 from tests.serve.scheduling import (
@@ -243,6 +244,27 @@ def test_a_slow_disk_delays_no_answer(
         scheduler.close(PATIENCE)
     for prompt in prompts:
         assert cached(answer_once(model, disk, prompt)) == 299
+
+
+def test_a_disk_that_does_not_answer_delays_only_what_it_has(
+    model: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_once(model, disk, LONG)
+    released, crc32 = Flag(), zlib.crc32
+
+    def hang(data: memoryview) -> int:
+        assert released.wait(PATIENCE)
+        return crc32(data)
+
+    with open_scheduler(model, slots=2, n_ctx=512, disk=disk) as scheduler:
+        monkeypatch.setattr("dots1_local.serve.disk_cache.zlib.crc32", hang)
+        waiting = scheduler.ask(greedy(LONG, max_tokens=3, top_logprobs=0))
+        Alone(model).check(OTHER, ask(scheduler, OTHER).logprobs())
+        assert not waiting.events
+        monkeypatch.setattr(prompt_cache, "_GIVE_UP", 0)
+        assert cached(waiting.wait()) == 0
+        Alone(model).check(LONG, waiting.logprobs())
+        released.set()
 
 
 def test_conversations_in_any_order_are_answered_right(model: Path, disk: Path) -> None:

@@ -5,8 +5,9 @@
 
 The same requests go to `dots1 serve` and to llama-server, each with one sequence: a long prompt, a
 short one that takes its place, and the long one again, which then comes from RAM. The server ends,
-the files leave the system's page cache, and the long prompt comes a third time, from disk. For that
-llama-server is told to save and to restore its slot, by requests of their own; their time counts.
+the files leave the system's page cache, and after a short prompt, which maps the weights, the long
+one comes a third time, from disk. For that llama-server is told to save and to restore its slot, by
+requests of their own; their time counts.
 `servers` says how llama-server is built.
 """
 
@@ -45,6 +46,7 @@ def _ours(
     files = sorted(folder.glob("*/*.kv"))
     _drop_from_page_cache(files)
     with serving(command):
+        _first_token(short)
         return [*seconds, _first_token(long)], files
 
 
@@ -58,6 +60,7 @@ def _theirs(
     files = [folder / _SLOT]
     _drop_from_page_cache(files)
     with serving(command):
+        _first_token(short)
         start = time.perf_counter()
         post("/slots/0?action=restore", {"filename": _SLOT})
         _first_token(long)

@@ -1,9 +1,10 @@
 """What an answer must be: a JSON schema, compiled by llguidance for the tokens of one model."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from copy import copy
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 from urllib.parse import unquote
 from weakref import WeakKeyDictionary, ref
 
@@ -104,6 +105,16 @@ class Grammar:
             reason = _sentence(matcher.get_error()) or "the schema allows none"
             raise UsageError(f"no document can be written: {reason}")
 
+    def after(self, beginning: Sequence[int]) -> Self:
+        """Return the grammar of what may follow these tokens; UsageError if nothing may."""
+        matcher = self._compiled.deep_copy()
+        if matcher.validate_tokens(list(beginning)) < len(beginning):
+            raise UsageError("the beginning of the answer does not match what was asked for")
+        matcher.consume_tokens(list(beginning))
+        later = copy(self)
+        later._compiled = matcher
+        return later
+
     def matcher(self) -> Matcher:
         """Return the state of an answer that has no tokens yet."""
         return Matcher(self._compiled.deep_copy(), self._ends, self._n_vocab)
@@ -118,7 +129,7 @@ def _source(schema: Any) -> str:
         raise UsageError(f"the schema is not supported: {_sentence(str(error))}") from None
 
 
-def embedded(schema: Mapping[str, Any]) -> dict[str, Any]:
+def embedded(schema: Any) -> dict[str, Any]:
     """Return a schema as a part of a grammar in Lark's notation, once it is checked.
 
     Between two elements of a document there may be one space.

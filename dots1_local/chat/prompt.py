@@ -129,11 +129,16 @@ class Prompter(RawPrompter):
         return written and CALL_START not in self._names(_CONTROL)
 
     def tokens(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        begun: bool = False,
     ) -> list[int]:
         """Return the prompt that makes the model write the next assistant message.
 
-        `tools` have the form of OpenAI's API.
+        `tools` have the form of OpenAI's API. With `begun`, the last message is the beginning of
+        the answer, and the prompt ends in it.
 
         Raises:
             GGUFError: the template fails on these messages, garbles them or leaves out the last.
@@ -157,7 +162,12 @@ class Prompter(RawPrompter):
         if len(indices) > _MAX_REPEATS * len(messages) or max(indices, default=0) >= len(messages):
             raise GGUFError(f"the chat template of {self._file} garbles the messages")
         tokens = self._engine.tokenize(pieces[0], special=True)
-        for index, literal in zip(indices, pieces[2::2], strict=True):
+        parts = list(zip(indices, pieces[2::2], strict=True))
+        if begun:  # leave out what the template writes after the last message
+            while parts.pop()[0] != len(messages) - 1:
+                pass
+            parts.append((len(messages) - 1, ""))
+        for index, literal in parts:
             tokens += self.content(messages[index])
             tokens += self._engine.tokenize(literal, special=True)
         return tokens

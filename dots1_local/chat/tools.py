@@ -53,7 +53,8 @@ class ToolChoice:
 class CallGrammar(Grammar):
     """An answer that is text, or calls of tools whose arguments match the tools' schemas.
 
-    `tools` have the form of OpenAI's API.
+    `tools` have the form of OpenAI's API. With a `schema`, an answer without calls is a JSON
+    document that matches it.
 
     Raises:
         UsageError: a tool's parameters are not a schema, or use what llguidance does not support.
@@ -61,17 +62,24 @@ class CallGrammar(Grammar):
     """
 
     def __init__(
-        self, tools: Sequence[Mapping[str, Any]], engine: Engine, choice: ToolChoice
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        engine: Engine,
+        choice: ToolChoice,
+        schema: Any = None,
     ) -> None:
         functions = [tool["function"] for tool in tools]
         if choice.name is not None:
             functions = [each for each in functions if each["name"] == choice.name]
         several = choice.parallel and choice.name is None
+        only_calls = "bare (WS? bare)*" if several else "bare"
+        rules = [_RULES, *_tool_rules(functions)]
         if choice.required or choice.name is not None:
-            start = "bare (WS? bare)*" if several else "bare"
+            rules.append(f"start: {only_calls}")
+        elif schema is not None:
+            rules += [f"start: document | {only_calls}", f"document: {_json_rule(schema)}"]
         else:
-            start = "TEXT | call+" if several else "TEXT | call"
-        rules = [f"start: {start}", _RULES, *_tool_rules(functions)]
+            rules.append("start: TEXT | call+" if several else "start: TEXT | call")
         self._compile("\n".join(rules), engine)
 
 
@@ -81,12 +89,15 @@ def _tool_rules(functions: Sequence[Mapping[str, Any]]) -> list[str]:
         name = json.dumps(function["name"], ensure_ascii=False)
         parts = ("{", '"name"', ":", name, ",", '"arguments"', ":")
         written = " ".join(f"WS? {json.dumps(part, ensure_ascii=False)}" for part in parts)
-        schema = json.dumps(embedded(function.get("parameters") or _NO_PARAMETERS))
         rules += [
             f'tool_{number}: {written} WS? arguments_{number} WS? "}}"',
-            f"arguments_{number}: %json {schema}",
+            f"arguments_{number}: {_json_rule(function.get('parameters') or _NO_PARAMETERS)}",
         ]
     return rules
+
+
+def _json_rule(schema: Any) -> str:
+    return f"%json {json.dumps(embedded(schema))}"
 
 
 def as_text(

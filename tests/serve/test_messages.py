@@ -10,9 +10,7 @@ import pytest
 from anthropic import Anthropic
 
 from tests.conftest import Converted
-from tests.helpers import tokens_of
 from tests.serve.served import Served
-from tests.serve.test_tools import WORDS, write
 
 ASKED: dict[str, Any] = {"model": "dots1", "extra_body": {"temperature": 0}}
 STORY: list[Any] = [{"role": "user", "content": "Tell me a story about a little cat."}]
@@ -34,10 +32,9 @@ def client(converted: Converted) -> Iterator[Anthropic]:
 
 
 @pytest.fixture(scope="module")
-def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Anthropic]:
+def caller(calling: Served) -> Iterator[Anthropic]:
     """A client of a model that writes "So:" and then a call."""
-    path = write(tmp_path_factory.mktemp("tools") / "model.gguf", *tokens_of("So:"), *WORDS[:3])
-    with Served(path) as server, connected(server) as opened:
+    with connected(calling) as opened:
         yield opened
 
 

@@ -11,9 +11,7 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from tests.conftest import Converted
-from tests.helpers import tokens_of
 from tests.serve.served import Served
-from tests.serve.test_tools import WORDS, write
 
 STORY = "Tell me a story about a little cat."
 RAIN: Any = {
@@ -35,10 +33,9 @@ def client(converted: Converted) -> Iterator[OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
+def caller(calling: Served) -> Iterator[OpenAI]:
     """A client of a model that writes "So:" and then a call."""
-    path = write(tmp_path_factory.mktemp("tools") / "model.gguf", *tokens_of("So:"), *WORDS[:3])
-    with Served(path) as server, connected(server) as opened:
+    with connected(calling) as opened:
         yield opened
 
 

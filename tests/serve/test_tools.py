@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -10,20 +9,9 @@ import pytest
 from openai import OpenAI
 
 from tests.conftest import Converted
-from tests.helpers import EOS, TOKENS, scripted_tensors, tokens_of, write_random_gguf
+from tests.serve.conftest import ANSWER
 from tests.serve.served import Served
 
-# Similar to the templates of the Hermes and Qwen families.
-TEMPLATE = (
-    "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
-    "<|endofsystem|>{% endif %}"
-    "{% for m in messages %}<|userprompt|>{{ m.content }}{% for call in m.tool_calls %}"
-    "<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|endofuserprompt|>"
-    "{% endfor %}<|response|>"
-)
-# Each part of the answer is one token, because a scripted answer cannot repeat a token.
-SAID = ("<tool_call>", '{"name":"rain","arguments":{"at":"Ulm"}}', "</tool_call>", "<tool_call>{}")
-WORDS = range(1, 5)
 TOOL: Any = {
     "type": "function",
     "function": {
@@ -35,21 +23,9 @@ TOOL: Any = {
 ASKED: list[Any] = [{"role": "user", "content": "Rain?"}]
 
 
-def write(path: Path, *answer: int, template: str = TEMPLATE) -> Path:
-    tokens = list(TOKENS)
-    tokens[WORDS.start : WORDS.stop] = SAID
-    tensors = scripted_tensors([*answer, EOS])
-    return write_random_gguf(path, template=template, tokens=tokens, tensors=tensors)
-
-
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    """A client of a model that writes "So:" and then a call."""
-    path = write(tmp_path_factory.mktemp("tools") / "model.gguf", *tokens_of("So:"), *WORDS[:3])
-    with (
-        Served(path) as server,
-        OpenAI(base_url=server.url, api_key="none", max_retries=0) as opened,
-    ):
+def client(calling: Served) -> Iterator[OpenAI]:
+    with OpenAI(base_url=calling.url, api_key="none", max_retries=0) as opened:
         yield opened
 
 
@@ -101,13 +77,13 @@ def test_calls_have_logprobs_too(client: OpenAI) -> None:
         [each.choices[0] for each in ask(client, logprobs=True, stream=True)],
     ):
         tokens = [token for each in choice if each.logprobs for token in each.logprobs.content]
-        assert "".join(token.token for token in tokens) == "So:" + "".join(SAID[:3])
+        assert "".join(token.token for token in tokens) == ANSWER
 
 
 @pytest.mark.parametrize("options", [{"tools": None}, {"tool_choice": "none"}])
 def test_without_tools_tags_are_text(client: OpenAI, options: dict[str, Any]) -> None:
     choice = ask(client, **options).choices[0]
-    assert choice.message.content == "So:" + "".join(SAID[:3])
+    assert choice.message.content == ANSWER
     assert choice.finish_reason == "stop"
 
 

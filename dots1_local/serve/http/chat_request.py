@@ -1,7 +1,7 @@
 """The request body of POST /v1/chat/completions."""
 
 from collections.abc import Mapping, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
@@ -10,10 +10,10 @@ from dots1_local.chat.dialogue import SYSTEM_PROMPT
 from dots1_local.chat.message import Message, ToolCall
 from dots1_local.chat.tools import CallGrammar, ToolChoice
 from dots1_local.engine.engine import Engine
-from dots1_local.errors import Dots1Error
+from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.serve.http.request import Options, SharedFields, TokenCount, invalid, missing
 
-__all__ = ["read_chat"]
+__all__ = ["ChatRequest", "read_chat"]
 
 _MAX_MESSAGES, _MAX_PARTS = 1 << 14, 1 << 10
 _MAX_TOOLS = 128  # OpenAI's limit
@@ -79,6 +79,8 @@ class _ChatFields(SharedFields, frozen=True, kw_only=True):
     tools: Annotated[list[_Tool], Meta(max_length=_MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | _NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = None  # vLLM's, and the next one
+    add_generation_prompt: bool | None = None
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **SharedFields.unsupported,
@@ -92,14 +94,27 @@ class _ChatFields(SharedFields, frozen=True, kw_only=True):
     }
 
 
-def read_chat(
-    raw: Mapping[str, Any], engine: Engine
-) -> tuple[list[Message], list[dict[str, Any]], Options]:
-    """Return the conversation to answer, the tools as the client wrote them, and the options.
+@dataclass(frozen=True)
+class ChatRequest:
+    """A conversation, the tools as the client wrote them, and how to answer.
+
+    If it is `begun`, the last message is the beginning of the answer.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+    options: Options
+    begun: bool
+
+
+def read_chat(raw: Mapping[str, Any], engine: Engine) -> ChatRequest:
+    """Read a body.
 
     Raise an ApiError if a field is invalid or unsupported, or if fields contradict each other.
     """
     fields = _ChatFields.read(raw)
+    messages = _messages(fields.messages)
+    begun = _is_begun(fields, messages[-1])
     tools = [] if fields.tool_choice == "none" else raw.get("tools") or []
     choice = _tool_choice(fields, {tool.function.name for tool in fields.tools or ()})
     if fields.top_logprobs and not fields.logprobs:
@@ -107,15 +122,30 @@ def read_chat(
     top_logprobs = fields.top_logprobs or 0 if fields.logprobs else None
     max_tokens = fields.max_completion_tokens or fields.max_tokens
     options = fields.options(engine, max_tokens, top_logprobs)
+    grammar = options.choice.grammar
     if tools:
-        if options.choice.grammar:  # it would not let the model write a call
-            raise invalid("response_format cannot be combined with tools", "response_format")
         try:
-            grammar = CallGrammar(tools, engine, choice)
+            grammar = CallGrammar(tools, engine, choice, fields.schema)
         except Dots1Error as error:
             raise invalid(str(error), "tools") from None
-        options = replace(options, choice=replace(options.choice, grammar=grammar))
-    return _messages(fields.messages), tools, options
+    if grammar and begun:
+        try:
+            grammar = grammar.after(engine.tokenize(messages[-1].text, special=False))
+        except UsageError as error:
+            raise invalid(str(error), "messages") from None
+    options = replace(options, choice=replace(options.choice, grammar=grammar))
+    return ChatRequest(messages, tools, options, begun)
+
+
+def _is_begun(fields: _ChatFields, last: Message) -> bool:
+    """Whether the last message is to be continued, which is so by default if it is an answer."""
+    asked, anew = fields.continue_final_message, fields.add_generation_prompt
+    answers = last.role == "assistant" and not last.tool_calls
+    begun = answers and asked is not False and not anew
+    if not begun and (asked or anew is False):
+        message = "only an assistant's message without calls can be continued"
+        raise invalid(f"{message}; leave out add_generation_prompt", "continue_final_message")
+    return begun
 
 
 def _tool_choice(fields: _ChatFields, names: Set[str]) -> ToolChoice:

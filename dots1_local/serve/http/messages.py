@@ -90,8 +90,9 @@ def as_chat(raw: Mapping[str, Any], *, counting: bool = False) -> dict[str, Any]
     fields = read_fields(raw, _Fields)
     if fields.max_tokens is None and not counting:
         raise missing("max_tokens")
-    if fields.messages[-1].role == "assistant":
-        raise invalid("the last message must be the user's; this server begins no answers")
+    last = fields.messages[-1]
+    if last.role == "assistant" and any(isinstance(each, _ToolUse) for each in last.content):
+        raise invalid("the last message calls tools; send their results after it", "messages")
     system = [] if fields.system is None else [{"role": "system", "content": _text(fields.system)}]
     chat: dict[str, Any] = {
         "messages": [*system, *(part for each in fields.messages for part in _parts(each))],

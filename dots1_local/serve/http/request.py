@@ -44,8 +44,6 @@ _ERROR_TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
-
-
 _ANTHROPIC_TYPES = {413: "request_too_large", 503: "overloaded_error"}
 
 
@@ -102,12 +100,12 @@ def check_model_name(asked: Any, served: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def read_fields(raw: Any, kind: type[_T]) -> _T:
-    """Convert parsed JSON, or raise an ApiError that names the wrong field."""
+def read_fields(raw: Any, kind: type[_T], where: str = "") -> _T:
+    """Convert the parsed JSON at the path `where`, or raise an ApiError that names the field."""
     try:
         return convert_json(raw, kind)
     except JsonError as error:
-        raise _refusal(error) from None
+        raise _refusal(error, where) from None
 
 
 def check_token(token: int, n_vocab: int, param: str) -> None:
@@ -203,17 +201,11 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     response_format: _ResponseFormat | None = None
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "add_generation_prompt": (True,),
-        "chat_template_kwargs": ({},),
-        "continue_final_message": (False,),
         "grammar": ("",),
-        "ignore_eos": (False,),
-        "json_schema": ({},),
-        "length_penalty": (1,),
-        "min_tokens": (0,),
-        "mirostat": (0,),
-        "typical_p": (1,),
-        "use_beam_search": (False,),
+        **dict.fromkeys(("chat_template_kwargs", "json_schema"), ({},)),
+        **dict.fromkeys(("ignore_eos", "use_beam_search"), (False,)),
+        **dict.fromkeys(("length_penalty", "typical_p"), (1,)),
+        **dict.fromkeys(("min_tokens", "mirostat"), (0,)),
         **dict.fromkeys(("bad_words", "lora", "stop_token_ids"), ([],)),
         **dict.fromkeys(("chat_template", "samplers", "structured_outputs"), ()),
         **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex"), ()),
@@ -229,16 +221,32 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
                 raise invalid(f"{name} is not supported here; leave it out", name, "unsupported")
         return fields
 
+    @property
+    def schema(self) -> Any:
+        """The JSON schema of the answer, or None if the answer is text."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return {"type": "object"}
+        if wanted.json_schema is None:
+            raise missing("response_format.json_schema")
+        return wanted.json_schema.schema
+
     def options(self, engine: Engine, max_tokens: int | None, top_logprobs: int | None) -> Options:
         """Return the options, or raise an ApiError if fields contradict each other."""
         if self.stream_options and not self.stream:
             raise invalid("stream_options needs stream; set stream to true", "stream_options")
+        try:
+            grammar = None if self.schema is None else Grammar(self.schema, engine)
+        except Dots1Error as error:
+            raise invalid(str(error), "response_format") from None
         choice = GenerationRequest(
             prompt=(),
             sampling=self._sampling(engine.n_vocab),
             max_tokens=max_tokens,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            grammar=_grammar(self.response_format, engine),
+            grammar=grammar,
             top_logprobs=top_logprobs,
         )
         include_usage = bool(self.stream_options and self.stream_options.include_usage)
@@ -267,9 +275,12 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
         return other if one is None else one
 
 
-def _refusal(error: JsonError) -> ApiError:
+def _refusal(error: JsonError, where: str = "") -> ApiError:
     """Describe a JSON error; `param` becomes the path of the field, such as "messages[0].role"."""
-    path = error.path.partition("[...]")[0]  # msgspec does not say which key of an object is wrong
+    path = where + error.path.partition("[...]")[0]  # msgspec does not say which key is wrong
+    kind = re.fullmatch(r"expected one of (?:input_)?text\b.*, got (.+)", error.reason)
+    if kind and path.endswith("].type"):
+        return invalid(f"{path} is {kind[1]}; this model reads only text", path)
     if field := re.fullmatch(r"object missing required field (\w+)", error.reason):
         return missing(f"{path}.{field[1]}".removeprefix("."))
     return invalid(f"{path or 'the body'} is invalid: {error.reason:.200}", path or None)
@@ -287,16 +298,3 @@ def _biases(raw: Mapping[str, float | None], n_vocab: int) -> dict[int, float]:
                 raise invalid(f"{name} is {bias:g}; it must be from -100 to 100", name)
             biases[int(token)] = bias
     return biases
-
-
-def _grammar(wanted: _ResponseFormat | None, engine: Engine) -> Grammar | None:
-    if wanted is None or wanted.type == "text":
-        return None
-    try:
-        if wanted.type == "json_object":
-            return Grammar({"type": "object"}, engine)
-        if wanted.json_schema is None:
-            raise missing("response_format.json_schema")
-        return Grammar(wanted.json_schema.schema, engine)
-    except Dots1Error as error:
-        raise invalid(str(error), "response_format") from None

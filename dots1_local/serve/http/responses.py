@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from dots1_local.files.json_file import JsonError, convert_json
 from dots1_local.serve.generation import Finished, Piece
 from dots1_local.serve.http.request import ApiError, Options, TokenCount, invalid, read_fields
 from dots1_local.serve.http.response import Document, Writer
@@ -22,14 +21,10 @@ _Share = Annotated[float, Meta(ge=0, le=1)]
 _UNSUPPORTED = ("previous_response_id", "conversation", "prompt", "background")
 
 
-class _Text(Struct, frozen=True):
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-
-
-class _Refusal(Struct, frozen=True):
-    type: Literal["refusal"]
-    refusal: str
+class _Part(Struct, frozen=True):
+    type: Literal["input_text", "output_text", "text", "refusal"]
+    text: str = ""
+    refusal: str = ""
 
 
 class _Tool(Struct, frozen=True):
@@ -137,17 +132,8 @@ def _add(messages: list[dict[str, Any]], item: _Item, where: str) -> None:
 def _text(content: str | list[dict[str, Any]] | None, where: str) -> str:
     if isinstance(content, str):
         return content
-    try:
-        parts = convert_json(content or [], list[dict[str, Any]])
-        texts = []
-        for part in parts:
-            if part.get("type") == "refusal":
-                texts.append(convert_json(part, _Refusal).refusal)
-            else:
-                texts.append(convert_json(part, _Text).text)
-    except JsonError as error:
-        raise invalid(f"{where} is invalid: {error.reason:.200}", where) from None
-    return "\n".join(texts)
+    parts = read_fields(content or [], list[_Part], where)
+    return "\n".join(part.text or part.refusal for part in parts)
 
 
 def _function(tool: _Tool) -> dict[str, Any]:

@@ -77,14 +77,14 @@ class Model:
         """Return a conversation's tokens, whether it has tools, and the options."""
         if self._prompter is None:
             raise invalid(f"{self._no_chat}; use /v1/completions", "messages")
-        messages, tools, options = read_chat(raw, self._engine)
+        asked = read_chat(raw, self._engine)
         try:
-            tokens = self._prompter.tokens(messages, tools)
+            tokens = self._prompter.tokens(asked.messages, asked.tools, begun=asked.begun)
         except UsageError as error:  # the template cannot take these tools or tool calls
-            raise invalid(str(error), "tools" if tools else "messages") from None
+            raise invalid(str(error), "tools" if asked.tools else "messages") from None
         except GGUFError as error:  # the template refuses these messages
             raise invalid(str(error), "messages") from None
-        return tokens, bool(tools), options
+        return tokens, bool(asked.tools), asked.options
 
     def completion(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
         """Read a body of /v1/completions, or raise an ApiError."""

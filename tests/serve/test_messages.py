@@ -21,6 +21,9 @@ RAIN: Any = {
 }
 
 
+CALL: Any = {"type": "tool_use", "id": "toolu_1", "name": "rain", "input": {}}
+
+
 def connected(server: Served, key: str = "none") -> Anthropic:
     return Anthropic(base_url=server.url.removesuffix("/v1"), api_key=key, max_retries=0)
 
@@ -72,6 +75,16 @@ def test_blocks_and_a_system_text_reach_the_model(client: Anthropic) -> None:
     one = count(model="dots1", messages=[message], system=system).input_tokens
     assert one == count(model="dots1", messages=[joined], system="Be brief.").input_tokens
     assert one < count(model="dots1", messages=[joined], system="Be brief. " * 20).input_tokens
+
+
+def test_the_answer_continues_a_last_message_of_the_assistant(
+    client: Anthropic, story: str
+) -> None:
+    beginning = " ".join(story.split()[:4])
+    begun = [*STORY, {"role": "assistant", "content": beginning}]
+    answer = ask(client, messages=begun, max_tokens=8)
+    assert answer.content[0].text
+    assert story.startswith(beginning + answer.content[0].text)
 
 
 def test_a_stop_sequence_is_named(client: Anthropic, story: str) -> None:
@@ -130,7 +143,7 @@ def test_errors_have_anthropics_shape(client: Anthropic, tmp_path: Path) -> None
         {"messages": []},
         {"messages": [{"role": "system", "content": "x"}]},
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-        {"messages": [*STORY, {"role": "assistant", "content": "Once"}]},
+        {"messages": [*STORY, {"role": "assistant", "content": [CALL]}]},
         {"tools": [RAIN], "tool_choice": {"type": "tool", "name": "snow"}},
         {"messages": [{"role": "user", "content": "long " * 5000}]},
     ]

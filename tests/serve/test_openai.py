@@ -184,11 +184,29 @@ class Pet(BaseModel):
     tame: bool
 
 
+PET: Any = {
+    "type": "json_schema",
+    "json_schema": {"name": "pet", "schema": Pet.model_json_schema()},
+}
+
+
 def test_json_matches_the_schema(client: OpenAI) -> None:
     answer = client.chat.completions.parse(
         model="dots1", messages=STORY, response_format=Pet, seed=1, max_tokens=400
     )
     assert isinstance(answer.choices[0].message.parsed, Pet)
+
+
+def test_a_document_can_be_begun(client: OpenAI) -> None:
+    beginning = '{"name": "Tom", "age": 4'
+    begun = [*STORY, {"role": "assistant", "content": beginning}]
+    options: Any = {"model": "dots1", "response_format": PET, "max_tokens": 60, "temperature": 0}
+    answer = client.chat.completions.create(messages=begun, **options)
+    pet = Pet.model_validate_json(beginning + (answer.choices[0].message.content or ""))
+    assert pet.name == "Tom"
+    begun[-1]["content"] = "Tom"
+    with pytest.raises(openai.BadRequestError, match="begin"):
+        client.chat.completions.create(messages=begun, **options)
 
 
 def test_json_can_be_any_object(client: OpenAI) -> None:

@@ -103,7 +103,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "snow"}}}),
     ("tool_choice", {"tool_choice": "required", "tools": []}),
     ("tools", {"tools": [{"function": {"name": "a", "parameters": {"type": "thing"}}}]}),
-    ("response_format", {"response_format": {"type": "json_object"}}),
+    ("response_format.json_schema", {"response_format": {"type": "json_schema"}}),
     ("messages[0].tool_call_id", {"messages": [{"role": "tool", "content": "No."}]}),
     ("messages[0].tool_calls[0].function.arguments", {"messages": [call(name="a")]}),
     ("messages[0].tool_calls[0].function.name", {"messages": [call(arguments="{}")]}),
@@ -207,6 +207,31 @@ def test_a_result_leads_to_an_answer(untrained: OpenAI) -> None:
     plain = ask(untrained, tools=[], max_tokens=1)
     assert second.choices[0].message.tool_calls is None
     assert first.usage.prompt_tokens > plain.usage.prompt_tokens + 60
+
+
+@pytest.mark.parametrize(("first", "calls"), [("{", 0), ("<", 1)])
+def test_an_answer_with_a_schema_is_a_document_or_calls(
+    untrained: OpenAI, first: str, calls: int
+) -> None:
+    """A bias for the first character decides which of the two."""
+    schema = {"type": "object", "properties": {"tame": {"type": "boolean"}}, "required": ["tame"]}
+    tokenized: Any = untrained.post(
+        str(untrained.base_url).replace("/v1/", "/tokenize"), body={"prompt": first}, cast_to=object
+    )
+    answer = ask(
+        untrained,
+        tools=[CLOCK],
+        parallel_tool_calls=False,
+        response_format={"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}},
+        logit_bias={str(tokenized["tokens"][-1]): 100},
+        max_tokens=100,
+    )
+    [choice] = answer.choices
+    assert len(choice.message.tool_calls or ()) == calls
+    if calls:
+        assert choice.message.tool_calls[0].function.name == "clock"
+    else:
+        assert isinstance(json.loads(choice.message.content)["tame"], bool)
 
 
 def test_a_call_that_is_cut_off_is_told_by_its_reason(untrained: OpenAI) -> None:

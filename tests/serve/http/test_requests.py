@@ -88,6 +88,24 @@ def test_messages_are_rendered_by_the_template(
     assert [t for t in order.prompt if t >= SYSTEM] == [t for t in wanted if t >= SYSTEM]
 
 
+@pytest.mark.parametrize(
+    ("fields", "continued"),
+    [
+        ({}, True),
+        ({"continue_final_message": True, "add_generation_prompt": False}, True),
+        ({"continue_final_message": False}, False),
+        ({"add_generation_prompt": True}, False),
+    ],
+)
+def test_an_answer_continues_the_assistants_last_message(
+    requested: Any, fields: dict[str, bool], continued: bool
+) -> None:
+    order = requested(chat(messages=[*HI, {"role": "assistant", "content": "yo"}], **fields))
+    conversation = prompt_of(("system", DEFAULT), ("user", "hi"), ("assistant", "yo"))
+    wanted = conversation[:-2] if continued else conversation
+    assert "".join(TOKENS[t] for t in order.prompt) == "".join(TOKENS[t] for t in wanted)
+
+
 def test_text_in_messages_never_becomes_a_special_token(requested: Any) -> None:
     order = requested(chat(messages=[{"role": "user", "content": "<|endofuserprompt|><|system|>"}]))
     assert [t for t in order.prompt if t >= SYSTEM] == [
@@ -183,6 +201,8 @@ BAD_CHATS: list[tuple[str, dict[str, Any]]] = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
     ),
     ("messages", {"messages": [{"role": "system", "content": ""}]}),
+    ("continue_final_message", {"continue_final_message": True}),
+    ("continue_final_message", {"add_generation_prompt": False}),
     ("model", {"model": 5}),
     ("max_tokens", {"max_tokens": 0}),
     ("max_tokens", {"max_tokens": 1.5}),

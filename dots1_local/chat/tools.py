@@ -43,10 +43,10 @@ WS: /[ \n]/
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """Whether an answer must be calls, of the function `name` if given, or of several at once."""
+    """Whether an answer must be calls, of which functions (None means any), and of several."""
 
     required: bool = False
-    name: str | None = None
+    names: frozenset[str] | None = None
     parallel: bool = True
 
 
@@ -69,17 +69,16 @@ class CallGrammar(Grammar):
         schema: Any = None,
     ) -> None:
         functions = [tool["function"] for tool in tools]
-        if choice.name is not None:
-            functions = [each for each in functions if each["name"] == choice.name]
-        several = choice.parallel and choice.name is None
-        only_calls = "bare (WS? bare)*" if several else "bare"
+        if choice.names is not None:
+            functions = [each for each in functions if each["name"] in choice.names]
+        only_calls = "bare (WS? bare)*" if choice.parallel else "bare"
         rules = [_RULES, *_tool_rules(functions)]
-        if choice.required or choice.name is not None:
+        if choice.required:
             rules.append(f"start: {only_calls}")
         elif schema is not None:
             rules += [f"start: document | {only_calls}", f"document: {_json_rule(schema)}"]
         else:
-            rules.append("start: TEXT | call+" if several else "start: TEXT | call")
+            rules.append("start: TEXT | call+" if choice.parallel else "start: TEXT | call")
         self._compile("\n".join(rules), engine)
 
 

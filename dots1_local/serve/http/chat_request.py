@@ -71,13 +71,26 @@ class _NamedTool(Struct, frozen=True):
     type: Literal["function"] | None = None
 
 
+class _AllowedTools(Struct, frozen=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[_NamedTool], Meta(min_length=1, max_length=_MAX_TOOLS)]
+
+
+class _ToolChoice(Struct, frozen=True):
+    """The function that the answer must call, or those that it may call."""
+
+    type: Literal["function", "allowed_tools"] | None = None
+    function: _NamedFunction | None = None
+    allowed_tools: _AllowedTools | None = None
+
+
 class _ChatFields(SharedFields, frozen=True, kw_only=True):
     messages: Annotated[list[_Message], Meta(min_length=1, max_length=_MAX_MESSAGES)]
     max_completion_tokens: TokenCount | None = None  # the newer name of max_tokens
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: Annotated[list[_Tool], Meta(max_length=_MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | _NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | _ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = None  # vLLM's, and the next one
     add_generation_prompt: bool | None = None
@@ -155,12 +168,19 @@ def _tool_choice(fields: _ChatFields, names: Set[str]) -> ToolChoice:
         return ToolChoice(parallel=parallel)
     if not names:
         raise invalid("tool_choice needs tools", "tool_choice")
-    if not isinstance(chosen, _NamedTool):
+    if not isinstance(chosen, _ToolChoice):
         return ToolChoice(required=True, parallel=parallel)
-    if chosen.function.name not in names:
-        message = f"tool_choice names {chosen.function.name!r:.80}, which is not among the tools"
+    allowed = chosen.allowed_tools
+    functions = [tool.function for tool in allowed.tools] if allowed else [chosen.function]
+    chosen_names = frozenset(function.name for function in functions if function)
+    if not chosen_names:
+        raise missing("tool_choice.function")
+    for name in chosen_names - names:
+        message = f"tool_choice names {name!r:.80}, which is not among the tools"
         raise invalid(message, "tool_choice")
-    return ToolChoice(name=chosen.function.name)
+    if allowed:
+        return ToolChoice(allowed.mode == "required", chosen_names, parallel)
+    return ToolChoice(required=True, names=chosen_names, parallel=False)
 
 
 def _messages(given: list[_Message]) -> list[Message]:

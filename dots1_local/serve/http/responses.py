@@ -39,6 +39,20 @@ class _NamedTool(Struct, frozen=True):
     name: str
 
 
+class _ToolChoice(Struct, frozen=True):
+    type: Literal["function", "allowed_tools"]
+    name: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[_NamedTool] = []
+
+    def chat(self) -> dict[str, Any]:
+        """Return what means the same in /v1/chat/completions."""
+        if self.type == "function":
+            return _named(self.name)
+        tools = [_named(tool.name) for tool in self.tools]
+        return {"type": self.type, "allowed_tools": {"mode": self.mode or "auto", "tools": tools}}
+
+
 class _Format(Struct, frozen=True):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -67,7 +81,7 @@ class _Fields(Struct, frozen=True, kw_only=True):
     top_p: _Share | None = None
     stream: bool | None = None
     tools: list[_Tool] | None = None
-    tool_choice: Literal["auto", "none", "required"] | _NamedTool | None = None
+    tool_choice: Literal["auto", "none", "required"] | _ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: _TextOptions | None = None
 
@@ -104,9 +118,13 @@ def as_chat(raw: Mapping[str, Any]) -> dict[str, Any]:
         "response_format": _response_format(fields.text),
         **{name: raw[name] for name in ("top_k", "min_p", "seed", "repeat_penalty") if name in raw},
     }
-    if isinstance(fields.tool_choice, _NamedTool):
-        chat["tool_choice"] = {"type": "function", "function": {"name": fields.tool_choice.name}}
+    if isinstance(fields.tool_choice, _ToolChoice):
+        chat["tool_choice"] = fields.tool_choice.chat()
     return chat
+
+
+def _named(name: str | None) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name or ""}}
 
 
 def _add(messages: list[dict[str, Any]], item: _Item, where: str) -> None:

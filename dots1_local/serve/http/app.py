@@ -95,7 +95,8 @@ class _Guard:
         if scope["type"] == "http" and scope["path"] != "/health":
             headers = Headers(scope=scope)
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
-            given = headers.get("x-api-key", bearer if scheme.lower() == "bearer" else "")
+            # Some clients send an empty x-api-key beside the bearer's.
+            given = headers.get("x-api-key") or (bearer if scheme.lower() == "bearer" else "")
             if not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
                 message = "the API key is missing or wrong; send Authorization: Bearer KEY"
                 scheme_asked = {"WWW-Authenticate": "Bearer"}

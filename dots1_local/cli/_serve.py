@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dots1_local.cli import _options as shared
-from dots1_local.cli._options import option, verb
+from dots1_local.cli._options import flag, option, verb
 from dots1_local.cli._output import notice, plural
 from dots1_local.cli._prompt_cache import check_sizes, open_cache
 from dots1_local.errors import UsageError
@@ -66,6 +66,7 @@ class ServeOptions:
     cors: list[str] | None = option(
         "Let web pages of this origin call the server, '*' for all; repeatable."
     )
+    no_page: bool = flag("Do not show the chat page at /.", "--no-page")
     draft: shared.DraftTokens = None
     context: shared.Context = None
     plan: shared.Plan = None
@@ -93,7 +94,9 @@ def serve(options: ServeOptions) -> None:
             notice(f"warning: anyone who reaches {url} may use the model; set an --api-key")
         with (
             shared.report_abort(),
-            ApiServer(listener, name, api_key=key, origins=options.cors or ()) as server,
+            ApiServer(
+                listener, name, api_key=key, origins=options.cors or (), page=not options.no_page
+            ) as server,
             _open_engine(options, draft) as engine,
         ):
             try:

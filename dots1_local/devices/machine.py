@@ -27,7 +27,7 @@ from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.user_folder import user_folder
 from dots1_local.progress import Progress, silent
 
-__all__ = ["detect", "find_hardware", "hardware_names", "this_machine"]
+__all__ = ["detect", "find_hardware", "hardware_names", "started_machine", "this_machine"]
 
 _MACHINES = Path(__file__).parent / "machines"
 _MEASURED = 3  # raised when more is measured, so that kept speeds are measured again
@@ -55,13 +55,22 @@ def this_machine(
     found = _with_limits(detect({"workers": endpoints}))
     if measure is False:
         return found
-    path, cached = _cache_path(found), None
-    with suppress(UsageError):  # a missing or damaged file is written again
-        cached = load_hardware(path)
+    path, cached = _cache_path(found), _cached(found)
     known = _with_cached(found, cached) if cached and measure != "again" else found
     if measure == "cached":
         return known
     return _measured(known, cached, endpoints, path, progress)
+
+
+def started_machine() -> Hardware:
+    """This machine as the engine in this process sees it, with the speeds that were measured before.
+
+    The engine must have loaded a model, because drivers that start may hang or die, and must be
+    computing nothing, because a worker answers one question at a time.
+    """
+    found = _with_limits(hardware_from_json(_answer({"workers": []}), "the engine's answer"))
+    cached = _cached(found)
+    return _with_cached(found, cached) if cached else found
 
 
 def find_hardware(text: str) -> Hardware:
@@ -138,6 +147,13 @@ def _measured(
             known = replace(known, devices=tuple(devices))
         _save(path, known, cached)
     return known
+
+
+def _cached(found: Hardware) -> Hardware | None:
+    """What was measured before; a missing or damaged file is written again."""
+    with suppress(UsageError):
+        return load_hardware(_cache_path(found))
+    return None
 
 
 def _with_cached(found: Hardware, cached: Hardware) -> Hardware:

@@ -17,6 +17,7 @@ from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
 from dots1_local.serve.http.app import BACKLOG, IDLE_SECONDS, Connection, make_app, raise_file_limit
 from dots1_local.serve.http.service import Model, Service
+from dots1_local.serve.placement_report import engine_placement
 from dots1_local.serve.prompt_cache import PromptCache
 from dots1_local.serve.scheduler import Scheduler
 
@@ -77,11 +78,12 @@ class ApiServer:
         *,
         api_key: str | None = None,
         origins: Sequence[str] = (),
+        page: bool = True,
     ) -> None:
         self._stop = Event()
         self._listener = listener
         self._service = Service(name)
-        app = make_app(self._service, api_key=api_key, origins=origins)
+        app = make_app(self._service, api_key=api_key, origins=origins, page=page)
         self._http = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -112,6 +114,7 @@ class ApiServer:
 
     def open(self, engine: Engine, queue_size: int, draft: Draft, cache: PromptCache) -> None:
         """Begin to answer with an engine, which nothing else may use until `close` returns."""
+        placement = engine_placement(engine)  # before the engine begins to compute
         self._scheduler = Scheduler(
             engine,
             queue_size=queue_size,
@@ -119,7 +122,7 @@ class ApiServer:
             cache=cache,
             on_end=self._stop.set,
         )
-        self._service.open(Model(engine, self._service.name), self._scheduler)
+        self._service.open(Model(engine, self._service.name), self._scheduler, placement)
 
     @property
     def busy(self) -> bool:

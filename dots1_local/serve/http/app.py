@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import logging
 import resource
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import h11
@@ -19,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from dots1_local.serve.http.page import page_routes
 from dots1_local.serve.http.request import ApiError
 from dots1_local.serve.http.service import Service
 
@@ -32,10 +33,19 @@ _OTHER_FILES = 4 * BACKLOG  # file descriptors of connections not yet closed and
 
 
 def make_app(
-    service: Service, *, api_key: str | None = None, origins: Sequence[str] = ()
+    service: Service,
+    *,
+    api_key: str | None = None,
+    origins: Sequence[str] = (),
+    page: bool = True,
 ) -> Starlette:
-    """Return the ASGI application; web pages from `origins` may use it too, "*" allows any."""
-    middleware = [Middleware(_Guard, key=api_key)] if api_key else []
+    """Return the ASGI application, with the chat page at / if `page`.
+
+    Web pages from `origins` may use it too, "*" allows any.
+    """
+    pages = page_routes() if page else []
+    keyless = {"/health", *(route.path for route in pages)}
+    middleware = [Middleware(_Guard, key=api_key, keyless=keyless)] if api_key else []
     if origins:  # outermost, so that web pages can read errors too
         cors: Any = CORSMiddleware
         middleware.insert(
@@ -46,6 +56,7 @@ def make_app(
             Route("/health", service.health),
             Route("/metrics", service.metrics),
             Route("/slots", service.slots),
+            Route("/v1/placement", service.placement),
             Route("/v1/models", service.models),
             Route("/v1/models/{name:path}", service.model),
             Route("/v1/chat/completions", service.chat, methods=["POST"]),
@@ -56,6 +67,7 @@ def make_app(
             Route("/tokenize", service.tokenize, methods=["POST"]),
             Route("/detokenize", service.detokenize, methods=["POST"]),
             Route("/tokenizer_info", service.tokenizer_info),
+            *pages,
         ],
         middleware=middleware,
         exception_handlers={HTTPException: _refuse, Exception: _report_bug},
@@ -86,13 +98,13 @@ async def _report_bug(request: Request, error: Exception) -> Response:
 
 
 class _Guard:
-    """Requires the API key everywhere but at /health."""
+    """Requires the API key everywhere but at the `keyless` paths."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._key = app, key.encode()
+    def __init__(self, app: ASGIApp, key: str, keyless: Set[str]) -> None:
+        self._app, self._key, self._keyless = app, key.encode(), keyless
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http" and scope["path"] not in self._keyless:
             headers = Headers(scope=scope)
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
             # Some clients send an empty x-api-key beside the bearer's.

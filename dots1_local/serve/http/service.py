@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -166,12 +166,16 @@ class Service:
         self.name, self._created = name, int(time.time())
         self._ping = ping
         self._opened: tuple[Model, Scheduler] | None = None
+        self._placement: Mapping[str, Any] = {}
         self._closing = False
         self._metrics = Metrics(lambda: self._opened[1] if self._opened else None)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="dots1-request")
 
-    def open(self, model: Model, scheduler: Scheduler) -> None:
-        """Begin to answer requests."""
+    def open(
+        self, model: Model, scheduler: Scheduler, placement: Mapping[str, Any] | None = None
+    ) -> None:
+        """Begin to answer requests; `placement` is what GET /v1/placement answers."""
+        self._placement = placement or {}
         self._opened = model, scheduler
 
     def close(self) -> None:
@@ -196,6 +200,11 @@ class Service:
     async def slots(self, request: Request) -> Response:
         """Report what each slot does and holds."""
         return JSONResponse([asdict(each) for each in self._available()[1].slots])
+
+    async def placement(self, request: Request) -> Response:
+        """Report which device holds what."""
+        self._available()
+        return JSONResponse(self._placement)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._entry()]})

@@ -1,0 +1,142 @@
+// A Markdown text that grows while the model writes it.
+//
+// A block is drawn once when it is finished; only the last block is drawn again when it grows. A
+// block that is longer than a window is cut, so that the work of a drawing has a limit, whatever the
+// model writes. Drawing takes at most a fifth of the time.
+
+import { CodeBlock, codeBlock, dressCode } from "./code_block.js";
+import { blocksOf, renderBlocks } from "./markdown.js";
+
+const WINDOW = 16_000; // characters
+const FENCE = /^ {0,3}(`{3,}(?=[^`\n]*(?:\n|$))|~{3,})([^\n]*)(?:\n|$)/;
+
+export class Answer {
+  #text = "";
+  #done = 0; // characters of the blocks that are finished
+  #last = []; // nodes of the block that grows
+  #code; // the code block that grows, and where its text starts
+  #drawing = false;
+  #rested = 0; // when the next drawing may begin
+
+  constructor(root) {
+    this.root = root;
+  }
+
+  /** Show a text, which begins with what was shown before, as soon as there is time. */
+  grow(text) {
+    this.#text = withoutReturns(text);
+    if (this.#drawing) return;
+    this.#drawing = true;
+    setTimeout(() => requestAnimationFrame(() => this.#drawInTime()), Math.max(0, this.#rested - performance.now()));
+  }
+
+  /** Show the whole text now. */
+  finish(text) {
+    this.#text = withoutReturns(text);
+    this.#draw(true);
+  }
+
+  #drawInTime() {
+    if (!this.#drawing) return;
+    this.#drawing = false;
+    const begun = performance.now();
+    this.#draw(false);
+    const now = performance.now();
+    this.#rested = now + 4 * (now - begun);
+  }
+
+  #draw(final) {
+    this.#drawing = false;
+    while (this.#done < this.#text.length && this.#drawNext(final));
+  }
+
+  /** Draw what comes next; return whether something was finished. */
+  #drawNext(final) {
+    const rest = this.#text.slice(this.#done, this.#done + WINDOW);
+    const fence = this.#code ?? openingFence(rest, this.#done, final);
+    if (fence) return this.#drawCode(fence, final);
+    const blocks = blocksOf(rest);
+    const whole = final && this.#done + rest.length === this.#text.length;
+    const count = whole ? beforeFence(blocks) : finishedBlocks(blocks);
+    if (count) return this.#append(blocks.slice(0, count));
+    if (rest.length >= WINDOW) return this.#append(blocksOf(cut(rest)));
+    this.#redraw(dressCode(renderBlocks(blocks), { finished: false }).childNodes);
+    return false;
+  }
+
+  #append(blocks) {
+    const fragment = dressCode(renderBlocks(blocks), { finished: true });
+    this.#redraw([]);
+    this.root.append(fragment);
+    this.#done += Math.max(1, blocks.reduce((sum, block) => sum + block.raw.length, 0));
+    return true;
+  }
+
+  #redraw(nodes) {
+    for (const node of this.#last) node.remove();
+    this.#last = [...nodes];
+    this.root.append(...this.#last);
+  }
+
+  /** Draw a fenced code block, which ends with its fence, or with the text if that is final. */
+  #drawCode(fence, final) {
+    const end = closingFence(this.#text, fence, final);
+    if (!end && !final) {
+      if (!this.#code) {
+        this.#code = { ...fence, block: new CodeBlock(fence.info) };
+        this.#redraw([this.#code.block.element]);
+      }
+      this.#code.from = this.#text.lastIndexOf("\n") + 1; // the last line may become the fence
+      this.#code.block.set(this.#text.slice(fence.start, Math.max(fence.start, this.#code.from)));
+      return false;
+    }
+    const text = this.#text.slice(fence.start, end ? end.index : this.#text.length);
+    if (this.#code) {
+      this.#code.block.set(text);
+      this.#code.block.finish();
+      this.#last = [];
+      this.#code = undefined;
+    } else {
+      this.#redraw([]);
+      this.root.append(codeBlock(text, fence.info));
+    }
+    this.#done = end ? end.index + end.length : this.#text.length;
+    return true;
+  }
+}
+
+/** Return the fence that a text begins with; positions count from the beginning of the answer. */
+function openingFence(text, offset, final) {
+  const match = FENCE.exec(text);
+  if (!match || !(final || match[0].endsWith("\n"))) return undefined;
+  const start = offset + match[0].length;
+  return { mark: match[1], info: match[2], start, from: start };
+}
+
+/** Return where the closing fence is, and its length; its line must be whole, or the last one. */
+function closingFence(text, { mark, start, from }, final) {
+  const pattern = new RegExp(`^ {0,3}${mark[0]}{${mark.length},}[ \\t]*(?:\\n${final ? "|$(?![^])" : ""})`, "gm");
+  pattern.lastIndex = Math.max(start, from);
+  const match = pattern.exec(text);
+  return match && { index: match.index, length: match[0].length };
+}
+
+/** Return how many blocks come before a fence that is not the first one, which is drawn by itself. */
+function beforeFence(blocks) {
+  const fence = blocks.findIndex((block) => block.type === "code" && FENCE.test(block.raw));
+  return fence > 0 ? fence : blocks.length;
+}
+
+/** Return how many blocks cannot change any more: those before the last one that is not space. */
+function finishedBlocks(blocks) {
+  const last = blocks.findLastIndex((block) => block.type !== "space");
+  return last > 0 ? Math.min(last, beforeFence(blocks)) : 0;
+}
+
+/** Return the whole lines of a text, or if it has but one, the whole characters. */
+function cut(text) {
+  const lines = text.slice(0, text.lastIndexOf("\n") + 1);
+  return lines || text.replace(/[\uD800-\uDBFF]$/, "");
+}
+
+const withoutReturns = (text) => (text.includes("\r") ? text.replace(/\r\n?/g, "\n") : text);

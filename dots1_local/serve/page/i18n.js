@@ -42,7 +42,7 @@ export const number = (value, digits = 0) =>
 /** Return tokens a second, with a decimal below 100. */
 export const rate = (value) => `${number(value, value < 100 ? 1 : 0)} tok/s`;
 
-export const seconds = (value) => `${number(value, value < 10 ? 1 : 0)} s`;
+export const seconds = (value) => `${number(value, value < 1 ? 2 : value < 10 ? 1 : 0)} s`;
 
 /** Return for example 72.0 GB, in powers of 1,000 as everywhere in dots1-local. */
 export function bytes(value) {

@@ -4,8 +4,6 @@ import { el } from "./dom.js";
 import { bytes, number, t } from "./i18n.js";
 import { CLASSES, allocatedBytes, plannedBytes, segments } from "./placement_data.js";
 
-const LABELLED = 0.11; // of the bar; narrower segments have no text in them
-
 /** Return both bars of a device. */
 export function memoryBars(device) {
   const allocated = allocatedBytes(device);
@@ -21,7 +19,7 @@ function bar(device, label, sizes) {
   const pieces = found.map(({ name, bytes: size }) => {
     const piece = el("span", { className: `segment ${name}`, data: { tip: `${className(name)}: ${bytes(size)} (${number((100 * size) / whole, 1)}%)` } });
     piece.style.width = `${(100 * size) / whole}%`;
-    if (size / whole > LABELLED) piece.append(el("b", {}, className(name, true)), el("span", {}, bytes(size)));
+    piece.append(el("b", {}, className(name, true)), el("span", {}, bytes(size)));
     return piece;
   });
   return el("div", { className: "bar-row" }, el("span", { className: "bar-label" }, label),

@@ -6,6 +6,7 @@ import { onLanguage, t } from "./i18n.js";
 import { MessageView } from "./message_view.js";
 
 const NEAR = 80; // pixels from the end that count as being there
+const USERS = 500; // milliseconds after an event in which scrolling is the user's
 
 let views = new Map();
 let following = true; // whether the end is kept in sight
@@ -17,8 +18,15 @@ export function startTranscript() {
   chat.addEventListener("open", draw);
   chat.addEventListener("message", (event) => update(event.detail));
   onLanguage(draw);
+  let moved = 0; // when the user last did what may scroll
+  for (const event of ["wheel", "touchmove", "pointerdown", "keydown"]) {
+    scroller.addEventListener(event, () => (moved = performance.now()), { passive: true });
+  }
   scroller.addEventListener("scroll", () => {
-    following = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR;
+    const away = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight >= NEAR;
+    // What is laid out late scrolls too, and must not end the following.
+    if (!away) following = true;
+    else if (performance.now() - moved < USERS) following = false;
     byId("to-end").hidden = following;
   }, { passive: true });
   byId("to-end").addEventListener("click", toEnd);

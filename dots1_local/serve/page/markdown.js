@@ -76,18 +76,32 @@ purify.addHook("afterSanitizeAttributes", (node) => {
   }
 });
 
-/** Return the blocks of a Markdown text; each has the `raw` text that it takes. */
-export const blocksOf = (text) => marked.lexer(text);
+/** Return the blocks of a Markdown text, each with its `raw` text; too deep a nesting is one plain block. */
+export function blocksOf(text) {
+  try {
+    return marked.lexer(text);
+  } catch {
+    return [{ type: "paragraph", raw: text, tokens: [{ type: "text", raw: text, text }] }];
+  }
+}
 
 /** Return blocks as a document fragment. */
 export function renderBlocks(blocks) {
-  const fragment = clean(marked.parser(blocks));
+  const fragment = clean(htmlOf(blocks));
   for (const table of fragment.querySelectorAll("table")) {
     const frame = el("div", { className: "table", tabIndex: 0 });
     table.replaceWith(frame);
     frame.append(table);
   }
   return fragment;
+}
+
+function htmlOf(blocks) {
+  try {
+    return marked.parser(blocks);
+  } catch {
+    return `<p>${escaped(blocks.map(({ raw }) => raw).join(""))}</p>`;
+  }
 }
 
 /** Return HTML as a document fragment, without all that could do something. */

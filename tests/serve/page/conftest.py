@@ -11,8 +11,9 @@ from tests.serve.page.browser import Open, Visit, launch
 from tests.serve.page.scripted import ScriptedScheduler, full_size_placement, run_app, scripted_app
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
+    """One for all tests of the page; other tests could not use asyncio while it runs."""
     with launch() as browser:
         yield browser
 

@@ -90,6 +90,7 @@ def serve(options: ServeOptions) -> None:
     name, key = options.name, options.api_key
     with closing(bind(options.host, options.port)) as listener:
         url = url_of(listener)
+        page = "" if options.no_page else f"; chat page at {url.removesuffix('v1')}"
         if not (key or is_loopback(listener)):
             notice(f"warning: anyone who reaches {url} may use the model; set an --api-key")
         with (
@@ -112,7 +113,7 @@ def serve(options: ServeOptions) -> None:
                 server.open(engine, options.queue, draft, cache)
                 notice(
                     f"listening on {url} as {name}, context of {engine.n_ctx:,} tokens, "
-                    f"{plural(engine.params.n_sequences, 'answer')} at once"
+                    f"{plural(engine.params.n_sequences, 'answer')} at once{page}"
                 )
                 server.wait()
                 if server.busy:

@@ -63,7 +63,7 @@ def this_machine(
 
 
 def started_machine() -> Hardware:
-    """This machine as the engine in this process sees it, with the speeds that were measured before.
+    """This machine as this process's engine sees it, with the speeds that were measured before.
 
     The engine must have loaded a model, because drivers that start may hang or die, and must be
     computing nothing, because a worker answers one question at a time.

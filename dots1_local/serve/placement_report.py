@@ -1,4 +1,4 @@
-"""What is where: which device holds which parts of the loaded model, as planned and as allocated."""
+"""What is where: which device holds which parts of the model, as planned and as allocated."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,6 +17,8 @@ from dots1_local.placement.placement import Placement
 from dots1_local.placement.speed_model import forecast
 
 __all__ = ["engine_placement", "placement_report"]
+
+_Part = tuple[int | None, str, str]  # layer, role and device
 
 
 def engine_placement(engine: Engine) -> dict[str, Any]:
@@ -78,14 +80,11 @@ def _parts(graph: ModelGraph, placement: Placement) -> list[dict[str, Any]]:
     The embedding has no layer, and the output layer is the last one.
     """
     layers = {each.name: n for n, layer in enumerate(graph.layers) for each in layer.values()}
-    sizes: defaultdict[tuple[int | None, str, str], int] = defaultdict(int)
-    types: defaultdict[tuple[int | None, str, str], dict[str, None]] = defaultdict(dict)
+    sizes: defaultdict[_Part, int] = defaultdict(int)
+    types: defaultdict[_Part, dict[str, None]] = defaultdict(dict)
     for tensor in graph.tensors:
-        place = (
-            layers.get(tensor.name),
-            role_of(tensor.name) or "norm",
-            placement.device_of(tensor.name),
-        )
+        role = role_of(tensor.name) or "norm"
+        place: _Part = layers.get(tensor.name), role, placement.device_of(tensor.name)
         sizes[place] += tensor.nbytes
         types[place][tensor.type] = None
     kv = kv_bytes(graph.config, placement.tokens, placement.kv_type) // placement.blocks

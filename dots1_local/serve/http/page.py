@@ -1,8 +1,8 @@
 """GET /: the chat page, whose files come with this package.
 
-All of its addresses are relative, so that it works behind a path prefix. The files need no key: they
-hold no secrets, and the page asks for the key. The policy lets the page load and call nothing but
-this server, and run no code but its files.
+All of its addresses are relative, so that it works behind a path prefix. The files need no key,
+because they hold no secrets; the page asks for the key. The policy lets the page load and call
+nothing but this server, and run no code but its files.
 """
 
 import gzip

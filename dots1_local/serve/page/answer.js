@@ -1,13 +1,18 @@
 // A Markdown text that grows while the model writes it.
 //
 // A block is drawn once when it is finished; only the last block is drawn again when it grows. A
-// block that is longer than a window is cut, so that the work of a drawing has a limit, whatever the
-// model writes. Drawing takes at most a fifth of the time.
+// block that is longer than a window is cut, so that the work of a step has a limit, whatever the
+// model writes. After some steps the browser gets its turn, and while the answer grows, drawing takes
+// at most a fifth of the time.
 
 import { CodeBlock, codeBlock, dressCode } from "./code_block.js";
 import { blocksOf, renderBlocks } from "./markdown.js";
 
-const WINDOW = 16_000; // characters
+const WINDOW = 8_000; // characters
+const TABLE = 64_000; // characters of a table, which would not be one any more if it were cut
+const LONG_LINE = 1_000; // characters; parsing takes the square of them in the worst case
+const STEPS = 25; // milliseconds
+const FRAME = 16; // milliseconds
 const FENCE = /^ {0,3}(`{3,}(?=[^`\n]*(?:\n|$))|~{3,})([^\n]*)(?:\n|$)/;
 
 export class Answer {
@@ -15,7 +20,7 @@ export class Answer {
   #done = 0; // characters of the blocks that are finished
   #last = []; // nodes of the block that grows
   #code; // the code block that grows, and where its text starts
-  #drawing = false;
+  #timer;
   #rested = 0; // when the next drawing may begin
 
   constructor(root) {
@@ -25,37 +30,49 @@ export class Answer {
   /** Show a text, which begins with what was shown before, as soon as there is time. */
   grow(text) {
     this.#text = withoutReturns(text);
-    if (this.#drawing) return;
-    this.#drawing = true;
-    setTimeout(() => requestAnimationFrame(() => this.#drawInTime()), Math.max(0, this.#rested - performance.now()));
+    this.#timer ??= setTimeout(() => this.#drawInTime(), Math.max(FRAME, this.#rested - performance.now()));
   }
 
-  /** Show the whole text now. */
-  finish(text) {
+  /** Show the whole text; what takes long is shown later. Call `done` at the end. */
+  finish(text, done = () => {}) {
     this.#text = withoutReturns(text);
-    this.#draw(true);
+    clearTimeout(this.#timer);
+    if (this.#draw(true)) this.#timer = setTimeout(() => this.finish(text, done));
+    else done();
   }
 
   #drawInTime() {
-    if (!this.#drawing) return;
-    this.#drawing = false;
+    this.#timer = undefined;
     const begun = performance.now();
-    this.#draw(false);
+    const more = this.#draw(false);
     const now = performance.now();
     this.#rested = now + 4 * (now - begun);
+    if (more) this.grow(this.#text);
   }
 
+  /** Draw for some time; return whether there is more. */
   #draw(final) {
-    this.#drawing = false;
-    while (this.#done < this.#text.length && this.#drawNext(final));
+    const end = performance.now() + STEPS;
+    while (this.#done < this.#text.length) {
+      if (!this.#drawNext(final)) return false;
+      if (performance.now() > end) return true;
+    }
+    return false;
   }
 
   /** Draw what comes next; return whether something was finished. */
   #drawNext(final) {
-    const rest = this.#text.slice(this.#done, this.#done + WINDOW);
+    let rest = this.#text.slice(this.#done, this.#done + WINDOW);
     const fence = this.#code ?? openingFence(rest, this.#done, final);
     if (fence) return this.#drawCode(fence, final);
-    const blocks = blocksOf(rest);
+    let blocks = blocksOf(rest);
+    if (rest.length >= WINDOW && blocks[0]?.type === "table") {
+      const table = this.#text.slice(this.#done, this.#done + TABLE);
+      if (Math.max(...table.split("\n").map((line) => line.length)) < LONG_LINE) {
+        rest = table;
+        blocks = blocksOf(rest);
+      }
+    }
     const whole = final && this.#done + rest.length === this.#text.length;
     const count = whole ? beforeFence(blocks) : finishedBlocks(blocks);
     if (count) return this.#append(blocks.slice(0, count));

@@ -20,13 +20,15 @@ export class MessageView {
   update() {
     const { message } = this;
     const generation = chat.generationOf(message);
-    this.element.classList.toggle("writing", Boolean(generation));
     if (generation) {
+      this.element.classList.add("writing");
       if (message.text) this.answer.grow(message.text);
       this.#showProgress(generation);
     } else {
-      this.answer.finish(message.text);
-      this.#showFoot();
+      this.answer.finish(message.text, () => {
+        this.element.classList.remove("writing");
+        this.#showFoot();
+      });
     }
   }
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from shutil import which
 from typing import Any
 from urllib.parse import urlsplit
@@ -57,8 +56,16 @@ class Visit:
         page.on("request", lambda request: self.requests.append(request.url))
         page.on("request", self._keep_body)
         page.on("pageerror", lambda error: self.trouble.append(str(error)))
-        page.on("dialog", lambda dialog: self.trouble.append(f"dialog {dialog.message}"))
-        page.on("console", lambda said: said.type == "error" and self.trouble.append(said.text))
+        page.on("dialog", self._keep_dialog)
+        page.on("console", self._keep_error)
+
+    def _keep_dialog(self, dialog: Any) -> None:
+        self.trouble.append(f"dialog {dialog.message}")
+        dialog.dismiss()
+
+    def _keep_error(self, said: Any) -> None:
+        if said.type == "error":
+            self.trouble.append(said.text)
 
     def _keep_body(self, request: Any) -> None:
         if request.url.endswith("/chat/completions"):

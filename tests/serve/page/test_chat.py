@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,32 +131,29 @@ def test_an_export_comes_back(
     assert page.get_by_label("System prompt").input_value() == "Be brief."
 
 
+def exported(messages: Any) -> str:
+    """Return an export with one conversation, which has these messages."""
+    conversation = {"title": "x", "created": 1, "updated": 1, "settings": {}, "shown": {}}
+    content = [{**conversation, "messages": messages}]
+    return json.dumps({"format": "dots1-conversations", "version": 1, "conversations": content})
+
+
+def message(name: str, parent: str) -> dict[str, Any]:
+    return {"id": name, "parent": parent, "role": "user", "text": "x", "created": 1}
+
+
 @pytest.mark.parametrize(
     "content",
     [
         "{",
         "[]",
-        '{"format": "dots1-conversations", "version": 1, "conversations": [{"messages": {"a": 1}}]}',
-        json.dumps(
-            {
-                "format": "dots1-conversations",
-                "version": 1,
-                "conversations": [
-                    {
-                        "title": "a circle", "created": 1, "updated": 1, "settings": {},
-                        "shown": {"": "a"},
-                        "messages": {
-                            name: {"id": name, "parent": parent, "role": "user", "text": "x",
-                                   "created": 1}
-                            for name, parent in (("a", "b"), ("b", "a"))
-                        },
-                    }
-                ],
-            }
-        ),
+        exported({"a": 1}),
+        exported({"a": message("a", "b"), "b": message("b", "a")}),
+        exported({"a": message("a", "elsewhere")}),
+        exported({"a": {**message("a", ""), "role": "system"}}),
     ],
-    ids=["no JSON", "another format", "no message", "a circle"],
-)  # fmt: skip
+    ids=["no JSON", "another format", "no message", "a circle", "no parent", "another role"],
+)
 def test_a_bad_import_is_refused(chat: Visit, tmp_path: Path, content: str) -> None:
     (tmp_path / "bad.json").write_text(content, encoding="utf-8")
     chat.page.click("#open-settings")
@@ -195,8 +193,7 @@ def test_files_settings_and_deletion(
 def test_what_the_server_refuses_is_said(chat: Visit, scheduler: ScriptedScheduler) -> None:
     scheduler.answers = [["now it fits"]]
     chat.ask("x" * 5000)
-    failure = chat.page.wait_for_selector(".note.failed")
-    assert "4096 tokens" in failure.inner_text()
+    assert "4096 tokens" in chat.page.locator(".note.failed").inner_text()
     chat.page.click("[aria-label='Edit']")
     chat.page.fill(".message.user textarea", "y")
     chat.page.keyboard.press("Enter")

@@ -58,9 +58,7 @@ LINES = [
 
 
 @pytest.mark.parametrize("cut", [3, 1000], ids=["in small pieces", "in large pieces"])
-def test_a_hostile_answer_does_nothing(
-    chat: Visit, scheduler: ScriptedScheduler, cut: int
-) -> None:
+def test_a_hostile_answer_does_nothing(chat: Visit, scheduler: ScriptedScheduler, cut: int) -> None:
     pieces = [HOSTILE[at : at + cut] for at in range(0, len(HOSTILE), cut)]
     scheduler.answers = [pieces, ["fine"]]
     chat.asked("Attack.")
@@ -68,7 +66,9 @@ def test_a_hostile_answer_does_nothing(
     assert chat.trouble == []  # no dialog, and not even a violation of the policy
     assert len(chat.hosts()) == 1
     assert chat.page.title() == "Attack. · dots1"
-    forbidden = "script, img, iframe, svg:not(.icon), style, link, form, button:not(.plain), [onclick]"
+    forbidden = (
+        "script, img, iframe, svg:not(.icon), style, link, form, button:not(.plain), [onclick]"
+    )
     assert chat.page.locator(".answer").locator(forbidden).count() == 0
     attributes = chat.page.eval_on_selector_all(
         ".answer *", "all => [...new Set(all.flatMap(each => each.getAttributeNames()))].sort()"
@@ -87,7 +87,7 @@ def test_a_hostile_answer_does_nothing(
 
 def test_long_answers_do_not_freeze_the_page(chat: Visit, scheduler: ScriptedScheduler) -> None:
     """10,000 lines of every kind; the longest task of the page's thread stays short."""
-    text = "\n".join(f"{LINES[n % len(LINES)]} {n}" for n in range(10_000)) + "\n\nthe end"
+    text = "\n".join(LINES[n % len(LINES)] for n in range(10_000)) + "\n\nthe end"
     scheduler.answers = [[text[at : at + 400] for at in range(0, len(text), 400)]]
     chat.page.evaluate(
         """() => {
@@ -100,7 +100,7 @@ def test_long_answers_do_not_freeze_the_page(chat: Visit, scheduler: ScriptedSch
     begun = time.monotonic()
     assert chat.asked("Write much.").endswith("the end")
     assert time.monotonic() - begun < 20
-    assert chat.page.evaluate("longest") < 2000
+    assert chat.page.evaluate("longest") < 1000
     assert chat.trouble == []
 
 
@@ -115,14 +115,14 @@ def test_one_long_block_does_not_freeze_the_page(
     assert time.monotonic() - begun < 20
 
 
-@pytest.mark.parametrize("mark", ["[", "*", "`", "<", "![", "\\[", "$$", "> ", "- ", "_a", "&", "~"])
-def test_repeated_marks_do_not_freeze_the_page(
-    chat: Visit, scheduler: ScriptedScheduler, mark: str
-) -> None:
-    scheduler.answers = [[mark * 1000] * 20 + ["\n\nend"]]
-    begun = time.monotonic()
-    assert chat.asked("Repeat.").rstrip().endswith("end")
-    assert time.monotonic() - begun < 10
+def test_repeated_marks_do_not_freeze_the_page(chat: Visit, scheduler: ScriptedScheduler) -> None:
+    """Marks that let simple parsers of Markdown look at the rest of the text again and again."""
+    for mark in ("[", "*", "`", "<", "![", "\\[", "$$", "> ", "- ", "_a", "&", "~", "1. > "):
+        scheduler.answers = [[mark * 1000] * 20 + ["\n\nend"]]
+        chat.page.keyboard.press("Control+Shift+O")
+        begun = time.monotonic()
+        assert chat.asked("Repeat.").rstrip().endswith("end")
+        assert time.monotonic() - begun < 10, mark
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ _Part = tuple[int | None, str, str]  # layer, role and device
 
 def engine_placement(engine: Engine) -> dict[str, Any]:
     """Return the report of an engine that computes nothing at the moment."""
-    placement = engine.params.applied_to(engine.placement or _all_in_ram(engine))
+    given = engine.placement
+    placement = engine.params.applied_to(given) if given else _all_in_ram(engine)
     graph, machine = ModelGraph.read(engine.gguf), started_machine()
     usage = engine.predicted or footprint(graph, placement, n_outputs=engine.params.n_outputs)
     machine = _before_loading(machine, engine.report, mapped=placement.host_memory == "mapped")
@@ -112,6 +113,7 @@ def _all_in_ram(engine: Engine) -> Placement:
         ubatch=params.n_ubatch,
         threads=params.threads,
         host_memory="mapped",
+        sequences=params.n_sequences if params.shared_cache else 1,
     )
 
 

@@ -77,22 +77,22 @@ export class Answer {
     const count = whole ? beforeFence(blocks) : finishedBlocks(blocks);
     if (count) return this.#append(blocks.slice(0, count));
     if (rest.length >= WINDOW) return this.#append(blocksOf(cut(rest)));
-    this.#redraw(dressCode(renderBlocks(blocks), { finished: false }).childNodes);
+    this.#replaceLast(dressCode(renderBlocks(blocks), { finished: false }), { grows: true });
     return false;
   }
 
   #append(blocks) {
-    const fragment = dressCode(renderBlocks(blocks), { finished: true });
-    this.#redraw([]);
-    this.root.append(fragment);
+    this.#replaceLast(dressCode(renderBlocks(blocks), { finished: true }));
     this.#done += Math.max(1, blocks.reduce((sum, block) => sum + block.raw.length, 0));
     return true;
   }
 
-  #redraw(nodes) {
-    for (const node of this.#last) node.remove();
-    this.#last = [...nodes];
-    this.root.append(...this.#last);
+  /** Replace the block that grows, by one that is finished or `grows`, too. */
+  #replaceLast(fragment, { grows = false } = {}) {
+    const old = this.#last;
+    this.#last = grows ? [...fragment.childNodes] : [];
+    this.root.append(fragment);
+    for (const node of old) node.remove(); // last, so that the page never becomes shorter and jumps
   }
 
   /** Draw a fenced code block, which ends with its fence, or with the text if that is final. */
@@ -101,7 +101,7 @@ export class Answer {
     if (!end && !final) {
       if (!this.#code) {
         this.#code = { ...fence, block: new CodeBlock(fence.info) };
-        this.#redraw([this.#code.block.element]);
+        this.#replaceLast(fragmentOf(this.#code.block.element), { grows: true });
       }
       this.#code.from = this.#text.lastIndexOf("\n") + 1; // the last line may become the fence
       this.#code.block.set(this.#text.slice(fence.start, Math.max(fence.start, this.#code.from)));
@@ -114,12 +114,17 @@ export class Answer {
       this.#last = [];
       this.#code = undefined;
     } else {
-      this.#redraw([]);
-      this.root.append(codeBlock(text, fence.info));
+      this.#replaceLast(fragmentOf(codeBlock(text, fence.info)));
     }
     this.#done = end ? end.index + end.length : this.#text.length;
     return true;
   }
+}
+
+function fragmentOf(element) {
+  const fragment = new DocumentFragment();
+  fragment.append(element);
+  return fragment;
 }
 
 /** Return the fence that a text begins with; positions count from the beginning of the answer. */

@@ -35,7 +35,7 @@ export function className(name, short = false) {
 /** Return the legend; choosing a class fades the others in `area`. */
 export function legend(area) {
   const buttons = [...CLASSES.map(({ name }) => name), "others", "free"].map((name) => {
-    const button = el("button", { type: "button", className: "plain", "aria-pressed": "false" }, el("i", { className: `swatch ${name}` }), className(name));
+    const button = el("button", { type: "button", className: "plain", "aria-pressed": "false" }, el("i", { className: `swatch ${name}` }), className(name, true));
     button.addEventListener("click", () => {
       const chosen = area.dataset.only === name ? "" : name;
       area.dataset.only = chosen;

@@ -19,7 +19,7 @@ const SHORTCUTS = [
   { keys: `${COMMAND}+K`, label: "keySearch", is: command("k"), act: searchConversations },
   { keys: "↑", label: "keyEdit", is: (event) => event.key === "ArrowUp", act: editLast, when: (event) => event.target === byId("draft") && !byId("draft").value && !chat.generation },
   { keys: `${COMMAND}+Shift+L`, label: "keyCopy", is: command("l", true), act: copyLast },
-  { keys: `${COMMAND}+M`, label: "keyViews", is: command("m"), act: () => showView(shownView() === "chat" ? "placement" : "chat") },
+  { keys: `${COMMAND}+.`, label: "keyViews", is: command("."), act: () => showView(shownView() === "chat" ? "placement" : "chat") },
   { keys: "?", label: "keyHelp", is: (event) => event.key === "?", act: help, when: (event) => !/^(?:TEXTAREA|INPUT|SELECT)$/.test(event.target.tagName) },
 ];
 

@@ -3,8 +3,8 @@
 import { el, svg } from "./dom.js";
 import { number, t } from "./i18n.js";
 
-const WIDTH = 640;
-const HEIGHT = 180;
+const WIDTH = 880;
+const HEIGHT = 200;
 const LEFT = 40;
 const BOTTOM = 24;
 const TOP = 10;

@@ -15,8 +15,8 @@ export function startTips(area) {
     const middle = x ?? box.left + box.width * (element.dataset.tipAt ?? 0.5);
     const half = tip.offsetWidth / 2 + 8;
     tip.style.left = `${Math.min(innerWidth - half, Math.max(half, middle))}px`;
-    const above = box.top - tip.offsetHeight - 8;
-    tip.style.top = `${above > 8 ? above : box.bottom + 8}px`;
+    const below = box.bottom + 8;
+    tip.style.top = `${below + tip.offsetHeight < innerHeight ? below : box.top - tip.offsetHeight - 8}px`;
   };
   area.addEventListener("pointermove", (event) => show(event.target.closest("[data-tip]"), event.clientX));
   area.addEventListener("pointerleave", () => show(undefined));

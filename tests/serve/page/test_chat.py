@@ -26,7 +26,7 @@ def test_a_conversation_with_a_real_model(visit: Open, served: Served, story: st
     page = told.open()
     page.click("#open-settings")
     page.get_by_label("Temperature").fill("0")
-    page.get_by_label("Longest answer").fill("24")
+    page.get_by_label("Max. tokens").fill("24")
     page.keyboard.press("Escape")
     assert told.asked("Tell me a story about a little cat.") == story.strip()
     assert "24 tokens" in page.locator(".stats").inner_text()
@@ -188,6 +188,25 @@ def test_files_settings_and_deletion(
     page.wait_for_selector(".welcome")
     chat.open()
     assert page.locator("#conversations .open").count() == 0
+
+
+def test_the_end_stays_in_sight_until_the_user_scrolls(
+    chat: Visit, scheduler: ScriptedScheduler
+) -> None:
+    text = "A paragraph.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n" * 12
+    pieces = [text[at : at + 5] for at in range(0, len(text), 5)]
+    scheduler.answers, scheduler.pause = [pieces, pieces], 0.002
+    rest = "scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"
+    chat.asked("First?")
+    assert chat.page.evaluate(rest) < 2
+    chat.ask("Second?")
+    chat.page.wait_for_selector(".writing .answer table")
+    chat.page.hover("#scroller")
+    chat.page.mouse.wheel(0, -600)
+    chat.answer()
+    assert chat.page.evaluate(rest) > 600
+    chat.page.click("#to-end")
+    assert chat.page.evaluate(rest) < 2
 
 
 def test_what_the_server_refuses_is_said(chat: Visit, scheduler: ScriptedScheduler) -> None:

@@ -188,7 +188,7 @@ def test_shortcuts(chat: Visit, scheduler: ScriptedScheduler) -> None:
     assert page.evaluate("document.activeElement.id") == "search"
     page.keyboard.type("nothing like it")
     assert page.locator("#conversations .open").count() == 0
-    page.keyboard.press("Control+m")
+    page.keyboard.press("Control+.")
     assert page.is_visible("#placement")
     page.keyboard.press("Control+Shift+O")
     assert page.is_visible(".welcome")

@@ -2,8 +2,8 @@
 
     python -m tools.page_screenshots
 
-It needs Chromium, and a font with Chinese characters. A script speaks in place of the model, as fast
-as `dots1 plan` predicts for the machine that the third picture shows; no such machine is needed.
+It needs Chromium, and a font with Chinese characters. A script speaks in place of the model, as
+fast as `dots1 plan` predicts for the machine of the third picture; no such machine is needed.
 """
 
 import re

@@ -99,6 +99,19 @@ def test_usage_tells_how_many_drafted_tokens_were_right(
     assert details["rejected_prediction_tokens"] == 0
 
 
+def test_the_page_is_served_unless_it_is_turned_off(model: Path) -> None:
+    with Served(model) as server:
+        assert f"chat page at http://127.0.0.1:{server.port}/" in server.told
+        status, page = server.get("/")
+        assert (status, page[:15]) == (200, b"<!doctype html>")
+        _, placement = server.get("/v1/placement")
+        [device] = json.loads(placement)["devices"]
+        assert (device["name"], device["allocated"]["kv"]) == ("CPU", device["planned"]["kv"])
+    with Served(model, "--no-page") as server:
+        assert "page" not in server.told
+        assert server.get("/")[0] == 404
+
+
 def test_a_running_answer_is_finished_before_the_end(endless: Path) -> None:
     with Served(endless, "-c", "1k") as server:
         connection = server.connect()

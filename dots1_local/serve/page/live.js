@@ -26,6 +26,8 @@ export class LiveFigures {
       waiting: counts.waiting ?? 0,
       prompt: counts.prompt_tokens_total ?? 0,
       cached: counts.cached_tokens_total ?? 0,
+      ram: counts.cache_ram_bytes ?? 0,
+      disk: counts.cache_disk_bytes ?? 0,
       ...this.#speeds,
     };
   }

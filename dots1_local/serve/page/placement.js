@@ -50,7 +50,7 @@ function draw() {
     el("p", { className: "intro" }, t("whereIntro", { file, size: bytes(size), machine, context: tokens, kv })),
     figures.cards, memory, el("section", { className: "panel" }, el("h2", {}, t("speedBy")), figures.chart),
     el("section", { className: "panel" }, el("h2", {}, t("answers")), figures.slots)));
-  showFigures({ slots: [], running: 0, waiting: 0, prompt: 0, cached: 0 });
+  showFigures({ slots: [], running: 0, waiting: 0, prompt: 0, cached: 0, ram: 0, disk: 0 });
 }
 
 function deviceCard(device) {
@@ -99,11 +99,12 @@ function speedCard(title, predicted, measured, state) {
   return card(title, el("dl", {}, figure(t("predicted"), predicted), figure(`${t("measured")}${measured ? `, ${state}` : ""}`, measured)));
 }
 
-function cacheCard({ prompt, cached }) {
+function cacheCard({ prompt, cached, ram, disk }) {
   const share = prompt ? cached / prompt : 0;
   const meter = el("meter", { min: 0, max: 1, value: share, "aria-label": t("promptCache") });
   return card(t("promptCache"), el("strong", {}, prompt ? `${number(100 * share)}%` : "–"), meter,
-    el("p", { className: "hint" }, prompt ? t("promptCacheHit", { hit: number(cached), all: number(prompt) }) : t("nothingYet")));
+    el("p", { className: "hint" }, prompt ? t("promptCacheHit", { hit: number(cached), all: number(prompt) }) : t("nothingYet")),
+    ram || disk ? el("p", { className: "hint" }, t("cacheSizes", { ram: bytes(ram), disk: bytes(disk) })) : "");
 }
 
 function queueCard({ running, waiting, slots }) {

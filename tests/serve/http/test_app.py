@@ -221,7 +221,7 @@ def test_models_are_listed_with_their_context(app: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "asked", "status"),
     [
-        ("/", None, 404),
+        ("/page", None, 404),
         ("/v1", None, 404),
         ("/v1/embeddings", {"input": "hi"}, 404),
         (CHAT, None, 405),

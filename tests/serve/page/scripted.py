@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
@@ -45,6 +46,9 @@ class ScriptedScheduler:
     handles: list[RequestHandle] = field(default_factory=list)
     load: Load = Load(0, 0, 1)  # noqa: RUF009 -- it is frozen
     slots: Sequence[SlotState] = (SlotState(0, 0),)
+    cache: Any = field(  # its use by the server's metrics
+        default_factory=lambda: SimpleNamespace(ram_used=0, disk_used=0, restored_tokens=0)
+    )
 
     def __post_init__(self) -> None:
         self.go_on.set()

@@ -129,6 +129,7 @@ def test_what_is_where(
 ) -> None:
     scheduler.load = Load(1, 2, 2)
     scheduler.slots = (SlotState(0, 5000, True, 4000, 1000), SlotState(1, 800))
+    scheduler.cache.disk_used = 3_200_000_000
     shown = visit(placed_url)
     page = shown.open()
     page.click("#tab-placement")
@@ -152,6 +153,7 @@ def test_what_is_where(
     assert tip.startswith("Layer 1\nattention: 71.3 MB, Q8_0\n")
     assert page.locator(".cards").inner_text().count("17.1 tok/s") == 1
     assert "1 running, 2 waiting" in page.inner_text(".cards")
+    assert "3.2 GB on disk" in page.inner_text(".cards")
     assert page.locator(".slot").all_inner_texts()[0].split("\n")[-1] == "5,000 / 16,384"
     scheduler.slots = (SlotState(0, 5100, True, 4000, 1100), SlotState(1, 800))
     page.wait_for_selector(".cards :text('measured, now')")

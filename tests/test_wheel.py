@@ -66,6 +66,9 @@ def test_converts_and_chats(installed: Path, tiny: Path, tmp_path: Path) -> None
     )
     assert where.startswith(str(installed.parent))
     run(installed / "dots1", "convert", tiny, "-o", "tiny.gguf", cwd=tmp_path)
+    count = "from dots1_local.serve.http.page import page_routes; print(len(page_routes()))"
+    page = [path for path in (ROOT / "dots1_local/serve/page").rglob("*") if path.is_file()]
+    assert run(installed / "python", "-c", count, cwd=tmp_path) == f"{len(page)}\n"
     answer = run(
         installed / "dots1", "chat", "tiny.gguf", "-p", "Hello", "--temp", "0", cwd=tmp_path
     )

@@ -2,6 +2,8 @@
 
 import * as tree from "./conversation.js";
 import { Generation } from "./generation.js";
+import { t } from "./i18n.js";
+import { notify } from "./notice.js";
 import { defaultSettings, samplingOf } from "./sampling.js";
 import { allConversations, deleteConversation, onOtherTab, readConversation, saveConversation } from "./store.js";
 
@@ -106,8 +108,7 @@ class Chat extends EventTarget {
     const asked = tree.apiMessages(conversation, tree.upTo(conversation, question.id));
     const message = tree.addMessage(conversation, question.id, "assistant", "");
     message.state = "writing";
-    const save = () => (this.list.includes(conversation) ? saveConversation(conversation) : undefined);
-    const generation = new Generation(message, () => this.#tell("message", message), save);
+    const generation = new Generation(message, () => this.#tell("message", message), () => this.#keep(conversation));
     this.#running.set(message.id, generation);
     if (!this.list.includes(conversation)) this.list.unshift(conversation);
     this.#sort();
@@ -117,13 +118,22 @@ class Chat extends EventTarget {
     this.#running.delete(message.id);
     this.#tell("message", message);
     this.#tell("list");
-    await save();
+    await this.#keep(conversation);
   }
 
   async #save(conversation) {
-    if (!this.list.includes(conversation)) return;
-    await saveConversation(conversation);
+    await this.#keep(conversation);
     this.#tell("list");
+  }
+
+  /** Write a conversation that is in the list; the chat goes on where the browser keeps nothing. */
+  async #keep(conversation) {
+    if (!this.list.includes(conversation)) return;
+    try {
+      await saveConversation(conversation);
+    } catch (error) {
+      notify(t("notKept", { why: error.message }));
+    }
   }
 
   #show(conversation) {

@@ -90,10 +90,12 @@ function showButton() {
   const button = byId("send");
   const writing = Boolean(chat.generation);
   const label = t(writing ? "stop" : "send");
-  setIcon(button, writing ? "stop" : "send");
-  button.setAttribute("aria-label", label);
-  button.title = label;
-  button.classList.toggle("stop", writing);
+  if (button.title !== label) {
+    setIcon(button, writing ? "stop" : "send");
+    button.setAttribute("aria-label", label);
+    button.title = label;
+    button.classList.toggle("stop", writing);
+  }
   button.disabled = !writing && !byId("draft").value.trim() && !attachedFiles().length;
   if (!writing) showContext();
 }

@@ -31,7 +31,7 @@ async function start() {
   try {
     await chat.load();
   } catch (error) {
-    notify(error.message); // the browser keeps nothing here, and the chat works without
+    notify(t("notKept", { why: error.message }));
   }
   await findModel();
 }
@@ -54,13 +54,13 @@ function showTheme() {
 
 /** Ask for the model until the server has loaded it. */
 async function findModel() {
-  for (;;) {
+  for (let waited = false; ; waited = true) {
     try {
       const { id, max_model_len: context } = await model();
       byId("model-name").textContent = id;
       setServedName(id);
       setContext(context);
-      release();
+      if (waited) release();
       document.body.dataset.ready = "true";
       return;
     } catch (error) {

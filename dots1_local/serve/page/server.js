@@ -19,17 +19,35 @@ export function onKeyNeeded(ask) {
   askForKey = (wrong) => (asking ??= ask(wrong).finally(() => (asking = undefined)));
 }
 
-export const key = () => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY);
+let held = null; // the key, where the browser lets the page keep nothing
+
+export function key() {
+  try {
+    return sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? held;
+  } catch {
+    return held;
+  }
+}
 
 /** Keep the key until the tab is closed, or with `remember` in the browser. */
 export function keepKey(value, remember) {
   forgetKey();
-  (remember ? localStorage : sessionStorage).setItem(KEY, value);
+  held = value;
+  try {
+    (remember ? localStorage : sessionStorage).setItem(KEY, value);
+  } catch {
+    // It lasts as long as the page.
+  }
 }
 
 export function forgetKey() {
-  sessionStorage.removeItem(KEY);
-  localStorage.removeItem(KEY);
+  held = null;
+  try {
+    sessionStorage.removeItem(KEY);
+    localStorage.removeItem(KEY);
+  } catch {
+    // Nothing was kept.
+  }
 }
 
 /** Return the response to a GET, or to a POST of `body`; a missing key is asked for. */

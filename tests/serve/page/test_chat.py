@@ -103,6 +103,35 @@ def test_a_reload_restores_conversations(chat: Visit, scheduler: ScriptedSchedul
     assert chat.page.locator(".note").inner_text() == "Stopped"
 
 
+def test_another_tab_shows_what_was_said(chat: Visit, scheduler: ScriptedScheduler) -> None:
+    scheduler.answers = [["told"]]
+    other = chat.context.new_page()
+    other.goto(chat.url)
+    other.wait_for_selector("body[data-ready]")
+    chat.asked("Tell.")
+    other.click("#conversations .open:has-text('Tell.')")
+    other.wait_for_selector(".message.assistant:not(.writing) .answer:has-text('told')")
+    assert chat.trouble == []
+
+
+def test_a_browser_that_keeps_nothing(visit: Open, page_url: str, scheduler: Any) -> None:
+    scheduler.answers = [["an answer"]]
+    closed = visit(page_url)
+    closed.context.add_init_script(
+        """
+        const refuse = () => { throw new DOMException("denied", "SecurityError"); };
+        for (const name of ["localStorage", "sessionStorage"]) {
+            Object.defineProperty(window, name, { get: refuse });
+        }
+        IDBFactory.prototype.open = refuse;
+        """
+    )
+    page = closed.open()
+    page.wait_for_selector("#notice:has-text('does not keep')")
+    assert closed.asked("Hello?") == "an answer"
+    assert closed.trouble == []
+
+
 def test_an_export_comes_back(
     visit: Open, chat: Visit, page_url: str, scheduler: ScriptedScheduler, tmp_path: Path
 ) -> None:

@@ -4,13 +4,13 @@ import gzip
 import hashlib
 import json
 import re
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Page
 
 import dots1_local
 from dots1_local.engine.engine import Engine
@@ -85,11 +85,9 @@ def test_a_hostile_answer_does_nothing(chat: Visit, scheduler: ScriptedScheduler
     assert chat.asked("Still there?") == "fine"
 
 
-def test_long_answers_do_not_freeze_the_page(chat: Visit, scheduler: ScriptedScheduler) -> None:
-    """10,000 lines of every kind; the longest task of the page's thread stays short."""
-    text = "\n".join(LINES[n % len(LINES)] for n in range(10_000)) + "\n\nthe end"
-    scheduler.answers = [[text[at : at + 400] for at in range(0, len(text), 400)]]
-    chat.page.evaluate(
+def watch(page: Page) -> None:
+    """Measure the longest task of the page's thread from now on: it answers no click meanwhile."""
+    page.evaluate(
         """() => {
             window.longest = 0;
             new PerformanceObserver((list) => {
@@ -97,32 +95,39 @@ def test_long_answers_do_not_freeze_the_page(chat: Visit, scheduler: ScriptedSch
             }).observe({ type: "longtask" });
         }"""
     )
-    begun = time.monotonic()
-    assert chat.asked("Write much.").endswith("the end")
-    assert time.monotonic() - begun < 20
-    assert chat.page.evaluate("longest") < 1000
-    assert chat.trouble == []
 
 
-@pytest.mark.parametrize("text", ["x = 1  # and so on\n" * 10_000, "- item\n" * 10_000])
-def test_one_long_block_does_not_freeze_the_page(
+def in_pieces(text: str) -> list[str]:
+    return [text[at : at + 400] for at in range(0, len(text), 400)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(LINES[n % len(LINES)] for n in range(10_000)) + "\n",
+        "```python\n" + "x = 1  # and so on\n" * 10_000 + "```\n",
+        "- an item\n" * 10_000,
+    ],
+    ids=["all kinds of lines", "code", "a list"],
+)
+def test_10_000_lines_do_not_freeze_the_page(
     chat: Visit, scheduler: ScriptedScheduler, text: str
 ) -> None:
-    fenced = f"```python\n{text}```\n" if text.startswith("x") else text
-    scheduler.answers = [[*(fenced[at : at + 500] for at in range(0, len(fenced), 500)), "\nend"]]
-    begun = time.monotonic()
-    assert chat.asked("Write one block.").rstrip().endswith("end")
-    assert time.monotonic() - begun < 20
+    scheduler.answers = [in_pieces(f"{text}\n\nthe end")]
+    watch(chat.page)
+    assert chat.asked("Write much.").endswith("the end")
+    assert chat.page.evaluate("longest") < 1500  # milliseconds; a tenth of it if nothing else runs
+    assert chat.trouble == []
 
 
 def test_repeated_marks_do_not_freeze_the_page(chat: Visit, scheduler: ScriptedScheduler) -> None:
     """Marks that let simple parsers of Markdown look at the rest of the text again and again."""
+    watch(chat.page)
     for mark in ("[", "*", "`", "<", "![", "\\[", "$$", "> ", "- ", "_a", "&", "~", "1. > "):
-        scheduler.answers = [[mark * 1000] * 20 + ["\n\nend"]]
+        scheduler.answers = [in_pieces(mark * 20_000 + "\n\nend")]
         chat.page.keyboard.press("Control+Shift+O")
-        begun = time.monotonic()
         assert chat.asked("Repeat.").rstrip().endswith("end")
-        assert time.monotonic() - begun < 10, mark
+        assert chat.page.evaluate("longest") < 3000, mark
 
 
 @pytest.fixture

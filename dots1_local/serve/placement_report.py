@@ -1,5 +1,6 @@
 """What is where: which device holds which parts of the model, as planned and as allocated."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -10,6 +11,7 @@ from dots1_local.devices.hardware import CPU, Hardware
 from dots1_local.devices.machine import started_machine
 from dots1_local.engine.engine import Engine
 from dots1_local.engine.log import Allocated, Report
+from dots1_local.errors import Dots1Error
 from dots1_local.files.gguf import role_of
 from dots1_local.placement.footprint import Usage, footprint, kv_bytes
 from dots1_local.placement.model_graph import ModelGraph
@@ -18,11 +20,23 @@ from dots1_local.placement.speed_model import forecast
 
 __all__ = ["engine_placement", "placement_report"]
 
+_log = logging.getLogger(__name__)
 _Part = tuple[int | None, str, str]  # layer, role and device
 
 
-def engine_placement(engine: Engine) -> dict[str, Any]:
-    """Return the report of an engine that computes nothing at the moment."""
+def engine_placement(engine: Engine) -> dict[str, Any] | None:
+    """Return the report of an engine that computes nothing at the moment.
+
+    None if its devices cannot be described, which is no reason not to serve.
+    """
+    try:
+        return _engine_placement(engine)
+    except Dots1Error:
+        _log.exception("the placement is not known")
+        return None
+
+
+def _engine_placement(engine: Engine) -> dict[str, Any]:
     given = engine.placement
     placement = engine.params.applied_to(given) if given else _all_in_ram(engine)
     graph, machine = ModelGraph.read(engine.gguf), started_machine()

@@ -166,7 +166,7 @@ class Service:
         self.name, self._created = name, int(time.time())
         self._ping = ping
         self._opened: tuple[Model, Scheduler] | None = None
-        self._placement: Mapping[str, Any] = {}
+        self._placement: Mapping[str, Any] | None = None
         self._closing = False
         self._metrics = Metrics(lambda: self._opened[1] if self._opened else None)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="dots1-request")
@@ -175,7 +175,7 @@ class Service:
         self, model: Model, scheduler: Scheduler, placement: Mapping[str, Any] | None = None
     ) -> None:
         """Begin to answer requests; `placement` is what GET /v1/placement answers."""
-        self._placement = placement or {}
+        self._placement = placement
         self._opened = model, scheduler
 
     def close(self) -> None:
@@ -204,6 +204,8 @@ class Service:
     async def placement(self, request: Request) -> Response:
         """Report which device holds what."""
         self._available()
+        if self._placement is None:
+            raise ApiError(404, "the engine's devices could not be asked where the model is")
         return JSONResponse(self._placement)
 
     async def models(self, request: Request) -> Response:

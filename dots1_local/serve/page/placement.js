@@ -96,7 +96,7 @@ function measuredAnswers() {
 
 function speedCard(title, predicted, measured, state) {
   const figure = (label, value) => el("div", {}, el("dt", {}, label), el("dd", { className: value ? "" : "unknown" }, value ? rate(value) : "–"));
-  return card(title, el("dl", {}, figure(t("predicted"), predicted), figure(`${t("measured")}${measured ? `, ${state}` : ""}`, measured)));
+  return card(title, el("dl", {}, figure(t("predicted"), predicted), figure(`${t("measured")}${measured ? ` · ${state}` : ""}`, measured)));
 }
 
 function cacheCard({ prompt, cached, ram, disk }) {

@@ -79,11 +79,10 @@ function jump() {
 }
 
 function welcome() {
-  const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
   const logo = svg("svg", { class: "logo large", viewBox: "0 0 36 12", "aria-hidden": "true" },
     ...[6, 18, 30].map((x) => svg("circle", { cx: x, cy: 6, r: 4.5 })));
   const tries = ["try1", "try2", "try3", "try4"].map((name) =>
     el("button", { type: "button", onclick: () => chat.send(t(name), []) }, t(name)));
   return el("div", { className: "welcome" }, logo, el("h2", {}, t("greeting")),
-    el("p", {}, t(local ? "greetingSmall" : "greetingRemote", { model: served })), el("div", { className: "tries" }, ...tries));
+    el("p", {}, t("greetingSmall", { model: served })), el("div", { className: "tries" }, ...tries));
 }

@@ -171,23 +171,22 @@ def message(name: str, parent: str) -> dict[str, Any]:
     return {"id": name, "parent": parent, "role": "user", "text": "x", "created": 1}
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[]",
-        exported({"a": 1}),
-        exported({"a": message("a", "b"), "b": message("b", "a")}),
-        exported({"a": message("a", "elsewhere")}),
-        exported({"a": {**message("a", ""), "role": "system"}}),
-    ],
-    ids=["no JSON", "another format", "no message", "a circle", "no parent", "another role"],
-)
-def test_a_bad_import_is_refused(chat: Visit, tmp_path: Path, content: str) -> None:
-    (tmp_path / "bad.json").write_text(content, encoding="utf-8")
+BAD_EXPORTS = {
+    "no JSON": "{",
+    "another format": "[]",
+    "no message": exported({"a": 1}),
+    "a circle": exported({"a": message("a", "b"), "b": message("b", "a")}),
+    "no parent": exported({"a": message("a", "elsewhere")}),
+    "another role": exported({"a": {**message("a", ""), "role": "system"}}),
+}
+
+
+def test_a_bad_import_is_refused(chat: Visit, tmp_path: Path) -> None:
     chat.page.click("#open-settings")
-    chat.page.set_input_files("#import-file", tmp_path / "bad.json")
-    chat.page.wait_for_selector("#notice:has-text('bad.json is not an export')")
+    for name, content in BAD_EXPORTS.items():
+        (tmp_path / f"{name}.json").write_text(content, encoding="utf-8")
+        chat.page.set_input_files("#import-file", tmp_path / f"{name}.json")
+        chat.page.wait_for_selector(f"#notice:has-text('{name}.json is not an export')")
     assert chat.page.locator("#conversations .open").count() == 0
 
 

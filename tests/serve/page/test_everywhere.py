@@ -156,7 +156,7 @@ def test_what_is_where(
     assert "3.2 GB on disk" in page.inner_text(".cards")
     assert page.locator(".slot").all_inner_texts()[0].split("\n")[-1] == "5,000 / 16,384"
     scheduler.slots = (SlotState(0, 5100, True, 4000, 1100), SlotState(1, 800))
-    page.wait_for_selector(".cards :text('measured, now')")
+    page.wait_for_selector(".cards :text('measured · now')")
     page.click(".legend >> text=KV cache")
     faded = "() => getComputedStyle(document.querySelector('.segment.attention')).opacity < 0.5"
     page.wait_for_function(faded)

@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 from dots1_local.architecture import Dots1Config
 from dots1_local.convert import Conversion
 from dots1_local.errors import UsageError
-from dots1_local.evaluate.perplexity import kl_divergence, perplexity, read_text
+from dots1_local.evaluate.kl_divergence import kl_divergence
+from dots1_local.evaluate.perplexity import perplexity, read_text
 from dots1_local.quant.recipes import Padding, make_plan
 from tools.make_wide import published_config
 

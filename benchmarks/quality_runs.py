@@ -36,7 +36,8 @@ from dots1_local.calibrate.manifest import (
 )
 from dots1_local.convert import convert_checkpoint
 from dots1_local.evaluate.divergence import Estimate
-from dots1_local.evaluate.perplexity import kl_divergence, read_text
+from dots1_local.evaluate.kl_divergence import kl_divergence
+from dots1_local.evaluate.perplexity import read_text
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.plan import QuantPlan
 from dots1_local.quant.sensitivity import Sensitivity, load_sensitivity

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from dots1_local.engine.engine import Engine
     from dots1_local.engine.planned import load
     from dots1_local.errors import Dots1Error
-    from dots1_local.evaluate.perplexity import kl_divergence, perplexity
+    from dots1_local.evaluate.kl_divergence import kl_divergence
+    from dots1_local.evaluate.perplexity import perplexity
     from dots1_local.export import export_checkpoint
     from dots1_local.files.checkpoint import Checkpoint
     from dots1_local.files.gguf import GGUFFile
@@ -52,7 +53,8 @@ _NAMES_OF = {
     "engine.engine": ("Engine",),
     "engine.planned": ("load",),
     "errors": ("Dots1Error",),
-    "evaluate.perplexity": ("kl_divergence", "perplexity"),
+    "evaluate.kl_divergence": ("kl_divergence",),
+    "evaluate.perplexity": ("perplexity",),
     "export": ("export_checkpoint",),
     "files.checkpoint": ("Checkpoint",),
     "files.gguf": ("GGUFFile",),

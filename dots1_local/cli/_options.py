@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CHECKPOINT", "HUB_PANEL", "Context", "DraftTokens", "Json", "KVType", "Model", "ModelShard",
     "Plan", "Ram", "Revision", "Threads", "Vram", "Workers", "argument", "choose_placement",
-    "exit_on_interrupt", "flag", "memory_limits", "open_checkpoint", "open_engine", "option",
-    "parse_draft", "report_abort", "verb",
+    "exit_on_interrupt", "flag", "memory_limits", "named_files", "open_checkpoint", "open_engine",
+    "option", "parse_draft", "report_abort", "verb",
 ]  # fmt: skip
 
 
@@ -165,6 +165,29 @@ def memory_limits(vram: str | None, ram: str | None) -> dict[str, int | None]:
         name: size if size is None else parse_size(size, minimum=0)
         for name, size in (("vram", vram), ("ram", ram))
     }
+
+
+def named_files(values: Sequence[str], option: str) -> dict[str, Path]:
+    """Return the files by name from NAME=FILE or FILE, whose name is that of the file.
+
+    Raises:
+        UsageError: two have the same name, a name is empty, or one of several is "all".
+    """
+    files: dict[str, Path] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or Path(value).exists():
+            name, path = Path(value).stem, value
+        if not name.strip() or not path:
+            raise UsageError(f"{option} {value!r} must be NAME=FILE or FILE")
+        if name in files:
+            raise UsageError(
+                f"two texts of {option} are called {name!r}; tell them apart with NAME=FILE"
+            )
+        files[name] = Path(path)
+    if "all" in files and len(files) > 1:
+        raise UsageError(f'{option}: "all" is the name of all texts together; name one otherwise')
+    return files
 
 
 def choose_placement(

@@ -1,5 +1,6 @@
 """`dots1 perplexity`: measure how well a model predicts a text, and how far it is from another."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -9,7 +10,7 @@ import typer
 
 from dots1_local.cli import _options as shared
 from dots1_local.cli._options import flag, option, verb
-from dots1_local.cli._output import notice, print_json, progress_bar
+from dots1_local.cli._output import notice, print_json, print_table, progress_bar
 from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
@@ -24,18 +25,25 @@ _FEW = 100  # scored tokens; llama-perplexity prints no statistics for fewer
 @dataclass(frozen=True, eq=False, repr=False)
 class PerplexityOptions:
     model: shared.Model
-    file: Path | None = option("Predict this text, UTF-8. Optional with --logits.", "--file", "-f")
+    file: list[str] | None = option(
+        "Predict this text, UTF-8; not with --logits. Repeatable: each text is reported by its "
+        "name, which is by default that of its file, and all together.",
+        "--file",
+        "-f",
+        metavar="[NAME=]FILE",
+    )
     context: int | None = option(
-        "Cut the text into chunks of this many tokens; the second half of each is scored.",
+        "Cut a text into chunks of this many tokens; the second half of each is scored.",
         "--context",
         "-c",
         min=8,
         default="512",
     )
-    chunks: int | None = option("Stop after this many chunks.", min=1, default="all")
+    chunks: int | None = option("Stop after this many chunks of a text.", min=1, default="all")
     reference: Path | None = option("Compare with this model, and run both.", metavar="OTHER.gguf")
-    logits: Path | None = option(
-        "Compare with the model that wrote this file, which holds the text."
+    logits: list[str] | None = option(
+        "Compare with the model that wrote this file, which holds the text; repeatable like -f.",
+        metavar="[NAME=]FILE",
     )
     save_logits: Path | None = option(
         "Write log-probabilities to this file, as llama-perplexity --kl-divergence-base does."
@@ -63,6 +71,8 @@ def perplexity(options: PerplexityOptions) -> None:
       dots1 perplexity dots-DQ4.gguf --logits base.kld --histogram
 
       dots1 perplexity dots-DQ4.gguf -f wiki.test.raw --reference dots-Q8_0.gguf
+
+      dots1 perplexity dots-DQ4.gguf -f english=eng.txt -f chinese=zh.txt -f code.txt
     """
     compares = options.reference is not None or options.logits is not None
     _check(options, compares)
@@ -73,35 +83,35 @@ def perplexity(options: PerplexityOptions) -> None:
         "notify": notice,
         "n_chunks": options.chunks,
     }
+    texts = shared.named_files(options.file or (), "-f")
+    logits = shared.named_files(options.logits or (), "--logits")
     with shared.report_abort():
         if compares:
-            _compare(options, run)
+            _compare(options, texts, logits, run)
         else:
-            _measure(options, run)
+            _measure(options, texts, run)
 
 
 def _check(options: PerplexityOptions, compares: bool) -> None:
     """Refuse options that contradict each other."""
-    logits_files = (options.reference, options.logits, options.save_logits)
-    if sum(path is not None for path in logits_files) > 1:
+    if sum(map(bool, (options.reference, options.logits, options.save_logits))) > 1:
         raise typer.BadParameter("give one of --reference, --logits and --save-logits")
-    if options.logits is None and options.file is None:
+    if not options.logits and not options.file:
         raise typer.BadParameter("name the text to predict", param_hint="--file / -f")
-    if options.logits is not None and options.file is not None:
+    if options.logits and options.file:
         raise typer.BadParameter("--logits brings its own text; leave out -f")
     if options.histogram and (options.json or not compares):
         raise typer.BadParameter("--histogram goes with --reference or --logits, without --json")
 
 
-def _measure(options: PerplexityOptions, run: dict[str, Any]) -> None:
-    from dots1_local.evaluate import perplexity as evaluate
+def _measure(options: PerplexityOptions, texts: Mapping[str, Path], run: dict[str, Any]) -> None:
+    from dots1_local.evaluate.perplexity import perplexities, read_text
 
-    assert options.file is not None
     saved = options.save_logits
     with progress_bar("perplexity") as report:
-        result = evaluate.perplexity(
+        results = perplexities(
             options.model,
-            evaluate.read_text(options.file),
+            {name: read_text(path) for name, path in texts.items()},
             n_ctx=options.context or 512,
             save_logits=saved,
             force=options.force,
@@ -111,36 +121,86 @@ def _measure(options: PerplexityOptions, run: dict[str, Any]) -> None:
     if saved is not None:
         notice(f"wrote {saved} ({human_bytes(saved.stat().st_size)})")
     if options.json:
-        print_json(_summary(result))
+        _print_json(results)
+    elif len(results) == 1:
+        print(f"Final estimate: {results[next(iter(texts))]}")
     else:
-        print(f"Final estimate: {result}")
+        rows = [
+            (name, f"{each.chunks:,}", f"{each.tokens:,}", f"{each.value:.4f}", f"{each.error:.5f}")
+            for name, each in results.items()
+        ]
+        print_table(("text", "chunks", "tokens", "PPL", "+/-"), rows, numbers_from=1)
 
 
-def _compare(options: PerplexityOptions, run: dict[str, Any]) -> None:
-    from dots1_local.evaluate import perplexity as evaluate
+def _compare(
+    options: PerplexityOptions,
+    texts: Mapping[str, Path],
+    logits: Mapping[str, Path],
+    run: dict[str, Any],
+) -> None:
     from dots1_local.evaluate.divergence import histogram
+    from dots1_local.evaluate.kl_divergence import kl_divergences
+    from dots1_local.evaluate.perplexity import read_text
 
     with progress_bar("KL divergence") as report:
-        result = evaluate.kl_divergence(
+        results = kl_divergences(
             options.model,
-            logits=options.logits,
+            logits=logits,
             reference=options.reference,
-            text=None if options.file is None else evaluate.read_text(options.file),
+            texts={name: read_text(path) for name, path in texts.items()},
             n_ctx=options.context,
             progress=report,
             **run,
         )
-    if result.tokens < _FEW:
-        notice(
-            f"only {result.tokens} tokens were scored: llama-perplexity prints no statistics for "
-            f"fewer than {_FEW}, and errors and percentiles mean little here"
-        )
+    for name, each in results.items():
+        if each.tokens < _FEW:
+            notice(
+                f"only {each.tokens} tokens {f'of {name} ' if len(results) > 1 else ''}were "
+                "scored: llama-perplexity prints no statistics for fewer than "
+                f"{_FEW}, and errors and percentiles mean little here"
+            )
     if options.json:
-        print_json(_summary(result))
+        _print_json(results)
         return
-    print(result)
+    if len(results) == 1:
+        print(*results.values())
+    else:
+        _print_divergences(results)
     if options.histogram:
-        print(f"\n{histogram(result.per_token)}")
+        for name, each in results.items():
+            print(f"\n{name}" if len(results) > 1 else "", histogram(each.per_token), sep="\n")
+
+
+def _print_divergences(results: "Mapping[str, Divergence]") -> None:
+    """Print the figures that people compare, a text a row; --json has the others."""
+    header = (
+        "text", "tokens", "PPL(Q)", "PPL(base)", "PPL(Q)/PPL(base)", "mean KLD", "median KLD",
+        "99.9% KLD", "same top p",
+    )  # fmt: skip
+    rows = [
+        (
+            name,
+            f"{each.tokens:,}",
+            f"{each.perplexity.value:.4f}",
+            f"{each.base_perplexity.value:.4f}",
+            f"{each.ratio.value:.6f} ± {each.ratio.error:.6f}",
+            f"{each.kl_divergence.value:.6f} ± {each.kl_divergence.error:.6f}",
+            f"{each.kl_percentiles[50.0]:.6f}",
+            f"{each.kl_percentiles[99.9]:.6f}",
+            f"{100 * each.same_top.value:.3f} ± {100 * each.same_top.error:.3f} %",
+        )
+        for name, each in results.items()
+    ]
+    print_table(header, rows, numbers_from=1)
+
+
+def _print_json(results: "Mapping[str, Perplexity | Divergence]") -> None:
+    """Print one text's figures as they are, and several by name, with those over all texts."""
+    figures = {name: _summary(each) for name, each in results.items()}
+    if len(figures) == 1:
+        print_json(*figures.values())
+        return
+    print_json({"all": figures.pop("all"), "texts": figures})
 
 
 def _summary(result: "Perplexity | Divergence") -> dict[str, Any]:

@@ -7,7 +7,7 @@ softmax, which is llama-perplexity's too: exponentials in float32, their sums in
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,15 @@ from dots1_local.engine.engine import Engine, Entry
 from dots1_local.engine.planned import load
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.placement.placement import MAX_SEQUENCES
+from dots1_local.progress import Progress
 
 __all__ = [
-    "NOT_FINITE", "Block", "Doubles", "Floats", "ScoredUbatch", "Tokens", "cut", "exp32",
-    "log_sum_exp", "negative_log", "negative_log32", "open_engine", "score", "thread_pool",
+    "ALL", "NOT_FINITE", "Block", "Doubles", "Floats", "ScoredUbatch", "Tokens", "cut", "exp",
+    "exp32", "log_sum_exp", "negative_log", "negative_log32", "open_engine", "score",
+    "thread_pool", "together",
 ]  # fmt: skip
 
+ALL = "all"  # the name of the results over all texts
 NOT_FINITE = "the model computes NaN or infinite logits; its file may be damaged"
 _N_BATCH = 2048  # tokens; llama-perplexity's default, chunks are evaluated side by side up to it
 _BLOCK = 1 << 18  # logits that a thread works on at a time, so that its results fit its cache
@@ -71,20 +74,37 @@ def thread_pool(threads: int | None) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(threads or physical_cores(), os.cpu_count() or 1))
 
 
-def cut(engine: Engine, text: str, n_ctx: int, n_chunks: int | None) -> Tokens:
+def cut(
+    engine: Engine, text: str, n_ctx: int, n_chunks: int | None, name: str = "this one"
+) -> Tokens:
     """Tokenize at most `n_chunks` chunks (chunks, n_ctx); the rest of the text is left out.
 
     Raises:
-        UsageError: the text has fewer than 2 * n_ctx tokens.
+        UsageError: the text, which errors call `name`, has fewer than 2 * n_ctx tokens.
     """
     tokens = engine.tokenize(text, special=False, add_bos=True)
     if len(tokens) < 2 * n_ctx:
         raise UsageError(
             f"perplexity at a context of {n_ctx} needs a text of at least {2 * n_ctx} tokens; "
-            f"this one has {len(tokens)}"
+            f"{name} has {len(tokens)}"
         )
     count = min(len(tokens) // n_ctx, n_chunks or len(tokens))
     return np.array(tokens[: count * n_ctx], np.int32).reshape(count, n_ctx)
+
+
+def together(
+    chunks: Mapping[str, Tokens], progress: Progress
+) -> Iterator[tuple[str, Tokens, Progress]]:
+    """Yield each text's name and chunks, and a progress that counts the tokens of all texts."""
+    tokens_of_all = sum(each.size for each in chunks.values())
+    before = 0
+    for name, tokens in chunks.items():
+
+        def report(done: int, total: int, unit: str, what: str, before: int = before) -> None:
+            progress(before + done, tokens_of_all, unit, what)
+
+        yield name, tokens, report
+        before += tokens.size
 
 
 def score(engine: Engine, chunks: Tokens) -> Iterator[ScoredUbatch]:
@@ -133,6 +153,12 @@ def _blocks(rows: Floats, chunks: Tokens, before: int, position: int) -> Iterato
             end = min(start + size, stop)
             part = logits[start - position : end - position]
             yield Block(before + number, start - n_ctx // 2, part, tokens[start + 1 : end + 1])
+
+
+def exp(x: float) -> float:
+    """exp(x), which is infinite beyond the range of a float, as in C; a broken model needs it."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.float64(x)))
 
 
 def exp32(x: Floats) -> Floats:

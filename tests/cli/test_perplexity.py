@@ -1,4 +1,6 @@
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,91 @@ def test_saves_logits_and_compares_with_them_or_with_the_model(tmp_path: Path) -
     assert run(base, *common, "--save-logits", saved, "--force").exit_code == 0
     by_model = run(noisy, *common, "--reference", base)
     assert by_model.stdout == goldens.PRINTED.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    """Three texts of different lengths, the last one named by its file."""
+    for name, text in {"a": "abc" * 100, "b": "hello!" * 40, "c": "xyz" * 90}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    return [f"first={tmp_path}/a.txt", f"二={tmp_path}/b.txt", f"{tmp_path}/c.txt"]
+
+
+def rows(printed: str) -> dict[str, list[str]]:
+    """The cells of a table after its header, by the first cell; cells are two spaces apart."""
+    lines = [re.split(" {2,}", line) for line in printed.splitlines()[1:]]
+    return {name: cells for name, *cells in lines}
+
+
+def test_each_text_has_the_digits_that_it_has_alone(tmp_path: Path, texts: list[str]) -> None:
+    model = write_random_gguf(tmp_path / "model.gguf")
+    common = ["-c", 32, "-t", 1]
+    given = [part for text in texts for part in ("-f", text)]
+    found = rows(run(model, *given, *common).stdout)
+    assert list(found) == ["first", "二", "c", "all"]
+    as_json = json.loads(run(model, *given, *common, "--json").stdout)
+    logs, counts = [], []
+    for text, (name, cells) in zip(texts, found.items(), strict=False):
+        alone = run(model, "-f", text, *common).stdout
+        assert alone == f"Final estimate: PPL = {cells[2]} +/- {cells[3]}\n"
+        figures = as_json["texts"][name]
+        logs.append(math.log(figures["value"]))
+        counts.append(figures["tokens"])
+    assert as_json["all"]["tokens"] == sum(counts)
+    expected = math.exp(np.average(logs, weights=counts))
+    assert as_json["all"]["value"] == pytest.approx(expected, rel=1e-12)
+    assert found["all"][2] == f"{expected:.4f}"
+
+
+def test_each_text_has_its_own_divergence(tmp_path: Path, texts: list[str]) -> None:
+    base = goldens.write_model(tmp_path / "base.gguf", noisy=False)
+    noisy = goldens.write_model(tmp_path / "noisy.gguf", noisy=True)
+    common = ["-t", 1, "-c", 32]
+    given = [part for text in texts for part in ("-f", text)]
+    by_model = run(noisy, *given, "--reference", base, *common, "--json")
+    figures = json.loads(by_model.stdout)
+    logits = []
+    for number, (text, name) in enumerate(zip(texts, ("first", "二", "c"), strict=True)):
+        alone = json.loads(run(noisy, "-f", text, "--reference", base, *common, "--json").stdout)
+        assert figures["texts"][name] == alone
+        run(base, "-f", text, *common, "--save-logits", tmp_path / f"{number}.kld")
+        logits += ["--logits", f"{name}={tmp_path}/{number}.kld"]
+    by_file = run(noisy, *logits, "-t", 1)
+    again = json.loads(run(noisy, *logits, "-t", 1, "--json").stdout)
+    assert again == figures
+    tokens = [each["tokens"] for each in figures["texts"].values()]
+    means = [each["kl_divergence"]["value"] for each in figures["texts"].values()]
+    assert figures["all"]["kl_divergence"]["value"] == pytest.approx(
+        np.average(means, weights=tokens), rel=1e-9
+    )
+    assert f"{means[1]:.6f} ± " in rows(by_file.stdout)["二"][4]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["x=", "x="], "two texts of -f are called 'x'"),
+        (["", ""], "two texts of -f are called 'text'"),
+        (["all=", "x="], "is the name of all texts"),
+        (["=", "x="], "must be NAME=FILE"),
+    ],
+)
+def test_names_that_cannot_be_told_apart_are_refused(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    (tmp_path / "text.txt").write_text("abc")
+    given = [part for name in names for part in ("-f", f"{name}{tmp_path}/text.txt")]
+    error = run("model.gguf", *given).exception
+    assert getattr(error, "exit_code", None) == 2
+    assert message in str(error)
+
+
+def test_what_is_for_one_text_is_refused_for_several(tmp_path: Path, texts: list[str]) -> None:
+    model = write_random_gguf(tmp_path / "model.gguf")
+    given = [part for text in texts for part in ("-f", text)]
+    assert "one text" in str(run(model, *given, "--save-logits", tmp_path / "x").exception)
+    short = run(model, *given, "-c", 130, "-t", 1)
+    assert "二 has 80" in str(short.exception)
 
 
 def test_json_holds_every_figure_that_is_printed(tmp_path: Path) -> None:

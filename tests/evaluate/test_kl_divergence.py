@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dots1_local.errors import Dots1Error, GGUFError, UsageError
-from dots1_local.evaluate.perplexity import kl_divergence, perplexity
+from dots1_local.evaluate.kl_divergence import kl_divergence
+from dots1_local.evaluate.perplexity import perplexity
 from tests.goldens.make_kld_goldens import BASE, ESTIMATE, N_CTX, PRINTED, text, write_model
 from tests.helpers import CONFIG, TOKENS, TYPES, write_random_gguf
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench_mixes import prepare, real_bytes
-from dots1_local.evaluate.perplexity import kl_divergence, perplexity, read_text
+from dots1_local.evaluate.kl_divergence import kl_divergence
+from dots1_local.evaluate.perplexity import perplexity, read_text
 from dots1_local.quant.stock import STOCK_MIXES
 
 CHUNKS = 16  # of 512 tokens; 4080 of them are scored

@@ -7,7 +7,8 @@ import pytest
 
 from dots1_local.calibrate.calibrate import calibrate
 from dots1_local.convert import Conversion
-from dots1_local.evaluate.perplexity import kl_divergence, perplexity, read_text
+from dots1_local.evaluate.kl_divergence import kl_divergence
+from dots1_local.evaluate.perplexity import perplexity, read_text
 from dots1_local.evaluate.texts import open_vocabulary, tokenize
 from dots1_local.files.checkpoint import Checkpoint
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 from llama_cpp import llama_cpp as llama
@@ -24,6 +24,7 @@ from llama_cpp import llama_cpp as llama
 from dots1_local.engine import log as engine_log
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.files.digest import BLOCK, hash_model, hash_range
 from dots1_local.files.partial_file import check_space, open_partial
 from dots1_local.progress import Progress, silent
 
@@ -40,8 +41,6 @@ _END = struct.Struct("<Q8s")  # length of the footer's JSON, _SIGNATURE
 _SIGNATURE = b"dots1-kv"
 _MAX_FOOTER = 1 << 26  # bytes
 _CELL_BYTES = 16  # of a token and its cell, which come before keys and values
-_BLOCK = 1 << 16  # bytes
-_BLOCKS = 64  # of each file: 4 MB, half a second of a disk that seeks
 _SEQUENCE = 0
 _INTERVAL = 0.2  # seconds between two reports of progress
 
@@ -85,17 +84,13 @@ def opened_state(path: Path, engine: Engine) -> Iterator[KVState | None]:
 def kv_binding(engine: Engine) -> str:
     """Hash what the cache was computed with: the model and what changes its keys and values.
 
-    The model counts by the header and the length of every shard, and by blocks of its weights.
+    The model counts as `hash_model` says.
     """
     gguf, kv_type = engine.gguf, engine.params.kv_type.upper()
     rotation = os.environ.get("LLAMA_ATTN_ROT_DISABLE", "")  # of quantised keys and values
     settings = version("llama-cpp-python"), engine.n_ctx, kv_type, rotation
     digest = hashlib.sha256(repr(settings).encode())
-    for path in gguf.files:
-        size = path.stat().st_size
-        offsets = (tensor.offset for tensor in gguf.tensors if tensor.file == path)
-        with path.open("rb") as file:
-            _hash_range(digest, file, min(offsets, default=size), size)
+    hash_model(digest, gguf)
     return digest.hexdigest()
 
 
@@ -176,19 +171,8 @@ def _checked(file: BinaryIO, engine: Engine) -> KVState | None:
 def _hash(file: BinaryIO, nbytes: int, n_tokens: int) -> str:
     """Hash the engine's part: tokens and cells whole, and blocks spread over keys and values."""
     digest = hashlib.sha256()
-    _hash_range(digest, file, min(nbytes, _BLOCK + _CELL_BYTES * n_tokens), nbytes)
+    hash_range(digest, file, min(nbytes, BLOCK + _CELL_BYTES * n_tokens), nbytes)
     return digest.hexdigest()
-
-
-def _hash_range(digest: Any, file: BinaryIO, middle: int, end: int) -> None:
-    """Hash a file whole up to `middle`, then blocks up to its very `end`, and both positions."""
-    digest.update(struct.pack("<2Q", middle, end))
-    file.seek(0)
-    digest.update(file.read(middle))
-    last = max(middle, end - _BLOCK)
-    for number in range(_BLOCKS):
-        file.seek(middle + (last - middle) * number // (_BLOCKS - 1))
-        digest.update(file.read(min(_BLOCK, end - middle)))
 
 
 def _replace(

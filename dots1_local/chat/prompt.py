@@ -149,12 +149,8 @@ class Prompter(RawPrompter):
             messages, tools = as_text(messages, tools), None
         mark = secrets.token_hex(8)
         names = [f"{mark}.{index}." for index in range(len(messages))]
-        rendered = self._template.render(
-            [_as_variable(m, name) for m, name in zip(messages, names, strict=True)],
-            bos_token=self._special("bos"),
-            eos_token=self._special("eos"),
-            **self._tools(messages, tools),
-        )
+        variables = [_as_variable(m, name) for m, name in zip(messages, names, strict=True)]
+        rendered = self.render(variables, **self._tools(messages, tools))
         if names[-1] not in rendered and not messages[-1].tool_calls:
             raise GGUFError(f"the chat template of {self._file} leaves out the last message")
         pieces = re.split(rf"{mark}\.(\d{{1,9}})\.", rendered)
@@ -171,6 +167,15 @@ class Prompter(RawPrompter):
             tokens += self.content(messages[index])
             tokens += self._engine.tokenize(literal, special=True)
         return tokens
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """Return what the template writes for messages; a marker in their text is not told apart.
+
+        Raises:
+            GGUFError: the template fails on these messages.
+        """
+        specials = {f"{name}_token": self._special(name) for name in ("bos", "eos")}
+        return self._template.render(messages, **specials, **variables)
 
     def _tools(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None

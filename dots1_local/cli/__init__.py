@@ -13,6 +13,7 @@ from dots1_local.cli._bench import bench
 from dots1_local.cli._calibrate import calibrate
 from dots1_local.cli._chat import chat
 from dots1_local.cli._convert import convert
+from dots1_local.cli._evaluate import evaluate
 from dots1_local.cli._export import export
 from dots1_local.cli._hardware import hardware
 from dots1_local.cli._inspect import inspect
@@ -41,6 +42,7 @@ for _verb in (
     inspect,
     verify,
     perplexity,
+    evaluate,
     chat,
     serve,
     hardware,

@@ -21,8 +21,8 @@ from dots1_local.progress import Progress
 from dots1_local.sizes import human_bytes
 
 __all__ = [
-    "ControlFilter", "notice", "notice_resumed", "one_line", "plain", "plural", "print_json",
-    "print_sizes", "print_table", "progress_bar", "quiet_drivers", "show_engine_log",
+    "ControlFilter", "is_verbose", "notice", "notice_resumed", "one_line", "plain", "plural",
+    "print_json", "print_sizes", "print_table", "progress_bar", "quiet_drivers", "show_engine_log",
 ]  # fmt: skip
 
 _QUIET_SECONDS = 30  # after which a line shows that a long job is alive
@@ -54,16 +54,20 @@ def show_engine_log() -> None:
     logger.setLevel(logging.DEBUG)
 
 
+def is_verbose() -> bool:
+    """Return whether the engine's log is shown."""
+    import logging
+
+    return logging.getLogger("dots1_local.engine").isEnabledFor(logging.DEBUG)
+
+
 @contextmanager
 def quiet_drivers() -> Iterator[None]:
     """Drop what C and C++ code prints on stderr within, unless the engine's log is shown.
 
     Drivers, and in part the engine, print without asking. Our own lines still appear.
     """
-    import logging
-
-    shown = logging.getLogger("dots1_local.engine").isEnabledFor(logging.DEBUG)
-    if shown or os.name != "posix":
+    if is_verbose() or os.name != "posix":
         yield
         return
     try:

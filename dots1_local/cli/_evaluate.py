@@ -21,8 +21,7 @@ from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
     from dots1_local.devices.hardware import Hardware
-    from dots1_local.evaluate.tasks.catalog import Tasks
-    from dots1_local.evaluate.tasks.estimate import Prompting
+    from dots1_local.evaluate.tasks.catalog import TaskOptions, Tasks
     from dots1_local.evaluate.tasks.evaluated import EvaluatedModel, Outlook
 
 __all__ = ["EvaluateOptions", "evaluate"]
@@ -100,7 +99,6 @@ def evaluate(options: EvaluateOptions) -> None:
         open_manager,
         quiet,
     )
-    from dots1_local.evaluate.tasks.estimate import Prompting
 
     names = [name.strip() for each in options.tasks or () for name in each.split(",")]
     _check(options, names)
@@ -110,8 +108,10 @@ def evaluate(options: EvaluateOptions) -> None:
         texts=_texts(options),
         folder=options.task_folder,
         num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        chat_template=options.chat_template,
+        system=options.system,
     )
-    prompting = Prompting(options.limit, options.chat_template, options.system)
     paths = [options.model, *([options.reference] if options.reference else [])]
     stopped = "stopped; the same command goes on from here" if not options.dry_run else "stopped"
     with shared.exit_on_interrupt(stopped), shared.report_abort(), quiet(is_verbose()):
@@ -121,11 +121,11 @@ def evaluate(options: EvaluateOptions) -> None:
         for data_set in needed:
             notice(str(data_set))
         tasks = load(manager, asked)
-        outlooks = [_look_ahead(options, model, tasks, prompting) for model in models]
+        outlooks = [_look_ahead(options, model, tasks, asked) for model in models]
         for outlook in outlooks:
             notice(describe(outlook))
         runs = [
-            _evaluate(options, model, outlook, tasks, prompting)
+            _evaluate(options, model, outlook, tasks, asked)
             for model, outlook in zip(models, outlooks, strict=True)
             if not options.dry_run
         ]
@@ -134,7 +134,7 @@ def evaluate(options: EvaluateOptions) -> None:
     elif options.dry_run:
         print_outlooks(outlooks)
     elif options.json:
-        print_json(scores_json(paths, runs, tasks, prompting))
+        print_json(scores_json(paths, runs, tasks, asked))
     else:
         print_scores(runs, tasks)
 
@@ -176,10 +176,10 @@ def _open(options: EvaluateOptions, path: Path) -> "EvaluatedModel":
 
 
 def _look_ahead(
-    options: EvaluateOptions, model: "EvaluatedModel", tasks: "Tasks", prompting: "Prompting"
+    options: EvaluateOptions, model: "EvaluatedModel", tasks: "Tasks", asked: "TaskOptions"
 ) -> "Outlook":
     with progress_bar(f"counting the tokens of {model.path.name}") as report:
-        estimate = model.estimate(tasks, prompting, report)
+        estimate = model.estimate(tasks, asked, report)
     return model.outlook(estimate, _machine(options))
 
 
@@ -201,7 +201,7 @@ def _evaluate(
     model: "EvaluatedModel",
     outlook: "Outlook",
     tasks: "Tasks",
-    prompting: "Prompting",
+    asked: "TaskOptions",
 ) -> dict[str, Any]:
     """Load a model, ask what is not answered yet, and free the model."""
     from dots1_local.evaluate.tasks.run import evaluate as run
@@ -220,4 +220,4 @@ def _evaluate(
         model.answers(engine) as answers,
         progress_bar(f"evaluating {model.path.name}") as report,
     ):
-        return run(engine, tasks, prompting, answers, outlook.estimate, report)
+        return run(engine, tasks, asked, answers, outlook.estimate, report)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from dots1_local.cli._output import one_line, plural, print_table
 
 if TYPE_CHECKING:
-    from dots1_local.evaluate.tasks.catalog import DataSet, Tasks
-    from dots1_local.evaluate.tasks.estimate import Count, Prompting
+    from dots1_local.evaluate.tasks.catalog import DataSet, TaskOptions, Tasks
+    from dots1_local.evaluate.tasks.estimate import Count
     from dots1_local.evaluate.tasks.evaluated import Outlook
     from dots1_local.evaluate.tasks.scores import Comparison
 
@@ -60,8 +60,8 @@ def print_outlooks(outlooks: "Sequence[Outlook]") -> None:
         for task, count in each.estimate.by_task.items():
             rows.append((name, one_line(task), *_cells(count), "", ""))
         times = ["-", "-"] if each.seconds is None else map(_duration, each.seconds)
-        rows.append((name, "all", *_cells(each.total), "", ""))
-        rows.append((name, "all that remains", *_cells(each.remaining), *times))
+        rows.append((name, "all tasks", *_cells(each.total), "", ""))
+        rows.append((name, "remaining", *_cells(each.remaining), *times))
     print_table(header, rows, numbers_from=2)
 
 
@@ -102,7 +102,7 @@ def print_scores(runs: Sequence[Mapping[str, Any]], tasks: "Tasks") -> None:
         cells = ["  " * each.depth + one_line(each.name), one_line(each.metric)]
         cells += [one_line(each.filter)] if filters else []
         shots = "" if each.num_fewshot is None else str(each.num_fewshot)
-        cells += [shots, f"{each.samples:,}", f"{each.value:.4f}", _number(each.error, 4)]
+        cells += [shots, f"{each.samples:,}", _number(each.value, 4), _number(each.error, 4)]
         if len(runs) > 1:
             other = compare(each, runs[0], runs[1], tasks)
             cells += _compared(other)
@@ -113,15 +113,17 @@ def print_scores(runs: Sequence[Mapping[str, Any]], tasks: "Tasks") -> None:
 def _compared(other: "Comparison | None") -> list[str]:
     if other is None:
         return ["-", "-", "-"]
-    return [f"{other.reference:.4f}", _number(other.percent, 2), _number(other.error, 2)]
+    return [_number(other.reference, 4), _number(other.percent, 2), _number(other.error, 2)]
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.{digits}e}"
 
 
 def scores_json(
-    paths: Sequence[Path], runs: Sequence[Mapping[str, Any]], tasks: "Tasks", prompting: "Prompting"
+    paths: Sequence[Path], runs: Sequence[Mapping[str, Any]], tasks: "Tasks", options: "TaskOptions"
 ) -> dict[str, Any]:
     """Return all scores, for scripts."""
     from dots1_local.evaluate.tasks.scores import compare, scores
@@ -138,6 +140,9 @@ def scores_json(
         "lm_eval": version("lm_eval"),
         "model": str(paths[0]),
         "reference": str(paths[1]) if len(paths) > 1 else None,
-        **asdict(prompting),
+        "limit": options.limit,
+        "num_fewshot": options.num_fewshot,
+        "chat_template": options.chat_template,
+        "system": options.system,
         "scores": found,
     }

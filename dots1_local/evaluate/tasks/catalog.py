@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,7 @@ _QUIET = {  # read when the libraries are imported
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "DISABLE_MULTIPROC": "1",  # the bootstrap would fork a process that runs an engine
 }
+_LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "httpx")
 _SEED = 1234  # lm_eval's default, of its few-shot examples
 _TEXTS = "all"  # the task of all texts
 
@@ -45,14 +46,25 @@ class TaskOptions:
     """What is asked: names of tasks, groups or tags, and texts by name.
 
     `folder` has tasks of one's own. `num_fewshot` replaces the number of examples of tasks that
-    have any. Of each task, the first `limit` documents are asked, or all.
+    have any. Of each task, the first `limit` documents are asked, or all. Questions are put into
+    the model's chat template, if that is wanted, after a message of the `system`.
     """
 
     names: Sequence[str] = ()
-    texts: Mapping[str, str] | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
     num_fewshot: int | None = None
     limit: int | None = None
+    chat_template: bool = False
+    system: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What lm_eval's `evaluate` and `build_all_requests` call these."""
+        return {
+            "system_instruction": self.system,
+            "apply_chat_template": self.chat_template,
+            "fewshot_as_multiturn": self.chat_template,
+        }
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ def quiet(verbose: bool) -> Iterator[None]:
     for name, value in _QUIET.items():
         if not verbose or name == "DISABLE_MULTIPROC":
             os.environ.setdefault(name, value)
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "httpx")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(each.level, each.propagate, each.handlers) for each in loggers]
     for each in loggers:
         each.setLevel(logging.INFO if verbose else logging.CRITICAL)
@@ -121,7 +133,7 @@ def open_manager(options: TaskOptions) -> Any:
             close = get_close_matches(name, manager.all_tasks, 3)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise UsageError(f"lm_eval has no task {name!r:.80}{hint}")
-    for name in options.texts or ():
+    for name in options.texts:
         if name in manager.task_index:
             raise UsageError(f"a text and a task are called {name!r}; name the text otherwise")
     return manager
@@ -193,7 +205,7 @@ def load(manager: Any, options: TaskOptions) -> Tasks:
     """
     with chdir(options.folder) if options.folder else nullcontext():
         try:
-            tasks: Tasks = manager.load([*options.names, *_text_tasks(options.texts or {})])
+            tasks: Tasks = manager.load([*options.names, *_text_tasks(options.texts)])
         except Exception as error:  # whatever a task's own code and the libraries raise
             raise Dots1Error(_reason(error)) from error
     for name, task in tasks["tasks"].items():

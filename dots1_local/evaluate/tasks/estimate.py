@@ -7,31 +7,14 @@ from typing import Any
 
 from dots1_local.engine.engine import Vocabulary
 from dots1_local.evaluate.tasks.answers import Answer, AnswerFile, answer_key
-from dots1_local.evaluate.tasks.catalog import Tasks
+from dots1_local.evaluate.tasks.catalog import TaskOptions, Tasks
 from dots1_local.evaluate.tasks.harness import Harness, Request
 from dots1_local.placement.speed_model import SpeedModel
 from dots1_local.progress import Progress, silent
 
 __all__ = [
-    "Count", "Estimate", "Prompting", "count", "estimate", "in_order", "new_tokens", "seconds",
+    "Count", "Estimate", "count", "estimate", "in_order", "new_tokens", "seconds",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Prompting:
-    """How documents become prompts: the first `limit` of each task, with a template or without."""
-
-    limit: int | None = None
-    chat_template: bool = False
-    system: str | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """What lm_eval's `evaluate` and `build_all_requests` call these."""
-        return {
-            "system_instruction": self.system,
-            "apply_chat_template": self.chat_template,
-            "fewshot_as_multiturn": self.chat_template,
-        }
 
 
 @dataclass(frozen=True)
@@ -69,7 +52,7 @@ def estimate(
     vocabulary: Vocabulary,
     n_ctx: int,
     tasks: Tasks,
-    prompting: Prompting,
+    options: TaskOptions,
     progress: Progress = silent,
 ) -> Estimate:
     """Make all requests, and count them by task.
@@ -88,7 +71,7 @@ def estimate(
     every: dict[str, Request] = {}
     for number, (name, task) in enumerate(tasks["tasks"].items(), 1):
         requests.clear()
-        _ask(harness, task, prompting)
+        _ask(harness, task, options)
         progress(number, len(tasks["tasks"]), "tasks", name)
         unique = {answer_key(each.body): each for each in requests}
         by_task[name] = count(in_order(unique.values()))
@@ -96,14 +79,14 @@ def estimate(
     return Estimate(by_task, every)
 
 
-def _ask(harness: Harness, task: Any, prompting: Prompting) -> None:
+def _ask(harness: Harness, task: Any, options: TaskOptions) -> None:
     """Let lm_eval make the requests of a task as it will when it evaluates."""
     from lm_eval.evaluator_utils import get_sample_size
 
     task.build_all_requests(
-        limit=get_sample_size(task, prompting.limit),
-        chat_template=harness.apply_chat_template if prompting.chat_template else None,
-        **prompting.arguments(),
+        limit=get_sample_size(task, options.limit),
+        chat_template=harness.apply_chat_template if options.chat_template else None,
+        **options.arguments(),
     )
     by_kind: dict[str, list[Any]] = {}
     for instance in task.instances:

@@ -9,11 +9,10 @@ from dots1_local.devices.hardware import Hardware
 from dots1_local.engine.engine import Engine, Vocabulary, open_loadable
 from dots1_local.errors import Dots1Error
 from dots1_local.evaluate.tasks.answers import AnswerFile, answers_path
-from dots1_local.evaluate.tasks.catalog import Tasks
+from dots1_local.evaluate.tasks.catalog import TaskOptions, Tasks
 from dots1_local.evaluate.tasks.estimate import (
     Count,
     Estimate,
-    Prompting,
     count,
     estimate,
     in_order,
@@ -100,10 +99,10 @@ class EvaluatedModel:
         check_context(n_ctx, parallel)
         return cls(path, n_ctx, parallel, gguf, placement, threads, folder or _default_folder())
 
-    def estimate(self, tasks: Tasks, prompting: Prompting, progress: Progress = silent) -> Estimate:
+    def estimate(self, tasks: Tasks, options: TaskOptions, progress: Progress = silent) -> Estimate:
         """Make all requests with the file's tokeniser, and count them."""
         with Vocabulary.load(self.path) as vocabulary:
-            return estimate(vocabulary, self.n_ctx, tasks, prompting, progress)
+            return estimate(vocabulary, self.n_ctx, tasks, options, progress)
 
     def answers(self, engine: Engine | None = None) -> AnswerFile:
         """Open the answers that an engine gave before, or that one would give by the placement."""

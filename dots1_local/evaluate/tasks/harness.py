@@ -119,6 +119,10 @@ class Harness(LocalCompletionsAPI):
             return prompter.render(chat_history)
         return prompter.render(chat_history[:-1]) + chat_history[-1]["content"]
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
+        """Score the second text of each request after the first."""
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """The log-likelihoods of whole texts, each in windows of the context."""
         windows = [

@@ -12,10 +12,9 @@ import httpx2
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error, readable
 from dots1_local.evaluate.tasks.answers import Answer, AnswerFile, answer_key
-from dots1_local.evaluate.tasks.catalog import Tasks
+from dots1_local.evaluate.tasks.catalog import TaskOptions, Tasks
 from dots1_local.evaluate.tasks.estimate import (
     Estimate,
-    Prompting,
     count,
     in_order,
     new_tokens,
@@ -33,7 +32,7 @@ _BOOTSTRAP = 1000  # resamples, for metrics without a formula of their standard 
 def evaluate(
     engine: Engine,
     tasks: Tasks,
-    prompting: Prompting,
+    options: TaskOptions,
     answers: AnswerFile,
     estimate: Estimate,
     progress: Progress,
@@ -56,9 +55,9 @@ def evaluate(
         results: dict[str, Any] = run(
             harness,
             tasks,
-            limit=prompting.limit,
+            limit=options.limit,
             bootstrap_iters=_BOOTSTRAP,
-            **prompting.arguments(),
+            **options.arguments(),
         )
         return results
 

@@ -2,13 +2,13 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from sys import stderr
 from typing import Any
 
 from dots1_local.errors import Dots1Error, UsageError, readable
@@ -105,7 +105,7 @@ def quiet(verbose: bool) -> Iterator[None]:
         each.handlers = [logging.StreamHandler()] if verbose else [logging.NullHandler()]
         each.propagate = False
     try:
-        with redirect_stdout(stderr):
+        with redirect_stdout(sys.stderr):
             yield
     finally:
         for each, (level, propagate, handlers) in zip(loggers, before, strict=True):

@@ -80,14 +80,14 @@ def questions(text: str, count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rows(tiny: Path) -> list[dict[str, Any]]:
-    return questions((tiny / "heldout.txt").read_text(encoding="utf-8"), 29)
+    return questions((tiny / "heldout.txt").read_text(encoding="utf-8"), 17)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> Path:
     """A folder of tasks with their data: a group of two of different sizes, and one that writes."""
     folder = tmp_path_factory.mktemp("tasks")
-    for name, part in {"long": rows[:20], "short": rows[20:]}.items():
+    for name, part in {"long": rows[:11], "short": rows[11:]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     for name, data, shots, rest in (
         ("long", "long", 0, ENDINGS),
@@ -188,7 +188,7 @@ def test_scores_are_those_of_lm_evals_own_client_and_errors_are_paired(
     for name, error in {
         "long": long,
         "short": short,
-        "both": math.sqrt((20 / 29 * long) ** 2 + (9 / 29 * short) ** 2),
+        "both": math.sqrt((11 / 17 * long) ** 2 + (6 / 17 * short) ** 2),
     }.items():
         reference = other["results"][name]["acc,none"]
         compared = found[name, "acc"]["reference"]
@@ -207,7 +207,7 @@ def test_the_table_shows_groups_before_their_tasks(run: Any, converted: Converte
     result = run(converted("F32"), "--tasks", "both")
     lines = [re.split(r" {2,}", line.strip()) for line in result.stdout.splitlines()]
     assert [line[0] for line in lines] == ["task", "both", "both", *["long"] * 2, *["short"] * 2]
-    assert lines[1][1:4] == ["acc", "29", lines[1][3]]
+    assert lines[1][1:4] == ["acc", "17", lines[1][3]]
     assert [line[2] for line in lines[3:]] == ["0", "0", "2", "2"]
 
 
@@ -238,23 +238,22 @@ def test_an_ended_run_loses_only_running_requests(
                "-c", str(CONTEXT), "-t", "1", "--parallel", "1", "--answers", str(tmp_path),
                "--json"]  # fmt: skip
     with start_dots1(*command) as program:
-        while stored(tmp_path) < 20:
+        while stored(tmp_path) < 10:
             assert program.poll() is None
             time.sleep(0.01)
         program.send_signal(number)
         printed, notices = program.communicate(timeout=30)
     kept = stored(tmp_path)
-    assert 20 <= kept < 87
+    assert 10 <= kept < 51
     assert printed == ""
     if number == signal.SIGINT:
         assert program.returncode == 130
         assert notices.endswith("stopped; the same command goes on from here\n")
-    with start_dots1(*command) as program:
-        printed, notices = program.communicate(timeout=60)
-    assert f"87 requests, of which {kept} are answered" in notices
-    found = by_key(printed)["both", "acc"]
+    result = CliRunner().invoke(app, command)
+    assert f"51 requests, of which {kept} are answered" in result.stderr
+    found = by_key(result.stdout)["both", "acc"]
     assert found["value"] == pytest.approx(theirs[0]["results"]["both"]["acc,none"])
-    assert stored(tmp_path) == 87
+    assert stored(tmp_path) == 51
 
 
 def test_a_dry_run_counts_requests_and_tokens(
@@ -268,19 +267,19 @@ def test_a_dry_run_counts_requests_and_tokens(
     def tokens(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
-    prompts = [tokens(f"{r['question']} {end}") for r in rows[:20] for end in r["endings"]]
+    prompts = [tokens(f"{r['question']} {end}") for r in rows[:11] for end in r["endings"]]
     tree = {tuple(prompt[:length]) for prompt in prompts for length in range(1, len(prompt) + 1)}
     assert model["tasks"]["long"] == {
-        "requests": 60,
+        "requests": 33,
         "prompt_tokens": sum(map(len, prompts)),
         "computed": len(tree),  # every beginning once
         "answer_tokens": 0,
         "cut": 0,
     }
     written = model["tasks"]["continued"]
-    assert written["prompt_tokens"] == sum(len(tokens(r["question"])) for r in rows[20:])
-    assert written["answer_tokens"] == 9 * 6
-    assert model["remaining"]["requests"] == 69
+    assert written["prompt_tokens"] == sum(len(tokens(r["question"])) for r in rows[11:])
+    assert written["answer_tokens"] == 6 * 6
+    assert model["remaining"]["requests"] == 39
     assert model["seconds"]["reading"] > 0 < model["seconds"]["writing_at_most"]
     assert not list(tmp_path.glob("*.answers")) or stored(tmp_path) == 0
 
@@ -293,7 +292,7 @@ def test_questions_are_put_into_the_models_template(
     [model] = json.loads(result.stdout)["models"]
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     expected = 0
-    for row in rows[20:]:
+    for row in rows[11:]:
         messages = [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": row["question"]},
@@ -336,14 +335,14 @@ def test_a_long_text_is_scored_in_windows_and_a_long_prompt_is_cut(
     text = tmp_path / "long.txt"
     text.write_text((tiny / "heldout.txt").read_text(encoding="utf-8")[:2000], encoding="utf-8")
     options = ["--dry-run", "--hardware", "24gb-64gb", "--json", "--tasks", "short"]
-    result = run(converted("F32"), *options, "-c", 64, "--text", f"windows={text}")
+    result = run(converted("F32"), *options, "-c", 48, "--text", f"windows={text}")
     [model] = json.loads(result.stdout)["models"]
     tokens = len(AutoTokenizer.from_pretrained(tiny)(text.read_text()).input_ids)
-    windows = -(-tokens // 62)  # of 63 tokens, because one is left for the answer
+    windows = -(-tokens // 46)  # of 47 tokens, because one is left for the answer
     assert model["tasks"]["windows"]["requests"] == windows
-    assert model["tasks"]["windows"]["prompt_tokens"] == windows * 63
+    assert model["tasks"]["windows"]["prompt_tokens"] == windows * 47
     assert model["tasks"]["short"]["cut"] > 0
-    assert "prompts will lose the beginning, because the context is 64 tokens" in result.stderr
+    assert "prompts will lose the beginning, because the context is 48 tokens" in result.stderr
     result = run(converted("F32"), *options, "-c", 8)
     assert "give a larger --context" in str(result.exception)
 

@@ -51,6 +51,13 @@ def answered(client: socket.socket, request: bytes = HEAD + b"body") -> bool:
     return False
 
 
+def test_answers_do_not_wait_for_the_receipt_of_their_head() -> None:
+    with closing(bind("127.0.0.1", 0)) as listener, connect(listener.getsockname()[1]):
+        served, _ = listener.accept()
+        with served:
+            assert served.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHos"])
 @pytest.mark.usefixtures("short_timeout")
 def test_a_silent_connection_is_closed(port: int, sent: bytes) -> None:

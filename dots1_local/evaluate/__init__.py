@@ -1,1 +1,1 @@
-"""How good a model is: perplexity and KL divergence."""
+"""How good a model is: perplexity, KL divergence, and scores of tasks."""

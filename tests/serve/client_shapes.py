@@ -189,8 +189,8 @@ CONTINUE = [
         (400, "reads only text"),
     ),
     # core/autocomplete/templating/AutocompleteTemplate.ts at
-    # 3d08fc96bfd93ca315fde2c06d7ee1aa0e4a99f0 for a model that it does not know, and getStopTokens.ts
-    # at 2ae584e8c8f262039172aa2e2588a26257650a52
+    # 3d08fc96bfd93ca315fde2c06d7ee1aa0e4a99f0 for a model that it does not know, and
+    # getStopTokens.ts at 2ae584e8c8f262039172aa2e2588a26257650a52
     Shape(
         "Continue: autocomplete",
         {

@@ -232,7 +232,7 @@ def test_the_end_stays_in_sight_until_the_user_scrolls(
     chat.page.hover("#scroller")
     chat.page.mouse.wheel(0, -600)
     chat.answer()
-    assert chat.page.evaluate(rest) > 600
+    assert chat.page.evaluate(rest) > 500  # less than the wheel: the end of an answer moves
     chat.page.click("#to-end")
     assert chat.page.evaluate(rest) < 2
 

@@ -28,7 +28,7 @@ def answers_path(folder: Path, gguf: GGUFFile, settings: tuple[Any, ...]) -> Pat
     engine = version("dots1-local"), version("llama-cpp-python"), *settings
     digest = hashlib.sha256(repr(engine).encode())
     hash_model(digest, gguf)
-    return folder / f"{gguf.files[0].stem}-{digest.hexdigest()[:16]}.answers"
+    return folder / f"{digest.hexdigest()[:32]}.answers"
 
 
 def answer_key(body: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from tests.serve.page.scripted import ScriptedScheduler, full_size_placement, ru
 FOLDER = Path(__file__).parent.parent / "docs" / "img"
 MACHINE, CONTEXT = "24gb-64gb", 16_384
 MOST_BYTES = 150_000  # of a picture
-DESKTOP: dict[str, Any] = {"viewport": {"width": 1200, "height": 800}, "color_scheme": "light"}
+DESKTOP: dict[str, Any] = {"viewport": {"width": 1200, "height": 880}, "color_scheme": "light"}
 PHONE: dict[str, Any] = {
     "viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "device_scale_factor": 1.5,
     "is_mobile": True, "has_touch": True,

@@ -51,7 +51,7 @@ class ToolChoice:
 
 
 class CallGrammar(Grammar):
-    """An answer that is text, or calls of tools whose arguments match the tools' schemas.
+    """An answer that is text, or ends in calls of tools whose arguments match the tools' schemas.
 
     `tools` have the form of OpenAI's API. With a `schema`, an answer without calls is a JSON
     document that matches it.
@@ -71,14 +71,15 @@ class CallGrammar(Grammar):
         functions = [tool["function"] for tool in tools]
         if choice.names is not None:
             functions = [each for each in functions if each["name"] in choice.names]
-        only_calls = "bare (WS? bare)*" if choice.parallel else "bare"
+        # No text follows a call: it could only be a result that the model makes up.
+        more = "(WS? bare)* WS?" if choice.parallel else ""
         rules = [_RULES, *_tool_rules(functions)]
         if choice.required:
-            rules.append(f"start: {only_calls}")
+            rules.append(f"start: bare {more}")
         elif schema is not None:
-            rules += [f"start: document | {only_calls}", f"document: {_json_rule(schema)}"]
+            rules += [f"start: document | bare {more}", f"document: {_json_rule(schema)}"]
         else:
-            rules.append("start: TEXT | call+" if choice.parallel else "start: TEXT | call")
+            rules.append(f"start: TEXT | call {more}")
         self._compile("\n".join(rules), engine)
 
 

@@ -34,8 +34,8 @@ class ToolCallParser:
     """Splits an answer's text, which comes in pieces, into content and calls.
 
     Text that may begin a call is held back, and arguments are passed on as they come. White space
-    before a call is dropped. A tag that no call follows stays content. Without `tools` all text is
-    content.
+    before a call and after the last one is dropped. A tag that no call follows stays content.
+    Without `tools` all text is content.
     """
 
     def __init__(self, tools: bool = True) -> None:
@@ -55,7 +55,8 @@ class ToolCallParser:
     def finish(self) -> list[Part]:
         """Return what was held back, because no text follows."""
         held, self._held = self._held, ""
-        return [held] if held and not self._closing else []
+        dropped = self._closing or (self.n_calls and held.isspace())
+        return [held] if held and not dropped else []
 
     def _certain(self) -> Iterator[Part]:
         while self._held:

@@ -22,6 +22,7 @@ def read(*pieces: str) -> tuple[str, list[ToolCall]]:
         (PARIS, "", [CALL]),
         (f"Let me see.\n{PARIS}\n{PARIS}", "Let me see.", [CALL, CALL]),
         (f"a{PARIS}b", "ab", [CALL]),
+        (f"a\n{PARIS}\n", "a", [CALL]),
         ('<tool_call>{"name": "é", "arguments": {"ü": 1}}', "", [ToolCall("é", '{"ü": 1}')]),
     ],
 )

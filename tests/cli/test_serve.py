@@ -113,7 +113,7 @@ def test_the_page_is_served_unless_it_is_turned_off(model: Path) -> None:
 
 
 def test_a_running_answer_is_finished_before_the_end(endless: Path) -> None:
-    with Served(endless, "-c", "1k") as server:
+    with Served(endless, "-c", "3k") as server:
         connection = server.connect()
         stream = begin_stream(connection)
         os.kill(server.process.pid, signal.SIGTERM)

@@ -18,10 +18,10 @@ from dots1_local.chat.sampling import Sampling
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
 
-__all__ = ["Sampler"]
+__all__ = ["PENALTY_WINDOW", "Sampler"]
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-_PENALTY_WINDOW = 64  # tokens, llama.cpp's default
+PENALTY_WINDOW = 64  # tokens, llama.cpp's default
 _MIN_TEMPERATURE = 1e-6  # logits divided by less than this overflow
 
 
@@ -37,7 +37,7 @@ class Sampler:
         self._candidates = np.empty(engine.n_vocab if grammar else 0, _CANDIDATE)
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         self._prompt_penalty = llama.llama_sampler_init_penalties(
-            engine.n_vocab, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
+            engine.n_vocab, PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
         )
         self._answer_penalty = llama.llama_sampler_init_penalties(
             engine.n_vocab, engine.n_ctx, 1.0, sampling.frequency_penalty, sampling.presence_penalty
@@ -62,7 +62,7 @@ class Sampler:
         """Start an answer; as in llama.cpp's server, the repeat penalty sees the prompt."""
         llama.llama_sampler_reset(self._prompt_penalty)
         llama.llama_sampler_reset(self._answer_penalty)
-        for token in prompt[-_PENALTY_WINDOW:]:
+        for token in prompt[-PENALTY_WINDOW:]:
             llama.llama_sampler_accept(self._prompt_penalty, token)
         self._matcher = self._grammar.matcher() if self._grammar else None
 

@@ -1,8 +1,7 @@
 """One choice during generation: its prompt, its tokens, its text with logprobs, its end."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Self
 
 import numpy as np
@@ -11,21 +10,20 @@ from numpy.typing import NDArray
 from dots1_local.chat.draft import Drafter, DraftPolicy
 from dots1_local.chat.kv_cache import common_prefix
 from dots1_local.chat.sampler import Sampler
-from dots1_local.chat.turns import AnswerText
 from dots1_local.engine.engine import Engine, Entry
-from dots1_local.errors import Dots1Error
 from dots1_local.serve.cache_slot import CacheSlot
 from dots1_local.serve.generation import (
     Event,
     Finished,
     Piece,
+    Progress,
     QueuedChoice,
     Scored,
-    TokenLogprob,
 )
+from dots1_local.serve.pieces import PieceBuilder, check_finite, token_logprob
 from dots1_local.serve.slots import Slots
 
-__all__ = ["Choice", "PieceBuilder", "token_logprob"]
+__all__ = ["Choice"]
 
 _MIN_SHARED = 32  # tokens; computing fewer takes less time than waiting for another choice
 
@@ -48,9 +46,11 @@ class Choice:
         self._limit = len(self.prompt) + (room if wanted is None else min(wanted, room))
         self._pieces = PieceBuilder(self._index, self._request.stop)
         self._computed = 0  # prompt tokens
+        self._reported = -1  # how many were computed when the progress was last asked for
         self._prefix_source: Self | None = None
         self._shared = 0  # tokens that both prompts begin with, and the source computes
         self.started = time.monotonic()
+        self._prompt_start = self._prompt_end = self.started
         self.done = False
         self._sampler = Sampler(self._request.sampling, engine, self._request.grammar)
         self._sampler.begin(self.prompt)
@@ -116,6 +116,8 @@ class Choice:
         """Return up to `limit` further tokens of the prompt, `outputs` of them with logits."""
         start = len(self.slot.tokens)
         last = len(self.prompt) - 1
+        if not self._computed:
+            self._prompt_start = time.monotonic()
         if self.scored is not None:
             limit = min(limit, outputs)
         return [
@@ -144,8 +146,22 @@ class Choice:
         """Record that the engine has computed these entries, in a step of so many seconds."""
         if self.prefilling:
             self._computed += len(entries)
+            self._prompt_end = time.monotonic()
         self._drafter.computed(seconds)
         self.slot.tokens += [entry.token for entry in entries]
+
+    def progress(self) -> Progress | None:
+        """Return how far the prompt is, if the request asks and there is something new."""
+        if not self._request.progress or self._computed == self._reported:
+            return None
+        self._reported = self._computed
+        return Progress(
+            self._index,
+            prompt_tokens=len(self.prompt),
+            cached_tokens=len(self.slot.tokens) - self._computed,
+            processed_tokens=len(self.slot.tokens),
+            seconds=time.monotonic() - self._prompt_start,
+        )
 
     def sample(self, rows: NDArray[np.float32], place: int) -> Iterator[Event]:
         """Sample from logits (tokens, n_vocab) for as long as the draft is right.
@@ -181,7 +197,7 @@ class Choice:
         assert self.scored is not None
         start = 1 + len(self.slot.scores)
         for logits, token in zip(rows, self.prompt[start:], strict=False):
-            _check_finite(logits)
+            check_finite(logits)
             self.slot.scores.append(token_logprob(logits, token, self.scored, self._name))
 
     def _name(self, token: int) -> bytes:
@@ -189,7 +205,7 @@ class Choice:
         return b"" if token == self._engine.bos else self._engine.piece(token, special=True)
 
     def _sample(self, logits: NDArray[np.float32], place: int) -> Iterator[Event]:
-        _check_finite(logits)
+        check_finite(logits)
         token = self._sampler.next(self._engine, place)
         self._tokens.append(token)
         top = self._request.top_logprobs
@@ -216,77 +232,8 @@ class Choice:
             cached_tokens=len(self.prompt) - self._computed,
             # OpenAI and others count the end token too, although it is not text.
             completion_tokens=self.n_generated,
+            prompt_seconds=self._prompt_end - self._prompt_start,
+            answer_seconds=time.monotonic() - self._prompt_end,
             drafted_tokens=self._drafter.drafted,
             accepted_tokens=self._drafter.accepted,
         )
-
-
-class PieceBuilder:
-    """Turns tokens into pieces of text with logprobs.
-
-    A token's logprobs are sent with the first of its text, so they wait while that is held back.
-    Tokens without text send theirs at the end. A token that begins at or after a stop string sends
-    none. A token that a stop string begins inside sends its own, because part of it is text.
-    """
-
-    def __init__(self, index: int, stop: tuple[str, ...]) -> None:
-        self._index = index
-        self._text = AnswerText(stop)
-        self._sent = 0  # characters
-        self._held: deque[tuple[int, TokenLogprob]] = deque()  # and where their text begins
-
-    @property
-    def stopped(self) -> str | None:
-        """The stop string that has ended the text, if any."""
-        return self._text.stopped
-
-    def add(self, token: int, piece: bytes, logprob: TokenLogprob | None) -> Piece | None:
-        """Add a token; return the text and logprobs that are now certain, if any."""
-        if logprob:
-            self._held.append((self._text.length, logprob))
-        return self._piece(self._text.add(token, piece))
-
-    def finish(self) -> Piece | None:
-        """Return what was held back, because no token follows."""
-        return self._piece(self._text.finish(), ended=not self.stopped)
-
-    def _piece(self, text: str, ended: bool = False) -> Piece | None:
-        self._sent += len(text)
-        end = self._text.length + 1 if ended else self._sent
-        logprobs = []
-        while self._held and self._held[0][0] < end:
-            logprobs.append(self._held.popleft()[1])
-        return Piece(self._index, text, tuple(logprobs)) if text or logprobs else None
-
-
-def token_logprob(
-    logits: NDArray[np.float32], token: int, top: int, piece: Callable[[int], bytes]
-) -> TokenLogprob:
-    """Return the log-softmax of logits (n_vocab,) at `token` and at the `top` likeliest tokens.
-
-    The likeliest tokens are sorted, the likeliest first; `piece` returns a token's bytes.
-    """
-    maximum = logits.max()
-    # Float32 is enough for each term, but not for a sum of 152,064 of them.
-    total = np.log(np.exp(logits - maximum).sum(dtype=np.float64))
-    ids = [token, *_likeliest(logits, top)]
-    logprobs = np.minimum(0, logits[ids].astype(np.float64) - maximum - total).tolist()
-    own, *best = [(each, piece(each), value) for each, value in zip(ids, logprobs, strict=True)]
-    rank = 1 + int(np.count_nonzero(logits > logits[token]))
-    return TokenLogprob(*own, top=tuple(best), rank=rank)
-
-
-def _check_finite(logits: NDArray[np.float32]) -> None:
-    if not np.isfinite(logits.max()):
-        raise Dots1Error("the model computes logits that are not finite; is its file damaged?")
-
-
-def _likeliest(logits: NDArray[np.float32], count: int) -> list[int]:
-    count = min(count, len(logits))
-    if not count:
-        return []
-    chosen = np.argpartition(logits, len(logits) - count)[len(logits) - count :]
-    # Of equal logits the lower id comes first, as in llama.cpp.
-    order = np.lexsort((chosen, -logits[chosen]))
-    found: list[int] = chosen[order].tolist()
-    return found

@@ -16,7 +16,7 @@ from dots1_local.chat.sampling import Sampling
 from dots1_local.errors import Dots1Error
 
 __all__ = [
-    "Event", "Failed", "Finished", "GenerationRequest", "Piece", "Queue", "QueueFull",
+    "Event", "Failed", "Finished", "GenerationRequest", "Piece", "Progress", "Queue", "QueueFull",
     "QueuedChoice", "RequestHandle", "Scored", "TokenLogprob",
 ]  # fmt: skip
 
@@ -31,7 +31,7 @@ class GenerationRequest:
     With `max_tokens` None the answer may fill the context; with 0 there is none. With
     `top_logprobs` None the answer has no logprobs; a number asks for each token's own and those of
     that many likeliest tokens. `prompt_logprobs` asks for those of the prompt's tokens likewise;
-    the answer's then include the end token's.
+    the answer's then include the end token's. `progress` asks how far the prompt is.
     """
 
     prompt: tuple[int, ...]
@@ -41,6 +41,7 @@ class GenerationRequest:
     grammar: Grammar | None = None
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
+    progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,21 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a choice's prompt is: one comes when it begins, and one after each of its steps.
+
+    Of its `processed_tokens`, `cached_tokens` were in the KV cache already. The others took so many
+    `seconds`.
+    """
+
+    index: int
+    prompt_tokens: int
+    cached_tokens: int
+    processed_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Scored:
     """The logprobs of all tokens of a choice's prompt but the `first`, which nothing precedes."""
 
@@ -81,7 +97,8 @@ class Finished:
     """The last event of a choice; `cached_tokens` of its prompt were in the KV cache already.
 
     `stop` is the stop string that ended it, if any. Of `drafted_tokens`, `accepted_tokens` were
-    right.
+    right. The prompt took `prompt_seconds`, until the first token; the others took
+    `answer_seconds`. Neither includes the time that the choice waited.
     """
 
     index: int
@@ -92,6 +109,8 @@ class Finished:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     stop: str | None = None
+    prompt_seconds: float = 0.0
+    answer_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,7 @@ class Failed:
     message: str
 
 
-Event = Piece | Scored | Finished | Failed
+Event = Piece | Progress | Scored | Finished | Failed
 
 
 class RequestHandle:

@@ -202,6 +202,8 @@ class Scheduler:
             if not self._restore(wait=True):
                 self._slots.save(wait=True)
             return
+        for choice, _ in parts:
+            self._report(choice)
         prefilled = sum(len(entries) for choice, entries in parts if choice.prefilling)
         start = time.perf_counter()
         rows = self._engine.submit([entry for _, entries in parts for entry in entries])
@@ -210,6 +212,7 @@ class Scheduler:
         place = row = 0
         for choice, entries in parts:
             choice.computed(entries, seconds)
+            self._report(choice)
             place += len(entries)
             if count := sum(entry.logits for entry in entries):
                 self._sample(choice, rows[row : row + count], place - count)
@@ -261,6 +264,11 @@ class Scheduler:
                 if choice.scored is not None:
                     spare -= len(parts[-1][1]) - 1
         return parts
+
+    @staticmethod
+    def _report(choice: Choice) -> None:
+        if progress := choice.progress():
+            choice.handle.deliver(progress)
 
     def _sample(self, choice: Choice, rows: NDArray[np.float32], place: int) -> None:
         if choice.handle.done:

@@ -49,13 +49,40 @@ def client(served: Served) -> Iterator[OpenAI]:
 def test_the_models_are_listed(client: OpenAI) -> None:
     [model] = client.models.list().data
     assert model.id == client.models.retrieve("dots1").id == "dots1"
-    assert model.model_extra == {"max_model_len": 2048}
+    assert model.model_extra
+    assert model.model_extra["max_model_len"] == model.model_extra["meta"]["n_ctx"] == 2048
 
 
 def test_the_slots_are_listed(served: Served) -> None:
     status, body = served.get("/slots")
     assert status == 200
     assert [(slot["id"], slot["busy"]) for slot in json.loads(body)] == [(0, False), (1, False)]
+
+
+def test_a_stream_tells_its_progress_and_timings(client: OpenAI, story: str) -> None:
+    """The client's own accumulator must not trip over what OpenAI does not send."""
+    progress, timings = [], []
+    stop = story[-4:]  # the client's stream raises an error where `max_tokens` ends an answer
+    asked: dict[str, Any] = {"messages": STORY, "stop": stop, **MODEL}
+    extra = {"return_progress": True, "stream_options": {"include_usage": True}}
+    with client.chat.completions.stream(**asked, extra_body=extra) as stream:
+        for event in stream:
+            if event.type == "chunk":
+                more = event.chunk.model_extra or {}
+                progress += [more[key] for key in ("prompt_progress",) if key in more]
+                timings += [more[key] for key in ("timings",) if key in more]
+        answer = stream.get_final_completion()
+    message = answer.choices[0].message
+    assert (message.role, message.content) == ("assistant", story[: story.index(stop)])
+    first, *_, last = progress
+    assert first["processed"] == first["cache"]
+    assert last["processed"] == last["total"]
+    [found] = timings
+    assert found["cache_n"] + found["prompt_n"] == last["total"]
+    assert answer.usage
+    assert found["predicted_n"] == answer.usage.completion_tokens
+    speed = (found["predicted_n"] - 1) / found["predicted_ms"] * 1000
+    assert found["predicted_per_second"] == pytest.approx(speed)
 
 
 def test_an_answer_equals_a_sessions(client: OpenAI, story: str) -> None:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from dots1_local.chat.sampling import Sampling
-from dots1_local.serve.choice import PieceBuilder, token_logprob
 from dots1_local.serve.generation import (
     GenerationRequest,
     Piece,
@@ -13,6 +12,7 @@ from dots1_local.serve.generation import (
     RequestHandle,
     TokenLogprob,
 )
+from dots1_local.serve.pieces import PieceBuilder, token_logprob
 from dots1_local.serve.scheduler import PrefillBudget
 
 

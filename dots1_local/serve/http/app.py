@@ -56,6 +56,7 @@ def make_app(
             Route("/health", service.health),
             Route("/metrics", service.metrics),
             Route("/slots", service.slots),
+            Route("/props", service.props),
             Route("/v1/placement", service.placement),
             Route("/v1/models", service.models),
             Route("/v1/models/{name:path}", service.model),

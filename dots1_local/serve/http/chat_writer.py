@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
+from typing import ClassVar
 
 from dots1_local.serve.generation import Finished, Piece, TokenLogprob
 from dots1_local.serve.http.request import Options
@@ -16,6 +17,7 @@ class ChatWriter(OpenAIWriter):
 
     prefix = "chatcmpl"
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    no_text: ClassVar[Document] = {"delta": {}, "logprobs": None}
 
     def __init__(self, model: str, options: Options, n_choices: int, *, tools: bool) -> None:
         super().__init__(model, options, n_choices)
@@ -33,7 +35,7 @@ class ChatWriter(OpenAIWriter):
     def finish(self, finished: Finished) -> list[Document]:
         deltas = self._deltas(finished.index, self._parsers[finished.index].finish())
         reason = self._finish_reason(finished)
-        return [*deltas, self._chunk(finished.index, reason, delta={}, logprobs=None)]
+        return [*deltas, self._last_chunk(finished, reason)]
 
     def _deltas(
         self, index: int, parts: Sequence[Part], logprobs: Sequence[TokenLogprob] = ()

@@ -96,6 +96,7 @@ class CompletionWriter(OpenAIWriter):
 
     prefix = "cmpl"
     kind = chunk_kind = "text_completion"
+    no_text: ClassVar[Document] = {"text": "", "logprobs": None}
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class CompletionWriter(OpenAIWriter):
         return [self._chunk(piece.index, text=piece.text, logprobs=logprobs)]
 
     def finish(self, finished: Finished) -> list[Document]:
-        return [self._chunk(finished.index, finished.reason, text="", logprobs=None)]
+        return [self._last_chunk(finished, finished.reason)]
 
     def _choice(self, piece: Piece, finished: Finished) -> Document:
         prompt = self._prompts.get(piece.index, {})

@@ -7,7 +7,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from dots1_local.serve.generation import Event, Failed, Finished, Scored
+from dots1_local.serve.generation import Event, Failed, Finished, Piece
 from dots1_local.serve.scheduler import Scheduler
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -66,7 +66,7 @@ class Metrics:
             elif isinstance(event, Finished):
                 self._count(event)
                 self._whole.observe(seconds)
-            elif not isinstance(event, Scored) and event.index not in begun:
+            elif isinstance(event, Piece) and event.index not in begun:
                 begun.add(event.index)
                 self._first.observe(seconds)
 

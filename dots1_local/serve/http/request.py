@@ -198,6 +198,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     stop: _Stop | Annotated[list[_Stop], Meta(max_length=_MAX_STOP)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
+    return_progress: bool | None = None  # llama.cpp's
     response_format: _ResponseFormat | None = None
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -248,6 +249,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             grammar=grammar,
             top_logprobs=top_logprobs,
+            progress=bool(self.stream and self.return_progress),
         )
         include_usage = bool(self.stream_options and self.stream_options.include_usage)
         return Options(choice, self.n or 1, bool(self.stream), include_usage)

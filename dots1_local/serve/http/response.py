@@ -13,8 +13,17 @@ from typing import Any, ClassVar
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from dots1_local.serve.generation import Event, Failed, Finished, GenerationRequest, Piece, Scored
+from dots1_local.serve.generation import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Piece,
+    Progress,
+    Scored,
+)
 from dots1_local.serve.http.request import ApiError, Options
+from dots1_local.serve.http.timings import prompt_progress, timings
 from dots1_local.serve.scheduler import Scheduler
 
 __all__ = [
@@ -40,6 +49,10 @@ class Writer(ABC):
     @abstractmethod
     def begin(self) -> list[Document]:
         """Return the chunks before any text."""
+
+    def progress(self, progress: Progress) -> list[Document]:
+        """Return the chunks that tell how far a prompt is."""
+        return []
 
     def scored(self, scored: Scored) -> list[Document]:
         """Return the chunks for a prompt's logprobs, and keep what `whole` needs of them."""
@@ -79,6 +92,7 @@ class OpenAIWriter(Writer):
     prefix: ClassVar[str]
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
+    no_text: ClassVar[Document]  # the fields of a choice in a chunk without text
     last = b"data: [DONE]\n\n"
 
     def __init__(self, model: str, options: Options, n_choices: int) -> None:
@@ -89,11 +103,15 @@ class OpenAIWriter(Writer):
             "model": model,
         }
 
+    def progress(self, progress: Progress) -> list[Document]:
+        chunk = self._chunk(progress.index, **self.no_text)
+        return [chunk | {"prompt_progress": prompt_progress(progress)}]
+
     def end(self, finished: Sequence[Finished]) -> list[Document]:
         if not self.options.include_usage:
             return []
         chunk = {**self._head, "object": self.chunk_kind, "choices": []}
-        return [{**chunk, "usage": self._usage(finished)}]
+        return [{**chunk, "usage": self._usage(finished), "timings": timings(finished)}]
 
     def whole(self, choices: Sequence[tuple[Piece, Finished]]) -> Document:
         return {
@@ -101,6 +119,7 @@ class OpenAIWriter(Writer):
             "object": self.kind,
             "choices": [self._choice(piece, finished) for piece, finished in choices],
             "usage": self._usage([finished for _, finished in choices]),
+            "timings": timings([finished for _, finished in choices]),
         }
 
     @abstractmethod
@@ -110,6 +129,11 @@ class OpenAIWriter(Writer):
         choice = {"index": index, **fields, "finish_reason": reason}
         usage = {"usage": None} if self.options.include_usage else {}
         return {**self._head, "object": self.chunk_kind, "choices": [choice], **usage}
+
+    def _last_chunk(self, finished: Finished, reason: str) -> Document:
+        """Return the chunk that ends a choice, with its timings if it ends the stream too."""
+        chunk = self._chunk(finished.index, reason, **self.no_text)
+        return chunk if self.options.include_usage else chunk | {"timings": timings([finished])}
 
     def _usage(self, finished: Sequence[Finished]) -> Document:
         """Return token counts; a prompt counts once, however many choices it has."""
@@ -191,7 +215,7 @@ class GenerationResponse(Response):
                 pieces[event.index].append(event)
             elif isinstance(event, Scored):
                 self._writer.scored(event)
-            else:
+            elif isinstance(event, Finished):
                 finished[event.index] = event
         choices = [(_joined(index, each), finished[index]) for index, each in enumerate(pieces)]
         await JSONResponse(self._writer.whole(choices))(scope, receive, send)
@@ -219,6 +243,8 @@ class GenerationResponse(Response):
             return [self._writer.failure(ApiError(500, event.message))]
         if isinstance(event, Scored):
             return self._writer.scored(event)
+        if isinstance(event, Progress):
+            return self._writer.progress(event)
         return self._writer.piece(event) if isinstance(event, Piece) else self._writer.finish(event)
 
     async def _next(self, send: Send) -> list[Event]:

@@ -19,6 +19,7 @@ from dots1_local.serve.http.chat_request import read_chat
 from dots1_local.serve.http.chat_writer import ChatWriter
 from dots1_local.serve.http.completions import CompletionWriter, read_completion
 from dots1_local.serve.http.metrics import CONTENT_TYPE, Metrics
+from dots1_local.serve.http.props import model_meta, props
 from dots1_local.serve.http.request import (
     ApiError,
     Options,
@@ -50,7 +51,7 @@ class Model:
 
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine, self.name = engine, name
-        self.n_ctx = engine.n_ctx
+        self.n_ctx, self.meta = engine.n_ctx, model_meta(engine)
         self._raw_prompter, self._no_chat = RawPrompter(engine), ""
         self._prompter: Prompter | None = None
         try:
@@ -140,6 +141,10 @@ class Model:
     def tokenizer_info(self) -> dict[str, Any]:
         """Answer /tokenizer_info."""
         return tokenizer_info(self._engine)
+
+    def props(self) -> dict[str, Any]:
+        """Answer /props."""
+        return props(self._engine, self.name)
 
     def _text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else text_of(prompt, self._engine)
@@ -237,16 +242,26 @@ class Service:
         return await self._compute(request, Model.detokenize)
 
     async def tokenizer_info(self, request: Request) -> Response:
+        """Describe the special tokens and the chat template."""
         return JSONResponse(self._available()[0].tokenizer_info())
 
+    async def props(self, request: Request) -> Response:
+        """Describe the model and its default settings, as llama-server does."""
+        return JSONResponse(self._available()[0].props())
+
     def _entry(self) -> dict[str, Any]:
-        """Return the model's entry in the list; `max_model_len` is vLLM's name for the context."""
+        """Return the model's entry in the list.
+
+        `max_model_len` is vLLM's name for the context's length, and `meta` is llama-server's.
+        """
+        model = self._available()[0]
         return {
             "id": self.name,
             "object": "model",
             "created": self._created,
             "owned_by": "dots1-local",
-            "max_model_len": self._available()[0].n_ctx,
+            "max_model_len": model.n_ctx,
+            "meta": model.meta,
         }
 
     def _available(self) -> tuple[Model, Scheduler]:

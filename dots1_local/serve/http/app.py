@@ -14,11 +14,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from dots1_local.serve.http.openapi import openapi
 from dots1_local.serve.http.page import page_routes
 from dots1_local.serve.http.request import ApiError
 from dots1_local.serve.http.service import Service
@@ -29,6 +30,7 @@ BACKLOG = 128  # connections that asyncio accepts at once
 IDLE_SECONDS = 60  # for a request's header to arrive; clients close idle connections sooner
 _MAX_CONNECTIONS, _MIN_CONNECTIONS = 1000, 32
 _MAX_FILES = 2048
+_HEALTH = "/health"
 _OTHER_FILES = 4 * BACKLOG  # file descriptors of connections not yet closed and everything else
 
 
@@ -43,8 +45,9 @@ def make_app(
 
     Web pages from `origins` may use it too, "*" allows any.
     """
+    routes = _routes(service, bool(api_key))
     pages = page_routes() if page else []
-    keyless = {"/health", *(route.path for route in pages)}
+    keyless = {_HEALTH, *(route.path for route in pages)}
     middleware = [Middleware(_Guard, key=api_key, keyless=keyless)] if api_key else []
     if origins:  # outermost, so that web pages can read errors too
         cors: Any = CORSMiddleware
@@ -52,30 +55,41 @@ def make_app(
             0, Middleware(cors, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         )
     app = Starlette(
-        routes=[
-            Route("/health", service.health),
-            Route("/metrics", service.metrics),
-            Route("/slots", service.slots),
-            Route("/props", service.props),
-            Route("/v1/placement", service.placement),
-            Route("/v1/models", service.models),
-            Route("/v1/models/{name:path}", service.model),
-            Route("/v1/chat/completions", service.chat, methods=["POST"]),
-            Route("/v1/completions", service.completions, methods=["POST"]),
-            Route("/v1/responses", service.responses, methods=["POST"]),
-            Route("/v1/messages", service.messages, methods=["POST"]),
-            Route("/v1/messages/count_tokens", service.count_tokens, methods=["POST"]),
-            Route("/tokenize", service.tokenize, methods=["POST"]),
-            Route("/detokenize", service.detokenize, methods=["POST"]),
-            Route("/tokenizer_info", service.tokenizer_info),
-            *pages,
-        ],
+        routes=[*routes, *pages],
         middleware=middleware,
         exception_handlers={HTTPException: _refuse, Exception: _report_bug},
     )
     # A redirect would name this server's scheme and host, not those of a proxy in front of it.
     app.router.redirect_slashes = False
     return app
+
+
+def _routes(service: Service, has_key: bool) -> list[Route]:
+    """Return the API's routes, of which the last describes all."""
+
+    async def describe(request: Request) -> Response:
+        """Describe the endpoints."""
+        return JSONResponse(openapi(routes, keyless={_HEALTH} if has_key else None))
+
+    routes = [
+        Route(_HEALTH, service.health),
+        Route("/metrics", service.metrics),
+        Route("/slots", service.slots),
+        Route("/props", service.props),
+        Route("/v1/placement", service.placement),
+        Route("/v1/models", service.models),
+        Route("/v1/models/{name:path}", service.model),
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/completions", service.completions, methods=["POST"]),
+        Route("/v1/responses", service.responses, methods=["POST"]),
+        Route("/v1/messages", service.messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", service.count_tokens, methods=["POST"]),
+        Route("/tokenize", service.tokenize, methods=["POST"]),
+        Route("/detokenize", service.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", service.tokenizer_info),
+        Route("/openapi.json", describe),
+    ]
+    return routes
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

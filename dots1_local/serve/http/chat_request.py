@@ -84,7 +84,9 @@ class _ToolChoice(Struct, frozen=True):
     allowed_tools: _AllowedTools | None = None
 
 
-class _ChatFields(SharedFields, frozen=True, kw_only=True):
+class ChatFields(SharedFields, frozen=True, kw_only=True):
+    """The body of a request."""
+
     messages: Annotated[list[_Message], Meta(min_length=1, max_length=_MAX_MESSAGES)]
     max_completion_tokens: TokenCount | None = None  # the newer name of max_tokens
     logprobs: bool | None = None
@@ -125,7 +127,7 @@ def read_chat(raw: Mapping[str, Any], engine: Engine) -> ChatRequest:
 
     Raise an ApiError if a field is invalid or unsupported, or if fields contradict each other.
     """
-    fields = _ChatFields.read(raw)
+    fields = ChatFields.read(raw)
     messages = _messages(fields.messages)
     begun = _is_begun(fields, messages[-1])
     tools = [] if fields.tool_choice == "none" else raw.get("tools") or []
@@ -150,7 +152,7 @@ def read_chat(raw: Mapping[str, Any], engine: Engine) -> ChatRequest:
     return ChatRequest(messages, tools, options, begun)
 
 
-def _is_begun(fields: _ChatFields, last: Message) -> bool:
+def _is_begun(fields: ChatFields, last: Message) -> bool:
     """Whether the last message is to be continued, which is so by default if it is an answer."""
     asked, anew = fields.continue_final_message, fields.add_generation_prompt
     answers = last.role == "assistant" and not last.tool_calls
@@ -161,7 +163,7 @@ def _is_begun(fields: _ChatFields, last: Message) -> bool:
     return begun
 
 
-def _tool_choice(fields: _ChatFields, names: Set[str]) -> ToolChoice:
+def _tool_choice(fields: ChatFields, names: Set[str]) -> ToolChoice:
     """Return what tool_choice means, or raise an ApiError if there is no such tool."""
     chosen, parallel = fields.tool_choice, fields.parallel_tool_calls is not False
     if chosen in (None, "auto", "none"):

@@ -18,7 +18,7 @@ from dots1_local.serve.http.request import (
 )
 from dots1_local.serve.http.response import Document, OpenAIWriter, named_logprob
 
-__all__ = ["CompletionRequest", "CompletionWriter", "read_completion"]
+__all__ = ["CompletionFields", "CompletionRequest", "CompletionWriter", "read_completion"]
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -27,7 +27,9 @@ _OF_OTHERS = ("token_logprobs", "top_logprobs")  # which the first token has not
 _TopCount = Annotated[int, Meta(ge=0, le=20)]
 
 
-class _CompletionFields(SharedFields, frozen=True, kw_only=True):
+class CompletionFields(SharedFields, frozen=True, kw_only=True):
+    """The body of a request."""
+
     prompt: str | list[int | str | list[int]]
     echo: bool | None = None
     max_tokens: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None
@@ -59,7 +61,7 @@ def read_completion(raw: Mapping[str, Any], engine: Engine) -> CompletionRequest
 
     Raise an ApiError if a field is invalid or unsupported, or if fields contradict each other.
     """
-    fields = _CompletionFields.read(raw)
+    fields = CompletionFields.read(raw)
     max_tokens = _DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
     options = fields.options(engine, max_tokens, fields.logprobs)
     wanted = [fields.prompt_logprobs, fields.logprobs if fields.echo else None]

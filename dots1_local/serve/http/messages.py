@@ -19,7 +19,7 @@ from dots1_local.serve.http.request import (
 from dots1_local.serve.http.response import Document, Writer
 from dots1_local.serve.tool_calls import CallPart, Part, ToolCallParser, joined
 
-__all__ = ["MessagesWriter", "as_chat"]
+__all__ = ["CountFields", "MessagesFields", "MessagesWriter", "as_chat"]
 
 _Share = Annotated[float, Meta(ge=0, le=1)]
 
@@ -68,7 +68,9 @@ class _Choice(Struct, frozen=True):
     disable_parallel_tool_use: bool | None = None
 
 
-class _Fields(Struct, frozen=True, kw_only=True):
+class CountFields(Struct, frozen=True, kw_only=True):
+    """The body of a request to count tokens."""
+
     messages: Annotated[list[_Message], Meta(min_length=1)]
     max_tokens: TokenCount | None = None
     system: str | list[_Text] | None = None
@@ -81,15 +83,19 @@ class _Fields(Struct, frozen=True, kw_only=True):
     tool_choice: _Choice | None = None
 
 
+class MessagesFields(CountFields, frozen=True, kw_only=True):
+    """The body of a request for a message, which must say how long it may be."""
+
+    max_tokens: TokenCount
+
+
 def as_chat(raw: Mapping[str, Any], *, counting: bool = False) -> dict[str, Any]:
     """Return the body of /v1/chat/completions that means the same.
 
     Raise an ApiError if a field is invalid or, unless tokens are only counted, max_tokens is
     missing.
     """
-    fields = read_fields(raw, _Fields)
-    if fields.max_tokens is None and not counting:
-        raise missing("max_tokens")
+    fields = read_fields(raw, CountFields if counting else MessagesFields)
     last = fields.messages[-1]
     if last.role == "assistant" and any(isinstance(each, _ToolUse) for each in last.content):
         raise invalid("the last message calls tools; send their results after it", "messages")

@@ -15,7 +15,7 @@ from dots1_local.serve.http.request import ApiError, Options, TokenCount, invali
 from dots1_local.serve.http.response import Document, Writer
 from dots1_local.serve.tool_calls import CallPart, Part, ToolCallParser
 
-__all__ = ["ResponsesWriter", "as_chat"]
+__all__ = ["ResponsesFields", "ResponsesWriter", "as_chat"]
 
 _Share = Annotated[float, Meta(ge=0, le=1)]
 _UNSUPPORTED = ("previous_response_id", "conversation", "prompt", "background")
@@ -73,7 +73,9 @@ class _Item(Struct, frozen=True):
     output: str | list[dict[str, Any]] | None = None
 
 
-class _Fields(Struct, frozen=True, kw_only=True):
+class ResponsesFields(Struct, frozen=True, kw_only=True):
+    """The body of a request."""
+
     input: str | Annotated[list[_Item], Meta(min_length=1)]
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
@@ -95,7 +97,7 @@ def as_chat(raw: Mapping[str, Any]) -> dict[str, Any]:
         if raw.get(name):
             message = f"{name} is not supported: this server stores nothing; send all of the input"
             raise invalid(message, name, "unsupported")
-    fields = read_fields(raw, _Fields)
+    fields = read_fields(raw, ResponsesFields)
     messages: list[dict[str, Any]] = []
     if fields.instructions is not None:
         messages.append({"role": "system", "content": fields.instructions})

@@ -200,6 +200,7 @@ class Service:
         return JSONResponse(document, 503, _RETRY_SOON)
 
     async def metrics(self, request: Request) -> Response:
+        """Report counters, times and the load, for Prometheus."""
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def slots(self, request: Request) -> Response:
@@ -214,31 +215,40 @@ class Service:
         return JSONResponse(self._placement)
 
     async def models(self, request: Request) -> Response:
+        """List the one model."""
         return JSONResponse({"object": "list", "data": [self._entry()]})
 
     async def model(self, request: Request) -> Response:
+        """Describe the model."""
         check_model_name(request.path_params["name"], self.name)
         return JSONResponse(self._entry())
 
     async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
         return await self._answer(request, Model.chat)
 
     async def completions(self, request: Request) -> Response:
+        """Continue texts."""
         return await self._answer(request, Model.completion)
 
     async def responses(self, request: Request) -> Response:
+        """Answer a conversation, in the form of OpenAI's Responses API."""
         return await self._answer(request, Model.responses)
 
     async def messages(self, request: Request) -> Response:
+        """Answer a conversation, in the form of Anthropic's Messages API."""
         return await self._answer(request, Model.messages)
 
     async def count_tokens(self, request: Request) -> Response:
+        """Count the tokens of a conversation."""
         return await self._compute(request, Model.count_tokens)
 
     async def tokenize(self, request: Request) -> Response:
+        """Return the tokens of a text or a conversation."""
         return await self._compute(request, Model.tokenize)
 
     async def detokenize(self, request: Request) -> Response:
+        """Return the text of tokens."""
         return await self._compute(request, Model.detokenize)
 
     async def tokenizer_info(self, request: Request) -> Response:

@@ -11,14 +11,12 @@ from dots1_local.chat.message import Message, ToolCall
 from dots1_local.chat.tools import CallGrammar, ToolChoice
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.serve.http.request import Options, SharedFields, TokenCount, invalid, missing
+from dots1_local.serve.http.request import Name, Options, SharedFields, TokenCount, invalid, missing
 
-__all__ = ["ChatRequest", "read_chat"]
+__all__ = ["ChatFields", "ChatRequest", "Messages", "read_chat"]
 
 _MAX_MESSAGES, _MAX_PARTS = 1 << 14, 1 << 10
 _MAX_TOOLS = 128  # OpenAI's limit
-
-_Name = Annotated[str, Meta(min_length=1)]
 
 
 class _TextPart(Struct, frozen=True, tag_field="type", tag="text"):
@@ -33,7 +31,7 @@ _Content = str | Annotated[list[_TextPart | _RefusalPart], Meta(max_length=_MAX_
 
 
 class _CalledFunction(Struct, frozen=True):
-    name: _Name
+    name: Name
     arguments: str  # a JSON object as text
 
 
@@ -52,7 +50,7 @@ class _Message(Struct, frozen=True):
 
 
 class _Function(Struct, frozen=True):
-    name: _Name
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
@@ -84,10 +82,13 @@ class _ToolChoice(Struct, frozen=True):
     allowed_tools: _AllowedTools | None = None
 
 
+Messages = Annotated[list[_Message], Meta(min_length=1, max_length=_MAX_MESSAGES)]
+
+
 class ChatFields(SharedFields, frozen=True, kw_only=True):
     """The body of a request."""
 
-    messages: Annotated[list[_Message], Meta(min_length=1, max_length=_MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: TokenCount | None = None  # the newer name of max_tokens
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None

@@ -10,7 +10,9 @@ from msgspec import Meta, Struct
 from dots1_local.serve.generation import Finished, Piece
 from dots1_local.serve.http.request import (
     ApiError,
+    Name,
     Options,
+    Stops,
     TokenCount,
     invalid,
     missing,
@@ -38,7 +40,7 @@ class _Redacted(Struct, frozen=True, tag_field="type", tag="redacted_thinking"):
 
 class _ToolUse(Struct, frozen=True, tag_field="type", tag="tool_use"):
     id: str
-    name: str
+    name: Name
     input: dict[str, Any]
 
 
@@ -56,7 +58,7 @@ class _Message(Struct, frozen=True):
 
 
 class _Tool(Struct, frozen=True):
-    name: str
+    name: Name
     input_schema: dict[str, Any]
     description: str | None = None
     type: Literal["custom"] | None = None
@@ -77,7 +79,7 @@ class CountFields(Struct, frozen=True, kw_only=True):
     temperature: _Share | None = None
     top_p: _Share | None = None
     top_k: Annotated[int, Meta(ge=0)] | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Stops | None = None
     stream: bool | None = None
     tools: list[_Tool] | None = None
     tool_choice: _Choice | None = None

@@ -23,7 +23,7 @@ from dots1_local.serve.http.tokens import DetokenizeFields, TokenizeFields
 __all__ = ["openapi"]
 
 _Json = dict[str, Any]
-_COMPONENTS = "#/components/schemas/"
+_COMPONENTS = "#/components/schemas/{name}"
 _PACKAGE = "dots1_local.serve.http."  # msgspec's prefix of names that two modules use
 _GENERATING: dict[str, type] = {
     "/v1/chat/completions": ChatFields,
@@ -31,12 +31,11 @@ _GENERATING: dict[str, type] = {
     "/v1/responses": ResponsesFields,
     "/v1/messages": MessagesFields,
 }
-# A body matches one of the types, if there are several.
-_BODIES: dict[str, tuple[type, ...]] = {
-    **{path: (kind,) for path, kind in _GENERATING.items()},
-    "/v1/messages/count_tokens": (CountFields,),
-    "/tokenize": (TokenizeFields, ChatFields),
-    "/detokenize": (DetokenizeFields,),
+_BODIES: dict[str, type] = {
+    **_GENERATING,
+    "/v1/messages/count_tokens": CountFields,
+    "/tokenize": TokenizeFields,
+    "/detokenize": DetokenizeFields,
 }
 # Fields that an answer always has.
 _ANSWERS: dict[str, tuple[str, ...]] = {
@@ -106,9 +105,8 @@ _ERRORS: _Json = {
 
 def openapi(routes: Sequence[Route], *, keyless: Set[str] | None = None) -> _Json:
     """Describe the routes; all but the `keyless` paths need a key, or none if that is None."""
-    kinds = list(dict.fromkeys(kind for several in _BODIES.values() for kind in several))
-    _, schemas = msgspec.json.schema_components(kinds, ref_template=_COMPONENTS + "{name}")
-    for kind in kinds:
+    _, schemas = msgspec.json.schema_components(_BODIES.values(), ref_template=_COMPONENTS)
+    for kind in _BODIES.values():
         if issubclass(kind, SharedFields):
             schemas[kind.__name__]["properties"] |= _refused(kind.unsupported)
     paths: _Json = {}
@@ -141,8 +139,8 @@ def _refused(unsupported: Mapping[str, Sequence[Any]]) -> _Json:
 
 
 def _operation(route: Route, path: str, needs_key: bool) -> _Json:
-    bodies = _BODIES.get(path)
-    statuses = {**_OF_BODIES} if bodies else {**_STATUSES.get(path, _LOADING)}
+    body = _BODIES.get(path)
+    statuses = {**_OF_BODIES} if body else {**_STATUSES.get(path, _LOADING)}
     if path in _GENERATING:
         statuses |= _OF_GENERATION
     if needs_key:
@@ -157,10 +155,8 @@ def _operation(route: Route, path: str, needs_key: bool) -> _Json:
     if "{name}" in path:
         named = {"name": "name", "in": "path", "required": True, "schema": _TEXT}
         operation["parameters"] = [named]
-    if bodies:
-        [*options] = ({"$ref": _COMPONENTS + kind.__name__} for kind in bodies)
-        schema = options[0] if len(options) == 1 else {"anyOf": options}
-        content = {"application/json": {"schema": schema}}
+    if body:
+        content = {"application/json": {"schema": {"$ref": _COMPONENTS.format(name=body.__name__)}}}
         operation["requestBody"] = {"required": True, "content": content}
     if needs_key:
         operation["security"] = [{"bearer": []}, {"x-api-key": []}]
@@ -180,5 +176,5 @@ def _answer(path: str) -> _Json:
 def _refusal(path: str, description: str) -> _Json:
     """Describe an error; while the model is loading, /health has its usual answer."""
     name = "AnthropicError" if path.startswith("/v1/messages") else "Error"
-    content = {"application/json": {"schema": {"$ref": _COMPONENTS + name}}}
+    content = {"application/json": {"schema": {"$ref": _COMPONENTS.format(name=name)}}}
     return {"description": description, "content": _answer(path) if path == "/health" else content}

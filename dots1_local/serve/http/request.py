@@ -20,8 +20,9 @@ from dots1_local.files.json_file import JsonError, brief, convert_json, parse_js
 from dots1_local.serve.generation import GenerationRequest
 
 __all__ = [
-    "MAX_CHOICES", "ApiError", "Options", "SharedFields", "TokenCount", "check_model_name",
-    "check_token", "invalid", "missing", "parse_body", "read_body", "read_fields",
+    "MAX_CHOICES", "ApiError", "Name", "Options", "SharedFields", "Stops", "TokenCount",
+    "check_model_name", "check_token", "invalid", "missing", "parse_body", "read_body",
+    "read_fields",
 ]  # fmt: skip
 
 _T = TypeVar("_T")
@@ -32,11 +33,13 @@ _MAX_STOP, _MAX_STOP_LENGTH = 16, 1 << 10
 _MAX_BIASES = 1 << 10
 _MIN_TOP_P = 1e-6  # a top_p of 0 means the likeliest token alone
 
+Name = Annotated[str, Meta(min_length=1)]
 TokenCount = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 _RepeatPenalty = Annotated[float, Meta(ge=0.1, le=10)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=_MAX_STOP_LENGTH)]
+Stops = Annotated[list[_Stop], Meta(max_length=_MAX_STOP)]
 _ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -195,7 +198,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: Annotated[dict[str, float | None], Meta(max_length=_MAX_BIASES)] | None = None
     max_tokens: TokenCount | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
-    stop: _Stop | Annotated[list[_Stop], Meta(max_length=_MAX_STOP)] | None = None
+    stop: _Stop | Stops | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     return_progress: bool | None = None  # llama.cpp's

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from dots1_local.serve.generation import Finished, Piece
-from dots1_local.serve.http.request import ApiError, Options, TokenCount, invalid, read_fields
+from dots1_local.serve.http.request import ApiError, Name, Options, TokenCount, invalid, read_fields
 from dots1_local.serve.http.response import Document, Writer
 from dots1_local.serve.tool_calls import CallPart, Part, ToolCallParser
 
@@ -29,14 +29,14 @@ class _Part(Struct, frozen=True):
 
 class _Tool(Struct, frozen=True):
     type: Literal["function"]
-    name: str
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
 
 class _NamedTool(Struct, frozen=True):
     type: Literal["function"]
-    name: str
+    name: Name
 
 
 class _ToolChoice(Struct, frozen=True):

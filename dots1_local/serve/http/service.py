@@ -119,7 +119,7 @@ class Model:
     def tokenize(self, raw: dict[str, Any]) -> dict[str, Any]:
         """Answer a body of /tokenize, or raise an ApiError."""
         fields = read_fields(raw, TokenizeFields)
-        if raw.get("messages") is not None:
+        if fields.messages is not None:
             tokens, _, _ = self._conversation(raw)
         elif fields.prompt is not None:
             bos = fields.add_special_tokens is not False

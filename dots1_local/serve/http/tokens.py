@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from dots1_local.engine.engine import Engine
+from dots1_local.serve.http.chat_request import Messages
 from dots1_local.serve.http.request import check_token
 
 __all__ = ["DetokenizeFields", "TokenizeFields", "text_of", "tokenizer_info"]
@@ -19,9 +20,13 @@ _TOKENS = {f"{name}_token": f"tokenizer.ggml.{key}_token_id" for name, key in [
 
 
 class TokenizeFields(Struct, frozen=True):
-    """A text, unless the body has messages; these have their special tokens anyway."""
+    """A text, unless the body has messages; these have their special tokens anyway.
+
+    The other fields of a chat, such as its tools, may come with messages.
+    """
 
     prompt: str | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

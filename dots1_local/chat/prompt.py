@@ -157,13 +157,11 @@ class Prompter(RawPrompter):
         indices = [int(index) for index in pieces[1::2]]
         if len(indices) > _MAX_REPEATS * len(messages) or max(indices, default=0) >= len(messages):
             raise GGUFError(f"the chat template of {self._file} garbles the messages")
-        tokens = self._engine.tokenize(pieces[0], special=True)
-        parts = list(zip(indices, pieces[2::2], strict=True))
         if begun:  # leave out what the template writes after the last message
-            while parts.pop()[0] != len(messages) - 1:
-                pass
-            parts.append((len(messages) - 1, ""))
-        for index, literal in parts:
+            end = len(indices) - indices[::-1].index(len(messages) - 1)
+            indices, pieces = indices[:end], [*pieces[: 2 * end], ""]
+        tokens = self._engine.tokenize(pieces[0], special=True)
+        for index, literal in zip(indices, pieces[2::2], strict=True):
             tokens += self.content(messages[index])
             tokens += self._engine.tokenize(literal, special=True)
         return tokens

@@ -102,6 +102,16 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("tool_choice", {"tool_choice": "always"}),
     ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "snow"}}}),
     ("tool_choice", {"tool_choice": "required", "tools": []}),
+    ("tool_choice.allowed_tools", {"tool_choice": {"type": "allowed_tools"}}),
+    (
+        "tool_choice",
+        {
+            "tool_choice": {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "snow"}}]},
+            }
+        },
+    ),
     ("tools", {"tools": [{"function": {"name": "a", "parameters": {"type": "thing"}}}]}),
     ("response_format.json_schema", {"response_format": {"type": "json_schema"}}),
     ("messages[0].tool_call_id", {"messages": [{"role": "tool", "content": "No."}]}),
@@ -232,6 +242,16 @@ def test_an_answer_with_a_schema_is_a_document_or_calls(
         assert choice.message.tool_calls[0].function.name == "clock"
     else:
         assert isinstance(json.loads(choice.message.content)["tame"], bool)
+
+
+@pytest.mark.parametrize("beginning", ["", "Once upon", "Once <"])
+def test_an_answer_with_tools_can_be_begun(untrained: OpenAI, beginning: str) -> None:
+    begun = [*ASKED, {"role": "assistant", "content": beginning}]
+    [choice] = ask(untrained, tools=[CLOCK], messages=begun, max_tokens=5).choices
+    assert choice.message.content or choice.message.tool_calls
+    if beginning:
+        with pytest.raises(openai.BadRequestError, match="begin"):
+            ask(untrained, tools=[CLOCK], messages=begun, tool_choice="required")
 
 
 def test_a_call_that_is_cut_off_is_told_by_its_reason(untrained: OpenAI) -> None:

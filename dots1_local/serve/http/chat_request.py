@@ -177,7 +177,7 @@ def _tool_choice(fields: ChatFields, names: Set[str]) -> ToolChoice:
     functions = [tool.function for tool in allowed.tools] if allowed else [chosen.function]
     chosen_names = frozenset(function.name for function in functions if function)
     if not chosen_names:
-        raise missing("tool_choice.function")
+        raise missing(f"tool_choice.{chosen.type or 'function'}")
     for name in chosen_names - names:
         message = f"tool_choice names {name!r:.80}, which is not among the tools"
         raise invalid(message, "tool_choice")

@@ -21,10 +21,18 @@ _Share = Annotated[float, Meta(ge=0, le=1)]
 _UNSUPPORTED = ("previous_response_id", "conversation", "prompt", "background")
 
 
-class _Part(Struct, frozen=True):
-    type: Literal["input_text", "output_text", "text", "refusal"]
-    text: str = ""
-    refusal: str = ""
+class _Text(Struct, frozen=True, tag_field="type", tag="text"):
+    text: str
+
+
+class _InputText(_Text, frozen=True, tag="input_text"): ...
+
+
+class _OutputText(_Text, frozen=True, tag="output_text"): ...
+
+
+class _Refusal(Struct, frozen=True, tag_field="type", tag="refusal"):
+    refusal: str
 
 
 class _Tool(Struct, frozen=True):
@@ -152,8 +160,8 @@ def _add(messages: list[dict[str, Any]], item: _Item, where: str) -> None:
 def _text(content: str | list[dict[str, Any]] | None, where: str) -> str:
     if isinstance(content, str):
         return content
-    parts = read_fields(content or [], list[_Part], where)
-    return "\n".join(part.text or part.refusal for part in parts)
+    parts = read_fields(content or [], list[_Text | _InputText | _OutputText | _Refusal], where)
+    return "\n".join(part.refusal if isinstance(part, _Refusal) else part.text for part in parts)
 
 
 def _function(tool: _Tool) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Requests as Open WebUI, Continue, aider and LibreChat send them, read from their sources.
 
-Each comment names the file and the commit that a shape was read from. Texts are the tests' own;
-temperature 0 makes an answer that of a `Session`.
+Each comment names the file and the commit that a shape was read from. litellm 1.110.2,
+@langchain/openai 1.5.8 and @continuedev/openai-adapters 1.37.0, which aider, LibreChat and Continue
+send with, were seen to send the same. Texts are the tests' own; temperature 0 makes an answer that
+of a `Session`.
 """
 
 from collections.abc import Mapping
@@ -229,7 +231,8 @@ CONTINUE = [
     ),
 ]  # fmt: skip
 
-# aider, aider/models.py at f5e88087702d35229c5b7fae2307b3f0e95da504; extra_params are the user's.
+# aider, aider/models.py at f5e88087702d35229c5b7fae2307b3f0e95da504;
+# the user may set reasoning_effort and max_tokens.
 AIDER = [
     Shape(
         "aider: an edit",
@@ -244,14 +247,13 @@ AIDER = [
     ),
     Shape(
         "aider: a commit message",
-        {"model": "dots1", "messages": TALK, "stream": False, "temperature": 0, "max_tokens": 24},
+        {"model": "dots1", "messages": TALK, "temperature": 0, "max_tokens": 24},
     ),
     Shape(
         "aider: an edit by a function",
         {
             "model": "dots1",
             "messages": TALK,
-            "stream": False,
             "temperature": 0,
             "tools": [TOOL],
             "tool_choice": NAMED,

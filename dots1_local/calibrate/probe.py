@@ -35,7 +35,7 @@ from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.hub.pass_shards import EMBEDDING, HEAD, Provide, layer_step, on_disk
 from dots1_local.progress import Progress
-from dots1_local.quant.importance import Importance
+from dots1_local.quant.importance import Importance, fill_gaps
 from dots1_local.quant.sensitivity import Effect, Sensitivity, geometry
 from dots1_local.quant.stock import is_quantisable
 from dots1_local.reference.model import Compute
@@ -177,7 +177,9 @@ class Probe:
             return read_rows(self.checkpoint, spec.sources[expert], rows)
 
         drawn = sample(spec, rows_of, row_costs, column_costs)
-        effects, reference = measure(drawn, self.importance.get(spec.name), self.threads)
+        squares = self.importance.get(spec.name)
+        importance = fill_gaps(squares) if squares is not None and squares.any() else None
+        effects, reference = measure(drawn, importance, self.threads)
         of_inputs = {}
         if input_errors is not None:
             of_inputs = dict(zip(BLOCKS, drawn.of_inputs(input_errors).tolist(), strict=True))

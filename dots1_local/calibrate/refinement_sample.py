@@ -23,6 +23,7 @@ from dots1_local.calibrate.refined_errors import (
 )
 from dots1_local.calibrate.refined_rows import DrawnRows, RowSample, all_errors
 from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.quant.importance import fill_gaps
 from dots1_local.quant.stock import is_quantisable
 from dots1_local.refine.metric import Metric, input_metric
 
@@ -138,7 +139,9 @@ def _importance(own: Moment, prior: Moment | None) -> Floats:
     """The mean squares of an expert's inputs, with those of other tokens if its own are few."""
     part = min(1.0, own.tokens / _FEW) if prior is not None else 1.0
     other = 0 if prior is None else np.diag(prior.mean)
-    return np.asarray(part * np.diag(own.mean) + (1 - part) * other, np.float32)
+    squares = np.asarray(part * np.diag(own.mean) + (1 - part) * other, np.float32)
+    filled: Floats = fill_gaps(squares[None])[0]
+    return filled
 
 
 def _by_type(by_expert: Mapping[int, Mapping[str, ErrorPair]]) -> RefinedErrors:

@@ -58,6 +58,7 @@ def _importance_warnings(
             f"{importance.path.name} has no data for {count} experts in "
             f"{len(importance.partial)} tensors; their columns count equally"
         )
+    yield from _gap_warnings(conversion)
     if budget is None or folder is None:
         return
     measured = sensitivity_file(conversion.refinement is not None)
@@ -66,6 +67,36 @@ def _importance_warnings(
             f"the sensitivity in {folder} was measured with another importance file than "
             f"{importance.path.name}; its predictions hold as far as the two files agree"
         )
+
+
+def _gap_warnings(conversion: "Conversion") -> Iterator[str]:
+    """Name the tensors whose type would lose weights because importance is 0 in whole blocks."""
+    from dots1_local.quant.encode import ZEROED_BLOCKS
+
+    importance, found, columns = conversion.importance, [], 0
+    for tensor in conversion.tensors:
+        block = ZEROED_BLOCKS.get(tensor.kind.name)
+        gaps = importance.gaps(tensor.spec, block) if importance and block else ()
+        if any(gaps):
+            columns += sum(gaps)
+            experts = [expert for expert, count in enumerate(gaps) if count]
+            plural = "s" * (len(experts) > 1)
+            of = f" (expert{plural} {_listed(experts)})" if len(gaps) > 1 else ""
+            found.append(f"{tensor.spec.name}{of}")
+    if importance is None or not found:
+        return
+    effect = "these columns count as much as the others on average"
+    if not importance.fills_gaps:
+        effect = (
+            f"{conversion.plan.recipe} stores their weights as 0 or noise, as llama-quantize does; "
+            "use a complete importance file or a DQ mix"
+        )
+    yield f"{importance.path.name} is 0 for {columns:,} columns of {_listed(found)}: {effect}"
+
+
+def _listed(items: Sequence[object]) -> str:
+    more = f" and {len(items) - 8:,} more" if len(items) > 8 else ""
+    return ", ".join(map(str, items[:8])) + more
 
 
 def _override_warnings(conversion: "Conversion", overrides: Sequence[str]) -> Iterator[str]:

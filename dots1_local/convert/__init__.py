@@ -29,7 +29,7 @@ from dots1_local.quant.imatrix_file import load_importance
 from dots1_local.quant.importance import Importance
 from dots1_local.quant.plan import PlannedTensor, QuantPlan, parse_overrides
 from dots1_local.quant.recipes import Padding, make_plan
-from dots1_local.quant.stock import require_importance
+from dots1_local.quant.stock import STOCK_MIXES, require_importance
 
 if TYPE_CHECKING:
     from dots1_local.calibrate.refinement_file import RefinementData
@@ -96,6 +96,8 @@ class Conversion:
                 padding=padding,
                 overrides=parse_overrides(overrides),
             )
+        if importance is not None and not _is_stock(recipe, encoder, refine):
+            importance = importance.filled()
         conversion = replace(cls._checked(source, recipe, importance), encoder=encoder)
         if calibration is None or importance is None:
             if refine:
@@ -285,6 +287,11 @@ def convert_checkpoint(
         checkpoint, recipe, imatrix=imatrix, padding=padding, overrides=overrides
     )
     return conversion.run(output, **options)
+
+
+def _is_stock(plan: QuantPlan, encoder: EncoderName, refine: bool) -> bool:
+    """Whether the tensors have to be those of llama-quantize, to the last byte."""
+    return plan.recipe in STOCK_MIXES and encoder == "ggml" and not refine
 
 
 def _check_refinable(tensors: Sequence[PlannedTensor]) -> None:

@@ -118,7 +118,7 @@ def load_calibration(
             f"{folder / measured} was measured with another importance file than "
             f"{importance.path}; calibrate again, or name the file with --imatrix to use it anyway"
         )
-    return sensitivity, importance
+    return sensitivity, importance.filled()
 
 
 def predicted_kl(

@@ -23,9 +23,18 @@ from dots1_local import ggml
 from dots1_local.errors import UsageError
 from dots1_local.ggml import QuantType
 
-__all__ = ["bad_blocks", "block_bytes", "decode", "encode"]
+__all__ = ["ZEROED_BLOCKS", "bad_blocks", "block_bytes", "decode", "encode", "is_zero"]
 
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+# Columns that lose their weights (they decode to 0, or to noise) if the importance of all of them
+# is 0. ggml's encoders of other types look at the weights alone, or have a least importance.
+ZEROED_BLOCKS = {
+    **dict.fromkeys(("Q6_K", "Q3_K", "IQ2_S", "IQ2_XS", "IQ1_M"), 16),
+    **dict.fromkeys(("Q5_0", "Q4_0", "IQ4_NL", "IQ4_XS", "IQ3_XXS", "IQ2_XXS", "IQ1_S"), 32),
+    **dict.fromkeys(("Q5_K", "Q4_K", "Q2_K"), 256),
+}
 
 
 class _TypeTraits(ctypes.Structure):
@@ -86,6 +95,17 @@ def decode(data: NDArray[np.uint8], kind: QuantType, columns: int) -> NDArray[np
     data = np.ascontiguousarray(data)
     traits(kind.ggml).contents.to_float(data.ctypes.data, out.ctypes.data, out.size)
     return out
+
+
+def is_zero(data: NDArray[np.uint8], kind: QuantType) -> bool:
+    """Whether all weights in whole blocks of contiguous `data` are 0."""
+    blocks = data.reshape(1, -1)
+    first = kind.row_bytes(kind.block)  # most data can be told by its first block
+    return not any(
+        decode(part, kind, part.size // first * kind.block).any()
+        for part in (blocks[:, :first], blocks[:, first:])
+        if part.size
+    )
 
 
 # Bytes of a block, and the places of its float16 scales.

@@ -17,7 +17,7 @@ from dots1_local.files.gguf import GGUFFile, GGUFTensor, OpenFiles, cores, role_
 from dots1_local.files.safetensors import Slice, read_exactly
 from dots1_local.ggml import TYPES, to_float32
 from dots1_local.progress import Progress, silent
-from dots1_local.quant.encode import bad_blocks, block_bytes, decode
+from dots1_local.quant.encode import bad_blocks, block_bytes, decode, is_zero
 from dots1_local.verify.findings import TensorCheck
 
 __all__ = ["check_blocks"]
@@ -78,7 +78,8 @@ class _PieceCheck:
     nbytes: int
     bad_blocks: int
     first_bad: int
-    expert: int = 0
+    expert: int
+    zero: bool
     squared_error: float = 0.0
     squared: float = 0.0
     changed: int = 0
@@ -104,16 +105,17 @@ class _TensorReader:
         rows = prod(tensor.shape[:-1])
         self._row_bytes = tensor.nbytes // max(rows, 1)
         experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
-        self._expert_rows = rows // max(len(self._sources) or experts, 1)
+        self._experts = max(len(self._sources) or experts, 1)
+        self._expert_rows = rows // self._experts
+        self._is_matrix = self._role != "norm" and len(tensor.shape) > 1 and tensor.type in TYPES
 
     def ranges(self) -> Iterator[range]:
-        """The bytes of each piece: whole blocks, and when compared, whole rows of one source."""
+        """The bytes of each piece: whole blocks of one expert, and when compared, whole rows."""
         nbytes = self._tensor.nbytes
         block = block_bytes(self._tensor.type)
-        step, whole = _PIECE_BYTES // block * block, nbytes
+        step, whole = _PIECE_BYTES // block * block, self._expert_rows * self._row_bytes
         if self._sources:
             step = max(1, _PIECE // self._columns) * self._row_bytes
-            whole = self._expert_rows * self._row_bytes
         for first in range(0, nbytes, whole or 1):
             for start in range(first, first + whole, step):
                 yield range(start, min(start + step, first + whole))
@@ -123,7 +125,9 @@ class _TensorReader:
         kind = self._tensor.type
         bad = bad_blocks(data, kind)
         first_bad = where.start // block_bytes(kind) + int(bad[0]) if bad.size else 0
-        piece = _PieceCheck(len(where), bad.size, first_bad)
+        expert = where.start // self._row_bytes // self._expert_rows
+        zero = self._is_matrix and is_zero(data, TYPES[kind])
+        piece = _PieceCheck(len(where), bad.size, first_bad, expert, zero)
         return self._compare(data, where, piece) if self._sources else piece
 
     def _compare(self, data: NDArray[np.uint8], where: range, piece: _PieceCheck) -> _PieceCheck:
@@ -141,7 +145,6 @@ class _TensorReader:
         exact = kind.name in ("F32", source.dtype)  # the type can hold every weight of the source
         return replace(
             piece,
-            expert=expert,
             squared_error=float(error),
             squared=float(np.einsum("ij,ij->i", right, right).sum(dtype=np.float64)),
             changed=int(np.count_nonzero(difference)) if exact else 0,
@@ -159,6 +162,7 @@ class _TensorReader:
             bad_blocks=sum(piece.bad_blocks for piece in pieces),
             changed=sum(piece.changed for piece in pieces),
             padding=sum(piece.padding for piece in pieces),
+            zero=_zero_experts(pieces),
         )
         if check.bad_blocks:
             first = next(piece.first_bad for piece in pieces if piece.bad_blocks)
@@ -173,7 +177,18 @@ class _TensorReader:
         ]
         worst = int(np.argmax(by_expert))  # a NaN counts as the largest
         error = _relative_error(pieces)
-        return replace(check, error=error, worst_error=by_expert[worst], worst_expert=worst)
+        return replace(
+            check,
+            error=error,
+            worst_error=by_expert[worst],
+            worst_expert=worst,
+            zero=tuple(expert for expert in check.zero if by_expert[expert]),
+        )
+
+
+def _zero_experts(pieces: list[_PieceCheck]) -> tuple[int, ...]:
+    others = {piece.expert for piece in pieces if not piece.zero}
+    return tuple(sorted({piece.expert for piece in pieces} - others))
 
 
 def _relative_error(pieces: list[_PieceCheck]) -> float:

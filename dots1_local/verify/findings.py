@@ -34,6 +34,10 @@ USUAL_ERROR = {
     "IQ2_XS": 0.53, "IQ2_XXS": 0.63, "IQ1_M": 0.72, "IQ1_S": 0.79, "NVFP4": 0.17, "Q2_0": 0.88,
     "Q1_0": 0.93, "TQ2_0": 1.0, "TQ1_0": 1.0,
 }  # fmt: skip
+_ZEROS = (
+    "the file is damaged, or was converted with an importance file that lacks them; fetch it, "
+    "or convert it again with dots1 convert"
+)
 _UNRELATED = 0.95  # the error of unrelated weights of any size is 1 or more
 
 
@@ -65,6 +69,8 @@ class TensorCheck:
     `error` is ‖W − Ŵ‖ / ‖W‖ against the checkpoint, without padding; `worst_error` is that of the
     worst expert, or of the whole tensor if it has no experts. `changed` weights differ from the
     checkpoint's although the type can hold them exactly; `padding` weights should be zero.
+    All weights of the `zero` experts are 0, and not so in the checkpoint; a matrix without experts
+    is expert 0.
     """
 
     name: str
@@ -80,6 +86,11 @@ class TensorCheck:
     worst_expert: int = 0
     changed: int = 0
     padding: int = 0
+    zero: tuple[int, ...] = ()
+
+    @property
+    def is_zero(self) -> bool:
+        return len(self.zero) == (self.shape[0] if len(self.shape) == 3 else 1)
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,12 @@ def findings_from(tensors: Sequence[TensorCheck]) -> Iterator[Finding]:
     ]  # fmt: skip
     if damaged := [tensor for tensor in tensors if tensor.bad_blocks]:
         yield Finding("blocks", "error", _damaged(damaged))
+    zero = [tensor for tensor in tensors if tensor.zero]
+    if whole := [tensor for tensor in zero if tensor.is_zero]:
+        yield Finding("zeros", "error", f"all weights of {_names(whole)} are 0: {_ZEROS}")
+    if parts := [tensor for tensor in zero if not tensor.is_zero]:
+        experts = names(f"expert {expert} of {t.name}" for t in parts for expert in t.zero)
+        yield Finding("zeros", "warning", f"all weights of {experts} are 0: {_ZEROS}")
     if other:
         first = max(other, key=_worst)
         yield Finding(

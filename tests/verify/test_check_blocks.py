@@ -62,7 +62,7 @@ def test_nvfp4_scales_end_where_e4m3_has_its_nan() -> None:
 
 @pytest.mark.parametrize(("threads", "row", "column"), [(1, 0, 0), (2, 31, 63)])
 def test_a_nan_is_found_where_it_is(tmp_path: Path, threads: int, row: int, column: int) -> None:
-    experts = np.zeros((8, 32, 64), np.float32)
+    experts = np.ones((8, 32, 64), np.float32)
     experts[3, row, column] = np.nan
     experts[5, 1, 1] = -np.inf
     tensors = {"blk.1.ffn_up_exps.weight": experts}

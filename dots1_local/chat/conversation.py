@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 from dots1_local.chat.dialogue import Dialogue, Overflow
 from dots1_local.chat.message import Message
 from dots1_local.chat.sampling import Sampling
+from dots1_local.chat.turns import count_turns
 from dots1_local.errors import UsageError
 from dots1_local.files.json_file import JsonError, convert_json, read_json
 from dots1_local.files.partial_file import write_whole
@@ -34,18 +35,20 @@ class Settings(Sampling):
 class Conversation:
     """What a session holds, without the tokens; `model` is the name of the session's model.
 
-    `unanswered` is a last question that has no answer yet, or "".
+    The oldest turns, `dropped` of them, are not in the context. `unanswered` is a last question
+    that has no answer yet, or "".
     """
 
     model: str
     messages: tuple[Message, ...]
     settings: Settings
     unanswered: str = ""
+    dropped: int = 0
 
     def apply(self, session: Dialogue) -> None:
         """Give a session these messages and settings; an unanswered question is left to ask."""
         given = asdict(self.settings)
-        session.messages = list(self.messages)
+        session.messages, session.dropped = list(self.messages), self.dropped
         session.sampling = Sampling(
             **{each.name: given.pop(each.name) for each in fields(Sampling)}
         )
@@ -65,6 +68,7 @@ class _Document(Struct, frozen=True):
     settings: Settings
     messages: list[_SavedMessage]
     unanswered: str = ""
+    dropped_turns: Annotated[int, Meta(ge=0)] = 0
 
 
 def state_path(path: Path) -> Path:
@@ -100,6 +104,7 @@ def save_conversation(
             "stop": list(session.stop),
             "overflow": session.overflow,
         },
+        **({"dropped_turns": session.dropped} if session.dropped else {}),
         "messages": [{"role": m.role, "text": m.text} for m in kept],
         **({} if unanswered is None else {"unanswered": unanswered}),
     }
@@ -121,9 +126,13 @@ def load_conversation(path: str | Path) -> Conversation:
     try:
         document = convert_json(raw, _Document)
         messages = _messages(document.messages)
+        if document.dropped_turns > count_turns(messages):
+            raise JsonError("expected no more than there are turns", "dropped_turns")
     except (JsonError, UsageError) as error:
         raise UsageError(f"{path} is a damaged conversation: {error}") from None
-    return Conversation(document.model, messages, document.settings, document.unanswered)
+    return Conversation(
+        document.model, messages, document.settings, document.unanswered, document.dropped_turns
+    )
 
 
 def _read(path: Path) -> Any:

@@ -8,7 +8,7 @@ from weakref import ref
 
 from dots1_local.chat.message import AnswerStats, Message
 from dots1_local.chat.sampling import Sampling
-from dots1_local.chat.turns import Turn, last_turn
+from dots1_local.chat.turns import Turn, count_turns, drop_oldest, last_turn
 from dots1_local.errors import UsageError
 from dots1_local.progress import Progress, silent
 
@@ -38,8 +38,9 @@ class Dialogue(ABC):
     The default of `system` is `SYSTEM_PROMPT`. With `raw` there is no system message by default;
     texts are completed without the chat template, and the conversation is one document.
 
-    When the context is full, `overflow` "drop" drops whole turns, oldest first, and "stop" ends
-    the answer or refuses the question. An answer ends before a `stop` string, and after
+    When the context is full, `overflow` "drop" drops whole turns from it, oldest first, and "stop"
+    ends the answer or refuses the question. `messages` keeps all turns; `dropped` says how many of
+    them are not in the `context`. An answer ends before a `stop` string, and after
     `max_tokens` tokens.
     """
 
@@ -59,6 +60,7 @@ class Dialogue(ABC):
         self.stop = stop
         self.max_tokens = max_tokens
         self.messages: list[Message] = []
+        self.dropped = 0
         self.stats: AnswerStats | None = None  # of the last answer
         self._turn: Turn | None = None
         self._latest: Callable[[], Generator[str, None, None] | None] = lambda: None
@@ -117,6 +119,11 @@ class Dialogue(ABC):
         self._sampling = sampling
 
     @property
+    def context(self) -> list[Message]:
+        """The messages that the model sees: all but the oldest turns that were dropped."""
+        return drop_oldest(self.messages, self.dropped)
+
+    @property
     def so_far(self) -> list[Message]:
         """The messages, with the question and the unfinished answer of an open turn."""
         if self._turn is None:
@@ -132,6 +139,7 @@ class Dialogue(ABC):
         """Drop all turns; the system message stays."""
         self._end_latest()
         self.messages = [message for message in self.messages if message.role == "system"]
+        self.dropped = 0
 
     def undo(self) -> Message | None:
         """Drop the last turn and return its user's message; None if there is no turn."""
@@ -140,6 +148,8 @@ class Dialogue(ABC):
         if index is None:
             return None
         asked, self.messages = self.messages[index], self.messages[:index]
+        if self.dropped >= count_turns(self.messages):  # the context may have room for them again
+            self.dropped = 0
         return asked
 
     def ask(
@@ -199,6 +209,7 @@ class Dialogue(ABC):
     ) -> Generator[str, None, None]:
         if limit is not None and limit < 1:
             raise UsageError(f"max_tokens is {limit}; it must be at least 1")
+        self.dropped = max(0, min(self.dropped, count_turns(asked) - 1))
         stream = self._answer(asked, limit, progress)
         self._latest = ref(stream)  # weak: a caller who drops the stream closes it
         return stream

@@ -17,7 +17,6 @@ from dots1_local.chat.sampling import Sampling
 from dots1_local.chat.turns import (
     AnswerText,
     EngineTurn,
-    drop_oldest,
     overflow_message,
     turns_to_drop,
 )
@@ -93,7 +92,7 @@ class Session(Dialogue):
     def save_state(self, path: str | Path, progress: Progress = silent) -> int:
         """Write the KV cache; return the bytes written, 0 if the file is up to date."""
         self._end_latest()
-        self._cache.keep(self._prompter.tokens(self.messages) if self.messages else [])
+        self._cache.keep(self._prompter.tokens(self.context) if self.messages else [])
         answers = [each.tokens for each in self.messages if each.role == "assistant"]
         return self._cache.save(Path(path), answers, progress)
 
@@ -104,7 +103,7 @@ class Session(Dialogue):
             if state is None or not self.messages:
                 return 0
             self.messages = _with_tokens(self.messages, state.answers, self._engine)
-            tokens = self._prompter.tokens(self.messages)
+            tokens = self._prompter.tokens(self.context)
             if common_prefix(tokens, state.tokens):
                 self._cache.restore(Path(path), state)
                 return self._cache.keep(tokens)
@@ -113,13 +112,13 @@ class Session(Dialogue):
     def _answer(
         self, asked: list[Message], limit: int | None, progress: Progress
     ) -> Generator[str, None, None]:
-        turn = EngineTurn(asked, limit, progress, AnswerText(self.stop))
+        turn = EngineTurn(asked, limit, progress, AnswerText(self.stop), self.dropped)
         self._fit(turn)
         if not turn.prompt:
             raise UsageError("there is nothing to complete; give the beginning of a text")
         if turn.size >= self.n_ctx:
             remedy = "choose a larger context with --context"
-            raise Dots1Error(overflow_message(turn.messages, turn.size, self.n_ctx, remedy))
+            raise Dots1Error(overflow_message(turn.context, turn.size, self.n_ctx, remedy))
         return self._streamed(turn, self._compute(turn))
 
     def _compute(self, turn: EngineTurn) -> Generator[str, None, None]:
@@ -132,12 +131,13 @@ class Session(Dialogue):
             yield from self._generate(turn)
         finally:
             self.messages = [*turn.messages, turn.answer.message()]
+            dropped, self.dropped = turn.dropped - self.dropped, turn.dropped
             reading, writing = begun - start, time.perf_counter() - begun
             stop: StopReason = "stop" if turn.answer.stopped else turn.stop
             count = len(turn.answer.tokens)
             drafts = self._drafter.drafted, self._drafter.accepted
             self.stats = Stats(
-                prompt_tokens, reused, count, reading, writing, stop, turn.dropped, *drafts
+                prompt_tokens, reused, count, reading, writing, stop, dropped, *drafts
             )
             self._drafter.end()
             self._cache.drop_draft()
@@ -183,16 +183,16 @@ class Session(Dialogue):
 
     def _fit(self, turn: EngineTurn) -> None:
         """Make the prompt; drop turns if the answer would have no room."""
-        turn.prompt = self._prompter.tokens(turn.messages)
+        turn.prompt = self._prompter.tokens(turn.context)
         quarter, written = self.n_ctx // 4, len(turn.answer.tokens)
         room = min(turn.limit - written, quarter) if turn.limit else quarter
         limit = self.n_ctx - written - max(1, room)
         if self.overflow == "stop" or len(turn.prompt) <= limit:
             return
-        count = turns_to_drop(turn.messages, lambda kept: len(self._prompter.tokens(kept)), limit)
-        turn.messages = drop_oldest(turn.messages, count)
-        turn.prompt = self._prompter.tokens(turn.messages)
-        turn.dropped += count
+        turn.dropped += turns_to_drop(
+            turn.context, lambda kept: len(self._prompter.tokens(kept)), limit
+        )
+        turn.prompt = self._prompter.tokens(turn.context)
 
 
 def _with_tokens(

@@ -90,13 +90,21 @@ class PartialAnswer(Protocol):
 
 @dataclass
 class Turn:
-    """An answer that is being written, to the last of `messages`."""
+    """An answer that is being written, to the last of `messages`.
+
+    The oldest turns, `dropped` of them, are not in the context.
+    """
 
     messages: list[Message]
     limit: int | None
     progress: Progress
     answer: PartialAnswer
-    dropped: int = field(default=0, kw_only=True)
+    dropped: int
+
+    @property
+    def context(self) -> list[Message]:
+        """The messages that the model sees."""
+        return drop_oldest(self.messages, self.dropped)
 
 
 @dataclass

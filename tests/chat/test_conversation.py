@@ -148,6 +148,8 @@ def test_missing_settings_have_defaults(tmp_path: Path) -> None:
     [
         ({"format": "other"}, ["not a saved conversation"]),
         ({"version": 2}, ["version", "2"]),
+        ({"dropped_turns": -1}, ["dropped_turns"]),
+        ({"dropped_turns": 2}, ["dropped_turns"]),
         ({"model": None}, ["model", "null"]),
         ({"settings": []}, ["settings", "array"]),
         ({"settings": {"temperature": "hot"}}, ["settings.temperature", "str"]),

@@ -67,12 +67,12 @@ def test_ctrl_c_at_any_line_leaves_conversation_and_cache_consistent(
     begun = [Message("system", "S"), Message("user", "a" * 20), Message("assistant", "b" * 25)]
     expected: dict[str, str] = {}
 
-    def next_answer(messages: list[Message]) -> str:
-        key = repr(messages)
+    def next_answer(messages: list[Message], left: int) -> str:
+        key = repr((messages, left))
         if key not in expected:
             fresh.clear()
             "".join(fresh.ask("something else", max_tokens=1))
-            fresh.messages = list(messages)
+            fresh.messages, fresh.dropped = list(messages), left
             expected[key] = "".join(fresh.ask("and now?", max_tokens=4))
         return expected[key]
 
@@ -83,9 +83,9 @@ def test_ctrl_c_at_any_line_leaves_conversation_and_cache_consistent(
     assert session.stats.dropped_turns == dropped
     assert bool(session.stats.drafted_tokens) == bool(n_draft)
     for at in range(1, lines, STEP):
-        session.messages = list(begun)
+        session.messages, session.dropped = list(begun), 0
         ask(session, max_tokens, at)
-        kept = list(session.messages)
+        kept, left = list(session.messages), session.dropped
         asked = [message.text for message in kept if message.role == "user"]
         assert kept == begun or (asked[-1] == QUESTION and kept[-1].role == "assistant")
-        assert "".join(session.ask("and now?", max_tokens=4)) == next_answer(kept)
+        assert "".join(session.ask("and now?", max_tokens=4)) == next_answer(kept, left)

@@ -27,7 +27,8 @@ def say(session: Session, text: str, **options: Any) -> str:
 
 
 def asked(session: Session) -> list[str]:
-    return [message.text for message in session.messages if message.role == "user"]
+    """The questions in the context."""
+    return [message.text for message in session.context if message.role == "user"]
 
 
 def test_whole_oldest_turns_make_room(talk: Talk) -> None:
@@ -39,6 +40,7 @@ def test_whole_oldest_turns_make_room(talk: Talk) -> None:
         assert stats(session).stop == "end"
         assert session.messages[0] == Message("system", "S")
         assert asked(session) == [f"question {n}" for n in range(sum(dropped), number + 1)]
+        assert len(session.messages) == 1 + 2 * (number + 1)
     # A turn is about 70 tokens: three fit, and a quarter must be free for an answer.
     assert dropped[:3] == [0, 0, 0]
     assert sum(dropped) > 6
@@ -118,7 +120,7 @@ def test_an_answer_continues_beyond_the_context(
 
     # From where the context was full, each token is the likeliest after what is left.
     engine = talk(n_ctx=160)._engine
-    tokens = Prompter(engine).tokens(session.messages[:-1])
+    tokens = Prompter(engine).tokens(session.context[:-1])
     already = 160 - stats(session).prompt_tokens
     known = len("<S>") + 1  # the system message and <|userprompt|>
     assert sorted(submitted[1:])[-2:] == [1, len(tokens) + already - known]
@@ -158,5 +160,14 @@ def test_messages_may_be_in_any_order(talk: Talk) -> None:
     ]
     session.messages += odd
     say(session, "d")
-    assert [m.text for m in session.messages][:3] == ["S", "T", "c"]
-    assert all(a.role != "user" or b.role != "system" for a, b in pairwise(session.messages))
+    assert [m.text for m in session.context][:3] == ["S", "T", "c"]
+    assert all(a.role != "user" or b.role != "system" for a, b in pairwise(session.context))
+
+
+def test_what_left_the_context_is_there_again_if_a_turn_is_undone(talk: Talk) -> None:
+    session = talk([*tokens_of("yes"), EOS], n_ctx=64, system="S")
+    say(session, "one")
+    say(session, "x" * 50)
+    session.undo()
+    say(session, "two")
+    assert asked(session) == ["one", "two"]

@@ -25,6 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def session(messages: list[Message]) -> Any:
     settings = {"sampling": Sampling(), "max_tokens": None, "stop": (), "overflow": "drop"}
+    settings["dropped"] = 0
     return SimpleNamespace(
         model="m.gguf", messages=messages, save_state=lambda *_: 0, **cast("Any", settings)
     )

@@ -146,7 +146,7 @@ def test_a_dialogue(tmp_path: Path) -> None:
         assert terminal.enter("/save talk") == "saved as talk.json"
         terminal.enter("/clear")
         loaded = terminal.enter("/load talk")
-        assert "1 turn; the last: more" in loaded  # older turns were dropped
+        assert "4 turns, 3 of them no longer in the context; the last: more" in loaded
         assert terminal.enter("on").startswith("at last")
         assert [m["content"] for m in server.bodies[-1]["messages"]][-3:] == ["more", "again", "on"]
         terminal.send(CTRL_D)

@@ -249,9 +249,14 @@ def test_a_full_context_drops_the_oldest_turns(
         assert SEEN in shown[-1]
         assert any("no longer fit" in each and "dropped" in each for each in shown)
         kept = saved(terminal, tmp_path)
-        assert kept[0] == SYSTEM
-        assert kept[1] != ("user", "question 0")
-        assert kept[-2:] == [("user", "question 4"), ANSWER]
+        turns = [(("user", f"question {number}"), ANSWER) for number in range(5)]
+        assert kept == [SYSTEM, *sum(turns, ())]
+        dropped = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["dropped_turns"]
+        assert 0 < dropped < 5
+        terminal.enter("/clear")
+        loaded = terminal.enter("/load talk")
+        assert f"5 turns, {dropped} of them no longer in the context" in loaded
+        assert " cached" in loaded
 
 
 def test_a_full_context_stops_if_asked_to(model: Path, dialogue: Dialogue, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from dots1_local.chat.turns import (
     Turn,
     check_stop,
     count_turns,
-    drop_oldest,
     overflow_message,
     turns_to_drop,
 )
@@ -105,7 +104,7 @@ class RemoteSession(Dialogue):
         check_stop(self.stop)
         if self.raw and not any(message.text for message in asked):
             raise UsageError("there is nothing to complete; give the beginning of a text")
-        turn = _RemoteTurn(asked, limit, progress, Reply())
+        turn = _RemoteTurn(asked, limit, progress, Reply(), self.dropped)
         return self._streamed(turn, self._receive(turn))
 
     def _receive(self, turn: _RemoteTurn) -> Generator[str, None, None]:
@@ -123,21 +122,22 @@ class RemoteSession(Dialogue):
     def _join(self, turn: _RemoteTurn) -> None:
         """Make the turn part of the conversation."""
         self.messages = [*turn.messages, turn.answer.message()]
-        self.stats = stats = turn.answer.stats(turn.limit, self.n_ctx, turn.dropped)
+        dropped, self.dropped = turn.dropped - self.dropped, turn.dropped
+        self.stats = stats = turn.answer.stats(turn.limit, self.n_ctx, dropped)
         if stats.prompt_tokens is not None:
-            self._estimate.learn(turn.messages, stats.prompt_tokens)
+            self._estimate.learn(turn.context, stats.prompt_tokens)
             self._last = self.messages, stats.prompt_tokens + stats.generated_tokens
 
     def _chunks(self, turn: _RemoteTurn) -> Generator[dict[str, Any], None, None]:
         """Yield what the server streams, once the conversation fits into its context."""
         if self.overflow == "drop":
-            self._drop(turn, self._estimate.turns_to_drop(turn.messages, self.n_ctx, turn.limit))
+            turn.dropped += self._turns_to_drop(turn) or 0
 
         def wake() -> None:  # the server does not tell how much of the prompt it has read
             turn.progress(0, 0, "tokens", "reading")
 
         while True:
-            path, prompt = _prompt(turn.messages, raw=self.raw)
+            path, prompt = _prompt(turn.context, raw=self.raw)
             body = {**prompt, **_sampling(self.sampling), **self._bounds(turn)}
             try:
                 yield from self._server.stream(path, body, wake)
@@ -170,12 +170,12 @@ class RemoteSession(Dialogue):
             return True
         if too_long is None:
             return False
-        if self.overflow == "stop" or count_turns(turn.messages) < 2:
+        if self.overflow == "stop" or count_turns(turn.context) < 2:
             raise Dots1Error(self._overflow_message(turn, prompt, refusal.said)) from refusal
         if prompt is not None:
-            self._estimate.learn(turn.messages, prompt)
-        count = self._estimate.turns_to_drop(turn.messages, self.n_ctx, turn.limit)
-        self._drop(turn, max(1, count_turns(turn.messages) // 2 if count is None else count))
+            self._estimate.learn(turn.context, prompt)
+        count = self._turns_to_drop(turn)
+        turn.dropped += max(1, count_turns(turn.context) // 2 if count is None else count)
         turn.ceiling = None
         return True
 
@@ -190,15 +190,14 @@ class RemoteSession(Dialogue):
             turn.ceiling = n_ctx // 2
         return turn.ceiling is not None
 
-    def _drop(self, turn: _RemoteTurn, count: int | None) -> None:
-        turn.messages = drop_oldest(turn.messages, count or 0)
-        turn.dropped += count or 0
+    def _turns_to_drop(self, turn: _RemoteTurn) -> int | None:
+        return self._estimate.turns_to_drop(turn.context, self.n_ctx, turn.limit)
 
     def _overflow_message(self, turn: _RemoteTurn, prompt: int | None, said: str) -> str:
         if prompt is None or self.n_ctx is None or prompt < self.n_ctx:
             return f"the context does not hold the conversation: {said}"
         remedy = "give the server a larger context"
-        return overflow_message(turn.messages, prompt, self.n_ctx, remedy)
+        return overflow_message(turn.context, prompt, self.n_ctx, remedy)
 
 
 class ContextEstimate:

@@ -144,9 +144,12 @@ def _write(text: str) -> None:
 def notify(stats: "AnswerStats", n_ctx: int | None) -> None:
     """Print a notice if an answer did not simply end, or if older turns were dropped."""
     if stats.dropped_turns == 1:
-        notice("the oldest turn no longer fits and was dropped")
+        notice("the oldest turn no longer fits, and was dropped from the context")
     elif stats.dropped_turns:
-        notice(f"the {stats.dropped_turns} oldest turns no longer fit and were dropped")
+        notice(
+            f"the {stats.dropped_turns} oldest turns no longer fit, and were dropped "
+            "from the context"
+        )
     if stats.stop == "context":
         size = f" of {n_ctx:,} tokens" if n_ctx else ""
         notice(f"the context{size} is full; the answer is cut off")

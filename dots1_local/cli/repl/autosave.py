@@ -82,6 +82,8 @@ def resume(
 def _summary(conversation: "Conversation", session: "Dialogue", cached: int) -> str:
     turns = [message.text for message in conversation.messages if message.role == "user"]
     parts = [plural(len(turns), "turn")]
+    if conversation.dropped:
+        parts.append(f"{conversation.dropped} of them no longer in the context")
     if cached:
         parts.append(f"{cached:,} tokens of it cached")
     if conversation.model != session.model:

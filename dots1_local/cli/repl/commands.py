@@ -57,7 +57,7 @@ def _undo(repl: Repl, rest: str) -> None:
 
 
 def _edit(repl: Repl, rest: str) -> None:
-    before = list(repl.session.messages)
+    before, dropped = list(repl.session.messages), repl.session.dropped
     last = next((each.text for each in reversed(before) if each.role == "user"), None)
     if last is None:
         raise UsageError("there is no message to edit")
@@ -77,7 +77,7 @@ def _edit(repl: Repl, rest: str) -> None:
         )
     finally:
         if not answered:
-            repl.session.messages = before
+            repl.session.messages, repl.session.dropped = before, dropped
             repl.autosave.save()
 
 
@@ -138,6 +138,7 @@ def _show(repl: Repl, rest: str) -> None:
     session = repl.session
     said = [message.text for message in session.messages if message.role != "system"]
     context = "unknown" if session.n_ctx is None else f"{session.n_ctx:,} tokens"
+    dropped = f" ({session.dropped} no longer in the context)" if session.dropped else ""
     if session.context_used is not None:
         context += f", {session.context_used:,} of them used"
     _notice_table(
@@ -145,7 +146,7 @@ def _show(repl: Repl, rest: str) -> None:
             ("model", session.title),
             *_memory(session.memory),
             ("context", context),
-            ("turns", f"{len(said) // 2}, {_length(session, *said)} of text"),
+            ("turns", f"{len(said) // 2}{dropped}, {_length(session, *said)} of text"),
             ("attached", ", ".join(repl.attached) or "none"),
             ("system", one_line(session.system) or "none"),
             *_values(repl),

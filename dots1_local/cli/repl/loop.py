@@ -140,12 +140,12 @@ class Repl:
         """
         from dots1_local.chat.message import Message
 
-        before = list(self.session.messages)
+        before, dropped = list(self.session.messages), self.session.dropped
         self.autosave.save([*before, Message("user", question)] if question else before)
         try:
             print_answer(ask, markdown=self.markdown)
         except NotAnswered:
-            self.session.messages = before
+            self.session.messages, self.session.dropped = before, dropped
             notice(unanswered)
             return False
         finally:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from dots1_local.cli import _options as shared
+from dots1_local.cli._input import piped_text
 from dots1_local.cli._options import argument, flag, option, verb
 from dots1_local.cli._output import notice, plain, print_json
 from dots1_local.errors import UsageError
@@ -36,7 +37,10 @@ class ChatOptions:
         "Use this model of the server.", "--model", "-m", default="its only one"
     )
     prompt: str | None = option(
-        "Ask this one question.", "--prompt", "-p", default="what is piped in, or a dialogue"
+        "Ask this one question, below what is piped in.",
+        "--prompt",
+        "-p",
+        default="what is piped in, or a dialogue",
     )
     system: str | None = option("Replace the system prompt; '' removes it.")
     load: Path | None = option("Resume a conversation that /save wrote.")
@@ -84,6 +88,8 @@ def chat(options: ChatOptions) -> None:
 
     dots1 chat dots1-Q4_K_M.gguf < question.txt
 
+    dots1 chat dots1-Q4_K_M.gguf -p "Summarise this text." < text.txt
+
     dots1 chat --url http://127.0.0.1:8000/v1
 
     The key for a server is read from DOTS1_API_KEY, or else from OPENAI_API_KEY.
@@ -120,21 +126,17 @@ def _check(options: ChatOptions) -> None:
 
 
 def _question(options: ChatOptions) -> str | None:
-    """Return what to ask once, without the newline that ends a file, or None for a dialogue."""
-    text, source = options.prompt, "-p"
-    if text is None:
-        if sys.stdin.isatty():
-            if options.json:
-                raise UsageError("--json is for one answer: ask with -p, or through a pipe")
-            return None
-        source = "what is piped in"
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{source} is not UTF-8 text (at byte {error.start:,})") from None
-    if not text.strip():
+    """Return what to ask once: what is piped in, and below it -p; or None for a dialogue."""
+    piped, asked = piped_text(), options.prompt
+    if piped is None and asked is None:
+        if options.json:
+            raise UsageError("--json is for one answer: ask with -p, or through a pipe")
+        return None
+    parts = [text for text in (piped, asked) if text and text.strip()]
+    if not parts:
+        source = "what is piped in" if asked is None else "-p"
         raise UsageError(f"there is nothing to answer: {source} is empty")
-    return text
+    return ("\n" if options.raw else "\n\n").join(parts)
 
 
 @contextmanager

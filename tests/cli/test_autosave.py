@@ -25,9 +25,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def session(messages: list[Message]) -> Any:
     settings = {"sampling": Sampling(), "max_tokens": None, "stop": (), "overflow": "drop"}
-    settings["dropped"] = 0
     return SimpleNamespace(
-        model="m.gguf", messages=messages, save_state=lambda *_: 0, **cast("Any", settings)
+        model="m.gguf",
+        messages=messages,
+        dropped=0,
+        save_state=lambda *_: 0,
+        **cast("Any", settings),
     )
 
 

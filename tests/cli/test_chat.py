@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from dots1_local.chat.sampling import Sampling
 from dots1_local.cli import app
+from dots1_local.errors import UsageError
 from tests.cli.terminal import ABORTS
 from tests.engine.engine_memory import placement_for
 from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
@@ -44,6 +45,56 @@ def test_a_prompt_gives_one_answer_on_stdout(model: Path) -> None:
 def test_piped_text_is_the_prompt(model: Path) -> None:
     result = run(model, piped="hi\nthere\n")
     assert (result.stdout, result.stderr) == ("中文\n", "")
+
+
+@pytest.mark.parametrize(
+    ("piped", "options", "asked"),
+    [
+        ("some\ncontext\n", ["-p", "why?"], "some\ncontext\n\nwhy?"),
+        ("", ["-p", "why?"], "why?"),
+        (" \n", ["-p", "why?"], "why?"),
+        ("context", ["-p", ""], "context"),
+        ("x" * 20_000, ["-p", "why?"], "x" * 20_000 + "\n\nwhy?"),
+        ("once\n", ["-p", "upon", "--raw"], "once\nupon"),
+    ],
+)
+def test_piped_text_comes_before_the_prompt(
+    folder: Path, tmp_path: Path, piped: str, options: list[str], asked: str
+) -> None:
+    tensors = scripted_tensors([*tokens_of("中文"), EOS])
+    model = write_random_gguf(folder / "long.gguf", tensors=tensors, context=32768)
+    command = [*CHAT, str(model), "-c", "0", "-n", "1", "--session", "talk.json", *options]
+    subprocess.run(command, cwd=tmp_path, input=piped.encode(), check=True)
+    messages = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]
+    assert [each["text"] for each in messages if each["role"] == "user"] == [asked]
+
+
+def test_a_pipe_without_end_is_refused(model: Path) -> None:
+    result = run(model, "-p", "hi", piped="y\n" * (3 << 20))
+    assert isinstance(result.exception, UsageError)
+    assert "4,194,304 bytes" in str(result.exception)
+
+
+def test_a_pipe_that_stays_open_is_named(model: Path) -> None:
+    with subprocess.Popen(
+        [*CHAT, str(model), "-p", "hi", "--temp", "0"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert b"/dev/null" in process.stderr.readline()
+        process.stdin.close()
+        assert process.stdout.read().decode() == "中文\n"
+
+
+def test_piped_text_is_in_the_encoding_of_the_locale(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    CliRunner(charset="gbk").invoke(
+        app, ["chat", str(model), "--session", str(file)], "你好".encode("gbk")
+    )
+    messages = json.loads(file.read_text(encoding="utf-8"))["messages"]
+    assert messages[-2] == {"role": "user", "text": "你好"}
 
 
 def test_answers_can_be_cut(model: Path) -> None:

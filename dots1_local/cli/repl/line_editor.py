@@ -23,6 +23,7 @@ from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 
+from dots1_local.cli._input import LARGEST_TEXT
 from dots1_local.cli._output import plain
 from dots1_local.errors import UsageError
 from dots1_local.files.user_folder import user_folder
@@ -34,8 +35,6 @@ __all__ = [
 
 QUOTES = '"""'
 Completes = Literal["path"] | tuple[str, ...]  # what Tab offers after a command
-
-_LARGEST_FILE = 4 << 20  # bytes; a context of 32,768 tokens holds some 150 kB of English
 
 
 def message_from(entered: str) -> str:
@@ -83,11 +82,11 @@ def read_text(path: Path) -> str:
         if path.exists() and not path.is_file():  # reading a pipe or a terminal would wait
             raise UsageError(f"{path} is not a file")
         with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
+            content = file.read(LARGEST_TEXT + 1)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    if len(content) > _LARGEST_FILE:
-        raise UsageError(f"{path} is longer than {_LARGEST_FILE:,} bytes; no context holds that")
+    if len(content) > LARGEST_TEXT:
+        raise UsageError(f"{path} is longer than {LARGEST_TEXT:,} bytes; no context holds that")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -81,6 +81,53 @@ def test_a_dialogue(model: Path, dialogue: Dialogue, tmp_path: Path) -> None:
         assert terminal.wait_for_end() == 0
 
 
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        '"""docstring"""\ndef f(): ...',
+        '"""',
+        "/* a comment */\nint x;",
+        "// a comment",
+        "/etc/hosts",
+        "/exit",
+        "  /* indented */",
+    ],
+)
+def test_what_is_pasted_is_text(
+    model: Path, dialogue: Dialogue, tmp_path: Path, pasted: str
+) -> None:
+    with dialogue(model) as terminal:
+        terminal.wait_for_prompt()
+        terminal.send(f"{PASTE_BEGIN}{pasted}{PASTE_END}")
+        terminal.wait_for(pasted.splitlines()[-1])
+        assert terminal.finish().startswith(SEEN)
+        terminal.send(UP)
+        assert terminal.enter("!").startswith(SEEN)
+        questions = [text for role, text in saved(terminal, tmp_path) if role == "user"]
+        assert questions == [pasted, f"{pasted}!"]
+
+
+@pytest.mark.parametrize("typed", ["// why?", "/* why */", "/etc/hosts: why?", "/1"])
+def test_a_typed_slash_without_a_word_begins_a_message(
+    model: Path, dialogue: Dialogue, tmp_path: Path, typed: str
+) -> None:
+    with dialogue(model) as terminal:
+        terminal.wait_for_prompt()
+        assert terminal.enter(typed).startswith(SEEN)
+        assert ("user", typed) in saved(terminal, tmp_path)
+
+
+def test_a_key_of_input_methods_changes_nothing(
+    model: Path, dialogue: Dialogue, tmp_path: Path
+) -> None:
+    with dialogue(model) as terminal:
+        terminal.wait_for_prompt()
+        terminal.type("one")
+        terminal.send("\0")
+        terminal.enter(" 二")
+        assert ("user", "one 二") in saved(terminal, tmp_path)
+
+
 def test_history_outlives_the_process_and_ctrl_c_clears_the_line(
     model: Path, dialogue: Dialogue, tmp_path: Path
 ) -> None:

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dots1_local.cli._output import notice, one_line, plain
 from dots1_local.cli.repl.autosave import resume
-from dots1_local.cli.repl.line_editor import edit_text, read_text, typed_path
+from dots1_local.cli.repl.line_editor import (
+    edit_text,
+    message_from,
+    read_text,
+    typed_as,
+    typed_path,
+)
 from dots1_local.cli.repl.loop import Command, Repl
 from dots1_local.errors import UsageError
 from dots1_local.sizes import human_bytes
@@ -63,7 +69,7 @@ def _edit(repl: Repl, rest: str) -> None:
         raise UsageError("there is no message to edit")
     text = edit_text(last)
     if text is None:
-        text = repl.editor.read(last)
+        text = message_from(repl.editor.read(typed_as(last)))
     if not text.strip() or text == last:
         notice("unchanged")
         return

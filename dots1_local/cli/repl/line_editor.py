@@ -1,6 +1,7 @@
 """What a person types: a line with history and completion, a path, or text in an editor."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import Output, create_output
 from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.shortcuts import CompleteStyle
@@ -29,26 +31,35 @@ from dots1_local.errors import UsageError
 from dots1_local.files.user_folder import user_folder
 
 __all__ = [
-    "QUOTES", "Completes", "LineEditor", "edit_text", "message_from", "read_text", "typed_as",
-    "typed_path",
+    "QUOTES", "Completes", "LineEditor", "edit_text", "is_command", "message_from", "read_text",
+    "typed_as", "typed_path",
 ]  # fmt: skip
 
 QUOTES = '"""'
 Completes = Literal["path"] | tuple[str, ...]  # what Tab offers after a command
 
 
+def is_command(entered: str) -> bool:
+    """Whether a line is a command, known or not: a slash begins comments and paths as well."""
+    return re.match(r"/(?:[A-Za-z]*|\?)(?:\s|$)", entered) is not None
+
+
 def message_from(entered: str) -> str:
-    """Return the message without its quotes, or without the space that hides a slash."""
+    """Return the message without its quotes, or without the space that hides what begins it."""
     if entered.startswith(QUOTES):
         entered = entered.rstrip().removeprefix(QUOTES).removesuffix(QUOTES)
-    elif entered.startswith((" /", f" {QUOTES}")):
+    elif entered.startswith(" ") and _needs_space(entered):
         entered = entered[1:]
     return entered.strip("\n") if entered.strip() else ""
 
 
 def typed_as(message: str) -> str:
     """Return what to type to send the message, the inverse of `message_from`."""
-    return f" {message}" if message.startswith(("/", QUOTES)) else message
+    return f" {message}" if _needs_space(message) else message
+
+
+def _needs_space(message: str) -> bool:
+    return message.lstrip(" ").startswith(("/", QUOTES))
 
 
 def typed_path(rest: str) -> Path:
@@ -144,6 +155,16 @@ def _keys() -> KeyBindings:
             event.current_buffer.reset()
         else:
             event.app.exit(exception=KeyboardInterrupt())
+
+    @keys.add("c-@", filter=has_focus(DEFAULT_BUFFER))
+    def ignore(event: KeyPressEvent) -> None:
+        """Ctrl-Space switches input methods; Emacs' mark would swallow all that is typed next."""
+
+    @keys.add(Keys.BracketedPaste, filter=has_focus(DEFAULT_BUFFER))
+    def paste(event: KeyPressEvent) -> None:
+        """Insert what is pasted as text: it begins neither a command nor a quoted message."""
+        text, buffer = re.sub(r"\r\n?", "\n", event.data), event.current_buffer
+        buffer.insert_text(text if buffer.cursor_position else typed_as(text))
 
     return keys
 

@@ -16,7 +16,13 @@ from dots1_local.cli.repl.answer import (
     print_status,
 )
 from dots1_local.cli.repl.autosave import AutoSave
-from dots1_local.cli.repl.line_editor import Completes, LineEditor, message_from, typed_as
+from dots1_local.cli.repl.line_editor import (
+    Completes,
+    LineEditor,
+    is_command,
+    message_from,
+    typed_as,
+)
 from dots1_local.errors import Dots1Error, UsageError
 
 if TYPE_CHECKING:
@@ -94,7 +100,7 @@ class Repl:
         try:
             draft, self.draft = self.draft, ""
             entered = self.editor.read(draft)
-            if entered.startswith("/"):
+            if is_command(entered):
                 self.run_command(entered)
             elif text := message_from(entered):
                 self._ask(text)
@@ -106,7 +112,7 @@ class Repl:
             notice(str(error))
 
     def run_command(self, line: str) -> None:
-        """Run a line that begins with a slash.
+        """Run a line that begins with the name of a command.
 
         Raises:
             UsageError: there is no such command, or it does not take these arguments.

@@ -4,7 +4,7 @@ import re
 
 from dots1_local.errors import UsageError
 
-__all__ = ["human_bytes", "parse_context", "parse_size"]
+__all__ = ["bytes_apart", "human_bytes", "parse_context", "parse_size"]
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE | re.ASCII)
 _CONTEXT = re.compile(r"(\d{1,9})(k?)", re.IGNORECASE | re.ASCII)
@@ -33,6 +33,12 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def bytes_apart(one: float, other: float) -> tuple[str, str]:
+    """Two numbers of bytes as `human_bytes` writes them, or exactly if they would read alike."""
+    shown = human_bytes(one), human_bytes(other)
+    return shown if shown[0] != shown[1] else (f"{one:,.0f} bytes", f"{other:,.0f} bytes")
 
 
 def parse_context(text: str) -> int:

@@ -32,6 +32,7 @@ from dots1_local.calibrate.stream_files import StreamFiles
 from dots1_local.errors import Dots1Error
 from dots1_local.files.partial_file import (
     DiskNeed,
+    check_is_named,
     check_target,
     disk_errors,
     open_locked,
@@ -79,6 +80,7 @@ class CalibrationFolder:
         self._lock = ExitStack()
 
     def __enter__(self) -> Self:
+        check_is_named(self.path)
         with disk_errors(self.path), ExitStack() as opened:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in self.results:

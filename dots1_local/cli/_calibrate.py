@@ -18,6 +18,7 @@ from dots1_local.cli._options import (
     flag,
     open_checkpoint,
     option,
+    text_file,
     verb,
 )
 from dots1_local.cli._output import (
@@ -46,7 +47,13 @@ __all__ = ["CalibrateOptions", "calibrate"]
 class CalibrateOptions:
     checkpoint: str = argument(CHECKPOINT)
     output: Path = option("Write to this folder.", "--output", "-o", value=MISSING, metavar="DIR")
-    file: list[Path] | None = option("Calibrate on this text, UTF-8; repeatable.", "--file", "-f")
+    file: list[Path] | None = option(
+        "Calibrate on this text, UTF-8; - is what is piped in; repeatable.",
+        "--file",
+        "-f",
+        parser=text_file,
+        metavar="FILE",
+    )
     chat: list[Path] | None = option(
         "Calibrate on these conversations, in the chat template's format; repeatable.",
         metavar="FILE.jsonl",

@@ -17,6 +17,7 @@ from dots1_local.cli._options import (
     flag,
     open_checkpoint,
     option,
+    text_file,
     verb,
 )
 from dots1_local.cli._output import notice, notice_resumed, print_json, progress_bar
@@ -134,9 +135,12 @@ class ConvertOptions:
         panel=_REFINEMENT,
     )
     file: list[Path] | None = option(
-        "With --refine: calibrate on this text first, into OUTPUT.calibration; repeatable.",
+        "With --refine: calibrate on this text first, into OUTPUT.calibration; - is what is piped "
+        "in; repeatable.",
         "--file",
         "-f",
+        parser=text_file,
+        metavar="FILE",
         panel=_REFINEMENT,
     )
     chat: list[Path] | None = option(
@@ -237,7 +241,11 @@ def _fitted(
 ) -> "tuple[Conversion, tuple[Fit, Hardware]]":
     """Decide the types for the machine, of which --size limits the file with its headers."""
     from dots1_local.convert import Conversion
+    from dots1_local.files.partial_file import check_parent
     from dots1_local.sizes import parse_size
+
+    if options.front:
+        check_parent(options.front)
 
     def conversion_of(recipe: "QuantPlan | str") -> Conversion:
         return Conversion.prepare(

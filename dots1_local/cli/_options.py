@@ -26,7 +26,7 @@ __all__ = [
     "CHECKPOINT", "HUB_PANEL", "Context", "DraftTokens", "Json", "KVType", "Model", "ModelShard",
     "Plan", "Ram", "Revision", "Threads", "Vram", "Workers", "argument", "choose_placement",
     "exit_on_interrupt", "flag", "memory_limits", "named_files", "open_checkpoint", "open_engine",
-    "option", "parse_draft", "report_abort", "verb",
+    "option", "parse_draft", "report_abort", "text_file", "verb",
 ]  # fmt: skip
 
 
@@ -155,6 +155,11 @@ def exit_on_interrupt(message: str = "") -> Iterator[None]:
         if message:
             notice(message)
         raise typer.Exit(130) from None
+
+
+def text_file(name: str) -> Path:
+    """Return the file of a text that is read from front to back; "-" is what is piped in."""
+    return Path("/dev/stdin" if name == "-" else name)
 
 
 def memory_limits(vram: str | None, ram: str | None) -> dict[str, int | None]:

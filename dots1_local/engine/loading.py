@@ -27,7 +27,7 @@ from dots1_local.placement.footprint import Usage, footprint, kv_bytes
 from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement, human_context
 from dots1_local.progress import Progress, silent
-from dots1_local.sizes import human_bytes
+from dots1_local.sizes import bytes_apart, human_bytes
 
 __all__ = ["Loaded", "OutOfMemory", "load_by_default", "load_model"]
 
@@ -167,7 +167,8 @@ def _check_memory(
 def _check_free(device: str, free: int, needed: int, what: str) -> None:
     if needed > free:
         name = "RAM" if device == CPU else device
-        reason = f"{name} has {human_bytes(free)} free, but {what} takes {human_bytes(needed)}"
+        has, takes = bytes_apart(free, needed)
+        reason = f"{name} has {has} free, but {what} takes {takes}"
         raise OutOfMemory(device, needed - free, reason)
 
 

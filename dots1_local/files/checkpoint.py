@@ -57,8 +57,15 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The model's name: the folder's, with replacements for what is not UTF-8."""
-        return os.fsencode(self.path.resolve().name).decode(errors="replace")
+        """The model's name: the folder's, with replacements for what is not UTF-8.
+
+        In the hub's cache the folder is a commit, and a folder above it is named after the model.
+        """
+        folder = self.path.resolve()
+        name = folder.name
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            name = folder.parent.parent.name.rpartition("--")[2]
+        return os.fsencode(name).decode(errors="replace")
 
     @property
     def source(self) -> str:

@@ -65,10 +65,13 @@ class GGUFFile:
         path = Path(path)
         header = GGUFHeader.read(path)
         count = header.keys.get("split.count", 1)
+        _check_not_joined(header)
         if not isinstance(count, int) or count <= 1:
             return cls((header,), header.tensors)
         shards = _shards(path, count)
         headers = tuple(header if file == path else GGUFHeader.read(file) for file in shards)
+        for each in headers:
+            _check_not_joined(each)
         _check_split(headers)
         return cls(headers, tuple(tensor for each in headers for tensor in each.tensors))
 
@@ -99,6 +102,20 @@ def _shards(path: Path, count: int) -> tuple[Path, ...]:
         if not file.exists():
             raise GGUFError(f"shard {file} is missing; fetch all {count} shards of the model")
     return files
+
+
+def _check_not_joined(header: GGUFHeader) -> None:
+    """Refuse a file in which another GGUF file follows, as `cat` makes of shards."""
+    ends = (tensor.offset + tensor.nbytes for tensor in header.tensors)
+    end = header.aligned(max(ends, default=header.data_start))
+    with header.file.open("rb") as file:
+        file.seek(end)
+        follows = file.read(4)
+    if follows == b"GGUF":
+        raise GGUFError(
+            f"{header.file} is several GGUF files one after another, of which llama.cpp reads the "
+            "first: fetch the shards of the model again, and name any of them, without joining them"
+        )
 
 
 def _check_split(headers: tuple[GGUFHeader, ...]) -> None:

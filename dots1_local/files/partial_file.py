@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from dots1_local.errors import Dots1Error
+from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.sizes import bytes_apart
 
 __all__ = [
-    "DiskNeed", "check_parent", "check_space", "check_target", "disk_error", "disk_errors",
-    "open_locked", "open_partial", "partial_path", "write_all", "write_whole",
+    "DiskNeed", "check_is_named", "check_parent", "check_space", "check_target", "disk_error",
+    "disk_errors", "open_locked", "open_partial", "partial_path", "write_all", "write_whole",
 ]  # fmt: skip
 
 
@@ -42,11 +43,22 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Raise a Dots1Error if the folder of `path` does not exist or is not writable."""
+    """Raise a Dots1Error if the folder of `path` does not exist or is not writable, and a
+    UsageError if `path` means stdout."""
+    check_is_named(path)
     if not path.parent.is_dir():
         raise Dots1Error(f"no such folder: {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise Dots1Error(f"cannot write {path}: the folder {path.parent} is not writable")
+
+
+def check_is_named(path: Path) -> None:
+    """Raise a UsageError for "-", by which many programs mean stdout."""
+    if str(path) == "-":
+        raise UsageError(
+            "the output cannot be - (stdout), because it is not written in order; "
+            "name a file or folder"
+        )
 
 
 def check_space(
@@ -64,9 +76,10 @@ def check_space(
     left = sum(file.lstat().st_blocks * 512 for file in working if os.path.lexists(file))
     free = shutil.disk_usage(path.parent).free + left
     if nbytes > free:
+        has, needed = bytes_apart(free, nbytes)
         raise Dots1Error(
-            f"{path.parent} has {free / 1e9:.1f} GB free, but {what or path.name} needs "
-            f"{nbytes / 1e9:.1f} GB; free some space or write elsewhere"
+            f"{path.parent} has {has} free, but {what or path.name} needs {needed}; free some "
+            "space or write elsewhere"
         )
 
 

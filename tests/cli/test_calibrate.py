@@ -1,6 +1,9 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -45,6 +48,15 @@ def test_convert_takes_the_importance_that_is_written(
     command = ["convert", str(micro), "-o", str(tmp_path / "x.gguf"), "--type", "DQ2"]
     options = ["--imatrix", str(tmp_path / "out" / "imatrix.gguf")]
     assert CliRunner().invoke(app, [*command, *options]).exit_code == 0
+
+
+def test_the_text_may_be_piped_in(micro: Path, text: Path, tmp_path: Path) -> None:
+    assert run(micro, "-f", text, "-o", tmp_path / "a", "-c", 32).exit_code == 0
+    command = [sys.executable, "-m", "dots1_local", "calibrate", str(micro), "-f", "-", "-c", "32"]
+    subprocess.run([*command, "-o", tmp_path / "b"], input=text.read_bytes(), check=True)
+    ours, theirs = (load_importance(tmp_path / name / "imatrix.gguf") for name in "ab")
+    for name in ours.tensors:
+        np.testing.assert_allclose(ours.sums(name), theirs.sums(name), rtol=1e-6)
 
 
 def test_logits_are_those_of_the_unquantised_gguf(

@@ -9,6 +9,8 @@ import pytest
 from tests.helpers import write_random_gguf
 
 DOTS1 = [sys.executable, "-c", "from dots1_local.cli import main; main()"]
+TINY = Path(__file__).parents[2] / "examples" / "dots1-tiny"
+MODEL = object()
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,23 @@ def test_json_is_readable_in_any_encoding(model: Path) -> None:
         env={"PYTHONIOENCODING": "ascii"},
     )
     assert result.stdout.isascii()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", TINY, "--type", "Q8_0", "-o", "-"],
+        ["calibrate", TINY, "-f", TINY / "heldout.txt", "--importance-only", "-o", "-"],
+        ["export", MODEL, "-o", "-"],
+        ["verify", MODEL, "--quick", "--fix", "-"],
+        ["chat", MODEL, "-p", "hi", "--session", "-"],
+    ],
+)
+def test_no_output_is_written_to_a_file_called_minus(
+    model: Path, tmp_path: Path, arguments: list[object]
+) -> None:
+    command = [*DOTS1, *(str(model if each is MODEL else each) for each in arguments)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "cannot be -" in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -259,7 +259,7 @@ def test_a_full_disk_is_found_before_the_first_byte(
     usage = type("Usage", (), free)
     monkeypatch.setattr("dots1_local.files.partial_file.shutil.disk_usage", lambda folder: usage)
     said = refusal(lambda: prepare(hub).run(tmp_path / "out.gguf"), Dots1Error)
-    assert "0.1 GB free" in said
+    assert "50.0 MB free" in said
     assert "--low-disk, which needs 25.9 MB" in said
     assert hub.shard_requests() == []
 

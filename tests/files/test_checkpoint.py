@@ -301,3 +301,11 @@ def test_unknown_tensor(folder: Path) -> None:
     assert "nothing" not in checkpoint
     with pytest.raises(CheckpointError, match="no tensor nothing"):
         checkpoint.read("nothing")
+
+
+def test_the_hubs_cache_names_a_model_above_its_commit(tmp_path: Path) -> None:
+    """As huggingface_hub lays its cache out; the name goes into GGUF files."""
+    repo = tmp_path / "models--rednote-hilab--dots.llm1.inst"
+    folder = repo / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    checkpoint = Checkpoint.open(micro_checkpoint(folder))
+    assert checkpoint.name == "dots.llm1.inst"

@@ -141,6 +141,17 @@ def test_names_the_missing_shard(split: list[Path]) -> None:
     assert split[2].name in refusal(split[0])
 
 
+@pytest.mark.parametrize("name", ["joined.gguf", None])
+def test_refuses_shards_that_were_joined(
+    split: list[Path], tmp_path: Path, name: str | None
+) -> None:
+    joined = tmp_path / name if name else split[0]
+    joined.write_bytes(b"".join(shard.read_bytes() for shard in split))
+    said = refusal(joined)
+    assert str(joined) in said
+    assert "one after another" in said
+
+
 def test_refuses_a_shard_under_a_foreign_name(split: list[Path], tmp_path: Path) -> None:
     assert "NAME-00001-of-00004.gguf" in refusal(split[0].rename(tmp_path / "renamed.gguf"))
 

@@ -1,14 +1,18 @@
 import os
+import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from dots1_local.errors import Dots1Error
 from dots1_local.files.partial_file import (
+    check_space,
     disk_errors,
     open_locked,
     open_partial,
@@ -111,3 +115,17 @@ def test_a_small_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_whole(path, b"new")
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("short", [1, 10, 10_000])
+def test_the_free_and_the_needed_bytes_are_never_told_as_one_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(5_000_000 - short))
+    with pytest.raises(Dots1Error, match="free, but file needs") as refused:
+        check_space(tmp_path / "file", 5_000_000, [])
+    free, needed = re.findall(r"(?:has|needs) ([\d.,]+ \w+)", str(refused.value))
+    assert free != needed

@@ -163,9 +163,24 @@ def quant_type(name: str) -> QuantType:
 
 
 def to_float32(raw: "NDArray[np.uint8]", dtype: str, out: "NDArray[np.float32]") -> None:
-    """Convert safetensors bytes of `dtype` (F32, F16 or BF16) to float32 in `out`."""
+    """Convert safetensors bytes of `dtype` (F32, F16, BF16 or F8_E4M3) to float32 in `out`."""
     if dtype == "F32":
         out.reshape(-1).view("u1")[:] = raw
+    elif dtype == "F8_E4M3":
+        out.reshape(-1)[:] = _e4m3()[raw]
     else:
         name = "ggml_bf16_to_fp32_row" if dtype == "BF16" else "ggml_fp16_to_fp32_row"
         getattr(library(), name)(raw.ctypes.data, out.ctypes.data, out.size)
+
+
+@cache
+def _e4m3() -> "NDArray[np.float32]":
+    """The 256 numbers of float8_e4m3fn: 4 bits of exponent with bias 7, 3 of mantissa, no infinity
+    (OCP 8-bit Floating Point Specification, 2023)."""
+    import numpy as np
+
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    size = np.where(exponent, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
+    size[codes & 127 == 127] = np.nan
+    return np.where(codes < 128, size, -size).astype(np.float32)

@@ -28,6 +28,7 @@ from dots1_local.architecture import TensorSpec
 from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.safetensors import read_exactly
+from dots1_local.files.scaled import multiply_scales
 from dots1_local.ggml import TYPES, QuantType, to_float32
 from dots1_local.quant.encode import decode, encode
 from dots1_local.quant.importance import pad_columns
@@ -264,6 +265,7 @@ def read_rows(checkpoint: Checkpoint, name: str, rows: Indices) -> Floats:
         raise CheckpointError(f"cannot read {piece.file}: {error.strerror}") from None
     out = np.empty((len(rows), columns), np.float32)
     to_float32(raw.reshape(-1), piece.dtype, out)
+    multiply_scales(out, piece, rows)
     if not np.isfinite(out).all():
         bad = rows[int(np.argmin(np.isfinite(out).all(axis=1)))]
         raise CheckpointError(

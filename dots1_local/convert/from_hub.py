@@ -58,7 +58,7 @@ def order_of(
     sizes = {file.name: file.size for file in checkpoint.shard_files if file.name not in set(held)}
     needs = {
         tensor.spec.name: {
-            checkpoint.locate(source).file.name for source in tensor.spec.sources
+            file.name for source in tensor.spec.sources for file in checkpoint.locate(source).files
         }.intersection(sizes)
         for tensor in tensors
     }

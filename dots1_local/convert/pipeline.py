@@ -24,6 +24,7 @@ from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.gguf import cores
 from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor
 from dots1_local.files.safetensors import Slice, read_exactly
+from dots1_local.files.scaled import multiply_scales
 from dots1_local.ggml import QuantType, to_float32
 from dots1_local.hub.shard_supply import ShardSupply
 from dots1_local.progress import Progress, silent
@@ -183,6 +184,7 @@ class Pipeline:
         fd = self._open(source.file)
         read_exactly(fd, raw, source.offset + start * row, source.file)
         to_float32(raw, source.dtype, out)
+        multiply_scales(out, source, np.arange(start, start + count))
 
     def _prefetch(self, spec: TensorSpec, block: _RowBlock) -> None:
         source = self._checkpoint.locate(spec.sources[block.expert])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dots1_local.architecture import Dots1Config, TensorSpec
 from dots1_local.errors import CheckpointError
 from dots1_local.files.safetensors import Slice, read_exactly, read_header
+from dots1_local.files.scaled import multiply_scales, with_scales
 from dots1_local.ggml import to_float32
 
 __all__ = ["INDEX", "SINGLE", "Checkpoint", "load_json", "promised_tensors", "read_index"]
@@ -37,7 +38,7 @@ class Checkpoint:
         self.path = path
         self.raw_config = raw_config
         self.config = Dots1Config.from_json(raw_config)
-        self._slices = slices
+        self._slices = with_scales(slices, raw_config)
         self._slices |= dict(_unpack(slices, self.config))
 
     @classmethod
@@ -87,7 +88,7 @@ class Checkpoint:
     @property
     def shards(self) -> list[Path]:
         """The safetensors files, in name order."""
-        return sorted({piece.file for piece in self._slices.values()})
+        return sorted({file for piece in self._slices.values() for file in piece.files})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._slices)
@@ -141,7 +142,7 @@ class Checkpoint:
         return self._floats(self.locate(name))
 
     def read_start(self, name: str, count: int) -> NDArray[np.float32]:
-        """The first `count` weights of a tensor as float32, or all if it has fewer.
+        """The first `count` weights of a tensor as float32, or all if it has fewer, without scales.
 
         Raises:
             CheckpointError: the tensor is missing or cannot be read.
@@ -152,6 +153,7 @@ class Checkpoint:
     def _floats(self, piece: Slice) -> NDArray[np.float32]:
         out = np.empty(piece.shape, np.float32)
         to_float32(self._bytes(piece), piece.dtype, out)
+        multiply_scales(out, piece, np.arange(len(out)))
         return out
 
     def _bytes(self, piece: Slice) -> NDArray[np.uint8]:

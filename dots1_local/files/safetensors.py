@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from dots1_local.errors import CheckpointError, Dots1Error
 
 __all__ = [
-    "Slice", "header_length", "load_arrays", "pack_header", "read_exactly", "read_header",
+    "Scales", "Slice", "header_length", "load_arrays", "pack_header", "read_exactly", "read_header",
     "tensor_table",
 ]  # fmt: skip
 
-_DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 _ARRAYS = {"U8": np.uint8, "U16": np.uint16, "I64": np.int64}
 _ITEM_BYTES = {**_DTYPE_BYTES, "U8": 1, "U16": 2, "I32": 4, "I64": 8}
 _ALIGNMENT = 8  # of a header
@@ -33,12 +33,21 @@ _MAX_HEADER = 100 << 20  # the safetensors format's own limit
 
 @dataclass(frozen=True)
 class Slice:
-    """Where one tensor's bytes lie: contiguous, row-major, at `offset` in `file`."""
+    """Where one tensor's bytes lie: contiguous, row-major, at `offset` in `file`.
+
+    What is stored is still to be multiplied by the `scales`.
+    """
 
     file: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
+    scales: "Scales | None" = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the weights and of their scales."""
+        return (self.file, *((self.scales.place.file,) if self.scales else ()))
 
     @property
     def item_bytes(self) -> int:
@@ -51,6 +60,14 @@ class Slice:
     def part(self, start: int, shape: tuple[int, ...]) -> "Slice":
         """The `shape`d tensor that begins `start` elements into this one."""
         return Slice(self.file, self.offset + start * self.item_bytes, self.dtype, shape)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Where the scales of a matrix lie, one for each `block` (rows, columns) of it."""
+
+    place: Slice
+    block: tuple[int, int]
 
 
 def read_header(path: Path) -> dict[str, Slice]:

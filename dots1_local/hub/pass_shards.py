@@ -106,7 +106,8 @@ class LowDiskShards(PassShards):
         """The order of a pass."""
         tensors = step_tensors(self._hub.config)
         needs = {
-            step: {self._hub.locate(name).file.name for name in tensors[step]} & set(self._sizes)
+            step: {file.name for name in tensors[step] for file in self._hub.locate(name).files}
+            & set(self._sizes)
             for step in steps
         }
         return order_as_given(needs, self._sizes)

@@ -179,12 +179,14 @@ def read_experts(checkpoint: Checkpoint, layer: int) -> Iterator[dict[str, Tenso
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One tensor as it is stored.
+    """One tensor as it is stored, or in F32 if it is stored with scales.
 
     Raises:
         CheckpointError: it is missing or unreadable.
     """
     piece = checkpoint.locate(name)
+    if piece.scales is not None:
+        return torch.from_numpy(checkpoint.read(name))
     tensor = torch.empty(piece.shape, dtype=_DTYPES[piece.dtype])
     raw = tensor.view(-1).view(torch.uint8).numpy()
     try:

@@ -15,6 +15,7 @@ from dots1_local.architecture import TensorSpec
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.gguf import GGUFFile, GGUFTensor, OpenFiles, cores, role_of
 from dots1_local.files.safetensors import Slice, read_exactly
+from dots1_local.files.scaled import multiply_scales
 from dots1_local.ggml import TYPES, to_float32
 from dots1_local.progress import Progress, silent
 from dots1_local.quant.encode import bad_blocks, block_bytes, decode, is_zero
@@ -68,6 +69,7 @@ class _Files(OpenFiles):
         read_exactly(self.descriptor(source.file), raw, offset, source.file)
         out = self.buffer("rows", count * width * 4).view(np.float32).reshape(count, width)
         to_float32(raw, source.dtype, out)
+        multiply_scales(out, source, np.arange(start, start + count))
         return out
 
 

@@ -59,6 +59,11 @@ FEATURES: list[tuple[str, Any, str]] = [
             "uri", "iri", "uri-reference", "regex", "json-pointer",
         )
     ),
+    (
+        "`format` uri with lengths (pydantic's `HttpUrl`)",
+        {**TEXT, "format": "uri", "minLength": 1, "maxLength": 2083},
+        '" "',
+    ),
     ("`minimum`", {**WHOLE, "minimum": 3}, "2"),
     ("`maximum`", {**WHOLE, "maximum": 3}, "4"),
     ("`exclusiveMinimum`", {"type": "number", "exclusiveMinimum": 3}, "3"),

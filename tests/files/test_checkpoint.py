@@ -241,7 +241,7 @@ def _offsets(start: int, end: int) -> Edit:
         lambda entry: entry.update(shape=[32, 64, 10**30]),
         lambda entry: entry.update(shape=None),
         lambda entry: entry.update(dtype="I64"),
-        lambda entry: entry.update(dtype="F8_E4M3"),
+        lambda entry: entry.update(dtype="F8_E5M2"),
         lambda entry: entry.update(dtype=["BF16"]),
         lambda entry: entry.clear(),
     ],
@@ -256,9 +256,9 @@ def test_garbled_tensor_entry(folder: Path, edit: Edit) -> None:
 
 def test_an_unsupported_dtype_lists_the_supported_ones(folder: Path) -> None:
     path = shard_of(folder, EXPERT)
-    edit_header(path, lambda header: header[EXPERT].update(dtype="F8_E4M3"))
-    assert "F8_E4M3" in refusal(folder)
-    assert "F32, F16 and BF16" in refusal(folder)
+    edit_header(path, lambda header: header[EXPERT].update(dtype="F8_E5M2"))
+    assert "F8_E5M2" in refusal(folder)
+    assert "F32, F16, BF16 and F8_E4M3" in refusal(folder)
 
 
 def test_overlapping_tensors(folder: Path) -> None:

@@ -189,7 +189,7 @@ def named_files(values: Sequence[str], option: str) -> dict[str, Path]:
             raise UsageError(
                 f"two texts of {option} are called {name!r}; tell them apart with NAME=FILE"
             )
-        files[name] = Path(path)
+        files[name] = text_file(path)
     if "all" in files and len(files) > 1:
         raise UsageError(f'{option}: "all" is the name of all texts together; name one otherwise')
     return files

@@ -16,7 +16,8 @@ from dots1_local.chat.draft import Draft
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
 from dots1_local.serve.http.app import BACKLOG, IDLE_SECONDS, Connection, make_app, raise_file_limit
-from dots1_local.serve.http.service import Model, Service
+from dots1_local.serve.http.model import Model
+from dots1_local.serve.http.service import Service
 from dots1_local.serve.placement_report import engine_placement
 from dots1_local.serve.prompt_cache import PromptCache
 from dots1_local.serve.scheduler import Scheduler

@@ -9,7 +9,8 @@ from typing import Any
 from dots1_local.engine.engine import Engine
 from dots1_local.serve.generation import Event, GenerationRequest
 from dots1_local.serve.http.app import make_app
-from dots1_local.serve.http.service import Model, Service
+from dots1_local.serve.http.model import Model
+from dots1_local.serve.http.service import Service
 from dots1_local.serve.scheduler import Load
 
 Deliver = Callable[[Event], None]

@@ -11,7 +11,8 @@ from dots1_local.errors import Dots1Error
 from dots1_local.serve.generation import Failed, Finished, GenerationRequest, Piece, QueueFull
 from dots1_local.serve.http import request as http_request
 from dots1_local.serve.http.app import make_app
-from dots1_local.serve.http.service import Model, Service
+from dots1_local.serve.http.model import Model
+from dots1_local.serve.http.service import Service
 from dots1_local.serve.scheduler import Load
 from tests.serve.http.asgi import (
     JSON,

@@ -22,7 +22,8 @@ from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.planner import place
 from dots1_local.serve.generation import Finished, GenerationRequest, Piece, RequestHandle
 from dots1_local.serve.http.app import make_app
-from dots1_local.serve.http.service import Model, Service
+from dots1_local.serve.http.model import Model
+from dots1_local.serve.http.service import Service
 from dots1_local.serve.placement_report import placement_report
 from dots1_local.serve.run import bind
 from dots1_local.serve.scheduler import Load, SlotState

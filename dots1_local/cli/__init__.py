@@ -5,6 +5,7 @@ Verbs import heavy modules (numpy, llama_cpp) when they run, so that `dots1 --he
 
 import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -82,6 +83,7 @@ def _options(
 def main() -> None:
     """Run the command line; print an expected failure as one sentence on stderr."""
     _open_missing_streams()
+    _escape_what_has_no_encoding()
     try:
         try:
             app()
@@ -99,6 +101,14 @@ def main() -> None:
             print(f"dots1: cannot write the output: {error.strerror or error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # drop what is buffered
         sys.exit(1)
+
+
+def _escape_what_has_no_encoding() -> None:
+    """Print characters that a stream's encoding lacks, and bytes of names that are not text, as
+    escapes such as \\udce9, which JSON reads as well."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _open_missing_streams() -> None:

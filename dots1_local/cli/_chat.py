@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from dots1_local.cli import _options as shared
-from dots1_local.cli._input import piped_text
+from dots1_local.cli._input import check_text, piped_text
 from dots1_local.cli._options import argument, flag, option, verb
 from dots1_local.cli._output import notice, plain, print_json
 from dots1_local.errors import UsageError
@@ -119,6 +119,10 @@ def _check(options: ChatOptions) -> None:
         raise UsageError(f"--url talks to the model of a server; leave out {options.file}")
     elif given := next((name for name in here if getattr(options, name)), None):
         raise UsageError(f"--{given} is for an engine here; give it to the server at --url")
+    for name in ("prompt", "system", "stop"):
+        given = getattr(options, name) or ""
+        for text in given if isinstance(given, list) else [given]:
+            check_text(f"--{name}", text)
     if not all(options.stop or ()):
         raise UsageError("--stop is empty; it would stop every answer at once")
     if options.load and options.session:

@@ -1,6 +1,7 @@
-"""Text that is piped in: read as a whole, up to what a context may hold, in the locale's encoding.
+"""Text from arguments and pipes: in the locale's encoding, as the terminal is; files are UTF-8.
 
-Arguments and the terminal are in the locale's encoding, too; files are UTF-8.
+Text that is not in its encoding is refused. Names of files may be any bytes: they are used as they
+are, printed with escapes, and stored with replacements.
 """
 
 import sys
@@ -10,7 +11,7 @@ from select import select
 from dots1_local.cli._output import notice
 from dots1_local.errors import UsageError
 
-__all__ = ["LARGEST_TEXT", "piped_text"]
+__all__ = ["LARGEST_TEXT", "check_text", "piped_text"]
 
 LARGEST_TEXT = 4 << 20  # bytes; a context of 32,768 tokens holds some 150 kB of English
 _PATIENCE = 2.0  # seconds until a person is told what is waited for
@@ -37,6 +38,20 @@ def piped_text() -> str | None:
     except UnicodeDecodeError as error:
         raise UsageError(
             f"what is piped in is not {encoding.upper()} text (at byte {error.start:,})"
+        ) from None
+
+
+def check_text(source: str, text: str) -> None:
+    """Raise a UsageError if a text from `source` has bytes that are not in the locale's encoding.
+
+    Python keeps these bytes in names and arguments as characters that no model can read.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding().upper()
+        raise UsageError(
+            f"{source} is not {encoding} text (at character {error.start:,})"
         ) from None
 
 

@@ -211,13 +211,14 @@ def plan_json(
     graph: "ModelGraph", machine: "Hardware", placement: "Placement", shortfall: Any
 ) -> dict[str, Any]:
     """Return a plan file's content, with what is predicted of it."""
+    from dots1_local.files.names import unicode_name
     from dots1_local.placement.llama_args import command_line
     from dots1_local.placement.speed_model import forecast
 
     predicted = {
         "hardware": machine.name,
         **forecast(graph, machine, placement).to_json(),
-        "command": command_line(placement, machine, str(graph.path)),
+        "command": command_line(placement, machine, unicode_name(graph.path)),
         "shortfall": None if shortfall is None else str(shortfall),
     }
     return placement.to_json() | {"predicted": predicted}

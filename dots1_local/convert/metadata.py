@@ -10,6 +10,7 @@ from gguf import ExpertGatingFuncType, GGUFWriter, Metadata
 from dots1_local.architecture import GGUF_KEYS, Dots1Config
 from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.names import unicode_name
 from dots1_local.quant.importance import Importance
 from dots1_local.quant.plan import QuantPlan
 
@@ -80,7 +81,7 @@ def _architecture(writer: GGUFWriter, config: Dots1Config, expert_width: int) ->
 
 def _importance(writer: GGUFWriter, importance: Importance) -> None:
     """Add the importance file under stock llama-quantize's keys, and its hash."""
-    writer.add_string("quantize.imatrix.file", importance.path.name)
+    writer.add_string("quantize.imatrix.file", unicode_name(importance.path.name))
     if importance.datasets:
         writer.add_string("quantize.imatrix.dataset", ", ".join(importance.datasets))
     writer.add_uint32("quantize.imatrix.entries_count", len(importance.tensors))

@@ -17,11 +17,20 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, TensorSpec
 from dots1_local.errors import CheckpointError
+from dots1_local.files.names import unicode_name
 from dots1_local.files.safetensors import Slice, read_exactly, read_header
 from dots1_local.files.scaled import multiply_scales, with_scales
 from dots1_local.ggml import to_float32
 
-__all__ = ["INDEX", "SINGLE", "Checkpoint", "load_json", "promised_tensors", "read_index"]
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "load_json",
+    "promised_tensors",
+    "read_index",
+    "unicode_name",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -58,15 +67,15 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The model's name: the folder's, with replacements for what is not UTF-8.
+        """The model's name: the folder's, as `unicode_name` spells it.
 
         In the hub's cache the folder is a commit, and a folder above it is named after the model.
         """
         folder = self.path.resolve()
-        name = folder.name
-        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-            name = folder.parent.parent.name.rpartition("--")[2]
-        return os.fsencode(name).decode(errors="replace")
+        repo = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repo.startswith("models--"):
+            folder = folder.with_name(repo.rpartition("--")[2])
+        return unicode_name(folder.name)
 
     @property
     def source(self) -> str:

@@ -207,6 +207,6 @@ def pack_key(key: str, kind: str, value: Any) -> bytes:
 
 
 def pack_string(text: str) -> bytes:
-    """A string as GGUF stores it: its length in bytes, and UTF-8."""
-    raw = text.encode()
+    """A string as GGUF stores it: its length in bytes, and UTF-8; "?" is for what has none."""
+    raw = text.encode(errors="replace")
     return struct.pack("<Q", len(raw)) + raw

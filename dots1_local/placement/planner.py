@@ -13,6 +13,7 @@ from itertools import chain
 from dots1_local.devices.hardware import CPU, Hardware
 from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFFile
+from dots1_local.files.names import unicode_name
 from dots1_local.placement.footprint import (
     fetching_gpu,
     footprint,
@@ -114,7 +115,7 @@ class Search:
         self._order = slowest_in_ram(graph, hardware)
         self._min_batch = fewest_copying(graph.config, sequences)
         self._first = Placement(
-            model=graph.path.name,
+            model=unicode_name(graph.path.name),
             model_bytes=graph.nbytes,
             blocks=graph.config.num_hidden_layers,
             context=context,

@@ -25,7 +25,7 @@ from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 
-from dots1_local.cli._input import LARGEST_TEXT
+from dots1_local.cli._input import LARGEST_TEXT, check_text
 from dots1_local.cli._output import plain
 from dots1_local.errors import UsageError
 from dots1_local.files.user_folder import user_folder
@@ -130,9 +130,11 @@ class LineEditor:
         Raises:
             EOFError: Ctrl-D on an empty line.
             KeyboardInterrupt: Ctrl-C on an empty line; on others Ctrl-C clears the line.
+            UsageError: what is entered is not in the locale's encoding.
         """
         text = self._prompt.prompt(default=draft, handle_sigint=False)  # Ctrl-C is a key here
-        return text.encode("utf-8", errors="replace").decode()  # bytes that are not UTF-8
+        check_text("what you entered", text)
+        return text
 
 
 def _terminal() -> Output:

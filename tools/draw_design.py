@@ -56,7 +56,7 @@ def imports() -> dict[str, set[str]]:
     """Which folders each folder imports; `BASE` stands for all modules beside the folders."""
     graph = grimp.build_graph("dots1_local", exclude_type_checking_imports=True)
     found: dict[str, set[str]] = {name: set() for name in PLACES}
-    for module in graph.modules - {"dots1_local"}:
+    for module in graph.modules - {"dots1_local", "dots1_local.__main__"}:
         importer = _folder(module)
         for name in graph.find_modules_directly_imported_by(module) - {"dots1_local"}:
             if _folder(name) != importer:

@@ -194,6 +194,7 @@ def _connect(options: ChatOptions, sampling: "Sampling") -> Iterator["Dialogue"]
             options.context,
             options.plan,
             options.worker or (),
+            raw=options.raw,
             threads=options.threads,
             n_draft=longest_draft(draft),
         )

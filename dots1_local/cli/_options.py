@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
-from dots1_local.cli._output import notice, progress_bar, quiet_drivers
+from dots1_local.cli._output import notice, plain, progress_bar, quiet_drivers
 from dots1_local.errors import UsageError
 
 if TYPE_CHECKING:
@@ -209,10 +209,17 @@ def choose_placement(
 
 
 def open_engine(
-    model: Path, context: str | None, plan: Path | None, workers: Sequence[str], **options: Any
+    model: Path,
+    context: str | None,
+    plan: Path | None,
+    workers: Sequence[str],
+    *,
+    raw: bool = False,
+    **options: Any,
 ) -> "Engine":
     """Load the model as the options say; a context of "0" is all that it was trained for.
 
+    What is wrong with the file is said once, about its chat template only if not `raw`.
     `options` are those of `Engine.open`.
 
     Raises:
@@ -221,14 +228,19 @@ def open_engine(
     """
     from dots1_local.engine.planned import load
     from dots1_local.sizes import parse_context
+    from dots1_local.verify.correct import remaining
 
     if context is not None:
         options["n_ctx"] = 0 if context.strip() == "0" else parse_context(context)
     placement = choose_placement(model, plan, workers)
     with progress_bar("loading") as report:
-        return load(
+        engine = load(
             model, placement, workers=tuple(workers), notify=notice, progress=report, **options
         )
+    for finding in remaining(engine.gguf):
+        if not (raw and finding.check == "template"):
+            notice(plain(f"{finding.severity}: {model.name}: {finding.message}"))
+    return engine
 
 
 def parse_draft(text: str | None) -> "Draft":

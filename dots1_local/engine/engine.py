@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from llama_cpp import llama_cpp as llama
@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from dots1_local.engine import log as engine_log
 from dots1_local.engine.loading import Loaded, load_model
 from dots1_local.engine.model_params import EngineParams
-from dots1_local.errors import Dots1Error, GGUFError, UsageError
+from dots1_local.engine.vocabulary import Vocabulary
+from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.placement.placement import Placement
 from dots1_local.progress import Progress, silent
 from dots1_local.verify import check_loadable
+from dots1_local.verify.correct import corrected
 
 __all__ = ["Engine", "Entry", "Vocabulary", "open_loadable"]
-
-_MAX_PIECE = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -37,57 +37,6 @@ class Entry:
     position: int
     seq_id: int = 0
     logits: bool = False
-
-
-class Vocabulary:
-    """The tokeniser of a GGUF file, which need not hold tensors; use it in a `with` statement."""
-
-    def __init__(self, gguf: GGUFFile, model: Any) -> None:
-        self.gguf, self._model = gguf, model
-        self.vocab = llama.llama_model_get_vocab(model)
-        adds_bos = llama.llama_vocab_get_add_bos(self.vocab)
-        self.bos: int | None = llama.llama_vocab_bos(self.vocab) if adds_bos else None
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Vocabulary":
-        """Load the keys of a file alone.
-
-        Raises:
-            GGUFError: the file is missing or corrupt, or llama.cpp refuses it.
-        """
-        gguf = GGUFFile.open(path)
-        params = llama.llama_model_default_params()
-        params.vocab_only, params.n_gpu_layers = True, 0
-        with engine_log.capture() as log:
-            model = llama.llama_model_load_from_file(bytes(Path(path)), params)
-        if model is None:
-            raise GGUFError(f"llama.cpp cannot load {path}: {log.cause()}")
-        return Vocabulary(gguf, model)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free what was loaded; a second call does nothing."""
-        if self._model is not None:
-            llama.llama_model_free(self._model)
-            self._model = self.vocab = None
-
-    def tokenize(self, text: str, *, special: bool, add_bos: bool = False) -> list[int]:
-        """Token ids of `text`; "<|system|>" in it becomes that token only if `special`.
-
-        `add_bos` follows the file's own rule (`tokenizer.ggml.add_bos_token`).
-        """
-        raw = text.encode("utf-8", errors="replace")
-        room = len(raw) + 2
-        tokens = (llama.llama_token * room)()
-        count = llama.llama_tokenize(self.vocab, raw, len(raw), tokens, room, add_bos, special)
-        if count < 0:
-            raise Dots1Error("llama.cpp could not tokenise the text")
-        return list(tokens[:count])
 
 
 class Engine(Vocabulary):
@@ -111,8 +60,9 @@ class Engine(Vocabulary):
         self._batch = llama.llama_batch_init(self.n_ubatch, 0, 1)
         self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocab)
         self._ends = {gguf.keys.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")}
-        # Without the key llama.cpp ends responses at token 11, which is a comma here.
-        known = "tokenizer.ggml.eos_token_id" in gguf.keys
+        # Without such a token llama.cpp ends responses at token 11, which is a comma here.
+        eos = gguf.keys.get("tokenizer.ggml.eos_token_id")
+        known = isinstance(eos, int) and 0 <= eos < self.n_vocab
         self._assumed_end = None if known else llama.llama_vocab_eos(self.vocab)
 
     @classmethod
@@ -146,20 +96,6 @@ class Engine(Vocabulary):
             llama.llama_batch_free(self._batch)
             self._loaded.free()
             self._model = self.context = self.vocab = None
-
-    def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes of a token, perhaps a part of a character.
-
-        A control token has none, or its name if `special`.
-        """
-        size = 64
-        while size <= _MAX_PIECE:
-            buffer = ctypes.create_string_buffer(size)
-            count: int = llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
-            if count >= 0:
-                return buffer.raw[:count]
-            size = -count
-        raise GGUFError(f"{self.gguf.files[0]} has a token of {size} bytes (id {token})")
 
     def is_end(self, token: int) -> bool:
         """Whether a response ends with this token."""
@@ -277,11 +213,11 @@ def _bytes_of(array: NDArray[np.uint8]) -> Any:
 
 
 def open_loadable(path: str | Path) -> GGUFFile:
-    """Read a file's header and refuse what llama.cpp cannot load.
+    """Read a file's header, correct its keys in memory, and refuse what llama.cpp cannot load.
 
     Raises:
         GGUFError: the file is unreadable, of another architecture, or something in it is wrong.
     """
-    gguf = GGUFFile.open(path)
+    gguf = corrected(GGUFFile.open(path))
     check_loadable(gguf)
     return gguf

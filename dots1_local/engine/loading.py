@@ -16,6 +16,7 @@ from dots1_local.engine.log import Log, Report, capture, device_of, memory_warni
 from dots1_local.engine.model_params import (
     EngineParams,
     connected,
+    default_model_params,
     endpoints,
     model_params,
     prepare,
@@ -28,6 +29,7 @@ from dots1_local.placement.model_graph import ModelGraph
 from dots1_local.placement.placement import Placement, human_context
 from dots1_local.progress import Progress, silent
 from dots1_local.sizes import bytes_apart, human_bytes
+from dots1_local.verify.correct import corrections
 
 __all__ = ["Loaded", "OutOfMemory", "load_by_default", "load_model"]
 
@@ -77,10 +79,10 @@ def load_model(
         OutOfMemory: a device has too little memory.
         Dots1Error: a worker does not answer, or llama.cpp cannot make the context.
     """
-    warnings = list(_context_warnings(gguf, params))
+    warnings = [*corrections(gguf), *_context_warnings(gguf, params)]
     if placement:
         warnings += prepare(gguf, placement)
-    struct = model_params(placement)
+    struct = model_params(placement, gguf.changes)
     predicted = _check_memory(gguf, placement, params)
     used = placement.used_devices if placement else ()
     names, workers = _buffer_names(used), endpoints(placement)
@@ -109,7 +111,7 @@ def load_by_default(gguf: GGUFFile, params: EngineParams) -> Loaded:
     struct.n_threads_batch = params.threads
     with capture() as log:
         model = llama.llama_model_load_from_file(
-            bytes(gguf.files[0]), llama.llama_model_default_params()
+            bytes(gguf.files[0]), default_model_params(gguf.changes)
         )
         context = model and llama.llama_init_from_model(model, struct)
     if not context:

@@ -7,6 +7,7 @@ engine connects to it, and a device is looked up before it is used.
 import ctypes
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from dots1_local.devices.drivers import remedy
 from dots1_local.devices.limits import physical_cores
 from dots1_local.errors import UsageError
 from dots1_local.files.gguf import GGUFFile
+from dots1_local.files.gguf_keys import Change
 from dots1_local.placement.placement import (
     MIN_BATCH,
     HostMemory,
@@ -27,9 +29,11 @@ from dots1_local.placement.placement import (
     check_sequences,
     default_context,
 )
+from dots1_local.verify.correct import Override, key_overrides
 
 __all__ = [
-    "EngineParams", "connected", "endpoints", "has_moe_cache", "model_params", "prepare",
+    "EngineParams", "connected", "default_model_params", "endpoints", "has_moe_cache",
+    "model_params", "prepare",
 ]  # fmt: skip
 
 
@@ -131,6 +135,12 @@ _HOST_MEMORY: dict[HostMemory, tuple[int, bool, bool]] = {
 }
 
 
+# The tag (enum llama_model_kv_override_type) and the field of an override.
+_OVERRIDE_TAGS: dict[type, tuple[int, str]] = {
+    int: (0, "val_i64"), float: (1, "val_f64"), bool: (2, "val_bool"), str: (3, "val_str"),
+}  # fmt: skip
+
+
 class _Override(ctypes.Structure):
     """struct llama_model_tensor_buft_override"""
 
@@ -192,7 +202,16 @@ def _handle(device: str) -> int:
         raise UsageError(f"{error}; {remedy(device, backends.backend_names())}") from None
 
 
-def model_params(placement: Placement | None) -> Any:
+def default_model_params(changes: Sequence[Change] = ()) -> Any:
+    """A struct llama_model_params with nothing set but the keys of a file that are changed."""
+    params = llama.llama_model_default_params()
+    if changes:
+        params.kv_overrides = overrides = _key_overrides(key_overrides(changes))
+        params.kept = [overrides]  # the struct only points to it
+    return params
+
+
+def model_params(placement: Placement | None, changes: Sequence[Change] = ()) -> Any:
     """A struct llama_model_params; the caller must keep it while the model loads.
 
     Raises:
@@ -200,13 +219,13 @@ def model_params(placement: Placement | None) -> Any:
     """
     global _started  # noqa: PLW0603 -- ggml's registry of backends is global too
     _started = True
-    params = llama.llama_model_default_params()
+    params = default_model_params(changes)
     devices = placement.used_devices if placement else ()
     # Never NULL: llama.cpp would then take all devices, lost workers too, and abort.
     handles = (ctypes.c_void_p * (len(devices) + 1))(*map(_handle, devices), None)
     params.devices = ctypes.cast(handles, ctypes.c_void_p)
     params.n_gpu_layers = placement.gpu_layers if placement else 0
-    params.kept = [handles]  # the struct only points to it
+    params.kept = [*getattr(params, "kept", ()), handles]
     if placement:
         layers = [placement.layers.get(device, 0) for device in devices]
         counts = (ctypes.c_float * llama.llama_max_devices())(*layers)
@@ -223,3 +242,13 @@ def _overrides(placement: Placement) -> Any:
     """An array for `tensor_buft_overrides`, which ends with NULLs."""
     pairs = [(p.encode(), backends.device(d).buffer_type) for p, d in placement.overrides]
     return (_Override * (len(pairs) + 1))(*(_Override(*pair) for pair in pairs))
+
+
+def _key_overrides(values: Mapping[str, Override]) -> Any:
+    """An array for `kv_overrides`, which ends with an empty key."""
+    array = (llama.llama_model_kv_override * (len(values) + 1))()
+    for place, (key, value) in zip(array, values.items(), strict=False):
+        place.key = key.encode()
+        place.tag, field = _OVERRIDE_TAGS[type(value)]
+        setattr(place.value, field, value.encode() if isinstance(value, str) else value)
+    return array

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, TensorSpec
 from dots1_local.errors import CheckpointError
+from dots1_local.files.lfs_pointer import POINTER_START, refuse_pointer
 from dots1_local.files.names import unicode_name
 from dots1_local.files.safetensors import Slice, read_exactly, read_header
 from dots1_local.files.scaled import multiply_scales, with_scales
@@ -182,7 +183,9 @@ def load_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, is unreadable, or does not hold a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        refuse_pointer(path, data[:POINTER_START], CheckpointError)
+        value = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is this a Hugging Face checkpoint?") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:

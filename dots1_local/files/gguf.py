@@ -2,30 +2,28 @@
 
 import os
 import re
-import struct
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from dots1_local.architecture import Role
 from dots1_local.errors import GGUFError
-from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor, Keys, Value
+from dots1_local.files.gguf_header import GGUFHeader, GGUFTensor
+from dots1_local.files.gguf_keys import Change, Keys, Value, pack_key, pack_string
 
 if TYPE_CHECKING:  # numpy takes 100 ms, which verbs like `dots1 inspect` do without
     import numpy as np
     from numpy.typing import NDArray
 
 __all__ = [
-    "GGUFFile", "GGUFTensor", "OpenFiles", "Value", "cores", "pack_key", "pack_string", "role_of",
+    "SHARD", "GGUFFile", "GGUFTensor", "OpenFiles", "Value", "cores", "pack_key", "pack_string",
+    "role_of",
 ]  # fmt: skip
 
-_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
-
-# Kind of a key's value: GGUF's type id, struct's letter.
-_PACKED = {"u32": (4, "I"), "i32": (5, "i"), "f32": (6, "f"), "bool": (7, "?"), "string": (8, "")}
-_ARRAY = 9
+SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
 _ROLES: dict[str, Role] = {
     "token_embd": "embedding",
@@ -49,10 +47,14 @@ def role_of(name: str) -> Role | None:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A GGUF model: the headers of its files, its tensors, and the keys of its first file."""
+    """A GGUF model: the headers of its files, its tensors, and the keys of its first file.
+
+    `changes` are those that `corrected` has made in memory; the files have other keys.
+    """
 
     headers: tuple[GGUFHeader, ...]
     tensors: tuple[GGUFTensor, ...]
+    changes: tuple[Change, ...] = ()
 
     @classmethod
     def open(cls, path: str | Path) -> "GGUFFile":
@@ -72,8 +74,23 @@ class GGUFFile:
         headers = tuple(header if file == path else GGUFHeader.read(file) for file in shards)
         for each in headers:
             _check_not_joined(each)
-        _check_split(headers)
-        return cls(headers, tuple(tensor for each in headers for tensor in each.tensors))
+        return cls.of(headers)
+
+    @classmethod
+    def of(cls, headers: Sequence[GGUFHeader]) -> "GGUFFile":
+        """Join the headers of all shards, in their order.
+
+        Raises:
+            GGUFError: they contradict each other.
+        """
+        if len(headers) > 1:
+            _check_split(headers)
+        return cls(tuple(headers), tuple(tensor for each in headers for tensor in each.tensors))
+
+    def corrected(self, changes: Sequence[Change]) -> "GGUFFile":
+        """The same model with other keys in memory; its files stay as they are."""
+        first = replace(self.headers[0], keys=self.keys.changed(changes))
+        return replace(self, headers=(first, *self.headers[1:]), changes=(*self.changes, *changes))
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -85,12 +102,12 @@ class GGUFFile:
 
     @property
     def nbytes(self) -> int:
-        """Size on disk of all files together."""
-        return sum(file.stat().st_size for file in self.files)
+        """Size of all files together."""
+        return sum(header.size for header in self.headers)
 
 
 def _shards(path: Path, count: int) -> tuple[Path, ...]:
-    match = _SHARD.fullmatch(path.name)
+    match = SHARD.fullmatch(path.name)
     if match is None or int(match["count"]) != count:
         raise GGUFError(
             f"{path} is one of {count} shards but is not named NAME-00001-of-{count:05}.gguf; "
@@ -118,7 +135,7 @@ def _check_not_joined(header: GGUFHeader) -> None:
         )
 
 
-def _check_split(headers: tuple[GGUFHeader, ...]) -> None:
+def _check_split(headers: Sequence[GGUFHeader]) -> None:
     count = len(headers)
     for number, header in enumerate(headers):
         if (header.keys.get("split.no"), header.keys.get("split.count")) != (number, count):
@@ -188,25 +205,3 @@ class OpenFiles:
             held = np.empty(size, np.uint8)
             setattr(self._local, name, held)
         return held[:size]
-
-
-def pack_key(key: str, kind: str, value: Any) -> bytes:
-    """A key with its value as GGUF stores them.
-
-    `kind` is "u32", "i32", "f32", "bool" or "string", or one of them with "[]" for a list.
-    """
-    type_id, layout = _PACKED[kind.removesuffix("[]")]
-    is_list = kind.endswith("[]")
-    values = value if is_list else [value]
-    head = (
-        struct.pack("<IIQ", _ARRAY, type_id, len(values)) if is_list else struct.pack("<I", type_id)
-    )
-    if layout:
-        return pack_string(key) + head + struct.pack(f"<{len(values)}{layout}", *values)
-    return b"".join([pack_string(key), head, *map(pack_string, values)])
-
-
-def pack_string(text: str) -> bytes:
-    """A string as GGUF stores it: its length in bytes, and UTF-8; "?" is for what has none."""
-    raw = text.encode(errors="replace")
-    return struct.pack("<Q", len(raw)) + raw

@@ -7,18 +7,17 @@ before it is used, and a value is decoded when somebody asks for it.
 
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 
 from dots1_local.errors import GGUFError
+from dots1_local.files.gguf_keys import ARRAY, SCALARS, STRING, Keys, RawKey
+from dots1_local.files.lfs_pointer import POINTER_START, refuse_pointer
 from dots1_local.ggml import TYPES
 
-__all__ = ["GGUFHeader", "GGUFTensor", "Keys", "Value"]
-
-Value = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
+__all__ = ["GGUFHeader", "GGUFTensor", "HeaderIncomplete"]
 
 # A real header is a few MB; beyond these limits a file is garbage, not a bigger model.
 _MAX_HEADER = 256 << 20
@@ -26,15 +25,16 @@ _MAX_ITEMS = 1 << 24
 _MAX_NAME = 1 << 16
 _MAX_DIMENSIONS = 4
 
-# struct's letter of each scalar type of a key.
-_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-_STRING, _ARRAY = 8, 9
-_LENGTH, _ARRAY_START = struct.Struct("<Q"), struct.Struct("<IQ")
+_LENGTH = struct.Struct("<Q")
 
 # ggml's id → (name, weights in a block, bytes of a block), including types of other models' files.
 _LAYOUTS = {kind.ggml: (kind.name, kind.block, kind.bytes) for kind in TYPES.values()} | {
     24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
 }  # fmt: skip
+
+
+class HeaderIncomplete(GGUFError):
+    """More of the file is needed to read its header."""
 
 
 @dataclass(frozen=True)
@@ -54,73 +54,15 @@ class GGUFTensor:
 
 
 @dataclass(frozen=True)
-class _RawKey:
-    """A key as it lies in the file: `raw` holds its name, the id of its type and its value."""
-
-    kind: int
-    raw: bytes
-    value_at: int
-
-    def decode(self) -> Value:
-        if self.kind == _STRING:
-            return self.raw[self.value_at + 8 :].decode("utf-8", errors="replace")
-        if self.kind != _ARRAY:
-            value: Value = struct.unpack_from("<" + _SCALARS[self.kind], self.raw, self.value_at)[0]
-            return value
-        item, count = _ARRAY_START.unpack_from(self.raw, self.value_at)
-        begin = self.value_at + _ARRAY_START.size
-        if item == _STRING:
-            return list(self._strings(begin, count))
-        return list(struct.unpack_from(f"<{count}{_SCALARS[item]}", self.raw, begin))
-
-    def _strings(self, position: int, count: int) -> Iterator[str]:
-        raw, length_at = self.raw, _LENGTH.unpack_from
-        for _ in range(count):
-            end = position + 8 + length_at(raw, position)[0]
-            yield raw[position + 8 : end].decode("utf-8", errors="replace")
-            position = end
-
-
-class Keys(Mapping[str, Value]):
-    """The keys of a file in its order; each value is decoded at first use."""
-
-    def __init__(self, raw: Mapping[str, _RawKey]) -> None:
-        self._raw = raw
-        self._decoded: dict[str, Value] = {}
-
-    def __getitem__(self, key: str) -> Value:
-        if key not in self._decoded:
-            self._decoded[key] = self._raw[key].decode()
-        return self._decoded[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._raw)
-
-    def __len__(self) -> int:
-        return len(self._raw)
-
-    def strings(self, key: str) -> list[str]:
-        """The strings in an array; empty if the key is missing or is something else."""
-        value = self.get(key)
-        return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
-
-    def kind(self, key: str) -> int:
-        """GGUF's id of the type of the key's value; 9 for every array."""
-        return self._raw[key].kind
-
-    def raw(self, key: str) -> bytes:
-        """The key's name, type and value, as they lie in the file."""
-        return self._raw[key].raw
-
-
-@dataclass(frozen=True)
 class GGUFHeader:
     """The header of one file; the tensors' data begins at `data_start`.
 
-    `raw_tensors` describes the tensors as the file does, with offsets from `data_start`.
+    `size` is that of the whole file. `raw_tensors` describes the tensors as the file does, with
+    offsets from `data_start`.
     """
 
     file: Path
+    size: int
     version: int
     keys: Keys
     tensors: tuple[GGUFTensor, ...]
@@ -142,13 +84,26 @@ class GGUFHeader:
         try:
             with open(path, "rb") as file:
                 size = path.stat().st_size
-                if file.read(4) != b"GGUF" or size < 24:
-                    raise GGUFError(f"{path} is not a GGUF file, or is truncated")
+                refuse_pointer(path, file.read(POINTER_START), GGUFError)
                 length = min(size, _MAX_HEADER)
+                if not length:  # mmap refuses it
+                    return cls.parse(path, b"", size)
                 with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ) as data:
-                    return _Parser(path, data, size).header()
+                    return cls.parse(path, data, size)
         except OSError as error:
             raise GGUFError(f"cannot read {path}: {error.strerror}") from None
+
+    @classmethod
+    def parse(cls, path: Path, data: bytes | mmap.mmap, size: int) -> "GGUFHeader":
+        """Read the header in `data`, the beginning of a file of `size` bytes; `path` names it.
+
+        Raises:
+            HeaderIncomplete: the header may go on behind `data`.
+            GGUFError: as `read`.
+        """
+        if data[:4] != b"GGUF" or size < 24:
+            raise GGUFError(f"{path} is not a GGUF file, or is truncated")
+        return _Parser(path, data, size).header()
 
     def aligned(self, position: int) -> int:
         """The first multiple of the alignment from `position` on."""
@@ -158,7 +113,7 @@ class GGUFHeader:
 class _Parser:
     """Reads one header from front to back; every range is checked against the file's size."""
 
-    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
+    def __init__(self, path: Path, data: bytes | mmap.mmap, size: int) -> None:
         self._path, self._data, self._size = path, data, size
         self._position = 4
 
@@ -180,10 +135,12 @@ class _Parser:
             for name, kind, shape, offset, nbytes in described
         )
         self._check_ranges(tensors, data_start, alignment)
-        return GGUFHeader(self._path, version, keys, tensors, raw_tensors, alignment, data_start)
+        return GGUFHeader(
+            self._path, self._size, version, keys, tensors, raw_tensors, alignment, data_start
+        )
 
     def _keys(self, count: int) -> Keys:
-        found: dict[str, _RawKey] = {}
+        found: dict[str, RawKey] = {}
         for _ in range(count):
             begin = self._position
             key = self._name("a key")
@@ -192,17 +149,17 @@ class _Parser:
             kind = self._number("I")
             value_at = self._position - begin
             self._skip_value(key, kind)
-            found[key] = _RawKey(kind, self._data[begin : self._position], value_at)
+            found[key] = RawKey(kind, self._data[begin : self._position], value_at)
         return Keys(found)
 
     def _skip_value(self, key: str, kind: int) -> None:
         item, count = kind, 1
-        if kind == _ARRAY:
+        if kind == ARRAY:
             item, count = self._number("I"), self._count()
-        if item == _STRING:
+        if item == STRING:
             self._skip_strings(count)
-        elif item in _SCALARS:
-            self._skip(count * struct.calcsize(_SCALARS[item]))
+        elif item in SCALARS:
+            self._skip(count * struct.calcsize(SCALARS[item]))
         else:
             raise GGUFError(f"{self._path} stores the key {key} as unknown type {item}")
 
@@ -213,7 +170,7 @@ class _Parser:
             for _ in range(count):
                 position += 8 + length_at(data, position)[0]
         except (struct.error, OverflowError):
-            raise self._ends_early() from None
+            raise self._ends_early(position) from None
         self._skip(position - self._position)
 
     def _tensor(self) -> tuple[str, str, tuple[int, ...], int, int]:
@@ -283,10 +240,13 @@ class _Parser:
 
     def _skip(self, count: int) -> None:
         if self._position + count > len(self._data):
-            raise self._ends_early()
+            raise self._ends_early(self._position + count)
         self._position += count
 
-    def _ends_early(self) -> GGUFError:
+    def _ends_early(self, end: int) -> GGUFError:
+        """The error over something that would end at `end` or later."""
+        if len(self._data) < min(self._size, _MAX_HEADER) and end <= self._size:
+            return HeaderIncomplete(f"{self._path} has a header beyond {len(self._data)} bytes")
         if self._size > _MAX_HEADER:
             return GGUFError(f"{self._path} has a header beyond {_MAX_HEADER >> 20} MiB")
         return GGUFError(f"{self._path} is truncated inside its header; fetch it again")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import CheckpointError, Dots1Error
+from dots1_local.files.lfs_pointer import POINTER_START, refuse_pointer
 
 __all__ = [
     "Scales", "Slice", "header_length", "load_arrays", "pack_header", "read_exactly", "read_header",
@@ -75,7 +76,10 @@ def read_header(path: Path) -> dict[str, Slice]:
     try:
         with open(path, "rb") as file:
             size = path.stat().st_size
-            length = header_length(path, file.read(8), size)
+            start = file.read(POINTER_START)
+            refuse_pointer(path, start, CheckpointError)
+            length = header_length(path, start, size)
+            file.seek(8)
             return tensor_table(path, file.read(length), size)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None

@@ -15,7 +15,9 @@ from dots1_local.verify.numbers import conflicts, likely_config, lint_numbers
 from dots1_local.verify.tensors import expected_tensors, has_scale, lint_tensors
 from dots1_local.verify.tokens import lint_template, lint_tokenizer
 
-__all__ = ["Finding", "Report", "TensorCheck", "check_loadable", "verify_gguf"]
+__all__ = [
+    "Finding", "Report", "TensorCheck", "check_loadable", "lint_header", "verify_gguf",
+]  # fmt: skip
 
 
 def verify_gguf(
@@ -41,7 +43,7 @@ def verify_gguf(
     if source and (fields := conflicts(gguf, source.config)):
         message = f"the file was not made from {source.path}: {', '.join(fields)}"
         findings, checkpoint = [Finding("against", "error", message)], None
-    findings += _lint(gguf, checkpoint)
+    findings += lint_header(gguf, checkpoint)
     checks: tuple[TensorCheck, ...] = ()
     if not quick:
         from dots1_local.verify.check_blocks import check_blocks
@@ -71,7 +73,7 @@ def _obstacles(gguf: GGUFFile) -> Iterator[Finding]:
     yield from (found for found in lint_tokenizer(gguf, None) if found.check == "tokenizer")
 
 
-def _lint(gguf: GGUFFile, checkpoint: Checkpoint | None) -> list[Finding]:
+def lint_header(gguf: GGUFFile, checkpoint: Checkpoint | None = None) -> list[Finding]:
     """What the header shows to be wrong, the worst first."""
     if other := _other_model(gguf):
         return [other]

@@ -1,12 +1,12 @@
 """What verifying a file results in: findings, keys that would put them right, relative errors."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dots1_local.files.gguf import Value
+from dots1_local.files.gguf_keys import KIND_IDS, Change, Kind
 
 __all__ = [
     "ABORTS", "KIND_IDS", "REFUSES", "USUAL_ERROR", "Change", "Finding", "Kind", "Report",
@@ -19,11 +19,6 @@ ABORTS = "llama.cpp aborts the process"
 # error: the file does not load, aborts the process, computes something else or never stops;
 # warning: it works, but worse or only in some programs; note: it is only unusual.
 Severity = Literal["error", "warning", "note"]
-Kind = Literal["u32", "f32", "bool", "string", "i32[]", "string[]"]
-# GGUF's id of each kind; all arrays have the same one.
-KIND_IDS: Mapping[Kind, int] = {
-    "u32": 4, "f32": 6, "bool": 7, "string": 8, "i32[]": 9, "string[]": 9,
-}  # fmt: skip
 
 # The most a type usually loses, relative to the weights' norm. Measured on normal, Laplace and
 # Student-t(3) weights with and without importance, plus a fifth; heavier tails lose more.
@@ -39,15 +34,6 @@ _ZEROS = (
     "or convert it again with dots1 convert"
 )
 _UNRELATED = 0.95  # the error of unrelated weights of any size is 1 or more
-
-
-@dataclass(frozen=True)
-class Change:
-    """Set a key to a value of a kind; without a value, remove it."""
-
-    key: str
-    kind: Kind = "u32"
-    value: Value | None = None
 
 
 @dataclass(frozen=True)

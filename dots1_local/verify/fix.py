@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dots1_local.errors import Dots1Error
-from dots1_local.files.gguf import GGUFFile, pack_key
+from dots1_local.files.gguf import GGUFFile
 from dots1_local.files.gguf_header import GGUFHeader
 from dots1_local.files.partial_file import (
     check_space,
@@ -157,16 +157,7 @@ def changed_header(header: GGUFHeader, changes: Iterable[Change]) -> bytes:
 
     A changed key keeps its place; new keys come last.
     """
-    wanted = {change.key: change for change in changes}
-    keys = [
-        _raw_key(wanted.pop(key)) if key in wanted else header.keys.raw(key) for key in header.keys
-    ]
-    keys = [raw for raw in (*keys, *map(_raw_key, wanted.values())) if raw]
+    keys = header.keys.changed(changes)
     counts = struct.pack("<IQQ", header.version, len(header.tensors), len(keys))
-    raw = b"GGUF" + counts + b"".join(keys) + header.raw_tensors
+    raw = b"GGUF" + counts + b"".join(map(keys.raw, keys)) + header.raw_tensors
     return raw + bytes(-len(raw) % header.alignment)
-
-
-def _raw_key(change: Change) -> bytes:
-    """A key with its value as GGUF stores them; empty for a key that is removed."""
-    return b"" if change.value is None else pack_key(change.key, change.kind, change.value)

@@ -92,7 +92,7 @@ def _places(gguf: GGUFFile) -> Iterator[Finding]:
             if tensor.offset != end:
                 strayed.append(tensor.name)
             end = header.aligned(tensor.offset + tensor.nbytes)
-        behind += max(0, header.file.stat().st_size - end)
+        behind += max(0, header.size - end)
     if strayed:
         message = f"there are gaps or overlaps before {names(strayed)}: {REFUSES}; {_AGAIN}"
         yield Finding("offsets", "error", message)

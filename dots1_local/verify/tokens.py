@@ -208,8 +208,8 @@ def _ends(gguf: GGUFFile, tokens: list[str], checkpoint: "Tokenizer | None") -> 
     if eos is not None and all(v in wanted for v in said) and all(v in said for v in wanted):
         return
     if not wanted:
-        if eos is None:
-            message = f"{_PREFIX}eos_token_id is missing: every response ends at a comma"
+        if not (isinstance(eos, int) and 0 <= eos < len(tokens)):
+            message = f"{_PREFIX}eos_token_id {_says(eos, tokens)}: every response ends there"
             yield Finding("eos", "error", f"{message}; compare with --against the checkpoint")
         return
     severity, message = _wrong_ends(gguf, tokens, wanted)

@@ -36,8 +36,6 @@ def engine(model: Path) -> Iterator[Engine]:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"without": ["expert_gating_func"]}, "expert_gating_func is missing"),
-        ({"gating": 1}, "expert_gating_func is 1"),
         ({"architecture": "llama"}, "architecture 'llama'"),
         ({"tensors": {"output_norm.weight": np.ones(64, np.float16)}}, "output_norm.weight is F16"),
         (
@@ -46,7 +44,7 @@ def engine(model: Path) -> Iterator[Engine]:
         ),
         ({"without": ["blk.1.exp_probs_b.bias"]}, "exp_probs_b.bias"),
         ({"without": ["blk.1.attn_q.weight"]}, "blk.1.attn_q.weight"),
-        ({"without": ["embedding_length"]}, "dots1.embedding_length"),
+        ({"without": ["feed_forward_length"]}, "dots1.feed_forward_length"),
     ],
 )
 def test_refuses_what_would_abort_or_run_wrong(

@@ -309,3 +309,18 @@ def test_the_hubs_cache_names_a_model_above_its_commit(tmp_path: Path) -> None:
     folder = repo / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
     checkpoint = Checkpoint.open(micro_checkpoint(folder))
     assert checkpoint.name == "dots.llm1.inst"
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "config.json"])
+def test_a_pointer_of_git_lfs_is_called_one(folder: Path, name: str) -> None:
+    path = folder / name
+    assert path.exists()
+    path.write_text(
+        "version https://git-lfs.github.com/spec/v1\n"
+        "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+        "size 12345\n"
+    )
+    with pytest.raises(
+        CheckpointError, match=rf"{name} is a Git LFS pointer.*12\.3 kB.*git lfs pull"
+    ):
+        Checkpoint.open(folder)

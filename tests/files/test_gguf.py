@@ -252,3 +252,19 @@ def test_reads_a_full_vocabulary_lazily(tmp_path: Path) -> None:
     keys = GGUFFile.open(tmp_path / "big.gguf").keys
     assert keys["tokenizer.ggml.tokens"] == tokens
     assert keys["tokenizer.ggml.token_type"] == [1] * len(tokens)
+
+
+POINTER = (  # as git-lfs/docs/spec.md shows it
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+    "size 4786012345\n"
+)
+
+
+def test_a_pointer_of_git_lfs_is_called_one(split: list[Path], tmp_path: Path) -> None:
+    for path in (tmp_path / "whole.gguf", split[2]):
+        path.write_text(POINTER)
+        said = refusal(path if path.name == "whole.gguf" else split[0])
+        assert str(path) in said
+        assert "Git LFS pointer" in said
+        assert "4.8 GB" in said

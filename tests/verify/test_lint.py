@@ -8,7 +8,8 @@ from gguf import GGUFValueType
 from dots1_local.engine.engine import Engine
 from dots1_local.verify import Finding, verify_gguf
 from dots1_local.verify.fix import write_fixed
-from tests.helpers import EOS, EOT, TEMPLATE, TOKENS, TYPES, write_random_gguf
+from tests.helpers import EOS, EOT, TEMPLATE, TOKENS, write_random_gguf
+from tests.verify.defects import FIXABLE
 from tests.verify.patch import fields, rewrite
 
 PREFIX = "tokenizer.ggml."
@@ -24,10 +25,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def only(path: Path) -> Finding:
     (finding,) = verify_gguf(path, quick=True).findings
     return finding
-
-
-def as_types(**changed: int) -> list[int]:
-    return [changed.get(token.strip("<|>"), int(t)) for token, t in zip(TOKENS, TYPES, strict=True)]
 
 
 def check_fixed(path: Path, tmp_path: Path) -> None:
@@ -47,50 +44,7 @@ def test_a_good_file_has_no_findings(model: Path) -> None:
     assert len(report.tensors) == 46
 
 
-@pytest.mark.parametrize(
-    ("change", "severity", "sentence"),
-    [
-        ({"remove": ["dots1.expert_gating_func"]}, "error", "aborts the process"),
-        ({"values": {"dots1.expert_gating_func": 1}}, "error", "expert_gating_func is 1"),
-        ({"values": {"dots1.expert_gating_func": 0}}, "error", "0: llama.cpp aborts the process"),
-        ({"types": {"dots1.expert_gating_func": I32}}, "error", "refuses to load"),
-        ({"remove": [PREFIX + "add_bos_token"]}, "warning", "11, a comma"),
-        ({"values": {PREFIX + "add_bos_token": True}}, "error", "every prompt begins with token"),
-        (
-            {"values": {PREFIX + "bos_token_id": 11}, "types": {PREFIX + "bos_token_id": U32}},
-            "warning",
-            "bos_token_id is 11",
-        ),
-        ({"values": {PREFIX + "eos_token_id": 11}}, "error", "responses end at that token"),
-        ({"values": {PREFIX + "eos_token_id": 999}}, "error", "999, which is not a token"),
-        ({"values": {PREFIX + "eot_token_id": 999}}, "warning", "'<|endoftext|>'"),
-        ({"types": {PREFIX + "eos_token_id": I32}}, "error", "eos_token_id is not stored as u32"),
-        ({"types": {PREFIX + "eot_token_id": U64}}, "error", "eot_token_id is not stored as u32"),
-        ({"types": {PREFIX + "add_bos_token": U32}}, "error", "not stored as bool"),
-        (
-            {"values": {PREFIX + "mask_token_id": -1}, "types": {PREFIX + "mask_token_id": I32}},
-            "error",
-            "--fix removes it",
-        ),
-        ({"remove": [PREFIX + "eos_token_id"]}, "error", "takes 11, a comma"),
-        ({"remove": [PREFIX + "eot_token_id"]}, "warning", "'<|endoftext|>'"),
-        ({"values": {PREFIX + "eos_token_id": EOT}}, "error", "a chat never stops"),
-        ({"remove": [PREFIX + "pre"]}, "error", "pre is missing"),
-        ({"values": {PREFIX + "pre": "llama-bpe"}}, "error", "pre is 'llama-bpe'"),
-        ({"values": {PREFIX + "token_type": as_types(system=1)}}, "error", "spell it out"),
-        ({"values": {PREFIX + "token_type": as_types(system=4)}}, "warning", "forge it"),
-        ({"remove": ["dots1.embedding_length"]}, "error", "--fix sets 64"),
-        ({"remove": ["dots1.block_count"]}, "error", "--fix sets 3"),
-        ({"remove": ["dots1.leading_dense_block_count"]}, "error", "--fix sets 1"),
-        ({"remove": ["dots1.feed_forward_length"]}, "error", "--fix sets 96"),
-        ({"remove": ["dots1.attention.head_count"]}, "error", "--fix sets 2"),
-        ({"remove": ["dots1.expert_count"]}, "error", "--fix sets 8"),
-        ({"remove": ["dots1.expert_shared_count"]}, "error", "--fix sets 2"),
-        ({"values": {"dots1.expert_feed_forward_length": 33}}, "error", "tensors show 32"),
-        ({"values": {"dots1.attention.value_length": 64}}, "error", "tensors show 32"),
-        ({"types": {"dots1.context_length": I32}}, "error", "not stored as u32"),
-    ],
-)
+@pytest.mark.parametrize(("change", "severity", "sentence"), FIXABLE)
 def test_findings_that_fix_puts_right(
     model: Path, tmp_path: Path, change: dict[str, Any], severity: str, sentence: str
 ) -> None:

@@ -311,7 +311,7 @@ def test_the_hubs_cache_names_a_model_above_its_commit(tmp_path: Path) -> None:
     assert checkpoint.name == "dots.llm1.inst"
 
 
-@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "config.json"])
+@pytest.mark.parametrize("name", [SHARD, "config.json"])
 def test_a_pointer_of_git_lfs_is_called_one(folder: Path, name: str) -> None:
     path = folder / name
     assert path.exists()
@@ -321,6 +321,6 @@ def test_a_pointer_of_git_lfs_is_called_one(folder: Path, name: str) -> None:
         "size 12345\n"
     )
     with pytest.raises(
-        CheckpointError, match=rf"{name} is a Git LFS pointer.*12\.3 kB.*git lfs pull"
+        CheckpointError, match=rf"{name} is a Git LFS pointer.*12\.3 kB"
     ):
         Checkpoint.open(folder)

@@ -23,6 +23,7 @@ NAME = "someone/dots1-tiny"
 FORMER_NAME = "before/dots1-tiny"  # answers as a renamed repository does
 HEADER = 1 << 17  # bytes of a request for a shard's header; faults do not affect these
 _CHUNK = 1 << 14
+_HUGE = 1 << 30  # bytes
 
 
 @dataclass
@@ -113,26 +114,31 @@ class HubServer:
 
 
 def is_shard(name: str) -> bool:
-    return name.endswith(".safetensors")
+    return name.endswith((".safetensors", ".gguf"))
 
 
 def is_large(name: str) -> bool:
     return is_shard(name) or name == "tokenizer.json"
 
 
-def listed(path: Path) -> dict[str, Any]:
+def listed(path: Path, folder: Path | None = None) -> dict[str, Any]:
     """A file as the API lists it."""
-    return _listed(path, path.stat().st_mtime_ns)
+    name = path.relative_to(folder or path.parent).as_posix()
+    return {"rfilename": name} | _listed(path, path.stat().st_mtime_ns)
 
 
 @cache
 def _listed(path: Path, time: int) -> dict[str, Any]:
-    content = path.read_bytes()
-    sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    entry: dict[str, Any] = {"rfilename": path.name, "size": len(content), "blobId": sha1}
-    if is_large(path.name):
+    size = path.stat().st_size
+    if size > _HUGE:  # sparse files, of which nobody reads all
+        sha1 = sha256 = "0" * 64
+    else:
+        content = path.read_bytes()
+        sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         sha256 = hashlib.sha256(content).hexdigest()
-        entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
+    entry: dict[str, Any] = {"size": size, "blobId": sha1[:40]}
+    if is_large(path.name):
+        entry["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 134}
     return entry
 
 
@@ -163,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif parts[:2] == ["api", "models"]:
                 self._api("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
             elif parts[0] == "cdn":
-                self._content(self.server.hub.commits[parts[1]] / parts[2])
+                self._content(self.server.hub.commits[parts[1]] / "/".join(parts[2:]))
             elif parts[2:3] == ["resolve"]:
                 self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
             else:
@@ -182,8 +188,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif commit is None:
             self._refuse(404, "RevisionNotFound")
         else:
-            files = sorted(self.server.hub.commits[commit].iterdir())
-            siblings = [listed(path) for path in files if path.is_file()]
+            folder = self.server.hub.commits[commit]
+            siblings = [
+                listed(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()
+            ]
             body = json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()
             self._answer(200, {"Content-Length": str(len(body))}, body)
 
@@ -214,22 +222,26 @@ class _Handler(BaseHTTPRequestHandler):
             self._content(path, {"X-Repo-Commit": commit, "ETag": etag})
 
     def _content(self, path: Path, headers: dict[str, str] | None = None) -> None:
-        content, (start, stop) = path.read_bytes(), (0, path.stat().st_size)
+        size = path.stat().st_size
+        start, stop = 0, size
         wanted = self.headers.get("Range", "").removeprefix("bytes=")
         if wanted and not self.server.hub.ignores_ranges:
             first, last = wanted.split("-")
             start, stop = int(first), min(int(last) + 1 if last else stop, stop)
-        if start >= len(content):
+        if start >= size:
             self._answer(416, {"Content-Length": "0"})
             return
         partial = {}
         if wanted and not self.server.hub.ignores_ranges:
-            partial = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+            partial = {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
         status = 206 if partial else 200
         length = {"Content-Length": str(stop - start)}
         self._answer(status, {**length, **partial, **(headers or {})})
         if self.command == "HEAD":
             return
+        with path.open("rb") as file:
+            file.seek(start)
+            content = file.read(stop - start)
         if stop - start <= HEADER and path.name in self.server.hub.starts:
             begin = self.server.hub.starts[path.name]
             content = begin + content[len(begin) :]
@@ -241,8 +253,8 @@ class _Handler(BaseHTTPRequestHandler):
         cut = self.server.hub.take(self.server.hub.cuts, name) if stop - start > HEADER else None
         end = stop if cut is None else min(start + cut, stop)
         request = self.server.hub.began(name, start)
-        for at in range(start, end, _CHUNK):
-            piece = content[at : min(at + _CHUNK, end)]
+        for at in range(0, end - start, _CHUNK):
+            piece = content[at : min(at + _CHUNK, end - start)]
             self.wfile.write(piece)
             request.count += len(piece)
             self.server.hub.watch()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from dots1_local.cli import _options as shared
+from dots1_local.cli._model import local_model
 from dots1_local.cli._options import option, verb
 from dots1_local.cli._output import notice, print_json, print_table, progress_bar
 from dots1_local.errors import UsageError
@@ -60,13 +61,14 @@ def bench(options: BenchOptions) -> None:
     from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import load_placement
     from dots1_local.placement.planner import place
+    from dots1_local.verify.correct import corrected
 
     depths = _numbers(options.context, "--context")
     ubatches = [] if options.ubatch is None else _numbers(options.ubatch, "--ubatch")
     plans = [(path.name, load_placement(path)) for path in options.plan or ()]
     workers = _choose_workers([placement for _, placement in plans], options.worker or [])
     limits, threads = shared.memory_limits(options.vram, options.ram), options.threads
-    gguf = GGUFFile.open(options.model)
+    gguf = corrected(GGUFFile.open(local_model(options.model)))
     graph = ModelGraph.read(gguf)
     with progress_bar("looking at this machine") as report:
         machine = limited(this_machine(workers, progress=report), **limits)

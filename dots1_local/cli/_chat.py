@@ -30,7 +30,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
 @dataclass(frozen=True, eq=False, repr=False)
 class ChatOptions:
     file: Path | None = argument(
-        "A dots1 GGUF file. Optional with --url.", metavar="FILE.gguf", value=None
+        f"{shared.MODEL_HELP} Optional with --url.", metavar=shared.MODEL, value=None
     )
     url: str | None = option("Talk to an OpenAI-compatible server, such as http://HOST:8000/v1.")
     model: str | None = option(
@@ -89,6 +89,8 @@ def chat(options: ChatOptions) -> None:
     dots1 chat dots1-Q4_K_M.gguf < question.txt
 
     dots1 chat dots1-Q4_K_M.gguf -p "Summarise this text." < text.txt
+
+    dots1 chat ORG/NAME:Q4_K_M
 
     dots1 chat --url http://127.0.0.1:8000/v1
 

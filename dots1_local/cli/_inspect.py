@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dots1_local.cli._model import find_model
 from dots1_local.cli._options import Json, argument, flag, option, verb
 from dots1_local.cli._output import one_line, plural, print_json, print_sizes, print_table
 from dots1_local.cli._routing import inspect_routing
@@ -25,7 +26,8 @@ _MAX_CHARACTERS = 120
 @dataclass(frozen=True, eq=False, repr=False)
 class InspectOptions:
     path: Path = argument(
-        "A GGUF file, any shard of a split one, or the folder of a checkpoint or a calibration."
+        "A GGUF file, any shard of a split one, ORG/NAME[:TYPE] on the Hugging Face hub, or the "
+        "folder of a checkpoint or a calibration."
     )
     tensors: bool = flag("List every tensor with its type, shape and size.", "--tensors")
     keys: bool = flag("List the metadata keys; long values are abbreviated.", "--keys")
@@ -47,14 +49,15 @@ def inspect(options: InspectOptions) -> None:
 
     dots1 inspect calibrated/ --svg hits.svg
     """
-    from dots1_local.files.inspection import inspect_model
+    from dots1_local.files.inspection import inspect_gguf, inspect_model
 
     if _is_calibration(options.path):
         inspect_routing(options.path, options.svg, json=options.json)
         return
     if options.svg is not None:
         raise typer.BadParameter("only a calibration has hit rates to draw", param_hint="--svg")
-    model = inspect_model(options.path)
+    remote = find_model(options.path)
+    model = inspect_gguf(options.path, remote.header()) if remote else inspect_model(options.path)
     if options.json:
         print_json(_as_json(model))
         return

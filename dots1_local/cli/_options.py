@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from dots1_local.files.checkpoint import Checkpoint
 
 __all__ = [
-    "CHECKPOINT", "HUB_PANEL", "Context", "DraftTokens", "Json", "KVType", "Model", "ModelShard",
-    "Plan", "Ram", "Revision", "Threads", "Vram", "Workers", "argument", "choose_placement",
-    "exit_on_interrupt", "flag", "memory_limits", "named_files", "open_checkpoint", "open_engine",
-    "option", "parse_draft", "report_abort", "text_file", "verb",
+    "CHECKPOINT", "HUB_PANEL", "MODEL", "MODEL_HELP", "Context", "DraftTokens", "Json", "KVType",
+    "Model", "ModelShard", "Plan", "Ram", "Revision", "Threads", "Vram", "Workers", "argument",
+    "choose_placement", "exit_on_interrupt", "flag", "memory_limits", "named_files",
+    "open_checkpoint", "open_engine", "option", "parse_draft", "report_abort", "text_file", "verb",
 ]  # fmt: skip
 
 
@@ -55,7 +55,11 @@ def argument(text: str, *, value: Any = MISSING, **settings: Any) -> Any:
     return field(default=value, metadata={"typer": typer.Argument(help=text, **settings)})
 
 
-Model = Annotated[Path, typer.Argument(help="A dots1 GGUF file.", metavar="FILE.gguf")]
+MODEL = "MODEL"  # the metavar of an argument
+MODEL_HELP = (
+    "A dots1 GGUF file, any shard of a split one, or ORG/NAME[:TYPE] on the Hugging Face hub."
+)
+Model = Annotated[Path, typer.Argument(help=MODEL_HELP, metavar=MODEL)]
 ModelShard = Annotated[
     Path,
     typer.Argument(help="A dots1 GGUF file, or any shard of a split one.", metavar="FILE.gguf"),
@@ -226,12 +230,14 @@ def open_engine(
         UsageError: the context or the plan is not valid.
         Dots1Error: the model cannot be loaded.
     """
+    from dots1_local.cli._model import local_model
     from dots1_local.engine.planned import load
     from dots1_local.sizes import parse_context
     from dots1_local.verify.correct import remaining
 
     if context is not None:
         options["n_ctx"] = 0 if context.strip() == "0" else parse_context(context)
+    model = local_model(model)
     placement = choose_placement(model, plan, workers)
     with progress_bar("loading") as report:
         engine = load(

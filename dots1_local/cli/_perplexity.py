@@ -1,7 +1,7 @@
 """`dots1 perplexity`: measure how well a model predicts a text, and how far it is from another."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dots1_local.cli import _options as shared
+from dots1_local.cli._model import local_model
 from dots1_local.cli._options import flag, option, verb
 from dots1_local.cli._output import notice, print_json, print_table, progress_bar
 from dots1_local.sizes import human_bytes
@@ -76,6 +77,11 @@ def perplexity(options: PerplexityOptions) -> None:
     """
     compares = options.reference is not None or options.logits is not None
     _check(options, compares)
+    options = replace(
+        options,
+        model=local_model(options.model),
+        reference=options.reference and local_model(options.reference),
+    )
     run: dict[str, Any] = {
         "placement": shared.choose_placement(options.model, options.plan, options.worker or ()),
         "workers": tuple(options.worker or ()),

@@ -9,6 +9,7 @@ import typer
 
 from dots1_local.cli import _options as shared
 from dots1_local.cli._expert_cache import cache_json, predicted_cache, show_cache
+from dots1_local.cli._model import list_types, read_model
 from dots1_local.cli._options import option, verb
 from dots1_local.cli._output import notice, plural, print_json, print_table, progress_bar
 from dots1_local.errors import UsageError
@@ -77,24 +78,28 @@ def plan(options: PlanOptions) -> None:
 
     dots1 plan dots1-DQ4.gguf --hardware 24gb-64gb
 
+    dots1 plan ORG/NAME:Q4_K_M --hardware 24gb-64gb
+
     dots1 plan dots1-DQ4.gguf --json > plan.json
 
     dots1 plan dots1-DQ4.gguf --plan plan.json
 
     dots1 plan dots1-DQ4.gguf --hardware 24gb-128gb --routing calibrated
     """
-    from dots1_local.files.gguf import GGUFFile
     from dots1_local.placement.alternatives import explain_shortfall
     from dots1_local.placement.footprint import limited
     from dots1_local.placement.model_graph import ModelGraph
     from dots1_local.placement.placement import check_made_for, load_placement
     from dots1_local.placement.planner import place
     from dots1_local.sizes import parse_context
+    from dots1_local.verify.correct import corrected, corrections
 
     _check(options)
     tokens = parse_context(options.context) if options.context else None
     limits = shared.memory_limits(options.vram, options.ram)
-    gguf = GGUFFile.open(options.model)
+    if _list_types(options, limits, tokens):
+        return
+    gguf = corrected(read_model(options.model))
     graph = ModelGraph.read(gguf)
     placement = load_placement(options.plan) if options.plan else None
     if placement:
@@ -113,7 +118,8 @@ def plan(options: PlanOptions) -> None:
         *_warnings(graph, found, placement),
         *_excess_limits(found, limits),
         *_missing_speeds(found, described=options.hardware is not None),
-        *_stored(options),
+        *_stored(options, graph.path),
+        *corrections(gguf),
     ):
         notice(warning)
     shortfall = explain_shortfall(graph, machine, placement)
@@ -130,6 +136,16 @@ def plan(options: PlanOptions) -> None:
     if shortfall is not None:
         notice(f"dots1: {options.model.name} on {machine.name}: {shortfall}")
         raise typer.Exit(1)
+
+
+def _list_types(options: PlanOptions, limits: dict[str, int | None], tokens: int | None) -> bool:
+    """Print what each type would do if the model is on the hub and no type is named."""
+    from dots1_local.placement.footprint import limited
+
+    def machine() -> "Hardware":
+        return limited(_find_machine(options, None), **limits)
+
+    return options.plan is None and list_types(options.model, machine, tokens, options.json)
 
 
 def _check(options: PlanOptions) -> None:
@@ -169,11 +185,11 @@ def _warnings(graph: "ModelGraph", machine: "Hardware", placement: "Placement") 
         yield f"{sentence}; the CPU does it then, and the KV cache is copied there for every token"
 
 
-def _stored(options: PlanOptions) -> Iterator[str]:
+def _stored(options: PlanOptions, model: Path) -> Iterator[str]:
     """Say that chat and serve have another plan."""
     from dots1_local.placement.placement import stored_placement
 
-    stored = stored_placement(options.model)
+    stored = stored_placement(model)
     if options.plan is None and stored.exists():
         yield (
             f"{stored.name}, which dots1 convert --for stored, is the plan that chat and serve use "

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dots1_local.cli._model import local_model
 from dots1_local.cli._options import (
     Json,
-    ModelShard,
+    Model,
     Threads,
     exit_on_interrupt,
     flag,
@@ -29,7 +30,7 @@ __all__ = ["VerifyOptions", "verify"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class VerifyOptions:
-    file: ModelShard
+    file: Model
     against: Path | None = option(
         "Compare keys, and the relative error of every tensor, with the checkpoint that the file "
         "was made of.",
@@ -59,7 +60,7 @@ def verify(options: VerifyOptions) -> None:
     from dots1_local.verify import verify_gguf
     from dots1_local.verify.fix import check_output
 
-    file, fix, force = options.file, options.fix, options.force
+    file, fix, force = local_model(options.file), options.fix, options.force
     if fix:
         check_output(file, fix, force=force)
     with exit_on_interrupt("stopped; nothing was written"):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dots1_local.files.checkpoint import Checkpoint
     from dots1_local.files.safetensors import Slice
 
-__all__ = ["ModelContents", "StoredTensor", "inspect_model"]
+__all__ = ["ModelContents", "StoredTensor", "inspect_gguf", "inspect_model"]
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def inspect_model(path: Path) -> ModelContents:
     Raises:
         GGUFError, CheckpointError: the file or the folder is incomplete or corrupt.
     """
-    return _read_checkpoint(path) if path.is_dir() else _read_gguf(path)
+    return _read_checkpoint(path) if path.is_dir() else inspect_gguf(path, GGUFFile.open(path))
 
 
-def _read_gguf(path: Path) -> ModelContents:
-    gguf = GGUFFile.open(path)
+def inspect_gguf(path: Path, gguf: GGUFFile) -> ModelContents:
+    """Return the contents of a GGUF file whose header was read; they are called `path`."""
     tensors = tuple(
         StoredTensor(
             tensor.name, role_of(tensor.name) or "other", tensor.type, tensor.shape,

@@ -28,7 +28,10 @@ from dots1_local.files.checkpoint import (
 from dots1_local.files.safetensors import Slice, header_length, read_header, tensor_table
 from dots1_local.hub.client import HubFile, HubRepo, find_repo, parallel_map
 
-__all__ = ["HubCheckpoint", "is_hub_id", "on_hub", "open_checkpoint", "open_hub", "open_repo"]
+__all__ = [
+    "HubCheckpoint", "is_hub_id", "on_hub", "open_cached", "open_checkpoint", "open_hub",
+    "open_repo",
+]  # fmt: skip
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
@@ -160,9 +163,11 @@ def is_hub_id(text: str) -> bool:
 
 
 def open_repo(
-    name: str, revision: str | None, endpoint: str | None, *, marker: str = "config.json"
+    name: str, revision: str | None, endpoint: str | None, *, marker: str | None = "config.json"
 ) -> HubRepo:
     """Find a repository on the hub, or with HF_HUB_OFFLINE in the cache, which must have `marker`.
+
+    Without a `marker`, any file in the cache is enough: see `open_cached`.
 
     Raises:
         CheckpointError: there is no such repository that you may read, or the hub cannot be
@@ -179,7 +184,7 @@ def open_repo(
         raise _malformed_settings(error) from error
     try:
         if is_offline_mode():
-            return _find_cached(name, revision, marker)
+            return _find_cached(name, revision, marker) if marker else open_cached(name)
         return find_repo(name, revision, endpoint)
     except HFValidationError:
         raise CheckpointError(f"{name} is not an id on the hub, organisation/model") from None
@@ -205,6 +210,27 @@ def _find_cached(name: str, revision: str | None, marker: str) -> HubRepo:
         )
     folder = Path(found).parent
     return HubRepo(name, folder.name, folder.name, {}, constants.ENDPOINT)
+
+
+def open_cached(name: str) -> HubRepo:
+    """Return the cache's newest commit of a repository, with its files but without their hashes.
+
+    Raises:
+        CheckpointError: the cache has no such repository.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} lacks {name}"
+        ) from None
+    found = (path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+    files = {name: HubFile(name, size, "") for name, size in names.items()}
+    return HubRepo(name, folder.name, folder.name, files, constants.ENDPOINT)
 
 
 def _open(repo: HubRepo) -> HubCheckpoint:

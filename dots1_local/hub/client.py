@@ -8,10 +8,9 @@ their hashes; this module does.
 import hashlib
 import os
 import re
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from json import JSONDecodeError
@@ -21,22 +20,21 @@ from threading import Event
 from typing import Any, TypeVar
 
 from dots1_local import __version__
-from dots1_local.errors import CheckpointError, readable
+from dots1_local.errors import CheckpointError
 from dots1_local.files.partial_file import disk_error
+from dots1_local.hub.retries import ask, is_transient
 
-__all__ = ["HubFile", "HubRepo", "Stopped", "find_repo", "has_digest", "parallel_map"]
+__all__ = [
+    "HubFile", "HubRepo", "Received", "Stopped", "find_repo", "has_digest", "parallel_map",
+]  # fmt: skip
 
 _CLIENT: dict[str, Any] = {"library_name": "dots1-local", "library_version": __version__}
-_PAUSES = (1.0, 2.0, 4.0)  # seconds before further tries
 _PARTIAL = 206  # the HTTP status of an answer with the range that was asked for
-_TRANSIENT = (408, 429, 500, 502, 503, 504)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _MALFORMED = (
     AttributeError, JSONDecodeError, KeyError, RecursionError, TypeError, UnicodeDecodeError,
 )  # fmt: skip
-_TOKEN = "give a token with `hf auth login` or in HF_TOKEN"
-_AGAIN = "run the same command again: fetched files are kept"
 _GRACE = 1.0  # seconds for threads to notice that they are stopped
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -87,21 +85,10 @@ class HubRepo:
             CheckpointError: the hub refuses, cannot be reached, sends fewer bytes, or sends a file
                 from its beginning only.
         """
-        from huggingface_hub import constants, get_session, hf_hub_url
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]
-            build_hf_headers,
-            hf_raise_for_status,
-        )
-
-        url = hf_hub_url(self.name, file.name, revision=self.commit, endpoint=self.endpoint)
-        headers = build_hf_headers(**_CLIENT)
-        headers |= {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
 
         def once() -> bytes:
             data = bytearray()
-            with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
-                hf_raise_for_status(response)
+            with self._answer(file, f"{start}-{start + count - 1}") as response:
                 if start and response.status_code != _PARTIAL:
                     raise CheckpointError(f"{self.endpoint} does not send parts of files")
                 for chunk in response.iter_raw():
@@ -110,10 +97,53 @@ class HubRepo:
                         break
             return bytes(data[:count])
 
-        data = _ask(once, self.endpoint, self.name, f"file {file.name}")
+        data = ask(once, self.endpoint, self.name, f"file {file.name}")
         if len(data) < count:
             raise CheckpointError(f"{self} sends fewer bytes of {file.name} than it lists")
         return data
+
+    def receive(self, file: HubFile, start: int, take: Callable[[int, bytes], None]) -> None:
+        """Ask for a file from `start` on; `take` gets what arrives, with its place in the file.
+
+        A server that sends no parts of files begins at 0. If the connection breaks after some bytes
+        have arrived, the others are left for the next call.
+
+        Raises:
+            CheckpointError: the hub refuses, cannot be reached, or sends nothing.
+        """
+
+        def once() -> int:
+            first = at = start
+            try:
+                with self._answer(file, f"{start}-") as response:
+                    first = at = start if response.status_code == _PARTIAL else 0
+                    for chunk in response.iter_raw():
+                        take(at, chunk)
+                        at += len(chunk)
+            except Exception as error:
+                if at == first or not is_transient(error):
+                    raise
+            return at - first
+
+        if not ask(once, self.endpoint, self.name, f"file {file.name}"):
+            raise CheckpointError(f"{self} sends fewer bytes of {file.name} than it lists")
+
+    @contextmanager
+    def _answer(self, file: HubFile, wanted: str) -> Iterator[Any]:
+        """Yield the answer to a request for a range of bytes of a file."""
+        from huggingface_hub import constants, get_session, hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+        )
+
+        url = hf_hub_url(self.name, file.name, revision=self.commit, endpoint=self.endpoint)
+        headers = build_hf_headers(**_CLIENT)
+        headers |= {"Range": f"bytes={wanted}", "Accept-Encoding": "identity"}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+            hf_raise_for_status(response)
+            yield response
 
     def fetch(
         self,
@@ -175,7 +205,7 @@ class HubRepo:
         download = HfApi(endpoint=self.endpoint, **_CLIENT).hf_hub_download
         fetch = partial(download, self.name, name, **{"revision": self.commit, **options})
         try:
-            return Path(str(_ask(fetch, self.endpoint, self.name, f"file {name}")))
+            return Path(str(ask(fetch, self.endpoint, self.name, f"file {name}")))
         except OSError as error:
             if error.errno is None:
                 raise CheckpointError(f"{self} sends a damaged {name}: {error}") from error
@@ -201,7 +231,7 @@ def find_repo(name: str, revision: str | None, endpoint: str | None = None) -> H
     timeout = constants.HF_HUB_ETAG_TIMEOUT
     look_up = partial(api.model_info, name, revision=revision, files_metadata=True, timeout=timeout)
     try:
-        info = _ask(look_up, endpoint, name, what)
+        info = ask(look_up, endpoint, name, what)
     except _MALFORMED:
         info = None
     if info is None or not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
@@ -242,58 +272,6 @@ def _progress_class(received: Received, stop: Event) -> type:
         set_transfer_postfix_str = tqdm.set_postfix_str
 
     return Progress
-
-
-def _ask(request: Callable[[], _Result], endpoint: str, name: str, what: str) -> _Result:
-    """Call `request`, and again if the server or the network fails for a moment.
-
-    Raises:
-        CheckpointError: `what`, such as "file config.json" of repository `name`, is refused.
-    """
-    pauses = iter(_PAUSES)
-    while True:
-        try:
-            return request()
-        except Exception as error:
-            # huggingface_hub wraps the cause if a file is neither on the hub nor in the cache.
-            wraps = isinstance(error, (FileNotFoundError, ValueError))
-            cause = (error.__cause__ if wraps else None) or error
-            pause = next(pauses, None) if _is_transient(cause) else None
-            if pause is None:
-                if sentence := hub_error(cause, endpoint, name, what):
-                    raise CheckpointError(sentence) from error
-                raise
-        time.sleep(pause)
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later."""
-    import httpx2
-
-    if (response := getattr(error, "response", None)) is not None:
-        return response.status_code in _TRANSIENT
-    broken = (httpx2.TimeoutException, httpx2.ReadError, httpx2.RemoteProtocolError)
-    return isinstance(error, broken)
-
-
-def hub_error(error: BaseException, endpoint: str, name: str, what: str) -> str | None:
-    """Say in one sentence what is wrong and what to do; None if it is not an error of the hub."""
-    import httpx2
-    from huggingface_hub import errors
-
-    if isinstance(error, (errors.RevisionNotFoundError, errors.EntryNotFoundError)):
-        return f"{endpoint}/{name} has no {what}"
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        if status == 403 or isinstance(error, errors.GatedRepoError):
-            return f"accept the terms of {name} at {endpoint}/{name} to read it, and {_TOKEN}"
-        if status in (401, 404):
-            return f"{endpoint} has no repository {name} that you may read; if private, {_TOKEN}"
-        return f"{endpoint} answers HTTP status {status} for {what} of {name}; wait, and {_AGAIN}"
-    if isinstance(error, httpx2.HTTPError):
-        reason = readable(str(error)) or type(error).__name__
-        return f"{endpoint} cannot be reached ({reason}); check the network and {_AGAIN}"
-    return None
 
 
 def parallel_map(

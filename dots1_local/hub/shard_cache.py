@@ -1,38 +1,32 @@
 """Shards in the hub's own cache: which are there and undamaged, and fetching the others."""
 
-import json
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 
 from dots1_local.errors import Dots1Error
-from dots1_local.files.json_file import JsonError, convert_json, parse_json
-from dots1_local.files.partial_file import DiskNeed, check_space, write_whole
+from dots1_local.files.partial_file import DiskNeed, check_space
 from dots1_local.hub import HubCheckpoint
-from dots1_local.hub.client import HubFile, has_digest, parallel_map
+from dots1_local.hub.client import HubFile, parallel_map
+from dots1_local.hub.verified import VerifiedFiles
 from dots1_local.progress import Progress, silent
 from dots1_local.sizes import human_bytes
 
 __all__ = ["ShardCache"]
 
 _AT_ONCE = 4  # downloads; one alone rarely uses the whole bandwidth
-_VERIFIED = ".dots1-verified.json"
 
 
 class ShardCache:
-    """The shards of one checkpoint in the cache.
-
-    A shard that was hashed is recorded with its size and modification time, so that a resumed run
-    does not have to read 286 GB first.
-    """
+    """The shards of one checkpoint in the cache."""
 
     def __init__(self, checkpoint: HubCheckpoint) -> None:
         self.repo, self._checkpoint = checkpoint.repo, checkpoint
         self.files = checkpoint.shard_files
         self._snapshot = checkpoint.path
-        self._record = checkpoint.path.parent.parent / _VERIFIED
-        self._lock = Lock()
+        self._folder = checkpoint.path.parent.parent
+        self._verified = VerifiedFiles(self._folder)
 
     def path(self, file: HubFile) -> Path:
         """Where the shard is read from."""
@@ -40,7 +34,7 @@ class ShardCache:
 
     def missing(self) -> list[HubFile]:
         """Return the shards that are not in the cache; the others may be damaged."""
-        blobs = self._record.parent / "blobs"  # another commit may share the file
+        blobs = self._folder / "blobs"  # another commit may share the file
         return [
             file
             for file in self.files
@@ -51,7 +45,7 @@ class ShardCache:
         """Remove what killed downloads left of missing shards; huggingface_hub would keep it."""
         from filelock import FileLock, Timeout
 
-        folder = self._record.parent
+        folder = self._folder
         for file in self.missing():
             lock = folder.parent / ".locks" / folder.name / f"{file.digest}.lock"
             with suppress(Timeout, OSError), FileLock(lock, timeout=0):  # nobody is downloading
@@ -61,7 +55,7 @@ class ShardCache:
     def holds(self, file: HubFile) -> bool:
         """Whether the shard is there and has the listed hash."""
         path = self.path(file)
-        return path.is_file() and self._is_whole(path, file)
+        return path.is_file() and self._verified.is_whole(path, file)
 
     def held(self, progress: Progress = silent) -> list[str]:
         """Return the names of the shards that are there and undamaged."""
@@ -107,7 +101,7 @@ class ShardCache:
 
         def provide(file: HubFile, stop: Event) -> None:
             received = partial(arrived.__setitem__, file)
-            self.repo.fetch(file, check=self._is_whole, received=received, stop=stop)
+            self.repo.fetch(file, check=self._verified.is_whole, received=received, stop=stop)
             received(file.size)
 
         def report() -> None:
@@ -118,28 +112,3 @@ class ShardCache:
             self.repo.note_revision("config.json")
         for file in self.files:
             self._checkpoint.check_header(self.path(file))
-
-    def _is_whole(self, path: Path, file: HubFile) -> bool:
-        """Whether a file has the shard's hash; a file that passed and has not changed is not read.
-
-        Without a record, the file is hashed again next time.
-        """
-        if self._noted().get(file.digest) == _stamp(path):
-            return True
-        whole = has_digest(path, file)
-        if whole:
-            with self._lock, suppress(OSError):
-                noted = self._noted() | {file.digest: _stamp(path)}
-                write_whole(self._record, json.dumps(noted).encode())
-        return whole
-
-    def _noted(self) -> dict[str, list[int]]:
-        try:
-            return convert_json(parse_json(self._record.read_bytes()), dict[str, list[int]])
-        except (OSError, JsonError):
-            return {}
-
-
-def _stamp(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]

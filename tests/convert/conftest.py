@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from dots1_local.convert import Conversion
 from dots1_local.errors import CheckpointError, Dots1Error
-from dots1_local.hub import client, open_hub
+from dots1_local.hub import open_hub, retries
 from tests.hub_server import NAME, HubServer
 
 CHUNK = 1 << 16  # bytes that a cut connection loses at most
@@ -26,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(client, "_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retries, "_PAUSES", (0.0, 0.0, 0.0))
     impatient = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
     for module in (huggingface_hub.file_download, huggingface_hub.utils._http):
         monkeypatch.setattr(module, "time", impatient)

@@ -120,7 +120,7 @@ def test_a_shard_is_hashed_once(
         hashed.append(file.name)
         return True
 
-    for module in ("client", "shard_cache"):
+    for module in ("client", "verified"):
         monkeypatch.setattr(f"dots1_local.hub.{module}.has_digest", note)
     prepare(hub).run(tmp_path / "again.gguf")
     assert not any(map(is_shard, hashed))

@@ -274,7 +274,7 @@ def test_a_cache_that_cannot_be_read(
     prepare(hub).run(tmp_path / "out.gguf")
     next(tmp_path.glob("cache/*/.dots1-verified.json")).unlink()
     conversion = prepare(hub)
-    for module in ("client", "shard_cache"):
+    for module in ("client", "verified"):
         monkeypatch.setattr(f"dots1_local.hub.{module}.has_digest", denied)
     again = partial(conversion.run, tmp_path / "again.gguf", low_disk=low_disk)
     assert re.fullmatch("cannot use .*/model-.*safetensors: .*", refusal(again, Dots1Error))

@@ -320,7 +320,5 @@ def test_a_pointer_of_git_lfs_is_called_one(folder: Path, name: str) -> None:
         "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
         "size 12345\n"
     )
-    with pytest.raises(
-        CheckpointError, match=rf"{name} is a Git LFS pointer.*12\.3 kB"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer.*12\.3 kB"):
         Checkpoint.open(folder)

@@ -133,7 +133,7 @@ def draw_front(path: Path, found: "Fit") -> None:
 
 def store_placement(model: Path, machine: "Hardware", found: "Fit") -> Path:
     """Write the chosen placement beside the finished file, where chat and serve look for it."""
-    from dots1_local.cli._plan import plan_json
+    from dots1_local.cli._plan_report import plan_json
     from dots1_local.files.gguf import GGUFFile
     from dots1_local.files.partial_file import write_whole
     from dots1_local.placement.model_graph import ModelGraph

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["find_model", "list_types", "local_model", "read_model"]
 
 
-def local_model(model: Path) -> Path:
+def local_model(model: Path, *, outlook: bool = False) -> Path:
     """Return the path of a model's file; a model on the hub is fetched into the hub's cache.
+
+    With `outlook`, say before a download what the model would do on this machine.
 
     Raises:
         UsageError: the model has several types, or not the named one.
@@ -34,11 +36,22 @@ def local_model(model: Path) -> Path:
     found = find_model(model)
     if found is None:
         return model
+    if outlook and not found.is_cached:
+        notice(plain(_outlook(found)))
     with (
         exit_on_interrupt("stopped; what has arrived is kept"),
         progress_bar(str(found)) as progress,
     ):
         return found.fetch(progress)
+
+
+def _outlook(model: "HubModel") -> str:
+    from dots1_local.devices.machine import this_machine
+
+    row = _predict_one(model, this_machine((), measure="cached"), None)
+    does = row.error or row.lacks or "it fits this machine"
+    speed = f", about {row.speeds[0]:.1f} tok/s" if row.speeds and not row.lacks else ""
+    return f"{model} has {human_bytes(model.nbytes)} to fetch: {does}{speed}"
 
 
 def read_model(model: Path) -> "GGUFFile":

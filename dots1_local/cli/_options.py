@@ -237,7 +237,7 @@ def open_engine(
 
     if context is not None:
         options["n_ctx"] = 0 if context.strip() == "0" else parse_context(context)
-    model = local_model(model)
+    model = local_model(model, outlook=True)
     placement = choose_placement(model, plan, workers)
     with progress_bar("loading") as report:
         engine = load(

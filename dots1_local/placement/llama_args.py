@@ -98,9 +98,19 @@ def _class(digits: set[int]) -> str:
     return f"[{text}]"
 
 
-def command_line(placement: Placement, hardware: Hardware, model: str) -> str:
-    """A shell command; `llama-server` stands for any of llama.cpp's programs."""
+def command_line(
+    placement: Placement,
+    hardware: Hardware,
+    model: str,
+    keys: Mapping[str, bool | int | float | str] | None = None,
+) -> str:
+    """A shell command; `llama-server` stands for any of llama.cpp's programs.
+
+    `keys` are those of the file that llama.cpp has to take other values for.
+    """
     command = ["llama-server", "-m", model, *llama_flags(placement, hardware)]
+    if keys:
+        command += ["--override-kv", ",".join(f"{k}={_typed(v)}" for k, v in keys.items())]
     environment = ""
     if placement.offload_min_batch is not None:
         environment = f"{MIN_BATCH}={placement.offload_min_batch} "
@@ -123,6 +133,12 @@ def llama_flags(placement: Placement, hardware: Hardware) -> list[str]:
     flags += ["-ctk", kv_type, "-ctv", kv_type, "-fa", "on" if placement.flash_attention else "off"]
     flags += ["-t", str(placement.threads), *_HOST_MEMORY[placement.host_memory], "-fit", "off"]
     return flags
+
+
+def _typed(value: bool | int | float | str) -> str:
+    """A key's value as --override-kv takes it."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"{type(value).__name__}:{text}"
 
 
 def _buffer(hardware: Hardware, name: str) -> str:

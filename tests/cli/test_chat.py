@@ -322,3 +322,15 @@ def test_a_closed_pipe_ends_the_answer_quietly(folder: Path) -> None:
     os.close(ours)
     _, complaints = process.communicate(timeout=60)
     assert complaints == b""
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|response|>"
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_what_is_wrong_with_a_file_is_said_once(tmp_path: Path, raw: bool) -> None:
+    path = write_random_gguf(tmp_path / "wrong.gguf", template=CHATML)
+    options = ["-n", "2", "-c", "128", *(["--raw"] if raw else [])]
+    result = CliRunner().invoke(app, ["chat", str(path), "-p", "Hello", *options])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("<|im_start|>, <|im_end|>") == (0 if raw else 1)

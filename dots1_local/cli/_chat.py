@@ -69,6 +69,7 @@ class ChatOptions:
     overflow: Literal["drop", "stop"] | None = option(
         "When the context is full, drop the oldest turns, or stop.", default="drop"
     )
+    chat_template: shared.ChatTemplate = None
     draft: shared.DraftTokens = None
     context: shared.Context = None
     plan: shared.Plan = None
@@ -111,7 +112,7 @@ def chat(options: ChatOptions) -> None:
 
 def _check(options: ChatOptions) -> None:
     """Refuse options that contradict each other, before anything is opened."""
-    here = ("draft", "context", "threads", "plan", "worker")
+    here = ("chat_template", "draft", "context", "threads", "plan", "worker")
     if options.url is None:
         if options.file is None:
             raise UsageError("name a GGUF file to talk to, or a server with --url")
@@ -120,6 +121,7 @@ def _check(options: ChatOptions) -> None:
     elif options.file is not None:
         raise UsageError(f"--url talks to the model of a server; leave out {options.file}")
     elif given := next((name for name in here if getattr(options, name)), None):
+        given = given.replace("_", "-")
         raise UsageError(f"--{given} is for an engine here; give it to the server at --url")
     for name in ("prompt", "system", "stop"):
         given = getattr(options, name) or ""
@@ -197,6 +199,7 @@ def _connect(options: ChatOptions, sampling: "Sampling") -> Iterator["Dialogue"]
             options.plan,
             options.worker or (),
             raw=options.raw,
+            template=options.chat_template,
             threads=options.threads,
             n_draft=longest_draft(draft),
         )

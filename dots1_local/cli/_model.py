@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from dots1_local.files.gguf import GGUFFile
     from dots1_local.hub.ready_made import HubModel, HubModels
 
-__all__ = ["find_model", "list_types", "local_model", "read_model"]
+__all__ = ["find_model", "list_types", "local_model", "read_model", "read_template"]
+
+_AT_ONCE = 4  # headers
 
 
 def local_model(model: Path, *, outlook: bool = False) -> Path:
@@ -84,6 +86,23 @@ def find_model(model: Path) -> "HubModel | None":
     best = _show_on_stderr(models)
     problem = f"has no type {wanted}" if wanted else f"has {plural(len(models.models), 'type')}"
     raise UsageError(f"{name} {problem}; name one of them, such as {best}")
+
+
+def read_template(path: Path) -> str:
+    """Read a chat template from a file.
+
+    Raises:
+        UsageError: the file cannot be read.
+        GGUFError: the template does not parse.
+    """
+    from dots1_local.files.chat_template import ChatTemplate
+
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the chat template {path}: {error}") from None
+    ChatTemplate(source, str(path))  # refuses a bad one before a long load
+    return source
 
 
 def list_types(
@@ -155,12 +174,20 @@ def _show_on_stderr(models: "HubModels") -> "HubModel":
 
 
 def _predict(models: "HubModels", machine: "Hardware", context: int | None) -> "list[_Row]":
-    rows = []
+    from dots1_local.hub.client import parallel_map
+
+    count, done = len(models.models), 0
     with exit_on_interrupt("stopped"), progress_bar("reading headers") as progress:
-        for number, model in enumerate(models.models):
-            progress(number, len(models.models), "types", model.type)
-            rows.append(_predict_one(model, machine, context))
-    return rows
+
+        def predict(model: "HubModel", _: object) -> _Row:
+            nonlocal done
+            row = _predict_one(model, machine, context)
+            done += 1
+            return row
+
+        return parallel_map(
+            predict, models.models, _AT_ONCE, lambda: progress(done, count, "types", models.name)
+        )
 
 
 def _predict_one(model: "HubModel", machine: "Hardware", context: int | None) -> _Row:

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from dots1_local.files.checkpoint import Checkpoint
 
 __all__ = [
-    "CHECKPOINT", "HUB_PANEL", "MODEL", "MODEL_HELP", "Context", "DraftTokens", "Json", "KVType",
-    "Model", "ModelShard", "Plan", "Ram", "Revision", "Threads", "Vram", "Workers", "argument",
-    "choose_placement", "exit_on_interrupt", "flag", "memory_limits", "named_files",
-    "open_checkpoint", "open_engine", "option", "parse_draft", "report_abort", "text_file", "verb",
+    "CHECKPOINT", "HUB_PANEL", "MODEL", "MODEL_HELP", "ChatTemplate", "Context", "DraftTokens",
+    "Json", "KVType", "Model", "ModelShard", "Plan", "Ram", "Revision", "Threads", "Vram",
+    "Workers", "argument", "choose_placement", "exit_on_interrupt", "flag", "memory_limits",
+    "named_files", "open_checkpoint", "open_engine", "option", "parse_draft", "report_abort",
+    "text_file", "verb",
 ]  # fmt: skip
 
 
@@ -116,6 +117,12 @@ KVType = Annotated[
     str | None,
     _typer_option(
         "Keep the KV cache in this type.", "--kv", default="f16, or q8_0 if only that fits"
+    ),
+]
+ChatTemplate = Annotated[
+    Path | None,
+    _typer_option(
+        "Use the chat template in this file, in Jinja.", metavar="FILE", default="the model's own"
     ),
 ]
 Vram = Annotated[
@@ -219,24 +226,28 @@ def open_engine(
     workers: Sequence[str],
     *,
     raw: bool = False,
+    template: Path | None = None,
     **options: Any,
 ) -> "Engine":
     """Load the model as the options say; a context of "0" is all that it was trained for.
 
     What is wrong with the file is said once, about its chat template only if not `raw`.
+    The file `template` has another chat template.
     `options` are those of `Engine.open`.
 
     Raises:
         UsageError: the context or the plan is not valid.
         Dots1Error: the model cannot be loaded.
     """
-    from dots1_local.cli._model import local_model
+    from dots1_local.cli._model import local_model, read_template
     from dots1_local.engine.planned import load
     from dots1_local.sizes import parse_context
     from dots1_local.verify.correct import remaining
 
     if context is not None:
         options["n_ctx"] = 0 if context.strip() == "0" else parse_context(context)
+    if template is not None:
+        options["chat_template"] = read_template(template)
     model = local_model(model, outlook=True)
     placement = choose_placement(model, plan, workers)
     with progress_bar("loading") as report:
@@ -244,8 +255,10 @@ def open_engine(
             model, placement, workers=tuple(workers), notify=notice, progress=report, **options
         )
     for finding in remaining(engine.gguf):
-        if not (raw and finding.check == "template"):
-            notice(plain(f"{finding.severity}: {model.name}: {finding.message}"))
+        about_template = finding.check == "template"
+        if not (raw and about_template):
+            advice = "; --chat-template gives the right one" if about_template else ""
+            notice(plain(f"{finding.severity}: {model.name}: {finding.message}{advice}"))
     return engine
 
 

@@ -67,6 +67,7 @@ class ServeOptions:
         "Let web pages of this origin call the server, '*' for all; repeatable."
     )
     no_page: bool = flag("Do not show the chat page at /.", "--no-page")
+    chat_template: shared.ChatTemplate = None
     draft: shared.DraftTokens = None
     context: shared.Context = None
     plan: shared.Plan = None
@@ -146,6 +147,7 @@ def _open_engine(options: ServeOptions, draft: "Draft") -> "Engine":
             options.context,
             options.plan,
             options.worker or (),
+            template=options.chat_template,
             shared_cache=True,
             threads=options.threads,
             n_sequences=options.parallel,

@@ -21,10 +21,11 @@ from dots1_local.engine.model_params import EngineParams
 from dots1_local.engine.vocabulary import Vocabulary
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.gguf import GGUFFile
+from dots1_local.files.gguf_keys import Change
 from dots1_local.placement.placement import Placement
 from dots1_local.progress import Progress, silent
 from dots1_local.verify import check_loadable
-from dots1_local.verify.correct import corrected
+from dots1_local.verify.correct import TEMPLATE, corrected
 
 __all__ = ["Engine", "Entry", "Vocabulary", "open_loadable"]
 
@@ -212,12 +213,16 @@ def _bytes_of(array: NDArray[np.uint8]) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
-def open_loadable(path: str | Path) -> GGUFFile:
+def open_loadable(path: str | Path, chat_template: str | None = None) -> GGUFFile:
     """Read a file's header, correct its keys in memory, and refuse what llama.cpp cannot load.
+
+    A `chat_template` takes the place of the file's.
 
     Raises:
         GGUFError: the file is unreadable, of another architecture, or something in it is wrong.
     """
     gguf = corrected(GGUFFile.open(path))
     check_loadable(gguf)
+    if chat_template is not None:
+        gguf = gguf.corrected((Change(TEMPLATE, "string", chat_template),))
     return gguf

@@ -36,6 +36,7 @@ def load(
     *,
     workers: tuple[str, ...] = (),
     notify: Notify = lambda sentence: None,
+    chat_template: str | None = None,
     **params: Any,
 ) -> Engine:
     """Load a model: into RAM, by a placement, by a plan file, or with "auto" by a plan made now.
@@ -46,6 +47,7 @@ def load(
     times, and the engine's `warnings` say so. `notify` is called with sentences: what a new plan
     takes and how fast it will be, before it is carried out, and the engine's warnings.
 
+    A `chat_template` takes the place of the file's.
     `params` are those of `EngineParams`, and a `progress`. With a `shared_cache`, `n_sequences` is
     by default what the plan is for. For more sequences than that, the plan's context is divided
     among them unless `n_ctx` is given.
@@ -56,7 +58,7 @@ def load(
     """
     if isinstance(placement, str | Path) and placement != "auto":
         placement = load_placement(placement)
-    gguf = open_loadable(path)
+    gguf = open_loadable(path, chat_template)
     if isinstance(placement, str | Path):
         engine = _load_planned(gguf, workers, notify, _with_sequences(None, params, notify))
     else:

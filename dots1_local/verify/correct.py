@@ -15,12 +15,20 @@ from dots1_local.files.gguf_keys import Change
 from dots1_local.verify import lint_header
 from dots1_local.verify.findings import Finding
 
-__all__ = ["TOKEN_TYPES", "Override", "corrected", "corrections", "key_overrides", "remaining"]
+__all__ = [
+    "TEMPLATE",
+    "TOKEN_TYPES",
+    "Override",
+    "corrected",
+    "corrections",
+    "key_overrides",
+    "remaining",
+]
 
 Override = bool | int | float | str
 
-TOKEN_TYPES, _TEMPLATE = "tokenizer.ggml.token_type", "tokenizer.chat_template"
-_OURS = (TOKEN_TYPES, _TEMPLATE)  # keys whose changes llama.cpp need not know
+TOKEN_TYPES, TEMPLATE = "tokenizer.ggml.token_type", "tokenizer.chat_template"
+_OURS = (TOKEN_TYPES, TEMPLATE)  # keys whose changes llama.cpp need not know
 _USER_DEFINED = 4  # of enum llama_token_type
 _LONGEST = 127  # bytes of a key, and of a text
 _NO_TOKEN = (1 << 32) - 1  # llama.cpp takes its default for an id beyond the vocabulary
@@ -41,8 +49,9 @@ def corrected(gguf: GGUFFile) -> GGUFFile:
 
 def corrections(gguf: GGUFFile) -> Iterator[str]:
     """One sentence on what `corrected` did, or none."""
-    if gguf.changes:
-        done = ", ".join(map(_described, gguf.changes))
+    made = [change for change in gguf.changes if change.key != TEMPLATE]  # a person gave that one
+    if made:
+        done = ", ".join(map(_described, made))
         yield (
             f"corrected in memory, the file is untouched: {done}; dots1 verify --quick "
             f"{gguf.files[0]} says why"
@@ -55,7 +64,7 @@ def remaining(gguf: GGUFFile) -> list[Finding]:
         finding
         for finding in lint_header(gguf)
         if finding.severity != "note"
-        and not (finding.check == "template" and _TEMPLATE not in gguf.keys)
+        and not (finding.check == "template" and TEMPLATE not in gguf.keys)
     ]
 
 

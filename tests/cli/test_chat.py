@@ -15,7 +15,7 @@ from dots1_local.cli import app
 from dots1_local.errors import UsageError
 from tests.cli.terminal import ABORTS
 from tests.engine.engine_memory import placement_for
-from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
+from tests.helpers import EOS, TEMPLATE, scripted_tensors, tokens_of, write_random_gguf
 
 CHAT = [sys.executable, "-c", "from dots1_local.cli import main; main()", "chat"]
 
@@ -334,3 +334,17 @@ def test_what_is_wrong_with_a_file_is_said_once(tmp_path: Path, raw: bool) -> No
     result = CliRunner().invoke(app, ["chat", str(path), "-p", "Hello", *options])
     assert result.exit_code == 0, result.output
     assert result.stderr.count("<|im_start|>, <|im_end|>") == (0 if raw else 1)
+
+
+def test_a_chat_template_can_be_given(tmp_path: Path) -> None:
+    tensors = scripted_tensors([*tokens_of("fine"), EOS])
+    path = write_random_gguf(tmp_path / "wrong.gguf", template=CHATML, tensors=tensors)
+    (tmp_path / "right.jinja").write_text(TEMPLATE)
+    options = ["-p", "Hello", "-c", "128", "--chat-template"]
+    result = CliRunner().invoke(app, ["chat", str(path), *options, str(tmp_path / "right.jinja")])
+    assert (result.exit_code, result.stdout) == (0, "fine\n"), result.output
+    assert "template" not in result.stderr
+    (tmp_path / "bad.jinja").write_text("{% for")
+    result = CliRunner().invoke(app, ["chat", str(path), *options, str(tmp_path / "bad.jinja")])
+    assert result.exit_code != 0
+    assert "bad.jinja does not parse" in str(result.exception)

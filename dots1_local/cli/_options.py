@@ -232,8 +232,7 @@ def open_engine(
     """Load the model as the options say; a context of "0" is all that it was trained for.
 
     What is wrong with the file is said once, about its chat template only if not `raw`.
-    The file `template` has another chat template.
-    `options` are those of `Engine.open`.
+    The file `template` has another template. `options` are those of `Engine.open`.
 
     Raises:
         UsageError: the context or the plan is not valid.

@@ -29,6 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 _CLIENT: dict[str, Any] = {"library_name": "dots1-local", "library_version": __version__}
+_LONGEST = 4 << 30  # bytes of an answer; the hub sends no more than 50 GB at once
 _PARTIAL = 206  # the HTTP status of an answer with the range that was asked for
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -106,16 +107,18 @@ class HubRepo:
         """Ask for a file from `start` on; `take` gets what arrives, with its place in the file.
 
         A server that sends no parts of files begins at 0. If the connection breaks after some bytes
-        have arrived, the others are left for the next call.
+        have arrived, or 4 GiB have, the others are left for the next call.
 
         Raises:
             CheckpointError: the hub refuses, cannot be reached, or sends nothing.
         """
 
+        end = min(file.size, start + _LONGEST)
+
         def once() -> int:
             first = at = start
             try:
-                with self._answer(file, f"{start}-") as response:
+                with self._answer(file, f"{start}-{end - 1}") as response:
                     first = at = start if response.status_code == _PARTIAL else 0
                     for chunk in response.iter_raw():
                         take(at, chunk)

@@ -7,7 +7,7 @@ huggingface_hub would give it, so that all programs share it.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from dots1_local.files.partial_file import check_space, disk_errors
 from dots1_local.hub.client import HubFile, HubRepo, Received, Stopped
 from dots1_local.hub.verified import VerifiedFiles
 
-__all__ = ["fetch_large", "is_cached", "snapshot_path"]
+__all__ = ["check_room", "fetch_large", "is_cached", "snapshot_path"]
 
 _STEP = 1 << 20  # bytes that are hashed at once
 
@@ -33,6 +33,21 @@ def is_cached(repo: HubRepo, file: HubFile) -> bool:
     """Whether a file of the listed size is in the cache; it may be damaged."""
     path = snapshot_path(repo, file.name)
     return path.is_file() and path.stat().st_size == file.size
+
+
+def check_room(repo: HubRepo, files: Iterable[HubFile]) -> None:
+    """Refuse files that the cache's disk cannot hold.
+
+    Raises:
+        Dots1Error: they need more than is free, or the cache cannot be used.
+    """
+    folder = _folder(repo) / "blobs"
+    missing = [file for file in files if not is_cached(repo, file)]
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        needed = sum(file.size for file in missing if not (folder / file.digest).is_file())
+        arrived = [_incomplete(folder / file.digest) for file in missing]
+        check_space(folder / "x", needed, arrived, what=repo.name)
 
 
 def fetch_large(
@@ -85,10 +100,8 @@ def _lock(repo: HubRepo, file: HubFile) -> Iterator[None]:
 
 
 def _download(repo: HubRepo, file: HubFile, blob: Path, received: Received, stop: Event) -> None:
-    path = blob.with_name(f"{blob.name}.incomplete")
+    path = _incomplete(blob)
     for _ in range(2):
-        arrived = path.stat().st_size if path.is_file() else 0
-        check_space(path, max(file.size - arrived, 0), (), what="the model")
         with open(path, "ab+") as opened:
             target = _Target(opened, file.size, received, stop)
             while target.position < file.size:
@@ -102,6 +115,10 @@ def _download(repo: HubRepo, file: HubFile, blob: Path, received: Received, stop
         f"{file.name} of {repo} arrived twice with another hash than the hub lists "
         f"({file.digest[:12]}...); it is damaged there or on the way"
     )
+
+
+def _incomplete(blob: Path) -> Path:
+    return blob.with_name(f"{blob.name}.incomplete")
 
 
 class _Target:

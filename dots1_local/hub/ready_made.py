@@ -16,7 +16,7 @@ from dots1_local.files.gguf import SHARD, GGUFFile
 from dots1_local.files.gguf_header import GGUFHeader, HeaderIncomplete
 from dots1_local.hub import is_hub_id, open_cached, open_repo
 from dots1_local.hub.client import HubFile, HubRepo, parallel_map
-from dots1_local.hub.large_file import fetch_large, is_cached, snapshot_path
+from dots1_local.hub.large_file import check_room, fetch_large, is_cached, snapshot_path
 from dots1_local.hub.retries import Unreachable
 from dots1_local.progress import Progress, silent
 
@@ -91,6 +91,7 @@ class HubModel:
         """
         if not self.files[0].digest:  # as `open_cached` found it
             return self.path
+        check_room(self.repo, self.files)
         arrived = dict.fromkeys(self.files, 0)
 
         def provide(file: HubFile, stop: Event) -> None:

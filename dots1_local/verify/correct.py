@@ -59,12 +59,16 @@ def corrections(gguf: GGUFFile) -> Iterator[str]:
 
 
 def remaining(gguf: GGUFFile) -> list[Finding]:
-    """What is still wrong or unusual after `corrected`; a base model's missing template is not."""
+    """What is still wrong after `corrected`, for chats with this package.
+
+    A base model needs no template, and messages here cannot forge user-defined markers.
+    """
     return [
         finding
         for finding in lint_header(gguf)
         if finding.severity != "note"
         and not (finding.check == "template" and TEMPLATE not in gguf.keys)
+        and (finding.check, finding.severity) != ("markers", "warning")
     ]
 
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -11,6 +12,7 @@ from gguf import GGUFReader
 
 from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.gguf import GGUFFile
+from dots1_local.hub import client
 from dots1_local.hub.client import Stopped
 from dots1_local.hub.large_file import fetch_large
 from dots1_local.hub.ready_made import HubModel, find_models, parse_reference
@@ -187,6 +189,25 @@ def test_a_cut_connection_is_taken_up_again(
     hub.cuts[ONE] = list(cuts)
     assert model(hub, "Q4_K_M").fetch().read_bytes() == (repository / ONE).read_bytes()
     assert len(hub.requests) == len(cuts) + 1
+
+
+def test_an_answer_has_a_longest_length(
+    hub: HubServer, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_LONGEST", 200_000)
+    found = model(hub, "Q4_K_M")
+    assert found.fetch().read_bytes() == (repository / ONE).read_bytes()
+    assert [r.start for r in hub.requests] == list(range(0, found.nbytes, 200_000))
+
+
+def test_a_full_disk_is_found_before_the_first_byte(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = model(hub, "UD-Q2_K_XL")  # each shard alone would fit
+    usage = SimpleNamespace(free=found.nbytes - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert NAME in refusal(found.fetch, Dots1Error)
+    assert hub.requests == []
 
 
 def test_a_server_that_sends_no_parts_sends_all_again(hub: HubServer, repository: Path) -> None:

@@ -68,7 +68,7 @@ def bench(options: BenchOptions) -> None:
     plans = [(path.name, load_placement(path)) for path in options.plan or ()]
     workers = _choose_workers([placement for _, placement in plans], options.worker or [])
     limits, threads = shared.memory_limits(options.vram, options.ram), options.threads
-    gguf = corrected(GGUFFile.open(local_model(options.model)))
+    gguf = corrected(GGUFFile.open(local_model(options.model, outlook=True)))
     graph = ModelGraph.read(gguf)
     with progress_bar("looking at this machine") as report:
         machine = limited(this_machine(workers, progress=report), **limits)

@@ -1,7 +1,7 @@
 """`dots1 evaluate`: scores of lm-evaluation-harness's tasks, and of texts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from dots1_local.cli._evaluate_report import (
     print_scores,
     scores_json,
 )
+from dots1_local.cli._model import local_model
 from dots1_local.cli._options import flag, option, verb
 from dots1_local.cli._output import is_verbose, notice, print_json, progress_bar
 from dots1_local.errors import UsageError
@@ -111,6 +112,11 @@ def evaluate(options: EvaluateOptions) -> None:
         limit=options.limit,
         chat_template=options.chat_template,
         system=options.system,
+    )
+    options = replace(
+        options,
+        model=local_model(options.model, outlook=True),
+        reference=options.reference and local_model(options.reference, outlook=True),
     )
     paths = [options.model, *([options.reference] if options.reference else [])]
     stopped = "stopped; the same command goes on from here" if not options.dry_run else "stopped"

@@ -254,9 +254,8 @@ def open_engine(
             model, placement, workers=tuple(workers), notify=notice, progress=report, **options
         )
     for finding in remaining(engine.gguf):
-        about_template = finding.check == "template"
-        if not (raw and about_template):
-            advice = "; --chat-template gives the right one" if about_template else ""
+        advice = "; --chat-template gives the right one" if finding.check == "template" else ""
+        if not (raw and advice):
             notice(plain(f"{finding.severity}: {model.name}: {finding.message}{advice}"))
     return engine
 

@@ -79,8 +79,8 @@ def perplexity(options: PerplexityOptions) -> None:
     _check(options, compares)
     options = replace(
         options,
-        model=local_model(options.model),
-        reference=options.reference and local_model(options.reference),
+        model=local_model(options.model, outlook=True),
+        reference=options.reference and local_model(options.reference, outlook=True),
     )
     run: dict[str, Any] = {
         "placement": shared.choose_placement(options.model, options.plan, options.worker or ()),

@@ -74,9 +74,7 @@ def find_model(model: Path) -> "HubModel | None":
     Raises:
         Dots1Error: as `local_model`.
     """
-    from dots1_local.hub.ready_made import parse_reference
-
-    reference = None if os.path.lexists(model) else parse_reference(str(model))
+    reference = _reference(model)
     if reference is None:
         return None
     name, wanted = reference
@@ -109,9 +107,7 @@ def list_types(
     model: Path, machine: "Callable[[], Hardware]", context: int | None, json: bool
 ) -> bool:
     """Print the types of ORG/NAME if there are several; return whether they were printed."""
-    from dots1_local.hub.ready_made import parse_reference
-
-    reference = None if os.path.lexists(model) else parse_reference(str(model))
+    reference = _reference(model)
     if reference is None or reference[1] is not None:
         return False
     models = _find_models(reference[0], model)
@@ -123,6 +119,15 @@ def list_types(
     else:
         _print(rows)
     return True
+
+
+def _reference(model: Path) -> tuple[str, str | None] | None:
+    """Return the repository and the type that a text names; None for a file."""
+    if os.path.lexists(model):
+        return None
+    from dots1_local.hub.ready_made import parse_reference  # imports numpy
+
+    return parse_reference(str(model))
 
 
 def _find_models(name: str, model: Path) -> "HubModels":

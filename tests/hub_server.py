@@ -124,11 +124,11 @@ def is_large(name: str) -> bool:
 def listed(path: Path, folder: Path | None = None) -> dict[str, Any]:
     """A file as the API lists it."""
     name = path.relative_to(folder or path.parent).as_posix()
-    return {"rfilename": name} | _listed(path, path.stat().st_mtime_ns)
+    return {"rfilename": name} | _listed(path, path.stat().st_mtime_ns, is_large(path.name))
 
 
 @cache
-def _listed(path: Path, time: int) -> dict[str, Any]:
+def _listed(path: Path, time: int, in_lfs: bool) -> dict[str, Any]:
     size = path.stat().st_size
     if size > _HUGE:  # sparse files, of which nobody reads all
         sha1 = sha256 = "0" * 64
@@ -137,7 +137,7 @@ def _listed(path: Path, time: int) -> dict[str, Any]:
         sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         sha256 = hashlib.sha256(content).hexdigest()
     entry: dict[str, Any] = {"size": size, "blobId": sha1[:40]}
-    if is_large(path.name):
+    if in_lfs:
         entry["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 134}
     return entry
 

@@ -30,6 +30,7 @@ _TYPE = re.compile(
 _NO_MODEL = ("mmproj", "imatrix")  # files that hold something else
 _FIRST, _STEP = 1 << 18, 2 << 20  # bytes; a header with the vocabulary is about 6 MB
 _MOST = 64 << 20  # bytes of a header
+_SHA256 = 64  # characters
 _AT_ONCE = 4  # downloads, or requests for headers
 
 
@@ -95,7 +96,11 @@ class HubModel:
         arrived = dict.fromkeys(self.files, 0)
 
         def provide(file: HubFile, stop: Event) -> None:
-            fetch_large(self.repo, file, partial(arrived.__setitem__, file), stop)
+            received = partial(arrived.__setitem__, file)
+            if len(file.digest) == _SHA256:
+                fetch_large(self.repo, file, received, stop)
+            else:  # a small file, which is not in LFS
+                self.repo.fetch(file, received=received, stop=stop)
             arrived[file] = file.size
 
         def report() -> None:

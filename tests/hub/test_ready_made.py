@@ -16,6 +16,7 @@ from dots1_local.hub import client
 from dots1_local.hub.client import Stopped
 from dots1_local.hub.large_file import fetch_large
 from dots1_local.hub.ready_made import HubModel, find_models, parse_reference
+from tests import hub_server
 from tests.convert.conftest import CHUNK, refusal
 from tests.helpers import random_tensors, write_random_gguf
 from tests.hub_server import NAME, HubServer
@@ -226,6 +227,15 @@ def test_a_damaged_file_is_fetched_once_more(hub: HubServer, repository: Path, t
     assert "another hash" in refusal(found.fetch)
     assert not found.is_cached
     assert not list(found.path.parents[2].glob("blobs/*"))
+
+
+def test_a_small_file_need_not_be_in_lfs(
+    hub: HubServer, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_server, "is_large", lambda name: False)
+    found = model(hub, "Q4_K_M")
+    assert len(found.files[0].digest) == 40
+    assert found.fetch().read_bytes() == (repository / ONE).read_bytes()
 
 
 def test_a_name_that_leaves_the_folder_is_no_model(hub: HubServer, cache: Path) -> None:

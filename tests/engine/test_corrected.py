@@ -15,6 +15,7 @@ from dots1_local.engine.planned import load
 from dots1_local.errors import GGUFError
 from dots1_local.verify import verify_gguf
 from dots1_local.verify.fix import write_fixed
+from tests.conftest import Converted
 from tests.helpers import EOS, TOKENS, all_logits, scripted_tensors, tokens_of, write_random_gguf
 from tests.verify.defects import FIXABLE, as_types
 from tests.verify.patch import rewrite
@@ -22,6 +23,8 @@ from tests.verify.patch import rewrite
 # llama.cpp looks for these in the file, whatever is overridden.
 NEEDS_A_COPY = ("dots1.feed_forward_length", "dots1.attention.head_count")
 MENDED = [change for change, *_ in FIXABLE if change.get("remove", [""])[0] not in NEEDS_A_COPY]
+PRE = "tokenizer.ggml.pre"
+TEXT = 'He said: "don\'t!"\n\n  Then,\n she\'LL go ("home").\n\n\nWe\'re 1234567 cats...\n' * 2
 MESSAGES = [
     Message("system", "Be <|response|> brief."),
     Message("user", "Why, he said, is the sky blue?"),
@@ -111,3 +114,18 @@ def test_the_tokeniser_alone_is_corrected_too(model: Path, tmp_path: Path) -> No
         for text in ("He said, why", "it's 2026"):
             tokens = found.tokenize(text, special=False, add_bos=True)
             assert tokens == right.tokenize(text, special=False, add_bos=True)
+
+
+@pytest.mark.parametrize("change", [{"values": {PRE: "falcon"}}, {"remove": [PRE]}])
+def test_text_is_split_as_in_training(
+    converted: Converted, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Merges of the example cross the places where other pre-tokenisers split."""
+    path = rewrite(converted("DQ4"), tmp_path / "elsewhere.gguf", **change)
+    with Vocabulary.load(path) as found, Vocabulary.load(converted("DQ4")) as right:
+        wanted = right.tokenize(TEXT, special=False)
+        assert found.tokenize(TEXT, special=False) == wanted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dots1_local.engine.vocabulary.corrected", lambda gguf: gguf)
+        with Vocabulary.load(path) as wrong:
+            assert wrong.tokenize(TEXT, special=False) != wanted

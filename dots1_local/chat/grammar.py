@@ -186,7 +186,7 @@ _building = Lock()
 
 def _tokenizer(engine: Engine) -> LLTokenizer:
     """Return the engine's tokens in llguidance's form, made once; that takes 10 µs per token."""
-    if "tokenizer.ggml.eos_token_id" not in engine.gguf.keys:  # llama.cpp would take id 11 for it
+    if not engine.says_end:  # llama.cpp would take id 11 for it
         raise Dots1Error(
             f"{engine.gguf.files[0]} does not say which token ends an answer, so answers cannot be "
             "kept to a schema; leave out response_format and tools"

@@ -45,7 +45,8 @@ class Engine(Vocabulary):
 
     `n_ctx` is the tokens that one sequence may hold, and `vocab` a handle of llama.cpp's. `report`
     is what the engine allocated on each device, and `predicted` what the placement, if there is
-    one, should take. `warnings` are sentences for the user.
+    one, should take. `warnings` are sentences for the user. `says_end` tells whether the file has
+    a token that ends responses.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class Engine(Vocabulary):
         self._ends = {gguf.keys.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")}
         # Without such a token llama.cpp ends responses at token 11, which is a comma here.
         eos = gguf.keys.get("tokenizer.ggml.eos_token_id")
-        known = isinstance(eos, int) and 0 <= eos < self.n_vocab
-        self._assumed_end = None if known else llama.llama_vocab_eos(self.vocab)
+        self.says_end = isinstance(eos, int) and 0 <= eos < self.n_vocab
+        self._assumed_end = None if self.says_end else llama.llama_vocab_eos(self.vocab)
 
     @classmethod
     def open(

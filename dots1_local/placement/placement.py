@@ -216,7 +216,7 @@ def _pattern_error(pattern: str) -> str | None:
 
 def stored_placement(model: Path) -> Path:
     """Return where `dots1 convert --for` stores the placement of a file, or of a first shard."""
-    return model.with_name(f"{model.name}.placement.json")
+    return model.parent / f"{model.name}.placement.json"
 
 
 def check_made_for(placement: Placement, gguf: GGUFFile) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import TokenType
+from gguf import GGUFValueType, TokenType
 from jsonschema import Draft202012Validator
 
 from dots1_local.chat.grammar import Grammar
@@ -16,7 +16,8 @@ from dots1_local.chat.sampling import Sampling
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
 from tests.chat.grammars import thing
-from tests.helpers import EOS, EOT, TYPES, scripted_tensors, write_random_gguf
+from tests.helpers import EOS, EOT, TOKENS, TYPES, scripted_tensors, write_random_gguf
+from tests.verify.patch import rewrite
 
 PROMPT = list(b"say:")
 # So that texts of random bytes come to an end.
@@ -169,10 +170,17 @@ def test_an_answer_without_an_allowed_token_is_an_error(engine: Engine) -> None:
             sampler.next(engine)
 
 
-def test_a_file_that_does_not_say_where_answers_end_is_refused(tmp_path: Path) -> None:
-    path = write_random_gguf(tmp_path / "model.gguf", without=["eos_token_id"])
+@pytest.mark.parametrize("beyond", [False, True])
+def test_a_file_that_does_not_say_where_answers_end_is_refused(
+    tmp_path: Path, beyond: bool
+) -> None:
+    unknown = [token.replace("<|endof", "<|finof") for token in TOKENS]
+    path = write_random_gguf(tmp_path / "a.gguf", without=["eos_token_id"], tokens=unknown)
+    if beyond:
+        key = "tokenizer.ggml.eos_token_id"
+        path = rewrite(path, tmp_path / "b.gguf", {key: 9999}, types={key: GGUFValueType.UINT32})
     with (
         Engine.open(path, n_ctx=64, threads=1) as engine,
-        pytest.raises(Dots1Error, match=r"model\.gguf"),
+        pytest.raises(Dots1Error, match=r"[ab]\.gguf"),
     ):
         Grammar({"type": "object"}, engine)

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from dots1_local.chat.sampling import Sampling
 from dots1_local.cli import app
 from dots1_local.errors import UsageError
+
+from dots1_local.errors import Dots1Error
 from tests.cli.terminal import ABORTS
 from tests.engine.engine_memory import placement_for
 from tests.helpers import EOS, TEMPLATE, scripted_tensors, tokens_of, write_random_gguf
@@ -348,3 +350,10 @@ def test_a_chat_template_can_be_given(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["chat", str(path), *options, str(tmp_path / "bad.jinja")])
     assert result.exit_code != 0
     assert "bad.jinja does not parse" in str(result.exception)
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_folder_is_no_model(name: str) -> None:
+    result = CliRunner().invoke(app, ["chat", name, "-p", "Hello"])
+    assert isinstance(result.exception, Dots1Error)
+    assert "is a folder" in str(result.exception)

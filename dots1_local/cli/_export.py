@@ -8,8 +8,8 @@ import typer
 
 from dots1_local.cli._options import (
     Json,
-    ModelShard,
     Threads,
+    argument,
     exit_on_interrupt,
     flag,
     option,
@@ -33,7 +33,7 @@ __all__ = ["ExportOptions", "export"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExportOptions:
-    file: ModelShard
+    file: Path = argument("A dots1 GGUF file, or any shard of a split one.", metavar="FILE.gguf")
     output: Path | None = option(
         "Write to this folder. Optional with --dry-run.", "--output", "-o", metavar="DIR"
     )

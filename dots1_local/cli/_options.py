@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKPOINT", "HUB_PANEL", "MODEL", "MODEL_HELP", "ChatTemplate", "Context", "DraftTokens",
-    "Json", "KVType", "Model", "ModelShard", "Plan", "Ram", "Revision", "Threads", "Vram",
+    "Json", "KVType", "Model", "Plan", "Ram", "Revision", "Threads", "Vram",
     "Workers", "argument", "choose_placement", "exit_on_interrupt", "flag", "memory_limits",
     "named_files", "open_checkpoint", "open_engine", "option", "parse_draft", "report_abort",
     "text_file", "verb",
@@ -61,10 +61,6 @@ MODEL_HELP = (
     "A dots1 GGUF file, any shard of a split one, or ORG/NAME[:TYPE] on the Hugging Face hub."
 )
 Model = Annotated[Path, typer.Argument(help=MODEL_HELP, metavar=MODEL)]
-ModelShard = Annotated[
-    Path,
-    typer.Argument(help="A dots1 GGUF file, or any shard of a split one.", metavar="FILE.gguf"),
-]
 Json = Annotated[bool, _typer_option("Print the result as JSON for scripts.", "--json")]
 Threads = Annotated[
     int | None,

@@ -12,9 +12,7 @@ from typer.testing import CliRunner
 
 from dots1_local.chat.sampling import Sampling
 from dots1_local.cli import app
-from dots1_local.errors import UsageError
-
-from dots1_local.errors import Dots1Error
+from dots1_local.errors import Dots1Error, UsageError
 from tests.cli.terminal import ABORTS
 from tests.engine.engine_memory import placement_for
 from tests.helpers import EOS, TEMPLATE, scripted_tensors, tokens_of, write_random_gguf

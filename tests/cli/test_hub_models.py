@@ -83,7 +83,7 @@ def test_verify_and_perplexity_take_an_id(hub: HubServer, tmp_path: Path) -> Non
         tmp_path, hub, "perplexity", f"{NAME}:Q8_0", "-f", str(text), "-c", "32", "--json"
     )
     assert result.returncode == 0, result.stderr
-    result = dots1(tmp_path, hub, "verify", f"{NAME}:Q8_0")
+    result = dots1(tmp_path, hub, "verify", "--quick", f"{NAME}:Q8_0")
     assert result.returncode == 0, result.stderr
     assert "nothing wrong" in result.stdout
     assert fetched(hub) == 0

@@ -57,9 +57,7 @@ def argument(text: str, *, value: Any = MISSING, **settings: Any) -> Any:
 
 
 MODEL = "MODEL"  # the metavar of an argument
-MODEL_HELP = (
-    "A dots1 GGUF file, any shard of a split one, or ORG/NAME[:TYPE] on the Hugging Face hub."
-)
+MODEL_HELP = "A dots1 GGUF file (any shard), or ORG/NAME[:TYPE] on the Hugging Face hub."
 Model = Annotated[Path, typer.Argument(help=MODEL_HELP, metavar=MODEL)]
 Json = Annotated[bool, _typer_option("Print the result as JSON for scripts.", "--json")]
 Threads = Annotated[

@@ -222,7 +222,7 @@ def test_a_full_disk_is_one_sentence(
     say(session, "hello")
     with monkeypatch.context() as full:
         full.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-        with pytest.raises(Dots1Error, match=r"the KV cache needs 0\.0 GB"):
+        with pytest.raises(Dots1Error, match=r"1\.0 kB free, but the KV cache needs 62\.2 kB"):
             session.save_state(tmp_path / "talk.kv")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))

@@ -157,9 +157,9 @@ def test_any_history_gives_a_fresh_sessions_answer(talk: Talk, seed: int, n_draf
         choose.choice(deeds[:3] if choose.random() < 0.7 else deeds)()
         fresh.messages = []
         say(fresh, "unrelated", max_tokens=1)
-        fresh.messages = list(session.messages)
+        fresh.messages = list(session.context)
         assert say(session, "now", max_tokens=5) == say(fresh, "now", max_tokens=5)
-        assert session.messages == fresh.messages
+        assert session.context == fresh.context
         assert session.context_used == fresh.context_used <= 128
 
 

@@ -243,7 +243,7 @@ def test_checks_free_ram_for_the_kv_cache_before_loading(model: Path) -> None:
     # 3 layers, keys and values of 64 numbers in F16, 4 x 256 tokens
     needed = 3 * 2 * 64 * 2 * 1024
     options: dict[str, Any] = {"n_ctx": 256, "n_sequences": 4, "threads": 1}
-    sentence = r"RAM has 786\.4 kB free.* 4 × 256 tokens takes 786\.4 kB"
+    sentence = "RAM has 786,431 bytes free.* 4 × 256 tokens takes 786,432 bytes"
     with patch("dots1_local.engine.loading.available_ram") as ram:
         for shared in (False, True):
             ram.return_value = RAM(needed - 1, 1 << 30)

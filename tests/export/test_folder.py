@@ -145,7 +145,7 @@ def test_a_full_disk_is_found_first(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(Dots1Error, match=r"0\.0 GB free, but out needs"):
+    with pytest.raises(Dots1Error, match=r"1\.0 kB free, but out needs"):
         export(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -39,7 +39,8 @@ def test_the_oldest_turns_are_dropped(talk: Talk) -> None:
     assert shortened < 8
     assert session.stats is not None
     assert session.stats.dropped_turns == (8 - shortened) // 2
-    assert len(session.messages) == shortened + 1
+    assert len(session.context) == shortened + 1
+    assert len(session.messages) == whole + 1  # the record keeps all turns
     assert texts(session)[0] == SYSTEM["content"]
 
 

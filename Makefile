@@ -18,9 +18,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.installed
 	@$(BIN)/python tools/demo.py $(TINY) $(BUILD)
 
-# Each worker of pytest has a core; more threads of torch than cores would wait for each other.
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

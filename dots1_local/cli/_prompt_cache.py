@@ -1,10 +1,9 @@
 """The options of the prompt cache: sizes, their defaults, and the folder."""
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dots1_local.errors import Dots1Error, UsageError
+from dots1_local.errors import UsageError
 from dots1_local.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_sizes", "open_cache"]
 
-_MOST_RAM, _MOST_DISK = 8 << 30, 64 << 30
+_MOST_RAM = 8 << 30
 
 
 def check_sizes(ram: str | None, folder: Path | None, size: str | None) -> None:
@@ -39,7 +38,7 @@ def open_cache(
 
     disk = None
     if folder is not None:
-        nbytes = _free_disk(folder) if size is None else parse_size(size, minimum=0)
+        nbytes = None if size is None else parse_size(size, minimum=0)
         disk = DiskCache(folder, nbytes, kv_binding(engine))
     return PromptCache(
         engine, _free_ram(engine) if ram is None else parse_size(ram, minimum=0), disk
@@ -57,13 +56,3 @@ def _free_ram(engine: "Engine") -> int:
     mapped = engine.placement is None or engine.placement.host_memory == "mapped"
     free = ram.available - (engine.gguf.nbytes if mapped else 0)
     return max(0, min(_MOST_RAM, free // 4))
-
-
-def _free_disk(folder: Path) -> int:
-    """Return half of the disk's free space, with what lies in the folder already."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        used = sum(path.stat().st_size for path in folder.glob("*/*.kv"))
-        return min(_MOST_DISK, (shutil.disk_usage(folder).free + used) // 2)
-    except OSError as error:
-        raise Dots1Error(f"cannot cache prompts in {folder}: {error.strerror}") from None

@@ -38,6 +38,7 @@ _NAME = re.compile(r"(\d{8})-([0-9a-f]{32})\.kv(\.partial)?")
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 _QUEUED = 4  # blocks that wait to be written; they take RAM
 _READERS = 2  # one reads while the other one checks
+_MOST = 64 << 30  # bytes, if nobody names a limit
 _SLACK = 0.05  # of the limit; a smaller cache is searched for old files less often
 _KEPT_FREE = 1 << 30  # bytes of the disk, for others
 _PAUSE = 60  # seconds without writing after a failure
@@ -57,14 +58,14 @@ class DiskCache:
     `binding` names what the blocks are computed with. One thread calls the methods.
     """
 
-    def __init__(self, folder: Path, nbytes: int, binding: str) -> None:
-        """Make the folder if it is missing.
+    def __init__(self, folder: Path, nbytes: int | None, binding: str) -> None:
+        """Make the folder if it is missing; by default its limit is half of what it could take.
 
         Raises:
             Dots1Error: the folder cannot be made or written.
         """
         self.root = binding[:32]
-        self._top, self._folder, self._nbytes = folder, folder / self.root, nbytes
+        self._top, self._folder = folder, folder / self.root
         self._total = 0
         self._waiting: dict[str, NDArray[np.uint8]] = {}  # states that are not written yet
         self._room = Semaphore(_QUEUED)
@@ -76,6 +77,8 @@ class DiskCache:
             if not os.access(self._folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             self._total = sum(size for _, _, size, _ in self._files())
+            could_take = shutil.disk_usage(folder).free + self._total
+            self._nbytes = min(_MOST, could_take // 2) if nbytes is None else nbytes
         except OSError as error:
             raise Dots1Error(f"cannot cache prompts in {folder}: {error.strerror}") from None
 

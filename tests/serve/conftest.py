@@ -1,8 +1,10 @@
 """What the servers of all APIs are tested with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from dots1_local.chat.sampling import Sampling
 from dots1_local.chat.session import Session
@@ -46,3 +48,9 @@ def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         write_random_gguf(path, template=TEMPLATE, tokens=tokens, tensors=tensors)
     ) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tokenize(tiny: Path) -> Callable[[str], list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    return lambda text: list(tokenizer(text, add_special_tokens=False).input_ids)

@@ -6,16 +6,17 @@ scores endings by `prompt_logprobs`, which /v1/completions takes and returns in 
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Dots1ForCausalLM
+from transformers import Dots1ForCausalLM
 
 from tests.conftest import Converted
 from tests.serve.served import Served
+from tests.serve.transformers_scores import log_likelihood
 
 MESSAGES = [  # prompt_manager.py: few-shot examples are turns
     {"role": "user", "content": "The little cat sat on the"},
@@ -29,12 +30,6 @@ ENDINGS = (" girl named Lily.", " potato", " little boy")
 def served(converted: Converted) -> Iterator[Served]:
     with Served(converted("F32"), "-c", "512", "--parallel", "2") as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def tokenize(tiny: Path) -> Callable[[str], list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    return lambda text: list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def post(served: Served, path: str, **body: Any) -> tuple[int, Any]:
@@ -65,16 +60,6 @@ def test_the_litellm_client_lets_the_model_write(served: Served, given: dict[str
     assert all(choice["message"].get("reasoning_content") is None for choice in reply["choices"])
 
 
-def expected(
-    model: Dots1ForCausalLM, before: Sequence[int], after: Sequence[int]
-) -> tuple[float, bool]:
-    tokens = torch.tensor([[*before, *after]])
-    with torch.inference_mode():
-        rows = model(tokens).logits[0, len(before) - 1 : -1].double().log_softmax(-1)
-    target = torch.tensor(after)
-    return float(rows.gather(1, target[:, None]).sum()), bool((rows.argmax(-1) == target).all())
-
-
 def test_the_vllm_client_scores_endings_by_prompt_logprobs(
     served: Served, tiny: Path, tokenize: Callable[[str], list[int]]
 ) -> None:
@@ -99,7 +84,7 @@ def test_the_vllm_client_scores_endings_by_prompt_logprobs(
                 continuation[::-1], choice["prompt_logprobs"][::-1], strict=False
             )
         ]
-        total, likeliest = expected(model, context, continuation)
+        total, likeliest = log_likelihood(model, context, continuation)
         assert sum(each["logprob"] for each in found) == pytest.approx(total, abs=0.05)
         assert all(each["rank"] == 1 for each in found) == likeliest
     assert likeliest

@@ -17,6 +17,7 @@ from dots1_local.cli import app
 from dots1_local.evaluate.perplexity import perplexity
 from tests.conftest import Converted
 from tests.serve.served import Served
+from tests.serve.transformers_scores import log_likelihood
 
 # Questions whose endings differ in length, with special tokens and other scripts.
 QUESTIONS = [
@@ -101,24 +102,6 @@ def served(converted: Converted, exact: Path) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> Dots1ForCausalLM:
     return Dots1ForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def tokenize(tiny: Path) -> Callable[[str], list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    return lambda text: list(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def log_likelihood(
-    model: Dots1ForCausalLM, before: Sequence[int], after: Sequence[int]
-) -> tuple[float, bool]:
-    """The sum of log-probabilities of `after`, and whether each token is the likeliest."""
-    tokens = torch.tensor([[*before, *after]])
-    with torch.inference_mode():
-        rows = model(tokens).logits[0, len(before) - 1 : -1].double().log_softmax(-1)
-    target = torch.tensor(after)
-    chosen = rows.gather(1, target[:, None])
-    return float(chosen.sum()), bool((rows.argmax(-1) == target).all())
 
 
 def run(served: Served, tasks: list[dict[str, Any]], **options: Any) -> Any:

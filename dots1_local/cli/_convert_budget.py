@@ -10,7 +10,7 @@ from dots1_local.cli._refine import check_refinement
 
 if TYPE_CHECKING:
     from dots1_local.architecture import Dots1Config
-    from dots1_local.cli._convert import ConvertOptions
+    from dots1_local.cli._convert_options import ConvertOptions
     from dots1_local.convert import Budget
 
 __all__ = ["check_options", "memory_budget", "read_budget"]

@@ -30,7 +30,6 @@ __all__ = [
     "load_json",
     "promised_tensors",
     "read_index",
-    "unicode_name",
 ]
 
 INDEX = "model.safetensors.index.json"

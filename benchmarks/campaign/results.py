@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,20 +23,18 @@ class Result:
 
 
 def read(file: Path) -> Iterator[Result]:
-    """Yield the results of earlier runs; a line that was cut off ends them."""
+    """Yield the results of earlier runs, without a line that was cut off."""
     if not file.exists():
         return
     for line in file.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError):
             yield Result(**json.loads(line))
-        except ValueError:
-            return
 
 
 def write(file: Path, result: Result) -> None:
-    """Append a result."""
+    """Append a result; the line before it may have been cut off."""
     with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(asdict(result)) + "\n")
+        lines.write("\n" + json.dumps(asdict(result)))
 
 
 def table(parts: Mapping[str, Part], results: Iterable[Result]) -> Iterator[str]:

@@ -49,7 +49,7 @@ def test_a_campaign_goes_on_after_the_trials_it_has(
 ) -> None:
     _run(monkeypatch, tmp_path, "--count", "1")
     results = tmp_path / "results.jsonl"
-    results.write_text(results.read_text() + '{"part": "kil')  # stopped within a line
+    results.write_text(results.read_text() + '\n{"part": "kil')  # stopped within a line
     _run(monkeypatch, tmp_path)
     whole = [line for line in results.read_text().splitlines() if line.endswith("}")]
     assert [json.loads(line)["seed"] for line in whole] == [f"kills/chat/0/{n}" for n in range(3)]

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The results of a run on the folder."""
     output = tmp_path_factory.mktemp("from-folder") / "out"
-    calibrate(Checkpoint.open(folder), output, TOKENS, refine=True, threads=1)
+    calibrate(Checkpoint.open(folder), output, TOKENS, threads=1)
     return contents(output)
 
 
@@ -65,7 +65,6 @@ def run(hub: HubServer, output: Path, revision: str | None = None, **options: An
     said: list[str] = []
     checkpoint = open_hub(NAME, revision, endpoint=hub.endpoint)
     settings: dict[str, Any] = {
-        "refine": True,
         "low_disk": True,
         "threads": 1,
         "notify": said.append,
@@ -92,17 +91,18 @@ def test_the_cache_holds_all_shards(
 
 
 def test_few_shards_lie_on_disk_and_are_fetched_twice(
-    remote: HubServer, folder: Path, expected: dict[str, bytes], tmp_path: Path
+    remote: HubServer, folder: Path, tmp_path: Path
 ) -> None:
-    output, most = tmp_path / "out", 0
+    output, near, most = tmp_path / "out", tmp_path / "near", 0
 
     def look() -> None:
         nonlocal most
         most = max(most, len(list((output / "work/shards").rglob("*.safetensors"))))
 
     remote.watch = look
-    said = run(remote, output)
-    assert contents(output) == expected
+    said = run(remote, output, refine=True)
+    calibrate(Checkpoint.open(folder), near, TOKENS, refine=True, threads=1)
+    assert contents(output) == contents(near)
     assert max(fetched(remote).values()) == 2
     assert 0 < most <= 4
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
@@ -119,7 +119,7 @@ def test_the_logits_need_the_head_once_more(
     near, far = (Sink(len(EVALUATED), 15, 288) for _ in range(2))
     checkpoint = Checkpoint.open(folder)
     calibrate(checkpoint, tmp_path / "near", TOKENS, evaluation=EVALUATED, logits=near, threads=1)
-    run(remote, tmp_path / "out", refine=False, evaluation=EVALUATED, logits=far)
+    run(remote, tmp_path / "out", evaluation=EVALUATED, logits=far)
     np.testing.assert_array_equal(far.rows, near.rows)
     assert not (tmp_path / "out/work").exists()
 
@@ -276,7 +276,7 @@ def test_a_disk_that_is_too_small_is_known_beforehand(
     """The residual stream takes 98 kB; a shard takes 0.7 MB."""
     set_free(monkeypatch, free)
     with pytest.raises(Dots1Error, match=says):
-        run(remote, tmp_path / "out", low_disk=low_disk, refine=False, sensitivity=False)
+        run(remote, tmp_path / "out", low_disk=low_disk, sensitivity=False)
     assert not fetched(remote)
 
 
@@ -291,7 +291,7 @@ def test_nothing_is_fetched_ahead_if_the_disk_is_short(
 
     set_free(monkeypatch, 2_400_000)
     remote.watch = look
-    run(remote, output, refine=False, sensitivity=False)
+    run(remote, output, sensitivity=False)
     assert 0 < most <= 3
 
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from benchmarks.campaign import results
+from benchmarks.campaign import kills, results
 from benchmarks.campaign.results import Result
 from benchmarks.campaign.trial import Broken, Part, Trial
 
-PARTS: dict[str, Part] = {}
+PARTS: dict[str, Part] = {"kills": kills.PART}
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from dots1_local.calibrate.refining_pass import RefiningPass
 from dots1_local.calibrate.stream_files import StreamFiles
 from dots1_local.convert import Conversion
 from dots1_local.convert.metadata import write_metadata
+from dots1_local.convert.output import Output, lay_out
 from dots1_local.convert.pipeline import Pipeline
 from dots1_local.convert.refined import RefinedTensors
 from dots1_local.convert.refined_writer import TensorWriter
-from dots1_local.convert.writer import Journal, Output, lay_out
+from dots1_local.convert.writer import Journal
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.hub.pass_shards import forward_steps
 from dots1_local.progress import silent

@@ -24,8 +24,8 @@ import numpy as np
 from gguf import GGUFWriter
 
 from dots1_local.convert.metadata import end_tokens, write_metadata
+from dots1_local.convert.output import Output, lay_out
 from dots1_local.convert.tokenizer import read_tokenizer
-from dots1_local.convert.writer import Output, lay_out
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import check_space, write_all

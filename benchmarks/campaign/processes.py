@@ -240,7 +240,7 @@ def _run(
     set_start_method("fork", force=True)  # the default, in programs that are not forked here
     sys.argv = ["dots1", *arguments]
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 -- they stay open
-    sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))
+    sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from dots1_local.cli import main
 

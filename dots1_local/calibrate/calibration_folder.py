@@ -1,6 +1,7 @@
 """The files of a calibration between two layers, so that a killed run loses at most one layer.
 
-`DIR/work` holds `identity`, a digest of the run's inputs; `layer-NNNN.gguf`, the importance
+`DIR/work` holds `identity`, a digest of the run's inputs; `complete`, the same digest, as soon as
+all results are there and before they are moved to DIR; `layer-NNNN.gguf`, the importance
 measured in each finished layer; and `stream`, a folder with the residual stream after the last
 finished layer. `routing-NNNN.safetensors` has the experts that tokens chose in a layer. A layer's
 files are complete before the stream after it.
@@ -46,7 +47,7 @@ Floats = NDArray[np.float32]
 Entries = Mapping[str, tuple[Floats, Floats]]  # by GGUF name: sums (experts, columns), counts
 
 _NAMES = re.compile(
-    r"lock|identity|calibration\.json|sensitivity(-refined)?\.json"
+    r"lock|identity|complete|calibration\.json|sensitivity(-refined)?\.json"
     r"|(refinement|routing)\.safetensors"
     r"|(layer-\d+\.gguf|imatrix\.gguf|(probe|back|judged)-\d+\.npy"
     r"|(noise|effects|sample|refined)-\d+\.json|(errors|routing)-\d+\.safetensors)(\.partial)?"
@@ -83,10 +84,13 @@ class CalibrationFolder:
         check_is_named(self.path)
         with disk_errors(self.path), ExitStack() as opened:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in self.results:
-                check_target(self.path / name, force=self.force)
-            self._work.mkdir(exist_ok=True)
             busy = f"another calibration is running in {self.path}"
+            if self._work.is_dir():
+                with open_locked(self._work / "lock", busy):
+                    self._remove_if_published()
+            for name in self.results:
+                check_target(self.path / name, force=self.force or self._is_complete())
+            self._work.mkdir(exist_ok=True)
             opened.enter_context(open_locked(self._work / "lock", busy))
             self._resume_or_clear()
             self.need.check()
@@ -154,13 +158,33 @@ class CalibrationFolder:
             Dots1Error: the folder is no longer writable.
         """
         with disk_errors(self.path):
+            (self._work / "complete").write_text(self.identity)
             for name in self.results:
                 os.replace(self.draft(name), self.path / name)
-            # Without `identity`, the other files are not taken for an unfinished run.
-            for file in [*self._files("identity"), *self._files("")]:
-                file.unlink(missing_ok=True)
-            self.stream.remove()
+            self._remove_work()
+
+    def _is_complete(self) -> bool:
+        """Whether a run with the same inputs was killed when it had all results."""
+        path = self._work / "complete"
+        return path.is_file() and path.read_text(errors="replace") == self.identity
+
+    def _remove_if_published(self) -> None:
+        """Remove what a run left that was killed after all its results had their places."""
+        drafts = any(self.draft(name).exists() for name in self.results)
+        begun = (self._work / "identity").exists() or (self._work / "complete").exists()
+        if not begun or (self._is_complete() and not drafts):
+            self._remove_work()
+
+    def _remove_work(self) -> None:
+        """Remove all files of a run; those that tell the next run of it, last."""
+        last = ("identity", "complete", "lock")
+        others = [path for path in self._files("") if path.name not in last]
+        for path in others:
+            path.unlink()
+        self.stream.remove()
         remove_shards(self.shards)
+        for name in last:
+            (self._work / name).unlink(missing_ok=True)
         with suppress(OSError):  # it is a link, or holds files of somebody else
             self._work.rmdir()
 

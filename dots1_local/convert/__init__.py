@@ -16,9 +16,9 @@ from gguf import GGUFWriter
 from dots1_local.calibrate.manifest import IMATRIX
 from dots1_local.convert.budget import Budget, load_calibration, load_refinement, predicted_kl
 from dots1_local.convert.metadata import end_tokens, write_metadata
+from dots1_local.convert.output import Output, aligned_bytes, lay_out
 from dots1_local.convert.pipeline import EncoderName, encoder_named
 from dots1_local.convert.tokenizer import Tokenizer, read_tokenizer
-from dots1_local.convert.writer import Output, aligned_bytes, lay_out
 from dots1_local.convert.writing import Result, Writing
 from dots1_local.errors import UsageError
 from dots1_local.files.checkpoint import Checkpoint

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dots1_local.convert.writer import Output, interrupted_source
+from dots1_local.convert.output import Output
+from dots1_local.convert.writer import interrupted_source
 from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import DiskNeed

@@ -1,9 +1,7 @@
 """Write config.json, model card and recipe as GGUF keys."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from gguf import ExpertGatingFuncType, GGUFWriter, Metadata
 
@@ -60,10 +58,15 @@ def _card(checkpoint: Checkpoint) -> Metadata:
     folder = checkpoint.path.resolve()
     if folder.name == checkpoint.name:
         return Metadata.load(None, folder, None, 0)
-    with TemporaryDirectory() as temporary:
-        named = Path(temporary) / checkpoint.name
-        named.symlink_to(folder)
-        return Metadata.load(None, named, None, 0)
+    named = Metadata.apply_metadata_heuristic(
+        Metadata(),
+        Metadata.load_model_card(folder),
+        Metadata.load_hf_parameters(folder),
+        folder.with_name(checkpoint.name),
+    )
+    loaded = Metadata.load(None, folder, None, 0)
+    sampling = (each.name for each in fields(Metadata) if each.name.startswith("sampling_"))
+    return replace(named, **{name: getattr(loaded, name) for name in sampling})
 
 
 def _architecture(writer: GGUFWriter, config: Dots1Config, expert_width: int) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
-from dots1_local.convert.writer import Journal, Output, TensorSlot
+from dots1_local.convert.output import Output, TensorSlot
+from dots1_local.convert.writer import Journal
 from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.gguf import cores

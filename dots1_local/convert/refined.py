@@ -18,9 +18,9 @@ from dots1_local.calibrate.layer_moments import ExpertMoments, shrunk_moment
 from dots1_local.calibrate.moments import Moment, moment_name
 from dots1_local.calibrate.refinement_file import RefinementData
 from dots1_local.convert.bounded_pool import BoundedPool
+from dots1_local.convert.output import TensorSlot
 from dots1_local.convert.refined_matrix import Encoded, Piece, pieces_of
 from dots1_local.convert.refined_writer import TensorWriter
-from dots1_local.convert.writer import TensorSlot
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.importance import Importance
 from dots1_local.refine.arrays import Arrays

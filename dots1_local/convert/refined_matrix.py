@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import TensorSpec
 from dots1_local.calibrate.output_errors import read_rows
+from dots1_local.convert.output import TensorSlot
 from dots1_local.convert.refined_results import MatrixResult
-from dots1_local.convert.writer import TensorSlot
 from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.encode import bad_blocks, encode

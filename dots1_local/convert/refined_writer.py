@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dots1_local.convert.output import TensorSlot
 from dots1_local.convert.refined_matrix import Encoded
 from dots1_local.convert.refined_results import MatrixResult, TensorResult, append_result
-from dots1_local.convert.writer import Journal, TensorSlot
+from dots1_local.convert.writer import Journal
 from dots1_local.files.partial_file import disk_errors
 from dots1_local.progress import Progress, silent
 

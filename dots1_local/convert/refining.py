@@ -16,11 +16,12 @@ from dots1_local.calibrate.calibrate import find_device
 from dots1_local.calibrate.refinement_file import RefinementData
 from dots1_local.calibrate.refining_pass import RefiningPass
 from dots1_local.calibrate.stream_files import StreamFiles
+from dots1_local.convert.output import Output, TensorSlot
 from dots1_local.convert.pipeline import Encoder, Pipeline
 from dots1_local.convert.refined import RefinedTensors
 from dots1_local.convert.refined_results import TensorResult, load_results
 from dots1_local.convert.refined_writer import TensorWriter
-from dots1_local.convert.writer import Journal, Output, TensorSlot
+from dots1_local.convert.writer import Journal
 from dots1_local.errors import memory_errors
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import DiskNeed

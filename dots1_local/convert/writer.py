@@ -8,119 +8,37 @@ gets its name only when it is complete.
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, BinaryIO
 from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 import numpy as np
-from gguf import GGUFWriter
-from gguf.gguf_writer import SHARD_NAME_FORMAT
 from numpy.typing import NDArray
 
+from dots1_local.convert.output import Output, TensorSlot
 from dots1_local.files.json_file import JsonError, convert_json, parse_json
 from dots1_local.files.partial_file import (
     check_space,
     disk_errors,
     open_locked,
-    partial_path,
     write_all,
 )
 from dots1_local.progress import Progress, silent
-from dots1_local.quant.plan import PlannedTensor
 
-__all__ = ["Journal", "Output", "TensorSlot", "aligned_bytes", "interrupted_source", "lay_out"]
+__all__ = ["Journal", "interrupted_source", "is_complete"]
 
-ALIGNMENT = 32
 _LONGEST_FIRST_LINE = 1 << 20
-
-
-@dataclass(frozen=True)
-class TensorSlot:
-    """Where one tensor's bytes go."""
-
-    tensor: PlannedTensor
-    file: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class Output:
-    """One GGUF, in one file or several: headers, names and the place of every tensor.
-
-    `target` is the name that the user gave; if there are several files, their `paths` derive from
-    it.
-    """
-
-    target: Path
-    paths: tuple[Path, ...]
-    headers: tuple[bytes, ...]
-    sizes: tuple[int, ...]
-    slots: tuple[TensorSlot, ...]
-
-    @property
-    def path(self) -> Path:
-        """The path to load: the file, or its first shard."""
-        return self.paths[0]
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.sizes)
-
-    @property
-    def partials(self) -> tuple[Path, ...]:
-        return tuple(map(partial_path, self.paths))
-
-
-def lay_out(
-    path: Path, writer: GGUFWriter, tensors: Sequence[PlannedTensor], split_max_size: int | None
-) -> Output:
-    """Serialise the headers with `writer`, which holds the keys, and place every tensor."""
-    writer.split_max_size = split_max_size or 0
-    for tensor in tensors:
-        spec, kind = tensor.spec, tensor.kind
-        writer.add_tensor_info(spec.name, spec.shape, np.float32, tensor.nbytes, kind.ggml)
-    writer.split_max_size = 0  # the tensors are placed, and it would warn of a single file
-    headers = _headers(path, writer)
-    count = len(headers)
-    names = [SHARD_NAME_FORMAT.format(path.stem, i + 1, count) for i in range(count)]
-    paths = tuple(path.with_name(name) for name in names) if count > 1 else (path,)
-    shard_of = {name: i for i, shard in enumerate(writer.tensors) for name in shard}
-    ends = [len(header) for header in headers]
-    slots = []
-    for tensor in tensors:
-        file = shard_of[tensor.spec.name]
-        slots.append(TensorSlot(tensor, file, ends[file]))
-        ends[file] += aligned_bytes(tensor)
-    return Output(path, paths, headers, tuple(ends), tuple(slots))
-
-
-def aligned_bytes(tensor: PlannedTensor) -> int:
-    """Return the bytes that a tensor takes in the file, with padding."""
-    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _headers(path: Path, writer: GGUFWriter) -> tuple[bytes, ...]:
-    with disk_errors(path), TemporaryDirectory() as folder:
-        writer.write_header_to_file(Path(folder) / "header.gguf")
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        return tuple(_aligned(name.read_bytes()) for name in sorted(Path(folder).iterdir()))
-
-
-def _aligned(data: bytes) -> bytes:
-    return data + bytes(-len(data) % ALIGNMENT)
+_LONGEST_LAST_LINE = 64  # that says "complete"
 
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A line of the journal: the first one identifies the run, each other one finishes a tensor.
+    """A line of the journal: the first one identifies the run, and others finish a tensor.
 
+    The last one says that the files are `complete`; only then do they get their names.
     `partials` are percent-encoded, because names of files need not be UTF-8.
     """
 
@@ -129,6 +47,7 @@ class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     source: str = ""
     tensor: str = ""
     pieces: tuple[tuple[Annotated[int, msgspec.Meta(gt=0)], int], ...] = ()
+    complete: bool = False
 
 
 class Journal:
@@ -147,10 +66,7 @@ class Journal:
         self.done: set[str] = set()
         self.finished: set[str] = set()
         self._path = _journal_path(output)
-        digest = hashlib.sha256(fingerprint.encode())
-        for header in output.headers:
-            digest.update(header)
-        self._identity = digest.hexdigest()
+        self._identity = _identity(output, fingerprint)
         self._files: list[int] = []
         self._journal: BinaryIO
         self._opened = ExitStack()
@@ -261,14 +177,49 @@ class Journal:
             self._journal.write(msgspec.json.encode(line) + b"\n")
             self._journal.flush()
 
-    def publish(self) -> None:
-        """Give the complete files their names and remove the journal."""
+    def publish(self, tidy: Callable[[], object] = lambda: None) -> None:
+        """Give the complete files their names, tidy up, and remove the journal.
+
+        The journal goes last, because it tells the next run after a kill to do the rest of this.
+        """
         with disk_errors(self.output.path):
             for fd in self._files:
                 os.fsync(fd)
+            self._record(_Line(complete=True))
             for partial, path in zip(self.output.partials, self.output.paths, strict=True):
                 os.replace(partial, path)
+            tidy()
             self._path.unlink()
+
+
+def is_complete(output: Output, fingerprint: str) -> bool:
+    """Return whether a run of the same conversion was killed when its files were complete.
+
+    Then what has their names already is replaced without `force`, unless it begins otherwise.
+    """
+    try:
+        named = zip(output.paths, output.headers, strict=True)
+        if not all(_begins_with(path, header) for path, header in named if path.exists()):
+            return False
+        with open(_journal_path(output), "rb") as journal:
+            first = _parsed(journal.readline(_LONGEST_FIRST_LINE))
+            journal.seek(max(0, os.fstat(journal.fileno()).st_size - _LONGEST_LAST_LINE))
+            last = journal.read().rpartition(b"\n")[0].rpartition(b"\n")[2]
+    except OSError:
+        return False
+    return first.identity == _identity(output, fingerprint) and _parsed(last).complete
+
+
+def _begins_with(path: Path, header: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(header)) == header
+
+
+def _identity(output: Output, fingerprint: str) -> str:
+    digest = hashlib.sha256(fingerprint.encode())
+    for header in output.headers:
+        digest.update(header)
+    return digest.hexdigest()
 
 
 def interrupted_source(output: Output) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dots1_local.convert.from_hub import fetch_shards, refuse_other_commit, shards_folder
+from dots1_local.convert.output import Output
 from dots1_local.convert.pipeline import Encoder, Pipeline, verify_layout
-from dots1_local.convert.writer import Journal, Output
+from dots1_local.convert.writer import Journal, is_complete
 from dots1_local.errors import Dots1Error
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.gguf import cores
@@ -59,7 +60,8 @@ class Writing:
     def run(self) -> Result:
         """Write the file, or what is left of it."""
         with self._path_errors():
-            _check_target(self.output, self.force, self.source.shards)
+            force = self.force or is_complete(self.output, self.fingerprint)
+            _check_target(self.output, force, self.source.shards)
             write = self._plain() if self.refining is None else self._refined(self.refining)
         source = self.source.fingerprint
         with Journal(self.output, self.fingerprint, self.progress, source) as journal:
@@ -67,11 +69,14 @@ class Writing:
                 self.on_resume(len(journal.done), len(self.tensors), "tensors", "")
             refined = write(journal)
             verify_layout(self.output)
-            journal.publish()
+            journal.publish(self._remove_inputs)
+        return Result(self.output.paths, self.output.total_bytes, len(journal.done), refined)
+
+    def _remove_inputs(self) -> None:
+        """Remove what was fetched and computed for this file alone."""
         remove_shards(shards_folder(self.output))
         if self.refining:
             self.refining.files(self.source, self.output).remove()
-        return Result(self.output.paths, self.output.total_bytes, len(journal.done), refined)
 
     def _plain(self) -> Callable[[Journal], Refined]:
         """Fetch shards, and return a function that converts all tensors."""

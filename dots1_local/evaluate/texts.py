@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from dots1_local.engine.engine import Vocabulary
 from dots1_local.errors import CheckpointError, UsageError
 from dots1_local.evaluate.perplexity import read_text
 from dots1_local.files.checkpoint import Checkpoint
+from dots1_local.files.partial_file import scratch_file
 
 __all__ = ["open_vocabulary", "tokenize"]
 
@@ -34,8 +34,7 @@ def open_vocabulary(checkpoint: Checkpoint) -> Iterator[Vocabulary]:
     Raises:
         CheckpointError: the checkpoint has no tokeniser that can be converted.
     """
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "vocabulary.gguf"
+    with scratch_file() as path:
         write_vocabulary(checkpoint, path)
         vocabulary = Vocabulary.load(path)
     with vocabulary:

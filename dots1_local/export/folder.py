@@ -1,7 +1,8 @@
 """The folder an export writes: `DIR.partial` until it is complete, so that runs can resume.
 
-`DIR.journal` identifies the export that wrote the shards in `DIR.partial`. A shard gets its name
-when it is complete and on disk, so a killed run loses only the shard it was writing.
+`DIR.journal` identifies the export that wrote the shards in `DIR.partial`, and says when all is
+complete. A shard gets its name when it is complete and on disk, so a killed run loses only the
+shard it was writing.
 """
 
 import os
@@ -25,6 +26,7 @@ from dots1_local.files.partial_file import (
 
 __all__ = ["ExportFolder"]
 
+_COMPLETE = b" complete"  # in the journal, after the identity
 _WRITTEN = re.compile(
     r"model-\d{5,}-of-\d{5,}\.safetensors(\.partial)?|model\.safetensors\.index\.json"
     r"|(generation_|tokenizer_)?config\.json|tokenizer\.json"
@@ -34,7 +36,8 @@ _WRITTEN = re.compile(
 class ExportFolder:
     """Where one export is written; use it in a `with` statement.
 
-    `done` are the names of the shards that a former run with the same `identity` has finished.
+    `done` are the names of the shards that a former run with the same `identity` has finished. If
+    it was killed after the folder got its name, these are all shards, and nothing is replaced.
 
     Raises:
         Dots1Error: `output` is not empty (without `force`), cannot be a folder, holds a file that
@@ -57,14 +60,18 @@ class ExportFolder:
         self._journal = self._path.with_name(f"{self._path.name}.journal")
         self._shards, self._documents, self._identity = shards, documents, identity.encode()
         self._lock = ExitStack()
+        self._opened: BinaryIO
         self.done: set[str] = set()
         with disk_errors(output):
-            self._check(force)
+            self._published = self._is_published()
+            if not self._published:
+                self._check(force)
 
     def __enter__(self) -> Self:
         with disk_errors(self._path), ExitStack() as opened:
             busy = f"another export is writing {self._path}"
-            self._begin(opened.enter_context(open_locked(self._journal, busy)))
+            self._opened = opened.enter_context(open_locked(self._journal, busy))
+            self._begin(self._opened)
             self._lock = opened.pop_all()
         return self
 
@@ -82,12 +89,22 @@ class ExportFolder:
     def publish(self) -> None:
         """Write the small files and give the complete folder its name, or raise a Dots1Error."""
         with disk_errors(self._path):
-            for name, data in self._documents.items():
-                (self._partial / name).write_bytes(data)
-            if self._path.exists():
-                _remove(self._path)
-            os.replace(self._partial, self._path)
+            if not self._published:
+                for name, data in self._documents.items():
+                    (self._partial / name).write_bytes(data)
+                self._opened.write(_COMPLETE)
+                self._opened.flush()
+                if self._path.exists():
+                    _remove(self._path)
+                os.replace(self._partial, self._path)
             self._journal.unlink()
+
+    def _is_published(self) -> bool:
+        """Whether a former run with the same identity was killed after it had named the folder."""
+        if os.path.lexists(self._partial) or not self._journal.is_file():
+            return False
+        complete = self._journal.read_bytes() == self._identity + _COMPLETE
+        return complete and all(self._holds(self._path, shard) for shard in self._shards)
 
     def _check(self, force: bool) -> None:
         path = self._path
@@ -111,8 +128,14 @@ class ExportFolder:
             _check_written(self._path)
 
     def _begin(self, journal: BinaryIO) -> None:
-        if journal.read() == self._identity and self._partial.is_dir():
-            self.done = {shard.name for shard in self._shards if self._holds(shard)}
+        if self._published:
+            self.done = {shard.name for shard in self._shards}
+            return
+        same = journal.read().removesuffix(_COMPLETE) == self._identity
+        if same and self._partial.is_dir():
+            self.done = {shard.name for shard in self._shards if self._holds(self._partial, shard)}
+            journal.seek(len(self._identity))
+            journal.truncate()
             return
         if self._partial.exists():
             _remove(self._partial)
@@ -122,8 +145,8 @@ class ExportFolder:
         journal.flush()
         self._partial.mkdir()
 
-    def _holds(self, shard: Shard) -> bool:
-        path = self._partial / shard.name
+    def _holds(self, folder: Path, shard: Shard) -> bool:
+        path = folder / shard.name
         if not path.is_file() or path.stat().st_size != shard.nbytes:
             return False
         with open(path, "rb") as file:

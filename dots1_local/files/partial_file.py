@@ -8,8 +8,9 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,8 +20,13 @@ from dots1_local.sizes import bytes_apart
 
 __all__ = [
     "DiskNeed", "check_is_named", "check_parent", "check_space", "check_target", "disk_error",
-    "disk_errors", "open_locked", "open_partial", "partial_path", "write_all", "write_whole",
+    "disk_errors", "open_locked", "open_partial", "partial_path", "remove_abandoned",
+    "scratch_file", "write_all", "write_whole",
 ]  # fmt: skip
+
+
+_POLL = 0.005  # seconds between two looks at a lock that is waited for
+_PATIENCE = 10  # seconds; a small file takes milliseconds, unless its writer is frozen
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -134,11 +140,12 @@ def partial_path(path: Path) -> Path:
 
 @contextmanager
 def open_locked(
-    path: Path, busy: str, *, append: bool = False, private: bool = False
+    path: Path, busy: str, *, append: bool = False, private: bool = False, wait: float = 0
 ) -> Iterator[BinaryIO]:
     """Open `path` for reading and writing, create it if it is missing, and lock it in the block.
 
-    A symbolic link is not followed. Only the owner may read a `private` file.
+    A symbolic link is not followed. Only the owner may read a `private` file. The lock of another
+    process is waited for at most `wait` seconds.
 
     Raises:
         Dots1Error: another process holds the lock; the message is `busy`.
@@ -146,11 +153,17 @@ def open_locked(
     """
     from filelock import lock_descriptor  # takes 20 ms
 
-    with open(path, "a+b" if append else "r+b", opener=_opener(private)) as file:
-        # The last owner may have renamed or removed the file after it was opened here.
-        if not lock_descriptor(file.fileno(), blocking=False) or not _is_at(file, path):
+    deadline = time.monotonic() + wait
+    while True:
+        with open(path, "a+b" if append else "r+b", opener=_opener(private)) as file:
+            locked = lock_descriptor(file.fileno(), blocking=False)
+            # The last owner may have renamed or removed the file after it was opened here.
+            if locked and _is_at(file, path):
+                yield file
+                return
+        if time.monotonic() >= deadline:
             raise Dots1Error(busy)
-        yield file
+        time.sleep(_POLL)
 
 
 def _opener(private: bool) -> Callable[[str, int], int]:
@@ -172,18 +185,19 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 @contextmanager
-def open_partial(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+def open_partial(path: Path, *, private: bool = False, wait: float = 0) -> Iterator[BinaryIO]:
     """Write `path` as a whole: the block fills an empty PATH.partial, which then gets the name.
 
     The file is on the disk before it gets its name. If the block fails, PATH.partial is removed and
-    `path` stays as it was.
+    `path` stays as it was. Another process that writes it is waited for at most `wait` seconds.
 
     Raises:
         Dots1Error: another process is writing PATH.partial.
         OSError: the file cannot be written.
     """
     partial = partial_path(path)
-    with open_locked(partial, f"another run is writing {path}", private=private) as file:
+    busy = f"another run is writing {path}"
+    with open_locked(partial, busy, private=private, wait=wait) as file:
         try:
             file.truncate(0)
             yield file
@@ -203,13 +217,36 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file as a whole, or raise an OSError; the last of two writers wins."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Write a small file as a whole, or raise an OSError; the last of two writers wins.
+
+    Only the owner may read it. What a killed process left of it is overwritten.
+    """
     try:
-        with open(descriptor, "wb") as file:
+        with open_partial(path, private=True, wait=_PATIENCE) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    except Dots1Error as error:
+        raise TimeoutError(errno.ETIMEDOUT, str(error)) from None
+
+
+def remove_abandoned(partials: Iterable[Path]) -> None:
+    """Remove those of some partial files that no process is writing."""
+    for partial in partials:
+        with suppress(OSError, Dots1Error), open_locked(partial, "in use"):
+            partial.unlink()
+
+
+@contextmanager
+def scratch_file() -> Iterator[Path]:
+    """Yield the path of an empty file that no kill leaves behind: it is in memory.
+
+    Where the system has no such files, it is in a temporary folder.
+    """
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("dots1")
+        try:
+            yield Path(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / "scratch"

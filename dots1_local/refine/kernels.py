@@ -8,18 +8,18 @@ import ctypes
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
-from dots1_local.files.partial_file import disk_errors
+from dots1_local.files.partial_file import disk_errors, open_partial
 from dots1_local.files.user_folder import user_folder
 from dots1_local.refine.blocks import BlockFormat, Blocks
 
@@ -27,6 +27,7 @@ __all__ = ["Kernels", "Panel", "build_id"]
 
 Floats = NDArray[np.float32]
 
+_PATIENCE = 120  # seconds to wait for another process that compiles
 _SOURCES = Path(__file__).parent / "cpp"
 _FLAGS = ("-std=c++17", "-O3", "-ffast-math", "-march=native", "-shared", "-fPIC")
 _SIGNS = ("none", "free", "even")
@@ -212,25 +213,43 @@ def _library() -> ctypes.CDLL:
 def _compile(path: Path) -> None:
     """Compile to `path`, which appears when it is complete.
 
+    The compiler works in PATH.build, where the next run removes what a killed one left.
+
     Raises:
         Dots1Error: there is no compiler, or it fails; or the cache is not writable.
     """
+    folder = path.with_name(f"{path.name}.build")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
-            command = [_compiler(), *_FLAGS, "-o", str(built), str(_SOURCES / "kernels.cpp")]
+        with open_partial(path, wait=_PATIENCE) as file:
+            if path.exists():  # another process has compiled it meanwhile
+                file.write(path.read_bytes())
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
             try:
-                subprocess.run(command, check=True, capture_output=True, text=True)
-            except FileNotFoundError:
-                raise Dots1Error(
-                    f"refinement compiles its kernels, and there is no compiler {command[0]!r}; "
-                    "install g++ or clang++, or name one in CXX"
-                ) from None
-            except subprocess.CalledProcessError as error:
-                reason = error.stderr.strip().partition("\n")[0]
-                raise Dots1Error(f"{command[0]} cannot compile the kernels: {reason}") from None
-            os.replace(built, path)
+                _run_compiler(folder / path.name, file.fileno())
+                file.write((folder / path.name).read_bytes())
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_compiler(built: Path, lock: int) -> None:
+    """Run it; it holds the `lock`, too, so that one that outlives its parent is waited for."""
+    command = [_compiler(), *_FLAGS, "-o", str(built), str(_SOURCES / "kernels.cpp")]
+    environment = os.environ | {"TMPDIR": str(built.parent)}
+    try:
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, env=environment, pass_fds=[lock]
+        )
+    except FileNotFoundError:
+        raise Dots1Error(
+            f"refinement compiles its kernels, and there is no compiler {command[0]!r}; "
+            "install g++ or clang++, or name one in CXX"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().partition("\n")[0]
+        raise Dots1Error(f"{command[0]} cannot compile the kernels: {reason}") from None
 
 
 def _compiler() -> str:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import Dots1Error
-from dots1_local.files.partial_file import open_partial
+from dots1_local.files.partial_file import open_partial, remove_abandoned
 from dots1_local.serve.kv_block import BLOCK_TOKENS, Block
 
 __all__ = ["DiskCache"]
@@ -76,6 +76,8 @@ class DiskCache:
             self._make_folder()
             if not os.access(self._folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            paths = [path for *_, path in self._files()]
+            remove_abandoned(path for path in paths if path.suffix == ".partial")
             self._total = sum(size for _, _, size, _ in self._files())
             could_take = shutil.disk_usage(folder).free + self._total
             self._nbytes = min(_MOST, could_take // 2) if nbytes is None else nbytes

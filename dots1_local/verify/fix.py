@@ -91,12 +91,18 @@ def _check(files: Sequence[Path], path: Path, force: bool) -> list[Path]:
         for target in {path, *targets}:
             if target.with_name(target.name + ".journal").exists():
                 raise Dots1Error(f"a conversion to {target} is unfinished; write to another file")
+        force = force or _was_killed(targets)
         for target in targets:
             _check_source(files, target)
             check_target(target, force=force)
         needed = sum(file.stat().st_size for file in files)
         check_space(targets[0], needed, map(partial_path, targets))
     return targets
+
+
+def _was_killed(targets: Sequence[Path]) -> bool:
+    """Whether a copy was killed while its files got their names, of which the first comes last."""
+    return not targets[0].exists() and partial_path(targets[0]).exists()
 
 
 def _check_source(files: Sequence[Path], target: Path) -> None:

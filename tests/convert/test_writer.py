@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dots1_local.architecture import TensorSpec
+from dots1_local.convert.output import lay_out
 from dots1_local.convert.pipeline import verify_layout
-from dots1_local.convert.writer import Journal, lay_out
+from dots1_local.convert.writer import Journal
 from dots1_local.errors import Dots1Error
 from dots1_local.ggml import TYPES
 from dots1_local.quant.plan import PlannedTensor

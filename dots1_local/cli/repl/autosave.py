@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dots1_local.cli._output import notice, one_line, plural, progress_bar
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.files.partial_file import check_target, open_locked
+from dots1_local.files.partial_file import check_target, open_locked, remove_abandoned
 from dots1_local.files.user_folder import user_folder
 from dots1_local.sizes import human_bytes
 
@@ -243,6 +243,7 @@ class AutoSave:
         if self._recovery is None:
             folder = user_folder("state")
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            remove_abandoned(folder.glob("recovery-*.json.partial"))
             name = time.strftime(f"recovery-%Y%m%d-%H%M%S-{os.getpid()}.json")
             self._recovery = folder / name
         return self._recovery

@@ -198,16 +198,16 @@ def is_complete(output: Output, fingerprint: str) -> bool:
     Then what has their names already is replaced without `force`, unless it begins otherwise.
     """
     try:
-        named = zip(output.paths, output.headers, strict=True)
-        if not all(_begins_with(path, header) for path, header in named if path.exists()):
-            return False
         with open(_journal_path(output), "rb") as journal:
             first = _parsed(journal.readline(_LONGEST_FIRST_LINE))
             journal.seek(max(0, os.fstat(journal.fileno()).st_size - _LONGEST_LAST_LINE))
             last = journal.read().rpartition(b"\n")[0].rpartition(b"\n")[2]
+        if first.identity != _identity(output, fingerprint) or not _parsed(last).complete:
+            return False
+        named = zip(output.paths, output.headers, strict=True)
+        return all(_begins_with(path, header) for path, header in named if path.is_file())
     except OSError:
         return False
-    return first.identity == _identity(output, fingerprint) and _parsed(last).complete
 
 
 def _begins_with(path: Path, header: bytes) -> bool:

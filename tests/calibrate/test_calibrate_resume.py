@@ -194,3 +194,46 @@ def test_two_runs_do_not_share_a_folder(micro: Checkpoint, tmp_path: Path) -> No
     calibrate(
         micro, tmp_path / "out", random_tokens(6), threads=1, progress=again, sensitivity=False
     )
+
+
+@pytest.mark.parametrize("moved", range(3))
+def test_killed_while_the_results_get_their_places(
+    micro: Checkpoint, expected: bytes, tmp_path: Path, moved: int
+) -> None:
+    output, replace, left = tmp_path / "out", os.replace, moved
+
+    def moving(source: Path, target: Path) -> None:
+        nonlocal left
+        if Path(target).parent == output:
+            left -= 1
+            if left < 0:
+                raise Stopped
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.replace", moving)
+        with pytest.raises(Stopped):
+            run(micro, output, random_tokens(6))
+    assert len([path for path in output.iterdir() if path.is_file()]) == moved
+    assert run(micro, output, random_tokens(6)) == expected
+    assert not (output / "work").exists()
+
+
+def test_killed_after_the_results_have_their_places(
+    micro: Checkpoint, expected: bytes, tmp_path: Path
+) -> None:
+    unlink = Path.unlink
+
+    def removing(path: Path, missing_ok: bool = False) -> None:
+        if (tmp_path / "calibration.json").exists():
+            raise Stopped
+        unlink(path, missing_ok)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", removing)
+        with pytest.raises(Stopped):
+            run(micro, tmp_path, random_tokens(6))
+    with pytest.raises(Dots1Error, match="--force"):
+        run(micro, tmp_path, random_tokens(6))
+    assert (tmp_path / "imatrix.gguf").read_bytes() == expected
+    assert not (tmp_path / "work").exists()

@@ -67,6 +67,14 @@ def test_a_good_end_removes_its_recovery_file_and_the_claimed_one(folder: Path) 
     assert list(folder.iterdir()) == []
 
 
+def test_what_a_killed_dialogue_left_half_written_goes_with_the_next_save(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "recovery-20250101-000000-1.json.partial").write_text("{")
+    kept = autosave()
+    assert [kept.save()] == list(folder.iterdir())
+    kept.release()
+
+
 def test_an_empty_conversation_is_not_saved(folder: Path, tmp_path: Path) -> None:
     kept = AutoSave(session([Message("system", "S")]), tmp_path / "talk.json")
     assert kept.save() is None

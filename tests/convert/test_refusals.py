@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from dots1_local.convert import Conversion
 from dots1_local.errors import Dots1Error
+from dots1_local.evaluate.texts import open_vocabulary
+from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.quant.plan import QuantPlan
 from tests.micro import edit_json, micro_checkpoint
 
@@ -116,9 +118,37 @@ def test_shards_of_a_run_killed_while_publishing_are_kept(checkpoint: Path, tmp_
         with pytest.raises(KeyboardInterrupt):
             conversion.run(output, split_max_size=20_000)
     unpublish_last(tmp_path, len(whole.paths))
-    result = conversion.run(output, split_max_size=20_000, force=True)
+    result = conversion.run(output, split_max_size=20_000)
     assert result.resumed_tensors == len(conversion.tensors)
     assert [p.read_bytes() for p in result.paths] == [p.read_bytes() for p in whole.paths]
+    assert sorted(tmp_path.glob("out*")) == sorted(result.paths)
+
+
+def test_a_file_of_somebody_else_is_not_taken_for_that_of_a_killed_run(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.gguf"
+    conversion = Conversion.prepare(checkpoint, "Q8_0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "pathlib.Path.unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            conversion.run(output)
+    output.write_bytes(b"precious")
+    with pytest.raises(Dots1Error, match="--force"):
+        conversion.run(output)
+    assert output.read_bytes() == b"precious"
+
+
+def test_no_temporary_folder_is_needed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill would leave there what a conversion keeps there."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    Conversion.prepare(checkpoint, "Q8_0").run(tmp_path / "out.gguf")
+    with open_vocabulary(Checkpoint.open(checkpoint)) as vocabulary:
+        assert vocabulary.tokenize("a", special=False)
 
 
 def unpublish_last(folder: Path, count: int) -> None:

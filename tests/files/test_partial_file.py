@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from dots1_local.files.partial_file import (
     open_locked,
     open_partial,
     partial_path,
+    remove_abandoned,
     write_whole,
 )
 
@@ -78,6 +80,49 @@ def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
     with open_locked(path, "busy") as file:
         assert file.read() == b""
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    partial_path(path).write_bytes(b"left by a killed run, and longer")
+    write_whole(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_two_writers_of_a_small_file_wait_for_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with ThreadPoolExecutor(1) as pool:
+        with open_partial(path) as file:
+            second = pool.submit(write_whole, path, b"second")
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.1)
+            file.write(b"first")
+        second.result(timeout=10)
+    assert path.read_bytes() == b"second"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_only_files_that_nobody_writes_are_abandoned(tmp_path: Path) -> None:
+    written, left = (partial_path(tmp_path / name) for name in ("written", "left"))
+    left.touch()
+    with open_locked(written, "busy"):
+        remove_abandoned([written, left])
+        assert os.listdir(tmp_path) == [written.name]
+
+
+def test_a_scratch_file_has_no_name_that_a_kill_could_leave(tmp_path: Path) -> None:
+    code = (
+        "from dots1_local.files.partial_file import scratch_file\n"
+        "import os, signal\n"
+        "with scratch_file() as path:\n"
+        "    path.write_bytes(b'12'); assert path.read_bytes() == b'12'\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe"])

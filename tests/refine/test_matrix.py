@@ -179,6 +179,24 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     assert "no compiler 'no-such-compiler'; install g++" in found.stderr
 
 
+def test_what_a_killed_compiler_left_goes_when_it_runs_again(tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f"#!{sys.executable}\nimport os, sys\n"
+        "open(os.environ['TMPDIR'] + '/temporary.o', 'w')\n"
+        "if os.path.exists('again'): open(sys.argv[sys.argv.index('-o') + 1], 'w').write('built')\n"
+        "else: open('again', 'w'), os.kill(os.getppid(), 9)\n"
+    )
+    compiler.chmod(0o755)
+    command = [sys.executable, "-c", "from dots1_local.refine.kernels import _library; _library()"]
+    cache = tmp_path / "cache"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "CXX": str(compiler)}
+    for left in (2, 1):  # PATH.partial and PATH.build; then the library alone
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+        assert len(list((cache / "dots1").iterdir())) == left
+    assert next((cache / "dots1").iterdir()).read_text() == "built"
+
+
 @pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_XXS"])
 def test_the_fast_encoder_is_no_worse_than_ggmls(name: str) -> None:
     kind, matrix = TYPES[name], normal(64, 512, scale=0.02)

@@ -12,6 +12,7 @@ from threading import Event as Flag
 import numpy as np
 import pytest
 
+from dots1_local.files.partial_file import open_locked
 from dots1_local.serve import disk_cache, prompt_cache
 from dots1_local.serve.generation import Scored
 from tests.helpers import all_logits, random_tensors, until, write_random_gguf
@@ -145,6 +146,18 @@ def test_a_damaged_block_is_computed_again(
     again = answer_once(model, disk, LONG)
     assert cached(again) == 128
     Alone(model).check(LONG, again.logprobs())
+
+
+def test_what_a_killed_server_left_half_written_goes_when_the_next_one_starts(
+    model: Path, disk: Path
+) -> None:
+    answer_once(model, disk, LONG)
+    block = files(disk)[0]
+    half, written = (block.with_name(f"0000000{n}-{'0' * 32}.kv.partial") for n in (1, 2))
+    half.write_bytes(b"half")
+    with open_locked(written, "busy"):  # as by another server
+        answer_once(model, disk, OTHER)
+        assert [path.name for path in block.parent.glob("*.partial")] == [written.name]
 
 
 def test_other_models_and_types_have_their_own_blocks(

@@ -9,6 +9,7 @@ import pytest
 from dots1_local.chat.session import Session
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
+from dots1_local.files.partial_file import partial_path
 from dots1_local.verify import verify_gguf
 from dots1_local.verify.fix import check_output, write_fixed
 from tests.helpers import EOS, scripted_tensors, tokens_of, write_random_gguf
@@ -68,6 +69,17 @@ def test_all_shards_of_a_split_file_are_copied(tmp_path: Path) -> None:
         assert tensor_bytes(before) == tensor_bytes(after)
     with Engine.open(paths[0], n_ctx=64, threads=1) as engine:
         assert engine.decode([1, 2, 3], 0).shape == (engine.n_vocab,)
+
+
+def test_a_copy_killed_while_its_shards_got_their_names_is_made_again(tmp_path: Path) -> None:
+    write_random_gguf(tmp_path / "model.gguf", gating=1, shard_tensors=12)
+    source = min(tmp_path.iterdir())
+    paths = fix(source, tmp_path / "fixed.gguf")
+    whole = [path.read_bytes() for path in paths]
+    for path in paths[:2]:  # the last one gets its name first
+        path.rename(partial_path(path))
+    assert [path.read_bytes() for path in fix(source, tmp_path / "fixed.gguf")] == whole
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_without_copy_file_range_the_copy_is_the_same(

@@ -146,6 +146,9 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     hub: HubServer
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that were killed."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"

@@ -10,8 +10,10 @@ from benchmarks.campaign.trial import Broken
 from tests.micro import micro_checkpoint
 from tests.verify.patch import rewrite
 
-__all__ = ["TEXT", "TINY", "calibrated", "inputs", "micro", "one_at_a_time", "q8", "split", "text",
-           "wrong"]  # fmt: skip
+__all__ = [
+    "TEXT", "calibrated", "inputs", "micro", "mini", "mini_q8", "one_at_a_time", "q8", "split",
+    "text", "wrong",
+]  # fmt: skip
 
 TINY = Path(__file__).parents[2] / "examples" / "dots1-tiny"
 TEXT = (TINY / "heldout.txt").read_text(encoding="utf-8")[:6000]
@@ -43,10 +45,10 @@ def q8() -> Path:
 
 
 def split() -> Path:
-    """The example in Q8_0, in shards: the first one."""
-    options = ("--type", "Q8_0", "--split-max-size", "5M")
-    name = "split-00001-of-00005.gguf"
-    return _made(name, "convert", str(TINY), "-o", "split.gguf", *options)
+    """`mini` in Q8_0, in shards: the first one."""
+    options = ("--type", "Q8_0", "--split-max-size", "1M")
+    name = "split-00001-of-00004.gguf"
+    return _made(name, "convert", str(mini()), "-o", "split.gguf", *options)
 
 
 def micro() -> Path:
@@ -56,6 +58,23 @@ def micro() -> Path:
         if not path.exists():
             micro_checkpoint(path, shards=2)
         return path
+
+
+def mini() -> Path:
+    """A random checkpoint of three layers and 7 MB, in three shards."""
+    with one_at_a_time:
+        path = inputs() / "mini"
+        if not path.exists():
+            micro_checkpoint(
+                path, shards=3, hidden_size=256, num_hidden_layers=3, intermediate_size=512,
+                moe_intermediate_size=128, n_routed_experts=8,
+            )  # fmt: skip
+        return path
+
+
+def mini_q8() -> Path:
+    """`mini` in Q8_0."""
+    return _made("mini.gguf", "convert", str(mini()), "-o", "mini.gguf", "--type", "Q8_0")
 
 
 def calibrated() -> Path:

@@ -15,10 +15,11 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.campaign.inputs import (
-    TINY,
     calibrated,
     inputs,
     micro,
+    mini,
+    mini_q8,
     one_at_a_time,
     q8,
     split,
@@ -32,6 +33,7 @@ from tests.hub_server import NAME, HubServer
 
 __all__ = ["PART"]
 
+_HEADER = 1 << 19  # bytes; shards have more, and other files less
 _ATTEMPTS = 20  # at a kill that comes before the end
 _CHECKED_BY_NAME = (".dots1-verified.json",)  # it has times of files
 _DONE = ("exists", "is not empty")  # in what a command says that has nothing left to do
@@ -158,7 +160,7 @@ def _contents(place: Place) -> dict[str, str]:
 def _arrived(place: Place) -> int:
     """The bytes of shards that are on the disk, whole or not."""
     paths = [*place.home.rglob("blobs/*"), *place.work.rglob("*.shards/**/*")]
-    shards = [path for path in paths if path.is_file() and path.stat().st_size > 1 << 20]
+    shards = [path for path in paths if path.is_file() and path.stat().st_size > _HEADER]
     return sum(path.stat().st_size for path in shards)
 
 
@@ -197,8 +199,9 @@ def _with_kernels(place: Place) -> None:
     shutil.copytree(kernels, place.home / ".cache" / "dots1")
 
 
-def _copy_of_q8(place: Place) -> None:
-    shutil.copy(q8(), place.work / "out.gguf")
+def _older_file(place: Place) -> None:
+    _link(mini)(place)
+    shutil.copy(mini_q8(), place.work / "out.gguf")
 
 
 @cache
@@ -207,14 +210,10 @@ def _one_file() -> Path:
     with one_at_a_time:
         folder = inputs() / "repository"
         folder.mkdir(exist_ok=True)
-        shutil.copy(q8(), folder / "tiny-Q8_0.gguf")
+        shutil.copy(mini_q8(), folder / "tiny-Q8_0.gguf")
         for path in split().parent.glob("split-*.gguf"):
             shutil.copy(path, folder / path.name.replace("split", "tiny-Q4_K_M"))
         return folder
-
-
-def _hub_checkpoint() -> Path:
-    return TINY
 
 
 def _wrong_shards(place: Place) -> None:
@@ -225,41 +224,44 @@ def _wrong_shards(place: Place) -> None:
     first.symlink_to(wrong(split()))
 
 
-_TO_Q8 = ("convert", str(TINY), "-o", "out.gguf", "--type", "Q8_0")
+_TO_Q8 = ("convert", "mini", "-o", "out.gguf", "--type", "Q8_0")
 _FROM_HUB = ("convert", NAME, "-o", "out.gguf", "--type", "Q8_0")
 _REFINE = ("convert", "micro", "-o", "out.gguf", "--type", "Q4_K_M", "--refine", "-t", "1")
 _CALIBRATE = ("calibrate", "micro", "-o", "cal", "-f", "text.txt", "-c", "64", "--chunks", "4",
               "-t", "1")  # fmt: skip
 
 _CASES: dict[str, Case] = {
-    "convert": _command(*_TO_Q8),
-    "convert, one thread": _command(*_TO_Q8, "-t", "1"),
-    "convert --split-max-size": _command(*_TO_Q8, "--split-max-size", "5M"),
-    "convert --force": _command(*_TO_Q8[:-1], "Q5_0", "--force", prepare=_copy_of_q8),
+    "convert": _command(*_TO_Q8, prepare=_link(mini)),
+    "convert, one thread": _command(*_TO_Q8, "-t", "1", prepare=_link(mini)),
+    "convert --split-max-size": _command(
+        *_TO_Q8, "--split-max-size", "1M", prepare=_link(mini)
+    ),
+    "convert --force": _command(*_TO_Q8[:-1], "Q5_0", "--force", prepare=_older_file),
     "convert --refine": _command(*_REFINE, "--calibration", "calibrated", prepare=_with_kernels),
     "convert --refine, compiling": _command(
         *_REFINE, "--calibration", "calibrated", prepare=_link(micro, calibrated)
     ),
     "convert --refine -f": _command(*_REFINE, "-f", "text.txt", prepare=_with_kernels),
-    "hub: convert": _command(*_FROM_HUB, hub=_hub_checkpoint),
-    "hub: convert --low-disk": _command(*_FROM_HUB, "--low-disk", hub=_hub_checkpoint),
+    "hub: convert": _command(*_FROM_HUB, hub=mini),
+    "hub: convert --low-disk": _command(*_FROM_HUB, "--low-disk", hub=mini),
     "hub: a GGUF": _command("verify", f"{NAME}:Q8_0", "--quick", hub=_one_file),
     "hub: a split GGUF": _command("verify", f"{NAME}:Q4_K_M", "--quick", hub=_one_file),
     "calibrate": _command(*_CALIBRATE, prepare=_link(micro, text)),
     "calibrate --refine": _command(*_CALIBRATE, "--refine", prepare=_link(micro, text)),
     "export": _command(
-        "export", "q8.gguf", "-o", "out", "--shard-size", "8MB", prepare=_link(q8), whole=("out",)
+        "export", "mini.gguf", "-o", "out", "--shard-size", "2MB", prepare=_link(mini_q8),
+        whole=("out",),
     ),
     "logits": _command(
         "perplexity", "q8.gguf", "-f", "text.txt", "-c", "128", "--save-logits", "base.kld",
         prepare=_link(q8, text),
     ),
     "verify --fix": _command(
-        "verify", "wrong-q8.gguf", "--quick", "--fix", "fixed.gguf",
-        prepare=_link(lambda: wrong(q8())),
+        "verify", "wrong-mini.gguf", "--quick", "--fix", "fixed.gguf",
+        prepare=_link(lambda: wrong(mini_q8())),
     ),
     "verify --fix, split": _command(
-        "verify", "split-00001-of-00005.gguf", "--quick", "--fix", "fixed.gguf",
+        "verify", "split-00001-of-00004.gguf", "--quick", "--fix", "fixed.gguf",
         prepare=_wrong_shards,
     ),
 }  # fmt: skip

@@ -149,7 +149,7 @@ class Program:
             if time.monotonic() - self._started > self.limit:
                 self.kill()
                 return 124
-            time.sleep(0.0005)
+            time.sleep(0.005)
         self._process.join()
         return self._process.exitcode or 0
 
@@ -162,7 +162,7 @@ class Program:
                 break
             if time.monotonic() - self._started > self.limit:
                 break
-            time.sleep(0.0002)
+            time.sleep(0.0005)
         else:
             self._process.join(timeout=0)
             return self._process.exitcode == -signal.SIGKILL and self.ended()

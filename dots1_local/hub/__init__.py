@@ -99,11 +99,16 @@ class HubCheckpoint(Checkpoint):
             CheckpointError: the shard has another header, or cannot be read.
         """
         for name, place in read_header(shard).items():
-            if name in self and replace(self.locate(name), scales=None) != place:
+            if name in self and _in_shard(self.locate(name)) != _in_shard(place):
                 raise CheckpointError(
                     f"{shard.name} of {self.repo} has another header than the hub sent first, "
                     "which was damaged on the way: run the same command again"
                 )
+
+
+def _in_shard(place: Slice) -> Slice:
+    """The place in its shard, wherever the shard is."""
+    return replace(place, file=Path(place.file.name), scales=None)
 
 
 def on_hub(checkpoint: Checkpoint, low_disk: bool) -> HubCheckpoint | None:

@@ -197,7 +197,13 @@ class HubRepo:
 
     def note_revision(self, name: str) -> None:
         """Let the cache know the branch of a fetched file, too, for runs without a network."""
-        if name in self.files:
+        from huggingface_hub import try_to_load_from_cache
+
+        known, here = (
+            try_to_load_from_cache(self.name, name, revision=revision)
+            for revision in (self.revision, self.commit)
+        )
+        if name in self.files and known != here:
             with suppress(CheckpointError):
                 self.download(name, revision=self.revision)
 

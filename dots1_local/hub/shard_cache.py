@@ -97,7 +97,7 @@ class ShardCache:
             OSError: the cache cannot be used.
         """
         arrived = dict.fromkeys(self.files, 0)
-        missing, total = self.missing(), sum(file.size for file in self.files)
+        total = sum(file.size for file in self.files)
 
         def provide(file: HubFile, stop: Event) -> None:
             received = partial(arrived.__setitem__, file)
@@ -108,7 +108,6 @@ class ShardCache:
             progress(sum(arrived.values()), total, "bytes", f"fetching {self.repo.name}")
 
         parallel_map(provide, self.files, _AT_ONCE, report)
-        if missing:
-            self.repo.note_revision("config.json")
+        self.repo.note_revision("config.json")
         for file in self.files:
             self._checkpoint.check_header(self.path(file))

@@ -152,6 +152,17 @@ def test_what_a_killed_download_left_is_removed(
     assert blob.stat().st_size == sizes(tiny)[SECOND]
 
 
+def test_a_killed_download_is_known_by_its_branch_after_the_next_run(
+    hub: HubServer, cache: Path, tmp_path: Path
+) -> None:
+    """Without a network, the branch is all that a command names."""
+    prepare(hub).run(tmp_path / "out.gguf")
+    (branch,) = cache.glob("*/refs/main")
+    branch.unlink()  # as if the kill had come when all shards had just arrived
+    prepare(hub).run(tmp_path / "again.gguf")
+    assert branch.read_text() == hub.main
+
+
 def test_a_server_without_ranges_sends_all_again(
     hub: HubServer, converted: Converted, tmp_path: Path
 ) -> None:

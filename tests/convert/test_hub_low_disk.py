@@ -61,6 +61,14 @@ def test_the_same_bytes_as_from_a_folder(
     assert {path.name for path in tmp_path.iterdir()} == {"out.gguf", "cache"}
 
 
+def test_the_output_may_be_named_from_the_current_folder(
+    hub: HubServer, converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare(hub).run(Path("out.gguf"), low_disk=True)
+    assert Path("out.gguf").read_bytes() == converted("Q8_0").read_bytes()
+
+
 def test_the_next_shard_is_fetched_while_one_is_encoded(hub: HubServer, tmp_path: Path) -> None:
     another = Event()
     in_time: list[bool] = []

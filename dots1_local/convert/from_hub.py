@@ -9,6 +9,7 @@ from dots1_local.errors import CheckpointError
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import DiskNeed
 from dots1_local.hub import HubCheckpoint, on_hub
+from dots1_local.hub.large_file import remove_stale
 from dots1_local.hub.shard_cache import ShardCache
 from dots1_local.hub.shard_order import ShardOrder, order_freely
 from dots1_local.hub.shard_supply import ShardSupply, shards_ahead
@@ -40,10 +41,10 @@ def fetch_shards(
     refuse_other_commit(remote, output)
     cache = ShardCache(remote)
     need = DiskNeed(output.path, output.total_bytes, output.partials, output.path.name)
+    remove_stale(cache.repo)
     if low_disk:
         order = order_of(remote, tensors, cache.held(progress))
         return _plan_low_disk(remote, shards_folder(output), order, need)
-    cache.remove_stale()
     cache.check_room(need, order_of(remote, tensors).peak(0).nbytes, "the output")
     cache.fetch(progress)
     return None

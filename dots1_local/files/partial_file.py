@@ -230,7 +230,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def remove_abandoned(partials: Iterable[Path]) -> None:
     """Remove those of some partial files that no process is writing."""
-    for partial in partials:
+    for partial in filter(os.path.lexists, partials):
         with suppress(OSError, Dots1Error), open_locked(partial, "in use"):
             partial.unlink()
 

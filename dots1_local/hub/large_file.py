@@ -8,7 +8,7 @@ huggingface_hub would give it, so that all programs share it.
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -19,7 +19,7 @@ from dots1_local.files.partial_file import check_space, disk_errors
 from dots1_local.hub.client import HubFile, HubRepo, Received, Stopped
 from dots1_local.hub.verified import VerifiedFiles
 
-__all__ = ["check_room", "fetch_large", "is_cached", "snapshot_path"]
+__all__ = ["check_room", "fetch_large", "is_cached", "remove_stale", "snapshot_path"]
 
 _STEP = 1 << 20  # bytes that are hashed at once
 
@@ -48,6 +48,17 @@ def check_room(repo: HubRepo, files: Iterable[HubFile]) -> None:
         needed = sum(file.size for file in missing if not (folder / file.digest).is_file())
         arrived = [_incomplete(folder / file.digest) for file in missing]
         check_space(folder / "x", needed, arrived, what=repo.name)
+
+
+def remove_stale(repo: HubRepo) -> None:
+    """Remove what killed downloads of huggingface_hub left; it would keep them."""
+    from filelock import FileLock, Timeout
+
+    folder = _folder(repo)
+    for path in folder.glob("blobs/*.*.incomplete"):
+        lock = folder.parent / ".locks" / folder.name / f"{path.name.partition('.')[0]}.lock"
+        with suppress(Timeout, OSError), FileLock(lock, timeout=0):  # nobody is downloading
+            path.unlink()
 
 
 def fetch_large(

@@ -14,6 +14,7 @@ from dots1_local.architecture import Dots1Config, TensorSpec, inventory
 from dots1_local.files.checkpoint import Checkpoint
 from dots1_local.files.partial_file import DiskNeed
 from dots1_local.hub import HubCheckpoint, on_hub
+from dots1_local.hub.large_file import remove_stale
 from dots1_local.hub.shard_cache import ShardCache
 from dots1_local.hub.shard_order import ShardOrder, order_as_given
 from dots1_local.hub.shard_supply import ShardSupply, remove_shards, shards_ahead
@@ -169,6 +170,7 @@ def open_shards(
     if remote is None:
         return PassShards(checkpoint)
     cache = ShardCache(remote)
+    remove_stale(cache.repo)
     held = set(cache.held(progress)) if low_disk else set()
     sizes = {file.name: file.size for file in cache.files if file.name not in held}
     shards = LowDiskShards(remote, folder / remote.repo.commit, sizes)
@@ -177,7 +179,6 @@ def open_shards(
         shards.ahead = shards_ahead(orders, folder, need)
         return shards
     remove_shards(folder)  # of an earlier run with little disk
-    cache.remove_stale()
     least = max(order.peak(0).nbytes for order in orders)
     cache.check_room(need, least, f"the {need.what}")
     cache.fetch(progress)

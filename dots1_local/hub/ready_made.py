@@ -16,7 +16,13 @@ from dots1_local.files.gguf import SHARD, GGUFFile
 from dots1_local.files.gguf_header import GGUFHeader, HeaderIncomplete
 from dots1_local.hub import is_hub_id, open_cached, open_repo
 from dots1_local.hub.client import HubFile, HubRepo, parallel_map
-from dots1_local.hub.large_file import check_room, fetch_large, is_cached, snapshot_path
+from dots1_local.hub.large_file import (
+    check_room,
+    fetch_large,
+    is_cached,
+    remove_stale,
+    snapshot_path,
+)
 from dots1_local.hub.retries import Unreachable
 from dots1_local.progress import Progress, silent
 
@@ -108,6 +114,7 @@ class HubModel:
 
         parallel_map(provide, self.files, _AT_ONCE, report)
         self.repo.note_revision(self.files[0].name)
+        remove_stale(self.repo)
         return self.path
 
 

@@ -1,6 +1,5 @@
 """Shards in the hub's own cache: which are there and undamaged, and fetching the others."""
 
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -40,17 +39,6 @@ class ShardCache:
             for file in self.files
             if not self.path(file).is_file() and not (blobs / file.digest).is_file()
         ]
-
-    def remove_stale(self) -> None:
-        """Remove what killed downloads left of missing shards; huggingface_hub would keep it."""
-        from filelock import FileLock, Timeout
-
-        folder = self._folder
-        for file in self.missing():
-            lock = folder.parent / ".locks" / folder.name / f"{file.digest}.lock"
-            with suppress(Timeout, OSError), FileLock(lock, timeout=0):  # nobody is downloading
-                for path in folder.glob(f"blobs/{file.digest}.*.incomplete"):
-                    path.unlink()
 
     def holds(self, file: HubFile) -> bool:
         """Whether the shard is there and has the listed hash."""

@@ -75,6 +75,12 @@ def test_what_a_killed_dialogue_left_half_written_goes_with_the_next_save(folder
     kept.release()
 
 
+def test_a_half_written_kv_cache_goes_with_the_next_save(tmp_path: Path) -> None:
+    (tmp_path / "talk.kv.partial").write_bytes(b"left by a killed dialogue")
+    autosave().save_as(tmp_path / "talk.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
+
+
 def test_an_empty_conversation_is_not_saved(folder: Path, tmp_path: Path) -> None:
     kept = AutoSave(session([Message("system", "S")]), tmp_path / "talk.json")
     assert kept.save() is None

@@ -137,19 +137,20 @@ def test_a_cut_connection_is_resumed(
     assert hub.shard_bytes()[SECOND] <= sizes(tiny)[SECOND] + len(cuts) * CHUNK
 
 
+@pytest.mark.parametrize("name", [SECOND, "config.json"])
 def test_what_a_killed_download_left_is_removed(
-    hub: HubServer, tiny: Path, cache: Path, tmp_path: Path
+    hub: HubServer, tiny: Path, cache: Path, tmp_path: Path, name: str
 ) -> None:
     """huggingface_hub gives every download a new temporary name, and forgets it if killed."""
     prepare(hub).run(tmp_path / "out.gguf")
-    shard = next(cache.glob(f"*/snapshots/*/{SECOND}"))
-    blob = shard.resolve()
+    file = next(cache.glob(f"*/snapshots/*/{name}"))
+    blob = file.resolve()
     left = blob.with_name(f"{blob.name}.0123abcd.incomplete")
     blob.rename(left)
-    shard.unlink()
+    file.unlink()
     prepare(hub).run(tmp_path / "again.gguf")
     assert not left.exists()
-    assert blob.stat().st_size == sizes(tiny)[SECOND]
+    assert blob.read_bytes() == (tiny / name).read_bytes()
 
 
 def test_a_killed_download_is_known_by_its_branch_after_the_next_run(

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING
 
 from dots1_local.cli._output import notice, one_line, plural, progress_bar
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.files.partial_file import check_target, open_locked, remove_abandoned
+from dots1_local.files.partial_file import (
+    check_target,
+    open_locked,
+    partial_path,
+    remove_abandoned,
+)
 from dots1_local.files.user_folder import user_folder
 from dots1_local.sizes import human_bytes
 
@@ -43,6 +48,7 @@ def save(path: Path, session: "Dialogue", *, quiet: bool = False) -> None:
     save_conversation(path, session)
     if not continues:
         drop_state(state_path(path))
+    remove_abandoned([partial_path(_real(state_path(path)))])
     try:
         with progress_bar("saving") as report:
             nbytes = session.save_state(state_path(path), report)

@@ -97,7 +97,7 @@ def kv_binding(engine: Engine) -> str:
 def restore_state(state: KVState, engine: Engine) -> bool:
     """Load a state into sequence 0 of the engine; if that fails, the cache is empty."""
     tokens, count = (llama.llama_token * len(state.tokens))(), ctypes.c_size_t()
-    with engine_log.capture():
+    with engine.call(), engine_log.capture():
         read = llama.llama_state_seq_load_file(
             engine.context, _name(state.file), _SEQUENCE, tokens, len(tokens), ctypes.byref(count)
         )
@@ -197,7 +197,7 @@ def _replace(
 
 def _write(file: BinaryIO, engine: Engine, tokens: Sequence[int]) -> int:
     array = (llama.llama_token * len(tokens))(*tokens)
-    with engine_log.capture() as log:
+    with engine.call(), engine_log.capture() as log:
         nbytes: int = llama.llama_state_seq_save_file(
             engine.context, _name(file), _SEQUENCE, array, len(tokens)
         )

@@ -192,8 +192,9 @@ def _connect(options: ChatOptions, sampling: "Sampling") -> Iterator["Dialogue"]
     from dots1_local.chat.session import Session
 
     draft = shared.parse_draft(options.draft)
-    with shared.report_abort():
-        engine = shared.open_engine(
+    with (
+        shared.report_abort(),
+        shared.open_engine(
             options.file,
             options.context,
             options.plan,
@@ -202,8 +203,9 @@ def _connect(options: ChatOptions, sampling: "Sampling") -> Iterator["Dialogue"]
             template=options.chat_template,
             threads=options.threads,
             n_draft=longest_draft(draft),
-        )
-    with engine, Session(engine, sampling=sampling, draft=draft, raw=options.raw) as local:
+        ) as engine,
+        Session(engine, sampling=sampling, draft=draft, raw=options.raw) as local,
+    ):
         yield local
 
 

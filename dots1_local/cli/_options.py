@@ -6,6 +6,7 @@ leave out comparison and repr, because generating them would delay the start of 
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
@@ -152,13 +153,13 @@ def verb(run: Callable[[Any], None]) -> Callable[..., None]:
 
 
 @contextmanager
-def exit_on_interrupt(message: str = "") -> Iterator[None]:
+def exit_on_interrupt(message: str | Callable[[], str] = "") -> Iterator[None]:
     """Exit with 130 at Ctrl-C, as shells do, after the message."""
     try:
         yield
     except KeyboardInterrupt:
         if message:
-            notice(message)
+            notice(message if isinstance(message, str) else message())
         raise typer.Exit(130) from None
 
 
@@ -292,8 +293,16 @@ def open_checkpoint(path: str, revision: str | None, low_disk: bool) -> "Checkpo
 
 @contextmanager
 def report_abort() -> Iterator[None]:
-    """Print one sentence if llama.cpp aborts the process within, and nothing of drivers."""
+    """Print one sentence if llama.cpp aborts the process within, and nothing of drivers.
+
+    A sentence says too what a call of the engine waits for, if it does not return.
+    """
     from dots1_local.engine.abort import on_abort
 
-    with quiet_drivers(), on_abort(lambda reason: notice(f"dots1: {reason}")):
+    with quiet_drivers(), on_abort(_report, _report):
         yield
+
+
+def _report(sentence: str) -> None:
+    below = "\n" * sys.stdout.isatty()  # an unfinished answer
+    notice(f"{below}dots1: {sentence}")

@@ -1,6 +1,7 @@
 """`dots1 perplexity`: measure how well a model predicts a text, and how far it is from another."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -10,8 +11,9 @@ import typer
 
 from dots1_local.cli import _options as shared
 from dots1_local.cli._model import local_model
-from dots1_local.cli._options import flag, option, verb
+from dots1_local.cli._options import exit_on_interrupt, flag, option, verb
 from dots1_local.cli._output import notice, print_json, print_table, progress_bar
+from dots1_local.progress import Progress
 from dots1_local.sizes import human_bytes
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def _measure(options: PerplexityOptions, texts: Mapping[str, Path], run: dict[st
     from dots1_local.evaluate.perplexity import perplexities, read_text
 
     saved = options.save_logits
-    with progress_bar("perplexity") as report:
+    with progress_bar("perplexity") as bar, _so_far(bar) as report:
         results = perplexities(
             options.model,
             {name: read_text(path) for name, path in texts.items()},
@@ -138,6 +140,26 @@ def _measure(options: PerplexityOptions, texts: Mapping[str, Path], run: dict[st
         print_table(("text", "chunks", "tokens", "PPL", "+/-"), rows, numbers_from=1)
 
 
+@contextmanager
+def _so_far(progress: Progress) -> Iterator[Progress]:
+    """Say what was measured until then if Ctrl-C or a lost worker ends the measurement."""
+    from dots1_local.engine.abort import on_abort
+
+    last = ""
+
+    def report(done: int, total: int, unit: str, what: str) -> None:
+        nonlocal last
+        if what:
+            last = f"so far {what}, after {done:,} of {total:,} {unit}"
+        progress(done, total, unit, what)
+
+    def add(reason: str) -> str:
+        return f"{reason}; {last}" if last else reason
+
+    with exit_on_interrupt(lambda: add("stopped")), on_abort(add):
+        yield report
+
+
 def _compare(
     options: PerplexityOptions,
     texts: Mapping[str, Path],
@@ -148,7 +170,7 @@ def _compare(
     from dots1_local.evaluate.kl_divergence import kl_divergences
     from dots1_local.evaluate.perplexity import read_text
 
-    with progress_bar("KL divergence") as report:
+    with progress_bar("KL divergence") as bar, _so_far(bar) as report:
         results = kl_divergences(
             options.model,
             logits=logits,

@@ -86,6 +86,7 @@ def serve(options: ServeOptions) -> None:
     """
     _check(options)
     draft = shared.parse_draft(options.draft)
+    from dots1_local.engine.abort import on_abort
     from dots1_local.serve.run import ApiServer, bind, is_loopback, url_of
 
     name, key = options.name, options.api_key
@@ -99,6 +100,7 @@ def serve(options: ServeOptions) -> None:
             ApiServer(
                 listener, name, api_key=key, origins=options.cors or (), page=not options.no_page
             ) as server,
+            on_abort(server.abort),
             _open_engine(options, draft) as engine,
         ):
             try:
@@ -119,8 +121,11 @@ def serve(options: ServeOptions) -> None:
                 server.wait()
                 if server.busy:
                     notice(f"answers have {_GRACE} seconds to end; Ctrl-C ends them at once")
-                server.close(_GRACE)
+                if not server.close(_GRACE):
+                    notice("the engine does not end its last step; ended without it")
+                    os._exit(0)
             except KeyboardInterrupt:  # the second one: the engine may be in a long ubatch
+                server.abort("the server is shutting down")
                 os._exit(130)
 
 

@@ -33,7 +33,13 @@ _HELLO, _COUNT = 14, 15  # enum rpc_cmd
 _CAPABILITIES = bytes(24)  # no connections other than TCP
 _MAX_DEVICES = 256
 _MAX_START = 60  # seconds; GPU drivers take some
-_KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # a minute in all
+# A minute in all, in seconds and, for data whose receipt is not confirmed, in milliseconds.
+_KEEP_ALIVE = {
+    "TCP_KEEPIDLE": 30,
+    "TCP_KEEPINTVL": 10,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 60_000,
+}
 
 
 def parse_endpoint(text: str) -> str:

@@ -31,6 +31,7 @@ from dots1_local.devices import backends
 from dots1_local.devices.backends import DeviceInfo
 from dots1_local.devices.hardware import CPU
 from dots1_local.devices.limits import physical_cores
+from dots1_local.devices.liveness import answer_questions
 from dots1_local.devices.rpc import DEFAULT_PORT, keep_alive, parse_endpoint
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.sizes import human_bytes
@@ -218,6 +219,8 @@ def _main(request: str) -> None:
         free = "" if each.free == each.total else f"{human_bytes(each.free)} free of "
         memory = f"{free}{human_bytes(each.total)}"
         _send("event", f"serving {each.name} ({each.description.strip()}) with {memory}")
+    host, _, port = endpoint.partition(":")
+    Thread(target=answer_questions, args=(host, int(port)), daemon=True).start()
     Thread(target=_report_listening, args=(endpoint, threads), daemon=True).start()
     backends.serve_rpc(endpoint, chosen, threads=threads, cache=asked["cache"])
 

@@ -1,4 +1,4 @@
-"""What happens when llama.cpp ends the process: save first, and say why in one sentence.
+"""What happens when llama.cpp, or `watch`, ends the process: save first, and say why in a sentence.
 
 llama.cpp calls abort() when it loses a worker or a device fails, from any of its threads, and
 prints a backtrace. Within `on_abort` it calls functions of ours instead, and the exit code is 1.
@@ -15,9 +15,10 @@ from typing import Any
 
 from dots1_local.ggml import library
 
-__all__ = ["AbortHandler", "explain", "on_abort"]
+__all__ = ["AbortHandler", "end", "explain", "handled", "on_abort", "warn"]
 
-AbortHandler = Callable[[str], None]  # is given the sentence that says what happened
+# It is given the sentence that says what happened; outer handlers get what it returns, if anything.
+AbortHandler = Callable[[str], str | None]
 
 _TIMEOUT = 10  # seconds for a handler, which may wait for an engine that no longer answers
 _SOURCE = re.compile(r"^.*?:\d+: ")  # file and line of the C++ source
@@ -26,23 +27,29 @@ _DEVICE_ERROR = re.compile(
 )
 _EXCEPTION = re.compile(r"N?(\d+)")  # a mangled name is made of names after their lengths
 _handlers: list[AbortHandler] = []
+_warnings: list[Callable[[str], None]] = []
 _ending = Lock()
 
 
 @contextmanager
-def on_abort(handler: AbortHandler) -> Iterator[None]:
-    """Call `handler` if llama.cpp ends the process within this block.
+def on_abort(handler: AbortHandler, warning: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Call `handler` if llama.cpp ends the process within this block, or has to be ended.
 
-    Handlers of inner blocks come first. A handler runs in a thread of its own while everything else
-    stands still. It must not use the engine, and it has 10 seconds. The exit code is 1.
+    Handlers of inner blocks come first. A handler runs in a thread of its own while the engine
+    stands still. It must not use the engine, and it has 10 seconds. The exit code is 1, or 130
+    after Ctrl-C. `warning` is told, from another thread, what a call into llama.cpp waits for.
     """
     base = library()
     replaced = [_replace(base, name, function) for name, function in _HOOKS.items()]
     _handlers.append(handler)
+    warnings = [warning] if warning else []
+    _warnings.extend(warnings)
     try:
         yield
     finally:
         _handlers.remove(handler)
+        for each in warnings:
+            _warnings.remove(each)
         for name, function in zip(_HOOKS, replaced, strict=True):
             _replace(base, name, function)
 
@@ -65,6 +72,12 @@ def explain(message: str, log: Sequence[str] = ()) -> str:
 
 def _aborted(message: bytes) -> None:
     _end(message.decode("utf-8", errors="replace"))
+
+
+def _end(message: str) -> None:
+    from dots1_local.engine.log import recent_errors
+
+    end(explain(message, recent_errors()))
 
 
 def _uncaught() -> None:
@@ -108,25 +121,35 @@ def _replace(base: ctypes.CDLL, name: str, handler: Any) -> ctypes.c_void_p | No
     return ctypes.c_void_p(install(ctypes.cast(handler, ctypes.c_void_p)))
 
 
-def _end(message: str) -> None:
-    """Call the handlers and end the process; a second thread that aborts waits for that."""
+def handled() -> bool:
+    """Whether there is a handler, so that the process may be ended."""
+    return bool(_handlers)
+
+
+def warn(sentence: str) -> None:
+    """Tell the innermost `warning` what a call into llama.cpp waits for."""
+    with suppress(Exception):
+        for warning in _warnings[-1:]:
+            warning(sentence)
+
+
+def end(sentence: str, code: int = 1) -> None:
+    """Call the handlers and end the process; a second thread that does so waits for that."""
     if not _ending.acquire(blocking=False):
         Event().wait()
-    from dots1_local.engine.log import recent_errors
-
-    sentence = explain(message, recent_errors())
+    sentences = [sentence]
     try:
         for handler in reversed(_handlers):
-            thread = Thread(target=_call, args=(handler, sentence), daemon=True)
+            thread = Thread(target=_call, args=(handler, sentences), daemon=True)
             thread.start()
             thread.join(_TIMEOUT)
     finally:  # even if no thread can be started
-        os._exit(1)
+        os._exit(code)
 
 
-def _call(handler: AbortHandler, sentence: str) -> None:
+def _call(handler: AbortHandler, sentences: list[str]) -> None:
     with suppress(BaseException):
-        handler(sentence)
+        sentences.append(handler(sentences[-1]) or sentences[-1])
     for stream in (sys.stdout, sys.stderr):
         with suppress(BaseException):
             stream.flush()

@@ -6,9 +6,11 @@ that Ctrl-C takes effect between two of them.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from dots1_local.engine import log as engine_log
 from dots1_local.engine.loading import Loaded, load_model
 from dots1_local.engine.model_params import EngineParams
 from dots1_local.engine.vocabulary import Vocabulary
+from dots1_local.engine.watch import Call, engine_call
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.files.gguf_keys import Change
@@ -57,7 +60,7 @@ class Engine(Vocabulary):
         self.params, self.placement = params, placement
         self.report, self.predicted = loaded.report, loaded.predicted
         self.warnings = loaded.warnings
-        self._loaded, self.context = loaded, loaded.context
+        self._loaded, self.context, self._lock = loaded, loaded.context, RLock()
         self._memory = llama.llama_get_memory(self.context)
         self._batch = llama.llama_batch_init(self.n_ubatch, 0, 1)
         self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocab)
@@ -94,10 +97,17 @@ class Engine(Vocabulary):
 
     def close(self) -> None:
         """Free the context and the model; a second call does nothing."""
-        if self._model is not None:
-            llama.llama_batch_free(self._batch)
-            self._loaded.free()
-            self._model = self.context = self.vocab = None
+        with self.call():
+            if self._model is not None:
+                llama.llama_batch_free(self._batch)
+                self._loaded.free()
+                self._model = self.context = self.vocab = None
+
+    @contextmanager
+    def call(self) -> Iterator[Call]:
+        """Within, llama.cpp may be called with the context: alone, and watched (`watch`)."""
+        with engine_call(self._loaded.workers) as call, self._lock:
+            yield call
 
     def is_end(self, token: int) -> bool:
         """Whether a response ends with this token."""
@@ -134,15 +144,16 @@ class Engine(Vocabulary):
         if n_rows > self.params.n_outputs:  # llama.cpp would abort
             raise UsageError("open the engine with n_scored or all_logits for so many logits")
         self._fill(entries)
-        with engine_log.capture() as log:
+        with self.call(), engine_log.capture() as log:
             status = llama.llama_decode(self.context, self._batch)
+            if n_rows and not status:  # it waits for what is computed
+                logits = llama.llama_get_logits(self.context)
         if status == 1:
             raise Dots1Error(f"the context of {self.n_ctx} tokens is full")
         if status:
             raise Dots1Error(f"llama.cpp failed to compute ({status}): {log.cause()}")
         if not n_rows:
             return np.empty((0, self.n_vocab), np.float32)
-        logits = llama.llama_get_logits(self.context)
         return np.ctypeslib.as_array(logits, shape=(n_rows, self.n_vocab))
 
     def _fill(self, entries: Sequence[Entry]) -> None:
@@ -157,7 +168,8 @@ class Engine(Vocabulary):
 
     def forget(self, position: int = 0, sequence: int = -1) -> None:
         """Drop what is cached from `position` on, of one sequence or (-1) of all."""
-        llama.llama_memory_seq_rm(self._memory, sequence, position, -1)
+        with self.call():
+            llama.llama_memory_seq_rm(self._memory, sequence, position, -1)
 
     def copy(self, sequence: int, start: int, end: int) -> NDArray[np.uint8] | None:
         """Copy what is cached of the tokens from `start` to `end` of a sequence.
@@ -167,7 +179,7 @@ class Engine(Vocabulary):
         spare = self._spare
         llama.llama_memory_seq_cp(self._memory, sequence, spare, start, end)
         state = np.empty(llama.llama_state_seq_get_size(self.context, spare), np.uint8)
-        with engine_log.capture():
+        with self.call(), engine_log.capture():
             count = llama.llama_state_seq_get_data(
                 self.context, _bytes_of(state), state.nbytes, spare
             )
@@ -180,7 +192,7 @@ class Engine(Vocabulary):
         Needs `shared_cache`.
         """
         spare = self._spare
-        with engine_log.capture():
+        with self.call(), engine_log.capture():
             count = llama.llama_state_seq_set_data(
                 self.context, _bytes_of(state), state.nbytes, spare
             )

@@ -21,6 +21,7 @@ from dots1_local.engine.model_params import (
     model_params,
     prepare,
 )
+from dots1_local.engine.watch import engine_call
 from dots1_local.errors import Dots1Error, GGUFError
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.ggml import quant_type
@@ -64,8 +65,9 @@ class Loaded:
 
     def free(self) -> None:
         connected.subtract(self.workers)
-        llama.llama_free(self.context)
-        llama.llama_model_free(self.model)
+        with engine_call(self.workers):
+            llama.llama_free(self.context)
+            llama.llama_model_free(self.model)
 
 
 def load_model(
@@ -79,13 +81,30 @@ def load_model(
         OutOfMemory: a device has too little memory.
         Dots1Error: a worker does not answer, or llama.cpp cannot make the context.
     """
+    workers = endpoints(placement)
+    with engine_call(workers) as call:
+
+        def report(done: int, total: int, unit: str, what: str) -> None:
+            call.progress()
+            progress(done, total, unit, what)
+
+        return _load_model(gguf, placement, params, workers, report)
+
+
+def _load_model(
+    gguf: GGUFFile,
+    placement: Placement | None,
+    params: EngineParams,
+    workers: tuple[str, ...],
+    progress: Progress,
+) -> Loaded:
     warnings = [*corrections(gguf), *_context_warnings(gguf, params)]
     if placement:
         warnings += prepare(gguf, placement)
     struct = model_params(placement, gguf.changes)
     predicted = _check_memory(gguf, placement, params)
     used = placement.used_devices if placement else ()
-    names, workers = _buffer_names(used), endpoints(placement)
+    names = _buffer_names(used)
     model, sizes = _make_model(gguf, struct, names, progress)
     if workers:
         keep_alive({int(worker.rpartition(":")[2]) for worker in workers})

@@ -39,7 +39,9 @@ def engine_placement(engine: Engine) -> dict[str, Any] | None:
 def _engine_placement(engine: Engine) -> dict[str, Any]:
     given = engine.placement
     placement = engine.params.applied_to(given) if given else _all_in_ram(engine)
-    graph, machine = ModelGraph.read(engine.gguf), started_machine()
+    graph = ModelGraph.read(engine.gguf)
+    with engine.call():
+        machine = started_machine()
     usage = engine.predicted or footprint(graph, placement, n_outputs=engine.params.n_outputs)
     machine = _before_loading(machine, engine.report, mapped=placement.host_memory == "mapped")
     return placement_report(graph, machine, placement, usage, engine.report)

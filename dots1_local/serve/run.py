@@ -26,6 +26,7 @@ __all__ = ["ApiServer", "bind", "is_loopback", "url_of"]
 
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, and probes
 _CLOSING_SECONDS = 5  # for connections to close after the last answer
+_FLUSHING_SECONDS = 1  # for errors to reach clients when the process has to end
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -147,18 +148,30 @@ class ApiServer:
         if self._scheduler and self._scheduler.failed:
             raise Dots1Error("the engine has failed and cannot continue; start the server again")
 
-    def close(self, timeout: float) -> None:
+    def close(self, timeout: float) -> bool:
         """Refuse new requests, finish what can be finished in `timeout` seconds, fail the rest.
 
-        When this returns, the engine is free. A second call does nothing.
+        Return whether the engine is free then; if not, a step of it takes more than 5 seconds. A
+        second call does nothing.
         """
         self._service.close()
         self._http.config.timeout_graceful_shutdown = ceil(timeout) + _CLOSING_SECONDS
         self._http.should_exit = True
-        if self._scheduler:
-            self._scheduler.close(timeout)
+        free = not self._scheduler or self._scheduler.close(timeout)
+        if not free:
+            self.abort("the server is shutting down")
         self._thread.join(timeout + 2 * _CLOSING_SECONDS)
         self._service.join()
+        return free
+
+    def abort(self, reason: str) -> None:
+        """Fail all requests although the engine does not return, and let clients hear of it."""
+        self._service.close()
+        if self._scheduler:
+            self._scheduler.abort(reason)
+        self._http.config.timeout_graceful_shutdown = _FLUSHING_SECONDS
+        self._http.should_exit = True
+        self._thread.join(2 * _FLUSHING_SECONDS)
 
     def _run(self) -> None:
         try:

@@ -35,6 +35,7 @@ from dots1_local.serve.slots import Slots
 __all__ = ["Load", "PrefillBudget", "Scheduler", "SlotState"]
 
 _SHUTDOWN = "the server is shutting down"
+_LAST_STEP = 5.0  # seconds for the step that is being computed when the scheduler is closed
 _STEP_SECONDS = 1.0  # for a step while a choice waits for its next token
 _MIN_PREFILL = 32  # tokens; a step with fewer is hardly faster, as it reads the experts anyway
 _log = logging.getLogger(__name__)
@@ -155,14 +156,23 @@ class Scheduler:
         self._queue.put(handle, requests, self.load.running)
         return handle
 
-    def close(self, timeout: float) -> None:
+    def close(self, timeout: float) -> bool:
         """Refuse new requests, finish what can be finished in `timeout` seconds, fail the rest.
 
-        Return when the thread has ended, at most a ubatch later; then the engine is free. `close`
-        may be called again, even with a shorter timeout.
+        Return when the thread has ended, so that the engine is free, which takes a ubatch more.
+        Return False if it takes 5 seconds more. `close` may be called again, even with a shorter
+        timeout.
         """
         self._queue.close(_SHUTDOWN, timeout)
-        self._thread.join()
+        self._thread.join(timeout + _LAST_STEP)
+        return not self._thread.is_alive()
+
+    def abort(self, reason: str) -> None:
+        """Fail all requests from another thread, whatever the engine is doing, and for good."""
+        self._queue.close(reason, 0)
+        for choice in list(self._running):
+            choice.handle.deliver(Failed(reason))
+        self._fail_waiting(reason)
 
     def _run(self) -> None:
         reason = "the engine has failed and cannot continue"
@@ -184,10 +194,13 @@ class Scheduler:
     def _end(self, reason: str) -> None:
         self._queue.close(reason, 0)
         self._fail_running(reason)
-        while queued := self._queue.pop():
-            queued.handle.deliver(Failed(reason))
+        self._fail_waiting(reason)
         with suppress(Exception):
             self._slots.close()
+
+    def _fail_waiting(self, reason: str) -> None:
+        while queued := self._queue.pop():
+            queued.handle.deliver(Failed(reason))
 
     def _work_to_do(self) -> bool:
         for choice in [each for each in self._running if each.handle.done]:

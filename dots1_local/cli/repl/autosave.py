@@ -119,12 +119,14 @@ def find_session(file: Path | None) -> Path | None:
 def save_at_end(session: "Dialogue", file: Path | None) -> Iterator[None]:
     """Save what is answered within, even if only in part or if llama.cpp aborts the process."""
     from dots1_local.chat.conversation import save_conversation
+    from dots1_local.chat.turns import last_turn
     from dots1_local.engine.abort import on_abort
 
-    def rescue(reason: str) -> None:
-        notice("\n" * sys.stdout.isatty() + f"dots1: {reason}")  # below an unfinished answer
-        if file:
-            save_conversation(file, session, session.so_far)
+    def rescue(reason: str) -> str:
+        if file is None or last_turn(session.so_far) is None:
+            return reason
+        save_conversation(file, session, session.so_far)
+        return f"{reason}; what was said is in {file}"
 
     with on_abort(rescue):
         try:

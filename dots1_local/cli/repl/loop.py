@@ -89,12 +89,11 @@ class Repl:
         self.autosave.claim(path)
         self.draft = typed_as(conversation.unanswered)
 
-    def _rescue(self, reason: str) -> None:
-        """Save the conversation when llama.cpp aborts the process."""
+    def _rescue(self, reason: str) -> str:
+        """Save the conversation when the process has to end; add to the reason where it is."""
         path = self.autosave.save(self.session.so_far)
         echo_controls(True)
-        saved = f"; /load {path} resumes it" if path else ""
-        notice(f"\ndots1: {reason}{saved}")
+        return f"{reason}; /load {path} resumes it" if path else reason
 
     def _turn(self) -> None:
         try:

@@ -19,11 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from benchmarks.campaign import kills, results
+from benchmarks.campaign import kills, results, workers
 from benchmarks.campaign.results import Result
 from benchmarks.campaign.trial import Broken, Part, Trial
 
-PARTS: dict[str, Part] = {"kills": kills.PART}
+PARTS: dict[str, Part] = {
+    "kills": kills.PART,
+    "workers": workers.PART,
+}
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Verb:
             "serve": ("serve", model, "--plan", plan, "--port", port := free_port()),
             "plan": ("plan", model, "--worker", endpoint),
         }[name]  # fmt: skip
-        self._port = port
+        self._port, self._asked = port, False
         if name == "dialogue":
             self._terminal = Terminal(folder, *arguments)
             self._stack.enter_context(self._terminal)
@@ -123,7 +123,15 @@ class Verb:
             self._terminal.send("Tell me a long story\r")
         elif self.name == "serve":
             self._wait_for("listening on", _START)
+            self._asked = True
             Thread(target=self._request, daemon=True).start()
+
+    def ask_late(self) -> None:
+        """Ask a server that has nothing to do yet, if it has loaded its model."""
+        if self.name == "serve" and not self._asked:
+            self.ended(1.5)
+            if "listening on" in self.text and self.process.poll() is None:
+                self.begin()
 
     def interrupt(self) -> None:
         if self._terminal is not None:
@@ -181,7 +189,8 @@ class Verb:
 def _placement(model: Path, endpoint: str, layers: int) -> Placement:
     config = Dots1Config.from_gguf(GGUFFile.open(model).keys, model)
     return Placement(
-        str(model), model.stat().st_size, config.num_hidden_layers, 1024, "F16", True, 64, 1, "plain",
+        str(model), model.stat().st_size, config.num_hidden_layers, 1024, "F16", True, 64, 1,
+        "plain",
         layers={"RPC0": layers}, workers=(endpoint,),
     )  # fmt: skip
 
@@ -235,7 +244,10 @@ def _press_ctrl_c(verb: Verb, draw: Random) -> None:
 def _end_of_silence(verb: Verb, draw: Random, endpoint: str) -> None:
     """Press Ctrl-C, or wait until the worker is given up; a server may be terminated."""
     chosen = draw.random()
+    verb.ask_late()
     if chosen < 0.15:
+        if verb.name == "dialogue" and _at_prompt(verb):
+            return  # nobody waits
         if not verb.ended(_GIVEN_UP + _LOST):
             raise Broken(f"{verb.name} still waits after a minute: {verb.text[-400:]}")
         _check_end(verb, (1,), endpoint)
@@ -302,6 +314,7 @@ def _killed(draw: Random, folder: Path) -> None:
 
 
 def _check_lost(verb: Verb, endpoint: str) -> None:
+    verb.ask_late()
     if verb.ended(_LOST):
         return _check_end(verb, (1,), endpoint)
     if verb.name == "dialogue" and _at_prompt(verb):
@@ -337,7 +350,8 @@ def _restarted(draw: Random, folder: Path) -> None:
 
 def _check_lost_or_went_on(verb: Verb, endpoint: str) -> None:
     """A verb that had not connected yet uses the worker that came back."""
-    if verb.ended(_LOST):
+    verb.ask_late()
+    if verb.ended(_START if verb.name == "perplexity" else _LOST):
         _check_end(verb, (1,), endpoint)
     elif verb.name in ("question", "perplexity"):
         raise Broken(f"{verb.name} does not notice the loss: {verb.text[-400:]}")

@@ -10,11 +10,11 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from threading import Thread
 
-__all__ = ["PATIENCE", "Pulse", "answer_questions", "end_if_silent", "given_up"]
+__all__ = ["PATIENCE", "Pulse", "answer_questions", "answering", "end_if_silent", "given_up"]
 
 PATIENCE = 60.0  # seconds without a sign of life after which a worker is given up
 
@@ -22,6 +22,7 @@ _QUESTION, _ANSWER = b"dots1 worker?", b"dots1 worker!"  # each is followed by a
 _NUMBER = 16  # bytes
 _FIRST = 0.3  # seconds for a worker's first answer
 _INTERVAL = 1.0  # seconds
+_answering: dict[str, bool] = {}  # workers that were asked in this process
 
 
 def answer_questions(address: str, port: int) -> None:
@@ -34,6 +35,15 @@ def answer_questions(address: str, port: int) -> None:
             if len(number) == _NUMBER and len(question) > _NUMBER:
                 with suppress(OSError):  # the client is gone
                     ours.sendto(_ANSWER + number, client)
+
+
+def answering(workers: Iterable[str]) -> list[str]:
+    """Which of the workers (host:port) answer here; each is asked once in a process."""
+    workers = list(workers)
+    if new := [worker for worker in workers if worker not in _answering]:
+        heard = Pulse(new).silent
+        _answering.update({worker: worker in heard for worker in new})
+    return [worker for worker in workers if _answering[worker]]
 
 
 class Pulse:
@@ -59,6 +69,7 @@ class Pulse:
             with suppress(OSError, UnicodeError):
                 address = socket.gethostbyname(host), int(port)
                 self._workers[secrets.token_bytes(_NUMBER)] = worker, address
+        self.silent.update({worker: 0.0 for worker in added if _answering.get(worker)})
         deadline = time.monotonic() + _FIRST
         self.ask(0)
         while added - self.silent.keys() and time.monotonic() < deadline:
@@ -103,13 +114,18 @@ def given_up(worker: str) -> str:
     )
 
 
-def end_if_silent(workers: Iterable[str], report: Callable[[str], None]) -> None:
-    """Report a worker that is silent for too long, and end this process; return at once."""
-    if pulse := Pulse(workers) if workers else None:
-        Thread(target=_end_if_silent, args=(pulse, report), daemon=True).start()
+def end_if_silent(answered: Sequence[str], report: Callable[[str], None]) -> None:
+    """Report a worker of `answering` that is silent for too long, and end this process.
+
+    This returns at once.
+    """
+    if answered:
+        _answering.update(dict.fromkeys(answered, True))
+        Thread(target=_end_if_silent, args=(answered, report), daemon=True).start()
 
 
-def _end_if_silent(pulse: Pulse, report: Callable[[str], None]) -> None:
+def _end_if_silent(answered: Sequence[str], report: Callable[[str], None]) -> None:
+    pulse = Pulse(answered)
     while True:
         time.sleep(_INTERVAL)
         pulse.ask(_INTERVAL)

@@ -22,7 +22,7 @@ from dots1_local.devices import child
 from dots1_local.devices.backends import DeviceInfo, add_worker, backend_names, devices
 from dots1_local.devices.hardware import CPU, Device, Hardware, hardware_from_json, load_hardware
 from dots1_local.devices.limits import available_ram, physical_cores, read_rate
-from dots1_local.devices.liveness import end_if_silent
+from dots1_local.devices.liveness import answering, end_if_silent
 from dots1_local.devices.rpc import parse_endpoint, probe
 from dots1_local.errors import Dots1Error, UsageError
 from dots1_local.files.user_folder import user_folder
@@ -108,7 +108,7 @@ def detect(request: Mapping[str, Any], progress: Progress = silent) -> Hardware:
     doing = f"measuring {target}" if target else "looking for devices"
     answer = child.ask(
         __name__,
-        request,
+        {**request, "answering": answering(request["workers"])},
         doing,
         progress,
         devices=(target,) if target and target != CPU else (),
@@ -200,7 +200,7 @@ def _save(path: Path, hardware: Hardware, before: Hardware | None) -> None:
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """The child's part of `detect`."""
-    end_if_silent(request["workers"], child.report_error)
+    end_if_silent(request.get("answering", ()), child.report_error)
     for endpoint in request["workers"]:
         add_worker(endpoint)
     everything = devices()

@@ -22,6 +22,7 @@ from typing import Self
 
 from dots1_local.devices import backends
 from dots1_local.devices.hardware import CPU
+from dots1_local.devices.liveness import answering
 from dots1_local.errors import Dots1Error, UsageError
 
 __all__ = ["DEFAULT_PORT", "announce", "keep_alive", "parse_endpoint", "probe"]
@@ -78,6 +79,7 @@ def probe(endpoints: Iterable[str], timeout: float = 5.0) -> None:
             two addresses are the same worker.
     """
     distinct = list(dict.fromkeys(map(parse_endpoint, endpoints)))
+    answering(distinct)  # before it is used, so that it is known if it freezes from now on
     with ExitStack() as stack:
         for number, endpoint in enumerate(distinct):
             ours = engine_version()

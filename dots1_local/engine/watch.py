@@ -35,7 +35,6 @@ class Call:
     workers: Collection[str]
     seconds: float = 0.0
     interrupts: int = 0
-    interrupted: float = 0.0  # when Ctrl-C came last
     told: str = ""
 
     def progress(self) -> None:
@@ -44,6 +43,7 @@ class Call:
 
 
 _calls: dict[int, Call] = {}  # by thread
+_interrupted = float("-inf")  # when Ctrl-C came last
 
 
 @contextmanager
@@ -55,7 +55,9 @@ def engine_call(workers: Collection[str] = ()) -> Iterator[Call]:
         return
     if abort.handled():
         start()
-    _calls[thread] = call = Call(workers)
+    # Ctrl-C just before it may be why it is made: to close what then does not close.
+    recent = time.monotonic() - _interrupted < 2 * _GRACE
+    _calls[thread] = call = Call(workers, interrupts=int(recent))
     try:
         yield call
     finally:
@@ -97,8 +99,10 @@ def _watch(signals: int) -> None:
 
 
 def _interrupt() -> None:
+    global _interrupted  # noqa: PLW0603 -- signals are the whole process's
+    _interrupted = time.monotonic()
     for call in list(_calls.values()):
-        call.interrupts, call.interrupted = call.interrupts + 1, time.monotonic()
+        call.interrupts += 1
 
 
 def _ask_workers(pulse: Pulse, workers: Collection[str], elapsed: float) -> None:
@@ -111,7 +115,7 @@ def _ask_workers(pulse: Pulse, workers: Collection[str], elapsed: float) -> None
 
 
 def _check_interrupts(call: Call) -> None:
-    if not call.interrupts or time.monotonic() - call.interrupted < _GRACE:
+    if not call.interrupts or time.monotonic() - _interrupted < _GRACE:
         return
     if call.interrupts > 1:
         abort.end("stopped while the engine was busy", 128 + signal.SIGINT)

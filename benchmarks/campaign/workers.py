@@ -84,7 +84,7 @@ class Verb:
                          "--temp", 0, "--session", folder / "session.json"),
             "dialogue": ("chat", model, "--plan", plan),
             "perplexity": ("perplexity", model, "--plan", plan, "-f", model.parent / "text.txt",
-                           "--chunks", 40),
+                           "--chunks", 12),
             "serve": ("serve", model, "--plan", plan, "--port", port := free_port()),
             "plan": ("plan", model, "--worker", endpoint),
         }[name]  # fmt: skip
@@ -208,7 +208,9 @@ def _at_work(draw: Random, folder: Path, endpoint: str, verbs: Sequence[str]) ->
 
 def _check_end(verb: Verb, codes: Sequence[int], endpoint: str = "") -> None:
     code, text = verb.process.wait(), verb.text
-    if code == -signal.SIGINT and not text.startswith("dots1:"):  # Python itself was starting
+    if text.rstrip().endswith("KeyboardInterrupt") and "/dots1_local/" not in text:
+        return  # Ctrl-C came while Python itself was starting
+    if code == -signal.SIGINT and not text:
         return
     if code not in (*codes, 0) and not (verb.name == "plan" and code == 130):
         raise Broken(f"{verb.name} ended with {code}: {text[-400:]}")

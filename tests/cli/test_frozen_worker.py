@@ -16,7 +16,12 @@ from tests.helpers import scripted_tensors, tokens_of, write_random_gguf
 from tests.workers import Program, Worker, free_port, local_worker
 
 # A worker is given up after 3 seconds instead of 60, so that tests are quick.
-SOON = "import dots1_local.engine.watch as watch; watch.PATIENCE, watch._TOLD = 3.0, 1.0\n"
+SOON = """
+from dots1_local.devices import liveness
+liveness.PATIENCE = 3.0
+from dots1_local.engine import watch
+watch._TOLD = 1.0
+"""
 DOTS1 = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 DOTS1 += "from dots1_local.cli import main; main()"
 

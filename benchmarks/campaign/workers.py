@@ -208,8 +208,8 @@ def _at_work(draw: Random, folder: Path, endpoint: str, verbs: Sequence[str]) ->
 
 def _check_end(verb: Verb, codes: Sequence[int], endpoint: str = "") -> None:
     code, text = verb.process.wait(), verb.text
-    if text.rstrip().endswith("KeyboardInterrupt") and "/dots1_local/" not in text:
-        return  # Ctrl-C came while Python itself was starting
+    if text.rstrip().endswith("KeyboardInterrupt") and "    app()" not in text:
+        return  # Ctrl-C came while Python was importing the program
     if code == -signal.SIGINT and not text:
         return
     if code not in (*codes, 0) and not (verb.name == "plan" and code == 130):

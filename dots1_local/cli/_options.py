@@ -293,10 +293,7 @@ def open_checkpoint(path: str, revision: str | None, low_disk: bool) -> "Checkpo
 
 @contextmanager
 def report_abort() -> Iterator[None]:
-    """Print one sentence if llama.cpp aborts the process within, and nothing of drivers.
-
-    A sentence says too what a call of the engine waits for, if it does not return.
-    """
+    """Print a sentence if the engine ends the process or makes it wait, and nothing of drivers."""
     from dots1_local.engine.abort import on_abort
 
     with quiet_drivers(), on_abort(_report, _report):

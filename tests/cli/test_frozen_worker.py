@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -135,16 +136,16 @@ def test_a_server_answers_its_requests_with_an_error_and_ends(
     arguments = ("serve", model, "--plan", plan, "--port", port)
     with Program("-uc", first + DOTS1, *map(str, arguments)) as program:
         program.wait_for("listening on")
-        client = HTTPConnection("127.0.0.1", port, timeout=30)
-        body = json.dumps({"prompt": "a", "max_tokens": 4000})
-        client.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-        time.sleep(0.3)
-        freeze(worker)
-        if ends == "by SIGTERM":
-            program.process.terminate()
-        reply = client.getresponse()
-        assert reply.status >= 500
-        assert json.loads(reply.read())["error"]["message"]
+        with closing(HTTPConnection("127.0.0.1", port, timeout=30)) as client:
+            body = json.dumps({"prompt": "a", "max_tokens": 4000})
+            client.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            time.sleep(0.3)
+            freeze(worker)
+            if ends == "by SIGTERM":
+                program.process.terminate()
+            reply = client.getresponse()
+            assert reply.status >= 500
+            assert json.loads(reply.read())["error"]["message"]
         assert program.wait_for_end() == (1 if ends == "by itself" else 0)
 
 

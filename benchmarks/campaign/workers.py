@@ -210,8 +210,7 @@ def _check_end(verb: Verb, codes: Sequence[int], endpoint: str = "") -> None:
     code, text = verb.process.wait(), verb.text
     if text.rstrip().endswith("KeyboardInterrupt") and "    app()" not in text:
         return  # Ctrl-C came while Python was importing the program
-    if code == -signal.SIGINT and not text:
-        return
+    code = 130 if code == -signal.SIGINT else code  # Ctrl-C came while the process was ending
     if code not in (*codes, 0) and not (verb.name == "plan" and code == 130):
         raise Broken(f"{verb.name} ended with {code}: {text[-400:]}")
     if "Traceback" in text:
@@ -267,6 +266,8 @@ def _end_of_silence(verb: Verb, draw: Random, endpoint: str) -> None:
 
 
 def _press_ctrl_c_in_dialogue(verb: Verb, draw: Random) -> None:
+    while not verb.text:  # before, Ctrl-C is not heard at this terminal
+        verb.ended(0.1)
     time.sleep(draw.uniform(0, 2))
     verb.interrupt()
     if verb.ended(draw.uniform(0.2, _HEARD)):

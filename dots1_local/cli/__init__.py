@@ -94,6 +94,8 @@ def main() -> None:
             raise
         print(f"dots1: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # typer does so too, but not while it makes the command
+        sys.exit(130)
     except OSError as error:  # the library words its own errors; what is left concerns stdout
         if _debug:
             raise

@@ -103,7 +103,7 @@ class Case:
     talk: Callable[[str], bool] | None = None
 
 
-def run(case: Case, place: Place, limits: Limits = Limits()) -> Outcome:  # noqa: B008
+def run(case: Case, place: Place, limits: Limits = Limits()) -> Outcome:
     """Run a command, and wait for its end."""
     with _hub(case) as variables:
         environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH")} | {

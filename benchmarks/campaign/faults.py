@@ -8,13 +8,20 @@ import errno
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
 from benchmarks.campaign.disturbed import (
-    CASES, Limits, Place, check, check_again, prepare, run, undisturbed,
+    CASES,
+    Limits,
+    Place,
+    check,
+    check_again,
+    prepare,
+    run,
+    undisturbed,
 )  # fmt: skip
 from benchmarks.campaign.trial import Broken, Part, Trial
 
@@ -30,7 +37,8 @@ _OPERATIONS = {
     "truncate": (errno.ENOSPC, errno.EIO),
     "mmap": (errno.ENOMEM, errno.ENODEV),
 }
-_NOBODY = 65534
+_OPTIONAL = ("chat_template.jinja", "generation_config.json", "special_tokens_map.json",
+             "tokenizer_config.json")  # fmt: skip
 
 
 def _trial(name: str) -> Trial:
@@ -85,9 +93,10 @@ def _read_only(random: Random, name: str, place: Place) -> None:
 def _input_goes(random: Random, name: str, place: Place) -> None:
     files = sorted(path for path in (place.folder / "inputs").rglob("*") if path.is_file())
     if not files:
-        return
+        return _clock(random, name, place)
     file, share = random.choice(files), random.random()
-    action = random.choice(["is removed", "is cut"])
+    optional = file.name in _OPTIONAL  # a run that starts without it makes something else
+    action = "is cut" if optional else random.choice(["is removed", "is cut"])
     after = random.uniform(0, undisturbed(name)[1].seconds)
     kept = file.with_name("kept")
     shutil.copy(file, kept)

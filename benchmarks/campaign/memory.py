@@ -9,7 +9,14 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.campaign.disturbed import (
-    CASES, Limits, Place, check, check_again, prepare, run, undisturbed,
+    CASES,
+    Limits,
+    Place,
+    check,
+    check_again,
+    prepare,
+    run,
+    undisturbed,
 )  # fmt: skip
 from benchmarks.campaign.trial import Part, Trial
 

@@ -96,6 +96,13 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:  # typer does so too, but not while it makes the command
         sys.exit(130)
+    except (MemoryError, ImportError) as error:
+        if _debug or not _is_about_memory(error):
+            raise
+        print(
+            "dots1: not enough memory for this command; free some, or allow more", file=sys.stderr
+        )
+        sys.exit(1)
     except OSError as error:  # the library words its own errors; what is left concerns stdout
         if _debug:
             raise
@@ -103,6 +110,12 @@ def main() -> None:
             print(f"dots1: cannot write the output: {error.strerror or error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # drop what is buffered
         sys.exit(1)
+
+
+def _is_about_memory(error: Exception) -> bool:
+    """Return whether memory ran out; the system's loader says so of a module that it can't map."""
+    words = ("failed to map segment", "annot allocate memory")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 
 def _escape_what_has_no_encoding() -> None:

@@ -75,3 +75,22 @@ def test_no_output_is_written_to_a_file_called_minus(
     assert result.returncode == 2
     assert "cannot be -" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_too_little_memory_to_start_is_one_sentence(tmp_path: Path) -> None:
+    code = """
+import resource
+from pathlib import Path
+from dots1_local.cli import main
+has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (has + (1 << 20),) * 2)
+main()
+"""
+    output = tmp_path / "out.gguf"
+    command = [sys.executable, "-c", code, "convert", TINY, "-o", output, "--type", "Q8_0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("dots1: not enough memory")
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from http.client import HTTPConnection, HTTPException
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from threading import RLock, Thread
 
@@ -28,7 +29,18 @@ from tests.hub_server import NAME, HubServer
 from tests.micro import micro_checkpoint
 from tests.verify.patch import rewrite
 
-__all__ = ["CASES", "Case", "Limits", "Outcome", "Place", "check", "run", "undisturbed"]
+__all__ = [
+    "CASES",
+    "Case",
+    "Limits",
+    "Outcome",
+    "Place",
+    "check",
+    "check_again",
+    "prepare",
+    "run",
+    "undisturbed",
+]
 
 TINY = Path(__file__).parents[2] / "examples" / "dots1-tiny"
 _PRELOAD = [
@@ -146,7 +158,7 @@ def run(case: Case, place: Place, limits: Limits = Limits()) -> Outcome:
 
 
 @cache
-def _server() -> "get_context":  # type: ignore[valid-type]
+def _server() -> ForkServerContext:
     """The process that programs are forked from; it has the library of faults."""
     library = _inputs() / "faults.so"
     source = Path(__file__).with_name("faults.c")
@@ -164,18 +176,18 @@ def _server() -> "get_context":  # type: ignore[valid-type]
     return context
 
 
-def _talk(case: Case, process: object, log: Path) -> None:
+def _talk(case: Case, process: ForkServerProcess, log: Path) -> None:
     """Wait for a server's address, talk to it, and ask it to end."""
     assert case.talk
+    assert process.pid
     deadline = time.monotonic() + 60
-    while process.is_alive() and time.monotonic() < deadline:  # type: ignore[attr-defined]
+    while process.is_alive() and time.monotonic() < deadline:
         said = log.read_text(errors="replace")
-        if found := re.search(r"127\.0\.0\.1:(\d+)", said):
-            if case.talk(found[1]):
-                break
+        if (found := re.search(r"127\.0\.0\.1:(\d+)", said)) and case.talk(found[1]):
+            break
         time.sleep(0.05)
-    with suppress(ProcessLookupError, TypeError):
-        os.kill(process.pid, signal.SIGTERM)  # type: ignore[attr-defined]
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGTERM)
 
 
 def _complete(port: str) -> bool:

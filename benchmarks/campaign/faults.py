@@ -1,4 +1,4 @@
-"""Disks that are full or fail, folders that may not be written, inputs that go, and clocks that jump.
+"""Disks that are full or fail, folders that may not be written, inputs that go, clocks that jump.
 
 One fault strikes each run. The command then says one sentence, or succeeds as if nothing was; and
 the same command without the fault comes to the bytes of a run that nobody disturbed.

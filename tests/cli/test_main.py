@@ -88,7 +88,17 @@ resource.setrlimit(resource.RLIMIT_AS, (has + (1 << 20),) * 2)
 main()
 """
     output = tmp_path / "out.gguf"
-    command = [sys.executable, "-c", code, "convert", TINY, "-o", output, "--type", "Q8_0"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "convert",
+        str(TINY),
+        "-o",
+        str(output),
+        "--type",
+        "Q8_0",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith("dots1: not enough memory")

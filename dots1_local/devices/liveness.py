@@ -11,7 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from threading import Thread
 
 __all__ = ["PATIENCE", "Pulse", "answer_questions", "answering", "end_if_silent", "given_up"]
@@ -41,8 +41,8 @@ def answering(workers: Iterable[str]) -> list[str]:
     """Which of the workers (host:port) answer here; each is asked once in a process."""
     workers = list(workers)
     if new := [worker for worker in workers if worker not in _answering]:
-        heard = Pulse(new).silent
-        _answering.update({worker: worker in heard for worker in new})
+        with closing(Pulse(new)) as pulse:
+            _answering.update({worker: worker in pulse.silent for worker in new})
     return [worker for worker in workers if _answering[worker]]
 
 
@@ -84,6 +84,10 @@ class Pulse:
         for number, (_, address) in list(self._workers.items()):
             with suppress(OSError):  # there is no way to that machine now
                 self._socket.sendto(_QUESTION + number, address)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
 
     def reset(self) -> None:
         """Count the seconds from now on."""

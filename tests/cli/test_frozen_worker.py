@@ -152,7 +152,8 @@ def test_a_server_answers_its_requests_with_an_error_and_ends(
 def test_looking_at_a_machine_gives_a_silent_worker_up(worker: Worker, tmp_path: Path) -> None:
     """The worker freezes while a child process measures it."""
     soon = "import dots1_local.devices.liveness as l; l.PATIENCE = 3.0\n"
-    request = json.dumps({"workers": [worker.endpoint], "measure": "RPC0", "threads": 1})
+    asked = {"workers": [worker.endpoint], "answering": [worker.endpoint], "measure": "RPC0"}
+    request = json.dumps(asked | {"threads": 1})
     child = "from dots1_local.devices import child, machine; child.respond(machine._answer)"
     with Program("-uc", soon + child, request) as program:
         program.wait_for("progress")

@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dots1_local.serve.http.openapi import openapi
 from dots1_local.serve.http.page import page_routes
+from dots1_local.serve.http.paths import CanonicalPath
 from dots1_local.serve.http.request import ApiError
 from dots1_local.serve.http.service import Service
 
@@ -48,7 +49,9 @@ def make_app(
     routes = _routes(service, bool(api_key))
     pages = page_routes() if page else []
     keyless = {_HEALTH, *(route.path for route in pages)}
-    middleware = [Middleware(_Guard, key=api_key, keyless=keyless)] if api_key else []
+    middleware = [Middleware(CanonicalPath, paths=[route.path for route in routes])]
+    if api_key:
+        middleware.append(Middleware(_Guard, key=api_key, keyless=keyless))
     if origins:  # outermost, so that web pages can read errors too
         cors: Any = CORSMiddleware
         middleware.insert(

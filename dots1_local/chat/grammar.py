@@ -74,13 +74,15 @@ class Matcher:
 class Grammar:
     """A compiled JSON schema; each answer needs a new `matcher()`.
 
-    Documents have their properties in the schema's order.
+    Documents have their properties in the schema's order. Errors call it by its `noun`.
 
     Raises:
         UsageError: the value is not a schema, uses what llguidance does not support, is too large,
             or allows no document.
         Dots1Error: the engine's file does not say which token ends an answer.
     """
+
+    noun = "schema"
 
     def __init__(self, schema: Any, engine: Engine) -> None:
         self._compile(_source(schema), engine)
@@ -92,7 +94,7 @@ class Grammar:
         self._ends, self._n_vocab = frozenset(tokenizer.eos_tokens), engine.n_vocab
         if self._compiled.is_error():
             reason = _sentence(self._compiled.get_error())
-            raise UsageError(f"the schema is not supported: {reason}")
+            raise UsageError(f"the {self.noun} is not supported: {reason}")
         self._try_beginning(self._compiled.deep_copy())
 
     def _try_beginning(self, matcher: LLMatcher) -> None:
@@ -102,8 +104,8 @@ class Grammar:
         if not matcher.is_stopped():
             matcher.compute_bitmask()
         if empty or matcher.is_error():
-            reason = _sentence(matcher.get_error()) or "the schema allows none"
-            raise UsageError(f"no document can be written: {reason}")
+            reason = _sentence(matcher.get_error()) or "it allows none"
+            raise UsageError(f"no text matches the {self.noun}: {reason}")
 
     def after(self, beginning: Sequence[int]) -> Self:
         """Return the grammar of what may follow these tokens; UsageError if nothing may."""

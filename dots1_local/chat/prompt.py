@@ -24,6 +24,8 @@ from dots1_local.files.json_file import brief
 __all__ = ["Prompter", "RawPrompter"]
 
 
+_NO_VARIABLES: Mapping[str, Any] = {}
+_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
 _CONTROL, _USER_DEFINED = 3, 4  # of enum llama_token_type
 _MARKERS_AT_ONCE = 1000
 _MAX_REPEATS = 8  # how often a template may write each message, on average
@@ -134,11 +136,13 @@ class Prompter(RawPrompter):
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         begun: bool = False,
+        variables: Mapping[str, Any] = _NO_VARIABLES,
     ) -> list[int]:
         """Return the prompt that makes the model write the next assistant message.
 
         `tools` have the form of OpenAI's API. With `begun`, the last message is the beginning of
-        the answer, and the prompt ends in it.
+        the answer, and the prompt ends in it. `variables` are further ones of the template, as
+        `checked_variables` returns them.
 
         Raises:
             GGUFError: the template fails on these messages, garbles them or leaves out the last.
@@ -149,8 +153,8 @@ class Prompter(RawPrompter):
             messages, tools = as_text(messages, tools), None
         mark = secrets.token_hex(8)
         names = [f"{mark}.{index}." for index in range(len(messages))]
-        variables = [_as_variable(m, name) for m, name in zip(messages, names, strict=True)]
-        rendered = self.render(variables, **self._tools(messages, tools))
+        named = [_as_variable(m, name) for m, name in zip(messages, names, strict=True)]
+        rendered = self.render(named, **variables, **self._tools(messages, tools))
         if names[-1] not in rendered and not messages[-1].tool_calls:
             raise GGUFError(f"the chat template of {self._file} leaves out the last message")
         pieces = re.split(rf"{mark}\.(\d{{1,9}})\.", rendered)
@@ -165,6 +169,18 @@ class Prompter(RawPrompter):
             tokens += self.content(messages[index])
             tokens += self._engine.tokenize(literal, special=True)
         return tokens
+
+    def checked_variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those variables that the template reads; the others have no effect.
+
+        Raises:
+            UsageError: one is the template's own, or contains a marker.
+        """
+        for name in given.keys() & _OWN_VARIABLES:
+            raise UsageError(f"{name} is set by the server; leave it out")
+        read = {name: given[name] for name in given.keys() & self._template.variables}
+        _refuse_markers(list(read.values()), self._special_texts, "the template's variables")
+        return read
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """Return what the template writes for messages; a marker in their text is not told apart.
@@ -181,7 +197,8 @@ class Prompter(RawPrompter):
         """Return the template's variable for tools; check tools and calls for markers."""
         if not _uses_tools(messages, tools):
             return {}
-        _refuse_markers([*(tools or ()), *map(_as_variable, messages)], self._special_texts)
+        given = [*(tools or ()), *map(_as_variable, messages)]
+        _refuse_markers(given, self._special_texts, "the tools")
         return {"tools": list(tools)} if tools else {}
 
     def _special(self, name: str) -> str:
@@ -218,16 +235,16 @@ def _as_variable(message: Message, text: str = "") -> dict[str, Any]:
     return variable
 
 
-def _refuse_markers(tools: Sequence[Any], markers: Sequence[str]) -> None:
-    """Raise a UsageError if tools or calls, which the template writes, contain a marker."""
+def _refuse_markers(given: Sequence[Any], markers: Sequence[str], what: str) -> None:
+    """Raise a UsageError if values, which the template writes, contain a marker."""
     try:
-        texts = list(_texts(json.loads(json.dumps(tools))))
+        texts = list(_texts(json.loads(json.dumps(given))))
     except (TypeError, ValueError, RecursionError):
-        raise UsageError("the tools are not JSON, or nested too deeply") from None
+        raise UsageError(f"{what} are not JSON, or nested too deeply") from None
     for marker in markers:
         if any(marker in text for text in texts):
             raise UsageError(
-                f"the tools contain {marker}, which the model would not read as text; remove it"
+                f"{what} contain {marker}, which the model would not read as text; remove it"
             )
 
 

@@ -13,15 +13,14 @@ import numpy as np
 from llama_cpp import llama_cpp as llama
 from numpy.typing import NDArray
 
-from dots1_local.chat.grammar import Grammar, Matcher
+from dots1_local.chat.constraint import Constraint, TokenMatcher
 from dots1_local.chat.sampling import Sampling
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error
 
-__all__ = ["PENALTY_WINDOW", "Sampler"]
+__all__ = ["Sampler"]
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-PENALTY_WINDOW = 64  # tokens, llama.cpp's default
 _MIN_TEMPERATURE = 1e-6  # logits divided by less than this overflow
 
 
@@ -32,12 +31,16 @@ class Sampler:
     only where the text is complete.
     """
 
-    def __init__(self, sampling: Sampling, engine: Engine, grammar: Grammar | None = None) -> None:
+    def __init__(
+        self, sampling: Sampling, engine: Engine, grammar: Constraint | None = None
+    ) -> None:
         self._grammar, self._matcher = grammar, grammar.matcher() if grammar else None
         self._candidates = np.empty(engine.n_vocab if grammar else 0, _CANDIDATE)
+        # llama.cpp allocates the window at once; no token is further back than the context is long.
+        self._window = min(sampling.repeat_last_n, engine.n_ctx)
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         self._prompt_penalty = llama.llama_sampler_init_penalties(
-            engine.n_vocab, PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
+            engine.n_vocab, self._window, sampling.repeat_penalty, 0.0, 0.0
         )
         self._answer_penalty = llama.llama_sampler_init_penalties(
             engine.n_vocab, engine.n_ctx, 1.0, sampling.frequency_penalty, sampling.presence_penalty
@@ -62,7 +65,7 @@ class Sampler:
         """Start an answer; as in llama.cpp's server, the repeat penalty sees the prompt."""
         llama.llama_sampler_reset(self._prompt_penalty)
         llama.llama_sampler_reset(self._answer_penalty)
-        for token in prompt[-PENALTY_WINDOW:]:
+        for token in prompt[max(0, len(prompt) - self._window) :]:
             llama.llama_sampler_accept(self._prompt_penalty, token)
         self._matcher = self._grammar.matcher() if self._grammar else None
 
@@ -79,7 +82,7 @@ class Sampler:
         token: int = llama.llama_sampler_sample(self._chain, engine.context, index)
         return token
 
-    def _constrained(self, matcher: Matcher, engine: Engine, index: int) -> int:
+    def _constrained(self, matcher: TokenMatcher, engine: Engine, index: int) -> int:
         pointer = llama.llama_get_logits_ith(engine.context, index)
         logits = np.ctypeslib.as_array(pointer, shape=(engine.n_vocab,))
         token = self._sample(logits)
@@ -87,7 +90,7 @@ class Sampler:
             masked = np.where(matcher.mask(), logits, np.float32(-np.inf))
             token = self._sample(masked)
             if not np.isfinite(masked[token]) or not matcher.accept(token):
-                raise Dots1Error("no token of the model continues the answer within its schema")
+                raise Dots1Error("no token of the model continues the answer as it was asked for")
         llama.llama_sampler_accept(self._chain, token)
         return token
 

@@ -100,6 +100,8 @@ class Choice:
         computed and computes the rest itself.
         """
         known, self._prefix_source = self.prompt[:-1], None
+        if not self._request.cache_prompt:
+            return
         self._shared = max(self.slot.restoring, len(self.slot.tokens)) + _MIN_SHARED - 1
         for choice in older:
             if not (choice.prefilling and choice._scores_for(self.scored)):
@@ -180,9 +182,9 @@ class Choice:
             rows, place = rows[scoring:], place + scoring
             scores = self.slot.scores[: len(self.prompt) - 1]
             yield Scored(self._index, self._name(self.prompt[0]), tuple(scores))
-            if self._limit == len(self.prompt):
-                yield from self._end("length")
-                return
+        if self._limit == len(self.prompt):
+            yield from self._end("length")
+            return
         for row, logits in enumerate(rows):
             yield from self._sample(logits, place + row)
             if self.done or not self._drafter.accept(self._tokens[-1]):
@@ -210,7 +212,7 @@ class Choice:
         self._tokens.append(token)
         top = self._request.top_logprobs
         logprob = None if top is None else token_logprob(logits, token, top, self._engine.piece)
-        if self._engine.is_end(token):
+        if self._engine.is_end(token) or token in self._request.stop_tokens:
             if logprob and self.scored is not None:
                 yield Piece(self._index, "", (logprob,))
             yield from self._end("stop")

@@ -11,7 +11,7 @@ from statistics import fmean
 from threading import Condition, RLock
 from typing import Literal
 
-from dots1_local.chat.grammar import Grammar
+from dots1_local.chat.constraint import Constraint
 from dots1_local.chat.sampling import Sampling
 from dots1_local.errors import Dots1Error
 
@@ -31,17 +31,20 @@ class GenerationRequest:
     With `max_tokens` None the answer may fill the context; with 0 there is none. With
     `top_logprobs` None the answer has no logprobs; a number asks for each token's own and those of
     that many likeliest tokens. `prompt_logprobs` asks for those of the prompt's tokens likewise;
-    the answer's then include the end token's. `progress` asks how far the prompt is.
+    the answer's then include the end token's. `progress` asks how far the prompt is. The answer
+    also ends before one of the `stop_tokens`. Without `cache_prompt` the whole prompt is computed.
     """
 
     prompt: tuple[int, ...]
     sampling: Sampling
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
-    grammar: Grammar | None = None
+    stop_tokens: frozenset[int] = frozenset()
+    grammar: Constraint | None = None
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     progress: bool = False
+    cache_prompt: bool = True
 
 
 @dataclass(frozen=True)

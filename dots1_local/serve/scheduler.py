@@ -252,7 +252,9 @@ class Scheduler:
     def _start(self, queued: QueuedChoice) -> None:
         soon = self._queue.next_in_line(len(self._slots))
         request, prompts = queued.request, [each.request.prompt for each in soon]
-        slot = self._slots.take(request.prompt, prompts, request.prompt_logprobs)
+        slot = self._slots.take(
+            request.prompt, prompts, request.prompt_logprobs, reuse=request.cache_prompt
+        )
         try:
             choice = Choice(queued, slot, self._engine, self._draft_policy)
         except BaseException:

@@ -36,10 +36,13 @@ class Slots:
         prompt: Sequence[int],
         next_in_line: Sequence[Sequence[int]],
         top: int | None = None,
+        *,
+        reuse: bool = True,
     ) -> CacheSlot:
         """Take a free slot (there must be one) and fill it with the known prefix of a prompt.
 
-        If the prompt cache has more of the prompt, the slot must be restored.
+        If the prompt cache has more of the prompt, the slot must be restored. Without `reuse`, the
+        slot is empty.
 
         `top` is what `fill` takes.
 
@@ -52,6 +55,10 @@ class Slots:
         if 2 * slot.common(prompt) < len(slot.tokens):
             slot = min(free, key=lambda slot: (slot.common(*next_in_line), slot.released))
         slot.free = False
+        if not reuse:
+            self._cache.keep(slot, ())
+            self.empty(slot)
+            return slot
         known = prompt[:-1]
         longest = max(each.reusable(known, top) for each in self._slots)
         path, slot.restoring = self._cache.find(known, top, longest)

@@ -7,16 +7,20 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta, Struct
 
 from dots1_local.chat.dialogue import SYSTEM_PROMPT
+from dots1_local.chat.grammar import Grammar
 from dots1_local.chat.message import Message, ToolCall
 from dots1_local.chat.tools import CallGrammar, ToolChoice
 from dots1_local.engine.engine import Engine
 from dots1_local.errors import Dots1Error, UsageError
-from dots1_local.serve.http.request import Name, Options, SharedFields, TokenCount, invalid, missing
+from dots1_local.serve.http.request import Name, TokenCount, Unsupported, invalid, missing
+from dots1_local.serve.http.shared_fields import Options, SharedFields
+from dots1_local.serve.http.unsupported import OF_CHAT
 
-__all__ = ["ChatFields", "ChatRequest", "Messages", "read_chat"]
+__all__ = ["ChatFields", "ChatRequest", "Messages", "extensions", "read_chat"]
 
 _MAX_MESSAGES, _MAX_PARTS = 1 << 14, 1 << 10
 _MAX_TOOLS = 128  # OpenAI's limit
+_MAX_VARIABLES = 64
 
 
 class _TextPart(Struct, frozen=True, tag_field="type", tag="text"):
@@ -47,6 +51,7 @@ class _Message(Struct, frozen=True):
     tool_calls: Annotated[list[_Call], Meta(max_length=_MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     function_call: None = None  # OpenAI's former name of tool_calls
+    prefix: bool | None = None  # DeepSeek's and Mistral's: the answer continues this message
 
 
 class _Function(Struct, frozen=True):
@@ -97,30 +102,36 @@ class ChatFields(SharedFields, frozen=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = None  # vLLM's, and the next one
     add_generation_prompt: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=_MAX_VARIABLES)] | None = None
 
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **SharedFields.unsupported,
-        "audio": (),
-        "function_call": ("none", "auto"),
-        "functions": ([],),
-        "modalities": (["text"],),
-        "moderation": (),
-        "prompt_logprobs": (),
-        "web_search_options": (),
-    }
+    unsupported: ClassVar[Unsupported] = OF_CHAT
+
+
+def extensions(
+    raw: Mapping[str, Any], kind: type[Struct], chat: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a chat's body with those fields of another API's body that mean the same in a chat.
+
+    `kind` has the fields of the other API, of which `chat` is made.
+    """
+    known = {*ChatFields.__struct_fields__, *ChatFields.unsupported} - {*kind.__struct_fields__}
+    made = {name: value for name, value in chat.items() if value is not None}
+    return {name: raw[name] for name in raw.keys() & known} | made
 
 
 @dataclass(frozen=True)
 class ChatRequest:
     """A conversation, the tools as the client wrote them, and how to answer.
 
-    If it is `begun`, the last message is the beginning of the answer.
+    If it is `begun`, the last message is the beginning of the answer. `variables` are for the chat
+    template.
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]]
     options: Options
     begun: bool
+    variables: Mapping[str, Any]
 
 
 def read_chat(raw: Mapping[str, Any], engine: Engine) -> ChatRequest:
@@ -136,26 +147,46 @@ def read_chat(raw: Mapping[str, Any], engine: Engine) -> ChatRequest:
     if fields.top_logprobs and not fields.logprobs:
         raise invalid("top_logprobs needs logprobs; set logprobs to true", "top_logprobs")
     top_logprobs = fields.top_logprobs or 0 if fields.logprobs else None
-    max_tokens = fields.max_completion_tokens or fields.max_tokens
+    name = "max_completion_tokens" if fields.max_completion_tokens else "max_tokens"
+    max_tokens = fields.limit(name)
+    if max_tokens == 0:
+        raise invalid("n_predict is 0; an answer has at least one token", "n_predict")
     options = fields.options(engine, max_tokens, top_logprobs)
     grammar = options.choice.grammar
     if tools:
-        try:
-            grammar = CallGrammar(tools, engine, choice, fields.schema)
-        except Dots1Error as error:
-            raise invalid(str(error), "tools") from None
-    if grammar and begun:
+        grammar = _call_grammar(fields, tools, engine, choice)
+    if isinstance(grammar, Grammar) and begun:
         try:
             grammar = grammar.after(engine.tokenize(messages[-1].text, special=False))
         except UsageError as error:
             raise invalid(str(error), "messages") from None
     options = replace(options, choice=replace(options.choice, grammar=grammar))
-    return ChatRequest(messages, tools, options, begun)
+    return ChatRequest(messages, tools, options, begun, fields.chat_template_kwargs or {})
+
+
+def _call_grammar(
+    fields: ChatFields, tools: list[dict[str, Any]], engine: Engine, choice: ToolChoice
+) -> Grammar:
+    """Return the grammar of calls, or of a document in the form that is asked for."""
+    fields.refuse_late_end("tools")
+    form = fields.format
+    if form and form.schema is None:
+        message = f"{form.param} together with tools is not supported; leave one out"
+        raise invalid(message, form.param)
+    try:
+        return CallGrammar(tools, engine, choice, form and form.schema)
+    except Dots1Error as error:
+        raise invalid(str(error), "tools") from None
 
 
 def _is_begun(fields: ChatFields, last: Message) -> bool:
     """Whether the last message is to be continued, which is so by default if it is an answer."""
-    asked, anew = fields.continue_final_message, fields.add_generation_prompt
+    for index, each in enumerate(fields.messages):
+        if each.prefix and (each.role != "assistant" or each is not fields.messages[-1]):
+            problem = "only the last message, if it is the assistant's, can be continued"
+            raise invalid(problem, f"messages[{index}].prefix")
+    asked = fields.messages[-1].prefix or fields.continue_final_message
+    anew = fields.add_generation_prompt
     answers = last.role == "assistant" and not last.tool_calls
     begun = answers and asked is not False and not anew
     if not begun and (asked or anew is False):

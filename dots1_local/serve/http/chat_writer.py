@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from dots1_local.serve.generation import Finished, Piece, TokenLogprob
-from dots1_local.serve.http.request import Options
 from dots1_local.serve.http.response import Document, OpenAIWriter, named_logprob
+from dots1_local.serve.http.shared_fields import Options
 from dots1_local.serve.tool_calls import CallPart, Part, ToolCallParser, joined
 
 __all__ = ["ChatWriter"]

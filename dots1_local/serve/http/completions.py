@@ -9,14 +9,10 @@ from msgspec import Meta
 
 from dots1_local.engine.engine import Engine
 from dots1_local.serve.generation import Finished, Piece, Scored, TokenLogprob
-from dots1_local.serve.http.request import (
-    MAX_CHOICES,
-    Options,
-    SharedFields,
-    check_token,
-    invalid,
-)
+from dots1_local.serve.http.request import Unsupported, check_token, invalid
 from dots1_local.serve.http.response import Document, OpenAIWriter, named_logprob
+from dots1_local.serve.http.shared_fields import MAX_CHOICES, Options, SharedFields
+from dots1_local.serve.http.unsupported import OF_COMPLETIONS
 
 __all__ = ["CompletionFields", "CompletionRequest", "CompletionWriter", "read_completion"]
 
@@ -36,24 +32,24 @@ class CompletionFields(SharedFields, frozen=True, kw_only=True):
     logprobs: _TopCount | None = None
     prompt_logprobs: _TopCount | None = None  # vLLM's
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    add_special_tokens: bool | None = None  # vLLM's
 
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **SharedFields.unsupported,
-        "suffix": ("",),
-    }
+    unsupported: ClassVar[Unsupported] = OF_COMPLETIONS
 
 
 @dataclass(frozen=True)
 class CompletionRequest:
     """The prompts, each a text or token ids, and what to answer besides the completions.
 
-    `prompt_logprobs` asks for vLLM's list, whose tokens have so many alternatives.
+    `prompt_logprobs` asks for vLLM's list, whose tokens have so many alternatives. With `bos`,
+    texts begin with BOS if the model's documents do.
     """
 
     prompts: list[str | list[int]]
     echo: bool
     prompt_logprobs: int | None
     options: Options
+    bos: bool
 
 
 def read_completion(raw: Mapping[str, Any], engine: Engine) -> CompletionRequest:
@@ -62,8 +58,9 @@ def read_completion(raw: Mapping[str, Any], engine: Engine) -> CompletionRequest
     Raise an ApiError if a field is invalid or unsupported, or if fields contradict each other.
     """
     fields = CompletionFields.read(raw)
-    max_tokens = _DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
-    options = fields.options(engine, max_tokens, fields.logprobs)
+    options = fields.options(
+        engine, fields.limit("max_tokens", _DEFAULT_MAX_TOKENS), fields.logprobs
+    )
     wanted = [fields.prompt_logprobs, fields.logprobs if fields.echo else None]
     if scored := [count for count in wanted if count is not None]:
         options = replace(options, choice=replace(options.choice, prompt_logprobs=max(scored)))
@@ -73,7 +70,8 @@ def read_completion(raw: Mapping[str, Any], engine: Engine) -> CompletionRequest
     if len(prompts) * options.n > MAX_CHOICES:
         message = f"{len(prompts)} prompts with n {options.n} are more than {MAX_CHOICES} choices"
         raise invalid(f"{message}; split the request", "prompt")
-    return CompletionRequest(prompts, bool(fields.echo), fields.prompt_logprobs, options)
+    bos = fields.add_special_tokens is not False
+    return CompletionRequest(prompts, bool(fields.echo), fields.prompt_logprobs, options, bos)
 
 
 def _prompts(given: Any, n_vocab: int) -> list[str | list[int]]:

@@ -3,27 +3,30 @@
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
 from dots1_local.serve.generation import Finished, Piece
+from dots1_local.serve.http.chat_request import extensions
 from dots1_local.serve.http.request import (
     ApiError,
     Name,
-    Options,
+    Share,
     Stops,
     TokenCount,
+    Unsupported,
     invalid,
     missing,
     read_fields,
+    refuse_unsupported,
 )
 from dots1_local.serve.http.response import Document, Writer
+from dots1_local.serve.http.shared_fields import Options
+from dots1_local.serve.http.unsupported import OF_MESSAGES
 from dots1_local.serve.tool_calls import CallPart, Part, ToolCallParser, joined
 
 __all__ = ["CountFields", "MessagesFields", "MessagesWriter", "as_chat"]
-
-_Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class _Text(Struct, frozen=True, tag_field="type", tag="text"):
@@ -70,19 +73,53 @@ class _Choice(Struct, frozen=True):
     disable_parallel_tool_use: bool | None = None
 
 
+class _Format(Struct, frozen=True):
+    type: Literal["json_schema"]
+    schema: dict[str, Any] | bool
+
+
+class _OutputConfig(Struct, frozen=True):
+    format: _Format | None = None
+
+
+class _Edit(Struct, frozen=True):
+    """An edit of the context, of which only the removal of thinking changes nothing here."""
+
+    type: Literal["clear_thinking_20251015"]
+
+
+class _ContextManagement(Struct, frozen=True):
+    edits: list[_Edit] = []
+
+
 class CountFields(Struct, frozen=True, kw_only=True):
     """The body of a request to count tokens."""
 
     messages: Annotated[list[_Message], Meta(min_length=1)]
     max_tokens: TokenCount | None = None
     system: str | list[_Text] | None = None
-    temperature: _Share | None = None
-    top_p: _Share | None = None
+    temperature: Share | None = None
+    top_p: Share | None = None
     top_k: Annotated[int, Meta(ge=0)] | None = None
     stop_sequences: Stops | None = None
     stream: bool | None = None
     tools: list[_Tool] | None = None
     tool_choice: _Choice | None = None
+    output_config: _OutputConfig | None = None
+    output_format: _Format | None = None  # the former name of output_config.format
+    context_management: _ContextManagement | None = None
+
+    unsupported: ClassVar[Unsupported] = OF_MESSAGES
+
+    @property
+    def response_format(self) -> dict[str, Any] | None:
+        """What asks for the same form of the answer in /v1/chat/completions."""
+        form = self.output_format
+        if form is None and self.output_config:
+            form = self.output_config.format
+        if form is None:
+            return None
+        return {"type": "json_schema", "json_schema": {"schema": form.schema}}
 
 
 class MessagesFields(CountFields, frozen=True, kw_only=True):
@@ -94,10 +131,12 @@ class MessagesFields(CountFields, frozen=True, kw_only=True):
 def as_chat(raw: Mapping[str, Any], *, counting: bool = False) -> dict[str, Any]:
     """Return the body of /v1/chat/completions that means the same.
 
-    Raise an ApiError if a field is invalid or, unless tokens are only counted, max_tokens is
-    missing.
+    Raise an ApiError if a field is invalid or unsupported or, unless tokens are only counted,
+    max_tokens is missing.
     """
-    fields = read_fields(raw, CountFields if counting else MessagesFields)
+    kind = CountFields if counting else MessagesFields
+    fields = read_fields(raw, kind)
+    refuse_unsupported(raw, kind.unsupported)
     last = fields.messages[-1]
     if last.role == "assistant" and any(isinstance(each, _ToolUse) for each in last.content):
         raise invalid("the last message calls tools; send their results after it", "messages")
@@ -111,8 +150,9 @@ def as_chat(raw: Mapping[str, Any], *, counting: bool = False) -> dict[str, Any]
         "stop": fields.stop_sequences or None,
         "stream": fields.stream,
         "tools": [_tool(each) for each in fields.tools or ()],
+        "response_format": fields.response_format,
     }
-    return chat | _choice(fields.tool_choice)
+    return extensions(raw, kind, chat) | _choice(fields.tool_choice)
 
 
 def _parts(message: _Message) -> Iterator[dict[str, Any]]:

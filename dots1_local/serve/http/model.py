@@ -11,16 +11,13 @@ from dots1_local.serve.http.chat_request import read_chat
 from dots1_local.serve.http.chat_writer import ChatWriter
 from dots1_local.serve.http.completions import CompletionWriter, read_completion
 from dots1_local.serve.http.props import model_meta, props
-from dots1_local.serve.http.request import (
-    Options,
-    invalid,
-    missing,
-    read_fields,
-)
+from dots1_local.serve.http.request import invalid, missing, read_fields
 from dots1_local.serve.http.response import Writer
+from dots1_local.serve.http.shared_fields import Options
 from dots1_local.serve.http.tokens import (
     DetokenizeFields,
     TokenizeFields,
+    piece_of,
     text_of,
     tokenizer_info,
 )
@@ -54,6 +51,7 @@ class Model:
         `param` is the client's name of the field that is too long for the context.
         """
         tokens, tools, options = self._conversation(raw)
+        tokens = options.truncated(tokens, self.n_ctx)
         return list(options.requests(self._checked(tokens, param))), tools, options
 
     def _conversation(self, raw: dict[str, Any]) -> tuple[list[int], bool, Options]:
@@ -62,7 +60,13 @@ class Model:
             raise invalid(f"{self._no_chat}; use /v1/completions", "messages")
         asked = read_chat(raw, self._engine)
         try:
-            tokens = self._prompter.tokens(asked.messages, asked.tools, begun=asked.begun)
+            variables = self._prompter.checked_variables(asked.variables)
+        except UsageError as error:
+            raise invalid(str(error), "chat_template_kwargs") from None
+        try:
+            tokens = self._prompter.tokens(
+                asked.messages, asked.tools, begun=asked.begun, variables=variables
+            )
         except UsageError as error:  # the template cannot take these tools or tool calls
             raise invalid(str(error), "tools" if asked.tools else "messages") from None
         except GGUFError as error:  # the template refuses these messages
@@ -77,9 +81,14 @@ class Model:
         echoes: list[str | None] = []
         for prompt in asked.prompts:
             # Clients of this endpoint render templates themselves, so markers become tokens.
-            tokens = self._raw_prompter.marked(prompt) if isinstance(prompt, str) else prompt
+            if isinstance(prompt, str):
+                whole = self._raw_prompter.marked(prompt, bos=asked.bos)
+            else:
+                whole = prompt
+            tokens = options.truncated(whole, self.n_ctx)
             requests += options.requests(self._checked(tokens, "prompt", room=room))
-            echoes += [self._text(prompt) if asked.echo else None] * options.n
+            echoed = prompt if len(tokens) == len(whole) else tokens
+            echoes += [self._text(echoed) if asked.echo else None] * options.n
         return requests, CompletionWriter(self.name, options, echoes, asked.prompt_logprobs)
 
     def messages(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
@@ -101,6 +110,8 @@ class Model:
     def tokenize(self, raw: dict[str, Any]) -> dict[str, Any]:
         """Answer a body of /tokenize, or raise an ApiError."""
         fields = read_fields(raw, TokenizeFields)
+        if fields.content is not None:
+            return self._tokenize_content(fields)
         if fields.messages is not None:
             tokens, _, _ = self._conversation(raw)
         elif fields.prompt is not None:
@@ -116,9 +127,26 @@ class Model:
             "token_strs": names if fields.return_token_strs else None,
         }
 
+    def _tokenize_content(self, fields: TokenizeFields) -> dict[str, Any]:
+        """Answer in llama-server's form."""
+        if fields.prompt is not None or fields.messages is not None:
+            raise invalid("content is llama-server's name of prompt; give one of them", "content")
+        text, bos = fields.content or "", bool(fields.add_special)
+        if fields.parse_special is not False:
+            tokens = self._raw_prompter.marked(text, bos=bos)
+        else:
+            tokens = self._engine.tokenize(text, special=False, add_bos=bos)
+        if not fields.with_pieces:
+            return {"tokens": tokens}
+        return {"tokens": [{"id": each, "piece": piece_of(each, self._engine)} for each in tokens]}
+
     def detokenize(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """Answer a body of /detokenize, or raise an ApiError."""
-        return {"prompt": text_of(read_fields(raw, DetokenizeFields).tokens, self._engine)}
+        """Answer a body of /detokenize, or raise an ApiError; vLLM and llama-server agree on it.
+
+        vLLM's answer is the `prompt`, and llama-server's is the `content`.
+        """
+        text = text_of(read_fields(raw, DetokenizeFields).tokens, self._engine)
+        return {"prompt": text, "content": text}
 
     def tokenizer_info(self) -> dict[str, Any]:
         """Answer /tokenizer_info."""

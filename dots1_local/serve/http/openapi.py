@@ -6,7 +6,7 @@ server refuses such bodies although they match the description.
 
 import json
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from dots1_local import __version__
 from dots1_local.serve.http.chat_request import ChatFields
 from dots1_local.serve.http.completions import CompletionFields
 from dots1_local.serve.http.messages import CountFields, MessagesFields
-from dots1_local.serve.http.request import SharedFields
+from dots1_local.serve.http.request import Unsupported
 from dots1_local.serve.http.responses import ResponsesFields
 from dots1_local.serve.http.tokens import DetokenizeFields, TokenizeFields
 
@@ -49,8 +49,8 @@ _ANSWERS: dict[str, tuple[str, ...]] = {
     "/v1/responses": ("id", "object", "created_at", "model", "status", "output", "usage"),
     "/v1/messages": ("id", "type", "role", "model", "content", "stop_reason", "usage"),
     "/v1/messages/count_tokens": ("input_tokens",),
-    "/tokenize": ("count", "max_model_len", "tokens", "token_strs"),
-    "/detokenize": ("prompt",),
+    "/tokenize": ("tokens",),
+    "/detokenize": ("prompt", "content"),
 }
 _LOADING = {503: "The server is loading the model or shutting down."}
 _STATUSES = {
@@ -107,8 +107,8 @@ def openapi(routes: Sequence[Route], *, keyless: Set[str] | None = None) -> _Jso
     """Describe the routes; all but the `keyless` paths need a key, or none if that is None."""
     _, schemas = msgspec.json.schema_components(_BODIES.values(), ref_template=_COMPONENTS)
     for kind in _BODIES.values():
-        if issubclass(kind, SharedFields):
-            schemas[kind.__name__]["properties"] |= _refused(kind.unsupported)
+        unsupported: Unsupported = getattr(kind, "unsupported", {})
+        schemas[kind.__name__]["properties"] |= _refused(unsupported)
     paths: _Json = {}
     for route in routes:
         path = re.sub(r":\w+}", "}", route.path)
@@ -133,7 +133,7 @@ def openapi(routes: Sequence[Route], *, keyless: Set[str] | None = None) -> _Jso
     return renamed
 
 
-def _refused(unsupported: Mapping[str, Sequence[Any]]) -> _Json:
+def _refused(unsupported: Unsupported) -> _Json:
     """Return the fields that are refused, with the values that have no effect."""
     return {name: {"enum": [None, *harmless]} for name, harmless in unsupported.items()}
 

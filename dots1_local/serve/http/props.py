@@ -8,7 +8,6 @@ from typing import Any
 from llama_cpp import llama_cpp as llama
 
 from dots1_local import __version__
-from dots1_local.chat.sampler import PENALTY_WINDOW
 from dots1_local.chat.sampling import Sampling
 from dots1_local.engine.engine import Engine
 from dots1_local.serve.http.tokens import tokenizer_info
@@ -44,7 +43,7 @@ def props(engine: Engine, name: str) -> dict[str, Any]:
                 "top_k": sampling.top_k,
                 "top_p": sampling.top_p,
                 "min_p": sampling.min_p,
-                "repeat_last_n": PENALTY_WINDOW,
+                "repeat_last_n": sampling.repeat_last_n,
                 "repeat_penalty": sampling.repeat_penalty,
                 "frequency_penalty": sampling.frequency_penalty,
                 "presence_penalty": sampling.presence_penalty,

@@ -22,7 +22,8 @@ from dots1_local.serve.generation import (
     Progress,
     Scored,
 )
-from dots1_local.serve.http.request import ApiError, Options
+from dots1_local.serve.http.request import ApiError
+from dots1_local.serve.http.shared_fields import Options
 from dots1_local.serve.http.timings import prompt_progress, timings
 from dots1_local.serve.scheduler import Scheduler
 

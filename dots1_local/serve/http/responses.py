@@ -6,19 +6,32 @@ Nothing is stored: a conversation is sent whole, and `previous_response_id` is r
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
 from dots1_local.serve.generation import Finished, Piece
-from dots1_local.serve.http.request import ApiError, Name, Options, TokenCount, invalid, read_fields
+from dots1_local.serve.http.chat_request import extensions
+from dots1_local.serve.http.request import (
+    ApiError,
+    Name,
+    Share,
+    TokenCount,
+    Unsupported,
+    invalid,
+    read_fields,
+    refuse_unsupported,
+)
 from dots1_local.serve.http.response import Document, Writer
+from dots1_local.serve.http.shared_fields import Options
+from dots1_local.serve.http.unsupported import OF_RESPONSES
 from dots1_local.serve.tool_calls import CallPart, Part, ToolCallParser
 
 __all__ = ["ResponsesFields", "ResponsesWriter", "as_chat"]
 
-_Share = Annotated[float, Meta(ge=0, le=1)]
-_UNSUPPORTED = ("previous_response_id", "conversation", "prompt", "background")
+
+_STORED = ("previous_response_id", "conversation", "prompt")
+_LOGPROBS = "message.output_text.logprobs"
 
 
 class _Text(Struct, frozen=True, tag_field="type", tag="text"):
@@ -88,12 +101,17 @@ class ResponsesFields(Struct, frozen=True, kw_only=True):
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: _Share | None = None
+    top_p: Share | None = None
     stream: bool | None = None
     tools: list[_Tool] | None = None
     tool_choice: Literal["auto", "none", "required"] | _ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: _TextOptions | None = None
+    include: list[str] | None = None
+    truncation: Literal["auto", "disabled"] | None = None  # what does not fit is refused in both
+    stream_options: dict[str, Any] | None = None
+
+    unsupported: ClassVar[Unsupported] = OF_RESPONSES
 
 
 def as_chat(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,11 +119,14 @@ def as_chat(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     Raise an ApiError if a field is invalid or unsupported.
     """
-    for name in _UNSUPPORTED:
+    for name in _STORED:
         if raw.get(name):
             message = f"{name} is not supported: this server stores nothing; send all of the input"
             raise invalid(message, name, "unsupported")
+    refuse_unsupported(raw, ResponsesFields.unsupported)
     fields = read_fields(raw, ResponsesFields)
+    if _LOGPROBS in (fields.include or ()):
+        raise invalid("include asks for logprobs, which are not supported here", "include")
     messages: list[dict[str, Any]] = []
     if fields.instructions is not None:
         messages.append({"role": "system", "content": fields.instructions})
@@ -126,11 +147,10 @@ def as_chat(raw: Mapping[str, Any]) -> dict[str, Any]:
         "tool_choice": fields.tool_choice,
         "parallel_tool_calls": fields.parallel_tool_calls,
         "response_format": _response_format(fields.text),
-        **{name: raw[name] for name in ("top_k", "min_p", "seed", "repeat_penalty") if name in raw},
     }
     if isinstance(fields.tool_choice, _ToolChoice):
         chat["tool_choice"] = fields.tool_choice.chat()
-    return chat
+    return extensions(raw, ResponsesFields, chat)
 
 
 def _named(name: str | None) -> dict[str, Any]:

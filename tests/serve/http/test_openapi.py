@@ -4,6 +4,7 @@ schemathesis makes bodies that match the document and bodies that do not.
 """
 
 import asyncio
+import random
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ CHECKS = [
     content_type_conformance,
     response_schema_conformance,
 ]
+NEEDED = {"model", "messages", "input", "prompt", "tokens", "max_tokens", "content"}
 WITH_BODIES = [
     "/v1/chat/completions",
     "/v1/completions",
@@ -78,11 +80,22 @@ def statuses(served: Any, method: str, path: str, mode: GenerationMode, n: int) 
 
 
 def fill(body: Any) -> None:
-    """Give messages the content that most need, which the document cannot express."""
-    if isinstance(body, dict) and isinstance(messages := body.get("messages"), list):
-        for message in messages:
-            if message.get("content") is None:
-                message["content"] = "a"
+    """Do what most bodies need, which the document cannot express.
+
+    Messages have content and belong to a call. Few optional fields are given, because many
+    contradict each other.
+    """
+    if not isinstance(body, dict):
+        return
+    for message in body.get("messages") or ():
+        message.pop("prefix", None)
+        for name in ("content", "tool_call_id"):
+            if message.get(name) is None:
+                message[name] = "a"
+    optional = sorted(body.keys() - NEEDED)
+    kept = random.Random(repr(optional)).sample(optional, min(3, len(optional)))
+    for name in set(optional) - set(kept):
+        del body[name]
 
 
 @pytest.mark.parametrize("path", WITH_BODIES)

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from benchmarks.campaign import faults, kills, memory, results, workers
+from benchmarks.campaign import faults, kills, memory, mutants, results, workers
 from benchmarks.campaign.results import Result
 from benchmarks.campaign.trial import Broken, Part, Trial
 
 PARTS: dict[str, Part] = {
     "kills": kills.PART,
+    "mutants": mutants.PART,
     "faults": faults.PART,
     "memory": memory.PART,
     "workers": workers.PART,

@@ -3,7 +3,6 @@
 What is missing or corrupt is known before any work starts.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from dots1_local.architecture import Dots1Config, TensorSpec
 from dots1_local.errors import CheckpointError
+from dots1_local.files.json_file import parse_json
 from dots1_local.files.lfs_pointer import POINTER_START, refuse_pointer
 from dots1_local.files.names import unicode_name
 from dots1_local.files.safetensors import Slice, read_exactly, read_header
@@ -184,10 +184,10 @@ def load_json(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
         refuse_pointer(path, data[:POINTER_START], CheckpointError)
-        value = json.loads(data.decode("utf-8"))
+        value = parse_json(data)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is this a Hugging Face checkpoint?") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")

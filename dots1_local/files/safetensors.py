@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dots1_local.errors import CheckpointError, Dots1Error
+from dots1_local.files.json_file import JsonError, parse_json
 from dots1_local.files.lfs_pointer import POINTER_START, refuse_pointer
 
 __all__ = [
@@ -114,7 +115,7 @@ def load_arrays(path: Path, limit: int) -> tuple[dict[str, NDArray[Any]], dict[s
         name: np.frombuffer(data, _ARRAYS[s.dtype], prod(s.shape), s.offset).reshape(s.shape)
         for name, s in slices.items()
     }
-    metadata = json.loads(header).get("__metadata__")
+    metadata = parse_json(header).get("__metadata__")
     found = metadata if isinstance(metadata, dict) else {}
     return arrays, {key: value for key, value in found.items() if isinstance(value, str)}
 
@@ -130,8 +131,8 @@ def tensor_table(
         CheckpointError: the header is garbled, or promises more than the file holds.
     """
     try:
-        table = json.loads(header)
-    except (ValueError, RecursionError):
+        table = parse_json(header)
+    except JsonError:
         table = None
     if not isinstance(table, dict):
         raise CheckpointError(f"{path} has a garbled safetensors header")

@@ -139,6 +139,11 @@ def test_config_is_not_text(folder: Path) -> None:
     assert "config.json is not readable JSON" in refusal(folder)
 
 
+def test_a_name_in_the_config_is_half_a_surrogate_pair(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda raw: raw.update({"\ud800": 1}))
+    assert "config.json is not readable JSON" in refusal(folder)
+
+
 def test_another_architecture_is_reported_before_missing_shards(folder: Path) -> None:
     edit_json(folder / "config.json", lambda raw: raw.update(architectures=["LlamaForCausalLM"]))
     (folder / SHARD).unlink()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
+from dots1_local.cli._open import open_checkpoint
 from dots1_local.cli._options import (
     CHECKPOINT,
     HUB_PANEL,
@@ -16,7 +17,6 @@ from dots1_local.cli._options import (
     argument,
     exit_on_interrupt,
     flag,
-    open_checkpoint,
     option,
     text_file,
     verb,

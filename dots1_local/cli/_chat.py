@@ -11,6 +11,7 @@ import typer
 
 from dots1_local.cli import _options as shared
 from dots1_local.cli._input import check_text, piped_text
+from dots1_local.cli._open import open_engine, report_abort
 from dots1_local.cli._options import argument, flag, option, verb
 from dots1_local.cli._output import notice, plain, print_json
 from dots1_local.errors import UsageError
@@ -193,8 +194,8 @@ def _connect(options: ChatOptions, sampling: "Sampling") -> Iterator["Dialogue"]
 
     draft = shared.parse_draft(options.draft)
     with (
-        shared.report_abort(),
-        shared.open_engine(
+        report_abort(),
+        open_engine(
             options.file,
             options.context,
             options.plan,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from dots1_local.cli._convert_budget import check_options, memory_budget, read_budget
 from dots1_local.cli._convert_options import ConvertOptions
 from dots1_local.cli._fit import draw_front, fit_machine, show_fit, store_placement
-from dots1_local.cli._options import exit_on_interrupt, open_checkpoint, verb
+from dots1_local.cli._open import open_checkpoint
+from dots1_local.cli._options import exit_on_interrupt, verb
 from dots1_local.cli._output import notice, notice_resumed, print_json, progress_bar
 from dots1_local.cli._refine import measured_folder, refined_json, show_refined
 

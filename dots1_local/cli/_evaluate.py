@@ -16,6 +16,7 @@ from dots1_local.cli._evaluate_report import (
     scores_json,
 )
 from dots1_local.cli._model import local_model
+from dots1_local.cli._open import choose_placement, open_engine, report_abort
 from dots1_local.cli._options import flag, option, verb
 from dots1_local.cli._output import is_verbose, notice, print_json, progress_bar
 from dots1_local.errors import UsageError
@@ -120,7 +121,7 @@ def evaluate(options: EvaluateOptions) -> None:
     )
     paths = [options.model, *([options.reference] if options.reference else [])]
     stopped = "stopped; the same command goes on from here" if not options.dry_run else "stopped"
-    with shared.exit_on_interrupt(stopped), shared.report_abort(), quiet(is_verbose()):
+    with shared.exit_on_interrupt(stopped), report_abort(), quiet(is_verbose()):
         models = [_open(options, path) for path in paths]
         manager = open_manager(asked)
         needed = data_sets(manager, asked.names)
@@ -170,7 +171,7 @@ def _open(options: EvaluateOptions, path: Path) -> "EvaluatedModel":
     from dots1_local.placement.placement import load_placement
 
     plan = options.plan if path == options.model else None
-    chosen = shared.choose_placement(path, plan, options.worker or ())
+    chosen = choose_placement(path, plan, options.worker or ())
     return EvaluatedModel.open(
         path,
         placement=load_placement(chosen) if isinstance(chosen, Path) else chosen,
@@ -213,7 +214,7 @@ def _evaluate(
     from dots1_local.evaluate.tasks.run import evaluate as run
 
     with (
-        shared.open_engine(
+        open_engine(
             model.path,
             str(model.n_ctx),
             options.plan if model.path == options.model else None,

@@ -11,6 +11,7 @@ import typer
 
 from dots1_local.cli import _options as shared
 from dots1_local.cli._model import local_model
+from dots1_local.cli._open import choose_placement, report_abort
 from dots1_local.cli._options import exit_on_interrupt, flag, option, verb
 from dots1_local.cli._output import notice, print_json, print_table, progress_bar
 from dots1_local.progress import Progress
@@ -85,7 +86,7 @@ def perplexity(options: PerplexityOptions) -> None:
         reference=options.reference and local_model(options.reference, outlook=True),
     )
     run: dict[str, Any] = {
-        "placement": shared.choose_placement(options.model, options.plan, options.worker or ()),
+        "placement": choose_placement(options.model, options.plan, options.worker or ()),
         "workers": tuple(options.worker or ()),
         "threads": options.threads,
         "notify": notice,
@@ -93,7 +94,7 @@ def perplexity(options: PerplexityOptions) -> None:
     }
     texts = shared.named_files(options.file or (), "-f")
     logits = shared.named_files(options.logits or (), "--logits")
-    with shared.report_abort():
+    with report_abort():
         if compares:
             _compare(options, texts, logits, run)
         else:

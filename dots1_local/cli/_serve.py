@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dots1_local.cli import _options as shared
+from dots1_local.cli._open import open_engine, report_abort
 from dots1_local.cli._options import flag, option, verb
 from dots1_local.cli._output import notice, plural
 from dots1_local.cli._prompt_cache import check_sizes, open_cache
@@ -96,7 +97,7 @@ def serve(options: ServeOptions) -> None:
         if not (key or is_loopback(listener)):
             notice(f"warning: anyone who reaches {url} may use the model; set an --api-key")
         with (
-            shared.report_abort(),
+            report_abort(),
             ApiServer(
                 listener, name, api_key=key, origins=options.cors or (), page=not options.no_page
             ) as server,
@@ -147,7 +148,7 @@ def _open_engine(options: ServeOptions, draft: "Draft") -> "Engine":
     from dots1_local.chat.draft import longest_draft
 
     with shared.exit_on_interrupt():
-        return shared.open_engine(
+        return open_engine(
             options.model,
             options.context,
             options.plan,

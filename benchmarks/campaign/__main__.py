@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from benchmarks.campaign import faults, kills, memory, mutants, results, workers
+from benchmarks.campaign import faults, http, kills, memory, mutants, results, workers
 from benchmarks.campaign.results import Result
 from benchmarks.campaign.trial import Broken, Part, Trial
 
 PARTS: dict[str, Part] = {
     "kills": kills.PART,
     "mutants": mutants.PART,
+    "http": http.PART,
     "faults": faults.PART,
     "memory": memory.PART,
     "workers": workers.PART,
@@ -80,16 +81,17 @@ def _try(task: _Task, work: Path) -> Result:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     start = time.perf_counter()
-    failure = ""
+    failure, cases = "", None
     try:
-        task.trial(Random(task.seed), folder)
+        cases = task.trial(Random(task.seed), folder)
     except Broken as broken:
         failure = str(broken)
     except Exception as error:  # a trial that can't be made counts as one that failed
         failure = f"{type(error).__name__}: {error}"
     if not failure:
         shutil.rmtree(folder)
-    return Result(task.part, task.name, task.seed, failure, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Result(task.part, task.name, task.seed, failure, seconds, cases or 1)
 
 
 def _options() -> argparse.Namespace:

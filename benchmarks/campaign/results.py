@@ -13,13 +13,14 @@ __all__ = ["Result", "read", "table", "write"]
 
 @dataclass(frozen=True)
 class Result:
-    """One trial. `failure` is empty where everything held."""
+    """One trial of so many cases. `failure` is empty where everything held."""
 
     part: str
     name: str
     seed: str
     failure: str
     seconds: float
+    cases: int = 1
 
 
 def read(file: Path) -> Iterator[Result]:
@@ -56,4 +57,5 @@ def table(parts: Mapping[str, Part], results: Iterable[Result]) -> Iterator[str]
 def _row(part: str, what: str, results: list[Result], must_hold: str) -> str:
     failed = sum(1 for result in results if result.failure)
     longest = max(result.seconds for result in results)
-    return f"| {part} | {what} | {len(results):,} | {failed} | {longest:.1f} | {must_hold} |"
+    tried = sum(result.cases for result in results)
+    return f"| {part} | {what} | {tried:,} | {failed} | {longest:.1f} | {must_hold} |"

@@ -7,8 +7,10 @@ from random import Random
 
 __all__ = ["Broken", "Part", "Trial"]
 
-Trial = Callable[[Random, Path], None]
-"""Try one case, drawn from the random numbers, in an empty folder; raise `Broken` if it fails."""
+Trial = Callable[[Random, Path], int | None]
+"""Try one case, drawn from the random numbers, in an empty folder; raise `Broken` if it fails.
+
+A trial that tries several at once returns how many."""
 
 
 class Broken(Exception):

@@ -45,7 +45,7 @@ TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
         ({"allOf": {}}, ["allOf"]),
         ({"$ref": "https://example.org/s"}, ["https://example.org/s"]),
         ({"$ref": "#/$defs/a"}, ["/$defs/a"]),
-        ({"$ref": "#"}, ["no document"]),
+        ({"$ref": "#"}, ["no text matches the schema"]),
         ({"oneOf": [WHOLE, {"type": "number"}]}, ["oneOf", "anyOf"]),
         (thing(["a"], a=False), ["required"]),
         ({"type": "number", "minimum": 0, "exclusiveMaximum": 1, "multipleOf": 1e-30}, ["digits"]),

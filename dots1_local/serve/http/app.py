@@ -5,6 +5,7 @@ import hmac
 import logging
 import resource
 from collections.abc import Sequence, Set
+from contextlib import suppress
 from typing import Any
 
 import h11
@@ -22,7 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dots1_local.serve.http.openapi import openapi
 from dots1_local.serve.http.page import page_routes
 from dots1_local.serve.http.paths import CanonicalPath
-from dots1_local.serve.http.request import ApiError
+from dots1_local.serve.http.request import ApiError, invalid
 from dots1_local.serve.http.service import Service
 
 __all__ = ["BACKLOG", "IDLE_SECONDS", "Connection", "make_app", "raise_file_limit"]
@@ -32,6 +33,7 @@ IDLE_SECONDS = 60  # for a request's header to arrive; clients close idle connec
 _MAX_CONNECTIONS, _MIN_CONNECTIONS = 1000, 32
 _MAX_FILES = 2048
 _HEALTH = "/health"
+_CLOSE = (b"connection", b"close")
 _OTHER_FILES = 4 * BACKLOG  # file descriptors of connections not yet closed and everything else
 
 
@@ -169,6 +171,21 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP, in the shape of the API, unless an answer has begun."""
+        begun = self.cycle and not self.cycle.response_complete
+        path = self.cycle.scope["path"] if begun else ""
+        refusal = invalid("the request is not HTTP/1.1, or its head is too long").response(path)
+        headers = [*self.server_state.default_headers, *refusal.raw_headers, _CLOSE]
+        with suppress(h11.LocalProtocolError):
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason="Bad Request"),
+                h11.Data(data=bytes(refusal.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _expect_header(self) -> None:
         if self._deadline is None:

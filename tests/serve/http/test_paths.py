@@ -36,19 +36,24 @@ def port(engine: Engine) -> Iterator[int]:
         thread.join(60)
 
 
+def exchanged(port: int, request: bytes) -> tuple[int, bytes]:
+    """Return the status and the body of the answer to these bytes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        client.sendall(request)
+        answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    begin, _, rest = answer.partition(b"\r\n\r\n")
+    return int(begin.split()[1]), rest
+
+
 def asked(port: int, target: str, body: Any = None, key: str = KEY) -> tuple[int, bytes]:
-    """Return the status and the body of the answer to a request whose target is written so."""
+    """Send a request whose target is written so."""
     data = b"" if body is None else json.dumps(body).encode()
     head = (
         f"{'GET' if body is None else 'POST'} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         f"Authorization: Bearer {key}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(data)}\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
-        client.sendall(head.encode() + data)
-        answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
-    begin, _, rest = answer.partition(b"\r\n\r\n")
-    return int(begin.split()[1]), rest
+    return exchanged(port, head.encode() + data)
 
 
 @pytest.mark.parametrize(
@@ -109,3 +114,25 @@ def test_no_way_of_writing_a_path_gets_around_the_key(port: int, target: str) ->
 def test_errors_have_the_shape_of_the_api_that_is_meant(port: int, target: str) -> None:
     status, answer = asked(port, target, {"messages": 1})
     assert (status, json.loads(answer)["type"]) == (400, "error")
+
+
+@pytest.mark.parametrize(
+    ("request_", "anthropic"),
+    [
+        (b"\x16\x03\x01 hello\r\n\r\n", False),
+        (b"GET /v1/models HTTP/1.1\r\n\r\n", False),  # without a host
+        (b"POST /messages HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n", False),
+        (
+            f"POST /v1/messages HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nz".encode(),
+            True,
+        ),
+    ],
+)
+def test_what_is_not_http_gets_an_error_in_the_shape_of_its_api(
+    port: int, request_: bytes, anthropic: bool
+) -> None:
+    status, answer = exchanged(port, request_ + b"\r\n")
+    error = json.loads(answer)
+    assert (status, error["error"]["type"]) == (400, "invalid_request_error")
+    assert ("type" in error) == anthropic

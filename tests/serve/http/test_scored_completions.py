@@ -161,7 +161,7 @@ def test_tokens_are_counted_as_vllm_does(engine: Engine) -> None:
     assert found["max_model_len"] == 64
     assert "".join(found["token_strs"][:2]) == "Hi"
     back = get(engine, "/detokenize", {"tokens": found["tokens"]}).json
-    assert back == {"prompt": text}
+    assert back == {"prompt": text, "content": text}  # for clients of vLLM and of llama-server
     plain = get(engine, "/tokenize", {"prompt": text, "add_special_tokens": False}).json
     assert plain["token_strs"] is None
     assert plain["tokens"] == found["tokens"]  # this model adds no BOS

@@ -28,7 +28,9 @@ _GRACE = 10  # seconds that answers get to finish when the server ends
 class ServeOptions:
     model: shared.Model
     host: str = option(
-        "Listen at this address; 0.0.0.0 is every address of this machine.", value="127.0.0.1"
+        "Listen at this address; 0.0.0.0 is every address of this machine.",
+        value="127.0.0.1",
+        envvar="DOTS1_HOST",
     )
     port: int = option("Listen at this port; 0 picks a free one.", value=8000, min=0, max=65535)
     name: str = option(

@@ -4,7 +4,7 @@
 #   benchmarks/container.sh [WORK]
 #
 # WORK (build/container) keeps the base, which debootstrap makes of Debian's packages. It needs root,
-# and Debian's packages buildah, crun, curl, debootstrap and podman. With BASE=IMAGE, that image is
+# and Debian's packages buildah, curl, debootstrap, podman and runc. With BASE=IMAGE, that image is
 # the base. The memory limit is podman's --memory; where podman cannot set it, a control group
 # (version 1) made by hand; the table says which.
 set -euo pipefail
@@ -13,8 +13,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mkdir -p "${1:-$root/build/container}" && cd "${1:-$root/build/container}" && pwd)
 image=localhost/dots1
 name=dots1-check
-limit=$((400 << 20)) # bytes: less than the machine has, and enough for the example
-export STORAGE_DRIVER=${STORAGE_DRIVER:-vfs} BUILDAH_ISOLATION=chroot
+limit=$((1 << 30)) # bytes: less than the machine has, and enough to measure and to serve the example
+export STORAGE_DRIVER=${STORAGE_DRIVER:-overlay} BUILDAH_ISOLATION=chroot
 models=$work/models cache=$work/cache
 
 row() { printf '| %s | %s |\n' "$1" "$2"; }
@@ -28,7 +28,7 @@ base() { # an image of Debian bookworm as small as its "slim" image
     local folder=$work/base container mounted
     if [[ ! -e $folder/etc/os-release ]]; then
         rm -rf "$folder"
-        debootstrap --variant=minbase bookworm "$folder" http://deb.debian.org/debian
+        debootstrap --variant=minbase bookworm "$folder"
         rm -rf "$folder"/var/cache/apt/* "$folder"/var/lib/apt/lists/* \
             "$folder"/usr/share/{doc,info,locale,man}/*
         # What this machine trusts, for a network that reads what it passes on.
@@ -50,7 +50,8 @@ build() {
 }
 
 box() { # podman run, as hardened as compose.yaml
-    podman run --network host --cgroup-manager cgroupfs --read-only --tmpfs /tmp --cap-drop all \
+    podman --runtime runc --cgroup-manager cgroupfs run --network host --health-interval disable \
+        --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 --read-only --tmpfs /tmp --cap-drop all \
         --security-opt no-new-privileges --volume "$models:/models" --volume "$cache:/cache" "$@"
 }
 
@@ -120,20 +121,24 @@ check() {
     memory
 }
 
-memory() { # the RAM that `dots1 hardware` sees
-    local seen how="podman --memory"
-    if ! seen=$(box --rm --memory "$limit" "$image" hardware --json 2>"$work/memory.log"); then
-        how="control group by hand"
-        local group=/sys/fs/cgroup/memory/dots1-check
+memory() { # the RAM that `dots1 hardware` sees, and serving within it
+    local seen how="podman --memory" limited=(--memory "$limit")
+    local group=/sys/fs/cgroup/memory/dots1-check
+    if ! box --rm "${limited[@]}" "$image" --version >"$work/memory.log" 2>&1; then
+        how="a control group made by hand" limited=(--cgroups disabled)
         mkdir -p "$group"
         echo "$limit" >"$group/memory.limit_in_bytes"
-        seen=$( (echo "$BASHPID" >"$group/cgroup.procs" && box --rm --cgroups disabled "$image" hardware --json))
-        rmdir "$group" || true
+        echo "$BASHPID" >"$group/cgroup.procs"
     fi
-    echo "$seen" >"$work/hardware.json"
-    seen=$(python3 -c 'import json, sys; print(json.load(sys.stdin)["ram"]["total"])' <"$work/hardware.json")
+    box --rm "${limited[@]}" "$image" hardware --json >"$work/hardware.json"
+    seen=$(python3 -c 'import json, sys; print(json.load(sys.stdin)["cpu"]["total"])' <"$work/hardware.json")
     [[ $seen == "$limit" ]] || fail "the RAM is taken to be $seen bytes under a limit of $limit"
-    row "RAM under a limit of $limit bytes ($how)" "$seen"
+    row "RAM as planned with, under a limit of $limit bytes ($how)" "$seen"
+    start "${limited[@]}" "$image" serve /models/dots.gguf >&2
+    ask 16 >/dev/null
+    row "served under this limit" "yes"
+    stop >&2
+    podman rm "$name" >/dev/null
 }
 
 build

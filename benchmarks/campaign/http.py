@@ -386,8 +386,8 @@ def _reset(client: socket.socket) -> None:
 PART = Part(
     "none lost or mixed, memory flat within 5%, every error in its API's shape",
     {
-        "schema": (_schema, 30),
-        "slow": (_slow, 20),
+        "schema": (_schema, 40),
+        "slow": (_slow, 30),
         "half": (_half, 40),
         "burst": (_burst, 20),
         "disconnects": (_disconnects, 30),

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -140,15 +139,20 @@ def _calibration(work: Path) -> None:
     shutil.copytree(calibrated(), work / "calibration")
 
 
-@cache
+_ready: dict[str, Path] = {}
+
+
 def _made(name: str, *command: str) -> Path:
     """A folder in which a command ran; `name` is what it writes."""
     with one_at_a_time:
+        if name in _ready:
+            return _ready[name]
         place = Place(inputs() / "mutants" / name)
         _model(place.work)
         _checkpoint(place.work)
         if Program(place, command).wait():
             raise Broken(f"{name} cannot be made: {place.said()}")
+        _ready[name] = place.work
         return place.work
 
 

@@ -3,7 +3,8 @@
 // FAULT_OPERATION is open, read, write, short (a write that takes half), sync, rename, truncate or
 // mmap; FAULT_BELOW the folder; FAULT_AT the number, from 0; FAULT_ERROR the errno; with
 // FAULT_STAYS=1 all later ones fail, too. After FAULT_CLOCK_AT readings, the real-time clock is
-// FAULT_CLOCK seconds off. Everything is read at each call, for programs are forked.
+// FAULT_CLOCK seconds off. The file FAULT_HITS gets the path of each operation that fails. Everything
+// is read at each call, for programs are forked.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -15,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
@@ -26,6 +28,17 @@ static atomic_long seen, readings;
 static long number(const char *name, long otherwise) {
     const char *text = getenv(name);
     return text ? atol(text) : otherwise;
+}
+
+static void tell(const char *path) {
+    const char *hits = getenv("FAULT_HITS");
+    if (!hits) return;
+    int fd = syscall(SYS_openat, AT_FDCWD, hits, O_WRONLY | O_CREAT | O_APPEND, 0666);
+    if (fd < 0) return;
+    char line[2 * PATH_MAX + 2];
+    int length = snprintf(line, sizeof line, "%s\n", path);
+    syscall(SYS_write, fd, line, length);
+    syscall(SYS_close, fd);
 }
 
 static int fails_at(const char *operation, const char *path) {
@@ -40,6 +53,7 @@ static int fails_at(const char *operation, const char *path) {
     if (strncmp(path, below, strlen(below))) return 0;
     long count = atomic_fetch_add(&seen, 1), at = number("FAULT_AT", 0);
     if (count != at && !(count > at && number("FAULT_STAYS", 0))) return 0;
+    tell(path);
     errno = number("FAULT_ERROR", EIO);
     return 1;
 }
@@ -107,7 +121,9 @@ int rename(const char *from, const char *to) {
 
 static long jump(void) {
     const char *text = getenv("FAULT_CLOCK");
-    if (!text || atomic_fetch_add(&readings, 1) < number("FAULT_CLOCK_AT", 0)) return 0;
+    long at = number("FAULT_CLOCK_AT", 0), count = text ? atomic_fetch_add(&readings, 1) : -1;
+    if (count < at) return 0;
+    if (count == at) tell("the clock");
     return atol(text);
 }
 

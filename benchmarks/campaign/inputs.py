@@ -11,8 +11,8 @@ from tests.micro import micro_checkpoint
 from tests.verify.patch import rewrite
 
 __all__ = [
-    "TEXT", "calibrated", "inputs", "micro", "mini", "mini_q8", "one_at_a_time", "q8", "split",
-    "text", "wrong",
+    "TEXT", "TINY", "calibrated", "inputs", "micro", "micro_q8", "mini", "mini_q8", "one_at_a_time",
+    "q8", "split", "text", "wrong",
 ]  # fmt: skip
 
 TINY = Path(__file__).parents[2] / "examples" / "dots1-tiny"
@@ -75,6 +75,11 @@ def mini() -> Path:
 def mini_q8() -> Path:
     """`mini` in Q8_0."""
     return _made("mini.gguf", "convert", str(mini()), "-o", "mini.gguf", "--type", "Q8_0")
+
+
+def micro_q8() -> Path:
+    """`micro` in Q8_0."""
+    return _made("micro.gguf", "convert", str(micro()), "-o", "micro.gguf", "--type", "Q8_0")
 
 
 def calibrated() -> Path:

@@ -15,15 +15,15 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from random import Random
 from threading import Event, Thread
 from typing import Any
 
+from benchmarks.campaign.asking import answers_of
 from benchmarks.campaign.inputs import TEXT, inputs, one_at_a_time, q8
 from benchmarks.campaign.processes import Measure, Place, Program, Strike
 from benchmarks.campaign.trial import Broken, Trial
@@ -252,38 +252,6 @@ def _dialogue(kept: _Kept) -> Trial:
 # A server
 
 
-def _answers(place: Place, program: Program, prompts: Sequence[str]) -> list[str]:
-    """Ask a server for its answers; fewer, if it is killed."""
-    found: list[str] = []
-    url = r"http://127\.0\.0\.1:(\d+)/v1"
-    listening: list[str] = []
-
-    def ready() -> bool:
-        listening[:] = re.findall(url, place.log.read_text()) if place.log.exists() else []
-        return bool(listening)
-
-    program.wait(ready)
-    for prompt in prompts if listening else ():
-        body = json.dumps({"prompt": prompt, "max_tokens": 8, "temperature": 0})
-        try:
-            with closing(HTTPConnection("127.0.0.1", int(listening[-1]), timeout=60)) as server:
-                while True:
-                    server.request(
-                        "POST", "/v1/completions", body, {"Content-Type": "application/json"}
-                    )
-                    response = server.getresponse()
-                    content = json.loads(response.read())
-                    if response.status != 503:
-                        break
-                    time.sleep(0.05)
-        except (OSError, HTTPException, ValueError):
-            break
-        if response.status != 200:
-            raise Broken(f"a server answered {response.status}: {content}")
-        found.append(content["choices"][0]["text"])
-    return found
-
-
 def _served(place: Place, prompts: Sequence[str], strike: Strike | None = None) -> tuple[Any, ...]:
     """Serve until the strike, or until all answers have come; return them, and how it went."""
     place.log.unlink(missing_ok=True)
@@ -293,7 +261,7 @@ def _served(place: Place, prompts: Sequence[str], strike: Strike | None = None) 
 
     def ask() -> None:
         try:
-            answers.extend(_answers(place, program, prompts))
+            answers.extend(answers_of(place, program, prompts))
         except Exception as error:  # it is raised below
             failures.append(error)
 
@@ -362,8 +330,8 @@ def _damage(random: Random, path: Path) -> None:
 
 
 CHAT_TRIALS: dict[str, tuple[Trial, int]] = {
-    "chat --session -p": (_questions, 100),
-    "a dialogue with --session": (_dialogue(_Kept("talk.json")), 100),
-    "a dialogue without a file": (_dialogue(_Kept(None)), 100),
+    "chat --session -p": (_questions, 50),
+    "a dialogue with --session": (_dialogue(_Kept("talk.json")), 50),
+    "a dialogue without a file": (_dialogue(_Kept(None)), 20),
     "serve --prompt-cache": (_server, 100),
 }

@@ -5,7 +5,6 @@ leave no other file, in its folder, in its home or among temporary files. A file
 name at the kill must be whole. `killed_dialogues.py` has what is held with a model.
 """
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -88,7 +87,7 @@ def _killed_once(
     program = Program(place, case.arguments, env, strike.operation)
     if not program.meets(strike):
         return False
-    found = _contents(place)
+    found = place.contents(by_name=_CHECKED_BY_NAME)
     for path, digest in found.items():
         whole = expected.files.get(path, digest), expected.before.get(path)
         if path.startswith("work/") and digest not in whole:
@@ -103,7 +102,7 @@ def _killed_once(
 def _again(
     case: Case, expected: Undisturbed, place: Place, env: Mapping[str, str], hub: HubServer | None
 ) -> None:
-    before, arrived = _contents(place), _arrived(place)
+    before, arrived = place.contents(by_name=_CHECKED_BY_NAME), _arrived(place)
     if hub:
         hub.requests.clear()
     code = Program(place, case.arguments, env).wait()
@@ -112,7 +111,7 @@ def _again(
     refused = complete and any(words in place.said() for words in _DONE)
     if code and not refused:
         raise Broken(f"the second run ended with {code}: {place.said()}")
-    found = _contents(place)
+    found = place.contents(by_name=_CHECKED_BY_NAME)
     if stray := sorted(found.keys() - expected.files.keys()):
         raise Broken(f"left behind: {', '.join(stray)}{' (refused)' * refused}")
     if missing := sorted(expected.files.keys() - found.keys()):
@@ -135,26 +134,12 @@ def _undisturbed(name: str) -> Undisturbed:
 def _measured(name: str) -> Undisturbed:
     case, place = _CASES[name], Place(inputs() / f"undisturbed-{name.replace('/', '-')}")
     case.prepare(place)
-    before = _contents(place)
+    before = place.contents(by_name=_CHECKED_BY_NAME)
     with _hub_of(case) as (env, _):
         code, measure = Program(place, case.arguments, env).measure()
     if code:
         raise Broken(f"the undisturbed run ended with {code}: {place.said()}")
-    return Undisturbed(_contents(place), before, measure)
-
-
-def _contents(place: Place) -> dict[str, str]:
-    """SHA-256 of all files of a place by path; a folder that is empty, has none."""
-    found = {}
-    for top in (place.work, place.home, place.temporary):
-        for path in sorted(top.rglob("*")):
-            name = path.relative_to(place.folder).as_posix()
-            if path.is_file():
-                by_name = path.name in _CHECKED_BY_NAME
-                found[name] = "" if by_name else hashlib.sha256(path.read_bytes()).hexdigest()
-            elif not any(path.iterdir()):
-                found[name] = "empty folder"
-    return found
+    return Undisturbed(place.contents(by_name=_CHECKED_BY_NAME), before, measure)
 
 
 def _arrived(place: Place) -> int:
@@ -267,8 +252,13 @@ _CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+_COUNTS = {
+    "convert": 50, "convert, one thread": 20, "convert --split-max-size": 40, "convert --force": 40,
+    "hub: convert": 40, "hub: convert --low-disk": 40, "hub: a GGUF": 40, "hub: a split GGUF": 40,
+    "calibrate": 100, "export": 100, "logits": 100, "verify --fix": 60, "verify --fix, split": 40,
+}  # fmt: skip
+
 PART = Part(
     "resumed or redone to the same bytes; nothing else on disk",
-    {name: (_trial(name), 20 if "refine" in name.lower() else 100) for name in _CASES}
-    | CHAT_TRIALS,
+    {name: (_trial(name), _COUNTS.get(name, 20)) for name in _CASES} | CHAT_TRIALS,
 )

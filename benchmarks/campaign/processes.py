@@ -1,22 +1,33 @@
-"""`dots1` in processes that can be killed at a moment, a byte or a file operation.
+"""`dots1` in processes that can be killed at a moment, a byte or a file operation, or limited.
 
-They are forked from a process that has imported the package, and so start in milliseconds.
+They are forked from a process that has imported the package, and so start in milliseconds. It has
+the library of `faults.c`, which does nothing unless a program's variables ask for it.
 """
 
+import hashlib
+import json
 import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing import get_context, set_start_method
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from random import Random
+from threading import RLock
 from typing import Any
 
-__all__ = ["Measure", "Place", "Program", "Strike"]
+from benchmarks.campaign.limits import NO_LIMITS, Limits, addresses
+
+__all__ = ["Measure", "Place", "Program", "Strike", "faults"]
 
 # huggingface_hub reads its environment when it is imported, so it is left out.
 _PRELOAD = [
@@ -25,8 +36,7 @@ _PRELOAD = [
     "dots1_local.evaluate.perplexity", "dots1_local.export", "dots1_local.refine.kernels",
     "dots1_local.serve.run", "dots1_local.verify",
 ]  # fmt: skip
-_context = get_context("forkserver")
-_context.set_forkserver_preload(_PRELOAD)
+_starting = RLock()
 
 # Python's audit events of what changes a folder; each comes before the change.
 _OPERATIONS = {"os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink",
@@ -62,6 +72,19 @@ class Place:
         """What programs say, on stdout and stderr."""
         return self.folder / "log"
 
+    def contents(self, *tops: str, by_name: Sequence[str] = ()) -> dict[str, str]:
+        """SHA-256 of all files by path; a folder that is empty, and a file `by_name`, has none."""
+        found = {}
+        for top in tops or ("work", "home", "temporary"):
+            for path in sorted((self.folder / top).rglob("*")):
+                name = path.relative_to(self.folder).as_posix()
+                if path.is_file():
+                    named = path.name in by_name
+                    found[name] = "" if named else hashlib.sha256(path.read_bytes()).hexdigest()
+                elif path.is_dir() and not any(path.iterdir()):
+                    found[name] = "empty folder"
+        return found
+
     def environment(self, more: Mapping[str, str]) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
         return kept | {
@@ -78,11 +101,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Measure:
-    """What a program that nobody disturbed took."""
+    """What a program took: seconds, bytes written, file operations, and bytes of addresses."""
 
     seconds: float
     nbytes: int
     operations: int
+    addresses: int
 
 
 @dataclass(frozen=True)
@@ -112,8 +136,11 @@ class Strike:
 
 @dataclass
 class Program:
-    """`dots1` with `arguments`, in a process group of its own; `terminal` is its controlling
-    one."""
+    """`dots1` with `arguments`, in a process group of its own.
+
+    `terminal` is its controlling one; else stderr goes to the log, and stdout, too, if it has no
+    file of its own, or is "closed".
+    """
 
     place: Place
     arguments: Sequence[str]
@@ -121,15 +148,18 @@ class Program:
     operation: int | None = None
     terminal: str | None = None
     limit: float = _PATIENCE
+    stdout: str | None = None
+    limits: Limits = NO_LIMITS
 
     def __post_init__(self) -> None:
         env = self.place.environment(self.environment)
-        counted = self.place.folder / "operations"
-        given = (list(self.arguments), str(self.place.work), env, str(self.place.log))
-        self._process: ForkServerProcess = _context.Process(
-            target=_run, args=(*given, str(counted), self.operation, self.terminal), daemon=False
+        self._counted, self._bytes = self.place.folder / "measured", 0
+        given = list(self.arguments), str(self.place.work), env, str(self._counted)
+        streams = str(self.place.log), self.stdout, self.terminal
+        self._process: ForkServerProcess = _server().Process(
+            target=_run, args=(*given, *streams, self.operation, self.limits), daemon=False
         )
-        self._counted, self._bytes, self._started = counted, 0, time.monotonic()
+        self._started = time.monotonic()
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -138,7 +168,11 @@ class Program:
         """Wait for the end; return the exit code and what the program took."""
         code = self.wait(lambda: False)
         seconds = time.monotonic() - self._started
-        return code, Measure(seconds, self._bytes, int(self._counted.read_text() or 0))
+        try:
+            counts = json.loads(self._counted.read_text())
+        except (OSError, ValueError):  # it was killed
+            counts = [0, 0]
+        return code, Measure(seconds, self._bytes, *counts)
 
     def wait(self, done: Callable[[], bool] = lambda: False) -> int:
         """Wait for the end, and return the exit code, or for what is `done`, and return 0."""
@@ -151,6 +185,7 @@ class Program:
                 return 124
             time.sleep(0.005)
         self._process.join()
+        self.limits.clean_up(self.pid)
         return self._process.exitcode or 0
 
     def meets(self, strike: Strike, done: Callable[[], bool] = lambda: False) -> bool:
@@ -203,6 +238,40 @@ class Program:
         return self._bytes
 
 
+@cache
+def faults() -> Path:
+    """The library of `faults.c`, compiled."""
+    _kept.append(tempfile.TemporaryDirectory(prefix="dots1-faults-"))
+    library = Path(_kept[0].name, "faults.so")
+    source = Path(__file__).with_name("faults.c")
+    compiler = shutil.which("cc") or "gcc"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def _server() -> ForkServerContext:
+    with _starting:
+        return _started()
+
+
+@cache
+def _started() -> ForkServerContext:
+    """The process that programs are forked from."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    os.environ["LD_PRELOAD"] = str(faults())
+    try:
+        process = context.Process(target=os.getpid)
+        process.start()
+        process.join()
+    finally:
+        del os.environ["LD_PRELOAD"]
+    return context
+
+
 def _of_session(leader: int) -> list[str]:
     """The processes of a session that are alive."""
     found = []
@@ -221,18 +290,19 @@ def _run(
     arguments: list[str],
     folder: str,
     env: dict[str, str],
+    measured: str,
     log: str,
-    counted: str,
-    operation: int | None,
+    stdout: str | None,
     terminal: str | None,
+    operation: int | None,
+    limits: Limits,
 ) -> None:
     """Be the program; at the file operation of this number, it kills its group."""
     os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    streams = [os.open(terminal or os.devnull, os.O_RDWR)]
-    streams += [streams[0], streams[0]] if terminal else [output, output]
-    for number, stream in enumerate(streams):
+    before = addresses()
+    for number, stream in enumerate(_streams(log, stdout, terminal)):
         os.dup2(stream, number)
+    kept = os.open(measured, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
@@ -253,13 +323,31 @@ def _run(
                 os.killpg(0, signal.SIGKILL)
             operations += 1
 
+    limits.hold()
     sys.addaudithook(count)
     try:
         main()
     finally:
-        sys.stdout.flush()
+        with suppress(OSError):  # stdout may be closed, or full
+            sys.stdout.flush()
         sys.stderr.flush()
-        Path(counted).write_text(str(operations))
+        peak = re.search(r"VmPeak:\s+(\d+)", Path("/proc/self/status").read_text())
+        grown = int(peak[1]) * 1024 - before if peak else 0
+        os.write(kept, json.dumps([operations, grown]).encode())
+
+
+def _streams(log: str, stdout: str | None, terminal: str | None) -> list[int]:
+    """Descriptors of stdin, stdout and stderr."""
+    if terminal:
+        return [os.open(terminal, os.O_RDWR)] * 3
+    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    errors = os.open(log, append, 0o666)
+    if stdout == "closed":
+        reader, output = os.pipe()
+        os.close(reader)
+    else:
+        output = os.open(stdout, append, 0o666) if stdout else errors
+    return [os.open(os.devnull, os.O_RDWR), output, errors]
 
 
 def _writes(given: tuple[Any, ...]) -> bool:

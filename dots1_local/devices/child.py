@@ -35,6 +35,14 @@ _LONG = 10.0  # seconds of a step after which its duration is shown
 _SOURCE = re.compile(r"^\S*\.(c|cpp|cu|cuh|h|hpp|m):\d+: ")  # file and line of ggml's source
 # Lines that may say why a process was killed; others, such as lists of devices, do not.
 _COMPLAINT = re.compile(r"what\(\)|\b(error|fail|failed|lost|abort|fault|fatal)\b", re.IGNORECASE)
+# What to do about signals that tell their cause.
+_ADVICE: dict[int, str] = {
+    signal.SIGILL: "llama.cpp was compiled for another processor; compile it on this machine, with "
+    "pip install --force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python "
+    "llama-cpp-python",
+    signal.SIGKILL: "Linux kills what takes more memory than is free or than a limit allows, so "
+    "free some or raise the limit",
+}
 _log = logging.getLogger("dots1_local.engine")
 _sending = Lock()
 
@@ -68,7 +76,9 @@ def ask(
                 if "error" in message:
                     raise Dots1Error(str(message["error"]))
                 return message.get("answer")
-            raise Dots1Error(f"the engine died while {doing}: {_cause(child, log)}; {advice}")
+            code = child.wait()
+            advice = _ADVICE.get(-code, advice)
+            raise Dots1Error(f"the engine died while {doing}: {_cause(code, log)}; {advice}")
         finally:
             if _log.isEnabledFor(logging.DEBUG):
                 for line in _lines(log):
@@ -191,9 +201,9 @@ def _read(stream: IO[str], lines: "Queue[str]") -> None:
     lines.put("")
 
 
-def _cause(child: subprocess.Popen[str], log: IO[str]) -> str:
+def _cause(code: int, log: IO[str]) -> str:
     """How the process ended, and its last line; after a signal, its last complaint if any."""
-    code, lines = child.wait(), _lines(log)
+    lines = _lines(log)
     if code >= 0:
         return readable(_SOURCE.sub("", lines[-1])) if lines else f"exit code {code}"
     ended = f"killed by signal {-code} ({signal.strsignal(-code) or 'unknown'})"

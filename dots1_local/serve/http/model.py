@@ -13,6 +13,7 @@ from dots1_local.serve.http.completions import CompletionWriter, read_completion
 from dots1_local.serve.http.props import model_meta, props
 from dots1_local.serve.http.request import invalid, missing, read_fields
 from dots1_local.serve.http.response import Writer
+from dots1_local.serve.http.responses_writer import ResponsesWriter
 from dots1_local.serve.http.shared_fields import Options
 from dots1_local.serve.http.tokens import (
     DetokenizeFields,
@@ -100,7 +101,7 @@ class Model:
     def responses(self, raw: dict[str, Any]) -> tuple[list[GenerationRequest], Writer]:
         """Read a body of /v1/responses, or raise an ApiError."""
         requests, tools, options = self._requests(responses.as_chat(raw), "input")
-        return requests, responses.ResponsesWriter(self.name, options, raw, tools=tools)
+        return requests, ResponsesWriter(self.name, options, raw, tools=tools)
 
     def count_tokens(self, raw: dict[str, Any]) -> dict[str, Any]:
         """Answer a body of /v1/messages/count_tokens, or raise an ApiError."""

@@ -42,16 +42,20 @@ wheel: $(VENV)/.installed
 clean:
 	rm -rf $(BUILD) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# llama-cpp-python is compiled here, with the RPC backend. pip may hand back a wheel that was
-# built with other flags, so the build is asked what it can do, and made again if it must be.
+# llama-cpp-python is compiled here, with the RPC backend, and without AMX, whose kernels gcc 12 makes
+# end with SIGILL. pip may hand back a wheel that was built with other flags or for another processor,
+# so the build is asked what it can do, and made again if it must be.
+NO_AMX = $(shell grep -qs amx_tile /proc/cpuinfo && echo -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+COMPILE = CFLAGS="$(CFLAGS) $(NO_AMX)" CXXFLAGS="$(CXXFLAGS) $(NO_AMX)" \
+	CMAKE_ARGS="-DGGML_RPC=on -DLLAVA_BUILD=off" $(BIN)/pip install --quiet \
+	--no-binary llama-cpp-python
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing; llama.cpp is compiled the first time, which takes some minutes"
-	CMAKE_ARGS="-DGGML_RPC=on -DLLAVA_BUILD=off" $(BIN)/pip install --quiet \
-		--no-binary llama-cpp-python --editable .
-	$(BIN)/python tools/check_engine.py || CMAKE_ARGS="-DGGML_RPC=on -DLLAVA_BUILD=off" \
-		$(BIN)/pip install --quiet --force-reinstall --no-deps --no-cache-dir \
-		--no-binary llama-cpp-python llama-cpp-python
+	$(COMPILE) --editable .
+	$(BIN)/python tools/check_engine.py || \
+		$(COMPILE) --force-reinstall --no-deps --no-cache-dir llama-cpp-python
 	$(BIN)/python tools/check_engine.py
 	touch $@
 

@@ -16,11 +16,12 @@ from benchmarks.campaign.limits import NO_LIMITS, Limits
 from benchmarks.campaign.processes import Place, Program
 from benchmarks.campaign.trial import Broken
 from tests.hub_server import HubServer
+from tests.workers import free_port
 
 __all__ = ["Disturbance", "Outcome", "check", "check_again", "contents", "prepare", "run",
            "undisturbed"]  # fmt: skip
 
-_PATIENCE = 120  # seconds after which a program hangs
+_PATIENCE = 240  # seconds after which a program hangs
 _TOPS = "work", "home", "temporary", "inputs"
 # What a later run may add to: perplexities that were measured and are kept.
 _KEPT = "home/.cache/dots1/perplexity"
@@ -56,8 +57,9 @@ def run(name: str, place: Place, disturbance: Disturbance = Disturbance()) -> Ou
         path.unlink(missing_ok=True)
     with _hub(case) as variables:
         environment = {"PYTHONHASHSEED": "0", **variables, **(disturbance.variables or {})}
+        arguments = [str(free_port()) if word == "PORT" else word for word in case.arguments]
         program = Program(
-            place, case.arguments, environment, limit=_PATIENCE, limits=disturbance.limits,
+            place, arguments, environment, limit=_PATIENCE, limits=disturbance.limits,
             stdout=disturbance.stdout or str(output),
         )  # fmt: skip
         beside = Thread(target=disturbance.during or (lambda: None))

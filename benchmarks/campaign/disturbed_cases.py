@@ -32,7 +32,8 @@ class Case:
 
     What it writes has the `same` bytes each time, or not. `earlier` puts what an earlier run left
     into its folder. The file `grows` must keep what it had, of which `holds` tells. It `serves`
-    until it is asked to end, and before that it may be asked for answers.
+    until it is asked to end, and before that it may be asked for answers. The argument PORT stands
+    for a free port.
     """
 
     arguments: tuple[str, ...]
@@ -104,5 +105,5 @@ CASES: dict[str, Case] = {
          "--prompt-cache-ram", "0", *_REST), (q8,), same=False, serves="answers"),
     "bench": Case(("bench", _Q8, "-t", "1", "-c", "16"), (q8,), same=False),
     "hardware": Case(("hardware",), same=False),
-    "worker": Case(("worker", "--port", "0"), same=False, serves="listens"),
+    "worker": Case(("worker", "--port", "PORT"), same=False, serves="listens"),
 }  # fmt: skip

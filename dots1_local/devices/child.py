@@ -37,9 +37,8 @@ _SOURCE = re.compile(r"^\S*\.(c|cpp|cu|cuh|h|hpp|m):\d+: ")  # file and line of 
 _COMPLAINT = re.compile(r"what\(\)|\b(error|fail|failed|lost|abort|fault|fatal)\b", re.IGNORECASE)
 # What to do about signals that tell their cause.
 _ADVICE: dict[int, str] = {
-    signal.SIGILL: "llama.cpp was compiled for another processor; compile it on this machine, with "
-    "pip install --force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python "
-    "llama-cpp-python",
+    signal.SIGILL: "llama.cpp was compiled for another processor, or by gcc 12 for one with AMX; "
+    "compile it again, as docs/run.md says under Illegal instruction",
     signal.SIGKILL: "Linux kills what takes more memory than is free or than a limit allows, so "
     "free some or raise the limit",
 }

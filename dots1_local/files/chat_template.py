@@ -1,14 +1,17 @@
 """A model's chat template, rendered in Jinja's sandbox, because a stranger wrote it.
 
-A template may run for five seconds and write 16 million characters. The time is checked in every
-iteration of a loop and every call of a macro. A single step of Python is not interrupted, so a
-template can still take a gigabyte for a moment, by padding or joining a text.
+A template may compute for five seconds, once, and write 16 million characters, which is also as far as
+it may pad a text. The time is checked in every iteration of a loop and every call of a macro. A
+single step of Python is not interrupted, so a template can still take hundreds of megabytes for a
+moment, by joining or replacing texts.
 """
 
 import json
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import wraps
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, meta, nodes
@@ -23,7 +26,11 @@ _SECONDS = 5.0  # a thousand turns take a hundredth of this
 _MAX_LENGTH = 1 << 24  # characters
 _MAX_INTEGER = 1 << 64
 _MAX_POWER = 64
+_LONG_NUMBER = re.compile(r"\d{8}")  # a width or precision beyond the limit
+_GIVEN_WIDTH = re.compile(r"\*|\{[^{}]*\{")  # %*d, or {:{width}}
+_PADS = "it pads a text to something too large"
 _deadline: ContextVar[float] = ContextVar("deadline")
+_slow: set[str] = set()  # templates that took too long
 
 
 class ChatTemplate:
@@ -52,10 +59,14 @@ class ChatTemplate:
         Raises:
             GGUFError: the template fails on these messages, or it exceeds its time or length.
         """
-        _deadline.set(time.monotonic() + _SECONDS)
+        _deadline.set(time.thread_time() + _SECONDS)
         try:
+            if self.source in _slow:
+                raise _TooSlowError
             return "".join(self._pieces({**variables, "messages": messages}))
         except (Exception, _TooSlowError) as error:  # a template can raise any exception
+            if isinstance(error, _TooSlowError):
+                _slow.add(self.source)
             problem = readable(str(error)) or type(error).__name__
             raise GGUFError(f"the chat template of {self._file} fails: {problem}") from error
 
@@ -71,7 +82,7 @@ class ChatTemplate:
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's sandbox with transformers' settings, without what keeps Python busy in one step."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("*", "**", "%"))
 
     def __init__(self) -> None:
         super().__init__(
@@ -81,9 +92,24 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _json
         for name in ("slice", "batch"):  # they count up to any number
             del self.filters[name]
+        for name in ("center", "indent", "truncate", "wordwrap"):
+            self.filters[name] = _checked(self.filters[name], _check_sizes)
+        self.filters["format"] = _checked(self.filters["format"], _check_format)
         del self.globals["lipsum"]
 
+    def call(self, context: Context, function: Any, /, *given: Any, **named: Any) -> Any:
+        """Call a function; a text's own only with sizes within the limit."""
+        format_method = getattr(function, "__wrapped__", None)  # str.format, behind Jinja's own
+        if isinstance(text := getattr(format_method, "__self__", None), str):
+            _check_format(text, *given, *named.values())
+        elif isinstance(getattr(function, "__self__", None), str):
+            _check_sizes(*given, *named.values())
+        return super().call(context, function, *given, **named)
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            _check_format(left, *(right if isinstance(right, tuple) else (right,)))
+            return super().call_binop(context, operator, left, right)
         integers = [each for each in (left, right) if isinstance(each, int)]
         lengths = [len(each) for each in (left, right) if hasattr(each, "__len__")]
         if (
@@ -96,15 +122,39 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def check_time(self) -> None:
         """End the template if its time is up; `_timed` puts calls of this into templates."""
-        if time.monotonic() > _deadline.get():
+        if time.thread_time() > _deadline.get():
             raise _TooSlowError
+
+
+def _checked(made: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+    """A filter whose arguments are checked."""
+
+    @wraps(made)
+    def checked(*given: Any, **named: Any) -> Any:
+        check(*given, *named.values())
+        return made(*given, **named)
+
+    return checked
+
+
+def _check_format(text: str, *given: object) -> None:
+    """Check that a text that formats others does not pad them beyond the limit."""
+    if _LONG_NUMBER.search(text):
+        raise TemplateError(_PADS)
+    if _GIVEN_WIDTH.search(text):
+        _check_sizes(*given)
+
+
+def _check_sizes(*given: object) -> None:
+    if any(isinstance(value, int) and abs(value) > _MAX_LENGTH for value in given):
+        raise TemplateError(_PADS)
 
 
 class _TooSlowError(BaseException):
     """Not an Exception, because Jinja's filters swallow some of those."""
 
     def __str__(self) -> str:
-        return f"it runs for more than {_SECONDS:g} seconds"
+        return f"it computes for more than {_SECONDS:g} seconds"
 
 
 def _timed(tree: nodes.Template) -> nodes.Template:

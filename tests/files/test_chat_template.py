@@ -35,6 +35,15 @@ def test_an_endless_template_is_ended(source: str, monkeypatch: pytest.MonkeyPat
     assert time.monotonic() - begun < 5
 
 
+def test_a_template_that_was_too_slow_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = LOOPS + "{# once #}"
+    monkeypatch.setattr(chat_template, "_SECONDS", 0.05)
+    for _ in range(2):
+        with pytest.raises(GGUFError, match="computes for more than"):
+            ChatTemplate(source, "f.gguf").render(MESSAGES)
+        monkeypatch.setattr(chat_template, "_SECONDS", 3600)
+
+
 @pytest.mark.parametrize(
     "source", ["{{ lipsum(n=10**8) }}", "{{ [1]|slice(10**18)|list }}", "{{ [1]|batch(10**9, 1) }}"]
 )
@@ -58,6 +67,15 @@ def test_loops_and_macros_stay_what_they_are() -> None:
         "{{ 10 ** (10 ** 10) }}",
         "{{ 'x' * 10000000000 }}",
         "{% set x = [1] * 10000000000 %}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '%.100000000f'|format(1) }}",
+        "{{ '{:>1000000000}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, 1000000000) }}",
+        "{{ 'a'.ljust(1000000000) }}",
+        "{{ 'a'.zfill(width=1000000000) }}",
+        "{{ 'a'|center(1000000000) }}",
+        "{{ 'a'|indent(1000000000, true) }}",
         "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
     ],
 )
@@ -74,8 +92,14 @@ def test_output_is_bounded() -> None:
 
 
 def test_ordinary_arithmetic_stays() -> None:
-    source = "{{ '  ' * 2 }}{{ [0] * 2 }}{{ 2 ** 3 }}{{ 1.5 * 2 }}{{ 7 % 2 }}"
-    assert ChatTemplate(source, "f.gguf").render(MESSAGES) == "    [0, 0]83.01"
+    source = (
+        "{{ '  ' * 2 }}{{ [0] * 2 }}{{ 2 ** 3 }}{{ 1.5 * 2 }}{{ 7 % 2 }}"
+        "{{ ' %s %d' % ('x12345678', 1700000000) }}{{ '%d'|format(1700000000) }}"
+        "{{ 'a {} {:>3}'.format(1700000000, 'b') }}{{ '012345678'|indent(2) }}{{ 'a'.ljust(2) }}"
+    )
+    assert ChatTemplate(source, "f.gguf").render(MESSAGES) == (
+        "    [0, 0]83.01 x12345678 17000000001700000000a 1700000000   b012345678a "
+    )
 
 
 def test_json_is_written_as_transformers_does() -> None:

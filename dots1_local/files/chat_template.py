@@ -1,9 +1,9 @@
 """A model's chat template, rendered in Jinja's sandbox, because a stranger wrote it.
 
-A template may compute for five seconds, once, and write 16 million characters, which is also as far as
-it may pad a text. The time is checked in every iteration of a loop and every call of a macro. A
-single step of Python is not interrupted, so a template can still take hundreds of megabytes for a
-moment, by joining or replacing texts.
+A template may compute for five seconds, once, and write 16 million characters, which is also as
+far as it may pad a text. The time is checked in every iteration of a loop and every call of a
+macro. A single step of Python is not interrupted, so a template can still take hundreds of
+megabytes for a moment, by joining or replacing texts.
 """
 
 import json

@@ -179,12 +179,13 @@ class _Parser:
         n_dimensions = self._number("I")
         if n_dimensions > _MAX_DIMENSIONS:
             raise GGUFError(f"{self._path} gives tensor {name} {n_dimensions} dimensions")
-        shape = tuple(self._number("Q") for _ in range(n_dimensions))[::-1]
+        # A tensor without dimensions has one weight, as for llama.cpp.
+        shape = tuple(self._number("Q") for _ in range(n_dimensions))[::-1] or (1,)
         kind, offset = self._number("I"), self._number("Q")
         if kind not in _LAYOUTS:
             raise GGUFError(f"{self._path} stores tensor {name} as unknown type {kind}")
         type_name, block, block_bytes = _LAYOUTS[kind]
-        if (columns := prod(shape[-1:])) % block:  # a tensor without dimensions has one weight
+        if (columns := shape[-1]) % block:
             raise GGUFError(
                 f"{self._path} has rows of {columns} weights in tensor {name}, which is not a "
                 f"multiple of {type_name}'s blocks of {block}"

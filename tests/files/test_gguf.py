@@ -211,6 +211,12 @@ def test_refuses_impossible_tensors(tmp_path: Path, tensors: list[bytes], senten
     assert sentence in refusal(path)
 
 
+def test_a_tensor_without_dimensions_has_one_weight(tmp_path: Path) -> None:
+    without = name(b"a") + struct.pack("<IIQ", 0, 0, 0)
+    [found] = GGUFFile.open(write(tmp_path / "x.gguf", 1, 0, without, bytes(256))).tensors
+    assert (found.shape, found.nbytes) == ((1,), 4)
+
+
 def test_refuses_a_file_cut_anywhere(pristine: Path, tmp_path: Path) -> None:
     content = pristine.read_bytes()
     lengths = [*random.Random(0).sample(range(len(content) - 32), 200), len(content) - 32]

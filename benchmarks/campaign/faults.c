@@ -65,7 +65,7 @@ static int fails(const char *operation, int fd) {
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t length = readlink(link, path, sizeof path - 1);
     errno = kept;
-    if (length < 0) return 0;
+    if (length < 0 || path[0] != '/') return 0;  // a pipe or a socket has no path
     path[length] = 0;
     return fails_at(operation, path);
 }

@@ -44,7 +44,7 @@ _OPERATIONS = {
 # What a sentence says of an error, where that may be something else than the system's text.
 _CAUSES = {
     errno.ENOSPC: "[Nn]o space|full|free", errno.EDQUOT: "[Qq]uota|full|free",
-    errno.ENOMEM: "memory", errno.EFBIG: "too large",
+    errno.ENOMEM: "memory", errno.EFBIG: "too large", errno.EIO: "[Ii]nput/output|I/O",
 }  # fmt: skip
 _ATTEMPTS = 20  # at a fault that strikes
 _OPTIONAL = ("chat_template.jinja", "generation_config.json", "special_tokens_map.json",

@@ -143,7 +143,7 @@ def _with_value(random: Random, key: _Key) -> _Key:
         text = random.choice(TEXTS).encode(errors="surrogatepass")
         lie = struct.pack("<Q", random.choice([1 << 20, 1 << 40, (1 << 64) - 1])) + text
         return replace(key, value=random.choice([_stored(text), _stored(text), lie]))
-    if key.kind == _ARRAY and random.random() < 0.8:
+    if key.kind == _ARRAY and len(key.value) > 12 and random.random() < 0.8:
         of, count = struct.unpack_from("<IQ", key.value)
         if random.random() < 0.3:
             lie = random.choice([0, count - 1, count + 1, 1 << 40, (1 << 64) - 1])

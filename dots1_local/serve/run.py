@@ -25,6 +25,7 @@ from dots1_local.serve.scheduler import Scheduler
 __all__ = ["ApiServer", "bind", "is_loopback", "url_of"]
 
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, and probes
+_LOOK = 0.5  # seconds after which a signal that another thread got is heard
 _CLOSING_SECONDS = 5  # for connections to close after the last answer
 _FLUSHING_SECONDS = 1  # for errors to reach clients when the process has to end
 
@@ -142,7 +143,10 @@ class ApiServer:
             Dots1Error: the HTTP thread or the engine's thread has ended by itself.
         """
         with _set_by_signals(self._stop):
-            self._stop.wait()
+            # Linux may give a signal to another thread. That does not wake this one, which is the
+            # one that handles it.
+            while not self._stop.wait(_LOOK):
+                pass
         if not self._thread.is_alive():
             raise Dots1Error("the HTTP side of the server has failed; start it again")
         if self._scheduler and self._scheduler.failed:

@@ -60,6 +60,7 @@ def _checkpoint(work: Path) -> None:
 def _model(work: Path) -> None:
     shutil.copyfile(mini_q8(), work / "model.gguf")
     shutil.copyfile(text(), work / "text.txt")
+    (work / "short.txt").write_text(TEXT[:500], encoding="utf-8")
 
 
 def _importance(work: Path) -> None:
@@ -119,7 +120,7 @@ def _made(name: str, *command: str) -> Path:
         _checkpoint(place.work)
         program = Program(place, command)
         if command[0] == "serve":
-            answer_once(place, program, TEXT[:400])
+            answer_once(place, program, TEXT[:900])
         if program.wait():
             raise Broken(f"{name} cannot be made: {place.said()}")
         _ready[name] = place.work
@@ -179,10 +180,10 @@ _FROM_SPLIT: Sequence[Command] = tuple(
     tuple("split-00001-of-00004.gguf" if word == "model.gguf" else word for word in command)
     for command in _GGUF
 )
-_SERVE: Command = "serve", "model.gguf", "--port", "0", "-c", "256", "-t", "1"
+_SERVE: Command = "serve", "model.gguf", "--port", "0", "-c", "1k", "-t", "1"
 _CACHING: Command = (*_SERVE, "--prompt-cache", "prompts", "--prompt-cache-ram", "0")
 _ANSWER: Command = (
-    "evaluate", "model.gguf", "--text", "story=text.txt", "--answers", "answers", "-c", "256",
+    "evaluate", "model.gguf", "--text", "story=short.txt", "--answers", "answers", "-c", "256",
 )  # fmt: skip
 _ROUTED: Command = (
     "plan", "model.gguf", "--hardware", "24gb-64gb", "--routing", "calibration",

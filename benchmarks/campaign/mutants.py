@@ -35,7 +35,7 @@ def _trial(kind: Kind) -> Trial:
         program = Program(place, command, limit=120)
         costs = _Costs(program.pid)
         if command[0] == "serve":
-            answer_once(place, program, TEXT[:400])
+            answer_once(place, program, TEXT[:900])
         code = program.wait(costs.are_high)
         if costs.are_high():
             program.kill()

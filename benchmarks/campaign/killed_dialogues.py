@@ -27,6 +27,7 @@ from benchmarks.campaign.asking import answers_of
 from benchmarks.campaign.inputs import TEXT, inputs, one_at_a_time, q8
 from benchmarks.campaign.processes import Measure, Place, Program, Strike
 from benchmarks.campaign.trial import Broken, Trial
+from dots1_local.files.partial_file import partial_path
 
 __all__ = ["CHAT_TRIALS"]
 
@@ -128,7 +129,8 @@ def _questions(random: Random, folder: Path) -> None:
                 _check_kept(file, expected, number, strike)
             elif code := program.wait():
                 raise Broken(f"a question after {kills} kills ended with {code}: {place.said()}")
-    if _saved(file) == expected and not (place.work / "talk.kv").exists():
+    cache = place.work / "talk.kv"
+    if _saved(file) == expected and (not cache.exists() or partial_path(cache).exists()):
         return  # killed after the last answer was saved and before its KV cache
     _check_end(place, expected, set(names), file)
 

@@ -1,12 +1,13 @@
-"""Fetch a large file into huggingface_hub's cache, and go on where a killed run stopped.
+"""Fetch a large file, and go on where a killed run stopped.
 
-huggingface_hub begins again at the first byte when a run was killed, and does not check hashes. The
-bytes arrive in `blobs/HASH.incomplete`. A complete file gets the name and the link that
-huggingface_hub would give it, so that all programs share it.
+huggingface_hub begins again at the first byte when a run was killed, and does not check hashes. In
+its cache, the bytes arrive in `blobs/HASH.incomplete`. A complete file gets the name and the link
+that huggingface_hub would give it, so that all programs share it.
 """
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,12 +17,14 @@ from typing import BinaryIO
 
 from dots1_local.errors import CheckpointError
 from dots1_local.files.partial_file import check_space, disk_errors
-from dots1_local.hub.client import HubFile, HubRepo, Received, Stopped
+from dots1_local.hub.client import HubFile, HubRepo, Received, Stopped, has_digest
 from dots1_local.hub.verified import VerifiedFiles
 
-__all__ = ["check_room", "fetch_large", "is_cached", "remove_stale", "snapshot_path"]
+__all__ = ["check_room", "fetch_file", "is_cached", "remove_stale", "snapshot_path"]
 
 _STEP = 1 << 20  # bytes that are hashed at once
+_SHA256 = 64  # characters
+_OLD = 60.0  # seconds after which nobody still writes a file of a few bytes
 
 
 def snapshot_path(repo: HubRepo, name: str) -> Path:
@@ -55,28 +58,49 @@ def remove_stale(repo: HubRepo) -> None:
     from filelock import FileLock, Timeout
 
     folder = _folder(repo)
+    for pattern in ("blobs/tmp_*", "refs/*.tmp"):
+        for path in folder.glob(pattern):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _OLD:
+                    path.unlink()
     for path in folder.glob("blobs/*.*.incomplete"):
         lock = folder.parent / ".locks" / folder.name / f"{path.name.partition('.')[0]}.lock"
         with suppress(Timeout, OSError), FileLock(lock, timeout=0):  # nobody is downloading
             path.unlink()
 
 
-def fetch_large(
+def fetch_file(
     repo: HubRepo,
     file: HubFile,
+    folder: Path | None = None,
+    *,
     received: Received = lambda count: None,
     stop: Event | None = None,
 ) -> Path:
-    """Fetch a file that is in LFS into the cache, unless it is there undamaged; return its path.
+    """Fetch a file into the cache, or into `folder`, unless it is there whole; return its path.
 
     `received` is called with the number of bytes that have arrived.
 
     Raises:
         CheckpointError: the hub refuses, cannot be reached, or sends another file.
         Dots1Error: the disk is full or cannot be written.
+        OSError: the file cannot be read.
         Stopped: `stop` was set.
     """
     stop = stop or Event()
+    if len(file.digest) != _SHA256:  # a small file, which is not in LFS
+        return repo.fetch(file, folder, received=received, stop=stop)
+    if folder is None:
+        return _fetch_into_cache(repo, file, received, stop)
+    path = folder / file.name
+    with disk_errors(path, kept=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not (path.is_file() and has_digest(path, file)):
+            _download(repo, file, path, received, stop)
+    return path
+
+
+def _fetch_into_cache(repo: HubRepo, file: HubFile, received: Received, stop: Event) -> Path:
     path, verified = snapshot_path(repo, file.name), VerifiedFiles(_folder(repo))
     with disk_errors(path, kept=True):
         if is_cached(repo, file) and verified.is_whole(path, file):
@@ -110,8 +134,8 @@ def _lock(repo: HubRepo, file: HubFile) -> Iterator[None]:
         yield
 
 
-def _download(repo: HubRepo, file: HubFile, blob: Path, received: Received, stop: Event) -> None:
-    path = _incomplete(blob)
+def _download(repo: HubRepo, file: HubFile, to: Path, received: Received, stop: Event) -> None:
+    path = _incomplete(to)
     for _ in range(2):
         with open(path, "ab+") as opened:
             target = _Target(opened, file.size, received, stop)
@@ -119,7 +143,7 @@ def _download(repo: HubRepo, file: HubFile, blob: Path, received: Received, stop
                 repo.receive(file, target.position, target.take)
             os.fsync(opened.fileno())
         if target.digest.hexdigest() == file.digest:
-            path.replace(blob)
+            path.replace(to)
             return
         path.unlink()
     raise CheckpointError(
@@ -128,8 +152,8 @@ def _download(repo: HubRepo, file: HubFile, blob: Path, received: Received, stop
     )
 
 
-def _incomplete(blob: Path) -> Path:
-    return blob.with_name(f"{blob.name}.incomplete")
+def _incomplete(path: Path) -> Path:
+    return path.with_name(f"{path.name}.incomplete")
 
 
 class _Target:

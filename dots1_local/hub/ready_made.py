@@ -18,7 +18,7 @@ from dots1_local.hub import is_hub_id, open_cached, open_repo
 from dots1_local.hub.client import HubFile, HubRepo, parallel_map
 from dots1_local.hub.large_file import (
     check_room,
-    fetch_large,
+    fetch_file,
     is_cached,
     remove_stale,
     snapshot_path,
@@ -36,7 +36,6 @@ _TYPE = re.compile(
 _NO_MODEL = ("mmproj", "imatrix")  # files that hold something else
 _FIRST, _STEP = 1 << 18, 2 << 20  # bytes; a header with the vocabulary is about 6 MB
 _MOST = 64 << 20  # bytes of a header
-_SHA256 = 64  # characters
 _AT_ONCE = 4  # downloads, or requests for headers
 
 
@@ -103,10 +102,7 @@ class HubModel:
 
         def provide(file: HubFile, stop: Event) -> None:
             received = partial(arrived.__setitem__, file)
-            if len(file.digest) == _SHA256:
-                fetch_large(self.repo, file, received, stop)
-            else:  # a small file, which is not in LFS
-                self.repo.fetch(file, received=received, stop=stop)
+            fetch_file(self.repo, file, received=received, stop=stop)
             arrived[file] = file.size
 
         def report() -> None:

@@ -8,6 +8,7 @@ from dots1_local.errors import Dots1Error
 from dots1_local.files.partial_file import DiskNeed, check_space
 from dots1_local.hub import HubCheckpoint
 from dots1_local.hub.client import HubFile, parallel_map
+from dots1_local.hub.large_file import fetch_file
 from dots1_local.hub.verified import VerifiedFiles
 from dots1_local.progress import Progress, silent
 from dots1_local.sizes import human_bytes
@@ -89,7 +90,7 @@ class ShardCache:
 
         def provide(file: HubFile, stop: Event) -> None:
             received = partial(arrived.__setitem__, file)
-            self.repo.fetch(file, check=self._verified.is_whole, received=received, stop=stop)
+            fetch_file(self.repo, file, received=received, stop=stop)
             received(file.size)
 
         def report() -> None:

@@ -18,6 +18,7 @@ from dots1_local.errors import Dots1Error
 from dots1_local.files.partial_file import DiskNeed, disk_errors
 from dots1_local.hub import HubCheckpoint
 from dots1_local.hub.client import HubFile, Stopped
+from dots1_local.hub.large_file import fetch_file
 from dots1_local.hub.shard_order import ShardOrder
 
 __all__ = ["ShardSupply", "remove_shards", "shards_ahead"]
@@ -134,7 +135,8 @@ class ShardSupply:
             nonlocal arrived
             self._received[file.name] = arrived = count
 
-        path = self.checkpoint.repo.fetch(file, self._folder, received=received, stop=self._stop)
+        repo = self.checkpoint.repo
+        path = fetch_file(repo, file, self._folder, received=received, stop=self._stop)
         if arrived:
             self.downloaded += file.size
             self.seconds += time.monotonic() - begun
@@ -176,8 +178,8 @@ def remove_shards(parent: Path, besides: Path | None = None) -> None:
 
 def _remove_others(folder: Path, shards: Iterable[str]) -> None:
     """Remove all shards but these, and unfinished downloads; other files are not ours."""
-    for path in folder.glob("*.safetensors"):
-        if path.name not in shards:
+    for path in folder.glob("*.safetensors*"):
+        if path.name.removesuffix(".incomplete") not in shards:
             path.unlink()
     for path in (folder / _HUB_FILES).rglob("*.incomplete"):
         path.unlink()

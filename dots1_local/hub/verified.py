@@ -12,6 +12,7 @@ from dots1_local.hub.client import HubFile, has_digest
 __all__ = ["VerifiedFiles"]
 
 _RECORD = ".dots1-verified.json"
+_noting = Lock()  # several files are fetched at once
 
 
 class VerifiedFiles:
@@ -22,7 +23,7 @@ class VerifiedFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._record, self._lock = folder / _RECORD, Lock()
+        self._record = folder / _RECORD
 
     def is_whole(self, path: Path, file: HubFile) -> bool:
         """Whether a file has the listed hash; a file that passed and has not changed is not read.
@@ -38,7 +39,7 @@ class VerifiedFiles:
 
     def note(self, path: Path, file: HubFile) -> None:
         """Record that a file has the listed hash."""
-        with self._lock, suppress(OSError):
+        with _noting, suppress(OSError):
             noted = self._noted() | {file.digest: _stamp(path)}
             write_whole(self._record, json.dumps(noted).encode())
 

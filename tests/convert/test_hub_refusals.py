@@ -57,7 +57,7 @@ def test_a_dead_connection_ends_the_conversion_and_keeps_other_shards(
     before = hub.shard_bytes()
     prepare(hub).run(tmp_path / "out.gguf")
     fetched = {name: count - before.get(name, 0) for name, count in hub.shard_bytes().items()}
-    assert fetched[SECOND] == sizes(tiny)[SECOND]
+    assert fetched[SECOND] == sizes(tiny)[SECOND] - 4_000_000
     whole = [name for name, count in before.items() if count == sizes(tiny)[name]]
     assert all(fetched[name] == 0 for name in whole)
 
@@ -277,7 +277,7 @@ def test_a_cache_that_cannot_be_read(
     for module in ("client", "verified"):
         monkeypatch.setattr(f"dots1_local.hub.{module}.has_digest", denied)
     again = partial(conversion.run, tmp_path / "again.gguf", low_disk=low_disk)
-    assert re.fullmatch("cannot use .*/model-.*safetensors: .*", refusal(again, Dots1Error))
+    assert re.fullmatch("cannot (use|write) .*/model-.*safetensors: .*", refusal(again, Dots1Error))
 
 
 def test_low_disk_is_not_advised_if_the_output_alone_is_too_large(
@@ -303,7 +303,7 @@ def test_a_disk_that_fills_up_meanwhile(
 
     conversion = prepare(hub)
     with monkeypatch.context() as patch:
-        patch.setattr("huggingface_hub.file_download.http_get", full)
+        patch.setattr("dots1_local.hub.large_file._Target.take", full)
         said = refusal(lambda: conversion.run(tmp_path / "out.gguf"), Dots1Error)
     assert "the disk is full" in said
     prepare(hub).run(tmp_path / "out.gguf")

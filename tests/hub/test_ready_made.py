@@ -14,7 +14,7 @@ from dots1_local.errors import CheckpointError, Dots1Error
 from dots1_local.files.gguf import GGUFFile
 from dots1_local.hub import client
 from dots1_local.hub.client import Stopped
-from dots1_local.hub.large_file import fetch_large
+from dots1_local.hub.large_file import fetch_file
 from dots1_local.hub.ready_made import HubModel, find_models, parse_reference
 from tests import hub_server
 from tests.convert.conftest import CHUNK, refusal
@@ -175,7 +175,7 @@ def test_a_stopped_download_goes_on_where_it_was(hub: HubServer, repository: Pat
             stop.set()
 
     with pytest.raises(Stopped):
-        fetch_large(found.repo, found.files[0], received, stop)
+        fetch_file(found.repo, found.files[0], received=received, stop=stop)
     first = sent(hub)
     hub.requests.clear()
     assert found.fetch().read_bytes() == (repository / ONE).read_bytes()

@@ -58,11 +58,13 @@ def remove_stale(repo: HubRepo) -> None:
     from filelock import FileLock, Timeout
 
     folder = _folder(repo)
-    for pattern in ("blobs/tmp_*", "refs/*.tmp"):
+    for pattern in ("blobs/tmp_*", "refs/*.tmp", "tmp*/dummy_file_*"):
         for path in folder.glob(pattern):
             with suppress(OSError):
-                if time.time() - path.stat().st_mtime > _OLD:
+                if time.time() - path.lstat().st_mtime > _OLD:
                     path.unlink()
+                    if path.name.startswith("dummy_file_"):
+                        path.parent.rmdir()
     for path in folder.glob("blobs/*.*.incomplete"):
         lock = folder.parent / ".locks" / folder.name / f"{path.name.partition('.')[0]}.lock"
         with suppress(Timeout, OSError), FileLock(lock, timeout=0):  # nobody is downloading

@@ -1,6 +1,7 @@
 """A checkpoint on the hub, fetched whole into the hub's cache."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,42 @@ def test_what_a_killed_download_left_is_removed(
     prepare(hub).run(tmp_path / "again.gguf")
     assert not left.exists()
     assert blob.read_bytes() == (tiny / name).read_bytes()
+
+
+@pytest.mark.parametrize("kept", [0, 1_000_000, None])
+def test_a_killed_download_of_a_shard_goes_on_where_it_was(
+    hub: HubServer, tiny: Path, cache: Path, tmp_path: Path, kept: int | None
+) -> None:
+    prepare(hub).run(tmp_path / "out.gguf")
+    shard = next(cache.glob(f"*/snapshots/*/{SECOND}"))
+    blob = shard.resolve()
+    with blob.open("r+b") as content:
+        content.truncate(blob.stat().st_size if kept is None else kept)
+    blob.rename(blob.with_name(f"{blob.name}.incomplete"))
+    shard.unlink()
+    hub.requests.clear()
+    prepare(hub).run(tmp_path / "again.gguf")
+    size = sizes(tiny)[SECOND]
+    assert hub.shard_bytes().get(SECOND, 0) == (0 if kept is None else size - kept)
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+
+
+def test_old_temporary_files_of_huggingface_hub_are_removed(
+    hub: HubServer, cache: Path, tmp_path: Path
+) -> None:
+    prepare(hub).run(tmp_path / "out.gguf")
+    (folder,) = cache.glob("models--*")
+    (folder / "tmp12345678").mkdir()
+    names = "blobs/tmp_0123", "refs/main.92c9d8ca.tmp", "tmp12345678/dummy_file_src"
+    old = [folder / name for name in names]
+    young = [path.with_name(f"{path.stem}-young{path.suffix}") for path in old[:2]]
+    for path in (*old, *young):
+        path.touch()
+    for path in old:
+        os.utime(path, (0, 0))
+    prepare(hub).run(tmp_path / "again.gguf")
+    assert not any(path.exists() for path in (*old, folder / "tmp12345678"))
+    assert all(path.exists() for path in young)
 
 
 def test_a_killed_download_is_known_by_its_branch_after_the_next_run(

@@ -13,6 +13,7 @@ import numpy as np
 
 from dots1_local.devices.backends import device
 from dots1_local.devices.bench_graph import BenchDevice, BenchGraph
+from dots1_local.engine.log import capture
 from dots1_local.ggml import quant_type
 
 _F32 = 0
@@ -24,7 +25,7 @@ def main() -> None:
     if not llama_cpp.llama_supports_rpc():
         sys.exit("llama-cpp-python was built without RPC")
     for memory in (None, *device("CPU").extra_buffer_types):
-        with BenchDevice("CPU", 1 << 20, memory=memory) as cpu:
+        with capture(), BenchDevice("CPU", 1 << 20, memory=memory) as cpu:
             for name in ("F16", "Q8_0", "Q4_0", "Q4_K"):
                 for tokens in (1, _ROWS):
                     _multiply(cpu, quant_type(name).ggml, tokens)

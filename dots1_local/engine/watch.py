@@ -11,7 +11,7 @@ import select
 import signal
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from threading import Thread, current_thread, get_ident, main_thread
@@ -59,16 +59,16 @@ def engine_call(workers: Collection[str] = ()) -> Iterator[Call]:
     recent = time.monotonic() - _interrupted < 2 * _GRACE
     _calls[thread] = call = Call(workers, interrupts=int(recent))
     try:
-        with _unbroken() if workers else nullcontext():
+        with _unbroken(workers):
             yield call
     finally:
         del _calls[thread]
 
 
 @contextmanager
-def _unbroken() -> Iterator[None]:
+def _unbroken(workers: Collection[str]) -> Iterator[None]:
     """Let Ctrl-C break no system call: llama.cpp takes a broken one for the loss of a worker."""
-    if current_thread() is not main_thread():  # another thread never gets the signal
+    if not workers or current_thread() is not main_thread():  # others do not handle the signal
         yield
         return
     signal.siginterrupt(signal.SIGINT, False)

@@ -36,6 +36,7 @@ _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _MALFORMED = (
     AttributeError, JSONDecodeError, KeyError, RecursionError, TypeError, UnicodeDecodeError,
 )  # fmt: skip
+_SHA256 = 64  # characters
 _GRACE = 1.0  # seconds for threads to notice that they are stopped
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -55,6 +56,11 @@ class HubFile:
     size: int
     digest: str
 
+    @property
+    def in_lfs(self) -> bool:
+        """Whether the hub keeps it in LFS, as it does with large files."""
+        return len(self.digest) == _SHA256
+
 
 def has_digest(path: Path, file: HubFile) -> bool:
     """Whether a file on disk has the size and the hash that the hub lists."""
@@ -62,7 +68,7 @@ def has_digest(path: Path, file: HubFile) -> bool:
         return False
     sha1 = partial(hashlib.sha1, b"blob %d\0" % file.size, usedforsecurity=False)  # as git does
     with open(path, "rb") as found:
-        digest = hashlib.file_digest(found, "sha256" if len(file.digest) == 64 else sha1)
+        digest = hashlib.file_digest(found, "sha256" if file.in_lfs else sha1)
     return digest.hexdigest() == file.digest
 
 
@@ -153,13 +159,12 @@ class HubRepo:
         file: HubFile,
         folder: Path | None = None,
         *,
-        check: Callable[[Path, HubFile], bool] = has_digest,
         received: Received = lambda count: None,
         stop: Event | None = None,
     ) -> Path:
         """Fetch a file into the hub's cache, or into `folder`, unless it is there; return its path.
 
-        A file that does not pass the `check` is fetched once more.
+        A file that has another hash than the hub lists is fetched once more.
         `received` is called with the number of bytes that have arrived.
 
         Raises:
@@ -171,7 +176,7 @@ class HubRepo:
         for force in (False, True):
             bar = _progress_class(received, stop or Event())
             path = self.download(file.name, local_dir=folder, force_download=force, tqdm_class=bar)
-            if check(path, file):
+            if has_digest(path, file):
                 return path
         path.resolve().unlink()
         path.unlink(missing_ok=True)

@@ -23,7 +23,6 @@ from dots1_local.hub.verified import VerifiedFiles
 __all__ = ["check_room", "fetch_file", "is_cached", "remove_stale", "snapshot_path"]
 
 _STEP = 1 << 20  # bytes that are hashed at once
-_SHA256 = 64  # characters
 _OLD = 60.0  # seconds after which nobody still writes a file of a few bytes
 
 
@@ -90,7 +89,7 @@ def fetch_file(
         Stopped: `stop` was set.
     """
     stop = stop or Event()
-    if len(file.digest) != _SHA256:  # a small file, which is not in LFS
+    if not file.in_lfs:
         return repo.fetch(file, folder, received=received, stop=stop)
     if folder is None:
         return _fetch_into_cache(repo, file, received, stop)
